@@ -1,0 +1,604 @@
+"""What the config.json of a component means: frozen dataclasses, read strictly.
+
+Fields carry the key names of diffusers and transformers. A key that is absent takes the default of the
+reference class (as those libraries do). Every key of a file is one of three things: used, known to have
+no effect on what is computed here (``*_NO_EFFECT``, with the reason beside it), or an error. A value that
+would change the computation in a way that is not implemented is an error too, by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlxdiff.errors import ConfigError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file; ConfigError where there is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data
+
+
+class _Reader:
+    """Takes keys out of a config file one by one, so that what is left over is known."""
+
+    def __init__(self, data: Mapping[str, Any], where: str, class_names: tuple[str, ...]) -> None:
+        self.where = where
+        self.left = {k: v for k, v in data.items() if not k.startswith("_")}
+        found = data.get("_class_name")
+        if found is not None and found not in class_names:
+            raise ConfigError(
+                f"{where}: _class_name is {found!r}, expected {' or '.join(class_names)}"
+            )
+
+    def fail(self, key: str, value: Any, expected: str) -> ConfigError:
+        return ConfigError(f"{self.where}: {key} = {value!r} is not supported; expected {expected}")
+
+    def take(self, key: str, default: Any) -> Any:
+        return self.left.pop(key, default)
+
+    def integer(self, key: str, default: int | None, least: int = 1) -> Any:
+        value = self.take(key, default)
+        if value is None and default is None:
+            return None
+        if not _is_int(value) or value < least:
+            raise self.fail(key, value, f"a whole number of at least {least}")
+        return value
+
+    def number(self, key: str, default: float | None) -> Any:
+        value = self.take(key, default)
+        if value is None and default is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise self.fail(key, value, "a number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.take(key, default)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.fail(key, value, "true or false")
+        return value
+
+    def integers(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        value = self.take(key, default)
+        if not isinstance(value, (list, tuple)) or not value or not all(map(_is_int, value)):
+            raise self.fail(key, value, "a list of whole numbers")
+        if min(value) < 1:
+            raise self.fail(key, value, "a list of positive whole numbers")
+        return tuple(value)
+
+    def choices(
+        self, key: str, default: tuple[str, ...], allowed: tuple[str, ...]
+    ) -> tuple[str, ...]:
+        value = self.take(key, default)
+        if not isinstance(value, (list, tuple)) or not value:
+            raise self.fail(key, value, "a list of block types")
+        for entry in value:
+            if entry not in allowed:
+                raise self.fail(key, entry, " or ".join(allowed))
+        return tuple(value)
+
+    def per_block(self, key: str, default: Any, blocks: int, kind: type = int) -> tuple[Any, ...]:
+        """One value for each block, where the file gives either one for all or a list."""
+        value = self.take(key, default)
+        values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * blocks
+        check = _is_int if kind is int else (lambda v: isinstance(v, kind))
+        if len(values) != blocks or not all(map(check, values)):
+            raise self.fail(key, value, f"one {kind.__name__}, or a list of {blocks}")
+        return values
+
+    def per_block_depths(
+        self, key: str, default: int, layers: tuple[int, ...]
+    ) -> tuple[tuple[int, ...], ...]:
+        """Transformer depth of each layer of each block: one number, or a list, or a list of lists."""
+        value = self.take(key, default)
+        blocks = tuple(value) if isinstance(value, (list, tuple)) else (value,) * len(layers)
+        expected = f"a whole number, or a list of {len(layers)} whole numbers or lists"
+        if len(blocks) != len(layers):
+            raise self.fail(key, value, expected)
+        depths = []
+        for block, count in zip(blocks, layers, strict=True):
+            depth = tuple(block) if isinstance(block, (list, tuple)) else (block,) * count
+            if len(depth) != count or not all(_is_int(d) and d >= 0 for d in depth):
+                raise self.fail(key, value, expected)
+            depths.append(depth)
+        return tuple(depths)
+
+    def only(self, key: str, default: Any, *allowed: Any) -> Any:
+        """A key of which only these values are implemented."""
+        value = self.take(key, default)
+        if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
+            raise self.fail(key, value, " or ".join(map(repr, allowed)))
+        return value
+
+    def finish(self, no_effect: Mapping[str, str]) -> None:
+        unknown = sorted(set(self.left) - set(no_effect))
+        if unknown:
+            shown = ", ".join(f"{k} = {self.left[k]!r}" for k in unknown[:10])
+            raise ConfigError(
+                f"{self.where}: {len(unknown)} unknown key(s): {shown}; it may change what the model "
+                "computes, so it is not ignored (remove it if you know that it has no effect)"
+            )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+# ------------------------------------------------------------------------------------------ text encoder
+
+_TRAINING = "only used in training"
+_SETTING = "a library setting, not part of the computation"
+CLIP_NO_EFFECT: dict[str, str] = {
+    "attention_dropout": _TRAINING,
+    "dropout": _TRAINING,
+    "initializer_factor": _TRAINING,
+    "initializer_range": _TRAINING,
+    "logit_scale_init_value": _TRAINING,
+    "gradient_checkpointing": _TRAINING,
+    "architectures": "read where the class of the encoder is decided",
+    "bos_token_id": "the tokenizer decides it",
+    "pad_token_id": "the tokenizer decides it",
+    "model_type": "checked by its value",
+    "torch_dtype": "weights carry their own type",
+    "dtype": "weights carry their own type",
+    "transformers_version": _SETTING,
+} | dict.fromkeys(
+    # What transformers' PretrainedConfig writes into every file, by version.
+    """add_cross_attention bad_words_ids begin_suppress_tokens chunk_size_feed_forward
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample early_stopping
+    encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id id2label is_decoder is_encoder_decoder label2id length_penalty max_length
+    min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
+    output_hidden_states output_scores prefix problem_type pruned_heads remove_invalid_values
+    repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
+    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings
+    tokenizer_class top_k top_p torchscript typical_p use_bfloat16 use_cache use_return_dict""".split(),
+    _SETTING,
+)
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    """A CLIP text encoder (Radford et al. 2021), as transformers' CLIPTextModel(WithProjection).
+
+    ``eos_token_id`` 2 is the legacy value: the end of the text is then where the largest id stands.
+    """
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    projection_dim: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407
+    with_projection: bool = False
+
+    @classmethod
+    def from_dict(
+        cls,
+        data: Mapping[str, Any],
+        where: str = "text_encoder/config.json",
+        with_projection: bool | None = None,
+    ) -> CLIPTextConfig:
+        """Read a config.json.
+
+        Args:
+            data: the JSON object.
+            where: the file's name in messages.
+            with_projection: whether the class is CLIPTextModelWithProjection (model_index.json knows);
+                None: as ``architectures`` says.
+        Raises: ConfigError.
+        """
+        reader = _Reader(data, where, ("CLIPTextModel", "CLIPTextModelWithProjection"))
+        reader.only("model_type", "clip_text_model", "clip_text_model", "clip")
+        architectures = data.get("architectures") or ["CLIPTextModel"]
+        known = ("CLIPTextModel", "CLIPTextModelWithProjection")
+        if not isinstance(architectures, list) or architectures[0] not in known:
+            raise reader.fail("architectures", architectures, " or ".join(known))
+        if with_projection is None:
+            with_projection = architectures[0] == "CLIPTextModelWithProjection"
+        config = cls(
+            vocab_size=reader.integer("vocab_size", 49408),
+            hidden_size=reader.integer("hidden_size", 512),
+            intermediate_size=reader.integer("intermediate_size", 2048),
+            projection_dim=reader.integer("projection_dim", 512),
+            num_hidden_layers=reader.integer("num_hidden_layers", 12),
+            num_attention_heads=reader.integer("num_attention_heads", 8),
+            max_position_embeddings=reader.integer("max_position_embeddings", 77),
+            hidden_act=reader.only("hidden_act", "quick_gelu", "quick_gelu", "gelu"),
+            layer_norm_eps=reader.number("layer_norm_eps", 1e-5),
+            eos_token_id=reader.integer("eos_token_id", 49407, least=0),
+            with_projection=with_projection,
+        )
+        reader.finish(CLIP_NO_EFFECT)
+        if config.hidden_size % config.num_attention_heads:
+            raise reader.fail(
+                "num_attention_heads", config.num_attention_heads, "a divisor of hidden_size"
+            )
+        return config
+
+
+# ------------------------------------------------------------------------------------------------- U-Net
+
+UNET_NO_EFFECT: dict[str, str] = {
+    "dropout": _TRAINING,
+    "addition_embed_type_num_heads": "belongs to addition_embed_type 'text', which is refused",
+    "attention_head_dim": "read with num_attention_heads",
+    "reverse_transformer_layers_per_block": "read with transformer_layers_per_block",
+}
+_DOWN_TYPES = ("DownBlock2D", "CrossAttnDownBlock2D")
+_UP_TYPES = ("UpBlock2D", "CrossAttnUpBlock2D")
+_MID_TYPES = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One block of the U-Net, with everything that depends on its place worked out.
+
+    Attributes:
+        type: diffusers' class name.
+        in_channels: channels of the input of the first resnet (before a skip is concatenated).
+        out_channels: channels of the output.
+        skip_channels: for an up block, the channels of the skip that each resnet concatenates; else ().
+        num_layers: number of resnets.
+        transformer_layers: transformer blocks in the Transformer2DModel after each resnet (for the mid
+            block: between its two resnets); () where there is no attention.
+        num_attention_heads: heads of each attention.
+        cross_attention_dim: width of encoder_hidden_states.
+        only_cross_attention: attn1 attends to the text as well.
+        resample: whether a down- or upsampler follows.
+    """
+
+    type: str
+    in_channels: int
+    out_channels: int
+    skip_channels: tuple[int, ...]
+    num_layers: int
+    transformer_layers: tuple[int, ...]
+    num_attention_heads: int
+    cross_attention_dim: int
+    only_cross_attention: bool
+    resample: bool
+
+
+@dataclass(frozen=True)
+class UNet2DConditionConfig:
+    """The denoising U-Net (Rombach et al. 2022, Podell et al. 2023), as diffusers' UNet2DConditionModel.
+
+    Values that a file may give once for all blocks are tuples with one entry for each block, from the
+    input down. ``num_attention_heads`` is the number of heads: files call it ``attention_head_dim`` (a
+    slip of diffusers that is kept for compatibility) unless they write ``num_attention_heads``.
+    ``transformer_layers_per_block`` has for each block one entry for each resnet; the up path's are in
+    ``up_transformer_layers_per_block``, in the order of the up blocks.
+    """
+
+    sample_size: tuple[int, int] | None
+    in_channels: int
+    out_channels: int
+    flip_sin_to_cos: bool
+    freq_shift: float
+    down_block_types: tuple[str, ...]
+    mid_block_type: str | None
+    up_block_types: tuple[str, ...]
+    block_out_channels: tuple[int, ...]
+    layers_per_block: tuple[int, ...]
+    downsample_padding: int
+    norm_num_groups: int
+    norm_eps: float
+    cross_attention_dim: tuple[int, ...]
+    transformer_layers_per_block: tuple[tuple[int, ...], ...]
+    up_transformer_layers_per_block: tuple[tuple[int, ...], ...]
+    num_attention_heads: tuple[int, ...]
+    only_cross_attention: tuple[bool, ...]
+    use_linear_projection: bool
+    upcast_attention: bool
+    addition_embed_type: str | None
+    addition_time_embed_dim: int | None
+    projection_class_embeddings_input_dim: int | None
+    time_cond_proj_dim: int | None
+    conv_in_kernel: int
+    conv_out_kernel: int
+
+    @property
+    def time_embed_dim(self) -> int:
+        """Width of the timestep embedding that the resnets are given."""
+        return 4 * self.block_out_channels[0]
+
+    @property
+    def down_blocks(self) -> tuple[BlockSpec, ...]:
+        """The down path, from the input on."""
+        specs, channels = [], self.block_out_channels[0]
+        for i, kind in enumerate(self.down_block_types):
+            attends = kind == "CrossAttnDownBlock2D"
+            specs.append(
+                BlockSpec(
+                    type=kind,
+                    in_channels=channels,
+                    out_channels=self.block_out_channels[i],
+                    skip_channels=(),
+                    num_layers=self.layers_per_block[i],
+                    transformer_layers=self.transformer_layers_per_block[i] if attends else (),
+                    num_attention_heads=self.num_attention_heads[i],
+                    cross_attention_dim=self.cross_attention_dim[i],
+                    only_cross_attention=self.only_cross_attention[i],
+                    resample=i < len(self.down_block_types) - 1,
+                )
+            )
+            channels = self.block_out_channels[i]
+        return tuple(specs)
+
+    @property
+    def mid_block(self) -> BlockSpec | None:
+        """The block at the lowest resolution; None for models without one (BK-SDM small and tiny)."""
+        if self.mid_block_type is None:
+            return None
+        attends = self.mid_block_type == "UNetMidBlock2DCrossAttn"
+        return BlockSpec(
+            type=self.mid_block_type,
+            in_channels=self.block_out_channels[-1],
+            out_channels=self.block_out_channels[-1],
+            skip_channels=(),
+            num_layers=2 if attends else 1,
+            transformer_layers=self.transformer_layers_per_block[-1][:1] if attends else (),
+            num_attention_heads=self.num_attention_heads[-1],
+            cross_attention_dim=self.cross_attention_dim[-1],
+            only_cross_attention=False,
+            resample=False,
+        )
+
+    @property
+    def up_blocks(self) -> tuple[BlockSpec, ...]:
+        """The up path, from the lowest resolution on."""
+        n = len(self.block_out_channels)
+        specs, channels = [], self.block_out_channels[-1]
+        for i, kind in enumerate(self.up_block_types):
+            level = n - 1 - i
+            out = self.block_out_channels[level]
+            below = self.block_out_channels[max(level - 1, 0)]
+            layers = self.layers_per_block[level] + 1
+            attends = kind == "CrossAttnUpBlock2D"
+            specs.append(
+                BlockSpec(
+                    type=kind,
+                    in_channels=channels,
+                    out_channels=out,
+                    skip_channels=(out,) * (layers - 1) + (below,),
+                    num_layers=layers,
+                    transformer_layers=self.up_transformer_layers_per_block[i] if attends else (),
+                    num_attention_heads=self.num_attention_heads[level],
+                    cross_attention_dim=self.cross_attention_dim[level],
+                    only_cross_attention=self.only_cross_attention[level],
+                    resample=i < n - 1,
+                )
+            )
+            channels = out
+        return tuple(specs)
+
+    @classmethod
+    def from_dict(
+        cls, data: Mapping[str, Any], where: str = "unet/config.json"
+    ) -> UNet2DConditionConfig:
+        """Read a config.json. Raises: ConfigError."""
+        reader = _Reader(data, where, ("UNet2DConditionModel",))
+        only = reader.only
+        # Variants of the class that no Stable Diffusion checkpoint of these families uses.
+        only("center_input_sample", False, False)
+        only("act_fn", "silu", "silu", "swish")
+        only("mid_block_scale_factor", 1, 1, 1.0)
+        only("dual_cross_attention", False, False)
+        only("resnet_time_scale_shift", "default", "default")
+        only("resnet_skip_time_act", False, False)
+        only("resnet_out_scale_factor", 1.0, 1.0, 1)
+        only("time_embedding_type", "positional", "positional")
+        only("attention_type", "default", "default")
+        only("class_embeddings_concat", False, False)
+        only("mid_block_only_cross_attention", None, None, False)
+        for key in (
+            "encoder_hid_dim encoder_hid_dim_type class_embed_type num_class_embeds time_embedding_dim "
+            "time_embedding_act_fn timestep_post_act cross_attention_norm"
+        ).split():
+            only(key, None, None)
+
+        channels = reader.integers("block_out_channels", (320, 640, 1280, 1280))
+        n = len(channels)
+        down = reader.choices(
+            "down_block_types", ("CrossAttnDownBlock2D",) * 3 + _DOWN_TYPES[:1], _DOWN_TYPES
+        )
+        up = reader.choices(
+            "up_block_types", _UP_TYPES[:1] + ("CrossAttnUpBlock2D",) * 3, _UP_TYPES
+        )
+        for key, types in (("down_block_types", down), ("up_block_types", up)):
+            if len(types) != n:
+                raise reader.fail(key, list(types), f"one for each of the {n} block_out_channels")
+        layers = reader.per_block("layers_per_block", 2, n)
+        # diffusers: "num_attention_heads or attention_head_dim"; both mean the number of heads.
+        head_dim = reader.take("attention_head_dim", 8)
+        if reader.left.get("num_attention_heads") is None:
+            reader.left["num_attention_heads"] = head_dim
+        heads = reader.per_block("num_attention_heads", 8, n)
+        for width, count in zip(channels, heads, strict=True):
+            if count < 1 or width % count:
+                raise reader.fail(
+                    "attention_head_dim", list(heads), "divisors of block_out_channels"
+                )
+        depth = reader.per_block_depths("transformer_layers_per_block", 1, layers)
+        up_layers = tuple(count + 1 for count in reversed(layers))
+        if reader.left.get("reverse_transformer_layers_per_block") is None:
+            reader.left.pop("reverse_transformer_layers_per_block", None)
+            if any(len(set(d)) > 1 for d in depth):
+                raise reader.fail(
+                    "reverse_transformer_layers_per_block",
+                    None,
+                    "a list, since transformer_layers_per_block differs inside a block",
+                )
+            up_depth = tuple((d[0],) * c for d, c in zip(reversed(depth), up_layers, strict=True))
+        else:
+            up_depth = reader.per_block_depths("reverse_transformer_layers_per_block", 1, up_layers)
+
+        groups = reader.integer("norm_num_groups", 32)
+        if any(width % groups for width in channels):
+            raise reader.fail("norm_num_groups", groups, "a divisor of all block_out_channels")
+        embed_type = only("addition_embed_type", None, None, "text_time")
+        embed_dim = reader.integer("addition_time_embed_dim", None)
+        embed_in = reader.integer("projection_class_embeddings_input_dim", None)
+        if embed_type is not None and (embed_dim is None or embed_in is None):
+            raise reader.fail(
+                "addition_embed_type",
+                embed_type,
+                "addition_time_embed_dim and projection_class_embeddings_input_dim beside it",
+            )
+        sample_size = reader.take("sample_size", None)
+        if _is_int(sample_size):
+            sample_size = (sample_size, sample_size)
+        if sample_size is not None:
+            if not isinstance(sample_size, (list, tuple)) or not (
+                len(sample_size) == 2 and all(map(_is_int, sample_size))
+            ):
+                raise reader.fail("sample_size", sample_size, "one or two whole numbers")
+            sample_size = (sample_size[0], sample_size[1])
+        kernels = [reader.integer(key, 3) for key in ("conv_in_kernel", "conv_out_kernel")]
+        if any(k % 2 == 0 for k in kernels):
+            raise reader.fail("conv_in_kernel, conv_out_kernel", kernels, "odd numbers")
+        config = cls(
+            sample_size=sample_size,
+            in_channels=reader.integer("in_channels", 4),
+            out_channels=reader.integer("out_channels", 4),
+            flip_sin_to_cos=reader.flag("flip_sin_to_cos", True),
+            freq_shift=reader.number("freq_shift", 0),
+            down_block_types=down,
+            mid_block_type=only("mid_block_type", _MID_TYPES[0], None, *_MID_TYPES),
+            up_block_types=up,
+            block_out_channels=channels,
+            layers_per_block=layers,
+            downsample_padding=only("downsample_padding", 1, 0, 1),
+            norm_num_groups=groups,
+            norm_eps=reader.number("norm_eps", 1e-5),
+            cross_attention_dim=reader.per_block("cross_attention_dim", 1280, n),
+            transformer_layers_per_block=depth,
+            up_transformer_layers_per_block=up_depth,
+            num_attention_heads=heads,
+            only_cross_attention=reader.per_block("only_cross_attention", False, n, bool),
+            use_linear_projection=reader.flag("use_linear_projection", False),
+            upcast_attention=reader.flag("upcast_attention", False),
+            addition_embed_type=embed_type,
+            addition_time_embed_dim=embed_dim,
+            projection_class_embeddings_input_dim=embed_in,
+            time_cond_proj_dim=reader.integer("time_cond_proj_dim", None),
+            conv_in_kernel=kernels[0],
+            conv_out_kernel=kernels[1],
+        )
+        reader.finish(UNET_NO_EFFECT)
+        return config
+
+
+# --------------------------------------------------------------------------------------------------- VAE
+
+VAE_NO_EFFECT: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class AutoencoderKLConfig:
+    """The autoencoder between pixels and latents (Rombach et al. 2022), as diffusers' AutoencoderKL.
+
+    Latents that the U-Net sees: ``(z - shift_factor) * scaling_factor``, or, where the file gives
+    ``latents_mean`` and ``latents_std``, ``(z - mean) * scaling_factor / std``.
+    """
+
+    in_channels: int
+    out_channels: int
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int
+    latent_channels: int
+    norm_num_groups: int
+    sample_size: int
+    scaling_factor: float
+    shift_factor: float | None
+    latents_mean: tuple[float, ...] | None
+    latents_std: tuple[float, ...] | None
+    force_upcast: bool
+    use_quant_conv: bool
+    use_post_quant_conv: bool
+    mid_block_add_attention: bool
+
+    @property
+    def factor(self) -> int:
+        """Pixels for each latent, along a side."""
+        return int(2 ** (len(self.block_out_channels) - 1))
+
+    @classmethod
+    def from_dict(
+        cls, data: Mapping[str, Any], where: str = "vae/config.json"
+    ) -> AutoencoderKLConfig:
+        """Read a config.json. Raises: ConfigError."""
+        reader = _Reader(data, where, ("AutoencoderKL",))
+        channels = reader.integers("block_out_channels", (64,))
+        for key, kind in (
+            ("down_block_types", "DownEncoderBlock2D"),
+            ("up_block_types", "UpDecoderBlock2D"),
+        ):
+            types = reader.choices(key, (kind,), (kind,))
+            if len(types) != len(channels):
+                raise reader.fail(
+                    key, list(types), f"one for each of the {len(channels)} block_out_channels"
+                )
+        reader.only("act_fn", "silu", "silu", "swish")
+        groups = reader.integer("norm_num_groups", 32)
+        if any(width % groups for width in channels):
+            raise reader.fail("norm_num_groups", groups, "a divisor of all block_out_channels")
+        latent_channels = reader.integer("latent_channels", 4)
+        moments: dict[str, tuple[float, ...] | None] = {}
+        for key in ("latents_mean", "latents_std"):
+            value = reader.take(key, None)
+            if value is not None and not (
+                isinstance(value, (list, tuple))
+                and len(value) == latent_channels
+                and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
+            ):
+                raise reader.fail(key, value, f"a list of {latent_channels} numbers")
+            moments[key] = None if value is None else tuple(float(v) for v in value)
+        if (moments["latents_mean"] is None) != (moments["latents_std"] is None):
+            raise reader.fail("latents_mean", moments["latents_mean"], "latents_std beside it")
+        sample_size = reader.take("sample_size", 32)
+        if isinstance(sample_size, (list, tuple)) and sample_size:
+            sample_size = sample_size[0]
+        if not _is_int(sample_size):
+            raise reader.fail("sample_size", sample_size, "a whole number")
+        config = cls(
+            in_channels=reader.only("in_channels", 3, 3),
+            out_channels=reader.only("out_channels", 3, 3),
+            block_out_channels=channels,
+            layers_per_block=reader.integer("layers_per_block", 1),
+            latent_channels=latent_channels,
+            norm_num_groups=groups,
+            sample_size=sample_size,
+            scaling_factor=reader.number("scaling_factor", 0.18215),
+            shift_factor=reader.number("shift_factor", None),
+            latents_mean=moments["latents_mean"],
+            latents_std=moments["latents_std"],
+            force_upcast=reader.flag("force_upcast", True),
+            use_quant_conv=reader.flag("use_quant_conv", True),
+            use_post_quant_conv=reader.flag("use_post_quant_conv", True),
+            mid_block_add_attention=reader.flag("mid_block_add_attention", True),
+        )
+        reader.finish(VAE_NO_EFFECT)
+        return config
+
+
+ComponentConfig = CLIPTextConfig | UNet2DConditionConfig | AutoencoderKLConfig
