@@ -1,0 +1,184 @@
+"""What a checkpoint must hold, exactly: the name and shape of every tensor, worked out from the config.
+
+Names are diffusers' and transformers' parameter names (the text encoder's with the ``text_model.``
+prefix of published files). Shapes are in the layout of the converted folder: linear (out, in),
+convolution (out, kH, kW, in). The converter, both model implementations and the tests are held to this.
+"""
+
+from __future__ import annotations
+
+from mlxdiff.config import (
+    AutoencoderKLConfig,
+    BlockSpec,
+    CLIPTextConfig,
+    ComponentConfig,
+    UNet2DConditionConfig,
+)
+
+Shape = tuple[int, ...]
+
+
+class _Names:
+    """Collects names and shapes; each method adds one kind of layer."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[str, Shape] = {}
+
+    def linear(self, name: str, inputs: int, outputs: int, bias: bool = True) -> None:
+        self.shapes[f"{name}.weight"] = (outputs, inputs)
+        if bias:
+            self.shapes[f"{name}.bias"] = (outputs,)
+
+    def conv(self, name: str, inputs: int, outputs: int, kernel: int = 3) -> None:
+        self.shapes[f"{name}.weight"] = (outputs, kernel, kernel, inputs)
+        self.shapes[f"{name}.bias"] = (outputs,)
+
+    def norm(self, name: str, channels: int) -> None:
+        self.shapes[f"{name}.weight"] = (channels,)
+        self.shapes[f"{name}.bias"] = (channels,)
+
+    def resnet(self, name: str, inputs: int, outputs: int, temb: int | None) -> None:
+        self.norm(f"{name}.norm1", inputs)
+        self.conv(f"{name}.conv1", inputs, outputs)
+        if temb is not None:
+            self.linear(f"{name}.time_emb_proj", temb, outputs)
+        self.norm(f"{name}.norm2", outputs)
+        self.conv(f"{name}.conv2", outputs, outputs)
+        if inputs != outputs:
+            self.conv(f"{name}.conv_shortcut", inputs, outputs, 1)
+
+    def attention(self, name: str, width: int, context: int, bias: bool = False) -> None:
+        self.linear(f"{name}.to_q", width, width, bias)
+        self.linear(f"{name}.to_k", context, width, bias)
+        self.linear(f"{name}.to_v", context, width, bias)
+        self.linear(f"{name}.to_out.0", width, width)
+
+    def transformer(
+        self, name: str, block: BlockSpec, layers: int, linear_projection: bool
+    ) -> None:
+        width = block.out_channels
+        text = block.cross_attention_dim
+        self.norm(f"{name}.norm", width)
+        project = self.linear if linear_projection else lambda n, i, o: self.conv(n, i, o, 1)
+        project(f"{name}.proj_in", width, width)
+        for i in range(layers):
+            inner = f"{name}.transformer_blocks.{i}"
+            self.norm(f"{inner}.norm1", width)
+            self.attention(f"{inner}.attn1", width, text if block.only_cross_attention else width)
+            self.norm(f"{inner}.norm2", width)
+            self.attention(f"{inner}.attn2", width, text)
+            self.norm(f"{inner}.norm3", width)
+            self.linear(f"{inner}.ff.net.0.proj", width, 8 * width)  # GEGLU: values and gates
+            self.linear(f"{inner}.ff.net.2", 4 * width, width)
+        project(f"{name}.proj_out", width, width)
+
+
+def clip_parameters(config: CLIPTextConfig) -> dict[str, Shape]:
+    """Parameters of CLIPTextModel, or of CLIPTextModelWithProjection."""
+    names, width = _Names(), config.hidden_size
+    names.shapes["text_model.embeddings.token_embedding.weight"] = (config.vocab_size, width)
+    names.shapes["text_model.embeddings.position_embedding.weight"] = (
+        config.max_position_embeddings,
+        width,
+    )
+    for i in range(config.num_hidden_layers):
+        layer = f"text_model.encoder.layers.{i}"
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            names.linear(f"{layer}.self_attn.{part}", width, width)
+        names.norm(f"{layer}.layer_norm1", width)
+        names.linear(f"{layer}.mlp.fc1", width, config.intermediate_size)
+        names.linear(f"{layer}.mlp.fc2", config.intermediate_size, width)
+        names.norm(f"{layer}.layer_norm2", width)
+    names.norm("text_model.final_layer_norm", width)
+    if config.with_projection:
+        names.linear("text_projection", width, config.projection_dim, bias=False)
+    return names.shapes
+
+
+def unet_parameters(config: UNet2DConditionConfig) -> dict[str, Shape]:
+    """Parameters of UNet2DConditionModel."""
+    names, temb = _Names(), config.time_embed_dim
+    first = config.block_out_channels[0]
+    names.conv("conv_in", config.in_channels, first, config.conv_in_kernel)
+    names.linear("time_embedding.linear_1", first, temb)
+    if config.time_cond_proj_dim is not None:
+        names.linear("time_embedding.cond_proj", config.time_cond_proj_dim, first, bias=False)
+    names.linear("time_embedding.linear_2", temb, temb)
+    if config.projection_class_embeddings_input_dim is not None and config.addition_embed_type:
+        names.linear("add_embedding.linear_1", config.projection_class_embeddings_input_dim, temb)
+        names.linear("add_embedding.linear_2", temb, temb)
+
+    def add_block(name: str, block: BlockSpec) -> None:
+        channels = block.in_channels
+        skips = block.skip_channels or (0,) * block.num_layers
+        for i, skip in enumerate(skips):
+            names.resnet(f"{name}.resnets.{i}", channels + skip, block.out_channels, temb)
+            channels = block.out_channels
+        for i, layers in enumerate(block.transformer_layers):
+            names.transformer(f"{name}.attentions.{i}", block, layers, config.use_linear_projection)
+
+    for i, block in enumerate(config.down_blocks):
+        add_block(f"down_blocks.{i}", block)
+        if block.resample:
+            names.conv(
+                f"down_blocks.{i}.downsamplers.0.conv", block.out_channels, block.out_channels
+            )
+    if config.mid_block is not None:
+        add_block("mid_block", config.mid_block)
+    for i, block in enumerate(config.up_blocks):
+        add_block(f"up_blocks.{i}", block)
+        if block.resample:
+            names.conv(f"up_blocks.{i}.upsamplers.0.conv", block.out_channels, block.out_channels)
+    names.norm("conv_norm_out", first)
+    names.conv("conv_out", first, config.out_channels, config.conv_out_kernel)
+    return names.shapes
+
+
+def vae_parameters(config: AutoencoderKLConfig) -> dict[str, Shape]:
+    """Parameters of AutoencoderKL, with the attention names of today's diffusers."""
+    names, widths = _Names(), config.block_out_channels
+    latent = config.latent_channels
+
+    def add_mid(name: str, width: int) -> None:
+        for i in range(2):
+            names.resnet(f"{name}.mid_block.resnets.{i}", width, width, None)
+        if config.mid_block_add_attention:
+            names.norm(f"{name}.mid_block.attentions.0.group_norm", width)
+            names.attention(f"{name}.mid_block.attentions.0", width, width, bias=True)
+
+    names.conv("encoder.conv_in", config.in_channels, widths[0])
+    width = widths[0]
+    for i, out in enumerate(widths):
+        for j in range(config.layers_per_block):
+            names.resnet(f"encoder.down_blocks.{i}.resnets.{j}", width, out, None)
+            width = out
+        if i < len(widths) - 1:
+            names.conv(f"encoder.down_blocks.{i}.downsamplers.0.conv", out, out)
+    add_mid("encoder", width)
+    names.norm("encoder.conv_norm_out", width)
+    names.conv("encoder.conv_out", width, 2 * latent)  # mean and log-variance
+    if config.use_quant_conv:
+        names.conv("quant_conv", 2 * latent, 2 * latent, 1)
+    if config.use_post_quant_conv:
+        names.conv("post_quant_conv", latent, latent, 1)
+    width = widths[-1]
+    names.conv("decoder.conv_in", latent, width)
+    add_mid("decoder", width)
+    for i, out in enumerate(reversed(widths)):
+        for j in range(config.layers_per_block + 1):
+            names.resnet(f"decoder.up_blocks.{i}.resnets.{j}", width, out, None)
+            width = out
+        if i < len(widths) - 1:
+            names.conv(f"decoder.up_blocks.{i}.upsamplers.0.conv", out, out)
+    names.norm("decoder.conv_norm_out", width)
+    names.conv("decoder.conv_out", width, config.out_channels)
+    return names.shapes
+
+
+def expected_parameters(config: ComponentConfig) -> dict[str, Shape]:
+    """Name and shape of every parameter that a component with this config has."""
+    if isinstance(config, CLIPTextConfig):
+        return clip_parameters(config)
+    if isinstance(config, UNet2DConditionConfig):
+        return unet_parameters(config)
+    return vae_parameters(config)
