@@ -1,9 +1,10 @@
 """What the config.json of a component means: frozen dataclasses, read strictly.
 
-Fields carry the key names of diffusers and transformers. A key that is absent takes the default of the
-reference class (as those libraries do). Every key of a file is one of three things: used, known to have
-no effect on what is computed here (``*_NO_EFFECT``, with the reason beside it), or an error. A value that
-would change the computation in a way that is not implemented is an error too, by name.
+Fields carry the key names of diffusers and transformers. A key that is absent takes the default
+of the reference class (as those libraries do). Every key of a file is one of three things: used,
+known to have no effect on what is computed here (``*_NO_EFFECT``, with the reason beside it), or
+an error. A value that would change the computation in a way that is not implemented is an error
+too, by name.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class _Reader:
     def per_block_depths(
         self, key: str, default: int, layers: tuple[int, ...]
     ) -> tuple[tuple[int, ...], ...]:
-        """Transformer depth of each layer of each block: one number, or a list, or a list of lists."""
+        """Transformer depth of each layer of each block: a number, a list, or a list of lists."""
         value = self.take(key, default)
         blocks = tuple(value) if isinstance(value, (list, tuple)) else (value,) * len(layers)
         expected = f"a whole number, or a list of {len(layers)} whole numbers or lists"
@@ -129,8 +130,8 @@ class _Reader:
         if unknown:
             shown = ", ".join(f"{k} = {self.left[k]!r}" for k in unknown[:10])
             raise ConfigError(
-                f"{self.where}: {len(unknown)} unknown key(s): {shown}; it may change what the model "
-                "computes, so it is not ignored (remove it if you know that it has no effect)"
+                f"{self.where}: {len(unknown)} unknown key(s): {shown}; it may change what the "
+                "model computes, so it is not ignored (remove it if you know it has no effect)"
             )
 
 
@@ -138,7 +139,7 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-# ------------------------------------------------------------------------------------------ text encoder
+# ------------------------------------------------------------------------------------- text encoder
 
 _TRAINING = "only used in training"
 _SETTING = "a library setting, not part of the computation"
@@ -160,13 +161,14 @@ CLIP_NO_EFFECT: dict[str, str] = {
     # What transformers' PretrainedConfig writes into every file, by version.
     """add_cross_attention bad_words_ids begin_suppress_tokens chunk_size_feed_forward
     cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample early_stopping
-    encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id id2label is_decoder is_encoder_decoder label2id length_penalty max_length
+    encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id id2label is_decoder is_encoder_decoder label2id length_penalty max_length
     min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
     output_hidden_states output_scores prefix problem_type pruned_heads remove_invalid_values
     repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
     task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings
-    tokenizer_class top_k top_p torchscript typical_p use_bfloat16 use_cache use_return_dict""".split(),
+    tokenizer_class top_k top_p torchscript typical_p use_bfloat16 use_cache
+    use_return_dict""".split(),
     _SETTING,
 )
 
@@ -202,8 +204,8 @@ class CLIPTextConfig:
         Args:
             data: the JSON object.
             where: the file's name in messages.
-            with_projection: whether the class is CLIPTextModelWithProjection (model_index.json knows);
-                None: as ``architectures`` says.
+            with_projection: whether the class is CLIPTextModelWithProjection (model_index.json
+                knows); None: as ``architectures`` says.
         Raises: ConfigError.
         """
         reader = _Reader(data, where, ("CLIPTextModel", "CLIPTextModelWithProjection"))
@@ -235,7 +237,7 @@ class CLIPTextConfig:
         return config
 
 
-# ------------------------------------------------------------------------------------------------- U-Net
+# -------------------------------------------------------------------------------------------- U-Net
 
 UNET_NO_EFFECT: dict[str, str] = {
     "dropout": _TRAINING,
@@ -256,10 +258,11 @@ class BlockSpec:
         type: diffusers' class name.
         in_channels: channels of the input of the first resnet (before a skip is concatenated).
         out_channels: channels of the output.
-        skip_channels: for an up block, the channels of the skip that each resnet concatenates; else ().
+        skip_channels: for an up block, the channels of the skip that each resnet concatenates;
+            else ().
         num_layers: number of resnets.
-        transformer_layers: transformer blocks in the Transformer2DModel after each resnet (for the mid
-            block: between its two resnets); () where there is no attention.
+        transformer_layers: transformer blocks in the Transformer2DModel after each resnet (for the
+            mid block: between its two resnets); () where there is no attention.
         num_attention_heads: heads of each attention.
         cross_attention_dim: width of encoder_hidden_states.
         only_cross_attention: attn1 attends to the text as well.
@@ -280,13 +283,15 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class UNet2DConditionConfig:
-    """The denoising U-Net (Rombach et al. 2022, Podell et al. 2023), as diffusers' UNet2DConditionModel.
+    """The denoising U-Net, as diffusers' UNet2DConditionModel.
 
-    Values that a file may give once for all blocks are tuples with one entry for each block, from the
-    input down. ``num_attention_heads`` is the number of heads: files call it ``attention_head_dim`` (a
-    slip of diffusers that is kept for compatibility) unless they write ``num_attention_heads``.
-    ``transformer_layers_per_block`` has for each block one entry for each resnet; the up path's are in
-    ``up_transformer_layers_per_block``, in the order of the up blocks.
+    Values that a file may give once for all blocks are tuples with one entry for each block, from
+    the input down. ``num_attention_heads`` is the number of heads: files call it
+    ``attention_head_dim`` (a slip of diffusers that is kept for compatibility) unless they write
+    ``num_attention_heads``. ``transformer_layers_per_block`` has for each block one entry for each
+    resnet; the up path's are in ``up_transformer_layers_per_block``, in the order of the up blocks.
+
+    Source: Rombach et al. 2022 (SD 1.x, 2.x); Podell et al. 2023 (SDXL).
     """
 
     sample_size: tuple[int, int] | None
@@ -346,7 +351,7 @@ class UNet2DConditionConfig:
 
     @property
     def mid_block(self) -> BlockSpec | None:
-        """The block at the lowest resolution; None for models without one (BK-SDM small and tiny)."""
+        """The block at the lowest resolution; None for models without one (BK-SDM small, tiny)."""
         if self.mid_block_type is None:
             return None
         attends = self.mid_block_type == "UNetMidBlock2DCrossAttn"
@@ -411,8 +416,8 @@ class UNet2DConditionConfig:
         only("class_embeddings_concat", False, False)
         only("mid_block_only_cross_attention", None, None, False)
         for key in (
-            "encoder_hid_dim encoder_hid_dim_type class_embed_type num_class_embeds time_embedding_dim "
-            "time_embedding_act_fn timestep_post_act cross_attention_norm"
+            "encoder_hid_dim encoder_hid_dim_type class_embed_type num_class_embeds "
+            "time_embedding_dim time_embedding_act_fn timestep_post_act cross_attention_norm"
         ).split():
             only(key, None, None)
 
@@ -508,17 +513,19 @@ class UNet2DConditionConfig:
         return config
 
 
-# --------------------------------------------------------------------------------------------------- VAE
+# ---------------------------------------------------------------------------------------------- VAE
 
 VAE_NO_EFFECT: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
 class AutoencoderKLConfig:
-    """The autoencoder between pixels and latents (Rombach et al. 2022), as diffusers' AutoencoderKL.
+    """The autoencoder between pixels and latents, as diffusers' AutoencoderKL.
 
     Latents that the U-Net sees: ``(z - shift_factor) * scaling_factor``, or, where the file gives
     ``latents_mean`` and ``latents_std``, ``(z - mean) * scaling_factor / std``.
+
+    Source: Rombach et al. 2022.
     """
 
     in_channels: int

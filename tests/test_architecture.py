@@ -1,0 +1,94 @@
+"""Imports point one way (docs/architecture.md); this holds them to it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Each layer may import from the layers before it; parts of one layer do not import each other, except
+# where ALLOWED says so.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("errors",),
+    ("config",),
+    ("params",),
+    ("tokenizer", "noise", "image", "metadata", "samplers", "weights", "hub"),
+    ("reference", "models", "convert"),
+    ("pipeline",),
+    ("cli",),
+)
+ALLOWED = {("weights", "tokenizer")}
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+# Only these parts may import these packages.
+ONLY_IN = {"mlx": {"models"}, "click": {"cli"}, "huggingface_hub": {"hub"}, "PIL": {"image", "metadata"}}
+NEVER = {"torch", "diffusers", "transformers", "scipy", "matplotlib"}
+
+
+def part_of(path: Path) -> str:
+    """The part of the house a file belongs to: errors, models, convert, ..."""
+    relative = path.relative_to(ROOT)
+    return "convert" if relative.parts[0] == "convert" else relative.with_suffix("").parts[1]
+
+
+def imported(source: str, package: str) -> set[str]:
+    """Absolute names of all modules that a source file imports, wherever the statement stands."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parents, base]).rstrip(".")
+            names |= {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def violations(part: str, source: str) -> list[str]:
+    """What a source file of this part imports against the rules."""
+    found = []
+    for name in imported(source, f"mlxdiff.{part}"):
+        top, *rest = name.split(".")
+        if top in NEVER or part not in ONLY_IN.get(top, {part}):
+            found.append(f"{part} imports {top}")
+        if top == "mlxdiff" and rest and rest[0] in LEVEL and rest[0] != part:
+            upward = LEVEL[rest[0]] >= LEVEL[part] and (part, rest[0]) not in ALLOWED
+            if upward:
+                found.append(f"{part} imports mlxdiff.{rest[0]}")
+    return sorted(set(found))
+
+
+SOURCES = sorted(
+    path
+    for folder in ("mlxdiff", "convert")
+    for path in (ROOT / folder).rglob("*.py")
+    if part_of(path) not in ("__init__", "__main__")
+)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    part = part_of(path)
+    assert part in LEVEL, f"{part} has no place in the table of layers"
+    assert violations(part, path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "statement"),
+    [
+        ("samplers", "import mlx.core as mx"),
+        ("convert", "from mlxdiff.models import unet"),
+        ("models", "from mlxdiff.reference.layers import Linear"),
+        ("errors", "import mlxdiff.config"),
+        ("reference", "from ..models import clip"),
+        ("weights", "def f():\n    import torch"),
+        ("tokenizer", "from mlxdiff import weights"),
+        ("pipeline", "from mlxdiff.cli import main"),
+    ],
+)
+def test_a_planted_violation_is_found(part: str, statement: str) -> None:
+    assert violations(part, statement)

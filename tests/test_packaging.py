@@ -1,0 +1,41 @@
+"""The list of packages in pyproject.toml is written by hand; this compares it with the folders."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_every_package_is_listed() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    block = re.search(r"^packages = \[(.*?)\]", text, re.M | re.S)
+    assert block is not None
+    listed = set(re.findall(r'"([\w.]+)"', block[1]))
+    folders = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for path in (ROOT / "mlxdiff").rglob("__init__.py")
+    }
+    assert listed == folders | {"mlxdiff.convert"}
+    assert not [p for p in (ROOT / "convert").iterdir() if p.is_dir() and p.name != "__pycache__"]
+
+
+def test_convert_has_one_name_only() -> None:
+    """Nothing called `convert` may be importable, not even from the repository's root."""
+    run = subprocess.run(
+        [sys.executable, "-c", "import convert"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 1
+    assert "mlxdiff.convert" in run.stderr
+
+
+def test_importing_mlxdiff_is_cheap() -> None:
+    code = (
+        "import sys, mlxdiff; heavy = {'numpy', 'mlx', 'PIL', 'click', 'huggingface_hub', 'tokenizers'};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
