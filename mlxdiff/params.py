@@ -1,8 +1,9 @@
-"""What a checkpoint must hold, exactly: the name and shape of every tensor, worked out from the config.
+"""What a checkpoint must hold, exactly: name and shape of every tensor, worked out from the config.
 
 Names are diffusers' and transformers' parameter names (the text encoder's with the ``text_model.``
 prefix of published files). Shapes are in the layout of the converted folder: linear (out, in),
-convolution (out, kH, kW, in). The converter, both model implementations and the tests are held to this.
+convolution (out, kH, kW, in). The converter, both model implementations and the tests are held to
+this.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Each layer may import from the layers before it; parts of one layer do not import each other, except
-# where ALLOWED says so.
+# Each layer may import from the layers before it; parts of one layer do not import each other,
+# except where ALLOWED says so.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("config",),
@@ -23,7 +23,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 ALLOWED = {("weights", "tokenizer")}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Only these parts may import these packages.
-ONLY_IN = {"mlx": {"models"}, "click": {"cli"}, "huggingface_hub": {"hub"}, "PIL": {"image", "metadata"}}
+ONLY_IN = {
+    "mlx": {"models"},
+    "click": {"cli"},
+    "huggingface_hub": {"hub"},
+    "PIL": {"image", "metadata"},
+}
 NEVER = {"torch", "diffusers", "transformers", "scipy", "matplotlib"}
 
 

@@ -1,4 +1,4 @@
-"""mlxdiff/reference and mlxdiff/models mirror each other, class by class and argument by argument."""
+"""mlxdiff/reference and mlxdiff/models mirror each other, down to the arguments."""
 
 from __future__ import annotations
 

@@ -34,7 +34,8 @@ def test_convert_has_one_name_only() -> None:
 
 def test_importing_mlxdiff_is_cheap() -> None:
     code = (
-        "import sys, mlxdiff; heavy = {'numpy', 'mlx', 'PIL', 'click', 'huggingface_hub', 'tokenizers'};"
+        "import sys, mlxdiff;"
+        "heavy = {'numpy', 'mlx', 'PIL', 'click', 'huggingface_hub', 'tokenizers'};"
         "print(sorted(heavy & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

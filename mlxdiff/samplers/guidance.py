@@ -1,0 +1,60 @@
+"""Classifier-free guidance, on arrays of either backend.
+
+Source: Ho and Salimans 2022, "Classifier-Free Diffusion Guidance", eq. 6 (with w + 1 as ``scale``,
+the convention of Stable Diffusion); the rescale is Lin et al. 2023, "Common Diffusion Noise
+Schedules and Sample Steps are Flawed", eqs. 15 and 16; the embedding of the scale is Meng et al.
+2023, "On Distillation of Guided Diffusion Models", as Latent Consistency Models use it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+Array = Any  # np.ndarray or mx.array
+
+
+def is_guided(scale: float) -> bool:
+    """Whether a scale needs the unconditional prediction at all: as the reference, only above 1."""
+    return scale > 1.0
+
+
+def guide(uncond: Array, cond: Array, scale: float, rescale: float = 0.0) -> Array:
+    """Combine the predictions without and with the prompt.
+
+    Args:
+        uncond: prediction for the negative prompt, (B, H, W, C), float32.
+        cond: prediction for the prompt, same shape.
+        scale: guidance scale; 1 gives ``cond``.
+        rescale: share (0 to 1) of the result whose standard deviation, per picture, is brought back
+            to that of ``cond``.
+    Returns: the guided prediction, (B, H, W, C), float32.
+    """
+    guided = uncond + scale * (cond - uncond)
+    if rescale == 0.0:
+        return guided
+    ratio = _variance(cond) / _variance(guided)
+    return rescale * (guided * ratio**0.5) + (1.0 - rescale) * guided
+
+
+def _variance(x: Array) -> Array:
+    # One value for each picture. n or n - 1 in the divisor makes no difference to a ratio.
+    return x.var(axis=(1, 2, 3), keepdims=True)
+
+
+def guidance_scale_embedding(scale: float, dim: int) -> np.ndarray:
+    """What a model with ``time_cond_proj_dim`` is told of the guidance scale.
+
+    Args:
+        scale: the guidance scale.
+        dim: the model's time_cond_proj_dim.
+    Returns: (1, dim) float32: sines, then cosines, of 1000 (scale - 1) at ``dim // 2`` frequencies.
+    """
+    half = dim // 2
+    frequencies = np.exp(
+        np.arange(half, dtype=np.float32) * np.float32(-np.log(10000.0) / (half - 1))
+    )
+    angles = np.float32((scale - 1.0) * 1000.0) * frequencies
+    embedding = np.concatenate([np.sin(angles), np.cos(angles), np.zeros(dim % 2, np.float32)])
+    return embedding[None].astype(np.float32)
