@@ -1,1 +1,45 @@
-"""mlxdiff."""
+"""Stable Diffusion on Apple Silicon and other small machines.
+
+    import mlxdiff
+
+    pipe = mlxdiff.load()  # the built-in model; or a folder, or a hub id
+    result = pipe.generate("a red circle on a blue background", seed=0)
+    result.images[0].save("circle.png")
+
+Importing this module is cheap: everything heavy is loaded on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mlxdiff.errors import CheckpointError, ConfigError, HubError, MlxdiffError, UsageError
+
+if TYPE_CHECKING:
+    from mlxdiff.pipeline import Pipeline, Result, Step, load
+
+__version__ = "0.1.0"
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "HubError",
+    "MlxdiffError",
+    "Pipeline",
+    "Result",
+    "Step",
+    "UsageError",
+    "__version__",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Pipeline", "Result", "Step", "load"):
+        from mlxdiff import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module 'mlxdiff' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

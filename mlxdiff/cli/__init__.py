@@ -1,0 +1,115 @@
+"""The command line: parses and prints, computes nothing.
+
+Subcommands are imported when they are used, so that ``mlxdiff --help`` is quick. Exit codes: 0; 2 for
+what the user can put right (one line, no traceback); 1 for a fault of ours; 130 when interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+import mlxdiff
+from mlxdiff.errors import MlxdiffError
+
+# name -> module with a click command of the same name, one-line help.
+COMMANDS = {
+    "generate": ("mlxdiff.cli.generate", "Draw pictures from a prompt."),
+    "convert": ("mlxdiff.cli.convert", "Convert a model to a folder that loads fast."),
+    "info": ("mlxdiff.cli.info", "Tell what a model, or a picture that was drawn, is made of."),
+}
+_DEBUG = "mlxdiff.debug"
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Failure(click.ClickException):
+    """An error that has its exit code; shown as one line."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(" ".join(message.split("\n")))
+        self.exit_code = exit_code
+
+
+class Main(click.Group):
+    """A group whose commands live in modules of their own, and whose failures are one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module(COMMANDS[name][0]), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, help_) for name, (_, help_) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except KeyboardInterrupt:
+            click.echo("Interrupted; nothing half-written is left.", err=True)
+            raise click.exceptions.Exit(130) from None
+        except Exception as error:
+            if ctx.meta.get(_DEBUG):
+                raise
+            if isinstance(error, MlxdiffError):
+                raise _Failure(str(error), error.exit_code) from None
+            if isinstance(error, OSError) and error.strerror:
+                where = f"{error.filename}: " if error.filename else ""
+                raise _Failure(f"{where}{error.strerror}", 2) from None
+            if isinstance(error, MemoryError):
+                raise _Failure(f"out of memory ({error}); try a smaller size", 2) from None
+            raise _Failure(
+                f"a fault of mlxdiff: {type(error).__name__}: {error}; "
+                "run again with --debug and please report what it prints",
+                1,
+            ) from None
+
+
+def common_options(command: F) -> F:
+    """``--quiet`` and ``--debug``, for every subcommand."""
+
+    def remember(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
+        ctx.meta[_DEBUG] = value
+        return value
+
+    for option in (
+        click.option(
+            "--debug", is_flag=True, callback=remember, expose_value=False, help="Show tracebacks."
+        ),
+        click.option("--quiet", is_flag=True, help="No progress and no notes."),
+    ):
+        command = option(command)
+    return command
+
+
+class _Notes(logging.Handler):
+    """Shows what the library warns of on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"Note: {record.getMessage()}", err=True)
+
+
+def show_notes(quiet: bool) -> None:
+    """Print the library's warnings to stderr, or do not."""
+    logger = logging.getLogger("mlxdiff")
+    logger.handlers = [logging.NullHandler() if quiet else _Notes(logging.WARNING)]
+    logger.propagate = False
+
+
+@click.command(cls=Main, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(mlxdiff.__version__, prog_name="mlxdiff")
+def main() -> None:
+    """Stable Diffusion on Apple Silicon and other small machines.
+
+    mlxdiff generate "a red circle on a blue background"  draws with the built-in model.
+    """

@@ -1,0 +1,6 @@
+"""``python -m mlxdiff`` is the command ``mlxdiff``."""
+
+from mlxdiff.cli import main
+
+if __name__ == "__main__":
+    main(prog_name="mlxdiff")

@@ -1,0 +1,293 @@
+"""``mlxdiff generate``: prompts in, PNG files out."""
+
+from __future__ import annotations
+
+import json
+import string
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlxdiff.cli import common_options, show_notes
+from mlxdiff.errors import UsageError
+
+# Options that make up the picture: what --from-image can bring back.
+_PICTURE = (
+    "negative_prompt prompt_2 negative_prompt_2 width height steps guidance guidance_rescale "
+    "sampler schedule original_size target_size crop"
+).split()
+
+
+class Pair(click.ParamType):
+    """Two whole numbers with a separator between them, such as 512x768."""
+
+    def __init__(self, separator: str, names: str) -> None:
+        self.separator, self.name = separator, names
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            first, second = (int(part) for part in value.lower().split(self.separator))
+        except ValueError:
+            self.fail(f"{value!r} is not of the form {self.name}", param, ctx)
+        return first, second
+
+
+SIZE = Pair("x", "HxW")
+POINT = Pair(",", "Y,X")
+
+
+@click.command(context_settings={"show_default": False})
+@click.argument("text", metavar="[PROMPT]", required=False)
+@click.option("-p", "--prompt", help="What to draw, in place of PROMPT; may be empty.")
+@click.option(
+    "--prompt-file",
+    type=click.Path(dir_okay=False),
+    help="Prompts, one a line; - is standard input.",
+)
+@click.option("-n", "--negative-prompt", help="What not to draw.")
+@click.option("--prompt-2", help="SDXL: the prompt of the second text encoder.")
+@click.option("--negative-prompt-2", help="SDXL: its negative prompt.")
+@click.option(
+    "-m",
+    "--model",
+    help="Converted folder, diffusers folder, or hub id org/name[@revision]. "
+    "Default: the built-in model.",
+)
+@click.option("-W", "--width", type=int, help="Pixels. Default: the model's own.")
+@click.option("-H", "--height", type=int, help="Pixels. Default: the model's own.")
+@click.option("--steps", type=int, help="Evaluations of the U-Net for each picture.")
+@click.option(
+    "-g",
+    "--guidance",
+    "--cfg-scale",
+    type=float,
+    help="Classifier-free guidance scale; none at 1 and below. Default: 7.5, SDXL 5.",
+)
+@click.option("--guidance-rescale", type=float, help="Rescale of the guided prediction, 0 to 1.")
+@click.option("-s", "--seed", type=int, help="As torch takes it. Default: random, printed.")
+@click.option(
+    "-b", "--count", type=int, default=1, help="Pictures for each prompt, with seeds s, s+1, ..."
+)
+@click.option("--sampler", help="Default: auto. A wrong name lists all.")
+@click.option("--schedule", help="Default: auto. A wrong name lists all.")
+@click.option("--original-size", type=SIZE, metavar="HxW", help="SDXL: micro-conditioning.")
+@click.option("--target-size", type=SIZE, metavar="HxW", help="SDXL: micro-conditioning.")
+@click.option("--crop", type=POINT, metavar="Y,X", help="SDXL: micro-conditioning.")
+@click.option("--backend", default="auto", help="auto (default), mlx or numpy.")
+@click.option("--dtype", default="auto", help="auto (default), float32, float16 or bfloat16.")
+@click.option(
+    "-o",
+    "--output",
+    help="PNG file; {seed} and {index} are filled in. Default: mlxdiff-{seed}.png.",
+)
+@click.option("--force", is_flag=True, help="Overwrite files that exist.")
+@click.option("--no-metadata", is_flag=True, help="Write no prompt and settings into the PNG.")
+@click.option(
+    "--from-image",
+    type=click.Path(dir_okay=False),
+    help="Take the settings of a picture that mlxdiff (or A1111) drew; options override them.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a picture on stdout.")
+@common_options
+def generate(
+    text: str | None,
+    prompt: str | None,
+    prompt_file: str | None,
+    model: str | None,
+    seed: int | None,
+    count: int,
+    backend: str,
+    dtype: str,
+    output: str | None,
+    force: bool,
+    no_metadata: bool,
+    from_image: str | None,
+    as_json: bool,
+    quiet: bool,
+    **picture: Any,
+) -> None:
+    """Draw pictures from a PROMPT and say where they are.
+
+    \b
+    mlxdiff generate "a red circle on a blue background" --seed 7
+    mlxdiff generate -m stabilityai/sd-turbo "a lighthouse in a storm" --steps 4 -g 0
+    """
+    start = time.perf_counter()
+    show_notes(quiet)
+    if count < 1:
+        raise UsageError(f"--count is {count}; expected at least 1")
+    replay: dict[str, Any] = {}
+    if from_image is not None:
+        replay = _replay(from_image)
+        model = replay.pop("model", None) if model is None else model
+        seed = replay.pop("seed", None) if seed is None else seed
+    prompts = _prompts(text, prompt, prompt_file, replay.pop("prompt", None))
+    arguments = replay | {k: v for k, v in picture.items() if v is not None}
+
+    from mlxdiff.pipeline import load, pick_seeds
+
+    seeds = pick_seeds(seed, count)
+    paths = _paths(output, len(prompts), seeds)
+    _refuse_overwriting(paths, force)
+    pipe = load(model, backend=backend, dtype=dtype, progress=None if quiet else _downloading)
+    pipe.settings(prompts[0], **arguments)  # wrong settings are refused before anything is drawn
+    for index, one in enumerate(prompts):
+        _draw(
+            pipe,
+            one,
+            seeds,
+            paths[index * count : (index + 1) * count],
+            arguments,
+            {"force": force, "metadata": not no_metadata, "json": as_json, "quiet": quiet},
+            start,
+        )
+        start = time.perf_counter()
+
+
+def _prompts(
+    text: str | None, prompt: str | None, prompt_file: str | None, replayed: str | None
+) -> list[str]:
+    """The prompts to draw, from the one place that gives them."""
+    given = [
+        name
+        for name, value in (("PROMPT", text), ("--prompt", prompt), ("--prompt-file", prompt_file))
+        if value is not None
+    ]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} are both given; give one")
+    if prompt_file is not None:
+        try:
+            lines = (
+                sys.stdin.read() if prompt_file == "-" else Path(prompt_file).read_text("utf-8")
+            ).splitlines()
+        except UnicodeDecodeError:
+            raise UsageError(f"{prompt_file}: not a UTF-8 text file") from None
+        prompts = [line for line in lines if line.strip()]
+        if not prompts:
+            raise UsageError(f"{prompt_file}: holds no prompt; expected one on each line")
+        return prompts
+    for value in (text, prompt, replayed):
+        if value is not None:
+            return [value]
+    raise UsageError('no prompt is given; for example: mlxdiff generate "a red circle"')
+
+
+def _replay(path: str) -> dict[str, Any]:
+    """The settings that a picture carries, as arguments of ``generate``."""
+    from mlxdiff.metadata import read
+
+    found = read(path)
+    replay = {name: getattr(found, name, None) for name in (*_PICTURE, "prompt", "seed", "model")}
+    return {name: value for name, value in replay.items() if value is not None}
+
+
+def _paths(output: str | None, prompts: int, seeds: list[int]) -> list[Path]:
+    """One file for each picture."""
+    if output is None:
+        output = "mlxdiff-{seed}.png" if prompts == 1 else "mlxdiff-{seed}-{index}.png"
+    try:
+        fields = {name for _, name, _, _ in string.Formatter().parse(output) if name is not None}
+    except ValueError as error:
+        raise UsageError(f"--output {output!r}: {error}; write {{{{ for a brace") from None
+    if fields - {"seed", "index"}:
+        raise UsageError(f"--output {output!r}: only {{seed}} and {{index}} are filled in")
+    if not output.lower().endswith(".png"):
+        raise UsageError(f"--output {output!r}: pictures are written as PNG; end it in .png")
+    paths = [
+        Path(output.format(seed=seed, index=prompt * len(seeds) + i)).expanduser()
+        for prompt in range(prompts)
+        for i, seed in enumerate(seeds)
+    ]
+    if len(set(paths)) < len(paths):
+        raise UsageError(
+            f"--output {output!r} gives {len(paths)} pictures the same name; "
+            "put {index} into it" + (" or {seed}" if prompts == 1 else "")
+        )
+    return paths
+
+
+def _refuse_overwriting(paths: list[Path], force: bool) -> None:
+    for path in paths:
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder; --output names a PNG file")
+        if path.exists() and not force:
+            raise UsageError(f"{path} exists; give another --output, or --force to overwrite it")
+
+
+def _downloading(*args: Any) -> None:
+    click.echo(" ".join(map(str, args)), err=True)
+
+
+def _draw(
+    pipe: Any,
+    prompt: str,
+    seeds: list[int],
+    paths: list[Path],
+    arguments: dict[str, Any],
+    options: dict[str, bool],
+    start: float,
+) -> None:
+    """Draw the pictures of one prompt, write and report them."""
+    from mlxdiff.image import save_png
+    from mlxdiff.metadata import Metadata
+
+    bar = None
+
+    def on_step(step: Any) -> None:
+        nonlocal bar
+        if bar is None or step.index == 0:
+            if bar is not None:
+                bar.render_finish()
+            bar = click.progressbar(
+                length=step.total,
+                label=f"seed {step.seed}",
+                item_show_func=lambda s: f"{s:.2f} s/step" if s is not None else None,
+                file=sys.stderr,
+            )
+        bar.update(1, step.seconds)
+
+    try:
+        result = pipe.generate(
+            prompt,
+            seed=seeds[0],
+            count=len(seeds),
+            on_step=None if options["quiet"] else on_step,
+            **arguments,
+        )
+    finally:
+        if bar is not None:
+            bar.render_finish()
+    for i, (image, seed, path) in enumerate(zip(result.images, result.seeds, paths, strict=True)):
+        text = Metadata.of(result, i, pipe).chunks() if options["metadata"] else {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_png(image, path, text, overwrite=options["force"])
+        seconds = time.perf_counter() - start
+        if options["json"]:
+            click.echo(json.dumps(_record(result, path, seed, seconds)))
+        else:
+            click.echo(f"{path}  seed {seed}  {seconds:.1f} s")
+
+
+def _record(result: Any, path: Path, seed: int, seconds: float) -> dict[str, Any]:
+    """What --json says of a picture. Seconds by stage are those of the whole run of its prompt."""
+    s = result.settings
+    stages = {k: round(v, 4) for k, v in result.timings.items() if k != "steps"}
+    return {
+        "path": str(path),
+        "seed": seed,
+        "width": s.width,
+        "height": s.height,
+        "steps": s.steps,
+        "guidance": s.guidance,
+        "sampler": s.sampler,
+        "schedule": s.schedule,
+        "seconds": stages | {"total": round(seconds, 4)},
+        "peak_memory_bytes": result.peak_memory,
+    }
