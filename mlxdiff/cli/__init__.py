@@ -1,7 +1,8 @@
 """The command line: parses and prints, computes nothing.
 
-Subcommands are imported when they are used, so that ``mlxdiff --help`` is quick. Exit codes: 0; 2 for
-what the user can put right (one line, no traceback); 1 for a fault of ours; 130 when interrupted.
+Subcommands are imported when they are used, so that ``mlxdiff --help`` is quick. Exit codes: 0; 2
+for what the user can put right (one line, no traceback); 1 for a fault of ours; 130 when
+interrupted.
 """
 
 from __future__ import annotations

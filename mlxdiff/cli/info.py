@@ -1,0 +1,53 @@
+"""``mlxdiff info``: what a model or a drawn picture is made of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlxdiff.cli import common_options, show_notes
+
+
+@click.command()
+@click.argument("path", required=False)
+@click.option("--json", "as_json", is_flag=True, help="As JSON on stdout.")
+@common_options
+def info(path: str | None, as_json: bool, quiet: bool) -> None:
+    """Tell what PATH is: a model (folder or hub id; default: the built-in one) or a picture."""
+    show_notes(quiet)
+    facts = _picture(path) if path is not None and Path(path).is_file() else _model(path)
+    if as_json:
+        click.echo(json.dumps(facts, ensure_ascii=False))
+    else:
+        for line in _lines(facts):
+            click.echo(line)
+
+
+def _picture(path: str) -> dict[str, Any]:
+    from mlxdiff.metadata import read
+
+    return read(path).to_dict()
+
+
+def _model(path: str | None) -> dict[str, Any]:
+    from mlxdiff.convert import describe
+    from mlxdiff.pipeline import BUILTIN
+
+    return describe(BUILTIN if path is None else path)
+
+
+def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
+    """A nested mapping as ``key: value`` lines."""
+    lines = []
+    for key, value in facts.items():
+        label = f"{indent}{key.replace('_', ' ')}:"
+        if isinstance(value, dict):
+            lines += [label, *_lines(value, indent + "  ")] if value else []
+        elif isinstance(value, list):
+            lines.append(f"{label} {', '.join(map(str, value))}")
+        elif value is not None:
+            lines.append(f"{label} {value}")
+    return lines
