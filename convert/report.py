@@ -1,0 +1,98 @@
+"""What a conversion did, tensor by tensor: for the terminal and as JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ComponentReport:
+    """One component.
+
+    Attributes:
+        name: "unet", for example.
+        file: file or index that its weights came from, relative to the source.
+        converted: tensors that were used.
+        parameters: values in them.
+        transforms: name of a layout change -> tensors it was applied to.
+        ignored: tensors that were not used, with the reason: (name, reason).
+        dtypes: stored type in the source -> tensors.
+        bytes_in, bytes_out: size of the used tensors in the source, and in the result.
+    """
+
+    name: str
+    file: str
+    converted: int
+    parameters: int
+    transforms: dict[str, int]
+    ignored: tuple[tuple[str, str], ...]
+    dtypes: dict[str, int]
+    bytes_in: int
+    bytes_out: int
+
+    def lines(self) -> list[str]:
+        lines = [
+            f"{self.name}: {self.converted} tensors, {human_count(self.parameters)} parameters, "
+            f"{human_bytes(self.bytes_in)} ({'/'.join(self.dtypes)}) -> "
+            f"{human_bytes(self.bytes_out)}"
+        ]
+        reasons = Counter(reason for _, reason in self.ignored)
+        lines += [f"  {count} ignored: {reason}" for reason, count in reasons.items()]
+        return lines
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole conversion. ``str()`` is for people, ``to_dict()`` for programs."""
+
+    source: str
+    dest: Path
+    family: str
+    dtype: str
+    components: tuple[ComponentReport, ...]
+    notes: tuple[str, ...]
+    seconds: float
+
+    @property
+    def bytes_out(self) -> int:
+        return sum(c.bytes_out for c in self.components)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self) | {
+            "dest": str(self.dest),
+            "bytes_out": self.bytes_out,
+            "components": [
+                asdict(c) | {"ignored": [{"name": n, "reason": r} for n, r in c.ignored]}
+                for c in self.components
+            ],
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        lines = [line for component in self.components for line in component.lines()]
+        lines += [f"note: {note}" for note in self.notes]
+        lines.append(
+            f"{self.source} ({self.family}) -> {self.dest}: {human_bytes(self.bytes_out)} in "
+            f"{self.dtype}, {self.seconds:.1f} s; every tensor accounted for"
+        )
+        return "\n".join(lines)
+
+
+def human_bytes(size: int) -> str:
+    """1719000000 -> "1.72 GB" (powers of ten)."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.3g} {unit}"
+    return f"{size} B"
+
+
+def human_count(count: int) -> str:
+    """859520964 -> "860 M"."""
+    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return str(count)

@@ -1,0 +1,70 @@
+"""Changes of layout between a checkpoint and us: named, invertible, all that happens to values.
+
+PyTorch stores a convolution as (out, in, kH, kW), MLX as (out, kH, kW, in). A 1x1 convolution and a
+linear layer are the same thing; checkpoints of different age store one or the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlxdiff.params import Shape
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A change of layout.
+
+    Attributes:
+        name: what reports call it.
+        shape: shape of the source -> shape of the result; None where it does not apply.
+        forward: values of the source -> values in our layout.
+        inverse: the way back, exactly.
+    """
+
+    name: str
+    shape: Callable[[Shape], Shape | None]
+    forward: Callable[[np.ndarray], np.ndarray]
+    inverse: Callable[[np.ndarray], np.ndarray]
+
+
+def _is_conv1x1(shape: Shape) -> bool:
+    return len(shape) == 4 and shape[2:] == (1, 1)
+
+
+identity = Transform("identity", lambda s: s if len(s) < 4 else None, lambda x: x, lambda x: x)
+oihw_to_ohwi = Transform(
+    "oihw_to_ohwi",
+    lambda s: (s[0], s[2], s[3], s[1]) if len(s) == 4 else None,
+    lambda x: x.transpose(0, 2, 3, 1),
+    lambda x: x.transpose(0, 3, 1, 2),
+)
+conv1x1_to_linear = Transform(
+    "conv1x1_to_linear",
+    lambda s: s[:2] if _is_conv1x1(s) else None,
+    lambda x: x[:, :, 0, 0],
+    lambda x: x[:, :, None, None],
+)
+linear_to_conv1x1 = Transform(
+    "linear_to_conv1x1",
+    lambda s: (s[0], 1, 1, s[1]) if len(s) == 2 else None,
+    lambda x: x[:, None, None, :],
+    lambda x: x[:, 0, 0, :],
+)
+
+TRANSFORMS = (identity, oihw_to_ohwi, conv1x1_to_linear, linear_to_conv1x1)
+
+
+def choose(source: Shape, target: Shape) -> Transform | None:
+    """The transform that takes the one shape to the other; None where none does.
+
+    At most one does: source and target have the same number of dimensions for the first two (below
+    four, and four), 4 -> 2 and 2 -> 4 for the others.
+    """
+    for transform in TRANSFORMS:
+        if transform.shape(source) == target:
+            return transform
+    return None

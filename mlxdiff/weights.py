@@ -1,0 +1,778 @@
+"""The converted folder and the safetensors files in it: read, write, check.
+
+A file is opened by its header alone; a tensor's bytes are mapped only while someone holds the
+array, so that memory depends on the largest tensor, not on the file. The reader is our own because
+safetensors' NumPy reader refuses bfloat16, and because every fault of a file has to be one clear
+CheckpointError. Format: https://github.com/huggingface/safetensors (8 bytes of little-endian header
+length, a JSON header, the tensors); the folder is described in docs/checkpoint-format.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+import mlxdiff
+from mlxdiff.config import (
+    AutoencoderKLConfig,
+    CLIPTextConfig,
+    ComponentConfig,
+    UNet2DConditionConfig,
+    read_json,
+)
+from mlxdiff.errors import CheckpointError, ConfigError, UsageError
+from mlxdiff.params import Shape, expected_parameters
+
+if TYPE_CHECKING:
+    from mlxdiff.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+MANIFEST = "mlxdiff.json"
+COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae")
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+SHARD_BYTES = 5_000_000_000
+MAX_HEADER_BYTES = 100_000_000  # as the reference implementation of the format
+
+# Type name in a safetensors header -> bytes a value, NumPy type of the stored bits.
+_STORED: dict[str, tuple[int, str]] = {
+    "F64": (8, "<f8"),
+    "F32": (4, "<f4"),
+    "F16": (2, "<f2"),
+    "BF16": (2, "<u2"),
+    "I64": (8, "<i8"),
+    "I32": (4, "<i4"),
+    "I16": (2, "<i2"),
+    "I8": (1, "|i1"),
+    "U64": (8, "<u8"),
+    "U32": (4, "<u4"),
+    "U16": (2, "<u2"),
+    "U8": (1, "|u1"),
+    "BOOL": (1, "|b1"),
+    "F8_E4M3": (1, "|u1"),
+    "F8_E5M2": (1, "|u1"),
+}
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types that a weight may be stored in."""
+
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""Types that we write, by the name that people use."""
+
+Progress = Callable[[int, int, str], None]
+"""Called with bytes done, bytes in all, and what is being worked on."""
+
+
+# ---------------------------------------------------------------------------------- reading tensors
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is known by shape and type, and read when it is asked for.
+
+    Attributes:
+        shape: dimensions of what ``read`` returns.
+        dtype: type name of the stored values, as safetensors writes it ("F16", "BF16", ...).
+        read: reads the values; BF16 comes as float32, exactly. The array may be a read-only view of
+            the file. Raises: CheckpointError.
+    """
+
+    shape: Shape
+    dtype: str
+    read: Callable[[], np.ndarray] = field(repr=False, compare=False)
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored values."""
+        return self.size * _STORED[self.dtype][0]
+
+
+class TensorFile:
+    """A safetensors file whose header has been checked: every byte belongs to exactly one tensor.
+
+    Attributes:
+        path: the file.
+        metadata: the strings under ``__metadata__``.
+        tensors: name -> LazyTensor, in the order of the header.
+    Raises: CheckpointError, for anything that is not a whole and sound safetensors file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        header, start, end = _read_header(self.path)
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            raise self._fault("__metadata__ is not a table of strings")
+        self.metadata: dict[str, str] = metadata
+        self.tensors: dict[str, LazyTensor] = {}
+        spans: list[tuple[int, int, str]] = []
+        for name, entry in header.items():
+            tensor, begin, stop = self._entry(name, entry, start)
+            self.tensors[name] = tensor
+            spans.append((begin, stop, name))
+        place = 0
+        for begin, stop, name in sorted(spans):
+            if begin != place:
+                what = "overlaps another tensor" if begin < place else "leaves a hole before it"
+                raise self._fault(f"tensor {name!r} {what} (offset {begin}, expected {place})")
+            place = stop
+        if place > end - start:
+            raise self._fault(
+                f"truncated: {start + place} bytes expected, {end} found; download it again"
+            )
+        if place < end - start:
+            raise self._fault(f"{end - start - place} bytes at the end belong to no tensor")
+
+    def _fault(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {what}")
+
+    def _entry(self, name: str, entry: Any, start: int) -> tuple[LazyTensor, int, int]:
+        """Check one tensor's entry; the tensor, and its place in the data."""
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise self._fault(
+                f"tensor {name!r}: expected dtype, shape and data_offsets in the header"
+            )
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in _STORED:
+            raise self._fault(f"tensor {name!r} has type {dtype!r}; known: {', '.join(_STORED)}")
+        if not _are_sizes(shape):
+            raise self._fault(f"tensor {name!r} has shape {shape!r}")
+        if not _are_sizes(offsets) or len(offsets) != 2:
+            raise self._fault(f"tensor {name!r} has data_offsets {offsets!r}")
+        begin, stop = offsets
+        size = math.prod(shape) * _STORED[dtype][0]
+        if stop - begin != size:
+            raise self._fault(
+                f"tensor {name!r} is given {stop - begin} bytes; {dtype} {shape} takes {size}"
+            )
+        path, offset, shape = self.path, start + begin, tuple(shape)
+        return (
+            LazyTensor(shape, dtype, lambda: _read_values(path, name, dtype, shape, offset)),
+            begin,
+            stop,
+        )
+
+
+def _are_sizes(values: Any) -> bool:
+    """Whether this is a list of whole numbers that can be sizes or offsets."""
+    return (
+        isinstance(values, list)
+        and len(values) <= 32
+        and all(type(v) is int and 0 <= v < 2**63 for v in values)
+    )
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header of a safetensors file, where the data begins, and the file's length."""
+    try:
+        with path.open("rb") as file:
+            end = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > end - 8 or length > MAX_HEADER_BYTES:
+                raise CheckpointError(f"{path}: {_not_safetensors(prefix, end)}")
+            raw = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: not a safetensors file (its header is no JSON: {error})"
+        ) from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: not a safetensors file (its header is no JSON object)")
+    return header, 8 + length, end
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} stands there twice")
+    return result
+
+
+def _not_safetensors(prefix: bytes, size: int) -> str:
+    """What a file is whose first bytes are no safetensors header."""
+    if size == 0:
+        return "is empty"
+    if prefix.startswith(b"version "):
+        return "is a Git LFS pointer, not the weights; run `git lfs pull` in its repository"
+    if prefix.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return "is a PyTorch pickle, not a safetensors file"
+    if prefix.startswith(b"GGUF"):
+        return "is a GGUF file, which is not supported; take the safetensors of the same model"
+    if prefix.lstrip().startswith(b"<"):
+        return "is a web page, not the weights; download it again"
+    return f"not a safetensors file, or truncated ({size} bytes)"
+
+
+def _read_values(path: Path, name: str, dtype: str, shape: Shape, offset: int) -> np.ndarray:
+    """Map the bytes of one tensor; they leave memory with the array."""
+    width, stored = _STORED[dtype]
+    if dtype.startswith("F8"):
+        raise CheckpointError(
+            f"{path}: tensor {name!r} is 8-bit floating point ({dtype}), not supported yet; "
+            "take the float16 or bfloat16 file of the model"
+        )
+    count = math.prod(shape)
+    if count == 0:
+        return np.empty(shape, np.float32 if dtype == "BF16" else stored)
+    start = offset - offset % mmap.ALLOCATIONGRANULARITY
+    try:
+        with path.open("rb") as file:
+            data = mmap.mmap(
+                file.fileno(), offset - start + count * width, access=mmap.ACCESS_READ, offset=start
+            )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: tensor {name!r} cannot be read ({error})") from None
+    values = np.frombuffer(data, stored, count, offset - start).reshape(shape)
+    if dtype == "BF16":
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values
+
+
+def open_weights(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
+    """All tensors of a safetensors file, or of the shards that an ``.index.json`` names.
+
+    Raises: CheckpointError; for a missing shard, for a tensor that is not where the index says or
+        is in two shards.
+    """
+    path = Path(path)
+    if not path.name.endswith(".json"):
+        return TensorFile(path).tensors
+    tensors: dict[str, LazyTensor] = {}
+    place: dict[str, str] = {}
+    weight_map = _read_weight_map(path)
+    for shard in sorted(set(weight_map.values())):
+        if not (path.parent / shard).is_file():
+            raise CheckpointError(f"{path}: the shard {shard} is missing from the folder")
+        for name, tensor in TensorFile(path.parent / shard).tensors.items():
+            if name in tensors:
+                raise CheckpointError(f"{path}: tensor {name!r} is in {place[name]} and in {shard}")
+            tensors[name], place[name] = tensor, shard
+    for name, shard in weight_map.items():
+        if place.get(name) != shard:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} is not in {shard}, where the index has it"
+            )
+    return tensors
+
+
+def _read_weight_map(path: Path) -> dict[str, str]:
+    """The ``weight_map`` of an index: tensor name -> file name in the same folder."""
+    try:
+        weight_map = read_json(path).get("weight_map")
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: has no weight_map, so it is no index of shards")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or shard in ("", ".", "..") or set(shard) & set("/\\\0"):
+            raise CheckpointError(
+                f"{path}: {shard!r}, for {name!r}, is no file name in this folder"
+            )
+        if not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{path}: names {shard!r}, which is no safetensors file")
+    return weight_map
+
+
+def shard_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The files behind what ``open_weights`` takes: the file itself, or index and shards."""
+    path = Path(path)
+    if not path.name.endswith(".json"):
+        return [path]
+    return [path, *(path.parent / name for name in sorted(set(_read_weight_map(path).values())))]
+
+
+def check_parameters(found: Mapping[str, Shape], config: ComponentConfig, where: str) -> None:
+    """Hold tensors against ``expected_parameters(config)``: every name, every shape, nothing else.
+
+    Raises: CheckpointError that lists at most ten names of each kind of fault, and how many there
+        are.
+    """
+    expected = expected_parameters(config)
+    raise_faults(
+        where,
+        missing=[name for name in expected if name not in found],
+        unknown=[name for name in found if name not in expected],
+        misshapen=[
+            f"{name} is {found[name]}, expected {shape}"
+            for name, shape in expected.items()
+            if name in found and tuple(found[name]) != shape
+        ],
+    )
+
+
+def raise_faults(where: str, **faults: list[str]) -> None:
+    """Raise a CheckpointError for these faults (kind -> names); nothing where all are empty."""
+    parts = []
+    for kind, names in faults.items():
+        if names:
+            shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+            parts.append(f"{len(names)} {kind} tensor{'s'[: len(names) > 1]}: {shown}")
+    if parts:
+        raise CheckpointError(f"{where}: {'; '.join(parts)}")
+
+
+# ---------------------------------------------------------------------------------- writing tensors
+
+
+def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    """Values in the type that is written; bfloat16 as its bits (uint16), rounded to nearest even.
+
+    Args:
+        array: float16, float32 or float64, finite.
+        dtype: "float32", "float16" or "bfloat16".
+        name: the tensor's name, for the message.
+    Raises: CheckpointError where a value is beyond the range of that type.
+    """
+    if dtype == "bfloat16":
+        bits = array.astype(np.float32).view(np.uint32)
+        result = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
+        fits = not ((result & 0x7F80) == 0x7F80).any()
+    else:
+        with np.errstate(over="ignore"):
+            result = array.astype({"float16": "<f2", "float32": "<f4"}[dtype], copy=False)
+        fits = result.dtype == array.dtype or bool(np.isfinite(result).all())
+    if not fits:
+        other = "bfloat16 or float32" if dtype == "float16" else "float32"
+        raise CheckpointError(
+            f"{name}: values up to {np.abs(array).max():.6g} do not fit {dtype}; "
+            f"convert with {other}"
+        )
+    return result
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, LazyTensor],
+    dtype: str,
+    on_tensor: Callable[[int, str], None] = lambda size, name: None,
+) -> str:
+    """Write a safetensors file tensor by tensor, in the order given: memory is one tensor's.
+
+    Args:
+        path: file to write.
+        tensors: what to write.
+        dtype: "float32", "float16" or "bfloat16".
+        on_tensor: called with bytes and name after each tensor.
+    Returns: sha256 of the file, in hex.
+    Raises: CheckpointError, from reading or casting a tensor.
+    """
+    kind, width = DTYPES[dtype], _STORED[DTYPES[dtype]][0]
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    place = 0
+    for name, tensor in tensors.items():
+        stop = place + tensor.size * width
+        header[name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": (place, stop)}
+        place = stop
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+
+        def put(data: Any) -> None:
+            file.write(data)
+            digest.update(data)
+
+        put(len(raw).to_bytes(8, "little"))
+        put(raw)
+        for name, tensor in tensors.items():
+            values = np.ascontiguousarray(cast(tensor.read(), dtype, name))
+            if values.shape != tensor.shape:
+                raise AssertionError(f"{name}: read {values.shape}, announced {tensor.shape}")
+            put(values.reshape(-1).view(np.uint8).data)
+            on_tensor(values.nbytes, name)
+    return digest.hexdigest()
+
+
+def _shards(
+    tensors: Mapping[str, LazyTensor], width: int, limit: int
+) -> dict[str, dict[str, LazyTensor]]:
+    """Split into files of at most ``limit`` bytes (a larger tensor gets its own), by file name."""
+    groups: list[dict[str, LazyTensor]] = [{}]
+    room = limit
+    for name, tensor in tensors.items():
+        size = tensor.size * width
+        if size > room and groups[-1]:
+            groups.append({})
+            room = limit
+        groups[-1][name] = tensor
+        room -= size
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    total = len(groups)
+    return {f"model-{i:05d}-of-{total:05d}.safetensors": g for i, g in enumerate(groups, 1)}
+
+
+# --------------------------------------------------------------------------------------- the folder
+
+
+class ModelSource(Protocol):
+    """What a pipeline needs of a model, converted or not."""
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+
+    @property
+    def family(self) -> str:
+        """ "sd1", "sd2", "sdxl", "sdxl-refiner"."""
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Those of COMPONENTS that the model has."""
+
+    @property
+    def model_index(self) -> dict[str, Any]:
+        """model_index.json."""
+
+    @property
+    def scheduler_config(self) -> dict[str, Any]:
+        """scheduler_config.json."""
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Origin of the weights: source, revision and, once converted, sha256 of each file."""
+
+    def config(self, component: str) -> Any:
+        """The component's config; CLIPTextConfig, UNet2DConditionConfig or AutoencoderKLConfig."""
+
+    def tensors(self, component: str) -> dict[str, LazyTensor]:
+        """Every tensor, with our name and layout, complete and checked; the caller's to pop."""
+
+    def tokenizer(self, name: str = "tokenizer") -> Tokenizer:
+        """The tokenizer, padding as its files say or else as the family does."""
+
+    def documents(self) -> dict[str, bytes]:
+        """All files but the weights: relative path -> content."""
+
+
+class ModelFolder:
+    """A folder in the shape that diffusers writes: model_index.json and a folder for each part.
+
+    The common ground of converted and unconverted models; subclasses say what the tensors are.
+    Raises: CheckpointError or ConfigError on opening, for a missing or malformed file.
+    """
+
+    family: str
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.model_index: dict[str, Any] = read_json(self.path / "model_index.json")
+        self.components: tuple[str, ...] = tuple(c for c in COMPONENTS if self.class_name(c))
+        self._configs = {name: self._read_config(name) for name in self.components}
+        self.scheduler_config: dict[str, Any] = read_json(
+            self.path / "scheduler" / "scheduler_config.json"
+        )
+
+    def class_name(self, part: str) -> str | None:
+        """Class that model_index.json gives for a part; None where the model does not have it."""
+        entry = self.model_index.get(part)
+        if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
+            return None
+        return entry[1]
+
+    def _read_config(self, component: str) -> ComponentConfig:
+        where = self.path / component / "config.json"
+        data = read_json(where)
+        if component == "unet":
+            return UNet2DConditionConfig.from_dict(data, str(where))
+        if component == "vae":
+            return AutoencoderKLConfig.from_dict(data, str(where))
+        projects = self.class_name(component) == "CLIPTextModelWithProjection"
+        return CLIPTextConfig.from_dict(data, str(where), with_projection=projects)
+
+    def config(self, component: str) -> Any:
+        return self._configs[component]
+
+    def tokenizer(self, name: str = "tokenizer") -> Tokenizer:
+        from mlxdiff.tokenizer import Tokenizer
+
+        folder = self.path / name
+        files = (folder / "tokenizer_config.json", folder / "special_tokens_map.json")
+        if any("pad_token" in read_json(file) for file in files if file.is_file()):
+            return Tokenizer.from_folder(folder)
+        # SD 2 and the second encoder of SDXL are OpenCLIP models, padded with id 0 ("!").
+        openclip = self.family == "sd2" or name == "tokenizer_2"
+        return Tokenizer.from_folder(folder, pad_token="!" if openclip else "<|endoftext|>")
+
+    def documents(self) -> dict[str, bytes]:
+        paths = [Path("model_index.json"), Path("scheduler") / "scheduler_config.json"]
+        paths += [Path(name) / "config.json" for name in self.components]
+        paths += [Path(name) / file for name in TOKENIZERS for file in TOKENIZER_FILES]
+        return {
+            path.as_posix(): (self.path / path).read_bytes()
+            for path in paths
+            if (self.path / path).is_file()
+        }
+
+
+class ConvertedFolder(ModelFolder):
+    """A folder that ``write_folder`` made, its manifest and headers checked."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        path = Path(path)
+        self.manifest = _read_manifest(path)
+        self.family = self.manifest["family"]
+        super().__init__(path)
+        for name, entry in self.manifest["files"].items():
+            _check_size(path / name, entry["bytes"])
+        self._tensors = {name: self._open(name) for name in self.components}
+
+    def _open(self, component: str) -> dict[str, LazyTensor]:
+        folder = self.path / component
+        index = folder / "model.safetensors.index.json"
+        tensors = open_weights(index if index.is_file() else folder / "model.safetensors")
+        check_parameters(
+            {n: t.shape for n, t in tensors.items()}, self.config(component), str(folder)
+        )
+        raise_faults(
+            str(folder),
+            mistyped=[f"{n} ({t.dtype})" for n, t in tensors.items() if t.dtype not in FLOATS],
+        )
+        return tensors
+
+    @property
+    def dtype(self) -> str:
+        """Type of the stored weights, "float16" for example."""
+        return str(self.manifest["dtype"])
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return dict(self.manifest["source"])
+
+    def tensors(self, component: str) -> dict[str, LazyTensor]:
+        return dict(self._tensors[component])
+
+    def verify(self) -> None:
+        """Hold every file against the sha256 in the manifest. Raises: CheckpointError."""
+        for name, entry in self.manifest["files"].items():
+            if sha256(self.path / name) != entry["sha256"]:
+                raise CheckpointError(
+                    f"{self.path / name}: changed since it was written; convert again"
+                )
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """mlxdiff.json, of a version that we know and with the keys that we write."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder")
+    where = path / MANIFEST
+    if not where.is_file():
+        raise CheckpointError(f"{path}: not a converted folder (it has no {MANIFEST})")
+    try:
+        manifest = read_json(where)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where}: format version {version!r} is unknown to mlxdiff {mlxdiff.__version__}, "
+            f"which reads {FORMAT_VERSION}; convert the model again, or update mlxdiff"
+        )
+    files = manifest.get("files")
+    sound = (
+        isinstance(manifest.get("family"), str)
+        and manifest.get("dtype") in DTYPES
+        and isinstance(manifest.get("source"), dict)
+        and isinstance(files, dict)
+        and all(
+            isinstance(e, dict) and type(e.get("bytes")) is int and isinstance(e.get("sha256"), str)
+            for e in files.values()
+        )
+    )
+    if not sound:
+        raise CheckpointError(f"{where}: family, dtype, source or files is missing or malformed")
+    return manifest
+
+
+def _check_size(path: Path, expected: int) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing from the converted folder; convert again")
+    found = path.stat().st_size
+    if found != expected:
+        raise CheckpointError(
+            f"{path}: truncated or changed: {expected} bytes expected, {found} found; convert again"
+        )
+
+
+def open_folder(path: str | os.PathLike[str]) -> ConvertedFolder:
+    """Open a converted folder: manifest, file sizes, names and shapes of all tensors are checked.
+
+    Raises: CheckpointError that names what is wrong; ConfigError for a config file.
+    """
+    return ConvertedFolder(path)
+
+
+def write_folder(
+    source: ModelSource,
+    dest: str | os.PathLike[str],
+    dtype: str = "float16",
+    *,
+    provenance: Mapping[str, Any] | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write a model as a converted folder; the same source gives the same bytes.
+
+    It is written beside ``dest`` under a temporary name and renamed whole, so that after any
+    failure or interruption nothing new is there.
+
+    Args:
+        source: the model.
+        dest: folder to make; its parents are made too.
+        dtype: type of all weights, "float16", "bfloat16" or "float32".
+        provenance: what the manifest says of the source; default: ``source.provenance``.
+        force: replace ``dest`` if it is a converted folder (nothing else is ever replaced).
+        progress: called after each tensor.
+        shard_bytes: a component that takes more is split into files of at most this size.
+    Returns: dest.
+    Raises: UsageError (dest, dtype, space), CheckpointError (a tensor that cannot be read or
+        stored).
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    dest = Path(dest)
+    width = _STORED[DTYPES[dtype]][0]
+    tensors = {name: source.tensors(name) for name in source.components}
+    total = sum(t.size * width for part in tensors.values() for t in part.values())
+    done = 0
+
+    def advance(size: int, name: str) -> None:
+        nonlocal done
+        done += size
+        if progress is not None:
+            progress(done, total, name)
+
+    with _new_folder(dest, total, force) as folder:
+        files: dict[str, bytes] = dict(source.documents())
+        digests: dict[str, str] = {}
+        for component, part in tensors.items():
+            (folder / component).mkdir()
+            shards = _shards(part, width, shard_bytes)
+            for file, members in shards.items():
+                digests[f"{component}/{file}"] = write_safetensors(
+                    folder / component / file,
+                    members,
+                    dtype,
+                    lambda size, name, c=component: advance(size, f"{c}/{name}"),  # type: ignore[misc]
+                )
+            if len(shards) > 1:
+                size = sum(t.size for t in part.values()) * width
+                files[f"{component}/model.safetensors.index.json"] = _json(
+                    {
+                        "metadata": {"total_size": size},
+                        "weight_map": {n: f for f, members in shards.items() for n in members},
+                    }
+                )
+        for name, content in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+            digests[name] = hashlib.sha256(content).hexdigest()
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "mlxdiff": mlxdiff.__version__,
+            "family": source.family,
+            "dtype": dtype,
+            "source": dict(source.provenance if provenance is None else provenance),
+            "files": {
+                name: {"bytes": (folder / name).stat().st_size, "sha256": digests[name]}
+                for name in sorted(digests)
+            },
+        }
+        (folder / MANIFEST).write_bytes(_json(manifest))
+    return dest
+
+
+@contextmanager
+def _new_folder(dest: Path, size: int, force: bool) -> Iterator[Path]:
+    """A temporary folder that becomes ``dest`` when the block ends well, and goes otherwise."""
+    check_dest(dest, force)
+    parents = [p for p in dest.absolute().parents if not p.exists()]
+    temporary = dest.absolute().with_name(f".{dest.name}.{uuid.uuid4().hex[:8]}.partial")
+    old = temporary.with_suffix(".old")
+    try:
+        try:
+            temporary.mkdir(parents=True)
+            free = shutil.disk_usage(temporary).free
+            if free < size:
+                raise UsageError(
+                    f"{dest}: needs {size / 1e9:.2f} GB, only {free / 1e9:.2f} GB are free there"
+                )
+            yield temporary
+            if dest.exists():
+                check_dest(dest, force)  # it may have come into being meanwhile
+                dest.rename(old)
+            temporary.rename(dest)
+        except OSError as error:
+            raise UsageError(f"{dest}: cannot be written ({error.strerror or error})") from error
+    except BaseException:
+        if old.exists() and not dest.exists():
+            old.rename(dest)
+        shutil.rmtree(temporary, ignore_errors=True)
+        for parent in parents:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_dest(dest: str | os.PathLike[str], force: bool) -> None:
+    """Whether a converted folder may be written there. Raises: UsageError."""
+    dest = Path(dest)
+    if not os.path.lexists(dest):
+        return
+    if not force:
+        raise UsageError(
+            f"{dest} exists already; give another name, or force (--force) to replace it"
+        )
+    if (
+        dest.is_symlink()
+        or not dest.is_dir()
+        or not ((dest / MANIFEST).is_file() or not any(dest.iterdir()))
+    ):
+        raise UsageError(
+            f"{dest} is not a converted folder, so it is not replaced; remove it yourself"
+        )
+
+
+def _json(data: Any) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def sha256(path: Path, on_bytes: Callable[[int], None] = lambda size: None) -> str:
+    """sha256 of a file, in hex. ``on_bytes`` is called with the size of each piece read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+            on_bytes(len(piece))
+    return digest.hexdigest()
