@@ -1,0 +1,129 @@
+"""MLX as a backend: how the pipeline loads networks and moves arrays without knowing mlx.
+
+Mirrors reference/backend.py. This is the module to import; it says what to do where there is no
+mlx.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from mlxdiff.config import (
+    AutoencoderKLConfig,
+    CLIPTextConfig,
+    ComponentConfig,
+    UNet2DConditionConfig,
+)
+from mlxdiff.errors import UsageError
+from mlxdiff.weights import LazyTensor, check_parameters
+
+try:
+    import mlx.core as mx
+except ImportError as error:
+    raise UsageError(
+        f"MLX cannot be imported ({error}); install it with `pip install mlx` (Apple silicon) or "
+        "`pip install 'mlx[cpu]'` (Linux), or use the NumPy backend (--backend numpy)"
+    ) from None
+
+from mlxdiff.models.clip import CLIPTextModel
+from mlxdiff.models.layers import Module
+from mlxdiff.models.unet import UNet2DConditionModel
+from mlxdiff.models.vae import AutoencoderKL
+
+_MODELS: dict[type, Callable[..., Module]] = {
+    CLIPTextConfig: CLIPTextModel,
+    UNet2DConditionConfig: UNet2DConditionModel,
+    AutoencoderKLConfig: AutoencoderKL,
+}
+_FLOATS = ("float32", "float16", "bfloat16")
+
+
+class Backend:
+    """Loads networks and converts arrays.
+
+    Attributes:
+        name: "mlx".
+        dtype: name of the dtype that weights get unless ``load`` is told otherwise: float32,
+            float16 or bfloat16.
+    Raises: UsageError for another dtype.
+    """
+
+    name = "mlx"
+
+    def __init__(self, dtype: str = "float32") -> None:
+        _dtype(dtype)
+        self.dtype = dtype
+
+    def load(
+        self,
+        config: ComponentConfig,
+        tensors: Mapping[str, LazyTensor],
+        dtype: str | None = None,
+    ) -> Module:
+        """Build the network of a config and give it its weights.
+
+        Tensors are read, converted and dropped one by one: memory peaks at the network and one
+        tensor.
+
+        Args:
+            config: decides the class.
+            tensors: exactly those of ``expected_parameters(config)``.
+            dtype: of the weights; None: the backend's.
+        Raises: CheckpointError for a missing, unknown or misshapen tensor; UsageError for the
+            dtype.
+        """
+        kind = _MODELS[type(config)]
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        check_parameters(shapes, config, f"weights for {kind.__name__}")
+        model, target = kind(config), _dtype(dtype or self.dtype)
+        weights = []
+        for name, tensor in tensors.items():
+            weight = mx.array(tensor.read()).astype(target)
+            mx.eval(weight)
+            weights.append((name, weight))
+        model.load_weights(weights)
+        return model
+
+    def asarray(self, x: np.ndarray | mx.array, dtype: str | None = None) -> mx.array:
+        """An MLX array of these values, in the dtype of this name (int32 too); None: as they are."""
+        return mx.array(x, None if dtype is None else _dtype(dtype, "int32"))
+
+    def to_numpy(self, x: mx.array) -> np.ndarray:
+        """The values as float32."""
+        return np.array(x.astype(mx.float32))
+
+    def evaluate(self, *arrays: Any) -> None:
+        """Compute arrays (or tuples of them) now."""
+        mx.eval(*arrays)
+
+    def concatenate(self, arrays: list[mx.array], axis: int = 0) -> mx.array:
+        """Join arrays along an axis."""
+        return mx.concatenate(arrays, axis=axis)
+
+    @staticmethod
+    def has_gpu() -> bool:
+        """Whether arrays are computed on a GPU."""
+        return mx.default_device() == mx.gpu
+
+    @staticmethod
+    def default_dtype() -> str:
+        """float16 on a GPU; float32 on a CPU, where half precision is far slower."""
+        return "float16" if Backend.has_gpu() else "float32"
+
+    def peak_memory(self) -> int:
+        """The most bytes that MLX held at once so far."""
+        return mx.get_peak_memory()
+
+    def clear_cache(self) -> None:
+        """Give freed buffers back to the system."""
+        mx.clear_cache()
+
+
+def _dtype(name: str, *more: str) -> mx.Dtype:
+    if name not in (*_FLOATS, *more):
+        raise UsageError(f"dtype {name!r} is not one of {', '.join((*_FLOATS, *more))}")
+    dtype: mx.Dtype = getattr(mx, name)
+    return dtype

@@ -1,0 +1,150 @@
+"""CLIP's text encoder in MLX (Radford et al. 2021), OpenCLIP's included. Mirrors reference/clip.py.
+
+Shape letters: B batch, T tokens, D hidden_size, P projection_dim.
+Source: transformers models/clip/modeling_clip.py.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mlxdiff.config import CLIPTextConfig
+from mlxdiff.models.layers import Embedding, LayerNorm, Linear, Module, activation, attention
+
+
+class CLIPTextOutput(NamedTuple):
+    """What a text encoder says about a prompt.
+
+    Attributes:
+        last_hidden_state: (B, T, D), after the final layer norm.
+        hidden_states: num_hidden_layers + 1 arrays (B, T, D), before the final layer norm; the
+            first is the embeddings.
+        pooled: (B, D), last_hidden_state at the end of the text.
+        text_embeds: (B, P), pooled and projected; None where the model has no projection.
+    """
+
+    last_hidden_state: mx.array
+    hidden_states: tuple[mx.array, ...]
+    pooled: mx.array
+    text_embeds: mx.array | None
+
+
+class CLIPTextEmbeddings(Module):
+    """Token and position embeddings: (B, T) int -> (B, T, D)."""
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.token_embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def __call__(self, input_ids: mx.array) -> mx.array:
+        positions = mx.arange(input_ids.shape[1])
+        return self.token_embedding(input_ids) + self.position_embedding(positions)
+
+
+class CLIPAttention(Module):
+    """Multi-head self-attention: x (B, T, D), mask (T, T) -> (B, T, D)."""
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.q_proj = Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = Linear(config.hidden_size, config.hidden_size)
+
+    def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
+        return self.out_proj(
+            attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, mask)
+        )
+
+
+class CLIPMLP(Module):
+    """Two linear layers with the config's activation between them."""
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.activation = activation(config.hidden_act)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class CLIPEncoderLayer(Module):
+    """A transformer layer, normalized before attention and before the MLP."""
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.self_attn = CLIPAttention(config)
+        self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = CLIPMLP(config)
+        self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
+        x = x + self.self_attn(self.layer_norm1(x), mask)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIPEncoder(Module):
+    """All layers. Returns the input and the output of each layer, num_hidden_layers + 1 arrays."""
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.layers = [CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers)]
+
+    def __call__(self, x: mx.array, mask: mx.array) -> list[mx.array]:
+        hidden_states = [x]
+        for layer in self.layers:
+            hidden_states.append(layer(hidden_states[-1], mask))
+        return hidden_states
+
+
+class CLIPTextTransformer(Module):
+    """Embeddings, causal encoder, final layer norm, and the state at the end of the text."""
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.eos_token_id = config.eos_token_id
+        self.embeddings = CLIPTextEmbeddings(config)
+        self.encoder = CLIPEncoder(config)
+        self.final_layer_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def __call__(self, input_ids: mx.array) -> CLIPTextOutput:
+        length = input_ids.shape[1]
+        positions = mx.arange(length)
+        causal = positions[:, None] >= positions
+        hidden_states = self.encoder(self.embeddings(input_ids), causal)
+        last = self.final_layer_norm(hidden_states[-1])
+        # Configs with the legacy eos_token_id 2 come with tokenizers whose end is the largest id.
+        legacy = self.eos_token_id == 2
+        end = input_ids.max(axis=1, keepdims=True) if legacy else self.eos_token_id
+        # The first such position; 0 where there is none.
+        where = mx.where(input_ids == end, positions, length).min(axis=1) % length
+        pooled = last[mx.arange(len(last)), where]
+        return CLIPTextOutput(last, tuple(hidden_states), pooled, None)
+
+
+class CLIPTextModel(Module):
+    """The text encoder, with a projection of the pooled state where the config has one.
+
+    Args:
+        input_ids: (B, T) int, T at most max_position_embeddings.
+    Returns: CLIPTextOutput, in the dtype of the weights.
+    """
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.text_model = CLIPTextTransformer(config)
+        self.text_projection = None
+        if config.with_projection:
+            self.text_projection = Linear(config.hidden_size, config.projection_dim, bias=False)
+
+    def __call__(self, input_ids: mx.array) -> CLIPTextOutput:
+        output = self.text_model(input_ids)
+        if self.text_projection is None:
+            return output
+        return output._replace(text_embeds=self.text_projection(output.pooled))

@@ -1,0 +1,262 @@
+"""The layers that the networks are made of, in MLX. Mirrors reference/layers.py.
+
+Feature maps are (B, H, W, C). Every layer computes in the dtype of its weights, except where a line
+says float32. Activations are written out here instead of taken from mlx.nn: those are compiled
+functions, and compiling on Linux runs g++ at run time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+class Module(nn.Module):
+    """Base of all layers and networks: a tree whose leaves are parameters.
+
+    Constructing one costs no memory: parameters are lazy zeros that are never computed, because
+    ``load_weights`` (strict) replaces every one of them.
+    """
+
+
+class Linear(Module):
+    """Affine map of the last axis; weight (out, in)."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = mx.zeros((out_features, in_features))
+        if bias:
+            self.bias = mx.zeros((out_features,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return _affine(x, self.weight, self.get("bias"))
+
+
+class Conv2d(Module):
+    """Convolution with a square kernel and zero padding; weight (out, kH, kW, in).
+
+    Args:
+        x: (B, H, W, in_channels).
+    Returns: (B, H', W', out_channels).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.stride = stride
+        self.padding = padding
+        self.weight = mx.zeros((out_channels, kernel_size, kernel_size, in_channels))
+        if bias:
+            self.bias = mx.zeros((out_channels,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        weight, bias = self.weight, self.get("bias")
+        if weight.shape[1] == 1 and self.stride == 1 and self.padding == 0:
+            return _affine(x, weight.reshape(weight.shape[0], -1), bias)
+        x = mx.conv2d(x, weight, self.stride, self.padding)
+        return x if bias is None else x + bias
+
+
+class GroupNorm(Module):
+    """Group normalization (Wu and He 2018) of (B, H, W, C), statistics in float32.
+
+    Mean, variance, weight and bias are folded into one scale and one shift for each sample and
+    channel, so that the feature map itself is only multiplied and added to.
+    """
+
+    def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.num_groups = num_groups
+        self.eps = eps
+        self.weight = mx.zeros((num_channels,))
+        self.bias = mx.zeros((num_channels,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x32 = x.astype(mx.float32)
+        mean = self._group_mean(x32)
+        variance = self._group_mean(mx.square(x32 - mean))
+        scale = mx.rsqrt(variance + self.eps) * self.weight.astype(mx.float32)
+        shift = self.bias.astype(mx.float32) - mean * scale
+        return (x32 * scale + shift).astype(x.dtype)
+
+    def _group_mean(self, x: mx.array) -> mx.array:
+        """(B, H, W, C) -> (B, 1, 1, C), each channel with the mean of its group."""
+        batch, channels = x.shape[0], x.shape[-1]
+        # One axis at a time: sums of sums, ten times more accurate than one long float32 sum.
+        means = x.mean(axis=2).mean(axis=1).reshape(batch, self.num_groups, -1)
+        means = mx.broadcast_to(means.mean(axis=-1, keepdims=True), means.shape)
+        return means.reshape(batch, 1, 1, channels)
+
+
+class LayerNorm(Module):
+    """Layer normalization (Ba et al. 2016) of the last axis; accumulates in float32."""
+
+    def __init__(self, dims: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = mx.zeros((dims,))
+        self.bias = mx.zeros((dims,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.fast.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class Embedding(Module):
+    """Rows of a table by their number: (...) int -> (..., dims)."""
+
+    def __init__(self, num_embeddings: int, dims: int) -> None:
+        super().__init__()
+        self.weight = mx.zeros((num_embeddings, dims))
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        return self.weight[ids]
+
+
+def _affine(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
+    return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+
+
+def silu(x: mx.array) -> mx.array:
+    """x times its logistic sigmoid."""
+    return x * mx.sigmoid(x)
+
+
+def gelu(x: mx.array) -> mx.array:
+    """x times the normal distribution function of x (Hendrycks and Gimpel 2016), by exact erf."""
+    return x * (0.5 * (1 + mx.erf(x * math.sqrt(0.5))))
+
+
+def quick_gelu(x: mx.array) -> mx.array:
+    """OpenAI CLIP's approximation of gelu."""
+    return x * mx.sigmoid(1.702 * x)
+
+
+def activation(name: str) -> Callable[[mx.array], mx.array]:
+    """The function that a config calls by this name: silu, gelu or quick_gelu."""
+    return {"silu": silu, "gelu": gelu, "quick_gelu": quick_gelu}[name]
+
+
+# Unfused attention holds its float32 scores; more than this many bytes are computed in parts.
+_SCORES_BYTES = 128 << 20
+# Head dimensions with a fused Metal kernel for any lengths, in every MLX that we support.
+_METAL_HEAD_DIMS = (64, 80, 128)
+
+
+def attention(
+    q: mx.array, k: mx.array, v: mx.array, heads: int, mask: mx.array | None = None
+) -> mx.array:
+    """Scaled dot-product attention (Vaswani et al. 2017).
+
+    Where MLX has a fused kernel, heads are zero-padded to a dimension that it takes: the zeros add
+    nothing to the scores and give zero columns, so the result is the same. Elsewhere the scores are
+    float32 whatever the inputs are (float16 scores can overflow), for as many queries at a time as
+    memory allows.
+
+    Args:
+        q: queries, (B, Lq, heads * D).
+        k, v: keys and values, (B, Lk, heads * D).
+        heads: number of heads.
+        mask: bool (Lq, Lk), true where a query sees a key; None: everywhere.
+    Returns: (B, Lq, heads * D), dtype of q.
+    """
+    batch, length, width = q.shape
+    head_dim = width // heads
+    scale = head_dim**-0.5
+    q, k, v = (x.reshape(batch, -1, heads, head_dim).transpose(0, 2, 1, 3) for x in (q, k, v))
+    fused_dim = _fused_head_dim(head_dim, q.dtype)
+    if fused_dim is None:
+        out = _unfused_attention(q, k, v, scale, mask)
+    else:
+        if fused_dim > head_dim:
+            padding = [(0, 0)] * 3 + [(0, fused_dim - head_dim)]
+            q, k, v = (mx.pad(x, padding) for x in (q, k, v))
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+        out = out[..., :head_dim]
+    return out.transpose(0, 2, 1, 3).reshape(batch, length, width)
+
+
+def _fused_head_dim(head_dim: int, dtype: mx.Dtype) -> int | None:
+    """The head dimension to run a fused kernel at, ``head_dim`` or more; None: there is none."""
+    if mx.default_device() != mx.gpu:
+        return None
+    if mx.metal.is_available():
+        return next((dim for dim in _METAL_HEAD_DIMS if dim >= head_dim), None)
+    # CUDA: cuDNN's attention, half precision only.
+    return head_dim if dtype != mx.float32 and head_dim % 8 == 0 and head_dim <= 128 else None
+
+
+def _unfused_attention(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None
+) -> mx.array:
+    """Attention of (B, heads, L, D), at most _SCORES_BYTES of float32 scores at a time."""
+    dtype = q.dtype
+    q, k, v = (x.astype(mx.float32) for x in (q, k, v))
+    batch, heads, length, _ = q.shape
+    rows = max(1, _SCORES_BYTES // (4 * batch * heads * k.shape[2]))
+    parts = []
+    for start in range(0, length, rows):
+        stop = min(start + rows, length)
+        part = mx.fast.scaled_dot_product_attention(
+            q[:, :, start:stop],
+            k,
+            v,
+            scale=scale,
+            mask=None if mask is None else mask[start:stop],
+        ).astype(dtype)
+        if rows < length:
+            # Without this MLX allocates the scores of all parts before it computes the first.
+            mx.eval(part)
+        parts.append(part)
+    return mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
+
+
+def upsample_nearest(x: mx.array, height: int, width: int) -> mx.array:
+    """Nearest-neighbour interpolation of (B, H, W, C) to this height and width.
+
+    Output pixel i takes input pixel floor(i * size_in / size_out), as torch's mode "nearest".
+    """
+    batch, rows, columns, channels = x.shape
+    if (height, width) == (2 * rows, 2 * columns):
+        x = x[:, :, None, :, None, :]
+        x = mx.broadcast_to(x, (batch, rows, 2, columns, 2, channels))
+        return x.reshape(batch, height, width, channels)
+    x = x[:, mx.arange(height) * rows // height]
+    return x[:, :, mx.arange(width) * columns // width]
+
+
+def timestep_embedding(
+    timesteps: mx.array,
+    embedding_dim: int,
+    flip_sin_to_cos: bool = True,
+    freq_shift: float = 0.0,
+) -> mx.array:
+    """Sines and cosines of the timesteps at geometrically spaced frequencies (Ho et al. 2020).
+
+    Args:
+        timesteps: (B,), may be fractional.
+        embedding_dim: D; frequency i is 10000 ** (-i / (D // 2 - freq_shift)).
+        flip_sin_to_cos: cosines come first.
+        freq_shift: see embedding_dim.
+    Returns: (B, D) float32; an odd D ends in a zero.
+    """
+    half = embedding_dim // 2
+    # Operation by operation as the reference implementation: at timestep 999 the last bit of a
+    # frequency is a phase of 6e-5.
+    exponents = -math.log(10000) * mx.arange(half, dtype=mx.float32) / (half - freq_shift)
+    angles = timesteps.astype(mx.float32)[:, None] * mx.exp(exponents)
+    parts = [mx.sin(angles), mx.cos(angles)]
+    if flip_sin_to_cos:
+        parts.reverse()
+    if embedding_dim % 2:
+        parts.append(mx.zeros((angles.shape[0], 1)))
+    return mx.concatenate(parts, axis=-1)

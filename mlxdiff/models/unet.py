@@ -1,0 +1,379 @@
+"""The denoising U-Net in MLX (Rombach et al. 2022, Podell et al. 2023). Mirrors reference/unet.py.
+
+Everything follows from the config, through ``config.BlockSpec``: one class for SD 1.x, 2.x, SDXL
+and their distilled and inpainting variants. Shape letters: B batch, H W sides of the feature map, C
+channels, L text tokens, D width of the text states, E width of the timestep embedding.
+Source: diffusers models/unets/unet_2d_condition.py and unet_2d_blocks.py.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+
+from mlxdiff.config import BlockSpec, UNet2DConditionConfig
+from mlxdiff.errors import UsageError
+from mlxdiff.models.blocks import (
+    Attention,
+    Downsample2D,
+    ResnetBlock2D,
+    TimestepEmbedding,
+    Upsample2D,
+)
+from mlxdiff.models.layers import (
+    Conv2d,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    Module,
+    gelu,
+    silu,
+    timestep_embedding,
+)
+
+
+class GEGLU(Module):
+    """One half of a linear map, gated by the gelu of the other (Shazeer 2020)."""
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__()
+        self.proj = Linear(dim_in, 2 * dim_out)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x, gate = mx.split(self.proj(x), 2, axis=-1)
+        return x * gelu(gate)
+
+
+class FeedForward(Module):
+    """GEGLU to four times the width and back."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        # The second entry is dropout's place in the parameter names: net.0.proj, net.2.
+        self.net = [GEGLU(dim, 4 * dim), Module(), Linear(4 * dim, dim)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.net[2](self.net[0](x))
+
+
+class BasicTransformerBlock(Module):
+    """Self-attention, attention to the text, feed-forward; each normalized first and added.
+
+    Args:
+        x: (B, H * W, C).
+        encoder_hidden_states: (B, L, D).
+    Returns: (B, H * W, C).
+    """
+
+    def __init__(self, block: BlockSpec) -> None:
+        super().__init__()
+        width, heads, text = (
+            block.out_channels,
+            block.num_attention_heads,
+            block.cross_attention_dim,
+        )
+        self.only_cross_attention = block.only_cross_attention
+        self.norm1 = LayerNorm(width)
+        self.attn1 = Attention(width, heads, text if block.only_cross_attention else None)
+        self.norm2 = LayerNorm(width)
+        self.attn2 = Attention(width, heads, text)
+        self.norm3 = LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def __call__(self, x: mx.array, encoder_hidden_states: mx.array) -> mx.array:
+        context = encoder_hidden_states if self.only_cross_attention else None
+        x = x + self.attn1(self.norm1(x), context)
+        x = x + self.attn2(self.norm2(x), encoder_hidden_states)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(Module):
+    """Transformer blocks over the pixels of a feature map, between two projections, added to it.
+
+    Args:
+        x: (B, H, W, C).
+        encoder_hidden_states: (B, L, D).
+    Returns: (B, H, W, C).
+    """
+
+    def __init__(self, block: BlockSpec, num_layers: int, config: UNet2DConditionConfig) -> None:
+        super().__init__()
+        width = block.out_channels
+        # eps 1e-6 here whatever norm_eps says, as the reference.
+        self.norm = GroupNorm(config.norm_num_groups, width, eps=1e-6)
+        project = Linear if config.use_linear_projection else partial(Conv2d, kernel_size=1)
+        self.proj_in = project(width, width)
+        self.transformer_blocks = [BasicTransformerBlock(block) for _ in range(num_layers)]
+        self.proj_out = project(width, width)
+
+    def __call__(self, x: mx.array, encoder_hidden_states: mx.array) -> mx.array:
+        h = self.proj_in(self.norm(x))
+        h = h.reshape(x.shape[0], -1, x.shape[-1])
+        for block in self.transformer_blocks:
+            h = block(h, encoder_hidden_states)
+        return x + self.proj_out(h.reshape(x.shape))
+
+
+class DownBlock2D(Module):
+    """Resnets, then a downsampler where the block has one.
+
+    Args:
+        x: (B, H, W, C).
+        temb: (B, E).
+        encoder_hidden_states: not used; there so that all blocks are called alike.
+        skips: every output is appended, for the up path.
+    Returns: (B, H', W', out_channels), halved (rounded up) by the downsampler.
+    """
+
+    def __init__(self, block: BlockSpec, config: UNet2DConditionConfig) -> None:
+        super().__init__()
+        self.resnets = _resnets(block, config)
+        self.downsamplers = _downsamplers(block, config)
+
+    def __call__(
+        self,
+        x: mx.array,
+        temb: mx.array,
+        encoder_hidden_states: mx.array,
+        skips: list[mx.array],
+    ) -> mx.array:
+        for resnet in self.resnets:
+            x = resnet(x, temb)
+            skips.append(x)
+        for downsampler in self.downsamplers:
+            x = downsampler(x)
+            skips.append(x)
+        return x
+
+
+class CrossAttnDownBlock2D(Module):
+    """Resnets, each followed by a transformer, then a downsampler where the block has one.
+
+    Args and result: as DownBlock2D, with encoder_hidden_states (B, L, D) attended to.
+    """
+
+    def __init__(self, block: BlockSpec, config: UNet2DConditionConfig) -> None:
+        super().__init__()
+        self.resnets = _resnets(block, config)
+        self.attentions = _transformers(block, config)
+        self.downsamplers = _downsamplers(block, config)
+
+    def __call__(
+        self,
+        x: mx.array,
+        temb: mx.array,
+        encoder_hidden_states: mx.array,
+        skips: list[mx.array],
+    ) -> mx.array:
+        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+            x = attention(resnet(x, temb), encoder_hidden_states)
+            skips.append(x)
+        for downsampler in self.downsamplers:
+            x = downsampler(x)
+            skips.append(x)
+        return x
+
+
+class UNetMidBlock2D(Module):
+    """One resnet at the lowest resolution: (B, H, W, C) -> (B, H, W, C)."""
+
+    def __init__(self, block: BlockSpec, config: UNet2DConditionConfig) -> None:
+        super().__init__()
+        self.resnets = _resnets(block, config)
+
+    def __call__(self, x: mx.array, temb: mx.array, encoder_hidden_states: mx.array) -> mx.array:
+        for resnet in self.resnets:
+            x = resnet(x, temb)
+        return x
+
+
+class UNetMidBlock2DCrossAttn(Module):
+    """Two resnets with a transformer between them: (B, H, W, C) -> (B, H, W, C)."""
+
+    def __init__(self, block: BlockSpec, config: UNet2DConditionConfig) -> None:
+        super().__init__()
+        self.resnets = _resnets(block, config)
+        self.attentions = _transformers(block, config)
+
+    def __call__(self, x: mx.array, temb: mx.array, encoder_hidden_states: mx.array) -> mx.array:
+        first, *rest = self.resnets
+        x = first(x, temb)
+        for attention, resnet in zip(self.attentions, rest, strict=True):
+            x = resnet(attention(x, encoder_hidden_states), temb)
+        return x
+
+
+class UpBlock2D(Module):
+    """Resnets that each take a skip as well, then an upsampler where the block has one.
+
+    Args:
+        x: (B, H, W, C).
+        temb: (B, E).
+        encoder_hidden_states: not used; there so that all blocks are called alike.
+        skips: outputs of the down path, the last first; those used are removed.
+    Returns: (B, H', W', out_channels), of the size of the next skip where it was upsampled.
+    """
+
+    def __init__(self, block: BlockSpec, config: UNet2DConditionConfig) -> None:
+        super().__init__()
+        self.resnets = _resnets(block, config)
+        self.upsamplers = _upsamplers(block)
+
+    def __call__(
+        self,
+        x: mx.array,
+        temb: mx.array,
+        encoder_hidden_states: mx.array,
+        skips: list[mx.array],
+    ) -> mx.array:
+        for resnet in self.resnets:
+            x = resnet(mx.concatenate([x, skips.pop()], axis=-1), temb)
+        for upsampler in self.upsamplers:
+            x = upsampler(x, skips[-1].shape[1:3])
+        return x
+
+
+class CrossAttnUpBlock2D(Module):
+    """Resnets that each take a skip and are followed by a transformer, then an upsampler.
+
+    Args and result: as UpBlock2D, with encoder_hidden_states (B, L, D) attended to.
+    """
+
+    def __init__(self, block: BlockSpec, config: UNet2DConditionConfig) -> None:
+        super().__init__()
+        self.resnets = _resnets(block, config)
+        self.attentions = _transformers(block, config)
+        self.upsamplers = _upsamplers(block)
+
+    def __call__(
+        self,
+        x: mx.array,
+        temb: mx.array,
+        encoder_hidden_states: mx.array,
+        skips: list[mx.array],
+    ) -> mx.array:
+        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+            x = resnet(mx.concatenate([x, skips.pop()], axis=-1), temb)
+            x = attention(x, encoder_hidden_states)
+        for upsampler in self.upsamplers:
+            x = upsampler(x, skips[-1].shape[1:3])
+        return x
+
+
+class UNet2DConditionModel(Module):
+    """Predicts from noisy latents what the config's schedule is trained on: noise, v or the sample.
+
+    Args:
+        sample: (B, H, W, in_channels); any height and width.
+        timesteps: (B,), or one number for all.
+        encoder_hidden_states: (B, L, D).
+        text_embeds: pooled text, (B, P); SDXL only.
+        time_ids: sizes and crop, (B, 6); (B, 5) for the refiner; SDXL only.
+        timestep_cond: (B, time_cond_proj_dim); models distilled over the guidance scale only.
+    Returns: (B, H, W, out_channels), float32 whatever the weights are: sampling goes on in float32.
+    Raises: UsageError where the model needs text_embeds and time_ids and does not get them.
+    """
+
+    def __init__(self, config: UNet2DConditionConfig) -> None:
+        super().__init__()
+        self.config = config
+        first, temb = config.block_out_channels[0], config.time_embed_dim
+        kernel = config.conv_in_kernel
+        self.conv_in = Conv2d(config.in_channels, first, kernel, padding=kernel // 2)
+        self.time_embedding = TimestepEmbedding(first, temb, config.time_cond_proj_dim)
+        self.add_embedding = None
+        embed_in = config.projection_class_embeddings_input_dim
+        if config.addition_embed_type is not None and embed_in is not None:
+            self.add_embedding = TimestepEmbedding(embed_in, temb)
+        self.down_blocks = [_BLOCKS[block.type](block, config) for block in config.down_blocks]
+        self.mid_block = None
+        if config.mid_block is not None:
+            self.mid_block = _BLOCKS[config.mid_block.type](config.mid_block, config)
+        self.up_blocks = [_BLOCKS[block.type](block, config) for block in config.up_blocks]
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, first, config.norm_eps)
+        kernel = config.conv_out_kernel
+        self.conv_out = Conv2d(first, config.out_channels, kernel, padding=kernel // 2)
+
+    def __call__(
+        self,
+        sample: mx.array,
+        timesteps: mx.array | float,
+        encoder_hidden_states: mx.array,
+        text_embeds: mx.array | None = None,
+        time_ids: mx.array | None = None,
+        timestep_cond: mx.array | None = None,
+    ) -> mx.array:
+        config, dtype = self.config, self.conv_in.weight.dtype
+        timesteps = mx.broadcast_to(mx.array(timesteps, dtype=mx.float32), (sample.shape[0],))
+        temb = timestep_embedding(
+            timesteps, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift
+        )
+        if timestep_cond is not None:
+            timestep_cond = timestep_cond.astype(dtype)
+        temb = self.time_embedding(temb.astype(dtype), timestep_cond)
+        ids_dim = config.addition_time_embed_dim
+        if self.add_embedding is not None and ids_dim is not None:
+            if text_embeds is None or time_ids is None:
+                raise UsageError(
+                    "this U-Net is conditioned on pooled text and sizes (addition_embed_type "
+                    "text_time): give both text_embeds and time_ids"
+                )
+            ids = timestep_embedding(
+                time_ids.reshape(-1), ids_dim, config.flip_sin_to_cos, config.freq_shift
+            ).reshape(len(time_ids), -1)
+            added = mx.concatenate([text_embeds.astype(mx.float32), ids], axis=-1)
+            temb = temb + self.add_embedding(added.astype(dtype))
+        text = encoder_hidden_states.astype(dtype)
+
+        x = self.conv_in(sample.astype(dtype))
+        skips = [x]
+        for block in self.down_blocks:
+            x = block(x, temb, text, skips)
+        if self.mid_block is not None:
+            x = self.mid_block(x, temb, text)
+        for block in self.up_blocks:
+            x = block(x, temb, text, skips)
+        return self.conv_out(silu(self.conv_norm_out(x))).astype(mx.float32)
+
+
+_BLOCKS: dict[str, Any] = {
+    block.__name__: block
+    for block in (
+        DownBlock2D,
+        CrossAttnDownBlock2D,
+        UNetMidBlock2D,
+        UNetMidBlock2DCrossAttn,
+        UpBlock2D,
+        CrossAttnUpBlock2D,
+    )
+}
+
+
+def _resnets(block: BlockSpec, config: UNet2DConditionConfig) -> list[ResnetBlock2D]:
+    resnets, channels = [], block.in_channels
+    for skip in block.skip_channels or (0,) * block.num_layers:
+        resnets.append(
+            ResnetBlock2D(
+                channels + skip,
+                block.out_channels,
+                config.time_embed_dim,
+                config.norm_num_groups,
+                config.norm_eps,
+            )
+        )
+        channels = block.out_channels
+    return resnets
+
+
+def _transformers(block: BlockSpec, config: UNet2DConditionConfig) -> list[Transformer2DModel]:
+    return [Transformer2DModel(block, layers, config) for layers in block.transformer_layers]
+
+
+def _downsamplers(block: BlockSpec, config: UNet2DConditionConfig) -> list[Downsample2D]:
+    return [Downsample2D(block.out_channels, config.downsample_padding)] if block.resample else []
+
+
+def _upsamplers(block: BlockSpec) -> list[Upsample2D]:
+    return [Upsample2D(block.out_channels)] if block.resample else []
