@@ -243,7 +243,7 @@ class CLIPTextConfig:
 UNET_NO_EFFECT: dict[str, str] = {
     "dropout": _TRAINING,
     "addition_embed_type_num_heads": "belongs to addition_embed_type 'text', which is refused",
-    "attention_head_dim": "read with num_attention_heads",
+    "attention_head_dim": "num_attention_heads stands beside it and wins",
     "reverse_transformer_layers_per_block": "read with transformer_layers_per_block",
 }
 _DOWN_TYPES = ("DownBlock2D", "CrossAttnDownBlock2D")
@@ -434,16 +434,15 @@ class UNet2DConditionConfig:
             if len(types) != n:
                 raise reader.fail(key, list(types), f"one for each of the {n} block_out_channels")
         layers = reader.per_block("layers_per_block", 2, n)
-        # diffusers: "num_attention_heads or attention_head_dim"; both mean the number of heads.
-        head_dim = reader.take("attention_head_dim", 8)
-        if reader.left.get("num_attention_heads") is None:
-            reader.left["num_attention_heads"] = head_dim
-        heads = reader.per_block("num_attention_heads", 8, n)
+        # Both spellings mean the number of heads; the right name wins where both are given.
+        spelling = "num_attention_heads"
+        if reader.left.get(spelling) is None:
+            spelling = "attention_head_dim"
+        heads = reader.per_block(spelling, 8, n)
+        reader.left.pop("num_attention_heads", None)
         for width, count in zip(channels, heads, strict=True):
             if count < 1 or width % count:
-                raise reader.fail(
-                    "attention_head_dim", list(heads), "divisors of block_out_channels"
-                )
+                raise reader.fail(spelling, list(heads), "divisors of block_out_channels")
         depth = reader.per_block_depths("transformer_layers_per_block", 1, layers)
         up_layers = tuple(count + 1 for count in reversed(layers))
         if reader.left.get("reverse_transformer_layers_per_block") is None:

@@ -27,7 +27,7 @@ ONLY_IN = {
     "mlx": {"models"},
     "click": {"cli"},
     "huggingface_hub": {"hub"},
-    "PIL": {"image", "metadata"},
+    "PIL": {"image", "metadata", "pipeline"},
 }
 NEVER = {"torch", "diffusers", "transformers", "scipy", "matplotlib"}
 
