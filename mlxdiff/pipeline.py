@@ -147,14 +147,23 @@ def make_backend(name: str = "auto", dtype: str | None = None) -> Any:
         raise UsageError(f"backend {name!r} does not exist; there are {', '.join(BACKENDS)}")
     if dtype not in (None, *DTYPES):
         raise UsageError(f"dtype {dtype!r} does not exist; there are {', '.join(DTYPES)}")
-    if name != "numpy":
-        from mlxdiff.models.backend import Backend as MLXBackend
+    chosen = _backend_class(name)
+    return chosen(chosen.default_dtype() if dtype in (None, "auto") else dtype)
 
-        if name == "mlx" or MLXBackend.has_gpu():
-            return MLXBackend(MLXBackend.default_dtype() if dtype in (None, "auto") else dtype)
+
+def _backend_class(name: str) -> Any:
+    if name != "numpy":
+        try:
+            from mlxdiff.models.backend import Backend as MLXBackend
+        except UsageError:  # no MLX on this machine
+            if name == "mlx":
+                raise
+        else:
+            if name == "mlx" or MLXBackend.has_gpu():
+                return MLXBackend
     from mlxdiff.reference.backend import Backend
 
-    return Backend(Backend.default_dtype() if dtype in (None, "auto") else dtype)
+    return Backend
 
 
 def load(
