@@ -12,18 +12,22 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mlxdiff import samplers, weights
+import mlxdiff
+from mlxdiff import samplers
 from mlxdiff.config import AutoencoderKLConfig, UNet2DConditionConfig
+from mlxdiff.convert import open_source
 from mlxdiff.errors import UsageError
 from mlxdiff.image import load_image, to_model, to_pil
+from mlxdiff.metadata import Metadata
 from mlxdiff.noise import Generator
 from mlxdiff.samplers.guidance import guidance_scale_embedding, guide, is_guided
+from mlxdiff.weights import ModelSource
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -110,6 +114,7 @@ class Result:
         latents: (B, H/f, W/f, C) float32, as the U-Net left them (scaled, as it sees them).
         seeds: seed of each picture.
         settings: what was drawn, with every default filled in.
+        metadata: what a PNG of each picture says of itself (``chunks()`` gives its text chunks).
         timings: seconds by stage: load, text_encoder, unet, vae; and steps, the seconds of each
             evaluation.
         peak_memory: bytes, as the backend counts them.
@@ -119,26 +124,9 @@ class Result:
     latents: np.ndarray
     seeds: list[int]
     settings: Settings
+    metadata: list[Metadata]
     timings: dict[str, Any]
     peak_memory: int
-
-
-def open_model(
-    model: str | os.PathLike[str] | None,
-    *,
-    revision: str | None = None,
-    variant: str | None = None,
-    progress: Callable[..., None] | None = None,
-) -> weights.ModelSource:
-    """Open a model: None (the built-in one), a converted or diffusers folder, or a hub id."""
-    from mlxdiff.convert import open_source
-
-    path = BUILTIN if model is None else Path(model)
-    if (path / weights.MANIFEST).is_file():
-        return weights.open_folder(path)
-    return open_source(
-        model if model is not None else path, revision=revision, variant=variant, progress=progress
-    )
 
 
 def make_backend(name: str = "auto", dtype: str | None = None) -> Any:
@@ -188,7 +176,9 @@ def load(
     Returns: a Pipeline; its weights are read when they are first needed.
     Raises: UsageError, ConfigError, CheckpointError, HubError.
     """
-    source = open_model(model, revision=revision, variant=variant, progress=progress)
+    source = open_source(
+        BUILTIN if model is None else model, revision=revision, variant=variant, progress=progress
+    )
     return Pipeline(source, make_backend(backend, dtype))
 
 
@@ -196,11 +186,11 @@ class Pipeline:
     """A model, ready to draw; keeps its weights between calls.
 
     Attributes:
-        source: the opened model (weights.ModelSource).
+        source: the opened model (ModelSource).
         backend: what it computes on.
     """
 
-    def __init__(self, source: weights.ModelSource, backend: Any) -> None:
+    def __init__(self, source: ModelSource, backend: Any) -> None:
         self.source = source
         self.backend = backend
         self.unet_config: UNet2DConditionConfig = source.config("unet")
@@ -626,7 +616,24 @@ class Pipeline:
         images = self.decode(latents)
         timings["vae"] = time.perf_counter() - start
         timings["load"] = self._load_seconds - loaded_before
-        return Result(images, latents, seeds, settings, timings, self.backend.peak_memory())
+        metadata = [self._metadata(settings, one) for one in seeds]
+        memory = self.backend.peak_memory()
+        return Result(images, latents, seeds, settings, metadata, timings, memory)
+
+    def _metadata(self, settings: Settings, seed: int) -> Metadata:
+        values = asdict(settings)
+        sizes = {name: values.pop(name) for name in ("original_size", "target_size", "crop")}
+        provenance = self.source.provenance
+        return Metadata(
+            **values,
+            seed=seed,
+            model=provenance.get("source"),
+            revision=provenance.get("revision"),
+            dtype=self.backend.dtype,
+            backend=self.backend.name,
+            version=mlxdiff.__version__,
+            extra={name: list(size) for name, size in sizes.items() if size is not None},
+        )
 
 
 def pick_seeds(seed: int | None, count: int) -> list[int]:

@@ -15,7 +15,9 @@ from mlxdiff.cli import common_options, show_notes
 @click.argument("source")
 @click.argument("dest", type=click.Path())
 @click.option(
-    "--dtype", default="float16", help="float16 (default), float32 or bfloat16: how weights are kept."
+    "--dtype",
+    default="float16",
+    help="float16 (default), float32 or bfloat16: how weights are kept.",
 )
 @click.option("--revision", help="Hub id: branch, tag or commit.")
 @click.option("--variant", help="Weight files of this variant, such as fp16.")

@@ -19,6 +19,7 @@ _PICTURE = (
     "negative_prompt prompt_2 negative_prompt_2 width height steps guidance guidance_rescale "
     "sampler schedule original_size target_size crop"
 ).split()
+BUILTIN_NAME = "builtin"  # what pictures of the built-in model say that they are made with
 
 
 class Pair(click.ParamType):
@@ -131,11 +132,14 @@ def generate(
     prompts = _prompts(text, prompt, prompt_file, replay.pop("prompt", None))
     arguments = replay | {k: v for k, v in picture.items() if v is not None}
 
+    from mlxdiff.image import check_writable
     from mlxdiff.pipeline import load, pick_seeds
 
     seeds = pick_seeds(seed, count)
     paths = _paths(output, len(prompts), seeds)
-    _refuse_overwriting(paths, force)
+    for path in paths:  # before anything is drawn
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(path, overwrite=force)
     pipe = load(model, backend=backend, dtype=dtype, progress=None if quiet else _downloading)
     pipe.settings(prompts[0], **arguments)  # wrong settings are refused before anything is drawn
     for index, one in enumerate(prompts):
@@ -184,7 +188,15 @@ def _replay(path: str) -> dict[str, Any]:
     from mlxdiff.metadata import read
 
     found = read(path)
-    replay = {name: getattr(found, name, None) for name in (*_PICTURE, "prompt", "seed", "model")}
+    values = {**vars(found), **found.extra}
+    replay = {name: values.get(name) for name in (*_PICTURE, "prompt", "seed", "model")}
+    for name in ("original_size", "target_size", "crop"):
+        if isinstance(replay[name], list):
+            replay[name] = tuple(replay[name])
+    if replay["model"] is not None and found.revision is not None:
+        replay["model"] += f"@{found.revision}"
+    if replay["model"] == BUILTIN_NAME:
+        del replay["model"]
     return {name: value for name, value in replay.items() if value is not None}
 
 
@@ -213,14 +225,6 @@ def _paths(output: str | None, prompts: int, seeds: list[int]) -> list[Path]:
     return paths
 
 
-def _refuse_overwriting(paths: list[Path], force: bool) -> None:
-    for path in paths:
-        if path.is_dir():
-            raise UsageError(f"{path} is a folder; --output names a PNG file")
-        if path.exists() and not force:
-            raise UsageError(f"{path} exists; give another --output, or --force to overwrite it")
-
-
 def _downloading(*args: Any) -> None:
     click.echo(" ".join(map(str, args)), err=True)
 
@@ -236,7 +240,6 @@ def _draw(
 ) -> None:
     """Draw the pictures of one prompt, write and report them."""
     from mlxdiff.image import save_png
-    from mlxdiff.metadata import Metadata
 
     bar = None
 
@@ -265,8 +268,7 @@ def _draw(
         if bar is not None:
             bar.render_finish()
     for i, (image, seed, path) in enumerate(zip(result.images, result.seeds, paths, strict=True)):
-        text = Metadata.of(result, i, pipe).chunks() if options["metadata"] else {}
-        path.parent.mkdir(parents=True, exist_ok=True)
+        text = result.metadata[i].chunks() if options["metadata"] else {}
         save_png(image, path, text, overwrite=options["force"])
         seconds = time.perf_counter() - start
         if options["json"]:
