@@ -137,11 +137,12 @@ def generate(
 
     seeds = pick_seeds(seed, count)
     paths = _paths(output, len(prompts), seeds)
-    for path in paths:  # before anything is drawn
+    pipe = load(model, backend=backend, dtype=dtype, progress=None if quiet else _downloading)
+    # What can be refused is refused before anything is drawn.
+    pipe.settings(prompts[0], **arguments)
+    for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         check_writable(path, overwrite=force)
-    pipe = load(model, backend=backend, dtype=dtype, progress=None if quiet else _downloading)
-    pipe.settings(prompts[0], **arguments)  # wrong settings are refused before anything is drawn
     for index, one in enumerate(prompts):
         _draw(
             pipe,
