@@ -238,27 +238,32 @@ _WHERE = {
 }
 
 
-def _name(thing: Thing, rng: np.random.Generator) -> str:
+def _name(thing: Thing, rng: np.random.Generator, complete: bool) -> str:
     words = [thing.color, thing.shape]
-    if rng.random() < 0.8:
+    if complete or rng.random() < 0.8:
         words.insert(0, thing.size)
     return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
 
 
-def caption(spec: Spec, rng: np.random.Generator) -> str:
-    """Describe a picture; size, place, background and opening words are sometimes left out."""
+def caption(spec: Spec, rng: np.random.Generator, complete: bool = False) -> str:
+    """Describe a picture in varying words.
+
+    Size, place, relation and background are sometimes left out, unless it is to be `complete`.
+    """
     if len(spec.things) == 2:
-        first, second = (_name(thing, rng) for thing in spec.things)
-        between = _choice(rng, _WAYS[spec.relation]) if rng.random() < 0.93 else "and"
+        first, second = (_name(thing, rng, complete) for thing in spec.things)
+        between = _choice(rng, _WAYS[spec.relation])
+        if not complete and rng.random() < 0.07:
+            between = "and"
         text = f"{first} {between} {second}"
     else:
-        text = _name(spec.things[0], rng)
-        if rng.random() < 0.6:
+        text = _name(spec.things[0], rng, complete)
+        if complete or rng.random() < 0.6:
             text += " " + _choice(rng, _WHERE[spec.place])
     opening = _choice(rng, _OPENINGS) if rng.random() < 0.35 else ""
     ground = spec.background + " background"
     an = "an" if ground[0] in "aeiou" else "a"
-    form = rng.random()
+    form = rng.uniform(0.10, 1) if complete else rng.random()
     if form < 0.10:
         return opening + text
     if form < 0.20:

@@ -1,0 +1,235 @@
+"""Train the U-Net on cached latents and text embeddings, and put the pipeline together.
+
+    python train_unet.py cache --run runs/unet --vae runs/vae/vae --text runs/text
+    python train_unet.py train --run runs/unet --minutes 75
+    python train_unet.py assemble --run runs/unet --vae runs/vae/vae --text runs/text --to model
+
+`cache` draws the pictures, encodes each with the VAE and its caption with the (frozen) text
+encoder; `train` then runs the U-Net alone; `assemble` writes a diffusers folder in half precision
+from the averaged weights, at any time during the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import common
+import data
+import numpy as np
+import tokens
+
+EMPTY = 0.12  # this share of the captions is replaced by the empty one (for guidance)
+TWO = 0.72  # this share of the pictures has two objects
+WIDTH = 128  # of the text embeddings
+
+
+def build(norm_groups: int = 8):
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=data.SIDE // 4,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(64, 64, 128),
+        layers_per_block=1,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,  # as in SD 1.x this is the number of heads
+        norm_num_groups=norm_groups,
+    )
+
+
+def scheduler():
+    """SD's noise schedule; v-prediction learns the low-frequency content (background) faster."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    return DPMSolverMultistepScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        steps_offset=1,
+    )
+
+
+# --- cache -----------------------------------------------------------------------------------
+
+
+def _open(run: Path, name: str, shape=None):
+    path = run / f"{name}.npy"
+    if shape is None:
+        return np.load(path, mmap_mode="r")
+    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+
+
+def cache_worker(rank: int, processes: int, args) -> None:
+    import torch
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextModel
+
+    run, chunk = Path(args.run), 64
+    torch.set_grad_enabled(False)
+    mine = range(rank * chunk, args.pictures, processes * chunk)
+    what = args.what.split("+")
+    if "text" in what:
+        tokenizer = tokens.load(Path(args.text) / "tokenizer")
+        encoder = CLIPTextModel.from_pretrained(Path(args.text) / "text_encoder").eval()
+        texts = np.load(run / "text.npy", mmap_mode="r+")
+    if "latents" in what:
+        vae = AutoencoderKL.from_pretrained(args.vae).eval()
+        vae.to(memory_format=torch.channels_last)
+        latents = np.load(run / "latents.npy", mmap_mode="r+")
+    for start in mine:
+        size = min(chunk, args.pictures - start)
+        rng = np.random.default_rng((2024, start))
+        specs = [data.random_spec(rng, 2 if rng.random() < TWO else 1) for _ in range(size)]
+        captions = [data.caption(spec, rng) for spec in specs]
+        if "text" in what:
+            ids = tokens.encode(tokenizer, captions)
+            texts[start : start + size] = encoder(ids).last_hidden_state.numpy()
+        if "latents" in what:
+            x = np.stack([data.render(spec) for spec in specs]).astype(np.float32) / 127.5 - 1
+            with torch.autocast("cpu", torch.bfloat16):
+                code = vae.encode(torch.from_numpy(x).permute(0, 3, 1, 2)).latent_dist
+            latents[start : start + size, 0] = code.mean.float().numpy()
+            latents[start : start + size, 1] = code.std.float().numpy()
+        if rank == 0 and start % 6400 == 0:
+            print(args.what, start, flush=True)
+    if rank == 0 and "text" in what:
+        ids = tokens.encode(tokenizer, [""])
+        np.save(run / "empty.npy", encoder(ids).last_hidden_state.numpy().astype(np.float16))
+
+
+def cache(args) -> None:
+    run = Path(args.run)
+    run.mkdir(parents=True, exist_ok=True)
+    side = data.SIDE // 4
+    if "text" in args.what:
+        _open(run, "text", (args.pictures, 77, WIDTH))
+    if "latents" in args.what:
+        _open(run, "latents", (args.pictures, 2, 4, side, side))
+    common.launch(cache_worker, args, args.processes)
+    if "latents" in args.what:
+        latents = _open(run, "latents")[:5000].astype(np.float32)
+        std = float(np.sqrt(latents[:, 0].var() + np.square(latents[:, 1]).mean()))
+        print("latent mean", latents[:, 0].mean((0, 2, 3)), "std", latents[:, 0].std((0, 2, 3)))
+        (run / "scaling_factor").write_text(f"{1 / std:.6f}\n")
+        print("scaling_factor", 1 / std)
+
+
+# --- train -----------------------------------------------------------------------------------
+
+
+def train_worker(rank: int, processes: int, args) -> None:
+    import torch
+    from diffusers.models.attention_processor import AttnProcessor
+
+    run = Path(args.run)
+    torch.manual_seed(0)
+    unet = build()
+    unet.set_attn_processor(AttnProcessor())  # the fused attention is slower backwards on CPU
+    if args.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    alphas = scheduler().alphas_cumprod
+    factor = float((run / "scaling_factor").read_text())
+    latents, texts = _open(run, "latents"), _open(run, "text")
+    empty = torch.from_numpy(np.load(run / "empty.npy"))[0].float()
+    training = common.Training(
+        rank, processes, run, unet, args.lr, args.minutes, ema=args.ema, betas=(0.9, 0.99)
+    )
+    size = args.batch
+    while not training.done:
+        rng = np.random.default_rng((3, training.step, rank))
+        torch.manual_seed(processes * training.step + rank)
+        rows = np.sort(rng.integers(0, len(latents), size))
+        code = torch.from_numpy(latents[rows].astype(np.float32))
+        text = torch.from_numpy(texts[rows].astype(np.float32))
+        text[torch.from_numpy(rng.random(size) < EMPTY)] = empty
+        x = (code[:, 0] + code[:, 1] * torch.randn_like(code[:, 0])) * factor
+        # one timestep from each of `size` equal parts: less noise in the loss
+        t = torch.from_numpy(((rng.permutation(size) + rng.random(size)) / size * 1000).astype(int))
+        signal = alphas[t].sqrt()[:, None, None, None]
+        sigma = (1 - alphas[t]).sqrt()[:, None, None, None]
+        noise = torch.randn_like(x)
+        noisy, goal = signal * x + sigma * noise, signal * noise - sigma * x
+        if args.channels_last:
+            noisy = noisy.contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            v = unet(noisy, t, text).sample
+        loss = (v.float() - goal).square().mean()
+        training.update(loss, size)
+    training.save()
+
+
+# --- assemble --------------------------------------------------------------------------------
+
+
+def assemble(run: Path, vae: Path, text: Path, to: Path) -> None:
+    """Write the pipeline (float16, averaged U-Net weights) as a diffusers folder."""
+    import torch
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
+    from transformers import CLIPTextModel
+
+    unet = build()
+    state = torch.load(run / "last.pt", weights_only=True)
+    with torch.no_grad():
+        for p, e in zip(unet.parameters(), state["ema"], strict=True):
+            p.copy_(e)
+    autoencoder = AutoencoderKL.from_pretrained(vae)
+    factor = float((run / "scaling_factor").read_text())
+    autoencoder.register_to_config(scaling_factor=factor)
+    pipeline = StableDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=CLIPTextModel.from_pretrained(text / "text_encoder"),
+        tokenizer=tokens.load(text / "tokenizer"),
+        unet=unet,
+        scheduler=scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    shutil.rmtree(to, ignore_errors=True)
+    pipeline.to(torch.float16).save_pretrained(to)
+    for name in ("vocab.json", "merges.txt"):  # newer transformers write tokenizer.json alone
+        shutil.copy(text / "tokenizer" / name, to / "tokenizer" / name)
+    config = to / "scheduler" / "scheduler_config.json"
+    values = json.loads(config.read_text())
+    values["clip_sample"] = False  # DDIM and DDPM built from this file would clip the latents
+    config.write_text(json.dumps(values, indent=2) + "\n")
+    for file in to.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)
+    total = sum(file.stat().st_size for file in to.rglob("*") if file.is_file())
+    print(f"{to}: {total:,} bytes, {state['samples']} samples seen")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("stage", choices=("cache", "train", "assemble"))
+    parser.add_argument("--run", type=Path, required=True, help="folder of this run")
+    parser.add_argument("--vae", type=Path)
+    parser.add_argument("--text", type=Path, help="run folder of train_text.py")
+    parser.add_argument("--to", type=Path, help="assemble: folder to write")
+    parser.add_argument("--pictures", type=int, default=80_000)
+    parser.add_argument("--what", default="text+latents", help="cache: text, latents or both")
+    parser.add_argument("--minutes", type=float, default=75)
+    parser.add_argument("--batch", type=int, default=24, help="samples a process and step")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--ema", type=float, default=0.999)
+    parser.add_argument("--channels-last", action="store_true")
+    args = parser.parse_args()
+    if args.stage == "cache":
+        cache(args)
+    elif args.stage == "train":
+        common.launch(train_worker, args, args.processes)
+    else:
+        assemble(args.run, args.vae, args.text, args.to)
+
+
+if __name__ == "__main__":
+    main()
