@@ -241,16 +241,11 @@ class Pipeline:
         """A network of the model ("unet", "vae", "text_encoder", "text_encoder_2"), loaded once."""
         if name not in self._loaded:
             start = time.perf_counter()
-            self._loaded[name] = self.backend.load(
-                self.source.config(name), self.source.tensors(name), self._dtype(name)
-            )
+            config = self.source.config(name)
+            dtype = "float32" if name == "vae" and config.force_upcast else None
+            self._loaded[name] = self.backend.load(config, self.source.tensors(name), dtype)
             self._load_seconds += time.perf_counter() - start
         return self._loaded[name]
-
-    def _dtype(self, name: str) -> str:
-        if name == "vae" and self.vae_config.force_upcast:
-            return "float32"
-        return self.backend.dtype
 
     # ---------------------------------------------------------------------------------- text
 
@@ -294,7 +289,7 @@ class Pipeline:
                 logger.warning(
                     "the prompt is longer than %d tokens; this part is cut: %r", len(ids), cut
                 )
-            out = self.component(name)(self.backend.asarray(np.array([ids], np.int32), "int32"))
+            out = self.component(name)(self.backend.asarray(np.array([ids], np.int32)))
             # SDXL reads the layer before the last, without the final norm.
             embeds.append(out.hidden_states[-2] if self.is_sdxl else out.last_hidden_state)
             if self.is_sdxl:
@@ -319,9 +314,8 @@ class Pipeline:
         pixels = to_model(load_image(image))
         self._check_size(width=pixels.shape[2], height=pixels.shape[1])
         vae = self.component("vae")
-        mean, logvar = map(
-            self.backend.to_numpy, vae.encode(self.backend.asarray(pixels, self._dtype("vae")))
-        )
+        moments = self.component("vae").encode(self.backend.asarray(pixels))
+        mean, logvar = map(self.backend.to_numpy, moments)
         if seed is not None:
             noise = _draw(Generator(seed), mean.shape[1:])
             mean = mean + np.exp(0.5 * logvar) * noise
@@ -333,9 +327,7 @@ class Pipeline:
         scale, shift = self._latent_scale()
         vae, images = self.component("vae"), []
         for one in np.asarray(latents, np.float32):
-            z = self.backend.asarray(
-                (one / scale + shift)[None].astype(np.float32), self._dtype("vae")
-            )
+            z = self.backend.asarray((one / scale + shift)[None].astype(np.float32))
             images.append(to_pil(self.backend.to_numpy(vae.decode(z))[0]))
         return images
 
@@ -447,9 +439,13 @@ class Pipeline:
         # A distilled model is told the scale instead (Meng et al. 2023).
         return is_guided(settings.guidance) and self.unet_config.time_cond_proj_dim is None
 
-    def _plan(self, settings: Settings) -> Any:
+    def _plan(self, settings: Settings) -> samplers.Plan:
         return samplers.plan(
-            self.source.scheduler_config, settings.sampler, settings.schedule, settings.steps
+            self.source.scheduler_config,
+            settings.sampler,
+            settings.schedule,
+            settings.steps,
+            family=self.source.family,
         )
 
     def _predictor(self, settings: Settings, text: PromptEmbeddings) -> Callable[[Any, Any], Any]:
@@ -461,7 +457,7 @@ class Pipeline:
             if positive is None or negative is None:
                 return None
             rows = np.concatenate([negative, positive]) if guided else positive
-            return backend.asarray(rows, backend.dtype)
+            return backend.asarray(rows)
 
         conditions: dict[str, Any] = {
             "encoder_hidden_states": both(text.negative_prompt_embeds, text.prompt_embeds)
@@ -474,14 +470,12 @@ class Pipeline:
             )
             conditions["time_ids"] = both(ids, ids)
         if (dim := self.unet_config.time_cond_proj_dim) is not None:
-            conditions["timestep_cond"] = backend.asarray(
-                guidance_scale_embedding(settings.guidance, dim), backend.dtype
-            )
+            embedding = guidance_scale_embedding(settings.guidance, dim)
+            conditions["timestep_cond"] = backend.asarray(embedding)
 
         def predict(x: Any, t: float) -> Any:
             sample = backend.concatenate([x, x], 0) if guided else x
-            out = unet(backend.asarray(sample, backend.dtype), t, **conditions)
-            out = backend.asarray(out, "float32")
+            out = unet(sample, t, **conditions)
             if not guided:
                 return out
             return guide(out[:1], out[1:], settings.guidance, settings.guidance_rescale)
@@ -543,7 +537,7 @@ class Pipeline:
         for picture, seed in enumerate(seeds):
             generator = Generator(seed)
             first = _draw(generator, shape) if noise is None else noise[picture][None]
-            x = backend.asarray(first * np.float32(plan.init_noise_sigma), "float32")
+            x = backend.asarray(first * np.float32(plan.init_noise_sigma))
             state = plan.start()
             for index, t in enumerate(plan.timesteps):
                 start = time.perf_counter()
@@ -552,7 +546,7 @@ class Pipeline:
                     x,
                     output,
                     state,
-                    noise=lambda: backend.asarray(_draw(generator, shape), "float32"),  # noqa: B023
+                    noise=lambda: backend.asarray(_draw(generator, shape)),  # noqa: B023
                 )
                 backend.evaluate(x)
                 seconds = time.perf_counter() - start
