@@ -404,7 +404,7 @@ def write_safetensors(
         put(len(raw).to_bytes(8, "little"))
         put(raw)
         for name, tensor in tensors.items():
-            values = np.ascontiguousarray(cast(tensor.read(), dtype, name))
+            values = np.ascontiguousarray(cast(tensor.read(), dtype, f"{path.parent.name}/{name}"))
             if values.shape != tensor.shape:
                 raise AssertionError(f"{name}: read {values.shape}, announced {tensor.shape}")
             put(values.reshape(-1).view(np.uint8).data)

@@ -68,6 +68,18 @@ def random_tensors(config: Any, seed: int = 0, dtype: Any = np.float16) -> dict[
     }
 
 
+def save_bfloat16(bits: dict[str, np.ndarray], path: Path) -> None:
+    """Write bfloat16 tensors, given by their bits (uint16)."""
+    header, place = {}, 0
+    for name, array in bits.items():
+        span = [place, place + array.nbytes]
+        header[name] = {"dtype": "BF16", "shape": array.shape, "data_offsets": span}
+        place += array.nbytes
+    raw = json.dumps(header).encode()
+    data = b"".join(array.astype("<u2").tobytes() for array in bits.values())
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + data)
+
+
 def write_json(path: Path, data: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data), encoding="utf-8")

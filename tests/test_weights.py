@@ -1,0 +1,542 @@
+"""The safetensors reader and writer, and the converted folder: promises and refusals."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from folders import diffusers_folder, write_json
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from mlxdiff import weights
+from mlxdiff.convert import open_source
+from mlxdiff.errors import CheckpointError, ConfigError, MlxdiffError, UsageError
+from mlxdiff.weights import LazyTensor, TensorFile, open_folder, write_folder
+
+
+def file_of(path: Path, header: Any, data: bytes = b"") -> Path:
+    """A file with this header (JSON value, or bytes as they are)."""
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + data)
+    return path
+
+
+def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def lazy(array: np.ndarray) -> LazyTensor:
+    names = {"float64": "F64", "float32": "F32", "float16": "F16"}
+    return LazyTensor(array.shape, names[array.dtype.name], lambda: array)
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+@pytest.mark.parametrize(
+    "dtype", "f8 f4 f2 i8 i4 i2 i1 u8 u4 u2 u1 bool".split(), ids=lambda d: np.dtype(d).name
+)
+def test_reads_what_safetensors_writes(tmp_path: Path, dtype: str) -> None:
+    arrays = {
+        "matrix": (np.random.default_rng(0).standard_normal((3, 5)) * 9).astype(dtype),
+        "scalar": np.ones((), dtype),
+        "empty": np.ones((0, 4), dtype),
+    }
+    save_file(arrays, tmp_path / "x.safetensors", {"format": "pt"})
+    file = TensorFile(tmp_path / "x.safetensors")
+    assert file.metadata == {"format": "pt"}
+    assert set(file.tensors) == set(arrays)
+    for name, array in arrays.items():
+        tensor = file.tensors[name]
+        assert tensor.shape == array.shape and tensor.nbytes == array.nbytes
+        assert tensor.read().dtype == array.dtype
+        np.testing.assert_array_equal(tensor.read(), array)
+
+
+def test_reads_every_bfloat16_exactly(tmp_path: Path) -> None:
+    bits = np.arange(65536, dtype="<u2")
+    file_of(tmp_path / "x", {"w": entry("BF16", [65536], 0, 131072)}, bits.tobytes())
+    read = TensorFile(tmp_path / "x").tensors["w"].read()
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read.view(np.uint32), bits.astype(np.uint32) << 16)
+
+
+def test_reading_maps_the_file_instead_of_copying_it(tmp_path: Path) -> None:
+    save_file({"w": np.ones((64, 64), np.float32)}, tmp_path / "x")
+    values = TensorFile(tmp_path / "x").tensors["w"].read()
+    assert not values.flags.owndata and not values.flags.writeable
+
+
+def test_data_need_not_be_aligned(tmp_path: Path) -> None:
+    want = np.arange(5, dtype="<f4")
+    header = {"a": entry("U8", [1], 0, 1), "w": entry("F32", [5], 1, 21)}
+    file_of(tmp_path / "x", header, b"\1" + want.tobytes())
+    np.testing.assert_array_equal(TensorFile(tmp_path / "x").tensors["w"].read(), want)
+
+
+GOOD = {"w": entry("F32", [2], 0, 8)}
+FAULTS: dict[str, tuple[Any, bytes, str]] = {
+    "truncated": (GOOD, b"1234", "truncated"),
+    "trailing": (GOOD, b"12345678--", "2 bytes at the end"),
+    "no JSON": (b"{'w': 1}", b"", "not a safetensors file"),
+    "not UTF-8": (b'{"\xff": 1}', b"", "not a safetensors file"),
+    "deep": (b"[" * 100_000, b"", "not a safetensors file"),
+    "huge number": (b'{"w": 1' + b"0" * 9000 + b"}", b"", "not a safetensors file"),
+    "a list": ([1], b"", "no JSON object"),
+    "duplicate": (b'{"w": 1, "w": 2}', b"", "'w' stands there twice"),
+    "no entry": ({"w": 3}, b"", "'w'"),
+    "extra key": ({"w": GOOD["w"] | {"more": 1}}, b"12345678", "'w'"),
+    "unknown type": ({"w": entry("F4", [2], 0, 8)}, b"12345678", "'F4'"),
+    "type no string": ({"w": entry([], [2], 0, 8)}, b"12345678", "'w'"),  # type: ignore[arg-type]
+    "negative size": ({"w": entry("F32", [-2], 0, 8)}, b"12345678", "shape [-2]"),
+    "fractional": ({"w": entry("F32", [2.0], 0, 8)}, b"12345678", "shape [2.0]"),  # type: ignore[list-item]
+    "boolean size": ({"w": entry("F32", [True], 0, 4)}, b"1234", "shape [True]"),
+    "huge size": ({"w": entry("F32", [2**62, 2**62], 0, 8)}, b"12345678", "takes"),
+    "backwards": ({"w": entry("F32", [2], 8, 0)}, b"12345678", "given -8 bytes"),
+    "beyond the file": ({"w": entry("F32", [2], 2**61, 2**61 + 8)}, b"12345678", "hole"),
+    "too few bytes": ({"w": entry("F32", [2], 0, 4)}, b"1234", "given 4 bytes"),
+    "overlap": (GOOD | {"v": entry("F32", [2], 4, 12)}, b"123456789012", "overlaps"),
+    "hole": (GOOD | {"v": entry("F32", [1], 12, 16)}, b"1234567890123456", "hole"),
+    "metadata": ({"__metadata__": {"a": 1}}, b"", "__metadata__"),
+}
+
+
+@pytest.mark.parametrize("header, data, says", FAULTS.values(), ids=FAULTS)
+def test_refuses_a_faulty_header(tmp_path: Path, header: Any, data: bytes, says: str) -> None:
+    path = file_of(tmp_path / "bad.safetensors", header, data)
+    with pytest.raises(CheckpointError) as caught:
+        TensorFile(path)
+    message = str(caught.value)
+    assert says in message and str(path) in message and "\n" not in message
+
+
+NOT_SAFETENSORS = {
+    "empty": (b"", "is empty"),
+    "short": (b"\1\0", "truncated"),
+    "length beyond the file": (b"\xff" * 20, "truncated"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+    "zip": (b"PK\3\4" + bytes(30), "pickle"),
+    "gguf": (b"GGUF" + bytes(30), "GGUF"),
+    "page": (b"<!DOCTYPE html><html>", "web page"),
+}
+
+
+@pytest.mark.parametrize("content, says", NOT_SAFETENSORS.values(), ids=NOT_SAFETENSORS)
+def test_says_what_a_file_is_instead(tmp_path: Path, content: bytes, says: str) -> None:
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=says):
+        TensorFile(tmp_path / "x.safetensors")
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="No such file"):
+        TensorFile(tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        TensorFile(tmp_path)
+
+
+def test_fp8_is_refused_by_name(tmp_path: Path) -> None:
+    file_of(tmp_path / "x", {"w": entry("F8_E4M3", [2], 0, 2)}, b"12")
+    tensor = TensorFile(tmp_path / "x").tensors["w"]
+    with pytest.raises(CheckpointError, match="'w' is 8-bit floating point"):
+        tensor.read()
+
+
+def test_fuzzed_headers_raise_nothing_else(tmp_path: Path) -> None:
+    """Random damage to a sound file either leaves it readable or is a CheckpointError."""
+    chance = random.Random(7)
+    arrays = {f"layer.{i}.weight": np.ones((i + 1, 3), np.float16) for i in range(4)}
+    save_file(arrays, tmp_path / "good", {"format": "pt"})
+    good = (tmp_path / "good").read_bytes()
+    bad = tmp_path / "bad"
+    tokens = [b"-1", b"[", b"]", b"{", b"}", b'"', b",", b"null", b"1e999", b"true", b"9" * 30]
+    outcomes = {"read": 0, "refused": 0}
+    for _ in range(800):
+        data = bytearray(good)
+        for _ in range(chance.randint(1, 3)):
+            place = chance.randrange(len(data)) if chance.random() < 0.3 else chance.randrange(300)
+            place = min(place, len(data) - 1)
+            kind = chance.randrange(4)
+            if kind == 0:
+                data[place] ^= 1 << chance.randrange(8)
+            elif kind == 1:
+                del data[place : place + chance.randint(1, 20)]
+            elif kind == 2:
+                token = chance.choice(tokens)
+                data[place : place + len(token)] = token
+            else:
+                data[place:place] = chance.choice(tokens)
+            data = data or bytearray(b"\0")
+        bad.write_bytes(data)
+        try:
+            for tensor in TensorFile(bad).tensors.values():
+                assert tensor.read().shape == tensor.shape
+            outcomes["read"] += 1
+        except CheckpointError as error:
+            outcomes["refused"] += 1
+            assert "\n" not in str(error)
+    assert outcomes["refused"] > 300 and outcomes["read"] > 10
+
+
+# ------------------------------------------------------------------------------------------- shards
+
+
+def shards(folder: Path, weight_map: dict[str, Any], **files: dict[str, np.ndarray]) -> Path:
+    for name, arrays in files.items():
+        save_file(arrays, folder / f"{name}.safetensors")
+    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+    return folder / "model.safetensors.index.json"
+
+
+ONE = np.ones(1, np.float32)
+
+
+def test_shards_are_read_together(tmp_path: Path) -> None:
+    places = {"x": "a.safetensors", "y": "b.safetensors"}
+    index = shards(tmp_path, places, a={"x": ONE}, b={"y": ONE})
+    assert set(weights.open_weights(index)) == {"x", "y"}
+    assert [p.name for p in weights.shard_files(index)] == [
+        "model.safetensors.index.json",
+        "a.safetensors",
+        "b.safetensors",
+    ]
+
+
+SHARD_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "missing shard": ({"x": "a.safetensors", "y": "c.safetensors"}, "c.safetensors is missing"),
+    "not where it says": ({"x": "b.safetensors", "y": "b.safetensors"}, "'x' is not in b"),
+    "not there at all": ({"x": "a.safetensors", "z": "a.safetensors"}, "'z' is not in a"),
+    "outside the folder": ({"x": "../a.safetensors"}, "no file name"),
+    "absolute": ({"x": "/etc/passwd"}, "no file name"),
+    "no string": ({"x": 3}, "no file name"),
+    "pickle": ({"x": "a.bin"}, "no safetensors file"),
+    "empty": ({}, "no weight_map"),
+}
+
+
+@pytest.mark.parametrize("places, says", SHARD_FAULTS.values(), ids=SHARD_FAULTS)
+def test_faulty_index(tmp_path: Path, places: dict[str, Any], says: str) -> None:
+    index = shards(tmp_path, places, a={"x": ONE}, b={"y": ONE})
+    with pytest.raises(CheckpointError, match=says):
+        weights.open_weights(index)
+
+
+def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
+    places = {"x": "a.safetensors", "y": "b.safetensors"}
+    index = shards(tmp_path, places, a={"x": ONE}, b={"x": ONE, "y": ONE})
+    with pytest.raises(CheckpointError, match=r"'x' is in a.safetensors and in b.safetensors"):
+        weights.open_weights(index)
+
+
+# ------------------------------------------------------------------------------------------ writing
+
+
+def test_cast_to_bfloat16_rounds_to_the_nearest_even() -> None:
+    bits = np.random.default_rng(1).integers(0, 0x7F000000, 20000, np.uint32)
+    bits = np.concatenate([bits, (bits & 0xFFFF0000) | 0x8000])  # and ties
+    values = bits.view(np.float32).astype(np.float64)
+    low = (bits >> 16).astype(np.uint32)
+    below, above = ((low + i) << 16 for i in (0, 1))
+    down = values - below.view(np.float32)
+    up = above.view(np.float32).astype(np.float64) - values
+    want = np.where((up < down) | ((up == down) & (low % 2 == 1)), low + 1, low)
+    np.testing.assert_array_equal(weights.cast(bits.view(np.float32), "bfloat16", "w"), want)
+
+
+def test_cast_keeps_what_fits_and_refuses_what_does_not() -> None:
+    edge = np.array([65504, -65504, 6e-8, 0], np.float32)
+    assert weights.cast(edge, "float16", "w").dtype == np.float16
+    with pytest.raises(
+        CheckpointError, match=r"w: values up to 65520 do not fit float16.*bfloat16"
+    ):
+        weights.cast(np.array([1, -65520], np.float32), "float16", "w")
+    with pytest.raises(CheckpointError, match="do not fit bfloat16; convert with float32"):
+        weights.cast(np.array([3.4e38], np.float32), "bfloat16", "w")
+    with pytest.raises(CheckpointError, match="do not fit float32"):
+        weights.cast(np.array([1e39]), "float32", "w")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_other_readers_read_what_we_write(tmp_path: Path, dtype: str) -> None:
+    source = np.random.default_rng(0).standard_normal((4, 3, 3, 5), np.float32)
+    arrays = {"conv": source.transpose(0, 2, 1, 3), "empty": np.empty((0, 2), np.float32)}
+    tensors = {name: lazy(array) for name, array in arrays.items()}
+    digest = weights.write_safetensors(tmp_path / "x", tensors, dtype)
+    assert digest == weights.sha256(tmp_path / "x")
+    loaded = load_file(tmp_path / "x")
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(loaded[name], array.astype(dtype))
+    with safe_open(tmp_path / "x", "np") as file:
+        assert file.metadata() == {"format": "mlx"}
+    assert list(TensorFile(tmp_path / "x").tensors) == list(arrays)
+
+
+# --------------------------------------------------------------------------------- converted folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("source") / "model"
+    diffusers_folder(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(open_source(source), tmp_path_factory.mktemp("converted") / "model")
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def listing(path: Path) -> list[str]:
+    return sorted(p.relative_to(path).as_posix() for p in path.rglob("*"))
+
+
+def test_the_folder_holds_what_the_design_says(folder: Path) -> None:
+    assert [name for name in listing(folder) if "." in name] == [
+        "mlxdiff.json",
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer/merges.txt",
+        "tokenizer/vocab.json",
+        "unet/config.json",
+        "unet/model.safetensors",
+        "vae/config.json",
+        "vae/model.safetensors",
+    ]
+    manifest = json.loads((folder / "mlxdiff.json").read_text())
+    assert manifest["format_version"] == 1
+    assert (manifest["family"], manifest["dtype"]) == ("sd1", "float16")
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["safety_checker"] == [None, None]
+    assert index["requires_safety_checker"] is True
+
+
+def test_reading_gives_back_what_was_written(source: Path, folder: Path) -> None:
+    before, after = open_source(source), open_folder(folder)
+    after.verify()
+    assert after.family == before.family and after.dtype == "float16"
+    assert after.components == ("text_encoder", "unet", "vae")
+    assert after.scheduler_config == before.scheduler_config
+    assert after.tokenizer().encode("a b")[:5] == [6, 3, 4, 7, 7]
+    for component in after.components:
+        assert after.config(component) == before.config(component)
+        new = after.tensors(component)
+        for name, tensor in before.tensors(component).items():
+            np.testing.assert_array_equal(new.pop(name).read(), tensor.read())
+        assert not new and after.tensors(component)  # each call gives a table of its own
+
+
+def test_the_same_source_gives_the_same_bytes(source: Path, folder: Path, tmp_path: Path) -> None:
+    again = write_folder(open_source(source), tmp_path / "again")
+    assert listing(again) == listing(folder)
+    for name in listing(again):
+        if (again / name).is_file():
+            assert (again / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_large_components_are_split(source: Path, folder: Path, tmp_path: Path) -> None:
+    dest = write_folder(open_source(source), tmp_path / "split", shard_bytes=500_000)
+    files = sorted(p.name for p in (dest / "unet").glob("model-*"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert all((dest / "unet" / f).stat().st_size < 540_000 for f in files)
+    whole, split = open_folder(folder), open_folder(dest)
+    split.verify()
+    for name, tensor in whole.tensors("unet").items():
+        np.testing.assert_array_equal(split.tensors("unet")[name].read(), tensor.read())
+    (dest / "unet" / files[1]).unlink()
+    with pytest.raises(CheckpointError, match=files[1]):
+        open_folder(dest)
+
+
+def rewrite(path: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
+    """Change the tensors of a converted component, manifest and all."""
+    arrays = load_file(path)
+    change(arrays)
+    save_file(arrays, path)
+    root = path.parent.parent
+    manifest = json.loads((root / "mlxdiff.json").read_text())
+    manifest["files"][path.relative_to(root).as_posix()]["bytes"] = path.stat().st_size
+    write_json(root / "mlxdiff.json", manifest)
+
+
+TENSOR_FAULTS: dict[str, tuple[Callable[[dict[str, np.ndarray]], Any], str]] = {
+    "missing": (lambda a: a.pop("conv_in.bias"), "1 missing tensor: conv_in.bias"),
+    "extra": (lambda a: a.update(more=ONE), "1 unknown tensor: more"),
+    "misshapen": (
+        lambda a: a.update({"conv_in.bias": ONE}),
+        r"1 misshapen tensor: conv_in.bias is \(1,\), expected \(32,\)",
+    ),
+    "mistyped": (
+        lambda a: a.update({"conv_in.bias": np.ones(32, np.int32)}),
+        r"1 mistyped tensor: conv_in.bias \(I32\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("change, says", TENSOR_FAULTS.values(), ids=TENSOR_FAULTS)
+def test_a_wrong_tensor(copy: Path, change: Any, says: str) -> None:
+    rewrite(copy / "unet" / "model.safetensors", change)
+    with pytest.raises(CheckpointError, match=says) as caught:
+        open_folder(copy)
+    assert "unet" in str(caught.value)
+
+
+def test_ten_names_are_shown_and_all_are_counted(copy: Path) -> None:
+    rewrite(copy / "unet" / "model.safetensors", lambda a: a.clear() or a.update(x=ONE))
+    with pytest.raises(CheckpointError) as caught:
+        open_folder(copy)
+    missing, unknown = str(caught.value).split("; ")
+    assert "208 missing tensors: " in missing and missing.endswith(", ...")
+    assert missing.count(", ") == 10 and unknown == "1 unknown tensor: x"
+
+
+def edit(path: Path, **changes: Any) -> None:
+    write_json(path, json.loads(path.read_text()) | changes)
+
+
+FOLDER_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "truncated file": (
+        lambda p: (p / "vae/model.safetensors").write_bytes(b"12345"),
+        r"vae/model.safetensors: truncated or changed: \d+ bytes expected, 5 found",
+    ),
+    "missing file": (lambda p: (p / "vae/model.safetensors").unlink(), "missing from the conv"),
+    "unknown version": (
+        lambda p: edit(p / "mlxdiff.json", format_version=99),
+        "format version 99 is unknown",
+    ),
+    "no version": (lambda p: write_json(p / "mlxdiff.json", {}), "format version None"),
+    "broken manifest": (lambda p: (p / "mlxdiff.json").write_text("{"), "not readable as JSON"),
+    "malformed manifest": (lambda p: edit(p / "mlxdiff.json", files=[1]), "malformed"),
+    "no manifest": (lambda p: (p / "mlxdiff.json").unlink(), "not a converted folder"),
+    "no folder": (shutil.rmtree, "no such folder"),
+}
+
+
+@pytest.mark.parametrize("change, says", FOLDER_FAULTS.values(), ids=FOLDER_FAULTS)
+def test_a_damaged_folder(copy: Path, change: Callable[[Path], Any], says: str) -> None:
+    change(copy)
+    with pytest.raises(CheckpointError, match=says):
+        open_folder(copy)
+
+
+def test_an_unknown_config_value(copy: Path) -> None:
+    path = copy / "unet/config.json"
+    edit(path, block_out_channels=[32, 64], mid_block_type="Strange")
+    edit(copy / "mlxdiff.json", files={})
+    with pytest.raises(ConfigError, match=r"unet/config.json: mid_block_type = 'Strange'"):
+        open_folder(copy)
+
+
+def test_verify_finds_a_flipped_bit(copy: Path) -> None:
+    path = copy / "vae/model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"vae/model.safetensors: changed"):
+        open_folder(copy).verify()
+
+
+# ---------------------------------------------------------------------------------------- atomicity
+
+
+class Broken:
+    """A model whose tensors cannot all be read."""
+
+    def __init__(self, model: Any, error: BaseException) -> None:
+        self.model, self.error = model, error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def tensors(self, component: str) -> dict[str, LazyTensor]:
+        tensors = self.model.tensors(component)
+        if component == "vae":
+            last = list(tensors)[-1]
+            tensors[last] = LazyTensor(tensors[last].shape, "F16", self.fail)
+        return tensors
+
+    def fail(self) -> np.ndarray:
+        raise self.error
+
+
+ERRORS = [
+    CheckpointError("damaged"),
+    KeyboardInterrupt(),
+    OSError(28, "No space left"),
+    ValueError(),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("dest", ["new", "deep/er/new"])
+def test_nothing_is_left_after_a_failure(
+    source: Path, tmp_path: Path, error: BaseException, dest: str
+) -> None:
+    model = Broken(open_source(source), error)
+    expected = UsageError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected):
+        write_folder(model, tmp_path / dest)
+    assert listing(tmp_path) == []
+
+
+def test_force_replaces_and_a_failure_keeps_the_old(source: Path, copy: Path) -> None:
+    model = open_source(source)
+    with pytest.raises(UsageError, match=r"exists already.*--force"):
+        write_folder(model, copy)
+    before = listing(copy.parent)
+    with pytest.raises(CheckpointError):
+        write_folder(Broken(model, CheckpointError("x")), copy, "float32", force=True)
+    assert listing(copy.parent) == before and open_folder(copy).dtype == "float16"
+    write_folder(model, copy, "float32", force=True)
+    assert listing(copy.parent) == before and open_folder(copy).dtype == "float32"
+
+
+def test_force_never_replaces_what_we_did_not_write(source: Path, tmp_path: Path) -> None:
+    model = open_source(source)
+    precious = tmp_path / "home"
+    precious.mkdir()
+    (precious / "letter").write_text("dear")
+    (tmp_path / "link").symlink_to(precious)
+    for dest in (precious, precious / "letter", tmp_path / "link"):
+        with pytest.raises(UsageError, match="not replaced"):
+            write_folder(model, dest, force=True)
+    assert listing(tmp_path) == ["home", "home/letter", "link"]
+    (tmp_path / "empty").mkdir()
+    write_folder(model, tmp_path / "empty", force=True)
+
+
+def test_usage_errors_come_before_any_work(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_source(source)
+    with pytest.raises(UsageError, match="dtype 'int8' is unknown"):
+        write_folder(model, tmp_path / "new", "int8")
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="cannot be written"):
+        write_folder(model, tmp_path / "file" / "new")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(MlxdiffError, match=r"only 0\.00 GB are free"):
+        write_folder(model, tmp_path / "new")
+    assert listing(tmp_path) == ["file"]
+
+
+def test_progress_counts_up_to_the_total(source: Path, tmp_path: Path) -> None:
+    calls: list[tuple[int, int, str]] = []
+    write_folder(open_source(source), tmp_path / "new", progress=lambda *call: calls.append(call))
+    done = [call[0] for call in calls]
+    assert done == sorted(done) and calls[-1][0] == calls[-1][1]
+    assert calls[0][2].startswith("text_encoder/text_model.")
