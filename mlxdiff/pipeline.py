@@ -313,7 +313,6 @@ class Pipeline:
         """
         pixels = to_model(load_image(image))
         self._check_size(width=pixels.shape[2], height=pixels.shape[1])
-        vae = self.component("vae")
         moments = self.component("vae").encode(self.backend.asarray(pixels))
         mean, logvar = map(self.backend.to_numpy, moments)
         if seed is not None:
