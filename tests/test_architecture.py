@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline",),
     ("cli",),
 )
-ALLOWED = {("weights", "tokenizer")}
+ALLOWED = {("weights", "tokenizer"), ("metadata", "image")}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Only these parts may import these packages.
 ONLY_IN = {

@@ -1,0 +1,427 @@
+"""CLIP's byte-pair tokenizer: text -> token ids, exactly as the text encoders are used.
+
+Text is brought to Unicode NFC, white space is collapsed and letters are lower-cased; a pattern cuts
+it into words, numbers (digit by digit), English contractions and runs of signs; each piece's UTF-8
+bytes are merged by rank, the last one marked `</w>`. Special tokens are recognised inside text, as
+the
+reference does: `<|endoftext|>` in a prompt is the token, and so is `!` where `!` is the pad (SD
+2.x).
+
+Source: Radford et al. 2021 (github.com/openai/CLIP, simple_tokenizer.py) as run by transformers 5
+(models/clip/tokenization_clip.py), whose ids this module gives for every text. The merging itself
+is done by the `tokenizers` package.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    import os
+
+    import tokenizers
+
+CONTEXT_LENGTH = 77
+"""Positions of every CLIP text encoder that Stable Diffusion uses."""
+
+_PATTERN = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
+_WORD_END = "</w>"
+_DEFAULTS = {
+    "bos_token": "<|startoftext|>",
+    "eos_token": "<|endoftext|>",
+    "unk_token": "<|endoftext|>",
+    "pad_token": "<|endoftext|>",
+}
+# The order in which special tokens are registered; it matters, see _special_tokens.
+_SPECIAL_KEYS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+
+
+class Tokenizer:
+    """The tokenizer of one text encoder. Immutable, safe to share between threads.
+
+    Attributes:
+        bos_token_id, eos_token_id, pad_token_id: ids of start, end and padding.
+        model_max_length: ids in an encoded text, start and end included (77).
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos_token_id: int,
+        eos_token_id: int,
+        pad_token_id: int,
+        model_max_length: int = CONTEXT_LENGTH,
+    ) -> None:
+        self._backend = backend
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.pad_token_id = pad_token_id
+        self.model_max_length = model_max_length
+
+    @classmethod
+    def from_folder(cls, path: str | os.PathLike[str], pad_token: str | None = None) -> Tokenizer:
+        """Reads a diffusers `tokenizer/` folder.
+
+        The vocabulary comes from `tokenizer.json` or else from `vocab.json` and `merges.txt`;
+        special tokens and the length from `tokenizer_config.json`, `special_tokens_map.json` and
+        `added_tokens.json` where they exist.
+
+        Args:
+            path: the folder.
+            pad_token: overrides the folder's; without either it is end-of-text. SD 1.x pads with
+                end-of-text, SD 2.x and the second tokenizer of SDXL with "!" (id 0).
+
+        Raises:
+            CheckpointError: a file is missing, damaged, or of a tokenizer that is not CLIP's.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such tokenizer folder")
+        written = _read_object(folder / "tokenizer_config.json")
+        config = {**_DEFAULTS, **{k: v for k, v in written.items() if v is not None}}
+        saved = _read_object(folder / "tokenizer.json")
+        if saved:
+            vocab, merges = _check_saved(saved, folder / "tokenizer.json")
+        else:
+            vocab, merges = _read_vocabulary(folder)
+        added = _added_tokens(folder, config, saved)
+        if pad_token is not None:
+            config["pad_token"] = pad_token
+        try:
+            backend = _build(vocab, merges, config, added)
+        except Exception as error:  # the package raises bare Exceptions
+            raise CheckpointError(
+                f"{folder}: not a usable CLIP tokenizer ({_one_line(error)}); "
+                "fetch the folder again"
+            ) from error
+
+        def id_of(key: str) -> int:
+            token = str(_content(config[key]))
+            index = backend.token_to_id(token)
+            if index is None or not (token in vocab or token in _contents(added)):
+                raise CheckpointError(
+                    f"{folder}: {key} {token!r} is not in its vocabulary of {len(vocab)} entries; "
+                    "fetch the folder again or correct tokenizer_config.json"
+                )
+            return int(index)
+
+        return cls(
+            backend,
+            bos_token_id=id_of("bos_token"),
+            eos_token_id=id_of("eos_token"),
+            pad_token_id=id_of("pad_token"),
+            model_max_length=_max_length(config, folder),
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included."""
+        return int(self._backend.get_vocab_size())
+
+    def encode(self, text: str, pad: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            text: any Unicode text, may be empty.
+            pad: True gives what a text encoder takes: start, the text's ids, end, padding; exactly
+                `model_max_length` ids, the text cut to fit. False gives the text's ids alone, all
+                of
+                them: no start, end, padding or cut.
+
+        Raises:
+            UsageError: the text holds half of a surrogate pair, which no encoding of Unicode can
+                carry.
+        """
+        ids = list(self._encode(text).ids)
+        if not pad:
+            return ids
+        ids = [self.bos_token_id, *ids[: self.model_max_length - 2], self.eos_token_id]
+        return ids + [self.pad_token_id] * (self.model_max_length - len(ids))
+
+    def truncated(self, text: str) -> str:
+        """The end of the text that `encode` cuts off, as it was written; "" where all fits."""
+        encoding = self._encode(text)
+        room = self.model_max_length - 2
+        if len(encoding.ids) <= room:
+            return ""
+        return text[encoding.offsets[room][0] :].strip()
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """Text of some ids, lower-case and with a space after each word, as far as ids can tell."""
+        text = self._backend.decode(list(ids), skip_special_tokens=skip_special)
+        return str(text.replace(_WORD_END, " ").strip())
+
+    def _encode(self, text: str) -> tokenizers.Encoding:
+        if not isinstance(text, str):
+            raise UsageError(f"a prompt must be text, not {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"the prompt is not valid Unicode: character {error.start + 1} is a lone surrogate "
+                f"(U+{ord(text[error.start]):04X}); write the prompt in UTF-8"
+            ) from None
+        return self._backend.encode(text, add_special_tokens=False)
+
+
+def _build(
+    vocab: dict[str, int],
+    merges: list[tuple[str, str]],
+    config: Mapping[str, Any],
+    added: list[Any],
+) -> tokenizers.Tokenizer:
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+    from tokenizers.models import BPE
+
+    backend = Tokenizer(
+        BPE(
+            vocab=vocab,
+            merges=merges,
+            continuing_subword_prefix="",
+            end_of_word_suffix=_WORD_END,
+            fuse_unk=False,
+            unk_token=str(_content(config["unk_token"])),
+        )
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PATTERN), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.add_tokens(_special_tokens(config, added))
+    return backend
+
+
+# Files
+
+
+def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
+    if not vocab_file.is_file() and not merges_file.is_file():
+        raise CheckpointError(
+            f"{folder}: holds no tokenizer; expected tokenizer.json, or vocab.json and merges.txt"
+        )
+    for file in (vocab_file, merges_file):
+        if not file.is_file():
+            raise CheckpointError(f"{folder}: {file.name} is missing; fetch the folder again")
+    merges = []
+    # Split at "\n" alone: some characters of the byte alphabet count as line ends for splitlines.
+    for number, line in enumerate(_read_text(merges_file).split("\n"), 1):
+        line = line.removesuffix("\r")
+        if not line or line.startswith("#version"):
+            continue
+        pair = line.split(" ")
+        if len(pair) != 2 or not all(pair):
+            raise CheckpointError(
+                f"{merges_file}: line {number} is not a merge (two symbols and a space between); "
+                "fetch the file again"
+            )
+        merges.append((pair[0], pair[1]))
+    return _check_vocab(_read_object(vocab_file), vocab_file), merges
+
+
+def _check_saved(
+    saved: Mapping[str, Any], file: Path
+) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of a `tokenizer.json`, which must describe CLIP's procedure.
+
+    Its steps are checked, not run: files of several ages spell them differently and the reference
+    builds its own, too.
+    """
+
+    def not_clip(what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{file}: {what}; expected CLIP's tokenizer (lower-casing, byte-level BPE with "
+            f"word end {_WORD_END})"
+        )
+
+    model = saved.get("model")
+    if not isinstance(model, dict) or "merges" not in model or "vocab" not in model:
+        raise not_clip("holds no byte-pair model")
+    if model.get("type", "BPE") != "BPE":
+        raise not_clip(f"its model is {model['type']}")
+    if model.get("end_of_word_suffix") != _WORD_END:
+        raise not_clip(f"its model's end_of_word_suffix is {model.get('end_of_word_suffix')!r}")
+    normalizers = _step_types(saved.get("normalizer"), "normalizers")
+    if "Lowercase" not in normalizers or not normalizers <= {"NFC", "Replace", "Lowercase"}:
+        raise not_clip(f"its normalizer is {sorted(normalizers) or 'empty'}")
+    splitters = _step_types(saved.get("pre_tokenizer"), "pretokenizers")
+    if "ByteLevel" not in splitters or not splitters <= {"Split", "ByteLevel"}:
+        raise not_clip(f"its pre-tokenizer is {sorted(splitters) or 'empty'}")
+
+    merges = []
+    for merge in model["merges"] if isinstance(model["merges"], list) else [None]:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not (
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, str) for p in pair)
+        ):
+            raise CheckpointError(f"{file}: {merge!r} is not a merge; fetch the file again")
+        merges.append((pair[0], pair[1]))
+    return _check_vocab(model["vocab"], file), merges
+
+
+def _step_types(step: Any, list_key: str) -> set[str]:
+    if not isinstance(step, dict):
+        return set()
+    if step.get("type") != "Sequence":
+        return {str(step.get("type"))}
+    steps = step.get(list_key)
+    return {str(s.get("type")) for s in steps if isinstance(s, dict)} if steps else set()
+
+
+def _check_vocab(vocab: Any, file: Path) -> dict[str, int]:
+    if (
+        not isinstance(vocab, dict)
+        or not vocab
+        or not all(type(i) is int and 0 <= i < 2**32 for i in vocab.values())
+    ):
+        raise CheckpointError(f"{file}: is not a vocabulary (token -> id); fetch the file again")
+    return vocab
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{file}: cannot be read as UTF-8 text ({_one_line(error)}); fetch the file again"
+        ) from error
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """A JSON object, {} where the file does not exist."""
+    if not file.exists():
+        return {}
+    try:
+        value = json.loads(_read_text(file))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file}: is not JSON ({_one_line(error)}); fetch the file again"
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: is not a JSON object; fetch the file again")
+    return value
+
+
+def _max_length(config: Mapping[str, Any], folder: Path) -> int:
+    length = config.get("model_max_length", CONTEXT_LENGTH)
+    if isinstance(length, bool) or not isinstance(length, int | float) or not length >= 2:
+        raise CheckpointError(
+            f"{folder}/tokenizer_config.json: model_max_length is {length!r}; "
+            f"expected {CONTEXT_LENGTH}"
+        )
+    # transformers writes 1e30 for "not known".
+    return CONTEXT_LENGTH if length > 1e6 else int(length)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# Special and added tokens. A token is a string or a dict {"content", "normalized", "special", ...},
+# as the files hold it; which flags apply follows transformers'
+# PreTrainedTokenizerBase._from_pretrained.
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _contents(tokens: Iterable[Any]) -> set[str]:
+    return {str(_content(token)) for token in tokens}
+
+
+def _added_tokens(folder: Path, config: dict[str, Any], saved: Mapping[str, Any]) -> list[Any]:
+    """Tokens registered beside the vocabulary, by id. Updates `config`'s special tokens to them."""
+    added: dict[int, Any] = {}
+    if "added_tokens_decoder" in config:
+        where = folder / "tokenizer_config.json"
+        entries = config["added_tokens_decoder"]
+        pairs: list[tuple[Any, Any]] = [(None, None)]
+        if isinstance(entries, dict):
+            pairs = list(entries.items())
+    else:
+        special_map = _read_object(folder / "special_tokens_map.json")
+        for key, value in special_map.items():
+            if value is not None:
+                config[key] = {**value, "special": True} if isinstance(value, dict) else value
+        where = folder / "tokenizer.json"
+        specials = _contents(config[key] for key in _SPECIAL_KEYS if config.get(key))
+        pairs = [
+            (i, {"content": content, "special": content in specials})
+            for content, i in _read_object(folder / "added_tokens.json").items()
+        ]
+        entries = saved.get("added_tokens") or []
+        pairs += [
+            (e.get("id"), {k: v for k, v in e.items() if k != "id"})
+            if isinstance(e, dict)
+            else (None, None)
+            for e in (entries if isinstance(entries, list) else [None])
+        ]
+    for index, token in pairs:
+        if not isinstance(token, dict) or not isinstance(token.get("content"), str):
+            raise CheckpointError(f"{where}: {token!r} is not an added token; fetch the file again")
+        try:
+            added[int(index)] = token
+        except (TypeError, ValueError):
+            raise CheckpointError(
+                f"{where}: added token {token['content']!r} has id {index!r}; fetch the file again"
+            ) from None
+    by_content = {token["content"]: token for token in added.values()}
+    for key in _SPECIAL_KEYS:
+        if config.get(key) is not None:
+            content = _content(config[key])
+            if not isinstance(content, str):
+                raise CheckpointError(
+                    f"{folder}: {key} is {config[key]!r}; expected a token; fetch the folder again"
+                )
+            config[key] = by_content.get(content, config[key])
+    return [token for _, token in sorted(added.items(), key=lambda item: item[0])]
+
+
+def _special_tokens(config: Mapping[str, Any], added: list[Any]) -> list[tokenizers.AddedToken]:
+    """What the backend must recognise inside text.
+
+    A token may come twice with other flags (SD 1.x: end-of-text as "eos_token", to be found in
+    normalized text, and as a plain "pad_token", to be found as written): the backend takes the
+    last.
+    """
+    specials = [config[key] for key in _SPECIAL_KEYS if config.get(key) is not None]
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    known, named = _contents(added), _contents(specials)
+    more = [*specials, *(extra if isinstance(extra, list) else [])]
+    tokens = added + [token for token in more if _content(token) not in known]
+    return [_added_token(token, special=str(_content(token)) in named) for token in tokens]
+
+
+def _added_token(token: Any, special: bool) -> tokenizers.AddedToken:
+    from tokenizers import AddedToken
+
+    if isinstance(token, str):
+        return AddedToken(token, special=True)
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    result = AddedToken(token["content"], **{k: bool(token[k]) for k in flags if k in token})
+    if special:
+        result.special = True
+    return result
