@@ -88,7 +88,7 @@ class Backend:
         return model
 
     def asarray(self, x: np.ndarray | mx.array, dtype: str | None = None) -> mx.array:
-        """An MLX array of these values, in the dtype of this name (int32 too); None: as they are."""
+        """An MLX array of these values, in the dtype of this name (or int32); None: as they are."""
         return mx.array(x, None if dtype is None else _dtype(dtype, "int32"))
 
     def to_numpy(self, x: mx.array) -> np.ndarray:

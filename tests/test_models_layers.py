@@ -1,0 +1,165 @@
+"""The MLX layers against their formulas in float64."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+mx = pytest.importorskip("mlx.core")
+
+from mlxdiff.models import layers  # noqa: E402
+
+pytestmark = pytest.mark.mlx
+RANDOM = np.random.RandomState(0)
+
+
+def normal(*shape: int) -> np.ndarray:
+    return RANDOM.standard_normal(shape).astype(np.float32)
+
+
+def plain_attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, heads: int, mask: np.ndarray | None = None
+) -> np.ndarray:
+    """softmax(q k / sqrt(D)) v, head by head, in float64."""
+    out, dim = np.empty(q.shape), q.shape[-1] // heads
+    for h in range(heads):
+        part = slice(h * dim, (h + 1) * dim)
+        scores = q[..., part].astype(np.float64) @ k[..., part].swapaxes(1, 2) / math.sqrt(dim)
+        if mask is not None:
+            scores = np.where(mask, scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        out[..., part] = weights / weights.sum(-1, keepdims=True) @ v[..., part]
+    return out
+
+
+def test_attention_is_softmax_of_scaled_products() -> None:
+    q, k, v = normal(2, 33, 40), normal(2, 7, 40), normal(2, 7, 40)
+    got = layers.attention(*map(mx.array, (q, k, v)), 5)
+    np.testing.assert_allclose(got, plain_attention(q, k, v, 5), atol=2e-6)
+
+
+def test_attention_with_a_mask() -> None:
+    q, k, v = normal(2, 9, 16), normal(2, 9, 16), normal(2, 9, 16)
+    mask = np.tril(np.ones((9, 9), dtype=bool))
+    got = layers.attention(*map(mx.array, (q, k, v)), 2, mx.array(mask))
+    np.testing.assert_allclose(got, plain_attention(q, k, v, 2, mask), atol=2e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch, masked: bool) -> None:
+    q, k, v = (mx.array(normal(2, 50, 24)) for _ in range(3))
+    mask = mx.array(np.tril(np.ones((50, 50), dtype=bool))) if masked else None
+    whole = layers.attention(q, k, v, 3, mask)
+    # Seven queries at a time: the last part is smaller than the others.
+    monkeypatch.setattr(layers, "_SCORES_BYTES", 7 * 4 * 2 * 3 * 50)
+    np.testing.assert_allclose(layers.attention(q, k, v, 3, mask), whole, atol=1e-6)
+
+
+def test_attention_in_parts_bounds_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (mx.array(normal(1, 1024, 8)) for _ in range(3))
+    mx.eval(q, k, v)
+    peaks = []
+    for limit in (1 << 30, 1 << 18):
+        monkeypatch.setattr(layers, "_SCORES_BYTES", limit)
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(layers.attention(q, k, v, 1))
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[0] > 1024 * 1024 * 4  # all scores at once
+    assert peaks[1] < 4 * (1 << 18)
+
+
+@pytest.mark.parametrize("head_dim", [8, 40, 72])
+def test_attention_with_padded_heads_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, head_dim: int
+) -> None:
+    q, k, v = (mx.array(normal(2, 21, 2 * head_dim)) for _ in range(3))
+    plain = layers.attention(q, k, v, 2)
+    monkeypatch.setattr(layers, "_fused_head_dim", lambda *_: 80)
+    np.testing.assert_allclose(layers.attention(q, k, v, 2), plain, atol=1e-6)
+
+
+def test_attention_scores_beyond_float16() -> None:
+    # The largest score is 300 * 300 * 64 / 8 = 720000: infinite in float16, and then NaN.
+    q = mx.full((1, 4, 64), 300.0, dtype=mx.float16)
+    v = mx.array(normal(1, 4, 64)).astype(mx.float16)
+    got = layers.attention(q, q, v, 1)
+    assert got.dtype == mx.float16
+    mean = np.broadcast_to(np.array(v.astype(mx.float32)).mean(axis=1, keepdims=True), v.shape)
+    np.testing.assert_allclose(got.astype(mx.float32), mean, atol=2e-3)
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_group_norm(offset: float, dtype: str) -> None:
+    x = mx.array(normal(2, 30, 20, 12) + np.float32(offset)).astype(getattr(mx, dtype))
+    norm = layers.GroupNorm(3, 12, eps=1e-3)
+    weight, bias = 1 + normal(12), normal(12)
+    norm.load_weights([("weight", mx.array(weight)), ("bias", mx.array(bias))])
+    got = norm(x)
+    assert got.dtype == x.dtype
+    x64 = np.array(x.astype(mx.float32)).astype(np.float64).reshape(2, 600, 3, 4)
+    x64 = x64 - x64.mean(axis=(1, 3), keepdims=True)
+    x64 = x64 / np.sqrt((x64**2).mean(axis=(1, 3), keepdims=True) + 1e-3)
+    expected = x64.reshape(2, 30, 20, 12) * weight + bias
+    # x * scale and its shift are rounded at |mean| / std; a half result is rounded once more.
+    rounding = {"float32": 0, "float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
+    np.testing.assert_allclose(
+        got.astype(mx.float32), expected, rtol=rounding, atol=2e-6 + 1e-6 * offset
+    )
+
+
+def test_layer_norm_accumulates_in_float32() -> None:
+    x = 200 + 100 * normal(3, 640)  # squares beyond float16
+    norm = layers.LayerNorm(640)
+    norm.load_weights([("weight", mx.ones(640)), ("bias", mx.zeros(640))])
+    got = norm(mx.array(x).astype(mx.float16))
+    expected = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
+    np.testing.assert_allclose(got.astype(mx.float32), expected, atol=5e-3)
+
+
+def test_a_1x1_convolution_is_a_matrix_product() -> None:
+    x, weight, bias = normal(2, 5, 6, 8), normal(7, 1, 1, 8), normal(7)
+    conv = layers.Conv2d(8, 7, 1)
+    conv.load_weights([("weight", mx.array(weight)), ("bias", mx.array(bias))])
+    np.testing.assert_allclose(conv(mx.array(x)), x @ weight[:, 0, 0].T + bias, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "formula"),
+    [
+        ("silu", lambda x: x / (1 + math.exp(-x))),
+        ("gelu", lambda x: x * 0.5 * math.erfc(-x / math.sqrt(2))),
+        ("quick_gelu", lambda x: x / (1 + math.exp(-1.702 * x))),
+    ],
+)
+def test_activations(name: str, formula) -> None:
+    x = np.linspace(-8, 8, 201, dtype=np.float32)
+    got = layers.activation(name)(mx.array(x))
+    np.testing.assert_allclose(got, [formula(float(v)) for v in x], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(6, 8), (5, 7), (7, 9), (6, 7), (3, 4), (10, 3)])
+def test_upsample_nearest(size: tuple[int, int]) -> None:
+    x = normal(2, 3, 4, 5)
+    rows = [i * 3 // size[0] for i in range(size[0])]
+    columns = [i * 4 // size[1] for i in range(size[1])]
+    got = layers.upsample_nearest(mx.array(x), *size)
+    np.testing.assert_array_equal(got, x[:, rows][:, :, columns])
+
+
+@pytest.mark.parametrize(
+    ("dim", "flip", "shift"), [(32, True, 0.0), (320, False, 1.0), (7, True, 0.0)]
+)
+def test_timestep_embedding(dim: int, flip: bool, shift: float) -> None:
+    steps = np.array([0, 1, 501.5, 999], dtype=np.float32)
+    half = dim // 2
+    angles = steps[:, None] * 10000.0 ** (-np.arange(half) / (half - shift))
+    parts = [np.cos(angles), np.sin(angles)] if flip else [np.sin(angles), np.cos(angles)]
+    expected = np.concatenate([*parts, np.zeros((4, dim % 2))], axis=1)
+    got = layers.timestep_embedding(mx.array(steps), dim, flip, shift)
+    assert got.dtype == mx.float32
+    # A frequency near 1 is known to half a unit in the last place, 3e-8; times 999.
+    np.testing.assert_allclose(got, expected, atol=2e-4)
