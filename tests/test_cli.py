@@ -1,0 +1,218 @@
+"""The command line as a user meets it: what it prints, what it leaves behind, how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from golden_data import checkpoint
+from PIL import Image
+
+from mlxdiff.cli import main
+
+
+def run(*arguments: str | Path, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments], input=stdin)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def generate(*arguments: str | Path, stdin: str | None = None) -> Result:
+    return run("generate", "-m", checkpoint("sd15"), "--backend", "numpy", *arguments, stdin=stdin)
+
+
+QUICK = ("--steps", "2", "-W", "32", "-H", "32")
+
+
+def error_of(result: Result) -> str:
+    """The one error line of a run that failed by the user's doing."""
+    assert result.exit_code == 2, result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1, result.output
+    assert "Traceback" not in result.output
+    return lines[0]
+
+
+def test_a_picture_is_written_and_reported(here: Path) -> None:
+    result = generate("a red circle", "-s", "3", *QUICK)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("mlxdiff-3.png  seed 3  ")
+    assert Image.open(here / "mlxdiff-3.png").size == (32, 32)
+
+
+def test_json_and_count(here: Path) -> None:
+    result = generate("a", "-s", "7", "-b", "2", "-o", "x/{index}-{seed}.png", "--json", *QUICK)
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [r["path"] for r in records] == ["x/0-7.png", "x/1-8.png"]
+    assert [r["seed"] for r in records] == [7, 8]
+    wanted = {"path", "seed", "width", "height", "sampler", "schedule", "steps", "seconds"}
+    assert all(wanted | {"peak_memory_bytes"} <= set(r) for r in records)
+    assert all((here / r["path"]).is_file() for r in records)
+    # Each picture of a run is the one that its seed gives alone.
+    alone = generate("a", "-s", "8", "-o", "alone.png", *QUICK)
+    assert alone.exit_code == 0
+    both = [np.asarray(Image.open(here / name)) for name in ("x/1-8.png", "alone.png")]
+    assert np.array_equal(*both)
+
+
+def test_metadata_replays_the_picture(here: Path) -> None:
+    options = ("-g", "3.5", "-n", "blurry", "--schedule", "karras", "-o", "first.png")
+    assert generate('two, "words"\nSteps: 3', "-s", "5", *QUICK, *options).exit_code == 0
+    again = generate("--from-image", "first.png", "-o", "second.png")
+    assert again.exit_code == 0, again.output
+    pictures = [Image.open(here / name) for name in ("first.png", "second.png")]
+    assert np.array_equal(*map(np.asarray, pictures))
+    assert pictures[0].text == pictures[1].text
+    assert "Negative prompt: blurry" in pictures[0].text["parameters"]
+    assert generate("x", "--no-metadata", "-o", "bare.png", *QUICK).exit_code == 0
+    assert Image.open(here / "bare.png").text == {}
+
+
+def test_prompt_file_and_stdin(here: Path) -> None:
+    (here / "prompts.txt").write_text("a red circle\n\na blue square\n", encoding="utf-8")
+    result = generate("--prompt-file", "prompts.txt", "-s", "1", *QUICK)
+    assert result.exit_code == 0, result.output
+    assert (here / "mlxdiff-1-0.png").is_file() and (here / "mlxdiff-1-1.png").is_file()
+    result = generate("--prompt-file", "-", "-s", "2", *QUICK, stdin="only one\n")
+    assert result.exit_code == 0, result.output
+    assert (here / "mlxdiff-2.png").is_file()
+
+
+def test_a_long_prompt_is_cut_with_a_note(here: Path) -> None:
+    result = generate("circle " * 90 + "square", "-s", "1", *QUICK)
+    assert result.exit_code == 0
+    assert "Note: " in result.stderr and "square" in result.stderr
+
+
+def test_what_has_no_effect_is_noted(here: Path) -> None:
+    result = generate("a", "-n", "b", "-g", "1", "-s", "1", *QUICK)
+    assert result.exit_code == 0
+    assert "Note: negative_prompt has no effect" in result.stderr
+
+
+def test_unseeded_pictures_tell_their_seed(here: Path) -> None:
+    result = generate("a", "--json", *QUICK)
+    seed = json.loads(result.stdout)["seed"]
+    assert (here / f"mlxdiff-{seed}.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "no prompt"),
+        (("a", "-p", "b"), "PROMPT and --prompt"),
+        (("a", "-W", "33"), "nearest: 32 or 40"),
+        (("a", "-H", "0"), "height 0"),
+        (("a", "--steps", "0"), "steps"),
+        (("a", "--steps", "2000"), "steps"),
+        (("a", "--count", "0"), "--count"),
+        (("a", "-g", "nan"), "guidance"),
+        (("a", "--guidance-rescale", "2"), "guidance_rescale"),
+        (("a", "--sampler", "best"), "dpmpp-2m"),
+        (("a", "--schedule", "best"), "karras"),
+        (("a", "--prompt-2", "b"), "SDXL"),
+        (("a", "--original-size", "512"), "HxW"),
+        (("a", "--dtype", "int4"), "float32"),
+        (("a", "--backend", "cuda"), "numpy"),
+        (("a", "-o", "x.jpg"), "PNG"),
+        (("a", "-o", "{name}.png"), "{seed}"),
+        (("a", "-o", "{.png"), "--output"),
+        (("a", "-b", "2", "-o", "x.png"), "{index}"),
+        (("--prompt-file", "none.txt"), "none.txt"),
+        (("--from-image", "none.png"), "none.png"),
+        (("a", "--lora", "x"), "--lora"),
+    ],
+)
+def test_wrong_input_is_one_line_and_leaves_nothing(
+    here: Path, arguments: tuple[str, ...], says: str
+) -> None:
+    assert says in error_of(generate(*arguments))
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("model", ["none", "some/where/else", "empty", "file.bin"])
+def test_a_model_that_is_none(here: Path, model: str) -> None:
+    (here / "empty").mkdir()
+    (here / "file.bin").write_bytes(b"\x00" * 64)
+    assert model in error_of(run("generate", "-m", model, "a"))
+
+
+def test_an_existing_file_is_not_overwritten(here: Path) -> None:
+    (here / "x.png").write_text("mine")
+    assert "--force" in error_of(generate("a", "-o", "x.png", *QUICK))
+    assert (here / "x.png").read_text() == "mine"
+    assert generate("a", "-o", "x.png", "--force", *QUICK).exit_code == 0
+
+
+def test_convert_info_and_generate_from_the_converted_folder(here: Path) -> None:
+    result = run("convert", checkpoint("sd15"), "converted", "--dtype", "float32")
+    assert result.exit_code == 0, result.output
+    assert "converted" in result.stdout
+    facts = json.loads(run("info", "converted", "--json").stdout)
+    assert facts["family"] == "sd1"
+    assert facts["kind"] == "converted"
+    assert "float32" in run("info", "converted").stdout.lower() or "F32" in json.dumps(facts)
+    drawn = [
+        run("generate", "a", "-m", m, "-s", "1", "--backend", "numpy", "-o", f"{i}.png", *QUICK)
+        for i, m in enumerate((checkpoint("sd15"), "converted"))
+    ]
+    assert [d.exit_code for d in drawn] == [0, 0]
+    pictures = [np.asarray(Image.open(here / f"{i}.png")) for i in range(2)]
+    assert np.array_equal(*pictures)
+    assert "exists" in error_of(run("convert", checkpoint("sd15"), "converted"))
+    facts = json.loads(run("info", "0.png", "--json").stdout)
+    assert facts["prompt"] == "a" and facts["seed"] == 1
+
+
+def test_debug_shows_the_traceback(here: Path) -> None:
+    result = run("generate", "-m", "none", "a", "--debug")
+    assert result.exception is not None and not isinstance(result.exception, SystemExit)
+
+
+def command(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "mlxdiff", *arguments],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_an_interrupt_ends_with_130_and_leaves_nothing(here: Path) -> None:
+    process = command(
+        *("generate", "a", "-m", str(checkpoint("sd15")), "--backend", "numpy"),
+        *("--steps", "900", "-o", "x.png"),
+        cwd=here,
+    )
+    time.sleep(3.0)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Interrupted" in stderr and "Traceback" not in stderr
+    assert list(here.iterdir()) == []
+
+
+def test_help_names_the_commands_and_imports_nothing_heavy(here: Path) -> None:
+    code = (
+        "import sys; from mlxdiff.cli import main; main(['--help'], standalone_mode=False);"
+        "print(sorted({'numpy', 'mlx', 'PIL', 'huggingface_hub', 'tokenizers'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "generate" in out.stdout and "convert" in out.stdout
+    assert out.stdout.splitlines()[-1] == "[]"
