@@ -54,7 +54,8 @@ def convert(
         revision: branch, tag or commit on the hub.
         variant: weights variant, "fp16" for example.
         force: replace ``dest`` if it is a converted folder.
-        progress: called with bytes done, bytes in all, and what is being worked on.
+        progress: called with bytes done, bytes in all, and what is being worked on; a download
+            from the hub is counted first, on its own.
     Returns: what was done with every tensor.
     Raises: UsageError, CheckpointError, ConfigError, HubError.
     """
@@ -62,7 +63,7 @@ def convert(
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     check_dest(dest, force)
-    model = open_source(source, revision, variant)
+    model = open_source(source, revision, variant, progress)
     width = 4 if dtype == "float32" else 2
     to_write = sum(t.size * width for c in model.components for t in model.tensors(c).values())
     provenance = model.provenance
@@ -109,7 +110,8 @@ def _hash(files: dict[str, Path], total: int, progress: Progress | None) -> dict
 def _component_report(model: ModelSource, name: str, width: int) -> ComponentReport:
     tensors = model.tensors(name)
     parameters = sum(t.size for t in tensors.values())
-    file, transforms, ignored = name, Counter[str](), ()
+    file, transforms = name, Counter[str]()
+    ignored: tuple[tuple[str, str], ...] = ()
     if isinstance(model, DiffusersFolder):
         files = model.files[name]
         file = files.entry.relative_to(model.path).as_posix()

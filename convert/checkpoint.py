@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mlxdiff import hub
 from mlxdiff.config import read_json
 from mlxdiff.convert import detect
 from mlxdiff.convert.keymap import DIFFUSERS, Mapped, Use, map_names
@@ -23,13 +23,13 @@ from mlxdiff.weights import (
     ConvertedFolder,
     LazyTensor,
     ModelFolder,
+    Progress,
     open_folder,
     open_weights,
     raise_faults,
     shard_files,
 )
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?")
 # Names that diffusers and transformers give to weights: stem, variant and index in all the orders
 # that their versions have used ("x.fp16.safetensors", "x.safetensors.index.fp16.json", ...).
 _WEIGHTS = re.compile(
@@ -57,6 +57,12 @@ class ComponentFiles:
 class DiffusersFolder(ModelFolder):
     """An unconverted diffusers folder. Opening it checks everything that headers can tell.
 
+    Args:
+        path: the folder.
+        name: what the provenance calls it; default: the folder's own name.
+        revision: of the hub repository that it comes from.
+        variant: weights variant to take.
+        prefer: variants to look for, in this order, where none was asked for ("" is none).
     Attributes:
         files: component -> its weights as found.
         notes: what was left out or done otherwise than asked, one line each.
@@ -70,6 +76,7 @@ class DiffusersFolder(ModelFolder):
         name: str | None = None,
         revision: str | None = None,
         variant: str | None = None,
+        prefer: tuple[str, ...] = ("", "fp16"),
     ) -> None:
         path = Path(path)
         if not (path / "model_index.json").is_file():
@@ -80,7 +87,7 @@ class DiffusersFolder(ModelFolder):
         self.provenance: dict[str, Any] = {"source": name or path.resolve().name}
         if revision is not None:
             self.provenance["revision"] = revision
-        entries, more = find_weights(path, self.components, variant)
+        entries, more = find_weights(path, self.components, variant, prefer)
         self.notes = notes + more
         self.files = {name: self._open(name, entry) for name, entry in entries.items()}
 
@@ -152,15 +159,15 @@ def all_finite(values: np.ndarray) -> bool:
 
 
 def find_weights(
-    path: Path, components: tuple[str, ...], variant: str | None
+    path: Path, components: tuple[str, ...], variant: str | None, prefer: tuple[str, ...]
 ) -> tuple[dict[str, Path], tuple[str, ...]]:
-    """The weights of each component: the variant asked for, or else the plain files.
+    """The weights of each component.
 
-    Where a component has only another variant than the plain one, that is taken if nothing else was
-    asked for (fp16 first); where it lacks the variant asked for, its plain file. Both are noted.
+    A component without the variant asked for gives its plain file; one that has none of the
+    preferred variants gives what it has. Both are noted.
 
     Returns: component -> file or index; notes.
-    Raises: CheckpointError where a component has no weights, or none has the variant.
+    Raises: CheckpointError where a component has no weights, or none has the variant asked for.
     """
     found = {name: _variants(path / name) for name in components}
     if variant is not None and not any(variant in there for there in found.values()):
@@ -169,18 +176,16 @@ def find_weights(
             f"{path}: no weights of variant {variant!r}; "
             f"variants there: {', '.join(known) or 'none'}"
         )
+    order = prefer if variant is None else (variant, "")
     chosen: dict[str, Path] = {}
     notes = []
     for name, there in found.items():
         if not there:
             raise _no_weights(path / name)
-        want = variant or ""
-        take = next(v for v in (want, "", "fp16", *sorted(there)) if v in there)
-        if take != want:
-            what = f"its {take} variant" if take else "its plain file"
-            notes.append(
-                f"{name}: has no {f'{want} variant' if want else 'plain file'}; {what} was taken"
-            )
+        take = next(v for v in (*order, *sorted(there)) if v in there)
+        if take != order[0] and (variant is not None or take):
+            lacks, takes = (f"{v} variant" if v else "plain file" for v in (order[0], take))
+            notes.append(f"{name}: has no {lacks}; its {takes} was taken")
         chosen[name] = there[take]
     return chosen, tuple(notes)
 
@@ -222,43 +227,42 @@ def open_source(
     path: str | os.PathLike[str],
     revision: str | None = None,
     variant: str | None = None,
-    progress: Callable[..., None] | None = None,
+    progress: Progress | None = None,
 ) -> DiffusersFolder | ConvertedFolder:
     """Open a model as people have it.
 
     Args:
         path: a diffusers folder, a converted folder, or a hub id ``org/name[@revision]``.
         revision: for a hub id, the branch, tag or commit.
-        variant: weights variant, "fp16" for example; default: the plain files where there are any.
-        progress: handed to the download from the hub.
+        variant: weights variant, "fp16" for example; default: of a folder the
+            plain files, of the hub fp16 (half the bytes), each where there are any.
+        progress: called while files are fetched from the hub.
     Returns: the model, everything checked that can be without reading the weights.
     Raises: CheckpointError, ConfigError, HubError, UsageError.
     """
     folder = Path(path)
-    name = None
-    if not folder.exists() and isinstance(path, str) and _HUB_ID.fullmatch(path):
-        name, folder, revision = _fetch(path, revision, variant, progress)
-    elif revision is not None:
+    if not folder.exists() and hub.is_repo_id(str(path)):
+        return _open_hub(str(path), revision, variant, progress)
+    if revision is not None:
         raise UsageError(f"{path} is no hub id (org/name), so it has no revision {revision!r}")
     if (folder / MANIFEST).is_file():
         if variant is not None:
             raise UsageError(f"{path} is a converted folder, so it has no variant {variant!r}")
         return open_folder(folder)
-    return DiffusersFolder(folder, name=name, revision=revision, variant=variant)
+    return DiffusersFolder(folder, variant=variant)
 
 
-def _fetch(
-    path: str, revision: str | None, variant: str | None, progress: Callable[..., None] | None
-) -> tuple[str, Path, str | None]:
-    """A model of the hub: its id, the local folder, the revision (the commit where it is known)."""
-    from mlxdiff import hub
-
-    name, _, at = path.partition("@")
+def _open_hub(
+    repo: str, revision: str | None, variant: str | None, progress: Progress | None
+) -> DiffusersFolder | ConvertedFolder:
+    """A model of the hub: what ``hub.resolve`` chose is opened, whatever else is cached."""
+    name, _, at = repo.partition("@")
     if revision is not None and at and revision != at:
-        raise UsageError(f"{path}: asks for revision {at!r} and for {revision!r}")
-    revision = revision or at or None
+        raise UsageError(f"{repo}: asks for revision {at!r} and for {revision!r}")
+    revision = revision or at
     wanted = f"{name}@{revision}" if revision else name
-    folder = Path(hub.resolve(wanted, variant=variant, progress=progress))
-    if folder.parent.name == "snapshots":  # the hub's cache: the folder is called by its commit
-        revision = folder.name
-    return name, folder, revision
+    folder = hub.resolve(wanted, variant=variant, progress=progress)
+    if (folder / MANIFEST).is_file():
+        return open_folder(folder)
+    prefer = (hub.PREFERRED_VARIANT, "")
+    return DiffusersFolder(folder, name=name, revision=folder.name, variant=variant, prefer=prefer)

@@ -25,6 +25,7 @@ from folders import (
 )
 from safetensors.numpy import load_file, save_file
 
+from mlxdiff import hub
 from mlxdiff.config import UNet2DConditionConfig
 from mlxdiff.convert import DiffusersFolder, convert, describe, detect, open_source
 from mlxdiff.errors import CheckpointError, ConfigError, MlxdiffError, UsageError
@@ -619,7 +620,6 @@ def test_usage(model: Path, tmp_path: Path) -> None:
 
 
 def test_hub_ids_are_resolved(models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = pytest.importorskip("mlxdiff.hub")
     snapshot = tmp_path / "snapshots" / "0123abc"
     shutil.copytree(models["sd1"][0], snapshot)
     asked = []
@@ -629,7 +629,11 @@ def test_hub_ids_are_resolved(models: Any, tmp_path: Path, monkeypatch: pytest.M
         return snapshot
 
     monkeypatch.setattr(hub, "resolve", resolve)
-    convert("org/some-name@main", tmp_path / "out", variant=None)
+    unet = snapshot / "unet"
+    shutil.copy(unet / WEIGHTS["unet"], unet / "diffusion_pytorch_model.fp16.safetensors")
+    report = convert("org/some-name@main", tmp_path / "out")
+    assert report.components[1].file == "unet/diffusion_pytorch_model.fp16.safetensors"
+    assert len(report.notes) == 2  # the plain files of the others are as good
     assert asked == [("org/some-name@main", None)]
     origin = open_folder(tmp_path / "out").provenance
     assert (origin["source"], origin["revision"]) == ("org/some-name", "0123abc")
