@@ -1,0 +1,248 @@
+"""Samplers: how a picture is reached from noise in n steps. One code for both backends, no mlx.
+
+    plan = samplers.plan(scheduler_config, "dpmpp-2m", "karras", 12)
+    x, state = plan.init_noise_sigma * noise, plan.start()
+    for t in plan.timesteps:
+        output = network(plan.scale_model_input(x, state), t)
+        x, state = plan.step(x, output, state)
+
+A sampler's id means a scheduler class of diffusers, built from the checkpoint's
+scheduler_config.json by `X.from_config` (see settings.py); each equals it in timesteps, sigmas and
+every step. docs/samplers.md says what each is and when to use it. To add one: a file with a
+`Family`, and a line in `_SAMPLERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mlxdiff.errors import ConfigError, UsageError
+from mlxdiff.samplers import dpm_solver
+from mlxdiff.samplers.family import Family, Grid
+from mlxdiff.samplers.plan import Plan, Row, State
+from mlxdiff.samplers.schedule import ays, check_steps
+from mlxdiff.samplers.settings import Settings
+
+__all__ = ["NAMES", "SCHEDULES", "Plan", "Row", "State", "automatic", "plan", "timesteps"]
+
+# id -> the class, and the arguments that the id fixes
+_SAMPLERS: dict[str, tuple[Family, dict[str, Any]]] = {
+    "dpmpp-2m": (dpm_solver.MULTISTEP, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "dpmpp-3m": (dpm_solver.MULTISTEP, {"algorithm_type": "dpmsolver++", "solver_order": 3}),
+    "dpmpp-2m-sde": (
+        dpm_solver.MULTISTEP,
+        {"algorithm_type": "sde-dpmsolver++", "solver_order": 2},
+    ),
+    "dpm-2m": (
+        dpm_solver.MULTISTEP,
+        {"algorithm_type": "dpmsolver", "solver_order": 2, "final_sigmas_type": "sigma_min"},
+    ),
+    "dpmpp-2s": (dpm_solver.SINGLESTEP, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+}
+_CLASSES = {family.name: family for family, _ in _SAMPLERS.values()}
+
+# id -> the arguments that the schedule sets
+_SCHEDULES: dict[str, dict[str, Any]] = {
+    "normal": {},
+    "karras": {"use_karras_sigmas": True},
+    "exponential": {"use_exponential_sigmas": True},
+    "beta": {"use_beta_sigmas": True},
+    "lu": {"use_lu_lambdas": True},
+    "trailing": {"timestep_spacing": "trailing"},
+    "leading": {"timestep_spacing": "leading"},
+    "linspace": {"timestep_spacing": "linspace"},
+    "ays": {},
+}
+_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+
+NAMES = ("auto", "checkpoint", *_SAMPLERS)
+SCHEDULES = ("auto", *_SCHEDULES)
+
+
+def plan(
+    scheduler_config: Mapping[str, Any],
+    sampler: str = "auto",
+    schedule: str = "auto",
+    steps: int = 20,
+    *,
+    eta: float | None = None,
+    family: str | None = None,
+    strength: float | None = None,
+    denoising_start: float | None = None,
+    denoising_end: float | None = None,
+) -> Plan:
+    """A run of `steps` steps, worked out.
+
+    Args:
+        scheduler_config: the checkpoint's scheduler_config.json.
+        sampler, schedule: ids from `NAMES` and `SCHEDULES`.
+        steps: as diffusers counts num_inference_steps; len(plan) counts model evaluations.
+        eta: share of fresh noise, 0 to 1, for the samplers that have it (None: 0).
+        family: the model's family ("sd1", "sdxl", ...), for schedules made for one.
+        strength: image to image: run only this last share of the steps, 0 to 1.
+        denoising_start, denoising_end: run only the timesteps between these shares of the way,
+            0 to 1 (SDXL's base and refiner); denoising_start takes the place of strength.
+    Raises: UsageError for an unknown id, a combination that does not exist, a number out of range;
+        ConfigError for a scheduler_config.json that is not understood.
+    """
+    chosen = _choose(scheduler_config, sampler, schedule, steps, family)
+    if eta is not None and not chosen.family.has_eta:
+        having = [name for name, (other, _) in _SAMPLERS.items() if other.has_eta]
+        raise UsageError(f"sampler {chosen.sampler} has no eta; {' and '.join(having)} have")
+    if eta is not None and not 0.0 <= eta <= 1.0:
+        raise UsageError(f"eta must be between 0 and 1, not {eta}")
+    grid = chosen.grid()
+    first, last = _window(chosen.family, grid, steps, strength, denoising_start, denoising_end)
+    rows = tuple(chosen.family.rows(chosen.settings, grid, first, eta or 0.0))
+    return Plan(chosen.sampler, chosen.schedule, rows[: last - first], grid.init_noise_sigma)
+
+
+def timesteps(
+    scheduler_config: Mapping[str, Any],
+    sampler: str,
+    schedule: str,
+    steps: int,
+    *,
+    family: str | None = None,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The reference's `scheduler.timesteps` and `scheduler.sigmas` after set_timesteps(steps).
+
+    Returns: timesteps, int64 or float32 as the class has them, repeats included; sigmas, float32,
+        the final one included, or None where the class has none.
+    Raises: as `plan`.
+    """
+    grid = _choose(scheduler_config, sampler, schedule, steps, family).grid()
+    return grid.timesteps, grid.sigmas
+
+
+def automatic(
+    config: Mapping[str, Any], sampler: str, schedule: str, steps: int, family: str | None = None
+) -> tuple[str, str]:
+    """What `auto` means for a checkpoint: ids for whichever of `sampler` and `schedule` is "auto".
+
+    The sampler is dpmpp-2m, but for a model distilled for LCM or TCD its own. The schedule is the
+    checkpoint's for those; trailing where the checkpoint says so (Turbo, Lightning) or has zero
+    terminal SNR (its highest sigma is beyond what Karras' spacing was made for); else karras:
+    unlike the spacing that SDXL's config asks for, it starts at the last training timestep, where
+    the initial noise belongs.
+    """
+    distilled = {"LCMScheduler": "lcm", "TCDScheduler": "tcd"}.get(config.get("_class_name", ""))
+    if sampler == "auto":
+        sampler = distilled if distilled in _SAMPLERS else "dpmpp-2m"
+    if schedule == "auto":
+        wanted = "karras"
+        if config.get("timestep_spacing") == "trailing" or config.get("rescale_betas_zero_snr"):
+            wanted = "trailing"
+        if distilled or sampler == "checkpoint":
+            wanted = "normal"
+        schedule = wanted if _exists(_family(config, sampler)[0], wanted) else "normal"
+    return sampler, schedule
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A sampler and a schedule, resolved."""
+
+    sampler: str
+    schedule: str
+    family: Family
+    settings: Settings
+    steps: int
+    custom: list[int] | None
+
+    def grid(self) -> Grid:
+        return self.family.grid(self.settings, self.steps, self.custom)
+
+
+def _choose(
+    config: Mapping[str, Any], sampler: str, schedule: str, steps: int, model_family: str | None
+) -> _Choice:
+    """Ids to a class and its settings; UsageError for what does not exist."""
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"scheduler_config.json must hold an object, not {type(config).__name__}")
+    for what, name, names in (("sampler", sampler, NAMES), ("schedule", schedule, SCHEDULES)):
+        if name not in names:
+            raise UsageError(f"unknown {what} {name!r}; there are {', '.join(names)}")
+    sampler, schedule = automatic(config, sampler, schedule, steps, model_family)
+    family, overrides = _family(config, sampler)
+    if not _exists(family, schedule):
+        having = [name for name in _SCHEDULES if _exists(family, name)]
+        others = [name for name, (other, _) in _SAMPLERS.items() if _exists(other, schedule)]
+        raise UsageError(
+            f"sampler {sampler} has no schedule {schedule}; it has {', '.join(having)}; "
+            f"{schedule} exists for {', '.join(others)}"
+        )
+    overrides = {**overrides, **_SCHEDULES[schedule]}
+    if schedule == "ays" or set(_SCHEDULES[schedule]) & set(_FLAGS):
+        # The file's own spacing of sigmas gives way to the one that was asked for.
+        overrides = {**{flag: False for flag in _FLAGS if flag in family.defaults}, **overrides}
+    settings = Settings(config, family.name, family.defaults, overrides, family.choices)
+    check_steps(steps, settings)
+    custom = ays(settings, steps, model_family) if schedule == "ays" else None
+    return _Choice(sampler, schedule, family, settings, steps, custom)
+
+
+def _family(config: Mapping[str, Any], sampler: str) -> tuple[Family, dict[str, Any]]:
+    """The class behind a sampler id (not `auto`), and the arguments that the id fixes."""
+    if sampler != "checkpoint":
+        return _SAMPLERS[sampler]
+    name = config.get("_class_name")
+    if name not in _CLASSES:
+        raise ConfigError(
+            f"scheduler_config.json: _class_name {name!r} is not implemented "
+            f"(there are {', '.join(_CLASSES)}); choose a sampler by name"
+        )
+    return _CLASSES[name], {}
+
+
+def _exists(family: Family, schedule: str) -> bool:
+    """Whether the reference class takes the argument that the schedule sets."""
+    return (
+        family.takes_timesteps
+        if schedule == "ays"
+        else set(_SCHEDULES[schedule]) <= set(family.defaults)
+    )
+
+
+def _window(
+    family: Family,
+    grid: Grid,
+    steps: int,
+    strength: float | None,
+    denoising_start: float | None,
+    denoising_end: float | None,
+) -> tuple[int, int]:
+    """The grid indices (first, one past the last) that a run covers.
+
+    Source: get_timesteps of diffusers' StableDiffusionImg2ImgPipeline and
+    StableDiffusionXLImg2ImgPipeline.
+    """
+    given = {
+        "strength": strength,
+        "denoising_start": denoising_start,
+        "denoising_end": denoising_end,
+    }
+    for name, value in given.items():
+        if value is not None and not 0.0 <= value <= 1.0:
+            raise UsageError(f"{name} must be between 0 and 1, not {value}")
+    count, trained = len(grid.timesteps), len(grid.schedule)
+    first, last = 0, count
+    if denoising_start:
+        cutoff = round(trained - denoising_start * trained)
+        left = int((grid.timesteps < cutoff).sum())
+        if family.order == 2 and left % 2 == 0:  # do not begin in the middle of a two-stage step
+            left += 1
+        first = max(count - left, 0)
+    elif strength is not None:
+        first = max(steps - int(steps * strength), 0) * family.order
+    if denoising_end is not None and denoising_end < 1.0:
+        cutoff = round(trained - denoising_end * trained)
+        last = first + int((grid.timesteps[first:] >= cutoff).sum())
+    if first >= last:
+        said = ", ".join(f"{name} {value}" for name, value in given.items() if value is not None)
+        raise UsageError(f"{said} leaves none of {steps} steps to run; take another value")
+    return first, last

@@ -1,0 +1,302 @@
+"""DPM-Solver and DPM-Solver++: exponential integrators in lambda = log(alpha / sigma).
+
+The probability-flow ODE is linear in x but for the network's word; in lambda its solution from s to
+t is
+
+    x_t = (sigma_t / sigma_s) x_s + sigma_t * integral of e^l x_0(l) dl        (data prediction,
+    DPM-Solver++) x_t = (alpha_t / alpha_s) x_s - alpha_t * integral of e^-l eps(l) dl       (noise
+    prediction, DPM-Solver)
+
+and only the slow function under the integral is approximated: by a constant (order 1, which is
+DDIM), a line (order 2) or a parabola (order 3) through the latest outputs.
+
+Source: Lu et al. 2022, DPM-Solver (arXiv 2206.00927) and DPM-Solver++ (arXiv 2211.01095, algorithm
+2 and section 4); coefficients as diffusers' DPMSolverMultistepScheduler and
+DPMSolverSinglestepScheduler have them, whose third-order multistep takes half the second difference
+that the parabola needs and so has order 2 (docs/samplers.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlxdiff.errors import ConfigError
+from mlxdiff.samplers import schedule as sch
+from mlxdiff.samplers.family import SIGMA_SPACINGS, THRESHOLDING, TRAINING, Family, Grid, data_terms
+from mlxdiff.samplers.plan import Row
+from mlxdiff.samplers.settings import Settings
+
+_SHARED = {
+    **TRAINING,
+    **THRESHOLDING,
+    **SIGMA_SPACINGS,
+    "solver_order": 2,
+    "algorithm_type": "dpmsolver++",
+    "solver_type": "midpoint",
+    "use_flow_sigmas": False,
+    "final_sigmas_type": "zero",
+    "lambda_min_clipped": -math.inf,
+    "variance_type": None,
+    "use_dynamic_shifting": False,
+}
+_CHOICES = {
+    "solver_order": (1, 2, 3),
+    # The names after the first two are other classes'; the reference reads them as midpoint.
+    "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+}
+
+
+def grid(
+    settings: Settings,
+    steps: int,
+    custom: Sequence[int] | None,
+    *,
+    repeat_last: bool = False,
+    round_karras: bool = True,
+) -> Grid:
+    """Timesteps and sigmas of the solver classes (DPM-Solver, UniPC, DEIS).
+
+    The timesteps are whole numbers; n steps run between n + 1 levels.
+
+    Args:
+        repeat_last: where the last sigma is to be the lowest, the lowest of this run rather than of
+        the schedule
+            (Karras, exponential and beta spacings only).
+        round_karras: round the timesteps of Karras and Lu spacings; otherwise they are cut off like
+        all others.
+    """
+    schedule = sch.NoiseSchedule.from_settings(settings, keep_finite=True)
+    known = schedule.sigmas_karras
+    highest, lowest = sch.sigma_range(settings, float(known[-1]), float(known[0]))
+    spacing = sch.sigma_spacing(settings)
+    if custom is not None:
+        times = np.asarray(custom, np.int64)
+        sigmas = np.interp(times, np.arange(len(known)), known)
+    elif spacing is None:
+        times = sch.spaced_between(settings, steps, _highest_timestep(settings, schedule))
+        sigmas = np.interp(times, np.arange(len(known)), known)
+    else:
+        if spacing is sch.lu:
+            logs = np.log(known)
+            highest, lowest = float(logs[-1]), float(logs[0])
+        sigmas = spacing(highest, lowest, steps)
+        times = sch.timestep_of(sigmas, known)
+        if spacing in (sch.karras, sch.lu) and round_karras:
+            times = times.round()
+    if settings.final_sigmas_type == "zero":
+        final = 0.0
+    else:
+        final = sigmas[-1] if repeat_last and spacing is not None else known[0]
+    return Grid(schedule, times.astype(np.int64), np.append(sigmas, final).astype(np.float32))
+
+
+def _highest_timestep(settings: Settings, schedule: sch.NoiseSchedule) -> int:
+    """One more than the highest timestep with lambda >= lambda_min_clipped."""
+    clip = settings.get("lambda_min_clipped", -math.inf)
+    with np.errstate(divide="ignore"):
+        lambdas = np.log(np.sqrt(schedule.alphas_cumprod)) - np.log(
+            np.sqrt(1 - schedule.alphas_cumprod)
+        )
+    return len(schedule) - int(np.searchsorted(lambdas[::-1], clip))
+
+
+# --- coefficients
+# -----------------------------------------------------------------------------------------------
+
+
+def _phi(z: float, k: int) -> float:
+    """The sum of z**n / (n + k)! over n >= 1: e**z beyond its first k + 1 terms, over z**k."""
+    if z == -math.inf:
+        return -1.0 / math.factorial(k)
+    if abs(z) < 0.5:  # the closed form cancels there
+        return sum(z**n / math.factorial(n + k) for n in range(1, 18))
+    rest = math.expm1(z)
+    for n in range(1, k):
+        rest -= z**n / math.factorial(n)
+    return rest / z**k - 1.0 / math.factorial(k)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Coefficients of one step between two Karras sigmas, before they are spread over the outputs.
+
+    Attributes:
+        x, noise: those of the sample and of fresh noise.
+        value, half, slope, curve: those of the integrand's value, of its first difference (to
+        second order; and
+            exactly for a line) and of its second difference, all per step h.
+    """
+
+    x: float
+    noise: float
+    value: float
+    half: float
+    slope: float
+    curve: float
+
+    @classmethod
+    def between(cls, algorithm: str, sigma_from: float, sigma_to: float) -> _Step:
+        alpha_s, sigma_s = sch.alpha_sigma(sigma_from)
+        alpha_t, sigma_t = sch.alpha_sigma(sigma_to)
+        h = _log_ratio(sigma_from, sigma_to)
+        stochastic, noise = algorithm.startswith("sde-"), 0.0
+        if algorithm.endswith("++"):
+            x, outer, z = sigma_t / sigma_s, alpha_t, -h
+            if stochastic:  # the same integrals over twice the step
+                x, z, noise = x * math.exp(-h), -2 * h, sigma_t * math.sqrt(-math.expm1(-2 * h))
+        else:
+            x, outer, z = alpha_t / alpha_s, sigma_t, h
+            if stochastic:
+                outer, noise = 2 * sigma_t, sigma_t * math.sqrt(math.expm1(2 * h))
+        value, slope, curve = -outer * math.expm1(z), -outer * _phi(z, 1), -outer * _phi(z, 2)
+        if stochastic:  # the reference's sign error; no named sampler is stochastic and of order 3
+            curve -= outer
+        return cls(x, noise, value, value / 2, slope, curve)
+
+
+def _weights_multistep(
+    step: _Step, h: Sequence[float], order: int, solver_type: str
+) -> tuple[float, ...]:
+    """Weights of the latest outputs. `h`: this step in lambda and those before it, latest first."""
+    if order == 1 or h[1] == 0.0:  # no slope between equal sigmas (the reference: 0 / 0)
+        return (step.value,)
+    if order == 2 or h[2] == 0.0:
+        d10 = (step.slope if solver_type == "heun" else step.half) * h[0] / h[1]
+        return step.value + d10, -d10
+    # Of the divided differences D10 and D11 of the outputs:
+    # D1 = D10 + r0 / (r0 + r1) (D10 - D11), D2 = (D10 - D11) / (r0 + r1).
+    bend = (step.slope * h[1] + step.curve * h[0]) / (h[1] + h[2])
+    d10, d11 = (step.slope + bend) * h[0] / h[1], -bend * h[0] / h[2]
+    return step.value + d10, d11 - d10, -d11
+
+
+def _weights_singlestep(
+    step: _Step, h: Sequence[float], order: int, solver_type: str
+) -> tuple[float, ...]:
+    """Weights of the outputs inside a step, latest first.
+
+    `h`: the step's length in lambda, then that of its part up to each later output, latest first.
+    """
+    if order == 1 or 0.0 in h[1:]:
+        return (*[0.0] * (order - 1), step.value)
+    if order == 2:
+        d10 = (step.slope if solver_type == "heun" else step.half) * h[0] / h[1]
+        return d10, step.value - d10
+    if solver_type != "heun":
+        d11 = step.slope * h[0] / h[1]
+        return d11, 0.0, step.value - d11
+    # D1 = (r0 D10 - r1 D11) / (r0 - r1), D2 = 2 (D11 - D10) / (r0 - r1)
+    twice = 2 * step.curve * h[0]
+    d10 = (step.slope * h[1] - twice) / (h[1] - h[2]) * h[0] / h[2]
+    d11 = (twice - step.slope * h[2]) / (h[1] - h[2]) * h[0] / h[1]
+    return d11, d10, step.value - d10 - d11
+
+
+# --- rows -----------------------------------------------------------------------------------------
+# --------------
+
+
+def _rows(
+    settings: Settings, grid: Grid, start: int, orders: Sequence[int], singlestep: bool
+) -> Iterator[Row]:
+    """The rows from grid index `start` on, the i-th of order `orders[i]` if there are outputs."""
+    algorithm = settings.algorithm_type
+    if algorithm == "deis":
+        algorithm = "dpmsolver++"
+    by_noise, stochastic = not algorithm.endswith("++"), algorithm.startswith("sde-")
+    if by_noise and settings.final_sigmas_type == "zero":
+        raise ConfigError(
+            f"scheduler_config.json: algorithm_type {algorithm} predicts noise and has no step to "
+            "sigma 0: it needs final_sigmas_type sigma_min"
+        )
+    sigmas = sch.floats(grid.sigmas)
+    timesteps = grid.timesteps.tolist()
+    for i in range(start, len(timesteps)):
+        order = min(orders[i], i - start + 1)
+        if singlestep:
+            origin, weights = i - order + 1, _weights_singlestep
+            h = [_log_ratio(sigmas[origin], sigmas[j]) for j in range(i + 1, origin, -1)]
+        else:
+            origin, weights = i, _weights_multistep
+            h = [_log_ratio(sigmas[j], sigmas[j + 1]) for j in range(i, i - order, -1)]
+        step = _Step.between(algorithm, sigmas[origin], sigmas[i + 1])
+        alpha, sigma = sch.alpha_sigma(sigmas[i])
+        yield Row(
+            timestep=timesteps[i],
+            level=(alpha, sigma),
+            **data_terms(settings, alpha, sigma, noise=by_noise),
+            anchor_x=float(origin == i),
+            anchor_last=float(origin != i),
+            scale=step.x,
+            weights=weights(step, h, order, settings.solver_type),
+            noise=step.noise,
+            draws=stochastic,
+        )
+
+
+def _log_ratio(sigma_from: float, sigma_to: float) -> float:
+    """The step in lambda between two Karras sigmas."""
+    return math.log(sigma_from / sigma_to) if sigma_to > 0 else math.inf
+
+
+def _multistep_rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Row]:
+    if settings.algorithm_type == "sde-dpmsolver" and settings.solver_order == 3:
+        raise ConfigError("scheduler_config.json: sde-dpmsolver has no solver_order 3")
+    count = len(grid.timesteps)
+    orders = [settings.solver_order] * count
+    few = settings.lower_order_final and count < 15
+    if few and count > 1:
+        orders[-2] = min(orders[-2], 2)
+    if few or settings.euler_at_final or settings.final_sigmas_type == "zero":
+        orders[-1] = 1
+    return _rows(settings, grid, start, orders, singlestep=False)
+
+
+def _singlestep_rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Row]:
+    count, order = len(grid.timesteps), settings.solver_order
+    to_zero = settings.final_sigmas_type == "zero"
+    orders = list(range(1, order + 1)) * (count // order + 1)
+    orders = orders[:count]
+    if count % order == 0 and (settings.lower_order_final or to_zero):
+        orders[-1] = 1
+    return _rows(settings, grid, start, orders, singlestep=True)
+
+
+def _multistep_grid(settings: Settings, steps: int, custom: Sequence[int] | None) -> Grid:
+    return grid(settings, steps, custom, round_karras=settings.beta_schedule != "squaredcos_cap_v2")
+
+
+MULTISTEP = Family(
+    name="DPMSolverMultistepScheduler",
+    defaults={
+        **_SHARED,
+        "lower_order_final": True,
+        "euler_at_final": False,
+        "use_lu_lambdas": False,
+        "timestep_spacing": "linspace",
+        "steps_offset": 0,
+        "rescale_betas_zero_snr": False,
+    },
+    choices={
+        **_CHOICES,
+        # "deis" is the other class's name for its own; the reference reads it as dpmsolver++.
+        "algorithm_type": ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver", "deis"),
+    },
+    grid=_multistep_grid,
+    rows=_multistep_rows,
+    takes_timesteps=True,
+)
+
+SINGLESTEP = Family(
+    name="DPMSolverSinglestepScheduler",
+    defaults={**_SHARED, "lower_order_final": False},
+    choices={**_CHOICES, "algorithm_type": ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "deis")},
+    grid=grid,
+    rows=_singlestep_rows,
+    takes_timesteps=True,
+)

@@ -1,0 +1,205 @@
+"""What every sampler is, in the end: a table of numbers, and one way to apply a row of it.
+
+All samplers of the field are linear in what they combine (the sample, the network's output, earlier
+outputs, fresh noise); only their coefficients differ. A sampler's file therefore makes
+coefficients, once, as Python floats; `Plan.step` applies one row:
+
+    data   = row.data[0] * x + row.data[1] * output          (x_0, the noise, a slope: what the
+    sampler extrapolates) data   = row.after_limit[0] * x + row.after_limit[1] * limit(data)
+    (only where limits are on) anchor = row.anchor_x * x + row.anchor_last * last anchor + sum_k
+    row.anchor_data[k] * data_k next x = row.scale * anchor + row.output * output + sum_k
+    row.weights[k] * data_k + row.noise * noise
+
+with data_0 = data and data_k that of k evaluations ago. The anchor is where the step starts: x
+itself, for the two-stage methods the x of the first stage, for UniPC the corrected x.
+
+The coefficients are Python floats because `np.float64(2) * mx_array` is a NumPy array without a
+word of warning. The arithmetic is `+` and `*` on the arrays as they come, so NumPy and MLX run the
+same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+Array = Any  # a float32 array of either backend: np.ndarray or mx.array
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A bound on the predicted x_0, for pixel models: clipping, or Imagen's dynamic thresholding.
+
+    Attributes:
+        bound: clip to [-bound, bound]; with a quantile, the largest threshold.
+        quantile: if given, every picture of the batch is clipped to the threshold s = this quantile
+        of |x_0|,
+            kept within [1, bound], and divided by it (Saharia et al. 2022, section 2.3).
+    """
+
+    bound: float
+    quantile: float | None = None
+
+    def __call__(self, x0: Array) -> Array:
+        """`x0` within bounds, in its own array type; by way of NumPy (min has no operator)."""
+        values = np.asarray(x0)
+        if self.quantile is None:
+            values = np.clip(values, -self.bound, self.bound)
+        else:
+            size = np.quantile(np.abs(values).reshape(len(values), -1), self.quantile, axis=1)
+            size = np.clip(size, 1.0, self.bound).astype(values.dtype)
+            size = size.reshape(-1, *[1] * (values.ndim - 1))
+            values = np.clip(values, -size, size) / size
+        return values if isinstance(x0, np.ndarray) else type(x0)(values)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model evaluation and what becomes of it (the equation stands above). Python numbers.
+
+    Attributes:
+        timestep: what the network is told.
+        level: (signal, noise): the forward process at this row is signal * x_0 + noise * noise.
+        input_scale: the network sees input_scale * x.
+        draws: whether a draw of noise is made here (even one that is multiplied by 0, as the
+        reference does).
+    """
+
+    timestep: float
+    level: tuple[float, float]
+    data: tuple[float, float]
+    scale: float
+    weights: tuple[float, ...]
+    output: float = 0.0
+    noise: float = 0.0
+    draws: bool = False
+    anchor_x: float = 1.0
+    anchor_last: float = 0.0
+    anchor_data: tuple[float, ...] = ()
+    limit: Limit | None = None
+    after_limit: tuple[float, float] = (0.0, 1.0)
+    input_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a run is. Never changed: `Plan.step` returns the next one.
+
+    Attributes:
+        index: the row that comes next.
+        data: what earlier evaluations said, latest first, as many as later rows need.
+        anchor: the last row's anchor, where later rows need it.
+    """
+
+    index: int = 0
+    data: tuple[Array, ...] = ()
+    anchor: Array | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole run of a sampler, worked out beforehand: Python numbers only.
+
+    Attributes:
+        sampler, schedule: their ids, after `auto` is resolved.
+        rows: one per model evaluation.
+        init_noise_sigma: what the initial standard normal noise is multiplied by.
+    """
+
+    sampler: str
+    schedule: str
+    rows: tuple[Row, ...]
+    init_noise_sigma: float
+    _memory: int = field(init=False, repr=False)
+    _anchored: bool = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        used = max(max(len(row.weights), len(row.anchor_data)) for row in self.rows)
+        object.__setattr__(self, "_memory", used - 1)
+        object.__setattr__(self, "_anchored", any(row.anchor_last for row in self.rows))
+
+    def __len__(self) -> int:
+        """The number of model evaluations."""
+        return len(self.rows)
+
+    @property
+    def timesteps(self) -> tuple[float, ...]:
+        """What the network is told at each evaluation; repeats included."""
+        return tuple(row.timestep for row in self.rows)
+
+    def start(self) -> State:
+        """The state before the first evaluation."""
+        return State()
+
+    def scale_model_input(self, x: Array, state: State) -> Array:
+        """`x` as the network wants to see it at this state."""
+        scale = self.rows[state.index].input_scale
+        return x if scale == 1.0 else scale * x
+
+    def step(
+        self, x: Array, output: Array, state: State, noise: Callable[[], Array] | None = None
+    ) -> tuple[Array, State]:
+        """The sample after this evaluation, and the state that goes with it.
+
+        Args:
+            x: the sample that the network saw, before `scale_model_input`; float32, of either
+            backend.
+            output: what the network said, after guidance; same shape and kind.
+            noise: draws standard normal noise of that shape; called by the stochastic samplers,
+            once a step at most.
+        """
+        row = self.rows[state.index]
+        data = _combine([(row.data[0], x), (row.data[1], output)])
+        if row.limit is not None:
+            data = _combine([(row.after_limit[0], x), (row.after_limit[1], row.limit(data))])
+        history = (data, *state.data)
+        anchor = _combine(
+            [
+                (row.anchor_x, x),
+                (row.anchor_last, state.anchor),
+                *zip(row.anchor_data, history, strict=False),
+            ]
+        )
+        terms = [
+            (row.scale, anchor),
+            (row.output, output),
+            *zip(row.weights, history, strict=False),
+        ]
+        if row.draws:
+            if noise is None:
+                raise TypeError(f"sampler {self.sampler!r} draws noise at every step: pass noise=")
+            terms.append((row.noise, noise()))
+        following = State(
+            index=state.index + 1,
+            data=history[: self._memory],
+            anchor=anchor if self._anchored else None,
+        )
+        return _combine(terms), following
+
+    def add_noise(self, x0: Array, noise: Array, index: int = 0) -> Array:
+        """`x0` noised to the level of a row: where image to image starts, what inpainting keeps.
+
+        Args:
+            x0, noise: clean latents and standard normal noise, of either backend.
+            index: the row; the number of rows itself means x0 without noise.
+        """
+        if index == len(self.rows):
+            return x0
+        signal, amount = self.rows[index].level
+        return signal * x0 + amount * noise
+
+
+def _combine(terms: Iterable[tuple[float, Array]]) -> Array:
+    """The sum of coefficient * array, in order; what has coefficient 0 is left out."""
+    total = None
+    for coefficient, array in terms:
+        if coefficient == 0.0:
+            continue
+        term = array if coefficient == 1.0 else coefficient * array
+        total = term if total is None else total + term
+    if total is None:  # every coefficient is 0: the step ends in zeros
+        raise ValueError("a sampler row with nothing in it")
+    return total

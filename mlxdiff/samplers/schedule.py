@@ -1,0 +1,309 @@
+"""Noise schedules: the noise levels a model was trained at, and those that a run visits.
+
+`NoiseSchedule` holds the training side: betas (Ho et al. 2020), their products and Karras' sigma
+for every training timestep. The functions below pick the timesteps and sigmas of a run. All arrays
+are made with the same float32 and float64 roundings as diffusers makes them, because a timestep is
+a rounded number: one bit more or less and it is another one.
+
+Two sigmas never share a name here: `sigma_karras` = sqrt((1 - a) / a) grows to about 14.6 in Stable
+Diffusion and is what diffusers' `scheduler.sigmas` holds; `sigma` = sqrt(1 - a) is the standard
+deviation of the noise in x_t. With `alpha` = sqrt(a), sigma_karras = sigma / alpha.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from mlxdiff.errors import ConfigError, UsageError
+from mlxdiff.samplers.settings import Settings
+
+_F32 = np.float32
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """What the model was trained on, per training timestep 0 .. T-1.
+
+    Attributes:
+        alphas_cumprod: a_t, the product of (1 - beta) up to t: (T,) float32, falling from nearly 1.
+        sigmas_karras: sqrt((1 - a_t) / a_t): (T,) float32, rising.
+    """
+
+    alphas_cumprod: np.ndarray
+    sigmas_karras: np.ndarray
+
+    @classmethod
+    def from_settings(cls, settings: Settings, *, keep_finite: bool = False) -> NoiseSchedule:
+        """The schedule that `settings` describe.
+
+        Args:
+            keep_finite: with zero terminal SNR the last a_t is 0 and its sigma_karras infinite; the
+            classes that
+                work in sigmas put 2**-24 there (sigma_karras 4096).
+        """
+        betas = _betas(settings)
+        zero_snr = settings.get("rescale_betas_zero_snr", False)
+        if zero_snr:
+            betas = rescale_zero_terminal_snr(betas)
+        alphas_cumprod = _cumprod(_F32(1) - betas)
+        if zero_snr and keep_finite:
+            alphas_cumprod[-1] = 2.0**-24
+        with np.errstate(divide="ignore"):
+            sigmas_karras = np.sqrt((_F32(1) - alphas_cumprod) / alphas_cumprod)
+        return cls(alphas_cumprod, sigmas_karras)
+
+    def __len__(self) -> int:
+        return len(self.alphas_cumprod)
+
+
+def alpha_sigma(sigma_karras: float) -> tuple[float, float]:
+    """(alpha, sigma), alpha**2 + sigma**2 = 1, of the variance-preserving process there."""
+    alpha = 1.0 / math.sqrt(sigma_karras * sigma_karras + 1.0)
+    return alpha, sigma_karras * alpha
+
+
+# --- betas ----------------------------------------------------------------------------------------
+# --------------
+
+
+def _betas(settings: Settings) -> np.ndarray:
+    """beta_t of `settings`, (T,) float32."""
+    count, kind = settings.num_train_timesteps, settings.beta_schedule
+    start, end = settings.beta_start, settings.beta_end
+    if settings.trained_betas is not None:
+        betas = np.asarray(settings.trained_betas, _F32)
+        if betas.shape != (count,):
+            raise ConfigError(
+                f"scheduler_config.json: trained_betas holds {betas.size} numbers, "
+                f"num_train_timesteps says {count}"
+            )
+        return betas
+    if kind == "linear":
+        return _linspace(start, end, count)
+    if kind == "scaled_linear":
+        return _linspace(start**0.5, end**0.5, count) ** 2
+    if kind == "sigmoid":
+        return (_F32(1) / (_F32(1) + np.exp(-_linspace(-6, 6, count)))) * _F32(end - start) + _F32(
+            start
+        )
+    alpha_bar = _ALPHA_BAR[kind]
+    ends = [alpha_bar(i / count) for i in range(count + 1)]
+    return np.array([min(1.0 - after / before, 0.999) for before, after in pairwise(ends)], _F32)
+
+
+def _laplace(t: float) -> float:
+    snr = math.exp(-0.5 * math.copysign(1, 0.5 - t) * math.log(1 - 2 * math.fabs(0.5 - t) + 1e-6))
+    return math.sqrt(snr / (1 + snr))
+
+
+# a(t) for t in [0, 1], of the schedules that are defined by it (cosine: Nichol and Dhariwal 2021,
+# equation 17).
+_ALPHA_BAR: dict[str, Callable[[float], float]] = {
+    "squaredcos_cap_v2": lambda t: math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2,
+    "exp": lambda t: math.exp(t * -12.0),
+    "laplace": _laplace,
+}
+
+
+def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+    """Betas whose last timestep is pure noise, the first as before (Lin et al. 2023, alg. 1)."""
+    root = np.sqrt(_cumprod(_F32(1) - betas))
+    first, last = root[0], root[-1]
+    root = (root - last) * (first / (first - last))
+    squares = root * root
+    return _F32(1) - np.concatenate([squares[:1], squares[1:] / squares[:-1]])
+
+
+def _linspace(start: float, end: float, count: int) -> np.ndarray:
+    """torch.linspace: a float32 step, counted from the nearer end, then one rounding to float32."""
+    if count == 1:
+        return np.array([start], _F32)
+    first, last = _F32(start), _F32(end)
+    step = float((last - first) / _F32(count - 1))
+    i = np.arange(count)
+    return np.where(
+        i < count // 2, float(first) + step * i, float(last) - step * (count - 1 - i)
+    ).astype(_F32)
+
+
+def _cumprod(values: np.ndarray) -> np.ndarray:
+    """torch.cumprod on the CPU: products in double precision, each rounded to float32."""
+    return np.cumprod(values.astype(np.float64)).astype(_F32)
+
+
+# (highest, lowest, steps) -> falling sigmas, float64
+SigmaSpacing = Callable[[float, float, int], np.ndarray]
+
+# --- timesteps of a run ---------------------------------------------------------------------------
+
+
+def spaced(settings: Settings, steps: int) -> np.ndarray:
+    """`steps` of the training timesteps, falling, float64 (linspace ones not yet rounded).
+
+    Source: table 2 of Lin et al. 2023 (leading, trailing, linspace).
+    """
+    count = settings.num_train_timesteps
+    if settings.timestep_spacing == "linspace":
+        return np.linspace(0, count - 1, steps)[::-1]
+    if settings.timestep_spacing == "leading":
+        return (np.arange(steps) * (count // steps))[::-1].astype(
+            np.float64
+        ) + settings.steps_offset
+    return np.arange(count, 0, -count / steps).round() - 1
+
+
+def spaced_between(settings: Settings, steps: int, last: int | None = None) -> np.ndarray:
+    """As `spaced`, for solvers that step between n + 1 timesteps and leave out the lowest; int64.
+
+    Args:
+        last: one more than the highest timestep to use, where lambda_min_clipped lowers it.
+    """
+    count = settings.num_train_timesteps
+    last = count if last is None else last
+    spacing = settings.get("timestep_spacing", "linspace")
+    if spacing == "linspace":
+        times = np.linspace(0, last - 1, steps + 1).round()[::-1][:-1]
+    elif spacing == "leading":
+        times = (np.arange(steps + 1) * (last // (steps + 1)))[::-1][:-1] + settings.steps_offset
+    else:
+        times = np.arange(last, 0, -count / steps).round() - 1
+    return times.astype(np.int64)
+
+
+def karras(highest: float, lowest: float, steps: int) -> np.ndarray:
+    """Sigmas that are even in sigma**(1/7), float64 (Karras et al. 2022, equation 5, rho = 7)."""
+    high, low = highest ** (1 / 7.0), lowest ** (1 / 7.0)
+    return (high + np.linspace(0, 1, steps) * (low - high)) ** 7.0
+
+
+def exponential(highest: float, lowest: float, steps: int) -> np.ndarray:
+    """Sigmas that are even in their logarithm, float64."""
+    return np.exp(np.linspace(math.log(highest), math.log(lowest), steps))
+
+
+def lu(log_highest: float, log_lowest: float, steps: int) -> np.ndarray:
+    """Sigmas that are even in lambda = -log(sigma_karras), from its logarithm's ends."""
+    return np.exp(log_highest + np.linspace(0, 1, steps) * (log_lowest - log_highest))
+
+
+def beta(highest: float, lowest: float, steps: int) -> np.ndarray:
+    """Sigmas at quantiles of the Beta(0.6, 0.6) distribution, float64 (Lee et al. 2024)."""
+    quantiles = [beta_quantile(q) for q in (1 - np.linspace(0, 1, steps)).tolist()]
+    return np.array([lowest + quantile * (highest - lowest) for quantile in quantiles])
+
+
+_SPACINGS: dict[str, SigmaSpacing] = {
+    "use_karras_sigmas": karras,
+    "use_lu_lambdas": lu,
+    "use_exponential_sigmas": exponential,
+    "use_beta_sigmas": beta,
+}
+
+
+def sigma_spacing(settings: Settings) -> SigmaSpacing | None:
+    """The spacing of sigmas that the settings ask for; None where timesteps are spaced instead."""
+    chosen = [key for key in _SPACINGS if settings.get(key)]
+    if len(chosen) > 1 and chosen != ["use_karras_sigmas", "use_lu_lambdas"]:
+        raise ConfigError(f"scheduler_config.json: only one of {' and '.join(chosen)} can be true")
+    return _SPACINGS[chosen[0]] if chosen else None
+
+
+def sigma_range(settings: Settings, highest: float, lowest: float) -> tuple[float, float]:
+    """The sigmas between which a spacing runs: those of the run, unless the file writes others."""
+    high, low = settings.sigma_max, settings.sigma_min
+    return (highest if high is None else high), (lowest if low is None else low)
+
+
+def beta_quantile(q: float, shape: float = 0.6) -> float:
+    """The q-quantile of the symmetric Beta(shape, shape) distribution, to about 1e-15.
+
+    The distribution function up to x <= 1/2 is the hypergeometric series x**s / (s B) * 2F1(s, 1 -
+    s; s + 1; x), which converges like 2**-n there; Newton's method from its first term inverts it;
+    the upper half is the mirror image.
+    """
+    if q > 0.5:
+        return 1.0 - beta_quantile(1.0 - q, shape)
+    if q <= 0.0:
+        return 0.0
+    complete = math.gamma(shape) ** 2 / math.gamma(2 * shape)
+    x = min((q * shape * complete) ** (1 / shape), 0.5)
+    for _ in range(20):
+        term, total, n = 1.0, 1.0 / shape, 0
+        while abs(term) > 1e-18:
+            term *= (1 - shape + n) / (n + 1) * x
+            n += 1
+            total += term / (shape + n)
+        excess = x**shape * total / complete - q
+        density = (x * (1 - x)) ** (shape - 1) / complete
+        step = excess / density
+        x = min(max(x - step, x / 4), 0.5)
+        if abs(step) <= 1e-16 * x:
+            break
+    return x
+
+
+def timestep_of(sigmas: np.ndarray, schedule_sigmas: np.ndarray) -> np.ndarray:
+    """The (fractional) training timestep of each sigma, linear in log sigma; float64.
+
+    Args:
+        sigmas: Karras sigmas, (n,) float64.
+        schedule_sigmas: NoiseSchedule.sigmas_karras, (T,) float32 rising.
+    """
+    logs = np.log(schedule_sigmas)
+    log_sigma = np.log(np.maximum(sigmas, 1e-10))
+    low = np.clip(np.searchsorted(logs, log_sigma, side="right") - 1, 0, len(logs) - 2)
+    width = (logs[low] - logs[low + 1]).astype(
+        np.float64
+    )  # a float32 difference, as in the reference
+    weight = np.clip((logs[low].astype(np.float64) - log_sigma) / width, 0, 1)
+    return (1 - weight) * low + weight * (low + 1)
+
+
+# Timesteps for ten steps, optimised for a family of models (Sabour et al. 2024, "Align Your Steps",
+# and its web page).
+AYS = {
+    "sd": (999, 850, 736, 645, 545, 455, 343, 233, 124, 24),
+    "sdxl": (999, 845, 730, 587, 443, 310, 193, 116, 53, 13),
+}
+
+
+def ays(settings: Settings, steps: int, family: str | None) -> list[int]:
+    """The Align-Your-Steps timesteps of a family: the published ten, or as many by interpolation.
+
+    Interpolation is as the authors give it: the sigmas of the ten timesteps and the lowest sigma of
+    the schedule, even in their index, linear in the logarithm; at ten steps that is the list
+    itself.
+    """
+    if settings.num_train_timesteps != 1000:
+        raise UsageError(
+            "schedule ays was made for 1000 training timesteps; "
+            f"this model has {settings.num_train_timesteps}: choose another schedule"
+        )
+    known = NoiseSchedule.from_settings(settings, keep_finite=True).sigmas_karras
+    listed = [*AYS["sdxl" if (family or "").startswith("sdxl") else "sd"], 0]
+    logs = np.log(known[listed].astype(np.float64))
+    sigmas = np.exp(np.interp(np.linspace(0, 10, steps + 1)[:-1], np.arange(11), logs))
+    times = [round(t) for t in timestep_of(sigmas, known).tolist()]
+    if len(set(times)) < steps:
+        raise UsageError(f"schedule ays has no {steps} different timesteps; take fewer steps")
+    return times
+
+
+def check_steps(steps: int, settings: Settings) -> None:
+    """Raise UsageError unless a run of `steps` steps is possible."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise UsageError(f"steps must be a whole number of at least 1, not {steps!r}")
+    if steps > settings.num_train_timesteps:
+        raise UsageError(
+            f"steps is {steps}; the model was trained on {settings.num_train_timesteps} timesteps"
+        )
+
+
+def floats(values: Sequence[float] | np.ndarray) -> list[float]:
+    """The values as Python floats, for coefficients (a NumPy scalar makes MLX arrays NumPy's)."""
+    return [float(value) for value in values]
