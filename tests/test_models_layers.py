@@ -53,7 +53,7 @@ def test_attention_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch, masked:
     mask = mx.array(np.tril(np.ones((50, 50), dtype=bool))) if masked else None
     whole = layers.attention(q, k, v, 3, mask)
     # Seven queries at a time: the last part is smaller than the others.
-    monkeypatch.setattr(layers, "_SCORES_BYTES", 7 * 4 * 2 * 3 * 50)
+    monkeypatch.setattr(layers, "_WORK_BYTES", 7 * 4 * 2 * 3 * 50)
     np.testing.assert_allclose(layers.attention(q, k, v, 3, mask), whole, atol=1e-6)
 
 
@@ -62,7 +62,7 @@ def test_attention_in_parts_bounds_memory(monkeypatch: pytest.MonkeyPatch) -> No
     mx.eval(q, k, v)
     peaks = []
     for limit in (1 << 30, 1 << 18):
-        monkeypatch.setattr(layers, "_SCORES_BYTES", limit)
+        monkeypatch.setattr(layers, "_WORK_BYTES", limit)
         mx.reset_peak_memory()
         before = mx.get_active_memory()
         mx.eval(layers.attention(q, k, v, 1))
@@ -125,6 +125,39 @@ def test_a_1x1_convolution_is_a_matrix_product() -> None:
     conv = layers.Conv2d(8, 7, 1)
     conv.load_weights([("weight", mx.array(weight)), ("bias", mx.array(bias))])
     np.testing.assert_allclose(conv(mx.array(x)), x @ weight[:, 0, 0].T + bias, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kernel", "padding"), [(3, 1), (5, 2), (3, 0)])
+def test_a_convolution_in_parts_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, kernel: int, padding: int
+) -> None:
+    x = mx.array(normal(2, 20, 9, 8))
+    conv = layers.Conv2d(8, 4, kernel, padding=padding)
+    weight, bias = normal(4, kernel, kernel, 8), normal(4)
+    conv.load_weights([("weight", mx.array(weight)), ("bias", mx.array(bias))])
+    whole = conv(x)
+    # Six rows at a time: the last part is smaller than the others.
+    monkeypatch.setattr(layers, "_WORK_BYTES", 4 * 2 * 6 * 9 * 8 * kernel**2)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
+    np.testing.assert_allclose(conv(x), whole, atol=1e-5)
+
+
+def test_a_convolution_in_parts_bounds_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    if mx.default_device() == mx.gpu:
+        pytest.skip("a GPU does not unfold")
+    x, weight = mx.array(normal(1, 128, 64, 16)), mx.array(normal(4, 3, 3, 16))
+    mx.eval(x, weight)
+    conv = layers.Conv2d(16, 4, 3, padding=1, bias=False)
+    conv.load_weights([("weight", weight)])
+    peaks = []
+    for limit in (1 << 30, 1 << 18):
+        monkeypatch.setattr(layers, "_WORK_BYTES", limit)
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(conv(x))
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[0] > 9 * x.nbytes
+    assert peaks[1] < 4 * x.nbytes
 
 
 @pytest.mark.parametrize(

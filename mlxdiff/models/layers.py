@@ -13,6 +13,11 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
+# Attention without a fused kernel holds its scores, a convolution on the CPU its unfolded input;
+# what would need more than this many bytes is computed in parts. Each part is evaluated before the
+# next, or MLX would allocate the memory of all parts before it computes the first.
+_WORK_BYTES = 128 << 20
+
 
 class Module(nn.Module):
     """Base of all layers and networks: a tree whose leaves are parameters.
@@ -63,7 +68,12 @@ class Conv2d(Module):
         weight, bias = self.weight, self.get("bias")
         if weight.shape[1] == 1 and self.stride == 1 and self.padding == 0:
             return _affine(x, weight.reshape(weight.shape[0], -1), bias)
-        x = mx.conv2d(x, weight, self.stride, self.padding)
+        unfolded = 4 * x.size * weight.shape[1] ** 2
+        if self.stride == 1 and unfolded > _WORK_BYTES and mx.default_device() != mx.gpu:
+            rows = max(1, x.shape[1] * _WORK_BYTES // unfolded)
+            x = _conv_by_rows(x, weight, self.padding, rows)
+        else:
+            x = mx.conv2d(x, weight, self.stride, self.padding)
         return x if bias is None else x + bias
 
 
@@ -126,6 +136,19 @@ def _affine(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
     return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
 
 
+def _conv_by_rows(x: mx.array, weight: mx.array, padding: int, rows: int) -> mx.array:
+    """A convolution of stride 1, this many rows of the output at a time."""
+    kernel = weight.shape[1]
+    x = mx.pad(x, [(0, 0), (padding, padding), (0, 0), (0, 0)])
+    height = x.shape[1] - kernel + 1
+    bands = []
+    for start in range(0, height, rows):
+        stop = min(start + rows, height)
+        bands.append(mx.conv2d(x[:, start : stop + kernel - 1], weight, 1, (0, padding)))
+        mx.eval(bands[-1])
+    return mx.concatenate(bands, axis=1)
+
+
 def silu(x: mx.array) -> mx.array:
     """x times its logistic sigmoid."""
     return x * mx.sigmoid(x)
@@ -146,8 +169,6 @@ def activation(name: str) -> Callable[[mx.array], mx.array]:
     return {"silu": silu, "gelu": gelu, "quick_gelu": quick_gelu}[name]
 
 
-# Unfused attention holds its float32 scores; more than this many bytes are computed in parts.
-_SCORES_BYTES = 128 << 20
 # Head dimensions with a fused Metal kernel for any lengths, in every MLX that we support.
 _METAL_HEAD_DIMS = (64, 80, 128)
 
@@ -198,11 +219,11 @@ def _fused_head_dim(head_dim: int, dtype: mx.Dtype) -> int | None:
 def _unfused_attention(
     q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None
 ) -> mx.array:
-    """Attention of (B, heads, L, D), at most _SCORES_BYTES of float32 scores at a time."""
+    """Attention of (B, heads, L, D) by float32 scores, at most _WORK_BYTES of them at a time."""
     dtype = q.dtype
     q, k, v = (x.astype(mx.float32) for x in (q, k, v))
     batch, heads, length, _ = q.shape
-    rows = max(1, _SCORES_BYTES // (4 * batch * heads * k.shape[2]))
+    rows = max(1, _WORK_BYTES // (4 * batch * heads * k.shape[2]))
     parts = []
     for start in range(0, length, rows):
         stop = min(start + rows, length)
@@ -214,7 +235,6 @@ def _unfused_attention(
             mask=None if mask is None else mask[start:stop],
         ).astype(dtype)
         if rows < length:
-            # Without this MLX allocates the scores of all parts before it computes the first.
             mx.eval(part)
         parts.append(part)
     return mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
