@@ -52,6 +52,7 @@ TOKENIZER_FILES = (
 )
 SHARD_BYTES = 5_000_000_000
 MAX_HEADER_BYTES = 100_000_000  # as the reference implementation of the format
+MAX_NAME = 1000
 
 # Type name in a safetensors header -> bytes a value, NumPy type of the stored bits.
 _STORED: dict[str, tuple[int, str]] = {
@@ -130,6 +131,8 @@ class TensorFile:
         self.tensors: dict[str, LazyTensor] = {}
         spans: list[tuple[int, int, str]] = []
         for name, entry in header.items():
+            if len(name) > MAX_NAME:
+                raise self._fault(f"a tensor's name has {len(name)} characters")
             tensor, begin, stop = self._entry(name, entry, start)
             self.tensors[name] = tensor
             spans.append((begin, stop, name))
@@ -157,11 +160,12 @@ class TensorFile:
             )
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in _STORED:
-            raise self._fault(f"tensor {name!r} has type {dtype!r}; known: {', '.join(_STORED)}")
+            known = ", ".join(_STORED)
+            raise self._fault(f"tensor {name!r} has type {_shown(repr(dtype))}; known: {known}")
         if not _are_sizes(shape):
-            raise self._fault(f"tensor {name!r} has shape {shape!r}")
+            raise self._fault(f"tensor {name!r} has shape {_shown(repr(shape))}")
         if not _are_sizes(offsets) or len(offsets) != 2:
-            raise self._fault(f"tensor {name!r} has data_offsets {offsets!r}")
+            raise self._fault(f"tensor {name!r} has data_offsets {_shown(repr(offsets))}")
         begin, stop = offsets
         size = math.prod(shape) * _STORED[dtype][0]
         if stop - begin != size:
@@ -209,12 +213,18 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} stands there twice")
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"{_shown(repr(name))} stands there twice")
+        result[name] = value
     return result
+
+
+def _shown(text: str) -> str:
+    """A text of a file as messages show it: one line, not too long, no control characters."""
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def _not_safetensors(prefix: bytes, size: int) -> str:
@@ -334,7 +344,7 @@ def raise_faults(where: str, **faults: list[str]) -> None:
     parts = []
     for kind, names in faults.items():
         if names:
-            shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+            shown = ", ".join(map(_shown, names[:10])) + (", ..." if len(names) > 10 else "")
             parts.append(f"{len(names)} {kind} tensor{'s'[: len(names) > 1]}: {shown}")
     if parts:
         raise CheckpointError(f"{where}: {'; '.join(parts)}")

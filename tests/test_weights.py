@@ -91,6 +91,8 @@ FAULTS: dict[str, tuple[Any, bytes, str]] = {
     "huge number": (b'{"w": 1' + b"0" * 9000 + b"}", b"", "not a safetensors file"),
     "a list": ([1], b"", "no JSON object"),
     "duplicate": (b'{"w": 1, "w": 2}', b"", "'w' stands there twice"),
+    "control characters": ({"a\n\x1b[2J": entry("F4", [2], 0, 8)}, b"12345678", r"'a\n\x1b[2J'"),
+    "long name": ({"w" * 2000: GOOD["w"]}, b"12345678", "name has 2000 characters"),
     "no entry": ({"w": 3}, b"", "'w'"),
     "extra key": ({"w": GOOD["w"] | {"more": 1}}, b"12345678", "'w'"),
     "unknown type": ({"w": entry("F4", [2], 0, 8)}, b"12345678", "'F4'"),
