@@ -11,8 +11,10 @@ wrong layer, prompt, guidance scale or seed shows in the picture.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,6 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -55,28 +56,36 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 # ---------------------------------------------------------------------------------------- tokenizer
 
 
-def bpe_files() -> tuple[dict[str, int], list[str]]:
-    """A byte-pair encoding of TEXT in CLIP's layout: bytes, bytes at a word's end, merges, ends."""
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(" ", "removed"),
-            pre_tokenizers.Split("\n", "removed"),
-            pre_tokenizers.Punctuation(),
-            pre_tokenizers.Digits(individual_digits=True),
-        ]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, min_frequency=1, end_of_word_suffix="</w>", show_progress=False
-    )
-    tokenizer.train_from_iterator(TEXT.strip().splitlines(), trainer)
-    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+def bpe_files(count: int = 320) -> tuple[dict[str, int], list[str]]:
+    """A byte-pair encoding of TEXT in CLIP's layout: bytes, bytes at a word's end, merges, ends.
+
+    (Trained here because the trainer of `tokenizers` breaks ties differently from run to run.)
+    """
+    found = re.findall(r"'s|'t|'re|\w+|[^\s\w]+", TEXT.lower())
+    words = Counter((*word[:-1], word[-1] + "</w>") for word in found)
+    merges: list[tuple[str, str]] = []
+    for _ in range(count):
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, times in words.items():
+            for pair in zip(word, word[1:], strict=False):
+                pairs[pair] += times
+        merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
+        words = Counter({_merged(word, merges[-1]): times for word, times in words.items()})
     # GPT-2's byte alphabet: printable bytes first, in order, then the others as U+0100...
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     tokens = letters + [letter + "</w>" for letter in letters] + [a + b for a, b in merges]
     return {t: i for i, t in enumerate([*tokens, START, END])}, [f"{a} {b}" for a, b in merges]
+
+
+def _merged(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    out: list[str] = []
+    for piece in word:
+        if out and (out[-1], piece) == pair:
+            out[-1] += piece
+        else:
+            out.append(piece)
+    return tuple(out)
 
 
 def write_tokenizer(folder: Path, pad: str, layout: str) -> CLIPTokenizer:
@@ -223,7 +232,8 @@ def make_sd15(folder: Path) -> None:
     for name, keys in keep.items():
         path = next((folder / name).glob("*config.json"))
         config = json.loads(path.read_text())
-        config = {k: config[k] for k in keys.split()} | {"_diffusers_version": "0.6.0"}
+        # Not 0.6.0: for that, diffusers takes a sample_size under 64 for a mistake and changes it.
+        config = {k: config[k] for k in keys.split()} | {"_diffusers_version": "0.10.0"}
         write_json(path, config | ({"clip_sample": False} if name == "scheduler" else {}))
     config = json.loads((folder / "text_encoder/config.json").read_text())
     config["torch_dtype"] = config.pop("dtype", "float16")
@@ -233,8 +243,8 @@ def make_sd15(folder: Path) -> None:
 def make_sd21v(folder: Path) -> None:
     """SD 2.1 (768-v) as the libraries write it today; bfloat16; the newer end-of-text rule.
 
-    Two ids beyond the tokenizer's vocabulary, as textual inversion adds them: with those in a
-    prompt the two rules for the end of the text differ.
+    Here and in SDXL's second encoder stand two ids beyond the tokenizer's vocabulary, as textual
+    inversion adds them: with those in a prompt the two rules for the end of the text differ.
     """
     tokenizer = write_tokenizer(folder / "tokenizer", "!", "both")
     width = {"hidden_size": 64, "intermediate_size": 256, "projection_dim": 32}
@@ -281,7 +291,7 @@ def make_sdxl(folder: Path) -> None:
     size = len(tokenizer)
     pipe = StableDiffusionXLPipeline(
         text_encoder=make_text(CLIPTextModel, 31, size, 2, **first),
-        text_encoder_2=make_text(CLIPTextModelWithProjection, 32, size, 2, **second),
+        text_encoder_2=make_text(CLIPTextModelWithProjection, 32, size + 2, 2, **second),
         unet=make_unet(
             33,
             96,
