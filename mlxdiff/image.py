@@ -71,7 +71,7 @@ def open_picture(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     from PIL import Image, UnidentifiedImageError
 
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UsageError(f"{path}: is a folder, expected a picture file")
     try:
         picture = Image.open(path)
@@ -162,9 +162,9 @@ def check_writable(path: str | os.PathLike[str], overwrite: bool = False) -> Non
     path = Path(path)
     if path.suffix.lower() in _OTHER_FORMATS:
         raise UsageError(f"{path}: pictures are written as PNG; choose a name that ends in .png")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UsageError(f"{path}: is a folder; name a file in it, such as {path / 'picture.png'}")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise UsageError(f"{path}: the folder {path.parent} does not exist; create it first")
     if not overwrite and os.path.lexists(path):
         raise _exists(path)

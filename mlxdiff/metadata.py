@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -68,7 +69,7 @@ _SCHEDULE_IDS = {name.lower(): key for key, name in SCHEDULE_NAMES.items()}
 _SCHEDULE_IDS |= {"simple": "trailing"}
 
 _PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
-_SIZE = re.compile(r"(\d+)x(\d+)")
+_SIZE = re.compile(r"(\d{1,9})x(\d{1,9})")
 _NEGATIVE = "Negative prompt:"
 
 
@@ -163,7 +164,7 @@ class Metadata:
             UsageError: not JSON, of another schema, or a value of the wrong type.
         """
         try:
-            values = json.loads(text)
+            values = json.loads(text, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
             raise UsageError(f"{where}: its mlxdiff metadata is not JSON ({error})") from None
         if not isinstance(values, dict):
@@ -204,6 +205,8 @@ class Metadata:
             try:
                 value = kind(rest[key])
             except (KeyError, ValueError):
+                return None
+            if kind is float and not math.isfinite(value):
                 return None
             del rest[key]
             return value
@@ -275,6 +278,10 @@ def _checked(name: str, value: Any, where: str) -> Any:
     if not good:
         raise UsageError(f"{where}: {name} in its mlxdiff metadata is {value!r}, expected {kind}")
     return float(value) if name in _FLOATS else value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON value")
 
 
 def _public_name(model: str) -> str:

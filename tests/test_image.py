@@ -1,0 +1,286 @@
+"""Pictures in and out; what becomes of a file when writing it goes wrong."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from mlxdiff import image as image_module
+from mlxdiff.errors import MlxdiffError, UsageError
+from mlxdiff.image import check_writable, load_image, resize, save_png, to_model, to_pil
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+
+
+# In
+
+
+def test_a_picture_comes_as_path_image_or_array(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(PICTURE).save(path)
+    for source in (path, str(path), Image.fromarray(PICTURE), PICTURE, PICTURE.astype(float) / 255):
+        loaded = load_image(source)
+        assert loaded.dtype == np.uint8
+        np.testing.assert_array_equal(loaded, PICTURE)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I", "F", "HSV"])
+def test_every_mode_is_converted_as_pillow_does(mode: str) -> None:
+    picture = Image.fromarray(PICTURE).convert("L" if mode == "LA" else "RGB").convert(mode)
+    loaded = load_image(picture)
+    assert loaded.shape == PICTURE.shape
+    np.testing.assert_array_equal(loaded, np.asarray(picture.convert("RGB")))
+
+
+def test_alpha_is_dropped_not_blended() -> None:
+    rgba = np.dstack([PICTURE, np.zeros((5, 7), np.uint8)])
+    np.testing.assert_array_equal(load_image(Image.fromarray(rgba)), PICTURE)
+    np.testing.assert_array_equal(load_image(rgba), PICTURE)
+
+
+def test_16_bit_grey_keeps_its_range(tmp_path: Path) -> None:
+    values = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
+    for suffix in (".png", ".tif"):
+        path = tmp_path / f"grey{suffix}"
+        Image.fromarray(values).save(path)
+        np.testing.assert_array_equal(load_image(path)[..., 1], [[0, 0, 1, 128, 255]])
+    assert load_image(path).shape == (1, 5, 3)
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    path = tmp_path / "turned.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to show
+    Image.fromarray(PICTURE).save(path, exif=exif)
+    np.testing.assert_array_equal(load_image(path), np.rot90(PICTURE, -1))
+
+
+def test_grey_arrays() -> None:
+    grey = PICTURE[..., 0]
+    for array in (grey, grey[..., None]):
+        np.testing.assert_array_equal(load_image(array), np.dstack([grey] * 3))
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((2, 2, 5), np.uint8), r"not \(2, 2, 5\)"),
+        (np.zeros((1, 2, 2, 3), np.uint8), r"not \(1, 2, 2, 3\)"),
+        (np.zeros((0, 2, 3), np.uint8), r"not \(0, 2, 3\)"),
+        (np.zeros((2, 2, 3), np.int32), "not int32"),
+        (np.full((2, 2, 3), -1.0), r"\[0, 1\]"),
+        (np.full((2, 2, 3), np.nan), r"\[0, 1\]"),
+        (None, r"not \(\)"),
+    ],
+)
+def test_an_array_that_is_no_picture(array: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_image(array)
+
+
+def test_a_file_that_is_no_picture(tmp_path: Path) -> None:
+    text, cut, whole = tmp_path / "a.txt", tmp_path / "cut.png", tmp_path / "whole.png"
+    text.write_text("hello")
+    Image.fromarray(PICTURE).resize((300, 300)).save(whole)
+    cut.write_bytes(whole.read_bytes()[:2000])
+    for path, message in (
+        (text, "is not a picture in a format that Pillow reads"),
+        (cut, "cannot be decoded"),
+        (tmp_path, "is a folder, expected a picture file"),
+        (tmp_path / "none.png", "no such picture file"),
+    ):
+        with pytest.raises(UsageError) as error:
+            load_image(path)
+        assert str(error.value).startswith(f"{path}: {message}")
+        assert "\n" not in str(error.value)
+
+
+def test_damaged_files_are_read_or_refused(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    for suffix in (".png", ".jpg", ".gif", ".webp", ".tif", ".bmp"):
+        path = tmp_path / f"a{suffix}"
+        Image.fromarray(PICTURE).save(path)
+        data = path.read_bytes()
+        for _ in range(25):
+            broken = bytearray(data[: rng.integers(1, len(data) + 1)])
+            for at in rng.integers(0, len(broken), 3):
+                broken[at] = rng.integers(256)
+            path.write_bytes(broken)
+            try:
+                load_image(path)
+            except UsageError as error:
+                assert "\n" not in str(error)
+
+
+# Numbers
+
+
+def test_to_model_and_back_is_exact() -> None:
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    model = to_model(ramp)
+    assert model.shape == (1, 16, 16, 3) and model.dtype == np.float32
+    assert model.min() == -1 and model.max() == 1
+    np.testing.assert_array_equal(np.asarray(to_pil(model[0])), ramp)
+
+
+def test_to_pil_rounds_half_to_even_and_clips() -> None:
+    # Values whose level is exactly k + 1/2 do not exist in float32, except a few; 0 -> 127.5 does.
+    values = np.array([-9, -1, 0, 1 / 255 * 0.99, 1, 9, np.inf, -np.inf], np.float32)
+    levels = np.asarray(to_pil(np.tile(values[None, :, None], (1, 1, 3))))[0, :, 0]
+    assert levels.tolist() == [0, 0, 128, 128, 255, 255, 255, 0]
+
+
+def test_no_picture_rather_than_a_black_one() -> None:
+    with pytest.raises(MlxdiffError, match="NaN"):
+        to_pil(np.full((2, 2, 3), np.nan))
+    with pytest.raises(ValueError, match=r"\(2, 2\)"):
+        to_pil(np.zeros((2, 2)))
+
+
+@pytest.mark.parity
+def test_parity_with_diffusers() -> None:
+    torch = pytest.importorskip("torch")
+    processor = pytest.importorskip("diffusers.image_processor").VaeImageProcessor()
+    rng = np.random.default_rng(2)
+    floats = rng.normal(0, 0.8, (64, 64, 3)).astype(np.float32)
+    theirs = processor.postprocess(torch.from_numpy(floats.transpose(2, 0, 1)[None]), "pil")[0]
+    np.testing.assert_array_equal(np.asarray(to_pil(floats)), np.asarray(theirs))
+    picture = rng.integers(0, 256, (70, 50, 3), np.uint8)
+    theirs = processor.preprocess(Image.fromarray(picture), height=48, width=40)
+    ours = to_model(resize(picture, width=40, height=48))
+    np.testing.assert_array_equal(ours, theirs.numpy().transpose(0, 2, 3, 1))
+
+
+def test_resize() -> None:
+    assert resize(PICTURE, width=12, height=9).shape == (9, 12, 3)
+    assert resize(PICTURE, width=7, height=5) is PICTURE
+    flat = np.full((8, 8, 3), 77, np.uint8)
+    assert (resize(flat, width=3, height=5) == 77).all()
+
+
+# Out
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_png_holds_picture_and_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    text = {"parameters": "café\nSteps: 1", "mlxdiff": "{}", "kanji": "漢字 😀"}
+    save_png(PICTURE, path, text)
+    with Image.open(path) as saved:
+        assert saved.format == "PNG"
+        assert isinstance(saved, PngImagePlugin.PngImageFile)
+        assert saved.text == text
+        np.testing.assert_array_equal(np.asarray(saved), PICTURE)
+    assert listing(tmp_path) == ["a.png"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert sys.platform == "win32" or stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+
+
+def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_text("mine")
+    with pytest.raises(UsageError, match=r"a.png: exists already; .* --force"):
+        save_png(PICTURE, path)
+    assert path.read_text() == "mine"
+    save_png(PICTURE, path, overwrite=True)
+    np.testing.assert_array_equal(load_image(path), PICTURE)
+    assert listing(tmp_path) == ["a.png"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_appears_meanwhile_is_kept(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.png"
+    if not links:
+        monkeypatch.setattr(os, "link", _no_links)
+    save = Image.Image.save
+
+    def slow_save(*args: Any, **kwargs: Any) -> None:
+        save(*args, **kwargs)
+        path.write_text("theirs")
+
+    monkeypatch.setattr(Image.Image, "save", slow_save)
+    with pytest.raises(UsageError, match="exists already"):
+        save_png(PICTURE, path)
+    assert path.read_text() == "theirs"
+    assert listing(tmp_path) == ["a.png"]
+
+
+def _no_links(*args: Any, **kwargs: Any) -> None:
+    raise OSError(95, "Operation not supported")
+
+
+def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "link", _no_links)
+    save_png(PICTURE, tmp_path / "a.png")
+    np.testing.assert_array_equal(load_image(tmp_path / "a.png"), PICTURE)
+    monkeypatch.setattr(os, "replace", _no_links)
+    with pytest.raises(UsageError, match=r"cannot be written \(Operation not supported\)"):
+        save_png(PICTURE, tmp_path / "b.png")
+    assert listing(tmp_path) == ["a.png"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError, ValueError])
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_no_half_written_file_remains(
+    error: type[BaseException],
+    overwrite: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "a.png"
+    if overwrite:
+        path.write_text("old")
+
+    def interrupted(self: Any, file: Any, **kwargs: Any) -> None:
+        file.write(b"half a pic")
+        raise error
+
+    monkeypatch.setattr(Image.Image, "save", interrupted)
+    with pytest.raises(error):
+        save_png(PICTURE, path, overwrite=overwrite)
+    assert listing(tmp_path) == (["a.png"] if overwrite else [])
+    assert not overwrite or path.read_text() == "old"
+
+
+def test_a_full_disk_is_an_error_of_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(UsageError, match=r"cannot be written \(No space left on device\)"):
+        save_png(PICTURE, tmp_path / "a.png")
+    assert listing(tmp_path) == []
+
+
+def test_names_that_cannot_be_written(tmp_path: Path) -> None:
+    for path, message in (
+        (tmp_path / "no" / "a.png", f"the folder {tmp_path / 'no'} does not exist"),
+        (tmp_path, "is a folder; name a file in it"),
+        (tmp_path / "a.jpg", "pictures are written as PNG"),
+        (tmp_path / "a.WebP", "pictures are written as PNG"),
+        (tmp_path / ("x" * 300 + ".png"), "cannot be written"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            save_png(PICTURE, path)
+    check_writable(tmp_path / "a.v1.5")
+    assert listing(tmp_path) == []
+
+
+def test_importing_does_not_load_pillow() -> None:
+    source = Path(image_module.__file__).read_text("utf-8")
+    assert "\nimport PIL" not in source and "\nfrom PIL" not in source
