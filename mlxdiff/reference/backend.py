@@ -1,0 +1,121 @@
+"""NumPy as a backend: how the pipeline loads networks and moves arrays.
+
+Mirrors models/backend.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from mlxdiff.config import (
+    AutoencoderKLConfig,
+    CLIPTextConfig,
+    ComponentConfig,
+    UNet2DConditionConfig,
+)
+from mlxdiff.errors import UsageError
+from mlxdiff.reference.clip import CLIPTextModel
+from mlxdiff.reference.layers import Module
+from mlxdiff.reference.unet import UNet2DConditionModel
+from mlxdiff.reference.vae import AutoencoderKL
+from mlxdiff.weights import LazyTensor, check_parameters
+
+_MODELS: dict[type, Callable[..., Module]] = {
+    CLIPTextConfig: CLIPTextModel,
+    UNet2DConditionConfig: UNet2DConditionModel,
+    AutoencoderKLConfig: AutoencoderKL,
+}
+
+
+class Backend:
+    """Loads networks and converts arrays.
+
+    Attributes:
+        name: "numpy".
+        dtype: "float32"; nothing else is fast, or even exact, in NumPy on any machine.
+    Raises: UsageError for another dtype.
+    """
+
+    name = "numpy"
+
+    def __init__(self, dtype: str = "float32") -> None:
+        _dtype(dtype)
+        self.dtype = dtype
+
+    def load(
+        self,
+        config: ComponentConfig,
+        tensors: Mapping[str, LazyTensor],
+        dtype: str | None = None,
+    ) -> Module:
+        """Build the network of a config and give it its weights.
+
+        Tensors are read and converted one by one: memory peaks at the network and one tensor.
+
+        Args:
+            config: decides the class.
+            tensors: exactly those of ``expected_parameters(config)``.
+            dtype: of the weights; None: the backend's.
+        Raises: CheckpointError for a missing, unknown or misshapen tensor; UsageError for the
+            dtype.
+        """
+        kind = _MODELS[type(config)]
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        check_parameters(shapes, config, f"weights for {kind.__name__}")
+        model, target = kind(config), _dtype(dtype or self.dtype)
+        # Copied even where the type is right: what was read may be a view of the file.
+        model.load_weights(
+            [(name, np.array(tensor.read(), target)) for name, tensor in tensors.items()]
+        )
+        return model
+
+    def asarray(self, x: np.ndarray, dtype: str | None = None) -> np.ndarray:
+        """An array of these values, in the dtype of this name (or int32); None: as they are."""
+        return np.asarray(x, None if dtype is None else _dtype(dtype, "int32"))
+
+    def to_numpy(self, x: np.ndarray) -> np.ndarray:
+        """The values as float32."""
+        return np.asarray(x, np.float32)
+
+    def evaluate(self, *arrays: Any) -> None:
+        """Nothing: NumPy computes at once."""
+
+    def concatenate(self, arrays: list[np.ndarray], axis: int = 0) -> np.ndarray:
+        """Join arrays along an axis."""
+        return np.concatenate(arrays, axis=axis)
+
+    @staticmethod
+    def has_gpu() -> bool:
+        """Whether arrays are computed on a GPU: no."""
+        return False
+
+    @staticmethod
+    def default_dtype() -> str:
+        """float32."""
+        return "float32"
+
+    def peak_memory(self) -> int:
+        """The most bytes that this process held at once so far; 0 where the system cannot tell."""
+        try:
+            import resource
+        except ImportError:  # Windows
+            return 0
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def clear_cache(self) -> None:
+        """Nothing: NumPy keeps none."""
+
+
+def _dtype(name: str, *more: str) -> type:
+    known = ("float32", *more)
+    if name not in known:
+        raise UsageError(
+            f"the NumPy backend computes in float32 only, not in {name}; leave the dtype out, or "
+            "use the MLX backend"
+        )
+    return {"float32": np.float32, "int32": np.int32}[name]

@@ -1,0 +1,160 @@
+"""What the U-Net and the VAE are both built from, in NumPy. Mirrors models/blocks.py.
+
+Layers return new arrays, so sums are taken in place; inputs are never written to.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mlxdiff.reference.layers import (
+    Conv2d,
+    GroupNorm,
+    Linear,
+    Module,
+    attention,
+    silu,
+    upsample_nearest,
+)
+
+
+class TimestepEmbedding(Module):
+    """Two linear layers on a sinusoidal embedding.
+
+    Args:
+        sample: (B, in_channels).
+        condition: (B, cond_proj_dim), added through a linear layer first (a distilled model's
+            guidance scale); None: nothing is added.
+    Returns: (B, time_embed_dim).
+    """
+
+    def __init__(
+        self, in_channels: int, time_embed_dim: int, cond_proj_dim: int | None = None
+    ) -> None:
+        self.linear_1 = Linear(in_channels, time_embed_dim)
+        if cond_proj_dim is not None:
+            self.cond_proj = Linear(cond_proj_dim, in_channels, bias=False)
+        self.linear_2 = Linear(time_embed_dim, time_embed_dim)
+
+    def __call__(self, sample: np.ndarray, condition: np.ndarray | None = None) -> np.ndarray:
+        if condition is not None:
+            sample = sample + self.cond_proj(condition)
+        return self.linear_2(silu(self.linear_1(sample)))
+
+
+class ResnetBlock2D(Module):
+    """Two normalized 3x3 convolutions with a timestep shift between them, and a shortcut.
+
+    Args:
+        x: (B, H, W, in_channels).
+        temb: timestep embedding, (B, temb_channels); None in the VAE.
+    Returns: (B, H, W, out_channels).
+    Source: Rombach et al. 2022, appendix E; diffusers models/resnet.py ResnetBlock2D.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        temb_channels: int | None,
+        groups: int,
+        eps: float,
+    ) -> None:
+        self.norm1 = GroupNorm(groups, in_channels, eps)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
+        if temb_channels is not None:
+            self.time_emb_proj = Linear(temb_channels, out_channels)
+        self.norm2 = GroupNorm(groups, out_channels, eps)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = None
+        if in_channels != out_channels:
+            self.conv_shortcut = Conv2d(in_channels, out_channels, 1)
+
+    def __call__(self, x: np.ndarray, temb: np.ndarray | None = None) -> np.ndarray:
+        h = self.conv1(silu(self.norm1(x)))
+        if temb is not None:
+            h += self.time_emb_proj(silu(temb))[:, None, None, :]
+        h = self.conv2(silu(self.norm2(h)))
+        h += x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return h
+
+
+class Downsample2D(Module):
+    """3x3 convolution of stride 2: (B, H, W, C) -> (B, H', W', C).
+
+    Args:
+        padding: 1, or 0 for a row and a column of zeros at the lower and right edges only (the
+            VAE).
+    """
+
+    def __init__(self, channels: int, padding: int) -> None:
+        self.padding = padding
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        if self.padding == 0:
+            x = np.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)])
+        return self.conv(x)
+
+
+class Upsample2D(Module):
+    """Nearest-neighbour upsampling, then a 3x3 convolution.
+
+    Args:
+        x: (B, H, W, C).
+        size: height and width of the output; None: twice those of x.
+    Returns: (B, height, width, C).
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.conv = Conv2d(channels, channels, 3, padding=1)
+
+    def __call__(self, x: np.ndarray, size: tuple[int, ...] | None = None) -> np.ndarray:
+        height, width = (2 * x.shape[1], 2 * x.shape[2]) if size is None else size
+        return self.conv(upsample_nearest(x, height, width))
+
+
+class Attention(Module):
+    """Multi-head attention with its four projections.
+
+    With ``norm_num_groups`` it is the VAE's: a feature map (B, H, W, C) is normalized, attends to
+    itself, and is added to the result. Without, x is a sequence of tokens.
+
+    Args:
+        x: (B, L, query_dim), or the feature map.
+        encoder_hidden_states: what x attends to, (B, S, context_dim); None: x itself.
+    Returns: the shape of x.
+    Source: diffusers models/attention_processor.py Attention.
+    """
+
+    def __init__(
+        self,
+        query_dim: int,
+        heads: int,
+        context_dim: int | None = None,
+        bias: bool = False,
+        norm_num_groups: int | None = None,
+    ) -> None:
+        context_dim = query_dim if context_dim is None else context_dim
+        self.heads = heads
+        self.group_norm = None
+        if norm_num_groups is not None:
+            self.group_norm = GroupNorm(norm_num_groups, query_dim, eps=1e-6)
+        self.to_q = Linear(query_dim, query_dim, bias)
+        self.to_k = Linear(context_dim, query_dim, bias)
+        self.to_v = Linear(context_dim, query_dim, bias)
+        self.to_out = [Linear(query_dim, query_dim)]
+
+    def __call__(
+        self, x: np.ndarray, encoder_hidden_states: np.ndarray | None = None
+    ) -> np.ndarray:
+        tokens = x
+        if self.group_norm is not None:
+            tokens = self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])
+        context = tokens if encoder_hidden_states is None else encoder_hidden_states
+        out = attention(self.to_q(tokens), self.to_k(context), self.to_v(context), self.heads)
+        out = self.to_out[0](out)
+        if self.group_norm is not None:
+            out = out.reshape(x.shape)
+            out += x
+        return out

@@ -1,0 +1,476 @@
+"""The layers that the networks are made of, in NumPy. Mirrors models/layers.py.
+
+Feature maps are (B, H, W, C), everything is float32. What costs time is a matrix product (BLAS);
+all else is done in blocks that stay in a core's cache, on several threads where the machine has
+them (NumPy releases its lock inside an operation). Memory beyond inputs and outputs is bounded by
+the constants below.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import TypeVar
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from mlxdiff.weights import raise_faults
+
+_BLOCK = 1 << 15  # values in a block of element-wise work: 128 KB
+_SCORES = 1 << 20  # attention scores held at a time: 4 MB
+_COLUMNS = 1 << 23  # values of unfolded input that a convolution holds at a time: 32 MB
+
+Result = TypeVar("Result")
+
+
+# ------------------------------------------------------------------------------- blocks and threads
+
+
+def _threads() -> int:
+    """As many as BLAS is told to use, else one for each core that this process may run on."""
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
+        if os.environ.get(variable, "").isdecimal():
+            return max(1, int(os.environ[variable]))
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_threads(), thread_name_prefix="mlxdiff")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+
+
+def _blocks(rows: int, row_size: int) -> list[slice]:
+    """Slices that cover this many rows of this many values, _BLOCK values or one row each."""
+    step = max(1, _BLOCK // max(1, row_size))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _for_each(function: Callable[[slice], Result], blocks: Sequence[slice]) -> list[Result]:
+    """The function's results for all blocks, in order; computed by all threads."""
+    threads = min(_threads(), len(blocks))
+    if threads <= 1:
+        return [function(block) for block in blocks]
+
+    def share(first: int) -> list[Result]:
+        return [function(block) for block in blocks[first::threads]]
+
+    shares = list(_pool().map(share, range(threads)))
+    return [shares[i % threads][i // threads] for i in range(len(blocks))]
+
+
+def _rows(x: np.ndarray) -> np.ndarray:
+    """The values as a matrix whose rows are the last axis."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _elementwise(function: Callable[[np.ndarray, np.ndarray], None], x: np.ndarray) -> np.ndarray:
+    """A new array that the function fills: it is given blocks of x, and where their values go."""
+    out = np.empty(x.shape, np.float32)
+    source, target = np.atleast_2d(_rows(x)), np.atleast_2d(_rows(out))
+    _for_each(lambda block: function(source[block], target[block]), _blocks(*source.shape))
+    return out
+
+
+# ------------------------------------------------------------------------------------------- layers
+
+
+class Module:
+    """Base of all layers and networks: a tree of attributes and lists whose leaves are parameters.
+
+    A parameter is an array. Before ``load_weights`` it is zeros of its shape that take no memory.
+    """
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        """All parameters by name, in order of construction."""
+        return {name: getattr(owner, key) for name, owner, key in self._leaves()}
+
+    def load_weights(self, weights: list[tuple[str, np.ndarray]]) -> None:
+        """Replace every parameter.
+
+        Args:
+            weights: name and float32 array of each; they are kept, not copied.
+        Raises: CheckpointError that names what is missing, unknown or misshapen; nothing is
+            replaced then.
+        """
+        given = dict(weights)
+        leaves = {name: (owner, key) for name, owner, key in self._leaves()}
+        shapes = {name: getattr(owner, key).shape for name, (owner, key) in leaves.items()}
+        raise_faults(
+            f"weights for {type(self).__name__}",
+            missing=[name for name in leaves if name not in given],
+            unknown=[name for name in given if name not in leaves],
+            misshapen=[
+                f"{name} is {given[name].shape}, expected {shape}"
+                for name, shape in shapes.items()
+                if name in given and given[name].shape != shape
+            ],
+        )
+        for name, (owner, key) in leaves.items():
+            setattr(owner, key, given[name])
+
+    def _leaves(self, prefix: str = "") -> Iterator[tuple[str, Module, str]]:
+        """Name of each parameter, the module that owns it, and the attribute there."""
+        for key, value in vars(self).items():
+            if isinstance(value, np.ndarray):
+                yield prefix + key, self, key
+            elif isinstance(value, Module):
+                yield from value._leaves(f"{prefix}{key}.")
+            elif isinstance(value, list):
+                for i, child in enumerate(value):
+                    yield from child._leaves(f"{prefix}{key}.{i}.")
+
+
+def _zeros(*shape: int) -> np.ndarray:
+    """Zeros that take no memory."""
+    return np.broadcast_to(np.float32(0), shape)
+
+
+class Linear(Module):
+    """Affine map of the last axis; weight (out, in)."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        self.weight = _zeros(out_features, in_features)
+        self.bias = _zeros(out_features) if bias else None
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        out = _rows(x) @ self.weight.T
+        if self.bias is not None:
+            out += self.bias
+        return out.reshape(*x.shape[:-1], -1)
+
+
+class Conv2d(Module):
+    """Convolution with a square kernel and zero padding; weight (out, kH, kW, in).
+
+    One matrix product for some lines of output at a time, of the unfolded input with the kernel.
+
+    Args:
+        x: (B, H, W, in_channels).
+    Returns: (B, H', W', out_channels).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        bias: bool = True,
+    ) -> None:
+        self.stride = stride
+        self.padding = padding
+        self.weight = _zeros(out_channels, kernel_size, kernel_size, in_channels)
+        self.bias = _zeros(out_channels) if bias else None
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        outputs, size, _, inputs = self.weight.shape
+        kernel = self.weight.reshape(outputs, -1).T
+        if size == 1 and self.stride == 1 and self.padding == 0:
+            out = (_rows(x) @ kernel).reshape(*x.shape[:-1], outputs)
+            if self.bias is not None:
+                out += self.bias
+            return out
+        windows = self._windows(x)
+        batch, height, width = windows.shape[:3]
+        out = np.empty((batch * height, width, outputs), np.float32)
+        taps = size * size * inputs
+        step = min(max(1, _COLUMNS // (width * taps)), len(out))
+        unfolded = np.empty((step, *windows.shape[2:]), np.float32)
+
+        def unfold(block: slice) -> None:
+            for i in range(block.start, block.stop):
+                unfolded[i] = windows[divmod(start + i, height)]
+
+        for start in range(0, len(out), step):
+            lines = out[start : start + step]
+            _for_each(unfold, _blocks(len(lines), width * taps))
+            columns = unfolded[: len(lines)].reshape(-1, taps)
+            np.matmul(columns, kernel, out=_rows(lines))
+            if self.bias is not None:
+                lines += self.bias
+        return out.reshape(batch, height, width, outputs)
+
+    def _windows(self, x: np.ndarray) -> np.ndarray:
+        """The input under the kernel at each output, a view (B, H', W', size, size * C).
+
+        In memory the pixels of a line of the kernel lie side by side, hence the last axis.
+        """
+        size, stride, padding = self.weight.shape[1], self.stride, self.padding
+        batch, height, width, channels = x.shape
+        if padding:
+            shape = (batch, height + 2 * padding, width + 2 * padding, channels)
+            padded = np.zeros(shape, np.float32)
+            padded[:, padding : padding + height, padding : padding + width] = x
+            x, height, width = padded, shape[1], shape[2]
+        x = np.ascontiguousarray(x)
+        image, line, pixel, channel = x.strides
+        return as_strided(
+            x,
+            (
+                batch,
+                (height - size) // stride + 1,
+                (width - size) // stride + 1,
+                size,
+                size * channels,
+            ),
+            (image, stride * line, stride * pixel, line, channel),
+            writeable=False,
+        )
+
+
+class GroupNorm(Module):
+    """Group normalization (Wu and He 2018) of (B, H, W, C): over H, W and the group's channels.
+
+    The variance is summed around the mean, blocks in float32, their sums in float64.
+    """
+
+    def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5) -> None:
+        self.num_groups = num_groups
+        self.eps = eps
+        self.weight = _zeros(num_channels)
+        self.bias = _zeros(num_channels)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        out = np.empty(x.shape, np.float32)
+        for picture, target in zip(x, out, strict=True):
+            self._normalize(_rows(picture), _rows(target))
+        return out
+
+    def _normalize(self, x: np.ndarray, out: np.ndarray) -> None:
+        """Normalize the pixels (N, C) of one picture."""
+        blocks = _blocks(*x.shape)
+
+        def squares(block: slice) -> np.ndarray:
+            centred = x[block] - mean
+            return np.einsum("nc,nc->c", centred, centred)
+
+        def apply(block: slice) -> None:
+            part = np.subtract(x[block], mean, out=out[block])
+            part *= scale
+            part += self.bias
+
+        mean = self._by_group(_for_each(lambda b: x[b].sum(axis=0), blocks), len(x))
+        mean = mean.astype(np.float32)
+        variance = self._by_group(_for_each(squares, blocks), len(x))
+        scale = (self.weight / np.sqrt(variance + self.eps)).astype(np.float32)
+        _for_each(apply, blocks)
+
+    def _by_group(self, sums: list[np.ndarray], count: int) -> np.ndarray:
+        """Mean over its group for each channel, (C,) float64, from sums (C,) over ``count``."""
+        total = np.sum(sums, axis=0, dtype=np.float64)
+        groups = total.reshape(self.num_groups, -1).mean(axis=1) / count
+        return np.repeat(groups, len(total) // self.num_groups)
+
+
+class LayerNorm(Module):
+    """Layer normalization (Ba et al. 2016) of the last axis."""
+
+    def __init__(self, dims: int, eps: float = 1e-5) -> None:
+        self.eps = eps
+        self.weight = _zeros(dims)
+        self.bias = _zeros(dims)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        def normalize(part: np.ndarray, out: np.ndarray) -> None:
+            np.subtract(part, part.mean(axis=1, keepdims=True), out=out)
+            variance = np.einsum("nc,nc->n", out, out) / out.shape[1]
+            out /= np.sqrt(variance + self.eps)[:, None]
+            out *= self.weight
+            out += self.bias
+
+        return _elementwise(normalize, x)
+
+
+class Embedding(Module):
+    """Rows of a table by their number: (...) int -> (..., dims)."""
+
+    def __init__(self, num_embeddings: int, dims: int) -> None:
+        self.weight = _zeros(num_embeddings, dims)
+
+    def __call__(self, ids: np.ndarray) -> np.ndarray:
+        return self.weight[ids]
+
+
+# -------------------------------------------------------------------------------------- activations
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    """x times its logistic sigmoid."""
+    return _swish(x, 1.0)
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    """x times the normal distribution function of x (Hendrycks and Gimpel 2016), exactly.
+
+    With Q(a) = 1 - Phi(a) the upper tail of the normal distribution, x Phi(x) is
+    max(x, 0) - |x| Q(|x|): no digits cancel, on neither side. Q(a) exp(a^2 / 2) is smooth; _TAIL is
+    its rational approximation on [0, 14], fitted by us to a relative error of 6e-9. Beyond, Q is
+    zero in float32.
+    """
+
+    def compute(part: np.ndarray, out: np.ndarray) -> None:
+        a = np.abs(part)
+        np.minimum(a, 14, out=a)
+        over, under = (_polynomial(coefficients, a) for coefficients in _TAIL)
+        over /= under
+        over *= a
+        a *= a
+        a *= -0.5
+        over *= np.exp(a, out=a)
+        np.maximum(part, 0, out=out)
+        out -= over
+
+    return _elementwise(compute, x)
+
+
+_TAIL = (
+    (0.5000000027524878, 0.4372523526944748, 0.18246261709172604, 0.04037273573961952,
+     0.004077612920727744),
+    (1.0, 1.6723896600898684, 1.1992946095192472, 0.46743110315571, 0.1012062493567782,
+     0.010220931126342227),
+)  # fmt: skip
+
+
+def _polynomial(coefficients: tuple[float, ...], x: np.ndarray) -> np.ndarray:
+    """The sum of coefficients[i] * x ** i."""
+    *rest, before_last, last = coefficients
+    total = x * last
+    total += before_last
+    for coefficient in reversed(rest):
+        total *= x
+        total += coefficient
+    return total
+
+
+def quick_gelu(x: np.ndarray) -> np.ndarray:
+    """OpenAI CLIP's approximation of gelu."""
+    return _swish(x, 1.702)
+
+
+def _swish(x: np.ndarray, beta: float) -> np.ndarray:
+    """x / (1 + exp(-beta x))."""
+
+    def compute(part: np.ndarray, out: np.ndarray) -> None:
+        np.multiply(part, -beta, out=out)
+        with np.errstate(over="ignore"):  # to infinity: the quotient is then 0, as it should be
+            np.exp(out, out=out)
+        out += 1
+        np.divide(part, out, out=out)
+
+    return _elementwise(compute, x)
+
+
+def activation(name: str) -> Callable[[np.ndarray], np.ndarray]:
+    """The function that a config calls by this name: silu, gelu or quick_gelu."""
+    return {"silu": silu, "gelu": gelu, "quick_gelu": quick_gelu}[name]
+
+
+# ---------------------------------------------------------------------------------------- functions
+
+
+def attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, heads: int, mask: np.ndarray | None = None
+) -> np.ndarray:
+    """Scaled dot-product attention (Vaswani et al. 2017): softmax(q k^T / sqrt(D)) v for each head.
+
+    Some queries at a time, so that the scores stay in the cache whatever the length. The softmax's
+    denominator comes out of the same product as its numerator: as a column of ones beside v.
+
+    Args:
+        q: queries, (B, Lq, heads * D).
+        k, v: keys and values, (B, Lk, heads * D).
+        heads: number of heads.
+        mask: bool (Lq, Lk), true where a query sees a key; None: everywhere.
+    Returns: (B, Lq, heads * D).
+    """
+    (batch, length, width), keys_length = q.shape, k.shape[1]
+    head_dim = width // heads
+    q = q * head_dim**-0.5
+    out = np.empty(q.shape, np.float32)
+    values = np.ones((keys_length, head_dim + 1), np.float32)
+    step = min(max(1, _SCORES // keys_length), length)
+    workspace = np.empty((step, keys_length), np.float32)
+    for b in range(batch):
+        for head in (slice(i * head_dim, (i + 1) * head_dim) for i in range(heads)):
+            keys = k[b, :, head]
+            values[:, :-1] = v[b, :, head]
+            for start in range(0, length, step):
+                queries = q[b, start : start + step, head]
+                scores = np.matmul(queries, keys.T, out=workspace[: len(queries)])
+                if mask is not None:
+                    np.copyto(scores, -np.inf, where=~mask[start : start + step])
+                _exponentials(scores, _longest(queries) * _longest(keys))
+                sums = scores @ values
+                np.divide(sums[:, :-1], sums[:, -1:], out=out[b, start : start + step, head])
+    return out
+
+
+def _longest(vectors: np.ndarray) -> float:
+    """The largest Euclidean norm of a row."""
+    return math.sqrt(np.einsum("nd,nd->n", vectors, vectors).max())
+
+
+def _exponentials(scores: np.ndarray, bound: float) -> None:
+    """Replace scores by their exponentials, up to a factor for each row.
+
+    The factor exp(-maximum) guards against overflow. It costs two more passes over the scores, and
+    is left out where their bound (the Cauchy-Schwarz inequality) rules that out anyway.
+    """
+
+    def compute(block: slice) -> None:
+        part = scores[block]
+        if not bound < 60:  # so that not even sums overflow or underflow; true for nan
+            part -= part.max(axis=1, keepdims=True)
+        np.exp(part, out=part)
+
+    _for_each(compute, _blocks(*scores.shape))
+
+
+def upsample_nearest(x: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Nearest-neighbour interpolation of (B, H, W, C) to this height and width.
+
+    Output pixel i takes input pixel floor(i * size_in / size_out), as torch's mode "nearest".
+    """
+    _, rows, columns, _ = x.shape
+    x = x[:, np.arange(height) * rows // height]
+    return x[:, :, np.arange(width) * columns // width]
+
+
+def timestep_embedding(
+    timesteps: np.ndarray,
+    embedding_dim: int,
+    flip_sin_to_cos: bool = True,
+    freq_shift: float = 0.0,
+) -> np.ndarray:
+    """Sines and cosines of the timesteps at geometrically spaced frequencies (Ho et al. 2020).
+
+    Args:
+        timesteps: (B,), may be fractional.
+        embedding_dim: D; frequency i is 10000 ** (-i / (D // 2 - freq_shift)).
+        flip_sin_to_cos: cosines come first.
+        freq_shift: see embedding_dim.
+    Returns: (B, D) float32; an odd D ends in a zero.
+    """
+    half = embedding_dim // 2
+    # The reference implementation rounds exponent, frequency and angle to float32, and at timestep
+    # 999 the last bit of a frequency is a phase of 6e-5: so each is rounded here too, correctly.
+    exponents = np.arange(half, dtype=np.float32) * np.float32(-math.log(10000))
+    exponents /= np.float32(half - freq_shift)
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
+    angles = timesteps.astype(np.float32)[:, None] * frequencies
+    sine, cosine = (f(angles.astype(np.float64)).astype(np.float32) for f in (np.sin, np.cos))
+    parts = [cosine, sine] if flip_sin_to_cos else [sine, cosine]
+    if embedding_dim % 2:
+        parts.append(np.zeros((len(angles), 1), np.float32))
+    return np.concatenate(parts, axis=1)

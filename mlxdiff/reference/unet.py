@@ -1,0 +1,374 @@
+"""The denoising U-Net in NumPy (Rombach et al. 2022, Podell et al. 2023). Mirrors models/unet.py.
+
+Everything follows from the config, through ``config.BlockSpec``: one class for SD 1.x, 2.x, SDXL
+and their distilled and inpainting variants. Shape letters: B batch, H W sides of the feature map, C
+channels, L text tokens, D width of the text states, E width of the timestep embedding.
+Source: diffusers models/unets/unet_2d_condition.py and unet_2d_blocks.py.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from mlxdiff.config import BlockSpec, UNet2DConditionConfig
+from mlxdiff.errors import UsageError
+from mlxdiff.reference.blocks import (
+    Attention,
+    Downsample2D,
+    ResnetBlock2D,
+    TimestepEmbedding,
+    Upsample2D,
+)
+from mlxdiff.reference.layers import (
+    Conv2d,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    Module,
+    gelu,
+    silu,
+    timestep_embedding,
+)
+
+
+class GEGLU(Module):
+    """One half of a linear map, gated by the gelu of the other (Shazeer 2020)."""
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        self.proj = Linear(dim_in, 2 * dim_out)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        x, gate = np.split(self.proj(x), 2, axis=-1)
+        out = gelu(gate)
+        out *= x
+        return out
+
+
+class FeedForward(Module):
+    """GEGLU to four times the width and back."""
+
+    def __init__(self, dim: int) -> None:
+        # The second entry is dropout's place in the parameter names: net.0.proj, net.2.
+        self.net: list[Any] = [GEGLU(dim, 4 * dim), Module(), Linear(4 * dim, dim)]
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        return self.net[2](self.net[0](x))
+
+
+class BasicTransformerBlock(Module):
+    """Self-attention, attention to the text, feed-forward; each normalized first and added.
+
+    Args:
+        x: (B, H * W, C).
+        encoder_hidden_states: (B, L, D).
+    Returns: (B, H * W, C).
+    """
+
+    def __init__(self, block: BlockSpec) -> None:
+        width, heads, text = (
+            block.out_channels,
+            block.num_attention_heads,
+            block.cross_attention_dim,
+        )
+        self.only_cross_attention = block.only_cross_attention
+        self.norm1 = LayerNorm(width)
+        self.attn1 = Attention(width, heads, text if block.only_cross_attention else None)
+        self.norm2 = LayerNorm(width)
+        self.attn2 = Attention(width, heads, text)
+        self.norm3 = LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def __call__(self, x: np.ndarray, encoder_hidden_states: np.ndarray) -> np.ndarray:
+        context = encoder_hidden_states if self.only_cross_attention else None
+        x = x + self.attn1(self.norm1(x), context)
+        x += self.attn2(self.norm2(x), encoder_hidden_states)
+        x += self.ff(self.norm3(x))
+        return x
+
+
+class Transformer2DModel(Module):
+    """Transformer blocks over the pixels of a feature map, between two projections, added to it.
+
+    Args:
+        x: (B, H, W, C).
+        encoder_hidden_states: (B, L, D).
+    Returns: (B, H, W, C).
+    """
+
+    def __init__(self, block: BlockSpec, num_layers: int, config: UNet2DConditionConfig) -> None:
+        width = block.out_channels
+        # eps 1e-6 here whatever norm_eps says, as the reference.
+        self.norm = GroupNorm(config.norm_num_groups, width, eps=1e-6)
+        # The two kinds of projection differ in the shape of their weight alone.
+        project = Linear if config.use_linear_projection else partial(Conv2d, kernel_size=1)
+        self.proj_in = project(width, width)
+        self.transformer_blocks = [BasicTransformerBlock(block) for _ in range(num_layers)]
+        self.proj_out = project(width, width)
+
+    def __call__(self, x: np.ndarray, encoder_hidden_states: np.ndarray) -> np.ndarray:
+        h = self.proj_in(self.norm(x))
+        h = h.reshape(x.shape[0], -1, x.shape[-1])
+        for block in self.transformer_blocks:
+            h = block(h, encoder_hidden_states)
+        h = self.proj_out(h.reshape(x.shape))
+        h += x
+        return h
+
+
+class DownBlock2D(Module):
+    """Resnets, then a downsampler where the block has one.
+
+    Args:
+        x: (B, H, W, C).
+        temb: (B, E).
+        encoder_hidden_states: not used; there so that all blocks are called alike.
+        skips: every output is appended, for the up path.
+    Returns: (B, H', W', out_channels), halved (rounded up) by the downsampler.
+    """
+
+    def __init__(self, block: BlockSpec, config: UNet2DConditionConfig) -> None:
+        self.resnets = _resnets(block, config)
+        self.downsamplers = _downsamplers(block, config)
+
+    def __call__(
+        self,
+        x: np.ndarray,
+        temb: np.ndarray,
+        encoder_hidden_states: np.ndarray,
+        skips: list[np.ndarray],
+    ) -> np.ndarray:
+        for resnet in self.resnets:
+            x = resnet(x, temb)
+            skips.append(x)
+        for downsampler in self.downsamplers:
+            x = downsampler(x)
+            skips.append(x)
+        return x
+
+
+class CrossAttnDownBlock2D(Module):
+    """Resnets, each followed by a transformer, then a downsampler where the block has one.
+
+    Args and result: as DownBlock2D, with encoder_hidden_states (B, L, D) attended to.
+    """
+
+    def __init__(self, block: BlockSpec, config: UNet2DConditionConfig) -> None:
+        self.resnets = _resnets(block, config)
+        self.attentions = _transformers(block, config)
+        self.downsamplers = _downsamplers(block, config)
+
+    def __call__(
+        self,
+        x: np.ndarray,
+        temb: np.ndarray,
+        encoder_hidden_states: np.ndarray,
+        skips: list[np.ndarray],
+    ) -> np.ndarray:
+        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+            x = attention(resnet(x, temb), encoder_hidden_states)
+            skips.append(x)
+        for downsampler in self.downsamplers:
+            x = downsampler(x)
+            skips.append(x)
+        return x
+
+
+class UNetMidBlock2D(Module):
+    """Resnets at the lowest resolution: (B, H, W, C) -> (B, H, W, C)."""
+
+    def __init__(self, block: BlockSpec, config: UNet2DConditionConfig) -> None:
+        self.resnets = _resnets(block, config)
+
+    def __call__(
+        self, x: np.ndarray, temb: np.ndarray, encoder_hidden_states: np.ndarray
+    ) -> np.ndarray:
+        for resnet in self.resnets:
+            x = resnet(x, temb)
+        return x
+
+
+class UNetMidBlock2DCrossAttn(Module):
+    """Two resnets with a transformer between them: (B, H, W, C) -> (B, H, W, C)."""
+
+    def __init__(self, block: BlockSpec, config: UNet2DConditionConfig) -> None:
+        self.resnets = _resnets(block, config)
+        self.attentions = _transformers(block, config)
+
+    def __call__(
+        self, x: np.ndarray, temb: np.ndarray, encoder_hidden_states: np.ndarray
+    ) -> np.ndarray:
+        first, *rest = self.resnets
+        x = first(x, temb)
+        for attention, resnet in zip(self.attentions, rest, strict=True):
+            x = resnet(attention(x, encoder_hidden_states), temb)
+        return x
+
+
+class UpBlock2D(Module):
+    """Resnets that each take a skip as well, then an upsampler where the block has one.
+
+    Args:
+        x: (B, H, W, C).
+        temb: (B, E).
+        encoder_hidden_states: not used; there so that all blocks are called alike.
+        skips: outputs of the down path, the last first; those used are removed.
+    Returns: (B, H', W', out_channels), of the size of the next skip where it was upsampled.
+    """
+
+    def __init__(self, block: BlockSpec, config: UNet2DConditionConfig) -> None:
+        self.resnets = _resnets(block, config)
+        self.upsamplers = _upsamplers(block)
+
+    def __call__(
+        self,
+        x: np.ndarray,
+        temb: np.ndarray,
+        encoder_hidden_states: np.ndarray,
+        skips: list[np.ndarray],
+    ) -> np.ndarray:
+        for resnet in self.resnets:
+            x = resnet(np.concatenate([x, skips.pop()], axis=-1), temb)
+        for upsampler in self.upsamplers:
+            x = upsampler(x, skips[-1].shape[1:3])
+        return x
+
+
+class CrossAttnUpBlock2D(Module):
+    """Resnets that each take a skip and are followed by a transformer, then an upsampler.
+
+    Args and result: as UpBlock2D, with encoder_hidden_states (B, L, D) attended to.
+    """
+
+    def __init__(self, block: BlockSpec, config: UNet2DConditionConfig) -> None:
+        self.resnets = _resnets(block, config)
+        self.attentions = _transformers(block, config)
+        self.upsamplers = _upsamplers(block)
+
+    def __call__(
+        self,
+        x: np.ndarray,
+        temb: np.ndarray,
+        encoder_hidden_states: np.ndarray,
+        skips: list[np.ndarray],
+    ) -> np.ndarray:
+        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+            x = resnet(np.concatenate([x, skips.pop()], axis=-1), temb)
+            x = attention(x, encoder_hidden_states)
+        for upsampler in self.upsamplers:
+            x = upsampler(x, skips[-1].shape[1:3])
+        return x
+
+
+class UNet2DConditionModel(Module):
+    """Predicts from noisy latents what the config's schedule is trained on: noise, v or the sample.
+
+    Args:
+        sample: (B, H, W, in_channels); any height and width.
+        timesteps: (B,), or one number for all.
+        encoder_hidden_states: (B, L, D).
+        text_embeds: pooled text, (B, P); SDXL only.
+        time_ids: sizes and crop, (B, 6); (B, 5) for the refiner; SDXL only.
+        timestep_cond: (B, time_cond_proj_dim); models distilled over the guidance scale only.
+    Returns: (B, H, W, out_channels), float32.
+    Raises: UsageError where the model needs text_embeds and time_ids and does not get them.
+    """
+
+    def __init__(self, config: UNet2DConditionConfig) -> None:
+        self.config = config
+        first, temb = config.block_out_channels[0], config.time_embed_dim
+        kernel = config.conv_in_kernel
+        self.conv_in = Conv2d(config.in_channels, first, kernel, padding=kernel // 2)
+        self.time_embedding = TimestepEmbedding(first, temb, config.time_cond_proj_dim)
+        self.add_embedding = None
+        embed_in = config.projection_class_embeddings_input_dim
+        if config.addition_embed_type is not None and embed_in is not None:
+            self.add_embedding = TimestepEmbedding(embed_in, temb)
+        self.down_blocks = [_BLOCKS[block.type](block, config) for block in config.down_blocks]
+        self.mid_block = None
+        if config.mid_block is not None:
+            self.mid_block = _BLOCKS[config.mid_block.type](config.mid_block, config)
+        self.up_blocks = [_BLOCKS[block.type](block, config) for block in config.up_blocks]
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, first, config.norm_eps)
+        kernel = config.conv_out_kernel
+        self.conv_out = Conv2d(first, config.out_channels, kernel, padding=kernel // 2)
+
+    def __call__(
+        self,
+        sample: np.ndarray,
+        timesteps: np.ndarray | float,
+        encoder_hidden_states: np.ndarray,
+        text_embeds: np.ndarray | None = None,
+        time_ids: np.ndarray | None = None,
+        timestep_cond: np.ndarray | None = None,
+    ) -> np.ndarray:
+        config = self.config
+        embed = partial(
+            timestep_embedding,
+            flip_sin_to_cos=config.flip_sin_to_cos,
+            freq_shift=config.freq_shift,
+        )
+        timesteps = np.broadcast_to(np.asarray(timesteps, np.float32), len(sample))
+        temb = self.time_embedding(embed(timesteps, config.block_out_channels[0]), timestep_cond)
+        ids_dim = config.addition_time_embed_dim
+        if self.add_embedding is not None and ids_dim is not None:
+            if text_embeds is None or time_ids is None:
+                raise UsageError(
+                    "this U-Net is conditioned on pooled text and sizes (addition_embed_type "
+                    "text_time): give both text_embeds and time_ids"
+                )
+            ids = embed(time_ids.reshape(-1), ids_dim).reshape(len(time_ids), -1)
+            temb += self.add_embedding(np.concatenate([text_embeds, ids], axis=-1))
+
+        x = self.conv_in(sample)
+        skips = [x]
+        for block in self.down_blocks:
+            x = block(x, temb, encoder_hidden_states, skips)
+        if self.mid_block is not None:
+            x = self.mid_block(x, temb, encoder_hidden_states)
+        for block in self.up_blocks:
+            x = block(x, temb, encoder_hidden_states, skips)
+        return self.conv_out(silu(self.conv_norm_out(x)))
+
+
+_BLOCKS: dict[str, Any] = {
+    block.__name__: block
+    for block in (
+        DownBlock2D,
+        CrossAttnDownBlock2D,
+        UNetMidBlock2D,
+        UNetMidBlock2DCrossAttn,
+        UpBlock2D,
+        CrossAttnUpBlock2D,
+    )
+}
+
+
+def _resnets(block: BlockSpec, config: UNet2DConditionConfig) -> list[ResnetBlock2D]:
+    resnets, channels = [], block.in_channels
+    for skip in block.skip_channels or (0,) * block.num_layers:
+        resnets.append(
+            ResnetBlock2D(
+                channels + skip,
+                block.out_channels,
+                config.time_embed_dim,
+                config.norm_num_groups,
+                config.norm_eps,
+            )
+        )
+        channels = block.out_channels
+    return resnets
+
+
+def _transformers(block: BlockSpec, config: UNet2DConditionConfig) -> list[Transformer2DModel]:
+    return [Transformer2DModel(block, layers, config) for layers in block.transformer_layers]
+
+
+def _downsamplers(block: BlockSpec, config: UNet2DConditionConfig) -> list[Downsample2D]:
+    return [Downsample2D(block.out_channels, config.downsample_padding)] if block.resample else []
+
+
+def _upsamplers(block: BlockSpec) -> list[Upsample2D]:
+    return [Upsample2D(block.out_channels)] if block.resample else []

@@ -1,0 +1,158 @@
+"""The autoencoder of pixels and latents in NumPy (Rombach et al. 2022). Mirrors models/vae.py.
+
+GroupNorm's eps is 1e-6 throughout. Shape letters: B batch, H W sides, C channels, f pixels for each
+latent.
+Source: diffusers models/autoencoders/vae.py and autoencoder_kl.py.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mlxdiff.config import AutoencoderKLConfig
+from mlxdiff.reference.blocks import Attention, Downsample2D, ResnetBlock2D, Upsample2D
+from mlxdiff.reference.layers import Conv2d, GroupNorm, Module, silu
+
+_EPS = 1e-6
+
+
+class DownEncoderBlock2D(Module):
+    """Resnets, then a downsampler where ``resample`` is set: (B, H, W, C) -> (B, H', W', C')."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, num_layers: int, groups: int, resample: bool
+    ) -> None:
+        self.resnets = _resnets(in_channels, out_channels, num_layers, groups)
+        self.downsamplers = [Downsample2D(out_channels, padding=0)] if resample else []
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        for layer in (*self.resnets, *self.downsamplers):
+            x = layer(x)
+        return x
+
+
+class UpDecoderBlock2D(Module):
+    """Resnets, then an upsampler where ``resample`` is set: (B, H, W, C) -> (B, H', W', C')."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, num_layers: int, groups: int, resample: bool
+    ) -> None:
+        self.resnets = _resnets(in_channels, out_channels, num_layers, groups)
+        self.upsamplers = [Upsample2D(out_channels)] if resample else []
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        for layer in (*self.resnets, *self.upsamplers):
+            x = layer(x)
+        return x
+
+
+class UNetMidBlock2D(Module):
+    """Two resnets, with one-headed self-attention over the pixels between them."""
+
+    def __init__(self, channels: int, groups: int, add_attention: bool) -> None:
+        self.resnets = _resnets(channels, channels, 2, groups)
+        self.attentions = []
+        if add_attention:
+            self.attentions = [Attention(channels, heads=1, bias=True, norm_num_groups=groups)]
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        first, last = self.resnets
+        for layer in (first, *self.attentions, last):
+            x = layer(x)
+        return x
+
+
+class Encoder(Module):
+    """Pixels to the mean and log-variance of latents: (B, H, W, 3) -> (B, H/f, W/f, 2 * C)."""
+
+    def __init__(self, config: AutoencoderKLConfig) -> None:
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        last = len(widths) - 1
+        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = [
+            DownEncoderBlock2D(
+                widths[max(i - 1, 0)], width, config.layers_per_block, groups, i < last
+            )
+            for i, width in enumerate(widths)
+        ]
+        self.mid_block = UNetMidBlock2D(widths[-1], groups, config.mid_block_add_attention)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], _EPS)
+        self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        x = self.mid_block(x)
+        return self.conv_out(silu(self.conv_norm_out(x)))
+
+
+class Decoder(Module):
+    """Latents to pixels: (B, H, W, C) -> (B, f * H, f * W, 3)."""
+
+    def __init__(self, config: AutoencoderKLConfig) -> None:
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        last = len(widths) - 1
+        self.conv_in = Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = UNetMidBlock2D(widths[0], groups, config.mid_block_add_attention)
+        self.up_blocks = [
+            UpDecoderBlock2D(
+                widths[max(i - 1, 0)], width, config.layers_per_block + 1, groups, i < last
+            )
+            for i, width in enumerate(widths)
+        ]
+        self.conv_norm_out = GroupNorm(groups, widths[-1], _EPS)
+        self.conv_out = Conv2d(widths[-1], config.out_channels, 3, padding=1)
+
+    def __call__(self, z: np.ndarray) -> np.ndarray:
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(Module):
+    """The autoencoder. Scaling and shift of latents are the pipeline's business."""
+
+    def __init__(self, config: AutoencoderKLConfig) -> None:
+        channels = config.latent_channels
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = self.post_quant_conv = None
+        if config.use_quant_conv:
+            self.quant_conv = Conv2d(2 * channels, 2 * channels, 1)
+        if config.use_post_quant_conv:
+            self.post_quant_conv = Conv2d(channels, channels, 1)
+
+    def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and log-variance of the latents of a picture.
+
+        Args:
+            x: (B, H, W, 3) in [-1, 1]; H and W multiples of f.
+        Returns: two float32 arrays (B, H/f, W/f, C); the log-variance is clamped to [-30, 20].
+        """
+        moments = self.encoder(x)
+        if self.quant_conv is not None:
+            moments = self.quant_conv(moments)
+        mean, logvar = np.split(moments, 2, axis=-1)
+        return mean, np.clip(logvar, -30, 20)
+
+    def decode(self, z: np.ndarray) -> np.ndarray:
+        """The picture that latents stand for.
+
+        Args:
+            z: (B, H, W, C), unscaled.
+        Returns: (B, f * H, f * W, 3) float32, nominally in [-1, 1], not clamped.
+        """
+        if self.post_quant_conv is not None:
+            z = self.post_quant_conv(z)
+        return self.decoder(z)
+
+
+def _resnets(
+    in_channels: int, out_channels: int, num_layers: int, groups: int
+) -> list[ResnetBlock2D]:
+    return [
+        ResnetBlock2D(out_channels if i else in_channels, out_channels, None, groups, _EPS)
+        for i in range(num_layers)
+    ]
