@@ -1,0 +1,94 @@
+"""The world of the built-in model and the checker that judges pictures of it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from examples.train_builtin import checker, data, evaluate, tokens
+
+KINDS = [(1, "train"), (1, "pair"), (2, "train"), (2, "pair"), (2, "combination")]
+
+
+@pytest.mark.parametrize(("count", "kind"), KINDS)
+def test_checker_agrees_with_true_pictures(count, kind):
+    rng = np.random.default_rng(7)
+    specs = [data.random_spec(rng, count, kind) for _ in range(150)]
+    result = checker.score([data.render(spec) for spec in specs], specs)
+    assert result["right"] >= 0.99, result
+
+
+def test_checker_sees_what_is_wrong():
+    rng = np.random.default_rng(8)
+    for _ in range(30):
+        spec = data.random_spec(rng, 2)
+        picture = data.render(spec)
+        asked = data.asked_of(spec)
+        (shape, color, size), other = asked.things
+        next_of = {
+            c: d for c, d in zip(data.SHAPES, data.SHAPES[1:] + data.SHAPES[:1], strict=True)
+        }
+        small_of = {"small": "large", "large": "small"}
+        opposite = dict(zip(data.RELATIONS, ("right of", "left of", "below", "above"), strict=True))
+        background = "cyan" if asked.background != "cyan" else "gray"
+        new_color = next(c for c in data.COLORS if c not in (color, other[1]))
+        mutants = {
+            "shape": {"things": ((next_of[shape], color, size), other)},
+            "size": {"things": ((shape, color, small_of[size]), other)},
+            "color": {"things": ((shape, new_color, size), other)},
+            "background": {"background": background},
+            "count": {"things": ((shape, color, size),), "relation": None},
+            "relation": {"relation": opposite[asked.relation]},
+        }
+        for attribute, change in mutants.items():
+            verdict = checker.judge(checker.look(picture), dataclasses.replace(asked, **change))
+            assert not verdict.right, (attribute, spec)
+    noise = rng.integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    assert not checker.check(noise, "a red circle").right
+    assert not checker.check(np.full((64, 64, 3), 255, np.uint8), "a red circle").right
+
+
+def test_captions_are_read_back():
+    rng = np.random.default_rng(9)
+    for i in range(500):
+        spec = data.random_spec(rng, 1 + i % 2)
+        full = data.asked_of(spec)
+        assert data.parse(data.caption(spec, rng, complete=True)) == full
+        some = data.parse(data.caption(spec, rng))
+        assert some.background in (None, full.background)
+        assert some.relation in (None, full.relation)
+        assert some.place in (None, full.place)
+        assert [t[:2] for t in some.things] == [t[:2] for t in full.things]
+    asked = data.parse(evaluate.DEMO)
+    assert asked.things == (("circle", "red", "small"), ("square", "blue", "large"))
+    assert (asked.background, asked.relation) == ("yellow", "left of")
+    with pytest.raises(ValueError, match="found 0"):
+        data.parse("a horse")
+
+
+def test_held_out_pairs_and_combinations_stay_out():
+    rng = np.random.default_rng(10)
+    for i in range(500):
+        spec = data.random_spec(rng, 1 + i % 2)
+        pairs = [thing.pair for thing in spec.things]
+        assert not data.HELD_OUT_PAIRS.intersection(pairs)
+        assert len(pairs) == 1 or not data.combination_held_out(*pairs)
+    for count, kind in KINDS[1:]:
+        pairs = [t.pair for t in data.random_spec(rng, count, kind).things]
+        if kind == "pair":
+            assert data.HELD_OUT_PAIRS.intersection(pairs)
+        if kind == "combination":
+            assert data.combination_held_out(*pairs)
+
+
+def test_every_word_is_one_token():
+    vocab, merges = tokens.build_bpe(data.words())
+    assert all(word + "</w>" in vocab for word in data.words())
+    assert sorted(vocab.values()) == list(range(len(vocab)))
+    assert len(vocab) == 514 + len({"".join(m) for m in merges} - set(tokens.byte_alphabet()))
+    rng = np.random.default_rng(11)
+    for i in range(200):
+        text = data.caption(data.random_spec(rng, 1 + i % 2), rng).replace(",", "")
+        assert set(text.split()) <= set(data.words())
