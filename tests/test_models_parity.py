@@ -75,7 +75,7 @@ def test_clip(name: str) -> None:
     projected = name == "projection"
     kind = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
     options = {key: value for key, value in tiny.CLIPS[name].items() if key != "architectures"}
-    settings = transformers.CLIPTextConfig(**options, bos_token_id=98, pad_token_id=1)
+    settings = transformers.CLIPTextConfig(**options, bos_token_id=96, pad_token_id=1)
     _, ours, theirs = pair("clip", name, lambda: kind(settings))
     got = ours(mx.array(tiny.INPUT_IDS))
     with torch.no_grad():

@@ -154,7 +154,7 @@ def unet_inputs(
 
 # A start, words, the end, padding; the second row has no padding, and ids above its end.
 INPUT_IDS = np.array(
-    [[98, 5, 6, 97, 97, 97, 3, 4], [98, 9, 6, 99, 8, 97, 1, 0]],
+    [[96, 5, 6, 97, 97, 97, 3, 4], [96, 9, 6, 99, 8, 97, 1, 0]],
     dtype=np.int32,
 )
 

@@ -16,7 +16,7 @@ import mlx.nn as nn
 # Attention without a fused kernel holds its scores, a convolution on the CPU its unfolded input;
 # what would need more than this many bytes is computed in parts. Each part is evaluated before the
 # next, or MLX would allocate the memory of all parts before it computes the first.
-_WORK_BYTES = 128 << 20
+_WORK_BYTES = 64 << 20
 
 
 class Module(nn.Module):
