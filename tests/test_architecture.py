@@ -17,6 +17,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("params",),
     ("tokenizer", "noise", "image", "metadata", "samplers", "weights", "hub"),
     ("reference", "models", "convert"),
+    ("model",),
+    ("settings",),
     ("pipeline",),
     ("cli",),
 )
@@ -27,7 +29,7 @@ ONLY_IN = {
     "mlx": {"models"},
     "click": {"cli"},
     "huggingface_hub": {"hub"},
-    "PIL": {"image", "metadata", "pipeline"},
+    "PIL": {"image", "metadata", "model", "pipeline"},
 }
 NEVER = {"torch", "diffusers", "transformers", "scipy", "matplotlib"}
 
