@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def _cases(name: str) -> dict[str, Any]:
     return dict(json.loads((GOLDEN / name / "cases.json").read_text(encoding="utf-8")))
 
 
-# --------------------------------------------------------------------------- bounds (design, part 3)
+# -------------------------------------------------------------------------- bounds (design, part 3)
 
 
 def assert_component_close(actual: np.ndarray, expected: np.ndarray, bound: float = 1e-4) -> None:
@@ -97,7 +98,7 @@ def _difference(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
     return actual.astype(np.float64) - expected.astype(np.float64)
 
 
-# -------------------------------------------------------------------------- the same model, otherwise
+# ------------------------------------------------------------------------ the same model, otherwise
 
 
 def respelled(name: str, folder: Path, *, text_prefix: bool, old_vae_names: bool) -> Path:
@@ -110,28 +111,47 @@ def respelled(name: str, folder: Path, *, text_prefix: bool, old_vae_names: bool
             (transformers >= 5.6).
         old_vae_names: attention called query, key, value, proj_attn, or to_q, to_k, to_v, to_out.0.
     """
-    from safetensors import safe_open
-    from safetensors.numpy import save_file
-
     shutil.copytree(checkpoint(name), folder)
+    positions = np.arange(77, dtype="<i8")[None]
     for component in ("text_encoder", "text_encoder_2", "vae"):
         for path in (folder / component).glob("*.safetensors"):
-            with safe_open(path, "np") as file:
-                weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             if component == "vae":
-                weights = {_vae_name(k, old_vae_names): v for k, v in weights.items()}
+                _rename(path, lambda key: _vae_name(key, old_vae_names))
             else:
-                weights = {_text_name(k, text_prefix): v for k, v in weights.items()}
-                weights.pop("text_model.embeddings.position_ids", None)
-                weights.pop("embeddings.position_ids", None)
-                if text_prefix:
-                    positions = np.arange(77, dtype=np.int64)[None]
-                    weights["text_model.embeddings.position_ids"] = positions
-            save_file(weights, path, {"format": "pt"})
+                extra = {"text_model.embeddings.position_ids": positions} if text_prefix else {}
+                _rename(path, lambda key: _text_name(key, text_prefix), extra)
     return folder
 
 
-def _text_name(key: str, prefix: bool) -> str:
+def _rename(
+    path: Path, rename: Callable[[str], str | None], extra: Mapping[str, np.ndarray] | None = None
+) -> None:
+    """Rename the tensors of a safetensors file (None: leave one out), whatever their type, and add
+    int64 ones."""
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    tensors: dict[str, tuple[dict[str, Any], bytes]] = {}
+    for key, entry in json.loads(data[8:start]).items():
+        name = None if key == "__metadata__" else rename(key)
+        if name is not None:
+            begin, end = entry["data_offsets"]
+            tensors[name] = entry, data[start + begin : start + end]
+    for key, array in (extra or {}).items():
+        tensors[key] = {"dtype": "I64", "shape": list(array.shape)}, array.tobytes()
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, (entry, raw) in tensors.items():
+        header[key] = entry | {"data_offsets": [end, end + len(raw)]}
+        end += len(raw)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    body = b"".join(raw for _, raw in tensors.values())
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+
+
+def _text_name(key: str, prefix: bool) -> str | None:
+    if key.endswith("position_ids"):
+        return None
     key = key.removeprefix("text_model.")
     return f"text_model.{key}" if prefix and key != "text_projection.weight" else key
 

@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def bpe_files(count: int = 320) -> tuple[dict[str, int], list[str]]:
     for _ in range(count):
         pairs: Counter[tuple[str, str]] = Counter()
         for word, times in words.items():
-            for pair in zip(word, word[1:], strict=False):
+            for pair in pairwise(word):
                 pairs[pair] += times
         merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
         words = Counter({_merged(word, merges[-1]): times for word, times in words.items()})

@@ -172,7 +172,7 @@ def component_arrays(pipe: Any) -> dict[str, np.ndarray]:
     return {k: v for part in [*texts, unet_arrays(pipe), vae_arrays(pipe)] for k, v in part.items()}
 
 
-# ------------------------------------------------------------------------------------ whole pictures
+# ----------------------------------------------------------------------------------- whole pictures
 
 
 def run(pipe: Any, arguments: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -230,10 +230,8 @@ def report(name: str, arrays: dict[str, np.ndarray], pictures: dict[str, np.ndar
         line += f"; contrast {image.std():.0f}, clipped {clipped:.1%}"
         if arguments["guidance"] > 1:
             off = run(single, arguments | {"guidance": 1.02 * arguments["guidance"]})[1]
-            line += "; 2 %% off: %.2f %% %.3f levels" % (
-                100 * picture_difference(image, off)[0],
-                picture_difference(image, off)[1],
-            )
+            within, mean = picture_difference(image, off)
+            line += f"; guidance 2 % off {within:.2%} {mean:.3f} levels"
         print(line, flush=True)
 
 

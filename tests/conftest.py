@@ -1,0 +1,51 @@
+"""What all tests share: the backends, what is skipped where, and no network."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+if (
+    importlib.util.find_spec("mlxdiff") is None
+    or importlib.util.find_spec("mlxdiff.convert") is None
+):
+    raise pytest.UsageError("mlxdiff is not installed: run `pip install -e .` (or `make test`)")
+
+# What each marker needs; where it is missing, its tests are skipped.
+NEEDS = {"mlx": ("mlx.core",), "parity": ("torch", "diffusers", "transformers")}
+
+_empty_home = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the tests away from the network and from the user's models."""
+    home = tempfile.TemporaryDirectory(prefix="mlxdiff-tests-")
+    config.stash[_empty_home] = home
+    os.environ["HF_HOME"] = home.name
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        os.environ.pop(name, None)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove what pytest_configure made."""
+    if _empty_home in config.stash:
+        config.stash[_empty_home].cleanup()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test whose marker names something that is not installed."""
+    for marker, modules in NEEDS.items():
+        if item.get_closest_marker(marker) is not None:
+            for module in modules:
+                pytest.importorskip(module, exc_type=ImportError)
+
+
+@pytest.fixture(params=["numpy", pytest.param("mlx", marks=pytest.mark.mlx)])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of each backend in turn."""
+    yield str(request.param)
