@@ -159,7 +159,7 @@ def _select(files: set[str], variant: str | None, components: Sequence[str]) -> 
             folders.setdefault(folder, set()).add(name)
     wanted = {_INDEX, "mlxdiff.json"} & files
     variants = set()
-    for folder, names in folders.items():
+    for folder, names in sorted(folders.items()):
         if folder in _WITHOUT_WEIGHTS:
             choices = _WITHOUT_WEIGHTS[folder]
             if not any(choice <= names for choice in choices):

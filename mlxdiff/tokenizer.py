@@ -403,16 +403,16 @@ def _added_tokens(folder: Path, config: dict[str, Any], saved: Mapping[str, Any]
 def _special_tokens(config: Mapping[str, Any], added: list[Any]) -> list[tokenizers.AddedToken]:
     """What the backend must recognise inside text.
 
-    A token may come twice with other flags (SD 1.x: end-of-text as "eos_token", to be found in
-    normalized text, and as a plain "pad_token", to be found as written): the backend takes the
-    last.
+    A token may come twice with other flags; the last count. SD 1.x has end-of-text as "eos_token",
+    to be found in normalized text, and then as a plain "pad_token", to be found as it is written.
     """
     specials = [config[key] for key in _SPECIAL_KEYS if config.get(key) is not None]
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     known, named = _contents(added), _contents(specials)
     more = [*specials, *(extra if isinstance(extra, list) else [])]
     tokens = added + [token for token in more if _content(token) not in known]
-    return [_added_token(token, special=str(_content(token)) in named) for token in tokens]
+    unique = {str(_content(token)): token for token in tokens}
+    return [_added_token(token, special=content in named) for content, token in unique.items()]
 
 
 def _added_token(token: Any, special: bool) -> tokenizers.AddedToken:

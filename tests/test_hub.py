@@ -1,4 +1,4 @@
-"""The hub: which files, from a hand-made cache, and from a small server that speaks its protocol."""
+"""The hub: which files, from a hand-made cache, and from a server that speaks its protocol."""
 
 from __future__ import annotations
 
