@@ -31,6 +31,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+# Bounds on what a file may ask for, far above every real model: a damaged or hostile config must not
+# make the list of its parameters, or a shape, grow without end.
+MOST_LAYERS = 256
+MOST_CHANNELS = 1 << 24
+
+
 class _Reader:
     """Takes keys out of a config file one by one, so that what is left over is known."""
 
@@ -49,12 +55,14 @@ class _Reader:
     def take(self, key: str, default: Any) -> Any:
         return self.left.pop(key, default)
 
-    def integer(self, key: str, default: int | None, least: int = 1) -> Any:
+    def integer(
+        self, key: str, default: int | None, least: int = 1, most: int = MOST_CHANNELS
+    ) -> Any:
         value = self.take(key, default)
         if value is None and default is None:
             return None
-        if not _is_int(value) or value < least:
-            raise self.fail(key, value, f"a whole number of at least {least}")
+        if not _is_int(value) or not least <= value <= most:
+            raise self.fail(key, value, f"a whole number from {least} to {most}")
         return value
 
     def number(self, key: str, default: float | None) -> Any:
@@ -77,8 +85,8 @@ class _Reader:
         value = self.take(key, default)
         if not isinstance(value, (list, tuple)) or not value or not all(map(_is_int, value)):
             raise self.fail(key, value, "a list of whole numbers")
-        if min(value) < 1:
-            raise self.fail(key, value, "a list of positive whole numbers")
+        if len(value) > MOST_LAYERS or not all(1 <= v <= MOST_CHANNELS for v in value):
+            raise self.fail(key, value, f"whole numbers from 1 to {MOST_CHANNELS}")
         return tuple(value)
 
     def choices(
@@ -92,11 +100,21 @@ class _Reader:
                 raise self.fail(key, entry, " or ".join(allowed))
         return tuple(value)
 
-    def per_block(self, key: str, default: Any, blocks: int, kind: type = int) -> tuple[Any, ...]:
+    def per_block(
+        self,
+        key: str,
+        default: Any,
+        blocks: int,
+        kind: type = int,
+        most: int = MOST_CHANNELS,
+    ) -> tuple[Any, ...]:
         """One value for each block, where the file gives either one for all or a list."""
         value = self.take(key, default)
         values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * blocks
-        check = _is_int if kind is int else (lambda v: isinstance(v, kind))
+
+        def check(v: Any) -> bool:
+            return isinstance(v, bool) if kind is bool else _is_int(v) and 1 <= v <= most
+
         if len(values) != blocks or not all(map(check, values)):
             raise self.fail(key, value, f"one {kind.__name__}, or a list of {blocks}")
         return values
@@ -113,7 +131,7 @@ class _Reader:
         depths = []
         for block, count in zip(blocks, layers, strict=True):
             depth = tuple(block) if isinstance(block, (list, tuple)) else (block,) * count
-            if len(depth) != count or not all(_is_int(d) and d >= 0 for d in depth):
+            if len(depth) != count or not all(_is_int(d) and 0 <= d <= MOST_LAYERS for d in depth):
                 raise self.fail(key, value, expected)
             depths.append(depth)
         return tuple(depths)
@@ -222,7 +240,7 @@ class CLIPTextConfig:
             hidden_size=reader.integer("hidden_size", 512),
             intermediate_size=reader.integer("intermediate_size", 2048),
             projection_dim=reader.integer("projection_dim", 512),
-            num_hidden_layers=reader.integer("num_hidden_layers", 12),
+            num_hidden_layers=reader.integer("num_hidden_layers", 12, most=MOST_LAYERS),
             num_attention_heads=reader.integer("num_attention_heads", 8),
             max_position_embeddings=reader.integer("max_position_embeddings", 77),
             hidden_act=reader.only("hidden_act", "quick_gelu", "quick_gelu", "gelu"),
@@ -433,7 +451,7 @@ class UNet2DConditionConfig:
         for key, types in (("down_block_types", down), ("up_block_types", up)):
             if len(types) != n:
                 raise reader.fail(key, list(types), f"one for each of the {n} block_out_channels")
-        layers = reader.per_block("layers_per_block", 2, n)
+        layers = reader.per_block("layers_per_block", 2, n, most=MOST_LAYERS)
         # Both spellings mean the number of heads; the right name wins where both are given.
         spelling = "num_attention_heads"
         if reader.left.get(spelling) is None:
@@ -441,7 +459,7 @@ class UNet2DConditionConfig:
         heads = reader.per_block(spelling, 8, n)
         reader.left.pop("num_attention_heads", None)
         for width, count in zip(channels, heads, strict=True):
-            if count < 1 or width % count:
+            if width % count:
                 raise reader.fail(spelling, list(heads), "divisors of block_out_channels")
         depth = reader.per_block_depths("transformer_layers_per_block", 1, layers)
         up_layers = tuple(count + 1 for count in reversed(layers))
@@ -591,7 +609,7 @@ class AutoencoderKLConfig:
             in_channels=reader.only("in_channels", 3, 3),
             out_channels=reader.only("out_channels", 3, 3),
             block_out_channels=channels,
-            layers_per_block=reader.integer("layers_per_block", 1),
+            layers_per_block=reader.integer("layers_per_block", 1, most=MOST_LAYERS),
             latent_channels=latent_channels,
             norm_num_groups=groups,
             sample_size=sample_size,

@@ -47,6 +47,11 @@ CLASSES = {
         ("text", "num_attention_heads", 7),
         ("text", "architectures", ["T5EncoderModel"]),
         ("text", "rope_theta", 10000),
+        ("text", "num_hidden_layers", 2**31),
+        ("unet", "layers_per_block", 2**31),
+        ("unet", "transformer_layers_per_block", 2**31),
+        ("unet", "block_out_channels", [2**40] * 4),
+        ("vae", "layers_per_block", 10**30),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(kind: str, key: str, value: Any) -> None:
