@@ -81,6 +81,23 @@ def test_attention_with_padded_heads_is_the_same(
     np.testing.assert_allclose(layers.attention(q, k, v, 2), plain, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("metal", "dtype", "head_dims"),
+    [
+        (True, "float32", {8: 64, 40: 64, 64: 64, 72: 80, 96: 128, 160: None, 512: None}),
+        (False, "float16", {40: 40, 64: 64, 28: None, 128: 128, 160: None}),
+        (False, "float32", {40: None, 64: None}),
+    ],
+)
+def test_where_kernels_are_fused(
+    monkeypatch: pytest.MonkeyPatch, metal: bool, dtype: str, head_dims: dict[int, int | None]
+) -> None:
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx.metal, "is_available", lambda: metal)
+    for head_dim, expected in head_dims.items():
+        assert layers._fused_head_dim(head_dim, getattr(mx, dtype)) == expected
+
+
 def test_attention_scores_beyond_float16() -> None:
     # The largest score is 300 * 300 * 64 / 8 = 720000: infinite in float16, and then NaN.
     q = mx.full((1, 4, 64), 300.0, dtype=mx.float16)

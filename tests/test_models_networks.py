@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -31,10 +32,12 @@ pytestmark = pytest.mark.mlx
 TOLERANCE = 1e-5
 
 
+@functools.cache
 def load(config: ComponentConfig, dtype: str = "float32"):
     return Backend(dtype).load(config, tiny.lazy(tiny.random_arrays(config)))
 
 
+@functools.cache
 def load_reference(config: ComponentConfig):
     return Reference().load(config, tiny.lazy(tiny.random_arrays(config)))
 
