@@ -610,7 +610,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     files = manifest.get("files")
     sound = (
         isinstance(manifest.get("family"), str)
-        and manifest.get("dtype") in DTYPES
+        and manifest.get("dtype") in tuple(DTYPES)
         and isinstance(manifest.get("source"), dict)
         and isinstance(files, dict)
         and all(
