@@ -232,7 +232,8 @@ class Conv2d(Module):
 class GroupNorm(Module):
     """Group normalization (Wu and He 2018) of (B, H, W, C): over H, W and the group's channels.
 
-    The variance is summed around the mean, blocks in float32, their sums in float64.
+    Mean and variance are taken around a first mean, so that no digits are lost where the mean is
+    far from zero. Blocks are summed in float32, their sums in float64.
     """
 
     def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5) -> None:
@@ -251,22 +252,25 @@ class GroupNorm(Module):
         """Normalize the pixels (N, C) of one picture."""
         blocks = _blocks(*x.shape)
 
-        def squares(block: slice) -> np.ndarray:
-            centred = x[block] - mean
-            return np.einsum("nc,nc->c", centred, centred)
+        def moments(block: slice) -> tuple[np.ndarray, np.ndarray]:
+            centred = x[block] - centre
+            return centred.sum(axis=0), np.einsum("nc,nc->c", centred, centred)
 
         def apply(block: slice) -> None:
-            part = np.subtract(x[block], mean, out=out[block])
+            part = np.subtract(x[block], centre, out=out[block])
             part *= scale
-            part += self.bias
+            part += shift
 
-        mean = self._by_group(_for_each(lambda b: x[b].sum(axis=0), blocks), len(x))
-        mean = mean.astype(np.float32)
-        variance = self._by_group(_for_each(squares, blocks), len(x))
-        scale = (self.weight / np.sqrt(variance + self.eps)).astype(np.float32)
+        sums = _for_each(lambda block: x[block].sum(axis=0), blocks)
+        centre = self._by_group(sums, len(x)).astype(np.float32)
+        first, second = (
+            self._by_group(sums, len(x)) for sums in zip(*_for_each(moments, blocks), strict=True)
+        )
+        factor = self.weight / np.sqrt(second - first * first + self.eps)
+        scale, shift = (v.astype(np.float32) for v in (factor, self.bias - first * factor))
         _for_each(apply, blocks)
 
-    def _by_group(self, sums: list[np.ndarray], count: int) -> np.ndarray:
+    def _by_group(self, sums: Sequence[np.ndarray], count: int) -> np.ndarray:
         """Mean over its group for each channel, (C,) float64, from sums (C,) over ``count``."""
         total = np.sum(sums, axis=0, dtype=np.float64)
         groups = total.reshape(self.num_groups, -1).mean(axis=1) / count
@@ -362,8 +366,8 @@ def _swish(x: np.ndarray, beta: float) -> np.ndarray:
     """x / (1 + exp(-beta x))."""
 
     def compute(part: np.ndarray, out: np.ndarray) -> None:
-        np.multiply(part, -beta, out=out)
         with np.errstate(over="ignore"):  # to infinity: the quotient is then 0, as it should be
+            np.multiply(part, -beta, out=out)
             np.exp(out, out=out)
         out += 1
         np.divide(part, out, out=out)
