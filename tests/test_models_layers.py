@@ -144,19 +144,25 @@ def test_a_1x1_convolution_is_a_matrix_product() -> None:
     np.testing.assert_allclose(conv(mx.array(x)), x @ weight[:, 0, 0].T + bias, atol=1e-5)
 
 
-@pytest.mark.parametrize(("kernel", "padding"), [(3, 1), (5, 2), (3, 0)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [(3, 1, 1), (5, 1, 2), (3, 1, 0), (3, 2, 1), (3, 2, 0)]
+)
 def test_a_convolution_in_parts_is_the_same(
-    monkeypatch: pytest.MonkeyPatch, kernel: int, padding: int
+    monkeypatch: pytest.MonkeyPatch, kernel: int, stride: int, padding: int
 ) -> None:
     x = mx.array(normal(2, 20, 9, 8))
-    conv = layers.Conv2d(8, 4, kernel, padding=padding)
+    conv = layers.Conv2d(8, 4, kernel, stride, padding)
     weight, bias = normal(4, kernel, kernel, 8), normal(4)
     conv.load_weights([("weight", mx.array(weight)), ("bias", mx.array(bias))])
     whole = conv(x)
-    # Six rows at a time: the last part is smaller than the others.
-    monkeypatch.setattr(layers, "_WORK_BYTES", 4 * 2 * 6 * 9 * 8 * kernel**2)
+    # Three rows at a time; the last part may be smaller.
+    monkeypatch.setattr(layers, "_WORK_BYTES", 4 * 2 * 3 * whole.shape[2] * 8 * kernel**2)
+    calls = []
+    convolve = mx.conv2d
+    monkeypatch.setattr(mx, "conv2d", lambda *args: calls.append(args) or convolve(*args))
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
     np.testing.assert_allclose(conv(x), whole, atol=1e-5)
+    assert len(calls) == -(-whole.shape[1] // 3)
 
 
 def test_a_convolution_in_parts_bounds_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,12 +68,10 @@ class Conv2d(Module):
         weight, bias = self.weight, self.get("bias")
         if weight.shape[1] == 1 and self.stride == 1 and self.padding == 0:
             return _affine(x, weight.reshape(weight.shape[0], -1), bias)
-        unfolded = 4 * x.size * weight.shape[1] ** 2
-        if self.stride == 1 and unfolded > _WORK_BYTES and mx.default_device() != mx.gpu:
-            rows = max(1, x.shape[1] * _WORK_BYTES // unfolded)
-            x = _conv_by_rows(x, weight, self.padding, rows)
-        else:
+        if mx.default_device() == mx.gpu:
             x = mx.conv2d(x, weight, self.stride, self.padding)
+        else:
+            x = _conv_by_rows(x, weight, self.stride, self.padding)
         return x if bias is None else x + bias
 
 
@@ -136,15 +134,19 @@ def _affine(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
     return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
 
 
-def _conv_by_rows(x: mx.array, weight: mx.array, padding: int, rows: int) -> mx.array:
-    """A convolution of stride 1, this many rows of the output at a time."""
-    kernel = weight.shape[1]
+def _conv_by_rows(x: mx.array, weight: mx.array, stride: int, padding: int) -> mx.array:
+    """A convolution, as many rows of the output at a time as unfold to _WORK_BYTES."""
+    (batch, height, width, _), kernel = x.shape, weight.shape[1]
+    height, width = ((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
+    rows = max(1, _WORK_BYTES // (4 * batch * width * weight[0].size))
+    if rows >= height:
+        return mx.conv2d(x, weight, stride, padding)
     x = mx.pad(x, [(0, 0), (padding, padding), (0, 0), (0, 0)])
-    height = x.shape[1] - kernel + 1
     bands = []
     for start in range(0, height, rows):
-        stop = min(start + rows, height)
-        bands.append(mx.conv2d(x[:, start : stop + kernel - 1], weight, 1, (0, padding)))
+        last = min(start + rows, height) - 1
+        lines = x[:, stride * start : stride * last + kernel]
+        bands.append(mx.conv2d(lines, weight, stride, (0, padding)))
         mx.eval(bands[-1])
     return mx.concatenate(bands, axis=1)
 
