@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from mlxdiff.errors import ConfigError, UsageError
-from mlxdiff.samplers import dpm_solver
+from mlxdiff.samplers import ddim, deis, dpm_solver, euler, lcm, lms, pndm, unipc
 from mlxdiff.samplers.family import Family, Grid
 from mlxdiff.samplers.plan import Plan, Row, State
 from mlxdiff.samplers.schedule import ays, check_steps
@@ -42,6 +42,17 @@ _SAMPLERS: dict[str, tuple[Family, dict[str, Any]]] = {
         {"algorithm_type": "dpmsolver", "solver_order": 2, "final_sigmas_type": "sigma_min"},
     ),
     "dpmpp-2s": (dpm_solver.SINGLESTEP, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "unipc": (unipc.UNIPC, {}),
+    "euler": (euler.EULER, {}),
+    "euler-a": (euler.ANCESTRAL, {}),
+    "heun": (euler.HEUN, {}),
+    "ddim": (ddim.DDIM, {}),
+    "ddpm": (ddim.DDPM, {}),
+    "lms": (lms.LMS, {}),
+    "pndm": (pndm.PNDM, {}),
+    "lcm": (lcm.LCM, {}),
+    "tcd": (lcm.TCD, {}),
+    "deis": (deis.DEIS, {}),
 }
 _CLASSES = {family.name: family for family, _ in _SAMPLERS.values()}
 

@@ -88,7 +88,7 @@ def grid(
         times = sch.timestep_of(sigmas, known)
         if spacing in (sch.karras, sch.lu) and round_karras:
             times = times.round()
-    if settings.final_sigmas_type == "zero":
+    if settings.get("final_sigmas_type", "sigma_min") == "zero":
         final = 0.0
     else:
         final = sigmas[-1] if repeat_last and spacing is not None else known[0]
@@ -107,6 +107,11 @@ def _highest_timestep(settings: Settings, schedule: sch.NoiseSchedule) -> int:
 
 # --- coefficients
 # -----------------------------------------------------------------------------------------------
+
+
+def log_ratio(sigma_from: float, sigma_to: float) -> float:
+    """The step in lambda between two Karras sigmas."""
+    return math.log(sigma_from / sigma_to) if sigma_to > 0 else math.inf
 
 
 def _phi(z: float, k: int) -> float:
@@ -143,7 +148,7 @@ class _Step:
     def between(cls, algorithm: str, sigma_from: float, sigma_to: float) -> _Step:
         alpha_s, sigma_s = sch.alpha_sigma(sigma_from)
         alpha_t, sigma_t = sch.alpha_sigma(sigma_to)
-        h = _log_ratio(sigma_from, sigma_to)
+        h = log_ratio(sigma_from, sigma_to)
         stochastic, noise = algorithm.startswith("sde-"), 0.0
         if algorithm.endswith("++"):
             x, outer, z = sigma_t / sigma_s, alpha_t, -h
@@ -220,10 +225,10 @@ def _rows(
         order = min(orders[i], i - start + 1)
         if singlestep:
             origin, weights = i - order + 1, _weights_singlestep
-            h = [_log_ratio(sigmas[origin], sigmas[j]) for j in range(i + 1, origin, -1)]
+            h = [log_ratio(sigmas[origin], sigmas[j]) for j in range(i + 1, origin, -1)]
         else:
             origin, weights = i, _weights_multistep
-            h = [_log_ratio(sigmas[j], sigmas[j + 1]) for j in range(i, i - order, -1)]
+            h = [log_ratio(sigmas[j], sigmas[j + 1]) for j in range(i, i - order, -1)]
         step = _Step.between(algorithm, sigmas[origin], sigmas[i + 1])
         alpha, sigma = sch.alpha_sigma(sigmas[i])
         yield Row(
@@ -237,11 +242,6 @@ def _rows(
             noise=step.noise,
             draws=stochastic,
         )
-
-
-def _log_ratio(sigma_from: float, sigma_to: float) -> float:
-    """The step in lambda between two Karras sigmas."""
-    return math.log(sigma_from / sigma_to) if sigma_to > 0 else math.inf
 
 
 def _multistep_rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Row]:

@@ -111,16 +111,19 @@ def to_noise(prediction: str, alpha: float, sigma: float) -> tuple[float, float]
 
 
 def data_terms(
-    settings: Settings, alpha: float, sigma: float, *, noise: bool = False
+    settings: Settings, alpha: float, sigma: float, *, noise: bool = False, ve: bool = False
 ) -> dict[str, Any]:
-    """The `Row` fields that turn the output into x_0 (with `noise`: into the noise), limited."""
-    bound = limit(settings)
-    if bound is None:
-        convert = to_noise if noise else to_x0
-        return {"data": convert(settings.prediction_type, alpha, sigma)}
-    after = (1.0 / sigma, -alpha / sigma) if noise else (0.0, 1.0)
-    return {
-        "data": to_x0(settings.prediction_type, alpha, sigma),
-        "limit": bound,
-        "after_limit": after,
-    }
+    """The `Row` fields that turn the output into x_0 (with `noise`: into the noise), limited.
+
+    Args:
+        alpha, sigma: of the variance-preserving process.
+        ve: the sample is kept as x / alpha = x_0 + sigma_karras * noise ("variance exploding").
+    """
+    bound, x_scale = limit(settings), alpha if ve else 1.0
+    convert = to_noise if noise and bound is None else to_x0
+    of_x, of_output = convert(settings.prediction_type, alpha, sigma)
+    terms: dict[str, Any] = {"data": (of_x * x_scale, of_output)}
+    if bound is not None:
+        terms["limit"] = bound
+        terms["after_limit"] = (x_scale / sigma, -alpha / sigma) if noise else (0.0, 1.0)
+    return terms

@@ -84,11 +84,11 @@ def _betas(settings: Settings) -> np.ndarray:
             )
         return betas
     if kind == "linear":
-        return _linspace(start, end, count)
+        return linspace(start, end, count)
     if kind == "scaled_linear":
-        return _linspace(start**0.5, end**0.5, count) ** 2
+        return linspace(start**0.5, end**0.5, count) ** 2
     if kind == "sigmoid":
-        return (_F32(1) / (_F32(1) + np.exp(-_linspace(-6, 6, count)))) * _F32(end - start) + _F32(
+        return (_F32(1) / (_F32(1) + np.exp(-linspace(-6, 6, count)))) * _F32(end - start) + _F32(
             start
         )
     alpha_bar = _ALPHA_BAR[kind]
@@ -119,7 +119,7 @@ def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     return _F32(1) - np.concatenate([squares[:1], squares[1:] / squares[:-1]])
 
 
-def _linspace(start: float, end: float, count: int) -> np.ndarray:
+def linspace(start: float, end: float, count: int) -> np.ndarray:
     """torch.linspace: a float32 step, counted from the nearer end, then one rounding to float32."""
     if count == 1:
         return np.array([start], _F32)

@@ -102,6 +102,12 @@ class Settings(Mapping[str, Any]):
             values[key] = _checked(key, value, defaults[key], allowed.get(key), class_name)
         self._values = values
 
+    def replace(self, **values: Any) -> Settings:
+        """A copy with other (unchecked) values."""
+        copy = object.__new__(Settings)
+        copy._values = {**self._values, **values}
+        return copy
+
     def __getitem__(self, key: str) -> Any:
         return self._values[key]
 

@@ -1,0 +1,95 @@
+"""DEIS: the exponential integrator with polynomials in log(sigma_karras), in closed form.
+
+In rho = sigma_karras the ODE is d(x / alpha) / d rho = noise(x, rho) (as in euler.py); the noise is
+taken as the polynomial in log(rho) through its latest values, whose integral over rho is
+elementary.
+
+Source: Zhang and Chen 2022 (arXiv 2204.13902), equation 15 with the log-rho polynomials of appendix
+B. Equal to diffusers' DEISMultistepScheduler, which ends at the lowest sigma, not at zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from mlxdiff.samplers import schedule as sch
+from mlxdiff.samplers.dpm_solver import grid as solver_grid
+from mlxdiff.samplers.family import (
+    SIGMA_SPACINGS,
+    THRESHOLDING,
+    TRAINING,
+    Family,
+    Grid,
+    data_terms,
+)
+from mlxdiff.samplers.plan import Row
+from mlxdiff.samplers.settings import Settings
+
+
+def _grid(settings: Settings, steps: int, custom: Sequence[int] | None) -> Grid:
+    return solver_grid(settings, steps, custom, repeat_last=True)
+
+
+def _rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Row]:
+    sigmas, times = sch.floats(grid.sigmas), grid.timesteps.tolist()
+    few = settings.lower_order_final and len(times) < 15
+    for i in range(start, len(times)):
+        order = min(settings.solver_order, i - start + 1)
+        if few:
+            order = min(order, len(times) - i)
+        nodes = sigmas[i - order + 1 : i + 1][::-1]
+        if len(set(nodes)) < order:  # equal sigmas carry no slope (the reference: 0 / 0)
+            nodes = nodes[:1]
+        (alpha, sigma), (alpha_next, _) = sch.alpha_sigma(sigmas[i]), sch.alpha_sigma(sigmas[i + 1])
+        yield Row(
+            timestep=times[i],
+            level=(alpha, sigma),
+            **data_terms(settings, alpha, sigma, noise=True),
+            scale=alpha_next / alpha,
+            weights=tuple(
+                alpha_next * _integral(nodes, k, sigmas[i], sigmas[i + 1])
+                for k in range(len(nodes))
+            ),
+        )
+
+
+def _integral(nodes: Sequence[float], which: int, lower: float, upper: float) -> float:
+    """The integral over rho of the polynomial in log(rho), 1 at nodes[which], 0 at the others.
+
+    With u = log(rho / nodes[which]) it is the product of (u - d) / -d over the other nodes' d, and
+    the integrals of rho**0 u**n are rho (u**n - n u**(n-1) + ...).
+    """
+    node = nodes[which]
+    offsets = [math.log(other / node) for k, other in enumerate(nodes) if k != which]
+
+    def primitive(rho: float) -> float:
+        u = math.log(rho / node)
+        moments = (1.0, u - 1.0, u * u - 2.0 * u + 2.0)  # of 1, u and u**2, over rho
+        if not offsets:
+            return rho * moments[0]
+        if len(offsets) == 1:
+            return rho * (moments[1] - offsets[0] * moments[0]) / -offsets[0]
+        d, e = offsets
+        return rho * (moments[2] - (d + e) * moments[1] + d * e * moments[0]) / (d * e)
+
+    return primitive(upper) - primitive(lower)
+
+
+DEIS = Family(
+    name="DEISMultistepScheduler",
+    defaults={
+        **TRAINING,
+        **THRESHOLDING,
+        **SIGMA_SPACINGS,
+        "solver_order": 2,
+        "lower_order_final": True,
+        "use_flow_sigmas": False,
+        "timestep_spacing": "linspace",
+        "steps_offset": 0,
+        "use_dynamic_shifting": False,
+    },
+    choices={"solver_order": (1, 2, 3)},
+    grid=_grid,
+    rows=_rows,
+)
