@@ -195,7 +195,7 @@ class Pipeline:
         """
         settings = self.settings(prompt, **arguments)
         seeds = pick_seeds(seed, count)
-        return self._draw(settings, seeds, self._starts(settings, seeds, noise), {})
+        return self._draw(settings, self._starts(settings, seeds, noise), {})
 
     def _starts(
         self, settings: Settings, seeds: list[int], noise: np.ndarray | None

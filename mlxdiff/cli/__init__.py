@@ -27,12 +27,19 @@ _DEBUG = "mlxdiff.debug"
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class _Failure(click.ClickException):
-    """An error that has its exit code; shown as one line."""
+class _UserError(click.ClickException):
+    """What the user can put right; shown as one line."""
 
-    def __init__(self, message: str, exit_code: int) -> None:
+    exit_code = 2
+
+    def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split("\n")))
-        self.exit_code = exit_code
+
+
+class _Fault(click.ClickException):
+    """A fault of ours."""
+
+    exit_code = 1
 
 
 class Main(click.Group):
@@ -63,16 +70,15 @@ class Main(click.Group):
             if ctx.meta.get(_DEBUG):
                 raise
             if isinstance(error, MlxdiffError):
-                raise _Failure(str(error), error.exit_code) from None
+                raise _UserError(str(error)) from None
             if isinstance(error, OSError) and error.strerror:
                 where = f"{error.filename}: " if error.filename else ""
-                raise _Failure(f"{where}{error.strerror}", 2) from None
+                raise _UserError(f"{where}{error.strerror}") from None
             if isinstance(error, MemoryError):
-                raise _Failure(f"out of memory ({error}); try a smaller size", 2) from None
-            raise _Failure(
+                raise _UserError(f"out of memory ({error}); try a smaller size") from None
+            raise _Fault(
                 f"a fault of mlxdiff: {type(error).__name__}: {error}; "
-                "run again with --debug and please report what it prints",
-                1,
+                "run again with --debug and please report what it prints"
             ) from None
 
 
