@@ -30,6 +30,17 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+def texts(path: Path) -> dict[str, str]:
+    """The text chunks of a PNG."""
+    with Image.open(path) as picture:
+        return dict(picture.text)  # type: ignore[attr-defined]
+
+
 def generate(*arguments: str | Path, stdin: str | None = None) -> Result:
     return run("generate", "-m", checkpoint("sd15"), "--backend", "numpy", *arguments, stdin=stdin)
 
@@ -50,7 +61,7 @@ def test_a_picture_is_written_and_reported(here: Path) -> None:
     result = generate("a red circle", "-s", "3", *QUICK)
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("mlxdiff-3.png  seed 3  ")
-    assert Image.open(here / "mlxdiff-3.png").size == (32, 32)
+    assert pixels(here / "mlxdiff-3.png").shape == (32, 32, 3)
 
 
 def test_json_and_count(here: Path) -> None:
@@ -64,8 +75,7 @@ def test_json_and_count(here: Path) -> None:
     # Each picture of a run is the one that its seed gives alone.
     alone = generate("a", "-s", "8", "-o", "alone.png", *QUICK)
     assert alone.exit_code == 0
-    both = [np.asarray(Image.open(here / name)) for name in ("x/1-8.png", "alone.png")]
-    assert np.array_equal(*both)
+    assert np.array_equal(pixels(here / "x/1-8.png"), pixels(here / "alone.png"))
 
 
 def test_metadata_replays_the_picture(here: Path) -> None:
@@ -73,12 +83,12 @@ def test_metadata_replays_the_picture(here: Path) -> None:
     assert generate('two, "words"\nSteps: 3', "-s", "5", *QUICK, *options).exit_code == 0
     again = generate("--from-image", "first.png", "-o", "second.png")
     assert again.exit_code == 0, again.output
-    pictures = [Image.open(here / name) for name in ("first.png", "second.png")]
-    assert np.array_equal(*map(np.asarray, pictures))
-    assert pictures[0].text == pictures[1].text
-    assert "Negative prompt: blurry" in pictures[0].text["parameters"]
+    first, second = here / "first.png", here / "second.png"
+    assert np.array_equal(pixels(first), pixels(second))
+    assert texts(first) == texts(second)
+    assert "Negative prompt: blurry" in texts(first)["parameters"]
     assert generate("x", "--no-metadata", "-o", "bare.png", *QUICK).exit_code == 0
-    assert Image.open(here / "bare.png").text == {}
+    assert texts(here / "bare.png") == {}
 
 
 def test_prompt_file_and_stdin(here: Path) -> None:
@@ -170,8 +180,7 @@ def test_convert_info_and_generate_from_the_converted_folder(here: Path) -> None
         for i, m in enumerate((checkpoint("sd15"), "converted"))
     ]
     assert [d.exit_code for d in drawn] == [0, 0]
-    pictures = [np.asarray(Image.open(here / f"{i}.png")) for i in range(2)]
-    assert np.array_equal(*pictures)
+    assert np.array_equal(pixels(here / "0.png"), pixels(here / "1.png"))
     assert "exists" in error_of(run("convert", checkpoint("sd15"), "converted"))
     facts = json.loads(run("info", "0.png", "--json").stdout)
     assert facts["prompt"] == "a" and facts["seed"] == 1

@@ -127,8 +127,9 @@ def generate(
     replay: dict[str, Any] = {}
     if from_image is not None:
         replay = _replay(from_image)
-        model = replay.pop("model", None) if model is None else model
-        seed = replay.pop("seed", None) if seed is None else seed
+        drawn_with, drawn_from = replay.pop("model", None), replay.pop("seed", None)
+        model = drawn_with if model is None else model
+        seed = drawn_from if seed is None else seed
     prompts = _prompts(text, prompt, prompt_file, replay.pop("prompt", None))
     arguments = replay | {k: v for k, v in picture.items() if v is not None}
 
