@@ -225,10 +225,11 @@ class Model:
         guided = self.is_guided(guidance)
 
         def both(negative: np.ndarray | None, positive: np.ndarray | None) -> Any:
-            if positive is None or negative is None:
+            if positive is None:
                 return None
-            rows = np.concatenate([negative, positive]) if guided else positive
-            return backend.asarray(rows)
+            if guided and negative is not None:
+                positive = np.concatenate([negative, positive])
+            return backend.asarray(positive)
 
         conditions: dict[str, Any] = {
             "encoder_hidden_states": both(text.negative_prompt_embeds, text.prompt_embeds)
