@@ -152,7 +152,7 @@ def _transformed(tensor: LazyTensor, use: Use, shape: Shape, where: Path) -> Laz
 
 
 def all_finite(values: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite. For float16 by its bits: five times as fast."""
+    """Whether no value is NaN or infinite. For float16 by its bits: three times as fast."""
     if values.dtype == np.float16:
         return not ((values.view(np.uint16) & 0x7C00) == 0x7C00).any()
     return bool(np.isfinite(values).all())
@@ -241,8 +241,8 @@ def open_source(
     Raises: CheckpointError, ConfigError, HubError, UsageError.
     """
     folder = Path(path)
-    if not folder.exists() and hub.is_repo_id(str(path)):
-        return _open_hub(str(path), revision, variant, progress)
+    if isinstance(path, str) and not folder.exists() and hub.is_repo_id(path):
+        return _open_hub(path, revision, variant, progress)
     if revision is not None:
         raise UsageError(f"{path} is no hub id (org/name), so it has no revision {revision!r}")
     if (folder / MANIFEST).is_file():

@@ -552,6 +552,8 @@ class ConvertedFolder(ModelFolder):
         self.manifest = _read_manifest(path)
         self.family = self.manifest["family"]
         super().__init__(path)
+        if not {"unet", "vae"} <= set(self.components):
+            raise CheckpointError(f"{path}: model_index.json lacks unet or vae; convert again")
         for name, entry in self.manifest["files"].items():
             _check_size(path / name, entry["bytes"])
         self._tensors = {name: self._open(name) for name in self.components}

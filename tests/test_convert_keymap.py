@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlxdiff.config import AutoencoderKLConfig, CLIPTextConfig, UNet2DConditionConfig
 from mlxdiff.convert.keymap import DIFFUSERS, map_names, targets
 from mlxdiff.convert.transforms import (
     TRANSFORMS,
@@ -17,6 +23,7 @@ from mlxdiff.convert.transforms import (
     oihw_to_ohwi,
 )
 from mlxdiff.errors import CheckpointError
+from mlxdiff.params import expected_parameters
 
 sizes = st.integers(1, 4)
 shapes = st.one_of(
@@ -106,3 +113,38 @@ def test_all_faults_of_a_component_come_in_one_error() -> None:
         f"1 duplicated tensor: {prefix}.query.weight and {prefix}.to_q.weight; "
         "1 misshapen tensor: a is (3,), expected (2,)"
     )
+
+
+# Names of the full-size models, as diffusers and transformers make them today.
+NAMES = sorted((Path(__file__).parent / "golden" / "names").glob("*.json.gz"))
+OLD = {
+    "vae": (
+        (".to_q.", ".query."),
+        (".to_k.", ".key."),
+        (".to_v.", ".value."),
+        (".to_out.0.", ".proj_attn."),
+    ),
+    "text_encoder": (("text_model.", ""),),
+    "unet": (),
+}
+
+
+@pytest.mark.parametrize("path", NAMES, ids=lambda p: p.name.removesuffix(".json.gz"))
+def test_every_name_of_the_real_models_maps_in_both_spellings(path: Path) -> None:
+    golden = json.loads(gzip.decompress(path.read_bytes()))
+    component = golden["component"]
+    kinds: dict[str, Any] = {
+        "text_encoder": CLIPTextConfig,
+        "unet": UNet2DConditionConfig,
+        "vae": AutoencoderKLConfig,
+    }
+    expected = expected_parameters(kinds[component].from_dict(golden["config"]))
+    for spelling in ((), OLD[component]):
+        found = {}
+        for name, shape in golden["shapes"].items():
+            for new, old in spelling:
+                name = name.replace(new, old)
+            found[name] = tuple(shape)
+        mapped = map_names(found, expected, DIFFUSERS[component], path.name)
+        assert {use.source for use in mapped.uses.values()} == set(found)
+        assert not mapped.ignored

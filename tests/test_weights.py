@@ -422,6 +422,7 @@ FOLDER_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no version": (lambda p: write_json(p / "mlxdiff.json", {}), "format version None"),
     "broken manifest": (lambda p: (p / "mlxdiff.json").write_text("{"), "not readable as JSON"),
     "malformed manifest": (lambda p: edit(p / "mlxdiff.json", files=[1]), "malformed"),
+    "no unet": (lambda p: edit(p / "model_index.json", unet=None), "lacks unet or vae"),
     "no manifest": (lambda p: (p / "mlxdiff.json").unlink(), "not a converted folder"),
     "no folder": (shutil.rmtree, "no such folder"),
 }
