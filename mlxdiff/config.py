@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mlxdiff.errors import ConfigError
 
@@ -31,8 +31,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-# Bounds on what a file may ask for, far above every real model: a damaged or hostile config must not
-# make the list of its parameters, or a shape, grow without end.
+# Bounds on what a file may ask for, far above every real model: a damaged or hostile config must
+# not make the list of its parameters, or a shape, grow without end.
 MOST_LAYERS = 256
 MOST_CHANNELS = 1 << 24
 
@@ -626,4 +626,86 @@ class AutoencoderKLConfig:
         return config
 
 
-ComponentConfig = CLIPTextConfig | UNet2DConditionConfig | AutoencoderKLConfig
+TINY_VAE_NO_EFFECT: dict[str, str] = {
+    "block_out_channels": "a copy of decoder_block_out_channels",
+    "force_upcast": "always false for this class",
+    "latent_magnitude": "used where latents are stored as 8-bit pictures, not in encode or decode",
+    "latent_shift": "belongs to latent_magnitude",
+}
+
+
+@dataclass(frozen=True)
+class AutoencoderTinyConfig:
+    """The small autoencoder TAESD (Bohan 2023), as diffusers' AutoencoderTiny.
+
+    All blocks of a half have the same width. Latents are those that the U-Net sees, unless the
+    file gives a scaling_factor or shift_factor; they are no distribution.
+    """
+
+    in_channels: int
+    out_channels: int
+    encoder_block_out_channels: tuple[int, ...]
+    decoder_block_out_channels: tuple[int, ...]
+    num_encoder_blocks: tuple[int, ...]
+    num_decoder_blocks: tuple[int, ...]
+    latent_channels: int
+    scaling_factor: float
+    shift_factor: float
+    # What AutoencoderKLConfig has beside these, at what it means here.
+    force_upcast: ClassVar[bool] = False
+    latents_mean: ClassVar[None] = None
+    latents_std: ClassVar[None] = None
+
+    @property
+    def factor(self) -> int:
+        """Pixels for each latent, along a side."""
+        return int(2 ** (len(self.decoder_block_out_channels) - 1))
+
+    @classmethod
+    def from_dict(
+        cls, data: Mapping[str, Any], where: str = "vae/config.json"
+    ) -> AutoencoderTinyConfig:
+        """Read a config.json. Raises: ConfigError."""
+        reader = _Reader(data, where, ("AutoencoderTiny",))
+        reader.only("act_fn", "relu", "relu")
+        reader.only("upsample_fn", "nearest", "nearest")
+        reader.only("upsampling_scaling_factor", 2, 2)
+        halves: dict[str, tuple[int, ...]] = {}
+        for half, blocks in (("encoder", (1, 3, 3, 3)), ("decoder", (3, 3, 3, 1))):
+            widths = reader.integers(f"{half}_block_out_channels", (64, 64, 64, 64))
+            if len(set(widths)) > 1:
+                raise reader.fail(f"{half}_block_out_channels", list(widths), "one width for all")
+            halves[half] = widths
+            counts = reader.integers(f"num_{half}_blocks", blocks)
+            if len(counts) != len(halves["encoder"]) or len(widths) != len(halves["encoder"]):
+                raise reader.fail(
+                    f"num_{half}_blocks",
+                    list(counts),
+                    "as many entries as encoder_block_out_channels and decoder_block_out_channels",
+                )
+            if max(counts) > MOST_LAYERS:
+                raise reader.fail(f"num_{half}_blocks", list(counts), f"at most {MOST_LAYERS}")
+            halves[f"{half} blocks"] = counts
+        config = cls(
+            in_channels=reader.only("in_channels", 3, 3),
+            out_channels=reader.only("out_channels", 3, 3),
+            encoder_block_out_channels=halves["encoder"],
+            decoder_block_out_channels=halves["decoder"],
+            num_encoder_blocks=halves["encoder blocks"],
+            num_decoder_blocks=halves["decoder blocks"],
+            latent_channels=reader.integer("latent_channels", 4),
+            scaling_factor=reader.number("scaling_factor", 1.0),
+            shift_factor=reader.number("shift_factor", 0.0),
+        )
+        reader.finish(TINY_VAE_NO_EFFECT)
+        return config
+
+
+VAEConfig = AutoencoderKLConfig | AutoencoderTinyConfig
+ComponentConfig = CLIPTextConfig | UNet2DConditionConfig | VAEConfig
+
+
+def read_vae(data: Mapping[str, Any], where: str = "vae/config.json") -> VAEConfig:
+    """The config of a VAE, of the class that it names. Raises: ConfigError."""
+    tiny = data.get("_class_name") == "AutoencoderTiny"
+    return (AutoencoderTinyConfig if tiny else AutoencoderKLConfig).from_dict(data, where)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from mlxdiff.config import (
     AutoencoderKLConfig,
+    AutoencoderTinyConfig,
     BlockSpec,
     CLIPTextConfig,
     ComponentConfig,
@@ -30,9 +31,12 @@ class _Names:
         if bias:
             self.shapes[f"{name}.bias"] = (outputs,)
 
-    def conv(self, name: str, inputs: int, outputs: int, kernel: int = 3) -> None:
+    def conv(
+        self, name: str, inputs: int, outputs: int, kernel: int = 3, bias: bool = True
+    ) -> None:
         self.shapes[f"{name}.weight"] = (outputs, kernel, kernel, inputs)
-        self.shapes[f"{name}.bias"] = (outputs,)
+        if bias:
+            self.shapes[f"{name}.bias"] = (outputs,)
 
     def norm(self, name: str, channels: int) -> None:
         self.shapes[f"{name}.weight"] = (channels,)
@@ -176,10 +180,44 @@ def vae_parameters(config: AutoencoderKLConfig) -> dict[str, Shape]:
     return names.shapes
 
 
+def tiny_vae_parameters(config: AutoencoderTinyConfig) -> dict[str, Shape]:
+    """Parameters of AutoencoderTiny; activations and upsampling have a place, but no names."""
+    names, latent = _Names(), config.latent_channels
+
+    def add_blocks(half: str, place: int, count: int, width: int) -> int:
+        for i in range(place, place + count):
+            for conv in (0, 2, 4):
+                names.conv(f"{half}.layers.{i}.conv.{conv}", width, width)
+        return place + count
+
+    place = 0
+    width = config.encoder_block_out_channels[0]
+    for level, count in enumerate(config.num_encoder_blocks):
+        if level == 0:
+            names.conv("encoder.layers.0", config.in_channels, width)
+        else:
+            names.conv(f"encoder.layers.{place}", width, width, bias=False)
+        place = add_blocks("encoder", place + 1, count, width)
+    names.conv(f"encoder.layers.{place}", width, latent)
+
+    width = config.decoder_block_out_channels[0]
+    names.conv("decoder.layers.0", latent, width)
+    place = 2
+    for count in config.num_decoder_blocks[:-1]:
+        place = add_blocks("decoder", place, count, width)
+        names.conv(f"decoder.layers.{place + 1}", width, width, bias=False)
+        place += 2
+    place = add_blocks("decoder", place, config.num_decoder_blocks[-1], width)
+    names.conv(f"decoder.layers.{place}", width, config.out_channels)
+    return names.shapes
+
+
 def expected_parameters(config: ComponentConfig) -> dict[str, Shape]:
     """Name and shape of every parameter that a component with this config has."""
     if isinstance(config, CLIPTextConfig):
         return clip_parameters(config)
     if isinstance(config, UNet2DConditionConfig):
         return unet_parameters(config)
+    if isinstance(config, AutoencoderTinyConfig):
+        return tiny_vae_parameters(config)
     return vae_parameters(config)

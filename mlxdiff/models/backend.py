@@ -13,6 +13,7 @@ import numpy as np
 
 from mlxdiff.config import (
     AutoencoderKLConfig,
+    AutoencoderTinyConfig,
     CLIPTextConfig,
     ComponentConfig,
     UNet2DConditionConfig,
@@ -30,6 +31,7 @@ except ImportError as error:
 
 from mlxdiff.models.clip import CLIPTextModel
 from mlxdiff.models.layers import Module
+from mlxdiff.models.taesd import AutoencoderTiny
 from mlxdiff.models.unet import UNet2DConditionModel
 from mlxdiff.models.vae import AutoencoderKL
 
@@ -37,6 +39,7 @@ _MODELS: dict[type, Callable[..., Module]] = {
     CLIPTextConfig: CLIPTextModel,
     UNet2DConditionConfig: UNet2DConditionModel,
     AutoencoderKLConfig: AutoencoderKL,
+    AutoencoderTinyConfig: AutoencoderTiny,
 }
 _FLOATS = ("float32", "float16", "bfloat16")
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from mlxdiff.config import (
     AutoencoderKLConfig,
+    AutoencoderTinyConfig,
     CLIPTextConfig,
     ComponentConfig,
     UNet2DConditionConfig,
@@ -20,6 +21,7 @@ from mlxdiff.config import (
 from mlxdiff.errors import UsageError
 from mlxdiff.reference.clip import CLIPTextModel
 from mlxdiff.reference.layers import Module
+from mlxdiff.reference.taesd import AutoencoderTiny
 from mlxdiff.reference.unet import UNet2DConditionModel
 from mlxdiff.reference.vae import AutoencoderKL
 from mlxdiff.weights import LazyTensor, check_parameters
@@ -28,6 +30,7 @@ _MODELS: dict[type, Callable[..., Module]] = {
     CLIPTextConfig: CLIPTextModel,
     UNet2DConditionConfig: UNet2DConditionModel,
     AutoencoderKLConfig: AutoencoderKL,
+    AutoencoderTinyConfig: AutoencoderTiny,
 }
 
 
