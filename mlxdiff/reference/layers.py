@@ -20,7 +20,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from mlxdiff.weights import raise_faults
 
-_BLOCK = 1 << 15  # values in a block of element-wise work: 128 KB
+_BLOCK = 1 << 16  # values in a block of element-wise work: 256 KB
 _SCORES = 1 << 20  # attention scores held at a time: 4 MB
 _COLUMNS = 1 << 23  # values of unfolded input that a convolution holds at a time: 32 MB
 

@@ -1,0 +1,192 @@
+"""Seconds for one step of the full-size Stable Diffusion 1.5 U-Net: NumPy against diffusers.
+
+    python benchmarks/numpy_unet_step.py [--threads 1] [--size 64] [--batch 2] [--rounds 2]
+
+Both compute the same step in float32, with the same random weights, made here: nothing is
+downloaded. They take turns, each in a process of its own with the same number of threads (so that a
+machine that is busy with something else slows down both alike), do a step to warm up, and then
+those that count. Wall time and CPU time are given for each; with one thread the CPU time is the
+steadier of the two. Prints a table and a line of JSON. Needs mlxdiff[parity] for the other side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlxdiff.config import UNet2DConditionConfig
+from mlxdiff.params import expected_parameters
+
+SD15 = {"cross_attention_dim": 768}  # every other value of SD 1.5's file is diffusers' default
+SIDES = ("mlxdiff", "diffusers")
+VERSIONS = {"mlxdiff": ("mlxdiff", "numpy"), "diffusers": ("diffusers", "torch")}
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+
+def weights() -> Iterator[tuple[str, np.ndarray]]:
+    """Random weights in our layout that keep activations near unit size; the same at every call."""
+    random = np.random.default_rng(0)
+    for name, shape in expected_parameters(UNet2DConditionConfig.from_dict(SD15)).items():
+        values = random.standard_normal(shape, np.float32)
+        if len(shape) == 1:
+            values *= 0.1
+            values += float("norm" in name and name.endswith("weight"))
+        else:
+            values *= float(np.prod(shape[1:])) ** -0.5
+        yield name, values
+
+
+def inputs(size: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Latents (B, size, size, 4) and text states (B, 77, 768)."""
+    random = np.random.default_rng(1)
+    return (
+        random.standard_normal((batch, size, size, 4), np.float32),
+        random.standard_normal((batch, 77, 768), np.float32),
+    )
+
+
+def mlxdiff_step(size: int, batch: int) -> Callable[[], np.ndarray]:
+    from mlxdiff.reference.unet import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(UNet2DConditionConfig.from_dict(SD15))
+    unet.load_weights(list(weights()))
+    sample, text = inputs(size, batch)
+    return lambda: unet(sample, 501, text)
+
+
+def diffusers_step(size: int, batch: int) -> Callable[[], np.ndarray]:
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    def nchw(x: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(x.transpose(0, 3, 1, 2).copy() if x.ndim == 4 else x)
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SD15).eval()
+    unet.load_state_dict({name: nchw(value) for name, value in weights()}, assign=True)
+    sample, text = (nchw(x) for x in inputs(size, batch))
+
+    @torch.no_grad()
+    def step() -> np.ndarray:
+        return unet(sample, 501, text).sample.numpy().transpose(0, 2, 3, 1)
+
+    return step
+
+
+def measure(side: str, size: int, batch: int, steps: int, file: str) -> None:
+    """Time one side, in this process; write the output to the file, print the times as JSON."""
+    step = {"mlxdiff": mlxdiff_step, "diffusers": diffusers_step}[side](size, batch)
+    np.save(file, step())
+    walls, cpus = [], []
+    for _ in range(steps):
+        wall, cpu = time.perf_counter(), time.process_time()
+        step()
+        walls.append(time.perf_counter() - wall)
+        cpus.append(time.process_time() - cpu)
+    print(json.dumps({"wall": walls, "cpu": cpus}))
+
+
+def take_turns(options: argparse.Namespace) -> dict[str, Any]:
+    """Run both sides, round by round. Returns what is printed as JSON."""
+    environment = os.environ | dict.fromkeys(THREADS, str(options.threads))
+    times: dict[str, dict[str, list[float]]] = {side: {"wall": [], "cpu": []} for side in SIDES}
+    with tempfile.TemporaryDirectory() as folder:
+        files = {side: str(Path(folder) / f"{side}.npy") for side in SIDES}
+        numbers = [str(n) for n in (options.size, options.batch, options.steps)]
+        for number in range(options.rounds):
+            for side in SIDES:
+                print(f"round {number + 1} of {options.rounds}: {side}", file=sys.stderr)
+                done = subprocess.run(
+                    [sys.executable, __file__, "--measure", side, *numbers, files[side]],
+                    env=environment,
+                    check=True,
+                    stdout=subprocess.PIPE,
+                )
+                for kind, values in json.loads(done.stdout.splitlines()[-1]).items():
+                    times[side][kind] += values
+        ours, theirs = (np.load(files[side]) for side in SIDES)
+    median = {
+        side: {kind: statistics.median(values) for kind, values in kinds.items()}
+        for side, kinds in times.items()
+    }
+    return {
+        "benchmark": "numpy_unet_step",
+        "threads": options.threads,
+        "size": options.size,
+        "batch": options.batch,
+        "seconds": times,
+        "median": median,
+        "ratio": {
+            kind: median["mlxdiff"][kind] / median["diffusers"][kind] for kind in ("wall", "cpu")
+        },
+        "largest_difference": float(np.abs(ours - theirs).max() / np.abs(theirs).max()),
+        "machine": {
+            "system": platform.platform(),
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+        },
+        "versions": {name: version(name) for names in VERSIONS.values() for name in names},
+    }
+
+
+def processor() -> str:
+    """Name of the processor, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def report(result: dict[str, Any]) -> None:
+    machine = result["machine"]
+    print(
+        f"Stable Diffusion 1.5 U-Net, one step in float32: batch {result['batch']}, latents "
+        f"{result['size']}x{result['size']}, {result['threads']} thread(s)\n"
+        f"{machine['processor']}, {machine['cores']} cores, {machine['system']}\n\n"
+        f"{'':24}{'wall':>9}{'CPU':>9}   median of {len(result['seconds']['mlxdiff']['wall'])}"
+    )
+    for side in SIDES:
+        label = ", ".join(f"{name} {result['versions'][name]}" for name in VERSIONS[side])
+        wall, cpu = (result["median"][side][kind] for kind in ("wall", "cpu"))
+        print(f"{label:32.32}{wall:8.2f}s{cpu:8.2f}s")
+    ratio = result["ratio"]
+    print(f"{'ratio':32}{ratio['wall']:9.2f}{ratio['cpu']:9.2f}")
+    print(f"largest difference of the outputs, relative: {result['largest_difference']:.1e}\n")
+    print(json.dumps(result))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1, help="of each side (default: 1)")
+    parser.add_argument("--size", type=int, default=64, help="side of the latents (default: 64)")
+    parser.add_argument("--batch", type=int, default=2, help="(default: 2)")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each side (default: 2)")
+    parser.add_argument("--steps", type=int, default=2, help="timed in each turn (default: 2)")
+    parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        side, size, batch, steps, file = options.measure
+        measure(side, int(size), int(batch), int(steps), file)
+    else:
+        report(take_turns(options))
+
+
+if __name__ == "__main__":
+    main()
