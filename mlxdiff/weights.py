@@ -26,11 +26,11 @@ import numpy as np
 
 import mlxdiff
 from mlxdiff.config import (
-    AutoencoderKLConfig,
     CLIPTextConfig,
     ComponentConfig,
     UNet2DConditionConfig,
     read_json,
+    read_vae,
 )
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
 from mlxdiff.params import Shape, expected_parameters
@@ -161,11 +161,11 @@ class TensorFile:
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in _STORED:
             known = ", ".join(_STORED)
-            raise self._fault(f"tensor {name!r} has type {_shown(repr(dtype))}; known: {known}")
+            raise self._fault(f"tensor {name!r} has type {shown(repr(dtype))}; known: {known}")
         if not _are_sizes(shape):
-            raise self._fault(f"tensor {name!r} has shape {_shown(repr(shape))}")
+            raise self._fault(f"tensor {name!r} has shape {shown(repr(shape))}")
         if not _are_sizes(offsets) or len(offsets) != 2:
-            raise self._fault(f"tensor {name!r} has data_offsets {_shown(repr(offsets))}")
+            raise self._fault(f"tensor {name!r} has data_offsets {shown(repr(offsets))}")
         begin, stop = offsets
         size = math.prod(shape) * _STORED[dtype][0]
         if stop - begin != size:
@@ -174,7 +174,7 @@ class TensorFile:
             )
         path, offset, shape = self.path, start + begin, tuple(shape)
         return (
-            LazyTensor(shape, dtype, lambda: _read_values(path, name, dtype, shape, offset)),
+            LazyTensor(shape, dtype, lambda: read_values(path, name, dtype, shape, offset)),
             begin,
             stop,
         )
@@ -216,12 +216,12 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in pairs:
         if name in result:
-            raise ValueError(f"{_shown(repr(name))} stands there twice")
+            raise ValueError(f"{shown(repr(name))} stands there twice")
         result[name] = value
     return result
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """A text of a file as messages show it: one line, not too long, no control characters."""
     text = text if text.isprintable() else repr(text)
     return text if len(text) <= 200 else text[:200] + "..."
@@ -229,30 +229,61 @@ def _shown(text: str) -> str:
 
 def _not_safetensors(prefix: bytes, size: int) -> str:
     """What a file is whose first bytes are no safetensors header."""
+    if prefix.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return "is a PyTorch pickle, not a safetensors file"
+    return foreign(prefix, size) or f"not a safetensors file, or truncated ({size} bytes)"
+
+
+def foreign(prefix: bytes, size: int) -> str | None:
+    """What a file is that holds no tensors but is often found in their place; None where unknown.
+
+    Args:
+        prefix: its first bytes.
+        size: its length.
+    """
     if size == 0:
         return "is empty"
     if prefix.startswith(b"version "):
         return "is a Git LFS pointer, not the weights; run `git lfs pull` in its repository"
-    if prefix.startswith((b"PK\x03\x04", b"\x80\x02")):
-        return "is a PyTorch pickle, not a safetensors file"
     if prefix.startswith(b"GGUF"):
         return "is a GGUF file, which is not supported; take the safetensors of the same model"
     if prefix.lstrip().startswith(b"<"):
         return "is a web page, not the weights; download it again"
-    return f"not a safetensors file, or truncated ({size} bytes)"
+    return None
 
 
-def _read_values(path: Path, name: str, dtype: str, shape: Shape, offset: int) -> np.ndarray:
-    """Map the bytes of one tensor; they leave memory with the array."""
+def read_values(
+    path: Path,
+    name: str,
+    dtype: str,
+    shape: Shape,
+    offset: int,
+    strides: tuple[int, ...] | None = None,
+) -> np.ndarray:
+    """Map the bytes of one tensor; they leave memory with the array.
+
+    Args:
+        path: file that holds them.
+        name: of the tensor, for messages.
+        dtype, shape: as LazyTensor has them.
+        offset: of the first value in the file, in bytes.
+        strides: steps from value to value along each dimension, counted in values, not negative;
+            None: contiguous.
+    Returns: as ``LazyTensor.read``; read-only where it is a view of the file.
+    Raises: CheckpointError.
+    """
     width, stored = _STORED[dtype]
     if dtype.startswith("F8"):
         raise CheckpointError(
             f"{path}: tensor {name!r} is 8-bit floating point ({dtype}), not supported yet; "
             "take the float16 or bfloat16 file of the model"
         )
-    count = math.prod(shape)
-    if count == 0:
+    if math.prod(shape) == 0:
         return np.empty(shape, np.float32 if dtype == "BF16" else stored)
+    if strides is None:
+        count = math.prod(shape)
+    else:
+        count = 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
     start = offset - offset % mmap.ALLOCATIONGRANULARITY
     try:
         with path.open("rb") as file:
@@ -261,28 +292,43 @@ def _read_values(path: Path, name: str, dtype: str, shape: Shape, offset: int) -
             )
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: tensor {name!r} cannot be read ({error})") from None
-    values = np.frombuffer(data, stored, count, offset - start).reshape(shape)
+    values = np.frombuffer(data, stored, count, offset - start)
+    if strides is None:
+        values = values.reshape(shape)
+    else:
+        steps = [step * width for step in strides]
+        values = np.lib.stride_tricks.as_strided(values, shape, steps, writeable=False)
     if dtype == "BF16":
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values
 
 
-def open_weights(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
-    """All tensors of a safetensors file, or of the shards that an ``.index.json`` names.
+def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
+    return TensorFile(path).tensors
 
+
+def open_weights(
+    path: str | os.PathLike[str],
+    open_file: Callable[[Path], Mapping[str, LazyTensor]] = _open_safetensors,
+) -> dict[str, LazyTensor]:
+    """All tensors of a file, or of the shards that an ``.index.json`` names.
+
+    Args:
+        path: file or index.
+        open_file: opens one file; default: as safetensors, and nothing else.
     Raises: CheckpointError; for a missing shard, for a tensor that is not where the index says or
         is in two shards.
     """
     path = Path(path)
     if not path.name.endswith(".json"):
-        return TensorFile(path).tensors
+        return dict(open_file(path))
     tensors: dict[str, LazyTensor] = {}
     place: dict[str, str] = {}
     weight_map = _read_weight_map(path)
     for shard in sorted(set(weight_map.values())):
         if not (path.parent / shard).is_file():
             raise CheckpointError(f"{path}: the shard {shard} is missing from the folder")
-        for name, tensor in TensorFile(path.parent / shard).tensors.items():
+        for name, tensor in open_file(path.parent / shard).items():
             if name in tensors:
                 raise CheckpointError(f"{path}: tensor {name!r} is in {place[name]} and in {shard}")
             tensors[name], place[name] = tensor, shard
@@ -307,8 +353,8 @@ def _read_weight_map(path: Path) -> dict[str, str]:
             raise CheckpointError(
                 f"{path}: {shard!r}, for {name!r}, is no file name in this folder"
             )
-        if not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{path}: names {shard!r}, which is no safetensors file")
+        if not shard.endswith((".safetensors", ".bin")):
+            raise CheckpointError(f"{path}: names {shard!r}, which is no file of weights")
     return weight_map
 
 
@@ -344,8 +390,8 @@ def raise_faults(where: str, **faults: list[str]) -> None:
     parts = []
     for kind, names in faults.items():
         if names:
-            shown = ", ".join(map(_shown, names[:10])) + (", ..." if len(names) > 10 else "")
-            parts.append(f"{len(names)} {kind} tensor{'s'[: len(names) > 1]}: {shown}")
+            few = ", ".join(map(shown, names[:10])) + (", ..." if len(names) > 10 else "")
+            parts.append(f"{len(names)} {kind} tensor{'s'[: len(names) > 1]}: {few}")
     if parts:
         raise CheckpointError(f"{where}: {'; '.join(parts)}")
 
@@ -472,7 +518,7 @@ class ModelSource(Protocol):
         """Origin of the weights: source, revision and, once converted, sha256 of each file."""
 
     def config(self, component: str) -> Any:
-        """The component's config; CLIPTextConfig, UNet2DConditionConfig or AutoencoderKLConfig."""
+        """The component's config; a CLIPTextConfig, UNet2DConditionConfig or VAEConfig."""
 
     def tensors(self, component: str) -> dict[str, LazyTensor]:
         """Every tensor, with our name and layout, complete and checked; the caller's to pop."""
@@ -515,7 +561,7 @@ class ModelFolder:
         if component == "unet":
             return UNet2DConditionConfig.from_dict(data, str(where))
         if component == "vae":
-            return AutoencoderKLConfig.from_dict(data, str(where))
+            return read_vae(data, str(where))
         projects = self.class_name(component) == "CLIPTextModelWithProjection"
         return CLIPTextConfig.from_dict(data, str(where), with_projection=projects)
 

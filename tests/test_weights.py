@@ -218,7 +218,7 @@ SHARD_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "outside the folder": ({"x": "../a.safetensors"}, "no file name"),
     "absolute": ({"x": "/etc/passwd"}, "no file name"),
     "no string": ({"x": 3}, "no file name"),
-    "pickle": ({"x": "a.bin"}, "no safetensors file"),
+    "no weights": ({"x": "a.txt"}, "no file of weights"),
     "empty": ({}, "no weight_map"),
 }
 
