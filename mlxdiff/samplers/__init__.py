@@ -14,8 +14,9 @@ every step. docs/samplers.md says what each is and when to use it. To add one: a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,17 @@ from mlxdiff.samplers.plan import Plan, Row, State
 from mlxdiff.samplers.schedule import ays, check_steps
 from mlxdiff.samplers.settings import Settings
 
-__all__ = ["NAMES", "SCHEDULES", "Plan", "Row", "State", "automatic", "plan", "timesteps"]
+__all__ = [
+    "NAMES",
+    "SCHEDULES",
+    "Plan",
+    "Row",
+    "State",
+    "automatic",
+    "distilled_for",
+    "plan",
+    "timesteps",
+]
 
 # id -> the class, and the arguments that the id fixes
 _SAMPLERS: dict[str, tuple[Family, dict[str, Any]]] = {
@@ -85,6 +96,7 @@ def plan(
     strength: float | None = None,
     denoising_start: float | None = None,
     denoising_end: float | None = None,
+    distilled_strength: float | None = None,
 ) -> Plan:
     """A run of `steps` steps, worked out.
 
@@ -97,6 +109,8 @@ def plan(
         strength: image to image: run only this last share of the steps, 0 to 1.
         denoising_start, denoising_end: run only the timesteps between these shares of the way,
             0 to 1 (SDXL's base and refiner); denoising_start takes the place of strength.
+        distilled_strength: sampler lcm: run all steps, over this last share of the timesteps that
+            the model was distilled on (strength as LatentConsistencyModelImg2ImgPipeline takes it).
     Raises: UsageError for an unknown id, a combination that does not exist, a number out of range;
         ConfigError for a scheduler_config.json that is not understood.
     """
@@ -106,6 +120,14 @@ def plan(
         raise UsageError(f"sampler {chosen.sampler} has no eta; {' and '.join(having)} have")
     if eta is not None and not 0.0 <= eta <= 1.0:
         raise UsageError(f"eta must be between 0 and 1, not {eta}")
+    if distilled_strength is not None:
+        if chosen.family is not lcm.LCM or not 0.0 <= distilled_strength <= 1.0:
+            raise UsageError(
+                f"strength is {distilled_strength} for sampler {chosen.sampler}; "
+                "expected 0 to 1 and sampler lcm"
+            )
+        custom = lcm.timesteps(chosen.settings, steps, distilled_strength)
+        chosen = replace(chosen, custom=custom)
     grid = chosen.grid()
     first, last = _window(chosen.family, grid, steps, strength, denoising_start, denoising_end)
     rows = tuple(chosen.family.rows(chosen.settings, grid, first, eta or 0.0))
@@ -130,20 +152,39 @@ def timesteps(
     return grid.timesteps, grid.sigmas
 
 
+def distilled_for(config: Mapping[str, Any]) -> str | None:
+    """The sampler that a checkpoint was distilled for, to need a few steps only; else None.
+
+    LCM and TCD by the scheduler's class. Models of adversarial distillation (SD-Turbo, SDXL-Turbo,
+    SDXL-Lightning) are told by what the published files have in common and no others have: an Euler
+    class with trailing timesteps, predicting noise, not trained to zero terminal SNR.
+    """
+    name = config.get("_class_name", "")
+    euler_like = {"EulerDiscreteScheduler": "euler", "EulerAncestralDiscreteScheduler": "euler-a"}
+    if name in euler_like:
+        turbo = (
+            config.get("timestep_spacing") == "trailing"
+            and config.get("prediction_type", "epsilon") == "epsilon"
+            and not config.get("rescale_betas_zero_snr")
+        )
+        return euler_like[name] if turbo else None
+    return {"LCMScheduler": "lcm", "TCDScheduler": "tcd"}.get(name)
+
+
 def automatic(
     config: Mapping[str, Any], sampler: str, schedule: str, steps: int, family: str | None = None
 ) -> tuple[str, str]:
     """What `auto` means for a checkpoint: ids for whichever of `sampler` and `schedule` is "auto".
 
-    The sampler is dpmpp-2m, but for a model distilled for LCM or TCD its own. The schedule is the
-    checkpoint's for those; trailing where the checkpoint says so (Turbo, Lightning) or has zero
-    terminal SNR (its highest sigma is beyond what Karras' spacing was made for); else karras:
-    unlike the spacing that SDXL's config asks for, it starts at the last training timestep, where
-    the initial noise belongs.
+    The sampler is dpmpp-2m, but for a model distilled to a few steps its own. The schedule is the
+    checkpoint's for those; trailing where the checkpoint says so or has zero terminal SNR (its
+    highest sigma is beyond what Karras' spacing was made for); else karras: unlike the spacing that
+    SDXL's config asks for, it starts at the last training timestep, where the initial noise
+    belongs.
     """
-    distilled = {"LCMScheduler": "lcm", "TCDScheduler": "tcd"}.get(config.get("_class_name", ""))
+    distilled = distilled_for(config)
     if sampler == "auto":
-        sampler = distilled if distilled in _SAMPLERS else "dpmpp-2m"
+        sampler = distilled or "dpmpp-2m"
     if schedule == "auto":
         wanted = "karras"
         if config.get("timestep_spacing") == "trailing" or config.get("rescale_betas_zero_snr"):
@@ -255,5 +296,8 @@ def _window(
         last = first + int((grid.timesteps[first:] >= cutoff).sum())
     if first >= last:
         said = ", ".join(f"{name} {value}" for name, value in given.items() if value is not None)
-        raise UsageError(f"{said} leaves none of {steps} steps to run; take another value")
+        way_out = "take another value"
+        if denoising_start is None and strength is not None:
+            way_out = f"take a strength of at least {math.ceil(100 / steps) / 100}, or more steps"
+        raise UsageError(f"{said} leaves none of {steps} steps to run; {way_out}")
     return first, last

@@ -42,15 +42,31 @@ def _grid(settings: Settings, steps: int, custom: Sequence[int] | None) -> Grid:
     schedule = sch.NoiseSchedule.from_settings(settings)
     if custom is not None:
         return Grid(schedule, np.asarray(custom, np.int64))
+    return Grid(schedule, np.asarray(timesteps(settings, steps), np.int64))
+
+
+def timesteps(settings: Settings, steps: int, strength: float = 1.0) -> list[int]:
+    """The timesteps of a run, falling: `steps` of those that the model was distilled on.
+
+    Args:
+        strength: the share of these, from the clean end on, that may be used; LCM's way to start
+            from a picture (every step is run, over a shorter way).
+    Raises: UsageError where there are fewer than `steps`.
+    """
     original = settings.original_inference_steps
-    trained = np.arange(1, original + 1) * (len(schedule) // original) - 1
-    if steps > original:
+    usable = int(original * strength)
+    if steps > usable:
+        of = f"the first {strength:g} of " if strength < 1.0 else ""
+        way_out = " or a higher strength" if strength < 1.0 else ""
         raise UsageError(
-            f"steps is {steps}; the model was distilled on {original} timesteps "
-            "(original_inference_steps of scheduler_config.json): take at most as many"
+            f"steps is {steps}; {of}the {original} timesteps that the model was distilled on "
+            f"(original_inference_steps of scheduler_config.json) are {usable}: take at most as "
+            f"many steps{way_out}"
         )
-    picked = np.floor(np.linspace(0, original, steps, endpoint=False)).astype(np.int64)
-    return Grid(schedule, trained[::-1][picked])
+    trained = np.arange(1, usable + 1) * (settings.num_train_timesteps // original) - 1
+    picked = np.floor(np.linspace(0, usable, steps, endpoint=False)).astype(np.int64)
+    taken: list[int] = trained[::-1][picked].tolist()
+    return taken
 
 
 def _lcm_rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Row]:
