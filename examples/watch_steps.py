@@ -1,4 +1,4 @@
-"""Follow the picture while it is drawn: every step of ``Pipeline.stream``, side by side in one file."""
+"""Follow a picture while it is drawn: every step of ``Pipeline.stream``, side by side."""
 
 from PIL import Image
 
