@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -76,7 +76,7 @@ def _rows(x: np.ndarray) -> np.ndarray:
 def _elementwise(function: Callable[[np.ndarray, np.ndarray], None], x: np.ndarray) -> np.ndarray:
     """A new array that the function fills: it is given blocks of x, and where their values go."""
     out = np.empty(x.shape, np.float32)
-    source, target = np.atleast_2d(_rows(x)), np.atleast_2d(_rows(out))
+    source, target = _rows(x), _rows(out)
     _for_each(lambda block: function(source[block], target[block]), _blocks(*source.shape))
     return out
 
@@ -89,6 +89,10 @@ class Module:
 
     A parameter is an array. Before ``load_weights`` it is zeros of its shape that take no memory.
     """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute; each kind of module says from what."""
+        raise NotImplementedError(type(self).__name__)
 
     def parameters(self) -> dict[str, np.ndarray]:
         """All parameters by name, in order of construction."""
@@ -272,7 +276,7 @@ class GroupNorm(Module):
 
     def _by_group(self, sums: Sequence[np.ndarray], count: int) -> np.ndarray:
         """Mean over its group for each channel, (C,) float64, from sums (C,) over ``count``."""
-        total = np.sum(sums, axis=0, dtype=np.float64)
+        total = np.asarray(sums, np.float64).sum(axis=0)
         groups = total.reshape(self.num_groups, -1).mean(axis=1) / count
         return np.repeat(groups, len(total) // self.num_groups)
 
