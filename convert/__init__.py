@@ -20,6 +20,7 @@ from typing import Any
 
 from mlxdiff.config import UNet2DConditionConfig
 from mlxdiff.convert.checkpoint import DiffusersFolder, open_source
+from mlxdiff.convert.component import Component, open_vae
 from mlxdiff.convert.report import ComponentReport, Report
 from mlxdiff.errors import UsageError
 from mlxdiff.weights import (
@@ -32,7 +33,16 @@ from mlxdiff.weights import (
     write_folder,
 )
 
-__all__ = ["ComponentReport", "DiffusersFolder", "Report", "convert", "describe", "open_source"]
+__all__ = [
+    "Component",
+    "ComponentReport",
+    "DiffusersFolder",
+    "Report",
+    "convert",
+    "describe",
+    "open_source",
+    "open_vae",
+]
 
 
 def convert(

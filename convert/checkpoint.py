@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mlxdiff import hub
-from mlxdiff.config import read_json
+from mlxdiff.config import ComponentConfig, read_json
 from mlxdiff.convert import detect
 from mlxdiff.convert.keymap import DIFFUSERS, Mapped, Use, map_names
 from mlxdiff.errors import CheckpointError, UsageError
@@ -53,6 +53,35 @@ class ComponentFiles:
     tensors: dict[str, LazyTensor]
     mapped: Mapped
 
+    def read(self, config: ComponentConfig) -> dict[str, LazyTensor]:
+        """The tensors with our names, in our layout."""
+        shapes = expected_parameters(config)
+        return {
+            target: _transformed(self.tensors[use.source], use, shapes[target], self.entry)
+            for target, use in self.mapped.uses.items()
+        }
+
+
+def open_component(entry: Path, component: str, config: ComponentConfig) -> ComponentFiles:
+    """Open the weights of a component and find every tensor its place. Raises: CheckpointError."""
+    tensors = open_weights(entry)
+    mapped = map_names(
+        {name: tensor.shape for name, tensor in tensors.items()},
+        expected_parameters(config),
+        DIFFUSERS[component],
+        str(entry),
+    )
+    used = (use.source for use in mapped.uses.values())
+    raise_faults(
+        str(entry),
+        unsupported=[
+            f"{n} is {tensors[n].dtype} (supported: {', '.join(FLOATS)})"
+            for n in used
+            if tensors[n].dtype not in FLOATS
+        ],
+    )
+    return ComponentFiles(entry, tensors, mapped)
+
 
 class DiffusersFolder(ModelFolder):
     """An unconverted diffusers folder. Opening it checks everything that headers can tell.
@@ -89,34 +118,12 @@ class DiffusersFolder(ModelFolder):
             self.provenance["revision"] = revision
         entries, more = find_weights(path, self.components, variant, prefer)
         self.notes = notes + more
-        self.files = {name: self._open(name, entry) for name, entry in entries.items()}
-
-    def _open(self, component: str, entry: Path) -> ComponentFiles:
-        tensors = open_weights(entry)
-        mapped = map_names(
-            {name: tensor.shape for name, tensor in tensors.items()},
-            expected_parameters(self.config(component)),
-            DIFFUSERS[component],
-            str(entry),
-        )
-        used = (use.source for use in mapped.uses.values())
-        raise_faults(
-            str(entry),
-            unsupported=[
-                f"{n} is {tensors[n].dtype} (supported: {', '.join(FLOATS)})"
-                for n in used
-                if tensors[n].dtype not in FLOATS
-            ],
-        )
-        return ComponentFiles(entry, tensors, mapped)
+        self.files = {
+            name: open_component(entry, name, self.config(name)) for name, entry in entries.items()
+        }
 
     def tensors(self, component: str) -> dict[str, LazyTensor]:
-        files = self.files[component]
-        shapes = expected_parameters(self.config(component))
-        return {
-            target: _transformed(files.tensors[use.source], use, shapes[target], files.entry)
-            for target, use in files.mapped.uses.items()
-        }
+        return self.files[component].read(self.config(component))
 
     def source_files(self) -> dict[str, Path]:
         """Every file that the model is read from: relative name -> path."""
