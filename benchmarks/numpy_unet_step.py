@@ -163,7 +163,9 @@ def report(result: dict[str, Any]) -> None:
         f"{'':24}{'wall':>9}{'CPU':>9}   median of {len(result['seconds']['mlxdiff']['wall'])}"
     )
     for side in SIDES:
-        label = ", ".join(f"{name} {result['versions'][name]}" for name in VERSIONS[side])
+        label = ", ".join(
+            f"{name} {result['versions'][name].partition('+')[0]}" for name in VERSIONS[side]
+        )
         wall, cpu = (result["median"][side][kind] for kind in ("wall", "cpu"))
         print(f"{label:32.32}{wall:8.2f}s{cpu:8.2f}s")
     ratio = result["ratio"]
