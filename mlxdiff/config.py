@@ -10,7 +10,7 @@ too, by name.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -99,6 +99,16 @@ class _Reader:
             if entry not in allowed:
                 raise self.fail(key, entry, " or ".join(allowed))
         return tuple(value)
+
+    def size(self, key: str) -> tuple[int, int] | None:
+        """(height, width), where the file gives one number for both, two, or null."""
+        value = self.take(key, None)
+        if value is None:
+            return None
+        sides = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
+        if len(sides) != 2 or not all(_is_int(v) and 1 <= v <= MOST_CHANNELS for v in sides):
+            raise self.fail(key, value, "one or two whole numbers of at least 1")
+        return sides
 
     def per_block(
         self,
@@ -274,12 +284,12 @@ class BlockSpec:
     """One block of the U-Net, with everything that depends on its place worked out.
 
     Attributes:
-        type: diffusers' class name.
+        type: diffusers' class name; UNetMidBlock2DAttn for a UNetMidBlock2D with attention.
         in_channels: channels of the input of the first resnet (before a skip is concatenated).
         out_channels: channels of the output.
+        num_layers: number of resnets.
         skip_channels: for an up block, the channels of the skip that each resnet concatenates;
             else ().
-        num_layers: number of resnets.
         transformer_layers: transformer blocks in the Transformer2DModel after each resnet (for the
             mid block: between its two resnets); () where there is no attention.
         num_attention_heads: heads of each attention.
@@ -291,13 +301,28 @@ class BlockSpec:
     type: str
     in_channels: int
     out_channels: int
-    skip_channels: tuple[int, ...]
     num_layers: int
-    transformer_layers: tuple[int, ...]
-    num_attention_heads: int
-    cross_attention_dim: int
-    only_cross_attention: bool
-    resample: bool
+    skip_channels: tuple[int, ...] = ()
+    transformer_layers: tuple[int, ...] = ()
+    num_attention_heads: int = 1
+    cross_attention_dim: int = 0
+    only_cross_attention: bool = False
+    resample: bool = False
+
+
+def _up_path(
+    widths: tuple[int, ...], layers: tuple[int, ...]
+) -> Iterator[tuple[int, int, int, tuple[int, ...]]]:
+    """(level, in_channels, out_channels, skip_channels) of each up block, the lowest level first.
+
+    Args:
+        widths, layers: channels and resnets of each block of the down path.
+    """
+    channels = widths[-1]
+    for level in reversed(range(len(widths))):
+        out, below = widths[level], widths[max(level - 1, 0)]
+        yield level, channels, out, (out,) * layers[level] + (below,)
+        channels = out
 
 
 @dataclass(frozen=True)
@@ -339,6 +364,8 @@ class UNet2DConditionConfig:
     time_cond_proj_dim: int | None
     conv_in_kernel: int
     conv_out_kernel: int
+    # What UNet2DConfig has beside these, at what it means here.
+    resnet_time_scale_shift: ClassVar[str] = "default"
 
     @property
     def time_embed_dim(self) -> int:
@@ -356,7 +383,6 @@ class UNet2DConditionConfig:
                     type=kind,
                     in_channels=channels,
                     out_channels=self.block_out_channels[i],
-                    skip_channels=(),
                     num_layers=self.layers_per_block[i],
                     transformer_layers=self.transformer_layers_per_block[i] if attends else (),
                     num_attention_heads=self.num_attention_heads[i],
@@ -378,41 +404,33 @@ class UNet2DConditionConfig:
             type=self.mid_block_type,
             in_channels=self.block_out_channels[-1],
             out_channels=self.block_out_channels[-1],
-            skip_channels=(),
             num_layers=2 if attends else 1,
             transformer_layers=self.transformer_layers_per_block[-1][:1] if attends else (),
             num_attention_heads=self.num_attention_heads[-1],
             cross_attention_dim=self.cross_attention_dim[-1],
-            only_cross_attention=False,
-            resample=False,
         )
 
     @property
     def up_blocks(self) -> tuple[BlockSpec, ...]:
         """The up path, from the lowest resolution on."""
-        n = len(self.block_out_channels)
-        specs, channels = [], self.block_out_channels[-1]
-        for i, kind in enumerate(self.up_block_types):
-            level = n - 1 - i
-            out = self.block_out_channels[level]
-            below = self.block_out_channels[max(level - 1, 0)]
-            layers = self.layers_per_block[level] + 1
-            attends = kind == "CrossAttnUpBlock2D"
+        specs = []
+        for level, channels, out, skips in _up_path(self.block_out_channels, self.layers_per_block):
+            i = len(specs)
+            attends = self.up_block_types[i] == "CrossAttnUpBlock2D"
             specs.append(
                 BlockSpec(
-                    type=kind,
+                    type=self.up_block_types[i],
                     in_channels=channels,
                     out_channels=out,
-                    skip_channels=(out,) * (layers - 1) + (below,),
-                    num_layers=layers,
+                    num_layers=len(skips),
+                    skip_channels=skips,
                     transformer_layers=self.up_transformer_layers_per_block[i] if attends else (),
                     num_attention_heads=self.num_attention_heads[level],
                     cross_attention_dim=self.cross_attention_dim[level],
                     only_cross_attention=self.only_cross_attention[level],
-                    resample=i < n - 1,
+                    resample=level > 0,
                 )
             )
-            channels = out
         return tuple(specs)
 
     @classmethod
@@ -487,20 +505,11 @@ class UNet2DConditionConfig:
                 embed_type,
                 "addition_time_embed_dim and projection_class_embeddings_input_dim beside it",
             )
-        sample_size = reader.take("sample_size", None)
-        if _is_int(sample_size):
-            sample_size = (sample_size, sample_size)
-        if sample_size is not None:
-            if not isinstance(sample_size, (list, tuple)) or not (
-                len(sample_size) == 2 and all(map(_is_int, sample_size))
-            ):
-                raise reader.fail("sample_size", sample_size, "one or two whole numbers")
-            sample_size = (sample_size[0], sample_size[1])
         kernels = [reader.integer(key, 3) for key in ("conv_in_kernel", "conv_out_kernel")]
         if any(k % 2 == 0 for k in kernels):
             raise reader.fail("conv_in_kernel, conv_out_kernel", kernels, "odd numbers")
         config = cls(
-            sample_size=sample_size,
+            sample_size=reader.size("sample_size"),
             in_channels=reader.integer("in_channels", 4),
             out_channels=reader.integer("out_channels", 4),
             flip_sin_to_cos=reader.flag("flip_sin_to_cos", True),
@@ -528,6 +537,183 @@ class UNet2DConditionConfig:
             conv_out_kernel=kernels[1],
         )
         reader.finish(UNET_NO_EFFECT)
+        return config
+
+
+# ------------------------------------------------------------------------------- U-Net, pixel space
+
+UNET_2D_NO_EFFECT: dict[str, str] = {
+    "dropout": _TRAINING,
+    "num_train_timesteps": "belongs to time_embedding_type 'learned', which is refused",
+}
+
+
+@dataclass(frozen=True)
+class UNet2DConfig:
+    """The denoising U-Net without text, as diffusers' UNet2DModel.
+
+    Here ``attention_head_dim`` is what it says, the width of a head; None is one head. A label, for
+    the models that take one, is a number below ``num_class_embeds``, or any number
+    (``class_embed_type`` timestep), or a vector as wide as the timestep embedding (identity).
+
+    Source: Ho et al. 2020 (arXiv 2006.11239), appendix B.
+    """
+
+    sample_size: tuple[int, int] | None
+    in_channels: int
+    out_channels: int
+    flip_sin_to_cos: bool
+    freq_shift: float
+    time_embedding_dim: int | None
+    down_block_types: tuple[str, ...]
+    mid_block_type: str | None
+    up_block_types: tuple[str, ...]
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int
+    downsample_padding: int
+    attention_head_dim: int | None
+    norm_num_groups: int
+    attn_norm_num_groups: int | None
+    norm_eps: float
+    resnet_time_scale_shift: str
+    add_attention: bool
+    class_embed_type: str | None
+    num_class_embeds: int | None
+
+    @property
+    def time_embed_dim(self) -> int:
+        """Width of the timestep embedding that the resnets are given."""
+        return self.time_embedding_dim or 4 * self.block_out_channels[0]
+
+    @property
+    def takes_label(self) -> bool:
+        """Whether the model is told what class to draw."""
+        return self.class_embed_type is not None or self.num_class_embeds is not None
+
+    @property
+    def mid_norm_num_groups(self) -> int | None:
+        """Groups of the group norm before the mid block's attention; None where there is none."""
+        if self.attn_norm_num_groups is None and self.resnet_time_scale_shift == "default":
+            return self.norm_num_groups
+        return self.attn_norm_num_groups
+
+    @property
+    def down_blocks(self) -> tuple[BlockSpec, ...]:
+        """The down path, from the input on."""
+        specs, channels = [], self.block_out_channels[0]
+        for kind, width in zip(self.down_block_types, self.block_out_channels, strict=True):
+            specs.append(
+                BlockSpec(
+                    type=kind,
+                    in_channels=channels,
+                    out_channels=width,
+                    num_layers=self.layers_per_block,
+                    num_attention_heads=self._heads(width),
+                    resample=len(specs) < len(self.block_out_channels) - 1,
+                )
+            )
+            channels = width
+        return tuple(specs)
+
+    @property
+    def mid_block(self) -> BlockSpec | None:
+        """The block at the lowest resolution; None for models without one."""
+        if self.mid_block_type is None:
+            return None
+        width = self.block_out_channels[-1]
+        return BlockSpec(
+            type="UNetMidBlock2DAttn" if self.add_attention else "UNetMidBlock2D",
+            in_channels=width,
+            out_channels=width,
+            num_layers=2,
+            num_attention_heads=self._heads(width),
+        )
+
+    @property
+    def up_blocks(self) -> tuple[BlockSpec, ...]:
+        """The up path, from the lowest resolution on."""
+        widths = self.block_out_channels
+        path = _up_path(widths, (self.layers_per_block,) * len(widths))
+        return tuple(
+            BlockSpec(
+                type=kind,
+                in_channels=channels,
+                out_channels=out,
+                num_layers=len(skips),
+                skip_channels=skips,
+                num_attention_heads=self._heads(out),
+                resample=level > 0,
+            )
+            for kind, (level, channels, out, skips) in zip(self.up_block_types, path, strict=True)
+        )
+
+    def _heads(self, width: int) -> int:
+        return width // (self.attention_head_dim or width)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "unet/config.json") -> UNet2DConfig:
+        """Read a config.json. Raises: ConfigError."""
+        reader = _Reader(data, where, ("UNet2DModel",))
+        only = reader.only
+        # Variants of the class that belong to other models (score SDE, consistency models).
+        only("center_input_sample", False, False)
+        only("act_fn", "silu", "silu", "swish")
+        only("mid_block_scale_factor", 1, 1, 1.0)
+        only("time_embedding_type", "positional", "positional")
+        only("downsample_type", "conv", "conv")
+        only("upsample_type", "conv", "conv")
+
+        channels = reader.integers("block_out_channels", (224, 448, 672, 896))
+        down_kinds, up_kinds = ("DownBlock2D", "AttnDownBlock2D"), ("UpBlock2D", "AttnUpBlock2D")
+        down = reader.choices("down_block_types", down_kinds[:1] + down_kinds[1:] * 3, down_kinds)
+        up = reader.choices("up_block_types", up_kinds[1:] * 3 + up_kinds[:1], up_kinds)
+        for key, types in (("down_block_types", down), ("up_block_types", up)):
+            if len(types) != len(channels):
+                raise reader.fail(
+                    key, list(types), f"one for each of the {len(channels)} block_out_channels"
+                )
+        groups = reader.integer("norm_num_groups", 32)
+        if any(width % groups for width in channels):
+            raise reader.fail("norm_num_groups", groups, "a divisor of all block_out_channels")
+        attention_groups = reader.integer("attn_norm_num_groups", None)
+        if attention_groups is not None and channels[-1] % attention_groups:
+            raise reader.fail(
+                "attn_norm_num_groups", attention_groups, "a divisor of the last block_out_channels"
+            )
+        # An absent key is the class's 8, a null one head.
+        default = None if "attention_head_dim" in data else 8
+        head_dim = reader.integer("attention_head_dim", default)
+        config = cls(
+            sample_size=reader.size("sample_size"),
+            in_channels=reader.integer("in_channels", 3),
+            out_channels=reader.integer("out_channels", 3),
+            flip_sin_to_cos=reader.flag("flip_sin_to_cos", True),
+            freq_shift=reader.number("freq_shift", 0),
+            time_embedding_dim=reader.integer("time_embedding_dim", None),
+            down_block_types=down,
+            mid_block_type=only("mid_block_type", "UNetMidBlock2D", None, "UNetMidBlock2D"),
+            up_block_types=up,
+            block_out_channels=channels,
+            layers_per_block=reader.integer("layers_per_block", 2, most=MOST_LAYERS),
+            downsample_padding=only("downsample_padding", 1, 0, 1),
+            attention_head_dim=head_dim,
+            norm_num_groups=groups,
+            attn_norm_num_groups=attention_groups,
+            norm_eps=reader.number("norm_eps", 1e-5),
+            resnet_time_scale_shift=only(
+                "resnet_time_scale_shift", "default", "default", "scale_shift"
+            ),
+            add_attention=reader.flag("add_attention", True),
+            class_embed_type=only("class_embed_type", None, None, "timestep", "identity"),
+            num_class_embeds=reader.integer("num_class_embeds", None),
+        )
+        reader.finish(UNET_2D_NO_EFFECT)
+        blocks = (*config.down_blocks, config.mid_block, *config.up_blocks)
+        for width in {b.out_channels for b in blocks if b is not None and "Attn" in b.type}:
+            if width % (head_dim or width):
+                raise reader.fail(
+                    "attention_head_dim", head_dim, f"a divisor of the {width} block_out_channels"
+                )
         return config
 
 
@@ -702,7 +888,14 @@ class AutoencoderTinyConfig:
 
 
 VAEConfig = AutoencoderKLConfig | AutoencoderTinyConfig
-ComponentConfig = CLIPTextConfig | UNet2DConditionConfig | VAEConfig
+UNetConfig = UNet2DConditionConfig | UNet2DConfig
+ComponentConfig = CLIPTextConfig | UNetConfig | VAEConfig
+
+
+def read_unet(data: Mapping[str, Any], where: str = "unet/config.json") -> UNetConfig:
+    """The config of a U-Net, of the class that it names. Raises: ConfigError."""
+    kind = UNet2DConfig if data.get("_class_name") == "UNet2DModel" else UNet2DConditionConfig
+    return kind.from_dict(data, where)
 
 
 def read_vae(data: Mapping[str, Any], where: str = "vae/config.json") -> VAEConfig:

@@ -8,6 +8,8 @@ this.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from mlxdiff.config import (
     AutoencoderKLConfig,
     AutoencoderTinyConfig,
@@ -15,6 +17,8 @@ from mlxdiff.config import (
     CLIPTextConfig,
     ComponentConfig,
     UNet2DConditionConfig,
+    UNet2DConfig,
+    UNetConfig,
 )
 
 Shape = tuple[int, ...]
@@ -42,11 +46,13 @@ class _Names:
         self.shapes[f"{name}.weight"] = (channels,)
         self.shapes[f"{name}.bias"] = (channels,)
 
-    def resnet(self, name: str, inputs: int, outputs: int, temb: int | None) -> None:
+    def resnet(
+        self, name: str, inputs: int, outputs: int, temb: int | None, scale_shift: bool = False
+    ) -> None:
         self.norm(f"{name}.norm1", inputs)
         self.conv(f"{name}.conv1", inputs, outputs)
         if temb is not None:
-            self.linear(f"{name}.time_emb_proj", temb, outputs)
+            self.linear(f"{name}.time_emb_proj", temb, (1 + scale_shift) * outputs)
         self.norm(f"{name}.norm2", outputs)
         self.conv(f"{name}.conv2", outputs, outputs)
         if inputs != outputs:
@@ -113,14 +119,63 @@ def unet_parameters(config: UNet2DConditionConfig) -> dict[str, Shape]:
         names.linear("add_embedding.linear_1", config.projection_class_embeddings_input_dim, temb)
         names.linear("add_embedding.linear_2", temb, temb)
 
-    def add_block(name: str, block: BlockSpec) -> None:
-        channels = block.in_channels
-        skips = block.skip_channels or (0,) * block.num_layers
-        for i, skip in enumerate(skips):
-            names.resnet(f"{name}.resnets.{i}", channels + skip, block.out_channels, temb)
-            channels = block.out_channels
+    def add_attentions(name: str, block: BlockSpec) -> None:
         for i, layers in enumerate(block.transformer_layers):
             names.transformer(f"{name}.attentions.{i}", block, layers, config.use_linear_projection)
+
+    _unet_path(names, config, add_attentions)
+    names.norm("conv_norm_out", first)
+    names.conv("conv_out", first, config.out_channels, config.conv_out_kernel)
+    return names.shapes
+
+
+def unet_2d_parameters(config: UNet2DConfig) -> dict[str, Shape]:
+    """Parameters of UNet2DModel, with the attention names of today's diffusers."""
+    names, temb = _Names(), config.time_embed_dim
+    first = config.block_out_channels[0]
+    names.conv("conv_in", config.in_channels, first)
+    names.linear("time_embedding.linear_1", first, temb)
+    names.linear("time_embedding.linear_2", temb, temb)
+    if config.class_embed_type == "timestep":
+        names.linear("class_embedding.linear_1", first, temb)
+        names.linear("class_embedding.linear_2", temb, temb)
+    elif config.class_embed_type is None and config.num_class_embeds is not None:
+        names.shapes["class_embedding.weight"] = (config.num_class_embeds, temb)
+
+    def add_attentions(name: str, block: BlockSpec) -> None:
+        count = {"UNetMidBlock2DAttn": 1, "AttnDownBlock2D": block.num_layers}
+        count["AttnUpBlock2D"] = block.num_layers
+        for i in range(count.get(block.type, 0)):
+            if name != "mid_block" or config.mid_norm_num_groups is not None:
+                names.norm(f"{name}.attentions.{i}.group_norm", block.out_channels)
+            names.attention(
+                f"{name}.attentions.{i}", block.out_channels, block.out_channels, bias=True
+            )
+
+    _unet_path(names, config, add_attentions)
+    names.norm("conv_norm_out", first)
+    names.conv("conv_out", first, config.out_channels)
+    return names.shapes
+
+
+def _unet_path(
+    names: _Names, config: UNetConfig, add_attentions: Callable[[str, BlockSpec], None]
+) -> None:
+    """The down path, the mid block and the up path of a U-Net."""
+    scale_shift = config.resnet_time_scale_shift == "scale_shift"
+
+    def add_block(name: str, block: BlockSpec) -> None:
+        channels = block.in_channels
+        for i, skip in enumerate(block.skip_channels or (0,) * block.num_layers):
+            names.resnet(
+                f"{name}.resnets.{i}",
+                channels + skip,
+                block.out_channels,
+                config.time_embed_dim,
+                scale_shift,
+            )
+            channels = block.out_channels
+        add_attentions(name, block)
 
     for i, block in enumerate(config.down_blocks):
         add_block(f"down_blocks.{i}", block)
@@ -134,9 +189,6 @@ def unet_parameters(config: UNet2DConditionConfig) -> dict[str, Shape]:
         add_block(f"up_blocks.{i}", block)
         if block.resample:
             names.conv(f"up_blocks.{i}.upsamplers.0.conv", block.out_channels, block.out_channels)
-    names.norm("conv_norm_out", first)
-    names.conv("conv_out", first, config.out_channels, config.conv_out_kernel)
-    return names.shapes
 
 
 def vae_parameters(config: AutoencoderKLConfig) -> dict[str, Shape]:
@@ -218,6 +270,8 @@ def expected_parameters(config: ComponentConfig) -> dict[str, Shape]:
         return clip_parameters(config)
     if isinstance(config, UNet2DConditionConfig):
         return unet_parameters(config)
+    if isinstance(config, UNet2DConfig):
+        return unet_2d_parameters(config)
     if isinstance(config, AutoencoderTinyConfig):
         return tiny_vae_parameters(config)
     return vae_parameters(config)

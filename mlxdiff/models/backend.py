@@ -17,6 +17,7 @@ from mlxdiff.config import (
     CLIPTextConfig,
     ComponentConfig,
     UNet2DConditionConfig,
+    UNet2DConfig,
 )
 from mlxdiff.errors import UsageError
 from mlxdiff.weights import LazyTensor, check_parameters
@@ -33,11 +34,13 @@ from mlxdiff.models.clip import CLIPTextModel
 from mlxdiff.models.layers import Module
 from mlxdiff.models.taesd import AutoencoderTiny
 from mlxdiff.models.unet import UNet2DConditionModel
+from mlxdiff.models.unet_2d import UNet2DModel
 from mlxdiff.models.vae import AutoencoderKL
 
 _MODELS: dict[type, Callable[..., Module]] = {
     CLIPTextConfig: CLIPTextModel,
     UNet2DConditionConfig: UNet2DConditionModel,
+    UNet2DConfig: UNet2DModel,
     AutoencoderKLConfig: AutoencoderKL,
     AutoencoderTinyConfig: AutoencoderTiny,
 }

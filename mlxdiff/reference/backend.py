@@ -17,18 +17,21 @@ from mlxdiff.config import (
     CLIPTextConfig,
     ComponentConfig,
     UNet2DConditionConfig,
+    UNet2DConfig,
 )
 from mlxdiff.errors import UsageError
 from mlxdiff.reference.clip import CLIPTextModel
 from mlxdiff.reference.layers import Module
 from mlxdiff.reference.taesd import AutoencoderTiny
 from mlxdiff.reference.unet import UNet2DConditionModel
+from mlxdiff.reference.unet_2d import UNet2DModel
 from mlxdiff.reference.vae import AutoencoderKL
 from mlxdiff.weights import LazyTensor, check_parameters
 
 _MODELS: dict[type, Callable[..., Module]] = {
     CLIPTextConfig: CLIPTextModel,
     UNet2DConditionConfig: UNet2DConditionModel,
+    UNet2DConfig: UNet2DModel,
     AutoencoderKLConfig: AutoencoderKL,
     AutoencoderTinyConfig: AutoencoderTiny,
 }

@@ -45,6 +45,9 @@ class TimestepEmbedding(Module):
 class ResnetBlock2D(Module):
     """Two normalized 3x3 convolutions with a timestep shift between them, and a shortcut.
 
+    With ``scale_shift`` the timestep scales and shifts what the second norm gives (Dhariwal and
+    Nichol 2021, section 3.1).
+
     Args:
         x: (B, H, W, in_channels).
         temb: timestep embedding, (B, temb_channels); None in the VAE.
@@ -59,11 +62,13 @@ class ResnetBlock2D(Module):
         temb_channels: int | None,
         groups: int,
         eps: float,
+        scale_shift: bool = False,
     ) -> None:
+        self.scale_shift = scale_shift
         self.norm1 = GroupNorm(groups, in_channels, eps)
         self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         if temb_channels is not None:
-            self.time_emb_proj = Linear(temb_channels, out_channels)
+            self.time_emb_proj = Linear(temb_channels, (1 + scale_shift) * out_channels)
         self.norm2 = GroupNorm(groups, out_channels, eps)
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = None
@@ -72,9 +77,17 @@ class ResnetBlock2D(Module):
 
     def __call__(self, x: np.ndarray, temb: np.ndarray | None = None) -> np.ndarray:
         h = self.conv1(silu(self.norm1(x)))
-        if temb is not None:
-            h += self.time_emb_proj(silu(temb))[:, None, None, :]
-        h = self.conv2(silu(self.norm2(h)))
+        shift = None if temb is None else self.time_emb_proj(silu(temb))[:, None, None, :]
+        if self.scale_shift and shift is not None:
+            scale, shift = np.split(shift, 2, axis=-1)
+            h = self.norm2(h)
+            h *= 1 + scale
+            h += shift
+        else:
+            if shift is not None:
+                h += shift
+            h = self.norm2(h)
+        h = self.conv2(silu(h))
         h += x if self.conv_shortcut is None else self.conv_shortcut(x)
         return h
 
@@ -117,11 +130,11 @@ class Upsample2D(Module):
 class Attention(Module):
     """Multi-head attention with its four projections.
 
-    With ``norm_num_groups`` it is the VAE's: a feature map (B, H, W, C) is normalized, attends to
-    itself, and is added to the result. Without, x is a sequence of tokens.
+    A feature map (B, H, W, C), as in the VAE and the U-Net without text, is normalized first where
+    there are ``norm_num_groups``, attends to itself, and is added to the result.
 
     Args:
-        x: (B, L, query_dim), or the feature map.
+        x: tokens (B, L, query_dim), or a feature map.
         encoder_hidden_states: what x attends to, (B, S, context_dim); None: x itself.
     Returns: the shape of x.
     Source: diffusers models/attention_processor.py Attention.
@@ -134,12 +147,13 @@ class Attention(Module):
         context_dim: int | None = None,
         bias: bool = False,
         norm_num_groups: int | None = None,
+        eps: float = 1e-6,
     ) -> None:
         context_dim = query_dim if context_dim is None else context_dim
         self.heads = heads
         self.group_norm = None
         if norm_num_groups is not None:
-            self.group_norm = GroupNorm(norm_num_groups, query_dim, eps=1e-6)
+            self.group_norm = GroupNorm(norm_num_groups, query_dim, eps)
         self.to_q = Linear(query_dim, query_dim, bias)
         self.to_k = Linear(context_dim, query_dim, bias)
         self.to_v = Linear(context_dim, query_dim, bias)
@@ -148,13 +162,12 @@ class Attention(Module):
     def __call__(
         self, x: np.ndarray, encoder_hidden_states: np.ndarray | None = None
     ) -> np.ndarray:
-        tokens = x
-        if self.group_norm is not None:
-            tokens = self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])
+        tokens = x if self.group_norm is None else self.group_norm(x)
+        tokens = tokens.reshape(x.shape[0], -1, x.shape[-1])
         context = tokens if encoder_hidden_states is None else encoder_hidden_states
         out = attention(self.to_q(tokens), self.to_k(context), self.to_v(context), self.heads)
         out = self.to_out[0](out)
-        if self.group_norm is not None:
+        if x.ndim == 4:
             out = out.reshape(x.shape)
             out += x
         return out

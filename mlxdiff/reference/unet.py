@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxdiff.config import BlockSpec, UNet2DConditionConfig
+from mlxdiff.config import BlockSpec, UNet2DConditionConfig, UNetConfig
 from mlxdiff.errors import UsageError
 from mlxdiff.reference.blocks import (
     Attention,
@@ -129,7 +129,7 @@ class DownBlock2D(Module):
     Returns: (B, H', W', out_channels), halved (rounded up) by the downsampler.
     """
 
-    def __init__(self, block: BlockSpec, config: UNet2DConditionConfig) -> None:
+    def __init__(self, block: BlockSpec, config: UNetConfig) -> None:
         self.resnets = _resnets(block, config)
         self.downsamplers = _downsamplers(block, config)
 
@@ -137,7 +137,7 @@ class DownBlock2D(Module):
         self,
         x: np.ndarray,
         temb: np.ndarray,
-        encoder_hidden_states: np.ndarray,
+        encoder_hidden_states: np.ndarray | None,
         skips: list[np.ndarray],
     ) -> np.ndarray:
         for resnet in self.resnets:
@@ -155,16 +155,16 @@ class CrossAttnDownBlock2D(Module):
     Args and result: as DownBlock2D, with encoder_hidden_states (B, L, D) attended to.
     """
 
-    def __init__(self, block: BlockSpec, config: UNet2DConditionConfig) -> None:
+    def __init__(self, block: BlockSpec, config: UNetConfig) -> None:
         self.resnets = _resnets(block, config)
-        self.attentions = _transformers(block, config)
+        self.attentions: list[Any] = _transformers(block, config)
         self.downsamplers = _downsamplers(block, config)
 
     def __call__(
         self,
         x: np.ndarray,
         temb: np.ndarray,
-        encoder_hidden_states: np.ndarray,
+        encoder_hidden_states: np.ndarray | None,
         skips: list[np.ndarray],
     ) -> np.ndarray:
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
@@ -179,11 +179,11 @@ class CrossAttnDownBlock2D(Module):
 class UNetMidBlock2D(Module):
     """Resnets at the lowest resolution: (B, H, W, C) -> (B, H, W, C)."""
 
-    def __init__(self, block: BlockSpec, config: UNet2DConditionConfig) -> None:
+    def __init__(self, block: BlockSpec, config: UNetConfig) -> None:
         self.resnets = _resnets(block, config)
 
     def __call__(
-        self, x: np.ndarray, temb: np.ndarray, encoder_hidden_states: np.ndarray
+        self, x: np.ndarray, temb: np.ndarray, encoder_hidden_states: np.ndarray | None
     ) -> np.ndarray:
         for resnet in self.resnets:
             x = resnet(x, temb)
@@ -193,12 +193,12 @@ class UNetMidBlock2D(Module):
 class UNetMidBlock2DCrossAttn(Module):
     """Two resnets with a transformer between them: (B, H, W, C) -> (B, H, W, C)."""
 
-    def __init__(self, block: BlockSpec, config: UNet2DConditionConfig) -> None:
+    def __init__(self, block: BlockSpec, config: UNetConfig) -> None:
         self.resnets = _resnets(block, config)
-        self.attentions = _transformers(block, config)
+        self.attentions: list[Any] = _transformers(block, config)
 
     def __call__(
-        self, x: np.ndarray, temb: np.ndarray, encoder_hidden_states: np.ndarray
+        self, x: np.ndarray, temb: np.ndarray, encoder_hidden_states: np.ndarray | None
     ) -> np.ndarray:
         first, *rest = self.resnets
         x = first(x, temb)
@@ -218,7 +218,7 @@ class UpBlock2D(Module):
     Returns: (B, H', W', out_channels), of the size of the next skip where it was upsampled.
     """
 
-    def __init__(self, block: BlockSpec, config: UNet2DConditionConfig) -> None:
+    def __init__(self, block: BlockSpec, config: UNetConfig) -> None:
         self.resnets = _resnets(block, config)
         self.upsamplers = _upsamplers(block)
 
@@ -226,7 +226,7 @@ class UpBlock2D(Module):
         self,
         x: np.ndarray,
         temb: np.ndarray,
-        encoder_hidden_states: np.ndarray,
+        encoder_hidden_states: np.ndarray | None,
         skips: list[np.ndarray],
     ) -> np.ndarray:
         for resnet in self.resnets:
@@ -242,16 +242,16 @@ class CrossAttnUpBlock2D(Module):
     Args and result: as UpBlock2D, with encoder_hidden_states (B, L, D) attended to.
     """
 
-    def __init__(self, block: BlockSpec, config: UNet2DConditionConfig) -> None:
+    def __init__(self, block: BlockSpec, config: UNetConfig) -> None:
         self.resnets = _resnets(block, config)
-        self.attentions = _transformers(block, config)
+        self.attentions: list[Any] = _transformers(block, config)
         self.upsamplers = _upsamplers(block)
 
     def __call__(
         self,
         x: np.ndarray,
         temb: np.ndarray,
-        encoder_hidden_states: np.ndarray,
+        encoder_hidden_states: np.ndarray | None,
         skips: list[np.ndarray],
     ) -> np.ndarray:
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
@@ -346,7 +346,7 @@ _BLOCKS: dict[str, Any] = {
 }
 
 
-def _resnets(block: BlockSpec, config: UNet2DConditionConfig) -> list[ResnetBlock2D]:
+def _resnets(block: BlockSpec, config: UNetConfig) -> list[ResnetBlock2D]:
     resnets, channels = [], block.in_channels
     for skip in block.skip_channels or (0,) * block.num_layers:
         resnets.append(
@@ -356,17 +356,18 @@ def _resnets(block: BlockSpec, config: UNet2DConditionConfig) -> list[ResnetBloc
                 config.time_embed_dim,
                 config.norm_num_groups,
                 config.norm_eps,
+                scale_shift=config.resnet_time_scale_shift == "scale_shift",
             )
         )
         channels = block.out_channels
     return resnets
 
 
-def _transformers(block: BlockSpec, config: UNet2DConditionConfig) -> list[Transformer2DModel]:
+def _transformers(block: BlockSpec, config: Any) -> list[Transformer2DModel]:
     return [Transformer2DModel(block, layers, config) for layers in block.transformer_layers]
 
 
-def _downsamplers(block: BlockSpec, config: UNet2DConditionConfig) -> list[Downsample2D]:
+def _downsamplers(block: BlockSpec, config: UNetConfig) -> list[Downsample2D]:
     return [Downsample2D(block.out_channels, config.downsample_padding)] if block.resample else []
 
 
