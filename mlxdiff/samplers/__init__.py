@@ -118,8 +118,7 @@ def plan(
     if eta is not None and not chosen.family.has_eta:
         having = [name for name, (other, _) in _SAMPLERS.items() if other.has_eta]
         raise UsageError(f"sampler {chosen.sampler} has no eta; {' and '.join(having)} have")
-    if eta is not None and not 0.0 <= eta <= 1.0:
-        raise UsageError(f"eta must be between 0 and 1, not {eta}")
+    _check_share("eta", eta)
     if distilled_strength is not None:
         if chosen.family is not lcm.LCM or not 0.0 <= distilled_strength <= 1.0:
             raise UsageError(
@@ -193,6 +192,12 @@ def automatic(
             wanted = "normal"
         schedule = wanted if _exists(_family(config, sampler)[0], wanted) else "normal"
     return sampler, schedule
+
+
+def _check_share(name: str, value: float | None) -> None:
+    """Raise UsageError unless the value is between 0 and 1, or absent."""
+    if value is not None and not 0.0 <= value <= 1.0:
+        raise UsageError(f"{name} must be between 0 and 1, not {value}")
 
 
 @dataclass(frozen=True)
@@ -279,8 +284,7 @@ def _window(
         "denoising_end": denoising_end,
     }
     for name, value in given.items():
-        if value is not None and not 0.0 <= value <= 1.0:
-            raise UsageError(f"{name} must be between 0 and 1, not {value}")
+        _check_share(name, value)
     count, trained = len(grid.timesteps), len(grid.schedule)
     first, last = 0, count
     if denoising_start:

@@ -31,8 +31,8 @@ from mlxdiff.samplers.settings import Settings
 
 def grid(settings: Settings, steps: int, custom: Sequence[int] | None) -> Grid:
     """Whole timesteps as `timestep_spacing` says; no sigmas."""
-    times = sch.spaced(settings, steps).round() if custom is None else np.asarray(custom)
-    return Grid(sch.NoiseSchedule.from_settings(settings), times.astype(np.int64))
+    times = sch.spaced(settings, steps) if custom is None else np.asarray(custom)
+    return Grid(sch.NoiseSchedule.from_settings(settings), sch.whole(times, settings))
 
 
 def level(alphas_cumprod: float) -> tuple[float, float]:
@@ -41,7 +41,7 @@ def level(alphas_cumprod: float) -> tuple[float, float]:
 
 
 def _ddim_rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Row]:
-    known = sch.floats(grid.schedule.alphas_cumprod)
+    known = grid.schedule.alphas_cumprod.tolist()
     final = 1.0 if settings.set_alpha_to_one else known[0]
     times = grid.timesteps.tolist()
     stride = len(known) // len(times)
@@ -65,7 +65,7 @@ def _ddim_rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterat
 
 
 def _ddpm_rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Row]:
-    known = sch.floats(grid.schedule.alphas_cumprod)
+    known = grid.schedule.alphas_cumprod.tolist()
     times = grid.timesteps.tolist()
     for i in range(start, len(times)):
         here = known[times[i]]

@@ -32,7 +32,7 @@ def _grid(settings: Settings, steps: int, custom: Sequence[int] | None) -> Grid:
 
 
 def _rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Row]:
-    sigmas, times = sch.floats(grid.sigmas), grid.timesteps.tolist()
+    sigmas, times = grid.levels(), grid.timesteps.tolist()
     few = settings.lower_order_final and len(times) < 15
     for i in range(start, len(times)):
         order = min(settings.solver_order, i - start + 1)

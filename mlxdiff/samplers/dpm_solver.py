@@ -219,7 +219,7 @@ def _rows(
             f"scheduler_config.json: algorithm_type {algorithm} predicts noise and has no step to "
             "sigma 0: it needs final_sigmas_type sigma_min"
         )
-    sigmas = sch.floats(grid.sigmas)
+    sigmas = grid.levels()
     timesteps = grid.timesteps.tolist()
     for i in range(start, len(timesteps)):
         order = min(orders[i], i - start + 1)

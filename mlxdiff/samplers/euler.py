@@ -72,7 +72,7 @@ def terms_at(settings: Settings, sigma_karras: float) -> dict[str, Any]:
 
 
 def _euler_rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Row]:
-    sigmas = sch.floats(grid.sigmas)
+    sigmas = grid.levels()
     for i, timestep in list(enumerate(grid.timesteps.tolist()))[start:]:
         yield Row(
             timestep=timestep,
@@ -83,7 +83,7 @@ def _euler_rows(settings: Settings, grid: Grid, start: int, eta: float) -> Itera
 
 
 def _ancestral_rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Row]:
-    sigmas = sch.floats(grid.sigmas)
+    sigmas = grid.levels()
     for i, timestep in list(enumerate(grid.timesteps.tolist()))[start:]:
         here, there = sigmas[i], sigmas[i + 1]
         up = there / here * math.sqrt(max(here * here - there * there, 0.0))
@@ -100,13 +100,12 @@ def _ancestral_rows(settings: Settings, grid: Grid, start: int, eta: float) -> I
 
 def _heun_grid(settings: Settings, steps: int, custom: Sequence[int] | None) -> Grid:
     once = grid(settings, steps, custom)
-    assert once.sigmas is not None
-    times = np.repeat(once.timesteps, 2)[1:]
-    return Grid(once.schedule, times, np.repeat(once.sigmas, 2)[1:-1], once.init_noise_sigma)
+    times, sigmas = np.repeat(once.timesteps, 2)[1:], np.repeat(once.levels(), 2)[1:-1]
+    return Grid(once.schedule, times, sigmas.astype(np.float32), once.init_noise_sigma)
 
 
 def _heun_rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Row]:
-    sigmas = sch.floats(grid.sigmas)
+    sigmas = grid.levels()
     for i, timestep in list(enumerate(grid.timesteps.tolist()))[start:]:
         terms = terms_at(settings, sigmas[i])
         if (i - start) % 2 == 0:  # to the end of the step, by the slope at its start

@@ -49,6 +49,11 @@ class Grid:
     sigmas: np.ndarray | None = None
     init_noise_sigma: float = 1.0
 
+    def levels(self) -> list[float]:
+        """The sigmas as Python floats, for coefficients."""
+        assert self.sigmas is not None
+        return self.sigmas.tolist()
+
 
 @dataclass(frozen=True)
 class Family:

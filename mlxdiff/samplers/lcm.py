@@ -70,7 +70,7 @@ def timesteps(settings: Settings, steps: int, strength: float = 1.0) -> list[int
 
 
 def _lcm_rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Row]:
-    known = sch.floats(grid.schedule.alphas_cumprod)
+    known = grid.schedule.alphas_cumprod.tolist()
     times = grid.timesteps.tolist()
     for i in range(start, len(times)):
         alpha, sigma = level(known[times[i]])
@@ -92,7 +92,7 @@ def _lcm_rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterato
 
 
 def _tcd_rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Row]:
-    known = sch.floats(grid.schedule.alphas_cumprod)
+    known = grid.schedule.alphas_cumprod.tolist()
     times = grid.timesteps.tolist()
     for i in range(start, len(times)):
         last = i + 1 == len(times)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from mlxdiff.samplers import schedule as sch
 from mlxdiff.samplers.euler import grid as sigma_grid
 from mlxdiff.samplers.euler import terms_at
 from mlxdiff.samplers.family import SIGMA_SPACINGS, TRAINING, Family, Grid
@@ -30,7 +29,7 @@ def _grid(settings: Settings, steps: int, custom: Sequence[int] | None) -> Grid:
 
 
 def _rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Row]:
-    sigmas = sch.floats(grid.sigmas)
+    sigmas = grid.levels()
     for i, timestep in list(enumerate(grid.timesteps.tolist()))[start:]:
         nodes = sigmas[max(i + 1 - _ORDER, 0) : i + 1][::-1]
         weights = [_integral(nodes, k, sigmas[i], sigmas[i + 1]) for k in range(len(nodes))]

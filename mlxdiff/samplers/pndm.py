@@ -26,6 +26,7 @@ from mlxdiff.samplers.settings import Settings
 
 _RUNGE_KUTTA_STEPS = 3
 _RUNGE_KUTTA = 4 * _RUNGE_KUTTA_STEPS  # evaluations
+_STAGES = ((1.0,), (1.0,), (1.0,), (1 / 6, 1 / 3, 1 / 3, 1 / 6))  # weights, latest first
 _ADAMS = (  # weights of the latest outputs, by how many there are
     (1.0,),
     (3 / 2, -1 / 2),
@@ -35,7 +36,7 @@ _ADAMS = (  # weights of the latest outputs, by how many there are
 
 
 def _grid(settings: Settings, steps: int, custom: Sequence[int] | None) -> Grid:
-    times = sch.spaced(settings, steps).round().astype(np.int64)
+    times = sch.whole(sch.spaced(settings, steps), settings)
     if settings.skip_prk_steps:
         times = np.concatenate([times[:2], times[1:]])
     else:
@@ -60,6 +61,7 @@ def _rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Ro
     stride = len(grid.schedule) // steps
     kept: list[int] = []  # the evaluations whose outputs Adams-Bashforth combines, latest first
     for count, timestep in enumerate(times[start:]):
+        weights: tuple[float, ...]
         again = False  # whether the step starts where the last one did
         if count < runge_kutta:
             stage = count % 4
@@ -67,11 +69,8 @@ def _rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Ro
                 kept.insert(0, count)
             here = times[count - stage]
             there = timestep - (0 if stage % 2 else stride // 2)
-            weights, again = (
-                ((1.0,), (1.0,), (1.0,), (1 / 6, 1 / 3, 1 / 3, 1 / 6))[stage],
-                stage > 0,
-            )
-        elif count == 1:
+            weights, again = _STAGES[stage], stage > 0
+        elif count == 1:  # the first step once more, by the mean of both ends
             here, there, weights, again = timestep + stride, timestep, (1 / 2, 1 / 2), True
         else:
             kept = [count, *kept[:3]]

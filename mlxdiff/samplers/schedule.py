@@ -13,7 +13,7 @@ deviation of the noise in x_t. With `alpha` = sqrt(a), sigma_karras = sigma / al
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -155,6 +155,20 @@ def spaced(settings: Settings, steps: int) -> np.ndarray:
             np.float64
         ) + settings.steps_offset
     return np.arange(count, 0, -count / steps).round() - 1
+
+
+def whole(times: np.ndarray, settings: Settings) -> np.ndarray:
+    """Timesteps rounded, int64, for the classes that look up alphas_cumprod at them.
+
+    Raises: UsageError where steps_offset pushes one beyond the last (the reference: IndexError).
+    """
+    rounded, count = times.round().astype(np.int64), settings.num_train_timesteps
+    if rounded.max() >= count:
+        raise UsageError(
+            f"steps is {len(times)}: with steps_offset {settings.steps_offset} the run would begin "
+            f"at timestep {rounded.max()} of 0 to {count - 1}; take fewer steps"
+        )
+    return rounded
 
 
 def spaced_between(settings: Settings, steps: int, last: int | None = None) -> np.ndarray:
@@ -302,8 +316,3 @@ def check_steps(steps: int, settings: Settings) -> None:
         raise UsageError(
             f"steps is {steps}; the model was trained on {settings.num_train_timesteps} timesteps"
         )
-
-
-def floats(values: Sequence[float] | np.ndarray) -> list[float]:
-    """The values as Python floats, for coefficients (a NumPy scalar makes MLX arrays NumPy's)."""
-    return [float(value) for value in values]

@@ -12,7 +12,7 @@ config into noise.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mlxdiff.errors import ConfigError
@@ -117,7 +117,7 @@ class Settings(Mapping[str, Any]):
         except KeyError:
             raise AttributeError(key) from None
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[str]:
         return iter(self._values)
 
     def __len__(self) -> int:
@@ -159,4 +159,9 @@ def _checked(
         if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
             raise refuse("a number")
         return float(value)
+    if isinstance(default, list) or (key == "trained_betas" and value is not None):
+        if not isinstance(value, (list, tuple)) or not all(
+            isinstance(number, (int, float)) for number in value
+        ):
+            raise refuse("a list of numbers")
     return value

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -64,6 +65,8 @@ class _Step:
         scale, outer = (sigma_t / sigma_s, alpha_t) if by_x0 else (alpha_t / alpha_s, sigma_t)
         size = z if settings.solver_type == "bh1" else math.expm1(z)
         first = -outer * math.expm1(z)
+        while order > 1 and len(set(sigmas[i - order + 1 : i + 1])) < order:
+            order -= 1  # equal sigmas carry no slope (the reference: 0 / 0)
         if h in (0.0, math.inf):  # nothing to extrapolate over, or to zero: first order
             return cls(scale, first, 0.0, (1.0,), (np.zeros((0, 0)), np.zeros(0)))
         ratios = [-log_ratio(sigmas[i - k], sigmas[i]) / h for k in range(1, order)] + [1.0]
@@ -103,7 +106,7 @@ class _Step:
 
 
 def _rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Row]:
-    sigmas, times = sch.floats(grid.sigmas), grid.timesteps.tolist()
+    sigmas, times = grid.levels(), grid.timesteps.tolist()
     if not settings.predict_x0 and settings.final_sigmas_type == "zero":
         raise ConfigError(
             "scheduler_config.json: predict_x0 false predicts noise and has no step to sigma 0: "
@@ -116,7 +119,7 @@ def _rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Ro
             order = min(order, len(times) - i)
         alpha, sigma = sch.alpha_sigma(sigmas[i])
         step = _Step.at(settings, sigmas, i, order)
-        corrected = {}
+        corrected: dict[str, Any] = {}
         if before is not None and i - 1 not in settings.disable_corrector:
             corrected = {
                 "anchor_x": 0.0,
@@ -134,7 +137,7 @@ def _rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Ro
         before = step
 
 
-def _data_terms(settings: Settings, alpha: float, sigma: float) -> dict:
+def _data_terms(settings: Settings, alpha: float, sigma: float) -> dict[str, Any]:
     if settings.predict_x0:
         return data_terms(settings, alpha, sigma)
     return data_terms(settings.replace(thresholding=False), alpha, sigma, noise=True)

@@ -1,0 +1,206 @@
+"""Orders of accuracy of the ODE samplers, on data whose probability flow is known exactly.
+
+    python benchmarks/sampler_orders.py    # prints slopes; with matplotlib docs/sampler_orders.png
+
+The data are a Gaussian, or a mixture of two, on the line. There the exact network is a formula, and
+so is the exact solution: the flow of a one-dimensional density keeps every particle at its
+quantile. Each sampler runs between two interior noise levels in n steps that are even in lambda =
+log(alpha / sigma), without the step to zero noise, in double precision; minus the slope of
+log(error) over log(n) is its order. Multistep methods begin with low order for want of earlier
+outputs; their first steps are put right by the exact solution, so that the slope is that of the
+method itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlxdiff import samplers
+from mlxdiff.samplers.euler import HEUN
+from mlxdiff.samplers.family import Family, Grid
+from mlxdiff.samplers.lcm import TCD
+from mlxdiff.samplers.plan import Plan
+from mlxdiff.samplers.schedule import NoiseSchedule
+from mlxdiff.samplers.settings import Settings
+
+LAMBDAS = (-1.5, 1.5)  # sigma_karras 4.5 to 0.22: where a picture is made
+STEPS = (16, 24, 32, 48, 64, 96, 128)
+PARTICLES = np.linspace(0.02, 0.98, 25)  # quantiles
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of Gaussians on the line."""
+
+    weights: tuple[float, ...]
+    means: tuple[float, ...]
+    deviations: tuple[float, ...]
+
+    def at(self, lam: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Weights, means and deviations of alpha * data + sigma * noise, each (1, components)."""
+        alpha, sigma = level(lam)
+        spread = np.hypot(alpha * np.array(self.deviations), sigma)
+        return np.array([self.weights]), alpha * np.array([self.means]), spread[None]
+
+    def noise(self, x: np.ndarray, lam: float) -> np.ndarray:
+        """What the perfect network says, E[noise | x] = -sigma * score; (n,)."""
+        weights, means, spread = self.at(lam)
+        z = (x[:, None] - means) / spread
+        density = weights / spread * np.exp(-0.5 * z * z)
+        return level(lam)[1] * (density * z / spread).sum(1) / density.sum(1)
+
+    def quantile(self, shares: np.ndarray, lam: float) -> np.ndarray:
+        """Where the shares of the particles lie, which is the exact flow; by bisection."""
+        weights, means, spread = self.at(lam)
+        low, high = np.full(len(shares), -20.0), np.full(len(shares), 20.0)
+        erf = np.vectorize(math.erf)
+        for _ in range(70):
+            middle = (low + high) / 2
+            cumulative = (1 + erf((middle[:, None] - means) / spread / 2**0.5)) / 2
+            below = (weights * cumulative).sum(1) < shares
+            low, high = np.where(below, middle, low), np.where(below, high, middle)
+        return (low + high) / 2
+
+
+GAUSSIAN = Mixture((1.0,), (0.7,), (1.5,))
+TWO = Mixture((0.4, 0.6), (-0.9, 0.8), (0.45, 0.35))
+
+
+@dataclass(frozen=True)
+class Method:
+    """A sampler under test: label, id, order, arguments beyond the id's own, warm-up rows."""
+
+    label: str
+    sampler: str
+    promised: int
+    arguments: tuple[tuple[str, Any], ...] = ()
+    warm_up: int = 0
+
+
+METHODS = (
+    Method("ddim", "ddim", 1),
+    Method("tcd, eta 0", "tcd", 1),
+    Method("euler", "euler", 1),
+    Method("heun", "heun", 2),
+    Method("dpmpp-2s", "dpmpp-2s", 2),
+    Method("dpmpp-2m", "dpmpp-2m", 2, warm_up=1),
+    Method("dpmpp-2m, heun", "dpmpp-2m", 2, (("solver_type", "heun"),), 1),
+    Method("dpm-2m", "dpm-2m", 2, warm_up=1),
+    Method("dpmpp-3m", "dpmpp-3m", 2, warm_up=2),
+    Method("pndm", "pndm", 2, (("skip_prk_steps", True),), 4),
+    Method("deis", "deis", 2, warm_up=1),
+    Method("deis, order 3", "deis", 3, (("solver_order", 3),), 2),
+    Method("unipc", "unipc", 3, warm_up=2),
+    Method("unipc, order 3", "unipc", 4, (("solver_order", 3),), 3),
+    Method("lms", "lms", 4, warm_up=3),
+)
+# First order by its own arguments; not a name of its own.
+FIRST_ORDER = Method("dpmpp, order 1", "dpmpp-2m", 1, (("solver_order", 1),))
+
+
+def level(lam: float) -> tuple[float, float]:
+    """(alpha, sigma) at lambda."""
+    return 1 / math.sqrt(1 + math.exp(-2 * lam)), 1 / math.sqrt(1 + math.exp(2 * lam))
+
+
+def plan(method: Method, steps: int) -> tuple[Plan, np.ndarray]:
+    """The method's rows for `steps` steps, even in lambda, and the lambdas of the n + 1 levels."""
+    family, fixed = samplers._family({}, method.sampler)
+    arguments = {**fixed, **dict(method.arguments)}
+    for key, value in (("lower_order_final", False), ("final_sigmas_type", "sigma_min")):
+        if key in family.defaults:
+            arguments[key] = value
+    settings = Settings({}, family.name, family.defaults, arguments, family.choices)
+    lambdas = np.linspace(*LAMBDAS, steps + 1)
+    grid = _grid(family, lambdas)
+    if family.name == "PNDMScheduler":  # the second timestep comes twice
+        times = np.concatenate([grid.timesteps[:2], grid.timesteps[1:]])
+        grid = Grid(grid.schedule, times)
+    rows = tuple(family.rows(settings, grid, 0, 0.0))
+    return Plan(method.sampler, "even in lambda", rows, 1.0), lambdas
+
+
+def _grid(family: Family, lambdas: np.ndarray) -> Grid:
+    """The levels, as a training schedule of their own and as sigmas."""
+    steps = len(lambdas) - 1
+    schedule = NoiseSchedule(1 / (1 + np.exp(-2 * lambdas[::-1])), np.exp(-lambdas[::-1]))
+    times = np.arange(steps, 0, -1)
+    sigmas = np.exp(-lambdas)
+    if family is HEUN:
+        times, sigmas = np.repeat(times, 2)[1:], np.repeat(sigmas, 2)[1:-1]
+        # unlike a run to zero noise, the last step is corrected too
+        times, sigmas = np.append(times, 0), np.append(sigmas, [sigmas[-1], sigmas[-1]])
+    if family is TCD:
+        times = np.append(times, 0)  # its last row is the identity at the lowest timestep
+    return Grid(schedule, times, sigmas)
+
+
+def error(method: Method, data: Mixture, steps: int) -> float:
+    """Root-mean-square distance from the exact flow at the last level."""
+    run, lambdas = plan(method, steps)
+    levels = [math.log(row.level[0] / row.level[1]) for row in run.rows]
+    exponential = run.rows[0].input_scale == 1.0  # keeps x itself; the others keep x / alpha
+    x, state = data.quantile(PARTICLES, lambdas[0]), run.start()
+    x = x if exponential else x / level(lambdas[0])[0]
+    for i, lam in enumerate(levels):
+        output = data.noise(run.scale_model_input(x, state), lam)
+        x, state = run.step(x, output, state)
+        if i < method.warm_up:
+            x = data.quantile(PARTICLES, levels[i + 1])
+            x = x if exponential else x / level(levels[i + 1])[0]
+    x = x if exponential else x * level(lambdas[-1])[0]
+    return float(np.sqrt(np.mean((x - data.quantile(PARTICLES, lambdas[-1])) ** 2)))
+
+
+def slope(errors: Sequence[float], steps: Sequence[int]) -> float:
+    """Minus the least-squares slope of log(error) over log(n)."""
+    return float(-np.polyfit(np.log(steps), np.log(errors), 1)[0])
+
+
+def main() -> None:
+    results = {method: [error(method, TWO, n) for n in STEPS] for method in METHODS}
+    print(f"{'sampler':16} promised  measured (Gaussian)   error at n = {STEPS[0]}, {STEPS[-1]}")
+    for method, errors in results.items():
+        single = [error(method, GAUSSIAN, n) for n in STEPS]
+        print(
+            f"{method.label:16} {method.promised:8} {slope(errors[2:], STEPS[2:]):9.2f} "
+            f"{slope(single[2:], STEPS[2:]):9.2f}     {errors[0]:.1e}, {errors[-1]:.1e}"
+        )
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 5.5), dpi=110)
+    colours = {1: "tab:red", 2: "tab:blue", 3: "tab:green", 4: "tab:purple"}
+    for k, (method, errors) in enumerate(results.items()):
+        axes.loglog(
+            STEPS,
+            errors,
+            marker="osv^D<>pX*hd"[k % 12],
+            markersize=4,
+            linewidth=1,
+            color=colours[method.promised],
+            label=f"{method.label}: {slope(errors[2:], STEPS[2:]):.2f}",
+        )
+    axes.set_xlabel("steps, even in lambda")
+    axes.set_ylabel("root-mean-square error")
+    axes.set_title("ODE samplers on a Gaussian mixture: sampler and measured order")
+    axes.set_xticks(STEPS, [str(n) for n in STEPS])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, ncol=2)
+    figure.tight_layout()
+    target = Path(__file__).resolve().parent.parent / "docs" / "sampler_orders.png"
+    figure.savefig(target)
+    print(target)
+
+
+if __name__ == "__main__":
+    main()
