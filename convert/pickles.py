@@ -658,7 +658,10 @@ class PickleFile:
                 self.refused[name] = _describe(value)
         odd = sorted(name for name in machine.names if not _understood(name))
         self.ignored: tuple[tuple[str, str], ...] = (
-            *_listed((name, f"is no tensor, but {what}") for name, what in self.refused.items()),
+            *_listed(
+                (name, f"cannot be read as a tensor: it is {what}")
+                for name, what in self.refused.items()
+            ),
             *_listed((name, BESIDE) for name in _beside(root, keys)),
             *((name, _reason(name)) for name in odd),
         )
@@ -808,8 +811,16 @@ def _read_zip(file: BinaryIO, size: int, machine: _Machine) -> tuple[Any, dict[s
     if f"{prefix}constants.pkl" in entries or any(n.startswith(f"{prefix}code/") for n in entries):
         raise _Fault("is a TorchScript program, not weights; save the state_dict of the model")
 
-    def content(name: str, most: int) -> bytes:
+    def find(name: str) -> tuple[int, int]:
         offset, length = entries[name]
+        if length is None:
+            raise _Fault(
+                f"its entry {shown(name)!r} is compressed or encrypted, which torch.save never does"
+            )
+        return offset, length
+
+    def content(name: str, most: int) -> bytes:
+        offset, length = find(name)
         if length > most:
             raise _Fault(f"its {shown(name)} takes {length} bytes; at most {most} are read")
         file.seek(offset)
@@ -820,9 +831,9 @@ def _read_zip(file: BinaryIO, size: int, machine: _Machine) -> tuple[Any, dict[s
     root = machine.run(io.BytesIO(content(roots[0], MAX_PICKLE)))
     places = {}
     for key, (_, needed) in machine.storages.items():
-        offset, length = entries.get(f"{prefix}data/{key}", (0, -1))
-        if length < 0:
+        if f"{prefix}data/{key}" not in entries:
             raise _Fault(f"damaged: the storage {shown(key)!r} is missing")
+        offset, length = find(f"{prefix}data/{key}")
         if length < needed:
             raise _Fault(
                 f"damaged: the storage {shown(key)!r} has {length} bytes, {needed} expected"
@@ -831,8 +842,11 @@ def _read_zip(file: BinaryIO, size: int, machine: _Machine) -> tuple[Any, dict[s
     return root, places
 
 
-def _zip_entries(file: BinaryIO, size: int) -> dict[str, tuple[int, int]]:
-    """Entry -> offset and length of its bytes: stored as they are, inside the file, apart."""
+def _zip_entries(file: BinaryIO, size: int) -> dict[str, tuple[int, int | None]]:
+    """Entry -> offset and length of its bytes, which are inside the file, apart from each other.
+
+    The length is None where they are not stored as they are.
+    """
     broken = "truncated or damaged: its zip directory is not whole; download it again"
     tail_start = max(0, size - 22 - 0xFFFF - 20)
     file.seek(tail_start)
@@ -859,7 +873,7 @@ def _zip_entries(file: BinaryIO, size: int) -> dict[str, tuple[int, int]]:
         raise _Fault(f"its zip directory has {count} entries ({length} bytes); no checkpoint has")
     file.seek(start)
     directory = file.read(length)
-    entries: dict[str, tuple[int, int]] = {}
+    entries: dict[str, tuple[int, int | None]] = {}
     spans: list[tuple[int, int]] = []
     place = 0
     for _ in range(count):
@@ -873,10 +887,6 @@ def _zip_entries(file: BinaryIO, size: int) -> dict[str, tuple[int, int]]:
         place += 46 + names + extras + comments
         plain, packed, header = _zip64(extra, plain, packed, header)
         name = raw.decode("utf-8", "replace")
-        if method or flags & 1 or plain != packed:
-            raise _Fault(
-                f"its entry {shown(name)!r} is compressed or encrypted, which torch.save never does"
-            )
         file.seek(min(header, size))
         local = file.read(30)
         if len(local) < 30 or local[:4] != b"PK\x03\x04":
@@ -884,8 +894,9 @@ def _zip_entries(file: BinaryIO, size: int) -> dict[str, tuple[int, int]]:
         offset = header + 30 + sum(struct.unpack_from("<2H", local, 26))
         if name in entries:
             raise _Fault(f"damaged: its entry {shown(name)!r} stands there twice")
-        entries[name] = (offset, plain)
-        spans.append((header, offset + plain))
+        as_it_is = not method and not flags & 1 and plain == packed
+        entries[name] = (offset, plain if as_it_is else None)
+        spans.append((header, offset + packed))
     end_of_last = 0
     for header, stop in sorted(spans):
         if header < end_of_last:
