@@ -1,8 +1,8 @@
 """A model's networks on a backend, by stages: text, pixels and latents, prediction.
 
-What each stage does beside running its network is what diffusers' StableDiffusionPipeline and
-StableDiffusionXLPipeline do: which layer of which text encoder is read, how latents are scaled,
-what a U-Net is told.
+What each stage does beside running its network is what diffusers' pipelines for Stable Diffusion,
+SDXL and latent consistency models do: which layer of which text encoder is read, how latents are
+scaled, what a U-Net is told.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mlxdiff.config import AutoencoderKLConfig, UNet2DConditionConfig
-from mlxdiff.errors import UsageError
+from mlxdiff import samplers
+from mlxdiff.config import UNet2DConditionConfig, VAEConfig
+from mlxdiff.convert import Component
+from mlxdiff.errors import ConfigError, UsageError
 from mlxdiff.image import load_image, to_model, to_pil
 from mlxdiff.noise import Generator
 from mlxdiff.samplers.guidance import guidance_scale_embedding, guide, is_guided
@@ -43,29 +45,90 @@ class PromptEmbeddings(NamedTuple):
     negative_pooled_prompt_embeds: np.ndarray | None = None
 
 
+class ImageLatents(NamedTuple):
+    """What a VAE makes of a picture, as the U-Net sees it: (1, H/f, W/f, C) float32.
+
+    Attributes:
+        mean: the latents.
+        std: of the distribution around them; None where the VAE gives none (TAESD).
+    """
+
+    mean: np.ndarray
+    std: np.ndarray | None
+
+    def draw(self, noise: Callable[[], np.ndarray]) -> np.ndarray:
+        """A sample; asks for noise only where there is a distribution."""
+        return self.mean if self.std is None else self.mean + self.std * noise()
+
+
 class Model:
     """The networks of a model, loaded when first needed and kept.
 
+    Args:
+        vae: another VAE than the model's own.
     Attributes:
         source: the opened model.
         backend: what it computes on (reference.backend.Backend or models.backend.Backend).
+        vae: where its VAE comes from, if from elsewhere.
         unet_config, vae_config: their configs.
         load_seconds: time spent on reading weights so far.
     """
 
-    def __init__(self, source: ModelSource, backend: Any) -> None:
+    def __init__(self, source: ModelSource, backend: Any, vae: Component | None = None) -> None:
         self.source = source
         self.backend = backend
+        self.vae = vae
         self.unet_config: UNet2DConditionConfig = source.config("unet")
-        self.vae_config: AutoencoderKLConfig = source.config("vae")
+        self.vae_config: VAEConfig = source.config("vae") if vae is None else vae.config
         self.load_seconds = 0.0
         self._text_encoders = [c for c in source.components if c.startswith("text_encoder")]
         self._loaded: dict[str, Any] = {}
+        own = source.config("vae")
+        for name in ("latent_channels", "factor"):
+            expected, found = getattr(own, name), getattr(self.vae_config, name)
+            if vae is not None and found != expected:
+                raise UsageError(
+                    f"{vae.provenance['source']}: this VAE has {name.replace('_', ' ')} {found}, "
+                    f"the model's own {expected}; use one made for this model"
+                )
 
     @property
     def is_sdxl(self) -> bool:
         """Whether the U-Net takes pooled text and sizes beside the prompt."""
         return self.unet_config.addition_embed_type == "text_time"
+
+    @property
+    def takes_prompt_2(self) -> bool:
+        """Whether there is a second text encoder beside the first."""
+        return len(self._text_encoders) > 1
+
+    @property
+    def takes_aesthetic_score(self) -> bool:
+        """Whether the U-Net is told an aesthetic score (SDXL's refiner) in place of a target size.
+
+        Raises: ConfigError where its config fits neither.
+        """
+        if not self.is_sdxl:
+            return False
+        unet = self.unet_config
+        pooled = self.source.config(self._text_encoders[-1]).projection_dim
+        # How many numbers fit into what its embedding takes (the reference has a flag beside it).
+        numbers = ((unet.projection_class_embeddings_input_dim or 0) - pooled) / (
+            unet.addition_time_embed_dim or 1
+        )
+        if numbers not in (5, 6):
+            raise ConfigError(
+                f"{self.source.path}: projection_class_embeddings_input_dim of the U-Net is "
+                f"{unet.projection_class_embeddings_input_dim}; expected the text encoder's "
+                f"projection_dim {pooled} and 5 or 6 times {unet.addition_time_embed_dim}"
+            )
+        return numbers == 5
+
+    @property
+    def is_latent_consistency(self) -> bool:
+        """Whether it is a LatentConsistencyModelPipeline, which counts strength its own way."""
+        name = str(self.source.model_index.get("_class_name"))
+        return name.startswith("LatentConsistencyModel")
 
     @property
     def zeros_for_empty_prompt(self) -> bool:
@@ -84,10 +147,22 @@ class Model:
 
     @property
     def default_guidance(self) -> float:
-        """The guidance scale of the reference pipeline for this kind of model."""
+        """The guidance scale of the reference pipeline for this kind of model; Turbo takes none."""
         if self.unet_config.time_cond_proj_dim is not None:
             return 8.5
+        if samplers.distilled_for(self.source.scheduler_config) in ("euler", "euler-a"):
+            return 0.0
         return 5.0 if self.is_sdxl else 7.5
+
+    @property
+    def default_steps(self) -> int:
+        """4 for models that were distilled to need few steps, else 20."""
+        return 20 if samplers.distilled_for(self.source.scheduler_config) is None else 4
+
+    @property
+    def default_strength(self) -> float:
+        """How far from a given image the reference pipeline goes."""
+        return 0.3 if self.is_sdxl else 0.8
 
     def is_guided(self, scale: float) -> bool:
         """Whether this scale takes two predictions a step."""
@@ -98,9 +173,12 @@ class Model:
         """A network of the model: "unet", "vae", "text_encoder" or "text_encoder_2"."""
         if name not in self._loaded:
             start = time.perf_counter()
-            config = self.source.config(name)
+            if name == "vae" and self.vae is not None:
+                config, tensors = self.vae.config, self.vae.tensors()
+            else:
+                config, tensors = self.source.config(name), self.source.tensors(name)
             dtype = "float32" if name == "vae" and config.force_upcast else None
-            self._loaded[name] = self.backend.load(config, self.source.tensors(name), dtype)
+            self._loaded[name] = self.backend.load(config, tensors, dtype)
             self.load_seconds += time.perf_counter() - start
         return self._loaded[name]
 
@@ -160,18 +238,24 @@ class Model:
         Args:
             image: path, PIL image or uint8 array (H, W, 3); its sides must be multiples of the
                 VAE factor.
-            seed: draws a sample of the encoder's distribution; None takes its mean.
+            seed: draws a sample of the encoder's distribution, if it has one; None takes its mean.
         Returns: (1, H/f, W/f, C) float32.
         """
-        pixels = to_model(load_image(image))
-        self.check_size(width=pixels.shape[2], height=pixels.shape[1])
-        moments = self.component("vae").encode(self.backend.asarray(pixels))
-        mean, logvar = map(self.backend.to_numpy, moments)
-        if seed is not None:
-            noise = draw_noise(Generator(seed), mean.shape[1:])
-            mean = mean + np.exp(0.5 * logvar) * noise
+        latents = self.image_latents(load_image(image))
+        if seed is None:
+            return latents.mean
+        return latents.draw(lambda: draw_noise(Generator(seed), latents.mean.shape[1:]))
+
+    def image_latents(self, pixels: np.ndarray) -> ImageLatents:
+        """What the VAE makes of a picture (H, W, 3) uint8 whose sides it divides."""
+        self.check_size(width=pixels.shape[1], height=pixels.shape[0])
+        mean, logvar = self.component("vae").encode(self.backend.asarray(to_model(pixels)))
         scale, shift = self._latent_scale()
-        return ((mean - shift) * scale).astype(np.float32)
+        std = None
+        if logvar is not None:
+            std = (np.exp(0.5 * self.backend.to_numpy(logvar)) * scale).astype(np.float32)
+        mean = ((self.backend.to_numpy(mean) - shift) * scale).astype(np.float32)
+        return ImageLatents(mean, std)
 
     def decode(self, latents: np.ndarray) -> list[PIL.Image.Image]:
         """Pictures of latents (B, H/f, W/f, C) as the U-Net sees them."""
@@ -211,14 +295,15 @@ class Model:
         text: PromptEmbeddings,
         guidance: float,
         guidance_rescale: float = 0.0,
-        time_ids: tuple[int, ...] | None = None,
+        time_ids: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
     ) -> Callable[[Any, float], Any]:
         """What the sampler asks at each step: (x_t, t) -> the model's output, after guidance.
 
         Args:
             text: both prompts, embedded.
             guidance, guidance_rescale: see ``samplers.guidance``.
-            time_ids: SDXL's original size, crop and target size.
+            time_ids: SDXL's numbers beside the negative and the positive prompt: original size and
+                crop, then the target size or an aesthetic score.
         Returns: a function of arrays of the backend, (1, h, w, C) float32 -> the same.
         """
         backend, unet = self.backend, self.component("unet")
@@ -235,11 +320,11 @@ class Model:
             "encoder_hidden_states": both(text.negative_prompt_embeds, text.prompt_embeds)
         }
         if self.is_sdxl:
-            ids = np.array([time_ids], np.float32)
+            negative_ids, ids = np.array(time_ids, np.float32)[:, None]
             conditions["text_embeds"] = both(
                 text.negative_pooled_prompt_embeds, text.pooled_prompt_embeds
             )
-            conditions["time_ids"] = both(ids, ids)
+            conditions["time_ids"] = both(negative_ids, ids)
         if (dim := self.unet_config.time_cond_proj_dim) is not None:
             embedding = guidance_scale_embedding(guidance, dim)
             conditions["timestep_cond"] = backend.asarray(embedding)

@@ -1,7 +1,8 @@
 """Prompt -> picture. Composes the parts of the library; the maths is in them.
 
-The order of the work, the defaults and the draws of noise are those of diffusers'
-StableDiffusionPipeline and StableDiffusionXLPipeline, so that the same seed gives the same picture.
+The order of the work, the defaults and the draws of noise are those of diffusers' pipelines (Stable
+Diffusion, SDXL and latent consistency models, text to image and image to image), so that the same
+seed gives the same picture.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import mlxdiff
-from mlxdiff.convert import open_source
+from mlxdiff.convert import Component, open_source, open_vae
 from mlxdiff.errors import UsageError
 from mlxdiff.metadata import Metadata
-from mlxdiff.model import Model, PromptEmbeddings, draw_noise
+from mlxdiff.model import ImageLatents, Model, PromptEmbeddings, draw_noise
 from mlxdiff.noise import Generator
-from mlxdiff.settings import Settings, make_plan, pick_seeds, resolve
+from mlxdiff.samplers import Plan
+from mlxdiff.settings import Settings, make_plans, pick_seeds, resolve
 from mlxdiff.weights import ModelSource
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ class Step:
 
     Attributes:
         index: 0 for the first step of a picture.
-        total: evaluations for each picture.
+        total: evaluations for each picture, a refiner's included.
         picture: which picture of the run, from 0.
         seed: its seed.
         seconds: how long this evaluation took.
@@ -69,8 +71,8 @@ class Result:
         seeds: seed of each picture.
         settings: what was drawn, with every default filled in.
         metadata: what a PNG of each picture says of itself (``chunks()`` gives its text chunks).
-        timings: seconds by stage: load, text_encoder, unet, vae; and steps, the seconds of each
-            evaluation.
+        timings: seconds by stage: load, text_encoder, image (encoding the one that was given),
+            unet, vae; and steps, the seconds of each evaluation.
         peak_memory: bytes, as the backend counts them.
     """
 
@@ -113,6 +115,8 @@ def load(
     *,
     backend: str = "auto",
     dtype: str | None = None,
+    vae: str | os.PathLike[str] | None = None,
+    refiner: str | os.PathLike[str] | Pipeline | None = None,
     revision: str | None = None,
     variant: str | None = None,
     progress: Callable[..., None] | None = None,
@@ -125,6 +129,10 @@ def load(
         backend: "mlx", "numpy" or "auto".
         dtype: what the U-Net and the text encoders compute in; None or "auto": float16 on a
             GPU, else float32. The VAE keeps to float32 where its config says ``force_upcast``.
+        vae: another VAE: the folder of an AutoencoderKL or an AutoencoderTiny (TAESD), or a model
+            whose VAE is to be taken.
+        refiner: an SDXL model that does the last part of the way: as for ``model``, or a Pipeline
+            of the same backend.
         revision, variant: for a hub id: branch, tag or commit; for either: "fp16" and such.
         progress: called while files are fetched, as ``mlxdiff.hub.resolve`` does.
     Returns: a Pipeline; its weights are read when they are first needed.
@@ -133,7 +141,14 @@ def load(
     source = open_source(
         BUILTIN if model is None else model, revision=revision, variant=variant, progress=progress
     )
-    return Pipeline(source, make_backend(backend, dtype))
+    chosen = make_backend(backend, dtype)
+    other_vae = None if vae is None else open_vae(vae, progress=progress)
+    pipe = Pipeline(source, chosen, vae=other_vae)
+    if refiner is not None:
+        if not isinstance(refiner, Pipeline):
+            refiner = Pipeline(open_source(refiner, variant=variant, progress=progress), chosen)
+        pipe.refine_with(refiner)
+    return pipe
 
 
 class Pipeline:
@@ -141,11 +156,32 @@ class Pipeline:
 
     Attributes:
         model: its networks, stage by stage.
+        refiner: those of the model that does the last part of the way, if there is one.
     """
 
-    def __init__(self, source: ModelSource, backend: Any) -> None:
-        self.model = Model(source, backend)
-        _check_drawable(self.model)
+    def __init__(self, source: ModelSource, backend: Any, vae: Component | None = None) -> None:
+        self.model = Model(source, backend, vae)
+        self.refiner: Model | None = None
+
+    def refine_with(self, refiner: Pipeline | None) -> None:
+        """Let another model do the last part of the way (SDXL's refiner); None: none.
+
+        Raises: UsageError where the two do not go together.
+        """
+        if refiner is None:
+            self.refiner = None
+            return
+        first, second = self.model, refiner.model
+        for model in (first, second):
+            if not model.is_sdxl:
+                raise UsageError(
+                    f"{model.source.path}: is no SDXL model; a refiner is one, and works on one"
+                )
+        if second.vae_config.latent_channels != first.vae_config.latent_channels:
+            raise UsageError(f"{second.source.path}: its latents are not those of the model")
+        if (second.backend.name, second.backend.dtype) != (first.backend.name, first.backend.dtype):
+            raise UsageError("the refiner must be loaded with the same backend and dtype")
+        self.refiner = second
 
     @property
     def source(self) -> ModelSource:
@@ -177,7 +213,7 @@ class Pipeline:
 
     def settings(self, prompt: str, **arguments: Any) -> Settings:
         """Arguments of ``generate``, checked, with the defaults filled in. Raises: UsageError."""
-        return resolve(self.model, prompt, **arguments)
+        return resolve(self.model, self.refiner, prompt, **arguments)
 
     def stream(
         self,
@@ -195,34 +231,77 @@ class Pipeline:
         """
         settings = self.settings(prompt, **arguments)
         seeds = pick_seeds(seed, count)
-        return self._draw(settings, self._starts(settings, seeds, noise), {})
+        return self._draw(settings, seeds, self._check_noise(settings, seeds, noise), {})
 
-    def _starts(
+    def _check_noise(
         self, settings: Settings, seeds: list[int], noise: np.ndarray | None
-    ) -> Iterator[tuple[int, Generator, np.ndarray]]:
-        """Seed, generator and first noise of each picture."""
-        shape = self.model.latent_shape(settings.height, settings.width)
-        if noise is not None:
-            noise = np.asarray(noise, np.float32)
-            if noise.shape != (len(seeds), *shape):
-                raise UsageError(
-                    f"noise has shape {noise.shape}; expected {(len(seeds), *shape)} "
-                    "(pictures, H/f, W/f, C)"
-                )
-        generators = [Generator(seed) for seed in seeds]
-        return (
-            (seed, generator, draw_noise(generator, shape) if noise is None else noise[i][None])
-            for i, (seed, generator) in enumerate(zip(seeds, generators, strict=True))
-        )
+    ) -> np.ndarray | None:
+        """The noise that was given, if it fits the run."""
+        if noise is None:
+            return None
+        expected = len(seeds), *self.model.latent_shape(settings.height, settings.width)
+        noise = np.asarray(noise, np.float32)
+        if noise.shape != expected:
+            raise UsageError(
+                f"noise has shape {noise.shape}; expected {expected} (pictures, H/f, W/f, C)"
+            )
+        if not settings.adds_noise:
+            raise UsageError("noise: this run begins without any (denoising_start)")
+        return noise
 
     def _draw(
         self,
         settings: Settings,
-        starts: Iterator[tuple[int, Generator, np.ndarray]],
+        seeds: list[int],
+        noise: np.ndarray | None,
         timings: dict[str, Any],
     ) -> Iterator[Step]:
         model, backend = self.model, self.backend
-        loaded, start = model.load_seconds, time.perf_counter()
+        loaded, start = self._load_seconds, time.perf_counter()
+        models = [model] if self.refiner is None else [model, self.refiner]
+        predictors = [self._predictor(one, settings) for one in models]
+        plans = make_plans(settings, model, self.refiner)
+        timings["text_encoder"] = time.perf_counter() - start - (self._load_seconds - loaded)
+        image = None
+        if settings.image is not None:
+            model.component("vae")
+            start = time.perf_counter()
+            image = model.image_latents(settings.image)
+            timings["image"] = time.perf_counter() - start
+        seconds = timings["steps"] = []
+        total = sum(map(len, plans))
+        # One picture after the other: each is then exactly what it is when asked for alone.
+        for picture, seed in enumerate(seeds):
+            draw = partial(
+                draw_noise, Generator(seed), model.latent_shape(settings.height, settings.width)
+            )
+            given = None if noise is None else noise[picture][None]
+            x = backend.asarray(_start(settings, plans[0], image, given, draw))
+            index = 0
+            for predict, plan in zip(predictors, plans, strict=True):
+                state = plan.start()
+                for t in plan.timesteps:
+                    start = time.perf_counter()
+                    output = predict(plan.scale_model_input(x, state), t)
+                    x, state = plan.step(
+                        x, output, state, noise=lambda draw=draw: backend.asarray(draw())
+                    )
+                    backend.evaluate(x)
+                    seconds.append(time.perf_counter() - start)
+                    yield Step(
+                        index=index,
+                        total=total,
+                        picture=picture,
+                        seed=seed,
+                        seconds=seconds[-1],
+                        latents=backend.to_numpy(x)[0],
+                        _decode=model.decode,
+                    )
+                    index += 1
+
+    @staticmethod
+    def _predictor(model: Model, settings: Settings) -> Callable[[Any, float], Any]:
+        """What the sampler asks a model at each step, with the prompts in it."""
         text = model.encode_prompt(
             settings.prompt,
             settings.negative_prompt,
@@ -230,32 +309,14 @@ class Pipeline:
             settings.negative_prompt_2,
             guided=model.is_guided(settings.guidance),
         )
-        timings["text_encoder"] = time.perf_counter() - start - (model.load_seconds - loaded)
-        predict = model.predictor(
-            text, settings.guidance, settings.guidance_rescale, settings.time_ids
+        return model.predictor(
+            text, settings.guidance, settings.guidance_rescale, settings.time_ids(model)
         )
-        plan = make_plan(model, settings)
-        seconds = timings["steps"] = []
-        # One picture after the other: each is then exactly what it is when asked for alone.
-        for picture, (seed, generator, noise) in enumerate(starts):
-            fresh_noise = partial(_fresh_noise, backend, generator, noise.shape[1:])
-            x = backend.asarray(noise * np.float32(plan.init_noise_sigma))
-            state = plan.start()
-            for index, t in enumerate(plan.timesteps):
-                start = time.perf_counter()
-                output = predict(plan.scale_model_input(x, state), t)
-                x, state = plan.step(x, output, state, noise=fresh_noise)
-                backend.evaluate(x)
-                seconds.append(time.perf_counter() - start)
-                yield Step(
-                    index=index,
-                    total=len(plan.timesteps),
-                    picture=picture,
-                    seed=seed,
-                    seconds=seconds[-1],
-                    latents=backend.to_numpy(x)[0],
-                    _decode=model.decode,
-                )
+
+    @property
+    def _load_seconds(self) -> float:
+        refiner = 0.0 if self.refiner is None else self.refiner.load_seconds
+        return self.model.load_seconds + refiner
 
     def generate(
         self,
@@ -273,38 +334,50 @@ class Pipeline:
             prompt: what to draw; may be empty.
             seed: as torch takes it; None: random. Picture i has seed + i.
             count: how many pictures.
-            noise: (count, H/f, W/f, C) float32, standard normal, instead of the seeded first noise.
+            noise: (count, H/f, W/f, C) float32, standard normal, instead of the first noise that
+                the seed gives.
             on_step: called with each Step.
             negative_prompt: what not to draw.
             prompt_2, negative_prompt_2: for SDXL's second text encoder.
-            width, height: pixels, multiples of the VAE factor; None: the model's own.
-            steps: evaluations of the U-Net.
+            width, height: pixels, multiples of the VAE factor; None: the image's, rounded down,
+                else the model's own.
+            steps: of the sampler, from pure noise; a run that starts from an image does the last
+                of them. None: 20, or 4 for a model that was distilled to need few.
             guidance: scale of classifier-free guidance; no guidance at 1 and below. None: the
                 reference pipeline's default.
             guidance_rescale: 0 to 1 (Lin et al. 2023, section 3.4).
             sampler, schedule: see ``mlxdiff.samplers``.
+            eta: 0 to 1, the share of fresh noise, for the samplers that have it. None: 0.
+            image: a picture to start from: path, Pillow image or array; it is resized.
+            strength: 0 to 1, how far from it. None: the reference pipeline's default.
+            denoising_end: stop after this share of the way (SDXL); with a refiner, hand over to it
+                there (None: 0.8).
+            denoising_start: with a refiner, where it begins (None: at denoising_end). Else take
+                the image for one that is made up to there, and add no noise (SDXL).
             original_size, target_size, crop: (height, width), (height, width), (y, x): SDXL's
                 micro-conditioning.
+            aesthetic_score, negative_aesthetic_score: what SDXL's refiner is told beside prompt and
+                negative prompt; None: 6 and 2.5.
         Returns: Result.
         Raises: UsageError where an argument cannot be honoured.
         """
-        model = self.model
         settings = self.settings(prompt, **arguments)
         seeds = pick_seeds(seed, count)
-        loaded = model.load_seconds
+        noise = self._check_noise(settings, seeds, noise)
+        loaded = self._load_seconds
         timings: dict[str, Any] = {}
         final = []
-        for step in self._draw(settings, self._starts(settings, seeds, noise), timings):
+        for step in self._draw(settings, seeds, noise, timings):
             if on_step is not None:
                 on_step(step)
             if step.index == step.total - 1:
                 final.append(step.latents)
-        model.component("vae")
+        self.model.component("vae")
         start = time.perf_counter()
         images = self.decode(np.stack(final))
         timings["vae"] = time.perf_counter() - start
         timings["unet"] = sum(timings["steps"])
-        timings["load"] = model.load_seconds - loaded
+        timings["load"] = self._load_seconds - loaded
         return Result(
             images=images,
             latents=np.stack(final),
@@ -316,37 +389,50 @@ class Pipeline:
         )
 
     def _metadata(self, settings: Settings, seed: int) -> Metadata:
-        values = asdict(settings)
-        sizes = {name: values.pop(name) for name in ("original_size", "target_size", "crop")}
+        known = {f.name for f in fields(Metadata)}
+        values = {f.name: getattr(settings, f.name) for f in fields(settings)}
+        for name in ("image", "refined"):
+            del values[name]
+        values["image"] = values.pop("image_name")
+        values["vae"] = None if self.model.vae is None else _named(self.model.vae.provenance)
+        values["refiner"] = None if self.refiner is None else _named(self.refiner.source.provenance)
         provenance = self.source.provenance
         return Metadata(
-            **values,
+            **{name: value for name, value in values.items() if name in known},
             seed=seed,
             model=provenance.get("source"),
             revision=provenance.get("revision"),
             dtype=self.backend.dtype,
             backend=self.backend.name,
             version=mlxdiff.__version__,
-            extra={name: list(size) for name, size in sizes.items() if size is not None},
+            extra={
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in values.items()
+                if name not in known and value is not None
+            },
         )
 
 
-def _fresh_noise(backend: Any, generator: Generator, shape: tuple[int, ...]) -> Any:
-    return backend.asarray(draw_noise(generator, shape))
+def _start(
+    settings: Settings,
+    plan: Plan,
+    image: ImageLatents | None,
+    noise: np.ndarray | None,
+    draw: Callable[[], np.ndarray],
+) -> np.ndarray:
+    """The latents that a picture starts from.
+
+    The order of the draws is the reference's: the VAE's sample first, then the noise.
+    """
+    clean = None if image is None else image.draw(draw)
+    if clean is not None and not settings.adds_noise:
+        return clean
+    noise = draw() if noise is None else noise
+    start = noise * plan.init_noise_sigma if clean is None else plan.add_noise(clean, noise)
+    return np.asarray(start, np.float32)
 
 
-def _check_drawable(model: Model) -> None:
-    """Refuse models that draw on a given image, by name, until that is there."""
-    unet, latent, path = model.unet_config, model.vae_config.latent_channels, model.source.path
-    if unet.in_channels != latent:
-        kinds = {9: "an inpainting model", 8: "an image-editing model"}
-        raise UsageError(
-            f"{path}: this is {kinds.get(unet.in_channels, 'a model')} (its U-Net takes "
-            f"{unet.in_channels} channels, the latents have {latent}): it draws on a given image, "
-            "which this version of mlxdiff cannot take yet; use a text-to-image model"
-        )
-    if model.source.family == "sdxl-refiner":
-        raise UsageError(
-            f"{path}: this is an SDXL refiner, which starts from a given image; this version of "
-            "mlxdiff cannot take one yet; use an SDXL base model"
-        )
+def _named(provenance: dict[str, Any]) -> str:
+    """``source@revision``, as hub ids are given."""
+    revision = provenance.get("revision")
+    return f"{provenance['source']}@{revision}" if revision else str(provenance["source"])

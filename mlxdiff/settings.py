@@ -4,23 +4,39 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from mlxdiff import samplers
 from mlxdiff.errors import UsageError
+from mlxdiff.image import load_image, resize
 from mlxdiff.model import Model
 
 logger = logging.getLogger("mlxdiff")
 
-DEFAULT_STEPS = 20
+DEFAULT_SPLIT = 0.8  # of the way, where a refiner takes over; as diffusers' guide to SDXL has it
+AESTHETIC_SCORES = 6.0, 2.5  # for the prompt and the negative prompt
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides a picture beside model and seed, with every default filled in.
+    """All that decides a picture beside models and seed, with every default filled in.
 
     Sizes are (height, width) in pixels, ``crop`` is (y, x): SDXL's micro-conditioning, else None.
+
+    Attributes:
+        image: the picture to start from, uint8 (height, width, 3); else None.
+        image_name: the name of its file, or what it was given as.
+        strength: how far from it; None where it does not count.
+        denoising_start: with a refiner, where that begins; else where the run begins, on an image
+            that is taken for a picture half made.
+        denoising_end: where the run ends or, with a refiner, where that takes over.
+        refined: whether there is a refiner.
     """
 
     prompt: str
@@ -34,20 +50,39 @@ class Settings:
     guidance_rescale: float
     sampler: str
     schedule: str
+    eta: float | None = None
+    strength: float | None = None
+    denoising_start: float | None = None
+    denoising_end: float | None = None
     original_size: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
     crop: tuple[int, int] | None = None
+    aesthetic_score: float | None = None
+    negative_aesthetic_score: float | None = None
+    image_name: str | None = None
+    image: np.ndarray | None = field(default=None, repr=False, compare=False)
+    refined: bool = False
 
     @property
-    def time_ids(self) -> tuple[int, ...] | None:
-        """What an SDXL U-Net is told of sizes: original size, crop, target size; else None."""
-        if self.original_size is None or self.crop is None or self.target_size is None:
+    def adds_noise(self) -> bool:
+        """Whether the run begins with noise: alone, or added to the image."""
+        return self.refined or self.denoising_start is None
+
+    def time_ids(self, model: Model) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """The numbers that an SDXL U-Net is told beside the negative and the positive prompt."""
+        if self.original_size is None or self.crop is None:
             return None
-        return (*self.original_size, *self.crop, *self.target_size)
+        shared = (*self.original_size, *self.crop)
+        if model.takes_aesthetic_score:
+            high, low = self.aesthetic_score or 0.0, self.negative_aesthetic_score or 0.0
+            return (*shared, low), (*shared, high)
+        target = self.target_size or (self.height, self.width)
+        return (*shared, *target), (*shared, *target)
 
 
 def resolve(
     model: Model,
+    refiner: Model | None,
     prompt: str,
     *,
     negative_prompt: str | None = None,
@@ -60,35 +95,73 @@ def resolve(
     guidance_rescale: float = 0.0,
     sampler: str = "auto",
     schedule: str = "auto",
+    eta: float | None = None,
+    image: Any = None,
+    strength: float | None = None,
+    denoising_start: float | None = None,
+    denoising_end: float | None = None,
     original_size: tuple[int, int] | None = None,
     target_size: tuple[int, int] | None = None,
     crop: tuple[int, int] | None = None,
+    aesthetic_score: float | None = None,
+    negative_aesthetic_score: float | None = None,
 ) -> Settings:
     """Check the arguments of ``generate`` and fill in the defaults. Raises: UsageError."""
-    if width is None or height is None:
-        size = model.default_size
-        height = size[0] if height is None else height
-        width = size[1] if width is None else width
+    _check_texts(
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        prompt_2=prompt_2,
+        negative_prompt_2=negative_prompt_2,
+    )
+    if guidance is None:
+        guidance = model.default_guidance
+    _check_numbers(
+        math.inf,
+        guidance=guidance,
+        aesthetic_score=aesthetic_score,
+        negative_aesthetic_score=negative_aesthetic_score,
+    )
+    _check_numbers(
+        1.0,
+        guidance_rescale=guidance_rescale,
+        eta=eta,
+        strength=strength,
+        denoising_start=denoising_start,
+        denoising_end=denoising_end,
+    )
+    _check_parts(
+        model,
+        refiner,
+        {
+            "prompt_2": prompt_2,
+            "negative_prompt_2": negative_prompt_2,
+            "original_size": original_size,
+            "target_size": target_size,
+            "crop": crop,
+            "denoising_start": denoising_start,
+            "denoising_end": denoising_end,
+            "aesthetic_score": aesthetic_score,
+            "negative_aesthetic_score": negative_aesthetic_score,
+        },
+    )
+    _check_task(model, image, strength, None if refiner is not None else denoising_start)
+
+    pixels = None if image is None else load_image(image)
+    default_height, default_width = _default_size(model, pixels, width, height)
+    width = default_width if width is None else width
+    height = default_height if height is None else height
     model.check_size(width=width, height=height)
-    only_sdxl = {
-        "prompt_2": prompt_2,
-        "negative_prompt_2": negative_prompt_2,
-        "original_size": original_size,
-        "target_size": target_size,
-        "crop": crop,
-    }
-    given = [name for name, value in only_sdxl.items() if value is not None]
-    if given and not model.is_sdxl:
-        raise UsageError(f"{', '.join(given)}: only SDXL models have that; this model has not")
-    guidance = model.default_guidance if guidance is None else guidance
-    for name, number, least in (
-        ("guidance", guidance, 0.0),
-        ("guidance_rescale", guidance_rescale, 0.0),
-    ):
-        if not math.isfinite(number) or number < least:
-            raise UsageError(f"{name} is {number}; expected a number of at least {least:g}")
-    if guidance_rescale > 1.0:
-        raise UsageError(f"guidance_rescale is {guidance_rescale}; expected 0 to 1")
+
+    if refiner is not None:
+        denoising_end = DEFAULT_SPLIT if denoising_end is None else denoising_end
+        denoising_start = denoising_end if denoising_start is None else denoising_start
+    if denoising_start in (0.0, 1.0):
+        raise UsageError(f"denoising_start is {denoising_start}; expected between 0 and 1")
+    if refiner is None and denoising_start is not None and denoising_end is not None:
+        if denoising_start >= denoising_end:
+            raise UsageError(
+                f"denoising_start {denoising_start} must be less than denoising_end {denoising_end}"
+            )
     settings = Settings(
         prompt=prompt,
         negative_prompt=negative_prompt,
@@ -96,12 +169,27 @@ def resolve(
         negative_prompt_2=negative_prompt_2,
         width=width,
         height=height,
-        steps=DEFAULT_STEPS if steps is None else steps,
+        steps=model.default_steps if steps is None else steps,
         guidance=float(guidance),
         guidance_rescale=float(guidance_rescale),
         sampler=sampler,
         schedule=schedule,
+        eta=eta,
+        denoising_start=denoising_start,
+        denoising_end=denoising_end,
+        refined=refiner is not None,
     )
+    if pixels is not None:
+        settings = replace(
+            settings,
+            image=resize(pixels, width, height),
+            image_name=Path(image).name if isinstance(image, (str, os.PathLike)) else "(pixels)",
+        )
+        if settings.adds_noise:
+            default = model.default_strength
+            settings = replace(settings, strength=default if strength is None else strength)
+        elif strength is not None:
+            logger.warning("strength has no effect: denoising_start says where the run begins")
     if model.is_sdxl:
         settings = replace(
             settings,
@@ -109,38 +197,164 @@ def resolve(
             target_size=target_size or (height, width),
             crop=crop or (0, 0),
         )
-    _note_what_has_no_effect(model, settings)
-    plan = make_plan(model, settings)
+    if _scored(model, refiner):
+        high, low = AESTHETIC_SCORES
+        settings = replace(
+            settings,
+            aesthetic_score=high if aesthetic_score is None else aesthetic_score,
+            negative_aesthetic_score=(
+                low if negative_aesthetic_score is None else negative_aesthetic_score
+            ),
+        )
+    _note_what_has_no_effect(model, settings, negative_aesthetic_score)
+    plan = make_plans(settings, model, refiner)[0]
     return replace(settings, sampler=plan.sampler, schedule=plan.schedule)
 
 
-def _note_what_has_no_effect(model: Model, settings: Settings) -> None:
+def make_plans(
+    settings: Settings, model: Model, refiner: Model | None = None
+) -> tuple[samplers.Plan, ...]:
+    """The sampler's plan for the model and, where there is one, for the refiner."""
+    source = model.source
+    own_strength = model.is_latent_consistency and _samples_with_lcm(settings, model)
+    plan = samplers.plan(
+        source.scheduler_config,
+        settings.sampler,
+        settings.schedule,
+        settings.steps,
+        eta=settings.eta,
+        family=source.family,
+        strength=None if own_strength else settings.strength,
+        distilled_strength=settings.strength if own_strength else None,
+        denoising_start=None if settings.refined else settings.denoising_start,
+        denoising_end=settings.denoising_end,
+    )
+    if refiner is None:
+        return (plan,)
+    second = samplers.plan(
+        refiner.source.scheduler_config,
+        plan.sampler,
+        plan.schedule,
+        settings.steps,
+        eta=settings.eta,
+        family=source.family,
+        denoising_start=settings.denoising_start,
+    )
+    return plan, second
+
+
+def _samples_with_lcm(settings: Settings, model: Model) -> bool:
+    own = samplers.distilled_for(model.source.scheduler_config)
+    return settings.sampler == "lcm" or (
+        settings.sampler in ("auto", "checkpoint") and own == "lcm"
+    )
+
+
+def _scored(model: Model, refiner: Model | None) -> bool:
+    """Whether a model of the run is told an aesthetic score."""
+    return any(m is not None and m.takes_aesthetic_score for m in (model, refiner))
+
+
+def _check_texts(**texts: Any) -> None:
+    for name, text in texts.items():
+        if not isinstance(text, str) and (text is not None or name == "prompt"):
+            raise UsageError(f"{name} must be a text, not {type(text).__name__}")
+
+
+def _check_numbers(most: float, **numbers: Any) -> None:
+    """Refuse what is not a number from 0 to ``most``."""
+    for name, number in numbers.items():
+        if number is None:
+            continue
+        known = isinstance(number, (int, float)) and not isinstance(number, bool)
+        if not known or not math.isfinite(number) or not 0.0 <= number <= most:
+            expected = "at least 0" if most == math.inf else f"0 to {most:g}"
+            raise UsageError(f"{name} is {number!r}; expected a number, {expected}")
+
+
+def _check_parts(model: Model, refiner: Model | None, given: dict[str, Any]) -> None:
+    """Refuse arguments that the models have no part for."""
+
+    def refuse(names: tuple[str, ...], why: str) -> None:
+        found = [name for name in names if given[name] is not None]
+        if found:
+            raise UsageError(f"{', '.join(found)}: {why}")
+
+    if not model.is_sdxl:
+        refuse(tuple(given), "only SDXL models have that; this model has not")
+    if not model.takes_prompt_2:
+        refuse(("prompt_2", "negative_prompt_2"), "this model has no second text encoder")
+    if model.takes_aesthetic_score:
+        refuse(("target_size",), "a refiner is told an aesthetic score instead")
+    if not _scored(model, refiner):
+        refuse(
+            ("aesthetic_score", "negative_aesthetic_score"),
+            "only SDXL's refiner is told that; give one as refiner (--refiner)",
+        )
+
+
+def _check_task(
+    model: Model, image: Any, strength: float | None, denoising_start: float | None
+) -> None:
+    """Refuse what the model cannot draw from what is given."""
+    channels, latent = model.unet_config.in_channels, model.vae_config.latent_channels
+    missing = {
+        2 * latent + 1: ("an inpainting model", "a mask (--mask)"),
+        2 * latent: ("a model that edits a picture by instruction", "image guidance"),
+    }
+    if channels != latent:
+        kind, option = missing.get(channels, ("no text-to-image model", "more channels"))
+        raise UsageError(
+            f"{model.source.path}: this is {kind} (its U-Net takes {channels} channels, the "
+            f"latents have {latent}): it needs {option}, which this version of mlxdiff cannot take "
+            "yet; use a text-to-image model"
+        )
+    if image is None:
+        if model.takes_aesthetic_score:
+            raise UsageError(
+                f"{model.source.path}: this is an SDXL refiner, which starts from an image: give "
+                "one (--image), or an SDXL base model with this one as its refiner (--refiner)"
+            )
+        for name, value in (("strength", strength), ("denoising_start", denoising_start)):
+            if value is not None:
+                raise UsageError(f"{name} needs an image to start from (--image)")
+
+
+def _default_size(
+    model: Model, pixels: np.ndarray | None, width: int | None, height: int | None
+) -> tuple[int, int]:
+    """(height, width): the image's, rounded down to what the model can draw, else the model's."""
+    if width is not None and height is not None:
+        return height, width
+    if pixels is None:
+        return model.default_size
+    factor = model.vae_config.factor
+    rows, columns = pixels.shape[:2]
+    if min(rows, columns) < factor:
+        raise UsageError(
+            f"the image is {columns}x{rows} pixels, too small for this model; say width and height"
+        )
+    return rows // factor * factor, columns // factor * factor
+
+
+def _note_what_has_no_effect(
+    model: Model, settings: Settings, negative_aesthetic_score: float | None
+) -> None:
     without_guidance = {
         "negative_prompt": settings.negative_prompt,
         "negative_prompt_2": settings.negative_prompt_2,
+        "negative_aesthetic_score": negative_aesthetic_score,
         "guidance_rescale": settings.guidance_rescale or None,
     }
     given = [name for name, value in without_guidance.items() if value is not None]
     if given and not model.is_guided(settings.guidance):
-        logger.warning(
-            "%s has no effect: there is no guidance at %g",
-            " and ".join(given),
-            settings.guidance,
-        )
+        why = f"there is no guidance at {settings.guidance:g}"
+        if model.unet_config.time_cond_proj_dim is not None:
+            why = "this model is told the guidance scale and makes one prediction"
+        logger.warning("%s has no effect: %s", " and ".join(given), why)
     if settings.negative_prompt is None and settings.negative_prompt_2 is not None:
         if model.zeros_for_empty_prompt:
             logger.warning("negative_prompt_2 has no effect without negative_prompt")
-
-
-def make_plan(model: Model, settings: Settings) -> samplers.Plan:
-    """The sampler's plan for these settings."""
-    return samplers.plan(
-        model.source.scheduler_config,
-        settings.sampler,
-        settings.schedule,
-        settings.steps,
-        family=model.source.family,
-    )
 
 
 def pick_seeds(seed: int | None, count: int) -> list[int]:

@@ -5,8 +5,10 @@ Arrays are float32 in our layout: (batch, height, width, channels). Nothing here
 
 from __future__ import annotations
 
+import atexit
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -16,11 +18,41 @@ import numpy as np
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ("sd15", "sd21v", "sdxl")
+FAMILIES = (
+    "sdxl-refiner",
+    "lcm",
+    "ssd-1b",
+    "segmind-vega",
+    "bk-sdm-small",
+    "bk-sdm-tiny",
+    "sd-turbo",
+    "sdxl-turbo",
+    "taesd",
+    "img2img",
+)
+"""What make_family_goldens.py writes; of these, taesd is a VAE alone and img2img has no model."""
 
 
+@lru_cache
 def checkpoint(name: str) -> Path:
     """The diffusers folder of a tiny model."""
-    return GOLDEN / name / "checkpoint"
+    folder, base = GOLDEN / name / "checkpoint", _cases(name).get("base")
+    if base is None:
+        return folder
+    # The base's files with some replaced; in a temporary folder that lives as long as the process.
+    whole = Path(tempfile.mkdtemp(prefix="mlxdiff-golden-")) / name
+    atexit.register(shutil.rmtree, whole.parent, ignore_errors=True)
+    shutil.copytree(checkpoint(base), whole)
+    shutil.copytree(folder, whole, dirs_exist_ok=True)
+    return whole
+
+
+def photo(height: int, width: int) -> np.ndarray:
+    """A picture to start from: uint8 (height, width, 3), waves of different lengths and noise."""
+    y, x = np.mgrid[:height, :width]
+    planes = [abs((a * x + b * y) % 512 - 255) for a, b in ((5, 2), (-3, 7), (4, 4))]
+    grain = (x * 7919 + y * 104729 + x * y * 31) % 29
+    return np.clip(np.stack(planes, axis=-1) - grain[..., None], 0, 255).astype(np.uint8)
 
 
 @lru_cache

@@ -157,7 +157,7 @@ def make_vae(seed: int, **config: Any) -> AutoencoderKL:
     kinds = {"down_block_types": ["DownEncoderBlock2D"] * 4}
     kinds["up_block_types"] = ["UpDecoderBlock2D"] * 4
     widths = {"block_out_channels": [16, 16, 32, 32], "layers_per_block": 2, "norm_num_groups": 8}
-    vae = AutoencoderKL(latent_channels=4, **kinds, **widths, **config).eval()
+    vae = AutoencoderKL(latent_channels=4, **kinds, **(widths | config)).eval()
     enliven(vae, seed)
     generator = torch.Generator().manual_seed(seed)
     scale = vae.config.scaling_factor
