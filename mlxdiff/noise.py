@@ -48,21 +48,18 @@ class Generator:
         if not -(2**63) <= seed < 2**64:
             raise UsageError(f"seed {seed} is out of range: torch takes -2**63 to 2**64 - 1")
         self._twister = np.random.RandomState(seed & 0xFFFFFFFF)
-        self._spare: float | None = (
-            None  # the second number of a scalar pair; large draws leave it alone
-        )
+        # The second number of a scalar pair, for the next small draw; large ones leave it alone.
+        self._spare: float | None = None
 
     def randn(self, shape: int | Sequence[int]) -> np.ndarray:
         """The next numbers of the stream: float32, in C order of `shape`, as torch.randn(shape)."""
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        shape = (shape,) if isinstance(shape, (int, np.integer)) else tuple(shape)
         count = math.prod(shape)
         if count < _BLOCK:
             values = np.array([self._scalar() for _ in range(count)], np.float32)
         else:
             values = self._blocks(self._raw(count))
-            if (
-                count % _BLOCK
-            ):  # the tail is not cut off a block but drawn anew, over what was there
+            if count % _BLOCK:  # the last 16 are drawn anew, over what was there
                 values[-_BLOCK:] = self._blocks(self._raw(_BLOCK))
         return values.reshape(shape)
 

@@ -110,6 +110,14 @@ def test_known_timesteps() -> None:
     assert len(plan) == 9 and plan.timesteps == tuple(times.tolist())
 
 
+def test_trailing_has_no_timestep_below_zero() -> None:
+    """1000 / 61 added up is a little above 0 at the end; the reference goes on to timestep -1."""
+    for sampler in ("ddim", "dpmpp-2m", "euler", "pndm"):
+        for steps in (60, 61, 103, 1000):
+            times = samplers.timesteps({**SD, "steps_offset": 0}, sampler, "trailing", steps)[0]
+            assert (times.min(), len(set(times.tolist()))) == (round(1000 / steps) - 1, steps)
+
+
 def test_beta_quantiles() -> None:
     """Against values of scipy.stats.beta.ppf(q, 0.6, 0.6)."""
     for q, expected in ((0.0, 0.0), (0.5, 0.5), (1.0, 1.0), *_BETA):
@@ -227,6 +235,9 @@ def test_keys_of_other_schedulers_are_skipped() -> None:
         ("euler", {"timestep_spacing": "middle"}, "timestep_spacing is 'middle'"),
         ("euler", {"num_train_timesteps": 0}, "num_train_timesteps"),
         ("euler", {"num_train_timesteps": "1000"}, "num_train_timesteps"),
+        ("euler", {"steps_offset": -1}, "steps_offset is -1"),
+        ("lcm", {"original_inference_steps": 0}, "original_inference_steps"),
+        ("lcm", {"original_inference_steps": 2000}, "original_inference_steps is 2000"),
         ("euler", {"beta_start": "0.1"}, "beta_start"),
         ("euler", {"beta_start": True}, "beta_start"),
         ("euler", {"use_karras_sigmas": "yes"}, "use_karras_sigmas"),

@@ -1,8 +1,8 @@
 """DDIM and DDPM: steps that take the predicted x_0 to the noise level of an earlier timestep.
 
-DDIM: x' = sqrt(a') x_0 + sqrt(1 - a' - s**2) noise_predicted + s * noise_fresh, with s = eta times
-    the standard deviation of the forward process's posterior; eta 0 follows the ODE, eta 1 is
-    ancestral sampling. DDPM draws from the posterior q(x' | x, x_0) itself.
+DDIM: x' = sqrt(a') x_0 + sqrt(1 - a' - s**2) predicted noise + s * fresh noise, with s = eta times
+the standard deviation of the forward process's posterior; eta 0 follows the ODE, eta 1 is ancestral
+sampling. DDPM draws from the posterior q(x' | x, x_0) itself.
 
 Source: Song et al. 2020 (arXiv 2010.02502), equations 12 and 16; Ho et al. 2020 (arXiv 2006.11239),
 equations 6 and 7. Equal to diffusers' DDIMScheduler and DDPMScheduler.

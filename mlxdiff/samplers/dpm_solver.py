@@ -1,19 +1,17 @@
 """DPM-Solver and DPM-Solver++: exponential integrators in lambda = log(alpha / sigma).
 
-The probability-flow ODE is linear in x but for the network's word; in lambda its solution from s to
-t is
+The probability-flow ODE is linear in x but for the network; its solution from s to t, in lambda, is
 
-    x_t = (sigma_t / sigma_s) x_s + sigma_t * integral of e^l x_0(l) dl        (data prediction,
-    DPM-Solver++) x_t = (alpha_t / alpha_s) x_s - alpha_t * integral of e^-l eps(l) dl       (noise
-    prediction, DPM-Solver)
+    x_t = (sigma_t / sigma_s) x_s + sigma_t * integral of e^l x_0(l) dl       (DPM-Solver++)
+    x_t = (alpha_t / alpha_s) x_s - alpha_t * integral of e^-l noise(l) dl    (DPM-Solver)
 
-and only the slow function under the integral is approximated: by a constant (order 1, which is
-DDIM), a line (order 2) or a parabola (order 3) through the latest outputs.
+and only x_0(l) or noise(l), which the network predicts, is approximated: by a constant (order 1,
+which is DDIM), a line (order 2) or a parabola (order 3) through the latest outputs. Multistep
+solvers take these from earlier steps, singlestep ones from inside the step.
 
-Source: Lu et al. 2022, DPM-Solver (arXiv 2206.00927) and DPM-Solver++ (arXiv 2211.01095, algorithm
-2 and section 4); coefficients as diffusers' DPMSolverMultistepScheduler and
-DPMSolverSinglestepScheduler have them, whose third-order multistep takes half the second difference
-that the parabola needs and so has order 2 (docs/samplers.md).
+Source: Lu et al. 2022, DPM-Solver (arXiv 2206.00927) and DPM-Solver++ (arXiv 2211.01095). Equal to
+diffusers' DPMSolverMultistepScheduler, whose third order takes half the second difference that the
+parabola needs and so has order 2 (docs/samplers.md), and DPMSolverSinglestepScheduler.
 """
 
 from __future__ import annotations
@@ -64,11 +62,9 @@ def grid(
     The timesteps are whole numbers; n steps run between n + 1 levels.
 
     Args:
-        repeat_last: where the last sigma is to be the lowest, the lowest of this run rather than of
-        the schedule
-            (Karras, exponential and beta spacings only).
-        round_karras: round the timesteps of Karras and Lu spacings; otherwise they are cut off like
-        all others.
+        repeat_last: with final_sigmas_type sigma_min and a spacing of sigmas, end at the lowest
+            sigma of the run rather than of the schedule.
+        round_karras: round the timesteps of Karras and Lu spacings; others are cut off.
     """
     schedule = sch.NoiseSchedule.from_settings(settings, keep_finite=True)
     known = schedule.sigmas_karras
@@ -98,15 +94,12 @@ def grid(
 def _highest_timestep(settings: Settings, schedule: sch.NoiseSchedule) -> int:
     """One more than the highest timestep with lambda >= lambda_min_clipped."""
     clip = settings.get("lambda_min_clipped", -math.inf)
-    with np.errstate(divide="ignore"):
-        lambdas = np.log(np.sqrt(schedule.alphas_cumprod)) - np.log(
-            np.sqrt(1 - schedule.alphas_cumprod)
-        )
+    alphas, sigmas = np.sqrt(schedule.alphas_cumprod), np.sqrt(1 - schedule.alphas_cumprod)
+    lambdas = np.log(alphas) - np.log(sigmas)
     return len(schedule) - int(np.searchsorted(lambdas[::-1], clip))
 
 
-# --- coefficients
-# -----------------------------------------------------------------------------------------------
+# --- coefficients ---------------------------------------------------------------------------------
 
 
 def log_ratio(sigma_from: float, sigma_to: float) -> float:
@@ -132,9 +125,9 @@ class _Step:
 
     Attributes:
         x, noise: those of the sample and of fresh noise.
-        value, half, slope, curve: those of the integrand's value, of its first difference (to
-        second order; and
-            exactly for a line) and of its second difference, all per step h.
+        value: that of the constant in the integral.
+        half, slope: that of the line's rise over the step, approximately (midpoint) and exactly.
+        curve: that of the parabola's second difference over the step.
     """
 
     x: float
@@ -203,7 +196,6 @@ def _weights_singlestep(
 
 
 # --- rows -----------------------------------------------------------------------------------------
-# --------------
 
 
 def _rows(
@@ -260,8 +252,7 @@ def _multistep_rows(settings: Settings, grid: Grid, start: int, eta: float) -> I
 def _singlestep_rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Row]:
     count, order = len(grid.timesteps), settings.solver_order
     to_zero = settings.final_sigmas_type == "zero"
-    orders = list(range(1, order + 1)) * (count // order + 1)
-    orders = orders[:count]
+    orders = (list(range(1, order + 1)) * (count // order + 1))[:count]
     if count % order == 0 and (settings.lower_order_final or to_zero):
         orders[-1] = 1
     return _rows(settings, grid, start, orders, singlestep=True)

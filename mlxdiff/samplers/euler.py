@@ -34,9 +34,8 @@ def grid(settings: Settings, steps: int, custom: Sequence[int] | None) -> Grid:
     """
     schedule = sch.NoiseSchedule.from_settings(settings, keep_finite=True)
     known = schedule.sigmas_karras
-    times = (sch.spaced(settings, steps) if custom is None else np.asarray(custom)).astype(
-        np.float32
-    )
+    times = sch.spaced(settings, steps) if custom is None else np.asarray(custom)
+    times = times.astype(np.float32)
     if settings.get("interpolation_type") == "log_linear":
         ends = np.log(known[[-1, 0]])
         sigmas = np.exp(sch.linspace(ends[0], ends[1], steps + 1)).astype(np.float64)
@@ -54,9 +53,7 @@ def grid(settings: Settings, steps: int, custom: Sequence[int] | None) -> Grid:
             raise UsageError("schedule ays needs a model with discrete timesteps")
         times = np.float32(0.25) * np.log(sigmas[:-1])
     top = sigmas.max()
-    if (
-        settings.timestep_spacing == "leading"
-    ):  # starts below the last timestep: keep the variance of x
+    if settings.timestep_spacing == "leading":  # as if x_0 had the variance 1, not 0
         top = np.sqrt(top * top + np.float32(1))
     return Grid(schedule, times, sigmas, float(top))
 

@@ -37,10 +37,9 @@ class Grid:
 
     Attributes:
         schedule: the training side.
-        timesteps: the reference's `scheduler.timesteps` after set_timesteps: int64 or float32,
-        falling.
-        sigmas: the reference's `scheduler.sigmas`, float32, the final one included; None where the
-        class has none.
+        timesteps: the reference's `scheduler.timesteps`: int64 or float32, falling.
+        sigmas: the reference's `scheduler.sigmas`, the final one included, float32; None where the
+            class has none.
         init_noise_sigma: the scale of the initial noise.
     """
 
@@ -61,12 +60,10 @@ class Family:
 
     Attributes:
         name: the class.
-        defaults: its arguments and their defaults; a schedule exists for it where its argument
-        stands here.
+        defaults: its arguments and their defaults; a schedule whose argument stands here exists.
         grid: (settings, steps, custom timesteps or None) -> Grid.
         rows: (settings, grid, start, eta) -> the rows from grid index `start` to the end. The start
-        matters: the
-            multistep methods begin with low order wherever they begin.
+            matters: multistep methods begin with low order wherever they begin.
         choices: values of an argument, where they are not the usual ones.
         takes_timesteps: whether its set_timesteps accepts a list of timesteps.
         order: entries of `timesteps` per step, as diffusers' pipelines count strength.

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import ConfigError, UsageError
 from mlxdiff.samplers import schedule as sch
 from mlxdiff.samplers.ddim import level
 from mlxdiff.samplers.family import (
@@ -54,6 +54,11 @@ def timesteps(settings: Settings, steps: int, strength: float = 1.0) -> list[int
     Raises: UsageError where there are fewer than `steps`.
     """
     original = settings.original_inference_steps
+    if original > settings.num_train_timesteps:
+        raise ConfigError(
+            f"scheduler_config.json: original_inference_steps is {original}, more than the "
+            f"{settings.num_train_timesteps} training timesteps"
+        )
     usable = int(original * strength)
     if steps > usable:
         of = f"the first {strength:g} of " if strength < 1.0 else ""

@@ -4,14 +4,15 @@ All samplers of the field are linear in what they combine (the sample, the netwo
 outputs, fresh noise); only their coefficients differ. A sampler's file therefore makes
 coefficients, once, as Python floats; `Plan.step` applies one row:
 
-    data   = row.data[0] * x + row.data[1] * output          (x_0, the noise, a slope: what the
-    sampler extrapolates) data   = row.after_limit[0] * x + row.after_limit[1] * limit(data)
-    (only where limits are on) anchor = row.anchor_x * x + row.anchor_last * last anchor + sum_k
-    row.anchor_data[k] * data_k next x = row.scale * anchor + row.output * output + sum_k
-    row.weights[k] * data_k + row.noise * noise
+    data   = row.data[0] * x + row.data[1] * output
+    data   = row.after_limit[0] * x + row.after_limit[1] * limit(data)     where a limit is on
+    anchor = row.anchor_x * x + row.anchor_last * last anchor + sum of row.anchor_data[k] * data_k
+    next x = row.scale * anchor + row.output * output + sum of row.weights[k] * data_k
+             + row.noise * fresh noise
 
-with data_0 = data and data_k that of k evaluations ago. The anchor is where the step starts: x
-itself, for the two-stage methods the x of the first stage, for UniPC the corrected x.
+The data are what the sampler extrapolates: x_0, the noise or a slope; data_0 is this evaluation's,
+data_k that of k evaluations ago. The anchor is where the step starts: x itself, for the two-stage
+methods the x of the first stage, for UniPC the corrected x.
 
 The coefficients are Python floats because `np.float64(2) * mx_array` is a NumPy array without a
 word of warning. The arithmetic is `+` and `*` on the arrays as they come, so NumPy and MLX run the
@@ -35,8 +36,7 @@ class Limit:
 
     Attributes:
         bound: clip to [-bound, bound]; with a quantile, the largest threshold.
-        quantile: if given, every picture of the batch is clipped to the threshold s = this quantile
-        of |x_0|,
+        quantile: if given, every picture of the batch is clipped to this quantile of its |x_0|,
             kept within [1, bound], and divided by it (Saharia et al. 2022, section 2.3).
     """
 
@@ -64,8 +64,8 @@ class Row:
         timestep: what the network is told.
         level: (signal, noise): the forward process at this row is signal * x_0 + noise * noise.
         input_scale: the network sees input_scale * x.
-        draws: whether a draw of noise is made here (even one that is multiplied by 0, as the
-        reference does).
+        draws: whether noise is drawn here (even if it is multiplied by 0, as in the reference).
+        The others: coefficients of the module's equation.
     """
 
     timestep: float
@@ -145,11 +145,9 @@ class Plan:
         """The sample after this evaluation, and the state that goes with it.
 
         Args:
-            x: the sample that the network saw, before `scale_model_input`; float32, of either
-            backend.
+            x: the sample that the network saw, before `scale_model_input`; float32.
             output: what the network said, after guidance; same shape and kind.
-            noise: draws standard normal noise of that shape; called by the stochastic samplers,
-            once a step at most.
+            noise: draws standard normal noise of that shape; called where the row draws.
         """
         row = self.rows[state.index]
         data = _combine([(row.data[0], x), (row.data[1], output)])
@@ -194,12 +192,11 @@ class Plan:
 
 def _combine(terms: Iterable[tuple[float, Array]]) -> Array:
     """The sum of coefficient * array, in order; what has coefficient 0 is left out."""
-    total = None
+    total: Array | None = None
     for coefficient, array in terms:
         if coefficient == 0.0:
             continue
         term = array if coefficient == 1.0 else coefficient * array
         total = term if total is None else total + term
-    if total is None:  # every coefficient is 0: the step ends in zeros
-        raise ValueError("a sampler row with nothing in it")
+    assert total is not None, "a row that combines nothing"
     return total

@@ -6,9 +6,8 @@ evaluations each, or, with skip_prk_steps as in Stable Diffusion's own file, by 
 step taken twice.
 
 Source: Liu et al. 2022 (arXiv 2202.09778), equations 9 to 13 and algorithm 2. Equal to diffusers'
-PNDMScheduler, also
-where a run begins in the middle: it counts its start-up from there, so the Runge-Kutta and the
-    repeated step act on whatever timesteps come first.
+PNDMScheduler, also where a run begins in the middle: it counts its start-up from there, so the
+Runge-Kutta steps and the repeated step act on whatever timesteps come first.
 """
 
 from __future__ import annotations

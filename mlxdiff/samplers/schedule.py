@@ -43,8 +43,7 @@ class NoiseSchedule:
 
         Args:
             keep_finite: with zero terminal SNR the last a_t is 0 and its sigma_karras infinite; the
-            classes that
-                work in sigmas put 2**-24 there (sigma_karras 4096).
+                classes that work in sigmas put 2**-24 there (sigma_karras 4096).
         """
         betas = _betas(settings)
         zero_snr = settings.get("rescale_betas_zero_snr", False)
@@ -68,7 +67,6 @@ def alpha_sigma(sigma_karras: float) -> tuple[float, float]:
 
 
 # --- betas ----------------------------------------------------------------------------------------
-# --------------
 
 
 def _betas(settings: Settings) -> np.ndarray:
@@ -88,9 +86,8 @@ def _betas(settings: Settings) -> np.ndarray:
     if kind == "scaled_linear":
         return linspace(start**0.5, end**0.5, count) ** 2
     if kind == "sigmoid":
-        return (_F32(1) / (_F32(1) + np.exp(-linspace(-6, 6, count)))) * _F32(end - start) + _F32(
-            start
-        )
+        sigmoid = _F32(1) / (_F32(1) + np.exp(-linspace(-6, 6, count)))
+        return sigmoid * _F32(end - start) + _F32(start)
     alpha_bar = _ALPHA_BAR[kind]
     ends = [alpha_bar(i / count) for i in range(count + 1)]
     return np.array([min(1.0 - after / before, 0.999) for before, after in pairwise(ends)], _F32)
@@ -101,8 +98,8 @@ def _laplace(t: float) -> float:
     return math.sqrt(snr / (1 + snr))
 
 
-# a(t) for t in [0, 1], of the schedules that are defined by it (cosine: Nichol and Dhariwal 2021,
-# equation 17).
+# a(t) for t in [0, 1], of the schedules that are defined by it.
+# squaredcos_cap_v2 is the cosine schedule of Nichol and Dhariwal 2021, equation 17.
 _ALPHA_BAR: dict[str, Callable[[float], float]] = {
     "squaredcos_cap_v2": lambda t: math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2,
     "exp": lambda t: math.exp(t * -12.0),
@@ -151,10 +148,18 @@ def spaced(settings: Settings, steps: int) -> np.ndarray:
     if settings.timestep_spacing == "linspace":
         return np.linspace(0, count - 1, steps)[::-1]
     if settings.timestep_spacing == "leading":
-        return (np.arange(steps) * (count // steps))[::-1].astype(
-            np.float64
-        ) + settings.steps_offset
-    return np.arange(count, 0, -count / steps).round() - 1
+        return (np.arange(steps) * (count // steps))[::-1] + float(settings.steps_offset)
+    return _trailing(count, count / steps)
+
+
+def _trailing(highest: int, stride: float) -> np.ndarray:
+    """highest - 1, then down by `stride`, rounded, to 0 at the lowest; float64.
+
+    Where the reference's sum of strides is rounded to just above 0 (1000 timesteps in 61 steps, for
+    one), it takes one step more, at timestep -1; that one is left out.
+    """
+    times = np.arange(highest, 0, -stride).round() - 1
+    return times[times >= 0]
 
 
 def whole(times: np.ndarray, settings: Settings) -> np.ndarray:
@@ -185,7 +190,7 @@ def spaced_between(settings: Settings, steps: int, last: int | None = None) -> n
     elif spacing == "leading":
         times = (np.arange(steps + 1) * (last // (steps + 1)))[::-1][:-1] + settings.steps_offset
     else:
-        times = np.arange(last, 0, -count / steps).round() - 1
+        times = _trailing(last, count / steps)
     return times.astype(np.int64)
 
 
@@ -236,9 +241,9 @@ def sigma_range(settings: Settings, highest: float, lowest: float) -> tuple[floa
 def beta_quantile(q: float, shape: float = 0.6) -> float:
     """The q-quantile of the symmetric Beta(shape, shape) distribution, to about 1e-15.
 
-    The distribution function up to x <= 1/2 is the hypergeometric series x**s / (s B) * 2F1(s, 1 -
-    s; s + 1; x), which converges like 2**-n there; Newton's method from its first term inverts it;
-    the upper half is the mirror image.
+    Up to x = 1/2 the distribution function is x**s / B times the hypergeometric series of
+    2F1(s, 1 - s; s + 1; x) / s, which converges like 2**-n there; Newton's method, begun at the
+    inverse of its first term, inverts it. The upper half is the mirror image.
     """
     if q > 0.5:
         return 1.0 - beta_quantile(1.0 - q, shape)
@@ -271,9 +276,7 @@ def timestep_of(sigmas: np.ndarray, schedule_sigmas: np.ndarray) -> np.ndarray:
     logs = np.log(schedule_sigmas)
     log_sigma = np.log(np.maximum(sigmas, 1e-10))
     low = np.clip(np.searchsorted(logs, log_sigma, side="right") - 1, 0, len(logs) - 2)
-    width = (logs[low] - logs[low + 1]).astype(
-        np.float64
-    )  # a float32 difference, as in the reference
+    width = (logs[low] - logs[low + 1]).astype(np.float64)  # rounded to float32 first, as there
     weight = np.clip((logs[low].astype(np.float64) - log_sigma) / width, 0, 1)
     return (1 - weight) * low + weight * (low + 1)
 

@@ -17,8 +17,7 @@ from typing import Any
 
 from mlxdiff.errors import ConfigError
 
-# Every configuration key of every scheduler in diffusers 0.42.1, and three that older files still
-# carry.
+# Every key of every scheduler in diffusers 0.42.1, and three that older files still carry.
 KNOWN_KEYS = frozenset(
     """
     algorithm_type alpha_cum_end alpha_cum_start base_image_seq_len base_shift beta_end beta_max
@@ -63,8 +62,7 @@ class Settings(Mapping[str, Any]):
 
     Args:
         config: the JSON object of scheduler_config.json. Keys that begin with an underscore are
-        diffusers' own
-            notes; those listed under `_use_default_values` count as absent.
+            diffusers' own notes; those listed under `_use_default_values` count as absent.
         class_name: the diffusers class, for messages.
         defaults: every argument of that class with its default.
         overrides: values that the sampler's name or the schedule fixes, whatever the file says.
@@ -146,12 +144,9 @@ def _checked(
             raise refuse("true or false")
         return bool(value)
     if isinstance(default, int):
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int)
-            or value < (1 if "num_" in key else 0)
-        ):
-            raise refuse("a whole number")
+        least = 0 if key == "steps_offset" else 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise refuse(f"a whole number of at least {least}")
         return value
     if isinstance(default, float) or key in _SIGMA_RANGE:
         if value is None and default is None:
