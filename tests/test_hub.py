@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
 
 import pytest
+from fake_hub import COMMIT, OTHER, Hub, digest_of, serve
 
 from mlxdiff import hub
-from mlxdiff.errors import HubError
-from mlxdiff.hub import is_repo_id, needed_files, resolve
+from mlxdiff.errors import HubError, UsageError
+from mlxdiff.hub import Reference, is_repo_id, needed_files, parse, resolve
 
-COMMIT, OTHER = "a" * 40, "b" * 40
 UNET, CLIP = "unet/diffusion_pytorch_model", "text_encoder/model"
 
 # A repo as published: stable-diffusion-v1-5, shortened, with all that is not wanted.
@@ -37,18 +35,18 @@ SD15 = {
             "vae": ["diffusers", "AutoencoderKL"],
         }
     ),
-    "scheduler/scheduler_config.json": "{}",
-    "tokenizer/vocab.json": "{}",
+    "scheduler/scheduler_config.json": '{"of": "scheduler"}',
+    "tokenizer/vocab.json": '{"of": "vocab"}',
     "tokenizer/merges.txt": "#version",
-    "tokenizer/special_tokens_map.json": "{}",
-    "tokenizer/tokenizer_config.json": "{}",
-    "text_encoder/config.json": "{}",
+    "tokenizer/special_tokens_map.json": '{"of": "map"}',
+    "tokenizer/tokenizer_config.json": '{"of": "tokenizer"}',
+    "text_encoder/config.json": '{"of": "text"}',
     f"{CLIP}.safetensors": "clip",
     f"{CLIP}.fp16.safetensors": "clip16",
-    "unet/config.json": "{}",
+    "unet/config.json": '{"of": "unet"}',
     f"{UNET}.safetensors": "unet" * 1000,
     f"{UNET}.fp16.safetensors": "unet16" * 1000,
-    "vae/config.json": "{}",
+    "vae/config.json": '{"of": "vae"}',
     "vae/diffusion_pytorch_model.safetensors": "vae",
 }
 UNWANTED = dict.fromkeys(
@@ -195,17 +193,12 @@ def test_repos_that_cannot_be_used() -> None:
         (
             ["a.safetensors", "README.md"],
             None,
-            "no model_index.json.*a.safetensors is a single-file",
+            "no model_index.json",
         ),
         (
             [f for f in PLAIN if f != f"{UNET}.safetensors"],
             None,
             "unet/ has no safetensors weights",
-        ),
-        (
-            [f.replace(".safetensors", ".bin") for f in PLAIN],
-            None,
-            "text_encoder/ has its weights only as a pickle.*@refs/pr/1",
         ),
         ([f for f in PLAIN if f != "vae/config.json"], None, "vae/ has no config.json"),
         ([*SD15], "bf16", r"no variant 'bf16' \(variants there: fp16\)"),
@@ -278,64 +271,13 @@ def test_environment_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert hub.cache_folder() == tmp_path / "c"
 
 
-# A server
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub's protocol as fetching files needs."""
-
-    files: ClassVar[dict[str, str]] = {}
-    fault: str | None = None
-    got: ClassVar[list[str]] = []
-    protocol_version = "HTTP/1.1"
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        if self.fault:
-            status, code = self.fault.split()
-            self.reply(int(status), b"{}", {"X-Error-Code": code, "X-Error-Message": code})
-        elif path.startswith("/api/models/org/name"):
-            listing = [{"rfilename": f, "size": len(t)} for f, t in self.files.items()]
-            info = {"id": "org/name", "sha": COMMIT, "siblings": listing}
-            self.reply(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
-        elif path.startswith("/org/name/resolve/"):
-            revision, _, file = path.removeprefix("/org/name/resolve/").partition("/")
-            assert revision in ("main", COMMIT)
-            body = self.files[file].encode()
-            if self.command == "GET":
-                self.got.append(file)
-            digest = hashlib.sha1(f"{file}{body!r}".encode()).hexdigest()
-            self.reply(200, body, {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT})
-        else:
-            self.reply(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-
-    def reply(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *args: Any) -> None:
-        pass
+# The network
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
-    handler = type("Handler", (Hub,), {"files": {**SD15, **UNWANTED}, "got": []})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        thread = threading.Thread(target=running.serve_forever, daemon=True)
-        thread.start()
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{running.server_port}")
-        monkeypatch.setenv("HF_TOKEN", "")
+    with serve({**SD15, **UNWANTED}, monkeypatch) as handler:
         yield handler
-        running.shutdown()
-        thread.join()
 
 
 @pytest.mark.parametrize(("variant", "expected"), [(None, HALF), ("", PLAIN), ("fp16", HALF)])
@@ -395,11 +337,241 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch, hub_home: Path) -> None:
     assert "\n" not in str(e.value)
 
 
-def test_a_repo_without_safetensors(server: type[Hub]) -> None:
+def test_pickles_where_there_is_nothing_else(server: type[Hub]) -> None:
     server.files = {f.replace(".safetensors", ".bin"): t for f, t in SD15.items()}
-    with pytest.raises(HubError, match=r"org/name@main cannot be used: .* only as a pickle"):
+    folder = resolve("org/name")
+    assert (folder / f"{UNET}.fp16.bin").is_file() and f"{UNET}.bin" not in server.got
+    names = ["unet/config.json", f"{UNET}.fp16.bin", f"{UNET}.safetensors", f"{UNET}.bin"]
+    rest = [f for f in PLAIN if not f.startswith("unet/")]
+    assert f"{UNET}.safetensors" in needed_files([*rest, *names])
+    assert f"{UNET}.fp16.bin" in needed_files([*rest, *names], "fp16")
+
+
+# What a fetch makes sure of
+
+
+def test_what_broke_off_is_resumed(server: type[Hub], hub_home: Path) -> None:
+    name, body = f"{UNET}.fp16.safetensors", SD15[f"{UNET}.fp16.safetensors"].encode()
+    partial = hub_home / "models--org--name" / "blobs" / f"{digest_of(body)}.mlxdiff.incomplete"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(body[:4000])
+    told: list[int] = []
+    folder = resolve("org/name", progress=lambda done, total, file: told.append(done))
+    assert server.ranges == ["bytes=4000-"]
+    assert (folder / name).read_bytes() == body and told == sorted(told)
+    assert not partial.exists()
+
+
+def test_a_wrong_beginning_is_dropped(server: type[Hub], hub_home: Path) -> None:
+    body = SD15[f"{UNET}.fp16.safetensors"].encode()
+    partial = hub_home / "models--org--name" / "blobs" / f"{digest_of(body)}.mlxdiff.incomplete"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(b"x" * 4000)
+    folder = resolve("org/name")
+    assert (folder / f"{UNET}.fp16.safetensors").read_bytes() == body
+    assert server.got.count(f"{UNET}.fp16.safetensors") == 2
+
+
+@pytest.mark.parametrize("file", [f"{UNET}.fp16.safetensors", "tokenizer/vocab.json"])
+def test_damaged_files_are_fetched_again(file: str, server: type[Hub]) -> None:
+    server.files = {**SD15, "tokenizer/vocab.json": '{"ab": 1}'}
+    server.damage = {file: 1}
+    folder = resolve("org/name")
+    assert (folder / file).read_text() == server.files[file]
+    assert server.got.count(file) == 2
+
+
+@pytest.mark.parametrize("file", [f"{UNET}.fp16.safetensors", "tokenizer/vocab.json"])
+def test_files_that_stay_damaged_are_refused(
+    file: str, server: type[Hub], hub_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.files = {**SD15, "tokenizer/vocab.json": '{"ab": 1}'}
+    server.damage = {file: 99}
+    with pytest.raises(HubError, match=f"org/name: {file} arrived damaged twice") as error:
+        resolve("org/name")
+    assert "\n" not in str(error.value)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(HubError, match="offline"):
+        resolve("org/name")
+
+
+def test_a_disk_without_room(
+    server: type[Hub], hub_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlxdiff.files.free_space", lambda folder: 100)
+    with pytest.raises(UsageError, match=r"org/name: the download needs .* GB at .*HF_HOME"):
         resolve("org/name")
     assert server.got == []
+
+
+# Branches that move
+
+
+def age(home: Path, seconds: float, ref: str = "main") -> None:
+    """Make a branch in the cache look as if it had been seen that long ago."""
+    then = time.time() - seconds
+    os.utime(home / "models--org--name" / "refs" / ref, (then, then))
+
+
+DAY = 24 * 3600 + 1
+
+
+def test_a_branch_is_looked_up_once_a_day(
+    server: type[Hub], hub_home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = resolve("org/name")
+    server.got.clear()
+    assert resolve("org/name") == folder and len(server.asked) == 1
+    age(hub_home, DAY)
+    assert resolve("org/name") == folder and len(server.asked) == 2
+    assert resolve("org/name") == folder and len(server.asked) == 2
+    assert server.got == [] and caplog.text == ""
+
+
+def test_a_branch_that_moved_is_fetched(
+    server: type[Hub], hub_home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = resolve("org/name")
+    age(hub_home, DAY)
+    server.commit, server.files = OTHER, {**SD15, "unet/config.json": '{"new": 1}'}
+    server.got.clear()
+    new = resolve("org/name")
+    assert new.name == OTHER and (new / "unet/config.json").read_text() == '{"new": 1}'
+    assert server.got == ["unet/config.json"]  # the rest is the same
+    assert f"org/name has changed on the hub; the old one is org/name@{COMMIT}" in caplog.text
+    assert resolve("org/name") == new and resolve(f"org/name@{COMMIT}") == old
+
+
+def test_a_new_readme_is_no_new_model(server: type[Hub], hub_home: Path) -> None:
+    old = resolve("org/name")
+    age(hub_home, DAY)
+    server.commit, server.files = OTHER, {**SD15, "README.md": "new"}
+    server.got.clear()
+    assert resolve("org/name") == old and server.got == []
+    assert len(server.asked) == 2 and resolve("org/name") == old and len(server.asked) == 2
+
+
+def test_without_a_network_the_copy_serves(
+    server: type[Hub],
+    hub_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = resolve("org/name")
+    age(hub_home, DAY)
+    server.fault = "404 RepoNotFound"  # withdrawn
+    assert resolve("org/name") == folder
+    assert "the copy in the cache is used, there may be a newer one: the hub has" in caplog.text
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    caplog.clear()
+    assert resolve("org/name") == folder
+    assert "cannot be fetched" in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert resolve("org/name") == folder and caplog.text == ""
+
+
+# Repos of other shapes
+
+
+def test_names_of_files_and_addresses() -> None:
+    page = "https://huggingface.co/org/name"
+    for text, revision, file in (
+        ("org/name/a.safetensors", "main", "a.safetensors"),
+        ("org/name/sub/a b (1).ckpt@v1", "v1", "sub/a b (1).ckpt"),
+        (page, "main", ""),
+        (f"{page}/tree/v1", "v1", ""),
+        (f"{page}/blob/main/a.safetensors?download=true", "main", "a.safetensors"),
+        ("https://hf.co/org/name/resolve/refs%2Fpr%2F1/x/a.ckpt", "refs/pr/1", "x/a.ckpt"),
+    ):
+        assert parse(text) == Reference("org/name", revision, file), text
+        assert parse(str(parse(text))) == parse(text)
+    for text in ("models/a.safetensors", "org/name/a.txt", "https://a.org/org/name", "/a/b.ckpt"):
+        assert parse(text) is None, text
+    assert parse("org/name", "v2") == Reference("org/name", "v2")
+    with pytest.raises(HubError, match="asks for revision 'v1' and for 'v2'"):
+        parse("org/name@v1", "v2")
+
+
+def test_one_checkpoint_file(server: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    server.files = {"README.md": "", "model.safetensors": "x" * 5000, "old.ckpt": "y"}
+    path = resolve("org/name")
+    assert path.name == "model.safetensors" and path.read_text() == "x" * 5000
+    assert path.parent.name == COMMIT and server.got == ["model.safetensors"]
+    old = resolve("org/name/old.ckpt")
+    assert old.read_text() == "y"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert resolve("org/name/old.ckpt") == old
+    assert resolve("org/name") == path
+
+
+def test_several_checkpoint_files(server: type[Hub]) -> None:
+    server.files = dict.fromkeys(["a.safetensors", "b.safetensors", "c.ckpt"], "x")
+    match = r"2 checkpoint files; name one: org/name/a.safetensors, org/name/b.safetensors"
+    for _ in range(2):
+        with pytest.raises(HubError, match=match):
+            resolve("org/name")
+        assert resolve("org/name/b.safetensors").name == "b.safetensors"
+    with pytest.raises(HubError, match=r"d\.safetensors is missing"):
+        resolve("org/name/d.safetensors")
+
+
+def test_repos_that_are_no_model(server: type[Hub]) -> None:
+    vae = "diffusion_pytorch_model.safetensors"
+    server.files = {"config.json": "{}", vae: "x", "README.md": "", "vae.bin": ""}
+    with pytest.raises(HubError, match=r"one component alone; a VAE.*--vae"):
+        resolve("org/name")
+    folder = hub.resolve_component("org/name", "vae")
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", vae]
+    server.files = {"README.md": ""}
+    with pytest.raises(HubError, match=r"neither a model_index\.json nor a checkpoint file"):
+        resolve("org/name@v1")
+    with pytest.raises(HubError, match=r"it holds no vae/config\.json"):
+        hub.resolve_component("org/name@v1")
+
+
+def test_one_component_of_a_model(server: type[Hub]) -> None:
+    folder = hub.resolve_component("org/name", "vae")
+    assert folder.name == "vae" and (folder / "config.json").is_file()
+    assert sorted(server.got) == ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
+    assert hub.resolve_component("org/name", "vae") == folder and len(server.asked) == 1
+
+
+def test_some_files_of_a_repo(server: type[Hub], hub_home: Path) -> None:
+    wanted = ["tokenizer/vocab.json", "tokenizer/merges.txt"]
+    folder = hub.fetch_files("org/name", wanted)
+    assert all((folder / file).is_file() for file in wanted) and len(server.got) == 2
+    age(hub_home, DAY)
+    assert hub.fetch_files("org/name", wanted[:1]) == folder and len(server.asked) == 1
+    with pytest.raises(HubError, match=r"it has no nothing\.json"):
+        hub.fetch_files("org/name", ["nothing.json"])
+
+
+def test_a_pixel_space_model_of_the_first_days(server: type[Hub], hub_home: Path) -> None:
+    index = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
+    server.files = {
+        "model_index.json": json.dumps(index),
+        "config.json": "{}",
+        "scheduler_config.json": "{} ",
+        "diffusion_pytorch_model.safetensors": "x" * 2000,
+        "diffusion_pytorch_model.bin": "y",
+        "images/a.png": "",
+    }
+    folder = resolve("org/name")
+    assert set(server.got) == set(server.files) - {"images/a.png", "diffusion_pytorch_model.bin"}
+    assert resolve("org/name") == folder and len(server.asked) == 1
+
+
+def test_two_processes_fetch_a_file_once(server: type[Hub], hub_home: Path) -> None:
+    server.pause = 1.0
+    code = "from mlxdiff.hub import resolve; print(resolve('org/name'))"
+    started = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    folders = {process.communicate()[0].strip() for process in started}
+    assert folders == {str(hub_home / "models--org--name" / "snapshots" / COMMIT)}
+    assert server.got.count(f"{UNET}.fp16.safetensors") == 1
 
 
 def test_importing_is_cheap() -> None:
