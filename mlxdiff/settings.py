@@ -16,6 +16,7 @@ from mlxdiff import samplers
 from mlxdiff.errors import UsageError
 from mlxdiff.image import load_image, resize
 from mlxdiff.model import Model
+from mlxdiff.pixels import PixelModel
 
 logger = logging.getLogger("mlxdiff")
 
@@ -36,6 +37,7 @@ class Settings:
         denoising_start: with a refiner, where that begins; else where the run begins, on an image
             that is taken for a picture half made.
         denoising_end: where the run ends or, with a refiner, where that takes over.
+        label: the class to draw, for models that have classes in place of a prompt.
         refined: whether there is a refiner.
     """
 
@@ -59,6 +61,7 @@ class Settings:
     crop: tuple[int, int] | None = None
     aesthetic_score: float | None = None
     negative_aesthetic_score: float | None = None
+    label: int | None = None
     image_name: str | None = None
     image: np.ndarray | None = field(default=None, repr=False, compare=False)
     refined: bool = False
@@ -81,6 +84,75 @@ class Settings:
 
 
 def resolve(
+    model: Model | PixelModel,
+    refiner: Model | None,
+    prompt: str | None = None,
+    *,
+    label: int | None = None,
+    **arguments: Any,
+) -> Settings:
+    """Check the arguments of ``generate`` and fill in the defaults. Raises: UsageError."""
+    if isinstance(model, PixelModel):
+        return _resolve_pixels(model, prompt, label, **arguments)
+    if label is not None:
+        raise UsageError(f"label {label}: this model draws from a prompt, it has no classes")
+    if prompt is None:
+        raise UsageError('no prompt is given; for example: mlxdiff generate "a red circle"')
+    return _resolve_text(model, refiner, prompt, **arguments)
+
+
+def _resolve_pixels(
+    model: PixelModel,
+    prompt: str | None,
+    label: int | None,
+    *,
+    width: int | None = None,
+    height: int | None = None,
+    steps: int | None = None,
+    sampler: str = "auto",
+    schedule: str = "auto",
+    eta: float | None = None,
+    **others: Any,
+) -> Settings:
+    """Settings of a model without text and VAE."""
+    # A picture's metadata may say what says nothing: an empty prompt, no guidance.
+    others = {"prompt": prompt or None, **others}
+    for name, most in (("guidance", 1.0), ("guidance_rescale", 0.0)):
+        value = others.get(name)
+        if isinstance(value, (int, float)) and value <= most:
+            del others[name]
+    if given := [name for name, value in others.items() if value is not None]:
+        raise UsageError(
+            f"{', '.join(given)}: this model draws from noise alone; it has no part for that"
+        )
+    _check_numbers(1.0, eta=eta)
+    model.check_label(label)
+    if width is None or height is None:
+        own_height, own_width = model.default_size
+        width = own_width if width is None else width
+        height = own_height if height is None else height
+    model.check_size(width=width, height=height)
+    sampler = model.default_sampler if sampler == "auto" else sampler
+    settings = Settings(
+        prompt="",
+        negative_prompt=None,
+        prompt_2=None,
+        negative_prompt_2=None,
+        width=width,
+        height=height,
+        steps=model.default_steps(sampler) if steps is None else steps,
+        guidance=1.0,
+        guidance_rescale=0.0,
+        sampler=sampler,
+        schedule=schedule,
+        eta=eta,
+        label=label,
+    )
+    plan = make_plans(settings, model)[0]
+    return replace(settings, sampler=plan.sampler, schedule=plan.schedule)
+
+
+def _resolve_text(
     model: Model,
     refiner: Model | None,
     prompt: str,
@@ -106,7 +178,7 @@ def resolve(
     aesthetic_score: float | None = None,
     negative_aesthetic_score: float | None = None,
 ) -> Settings:
-    """Check the arguments of ``generate`` and fill in the defaults. Raises: UsageError."""
+    """Settings of a model that draws from text."""
     _check_texts(
         prompt=prompt,
         negative_prompt=negative_prompt,
@@ -194,9 +266,10 @@ def resolve(
         settings = replace(
             settings,
             original_size=original_size or (height, width),
-            target_size=target_size or (height, width),
             crop=crop or (0, 0),
         )
+    if model.is_sdxl and not model.takes_aesthetic_score:
+        settings = replace(settings, target_size=target_size or (height, width))
     if _scored(model, refiner):
         high, low = AESTHETIC_SCORES
         settings = replace(
@@ -212,11 +285,15 @@ def resolve(
 
 
 def make_plans(
-    settings: Settings, model: Model, refiner: Model | None = None
+    settings: Settings, model: Model | PixelModel, refiner: Model | None = None
 ) -> tuple[samplers.Plan, ...]:
     """The sampler's plan for the model and, where there is one, for the refiner."""
     source = model.source
-    own_strength = model.is_latent_consistency and _samples_with_lcm(settings, model)
+    own_strength = (
+        isinstance(model, Model)
+        and model.is_latent_consistency
+        and _samples_with_lcm(settings, model)
+    )
     plan = samplers.plan(
         source.scheduler_config,
         settings.sampler,

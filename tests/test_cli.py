@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from golden_data import checkpoint
+from golden_data import checkpoint, photo
 from PIL import Image
 
 from mlxdiff.cli import main
+from mlxdiff.cli.generate import _Downloads
+from mlxdiff.image import save_png
+from mlxdiff.metadata import Metadata
 
 
 def run(*arguments: str | Path, stdin: str | None = None) -> Result:
@@ -91,6 +95,68 @@ def test_metadata_replays_the_picture(here: Path) -> None:
     assert texts(here / "bare.png") == {}
 
 
+def test_an_image_to_start_from_and_its_replay(here: Path) -> None:
+    Image.fromarray(photo(40, 75)).save("photo.png")
+    options = ("-i", "photo.png", "--strength", "0.5", "--steps", "4", "--sampler", "ddim")
+    result = generate("a", *options, "--eta", "0.5", "-s", "1", "-o", "first.png", "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert (record["width"], record["height"]) == (72, 40)
+    assert (record["image"], record["strength"], record["eta"]) == ("photo.png", 0.5, 0.5)
+    assert "--image" in error_of(generate("--from-image", "first.png", "-o", "x.png"))
+    again = generate("--from-image", "first.png", "-i", "photo.png", "-o", "second.png")
+    assert again.exit_code == 0, again.output
+    assert np.array_equal(pixels(here / "first.png"), pixels(here / "second.png"))
+    assert texts(here / "first.png") == texts(here / "second.png")
+    other = generate("--from-image", "first.png", "-i", "first.png", "-o", "third.png")
+    assert other.exit_code == 0
+    assert not np.array_equal(pixels(here / "first.png"), pixels(here / "third.png"))
+
+
+def test_a_refiner_and_another_vae_and_their_replay(here: Path) -> None:
+    for name, target in (("sdxl", "base"), ("sdxl-refiner", "refiner"), ("taesd", "tiny")):
+        shutil.copytree(checkpoint(name), target)
+    first = run(
+        *("generate", "a", "-m", "base", "--refiner", "refiner", "--vae", "tiny", "-s", "1"),
+        *("--denoising-end", "0.6", "--aesthetic-score", "7", "--backend", "numpy", "--json"),
+        *("--steps", "5", "-W", "32", "-H", "32", "-o", "first.png"),
+    )
+    assert first.exit_code == 0, first.output
+    record = json.loads(first.stdout)
+    assert (record["vae"], record["refiner"], record["aesthetic_score"]) == ("tiny", "refiner", 7.0)
+    again = run("generate", "--from-image", "first.png", "--backend", "numpy", "-o", "second.png")
+    assert again.exit_code == 0, again.output
+    assert np.array_equal(pixels(here / "first.png"), pixels(here / "second.png"))
+    assert texts(here / "first.png") == texts(here / "second.png")
+    alone = ("generate", "a", "-m", "refiner", "--backend", "numpy", "--steps", "4")
+    assert "--image" in error_of(run(*alone))
+    result = run(*alone, "-i", "first.png", "-s", "1", "-o", "alone.png")
+    assert result.exit_code == 0, result.output
+    again = run(
+        *("generate", "--from-image", "alone.png", "-i", "first.png", "--backend", "numpy"),
+        *("-o", "alone-again.png"),
+    )
+    assert again.exit_code == 0, again.output
+    assert np.array_equal(pixels(here / "alone.png"), pixels(here / "alone-again.png"))
+
+
+@pytest.mark.parametrize("extra", [{"strength": "much"}, {"crop": [1]}, {"vae": 3}])
+def test_metadata_that_is_no_settings_is_refused(here: Path, extra: dict[str, object]) -> None:
+    save_png(photo(32, 32), "x.png", Metadata(prompt="a", extra=extra).chunks())
+    assert next(iter(extra)) in error_of(generate("--from-image", "x.png", "-o", "y.png"))
+
+
+def test_a_download_is_shown_as_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    with _Downloads(quiet=False) as progress:
+        assert progress is not None
+        for done in range(0, 101, 10):
+            progress(done, 100, "unet/model.safetensors")
+    said = capsys.readouterr().err
+    assert "fetching" in said and said.count("\n") <= 1
+    with _Downloads(quiet=True) as progress:
+        assert progress is None
+
+
 def test_prompt_file_and_stdin(here: Path) -> None:
     (here / "prompts.txt").write_text("a red circle\n\na blue square\n", encoding="utf-8")
     result = generate("--prompt-file", "prompts.txt", "-s", "1", *QUICK)
@@ -144,6 +210,14 @@ def test_unseeded_pictures_tell_their_seed(here: Path) -> None:
         (("--prompt-file", "none.txt"), "none.txt"),
         (("--from-image", "none.png"), "none.png"),
         (("a", "--lora", "x"), "--lora"),
+        (("a", "--strength", "0.5"), "--image"),
+        (("a", "-i", "none.png"), "none.png"),
+        (("a", "--eta", "0.5"), "ddim"),
+        (("a", "--denoising-end", "0.5"), "SDXL"),
+        (("a", "--aesthetic-score", "5"), "SDXL"),
+        (("a", "--refiner", checkpoint("sdxl")), "SDXL"),
+        (("a", "--vae", "none"), "none"),
+        (("a", "--vae", checkpoint("sd15") / "unet"), "not a VAE"),
     ],
 )
 def test_wrong_input_is_one_line_and_leaves_nothing(

@@ -100,16 +100,23 @@ def common_options(command: F) -> F:
 
 
 class _Notes(logging.Handler):
-    """Shows what the library warns of on stderr."""
+    """Shows what the library warns of on stderr, each thing once."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(f"Note: {record.getMessage()}", err=True)
+        message = record.getMessage()
+        if message not in self.said:
+            self.said.add(message)
+            click.echo(f"Note: {message}", err=True)
 
 
 def show_notes(quiet: bool) -> None:
     """Print the library's warnings to stderr, or do not."""
     logger = logging.getLogger("mlxdiff")
-    logger.handlers = [logging.NullHandler() if quiet else _Notes(logging.WARNING)]
+    logger.handlers = [logging.NullHandler() if quiet else _Notes()]
     logger.propagate = False
 
 

@@ -6,6 +6,7 @@ import json
 import string
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,18 @@ import click
 from mlxdiff.cli import common_options, show_notes
 from mlxdiff.errors import UsageError
 
-# Options that make up the picture: what --from-image can bring back.
-_PICTURE = (
-    "negative_prompt prompt_2 negative_prompt_2 width height steps guidance guidance_rescale "
-    "sampler schedule original_size target_size crop"
+# Options that make up the picture, and the models beside the main one: what --from-image can bring
+# back, and, of what stands in a picture's metadata as `extra`, the type that it must have.
+_FIELDS = (
+    "prompt negative_prompt prompt_2 negative_prompt_2 width height steps guidance "
+    "guidance_rescale sampler schedule seed model"
 ).split()
+_EXTRA: dict[str, Any] = dict.fromkeys(
+    "eta strength denoising_start denoising_end aesthetic_score negative_aesthetic_score".split(),
+    float,
+)
+_EXTRA |= dict.fromkeys(("original_size", "target_size", "crop"), tuple)
+_EXTRA |= dict.fromkeys(("vae", "refiner", "image"), str)
 BUILTIN_NAME = "builtin"  # what pictures of the built-in model say that they are made with
 
 
@@ -61,15 +69,24 @@ POINT = Pair(",", "Y,X")
     help="Converted folder, diffusers folder, or hub id org/name[@revision]. "
     "Default: the built-in model.",
 )
-@click.option("-W", "--width", type=int, help="Pixels. Default: the model's own.")
-@click.option("-H", "--height", type=int, help="Pixels. Default: the model's own.")
-@click.option("--steps", type=int, help="Evaluations of the U-Net for each picture.")
+@click.option("--vae", help="Another VAE, or a TAESD: its folder, or a model that has it.")
+@click.option("--refiner", help="SDXL: a model, as for -m, that draws the last part of the way.")
+@click.option("-W", "--width", type=int, help="Pixels. Default: the image's, or the model's own.")
+@click.option("-H", "--height", type=int, help="Pixels. Default: the image's, or the model's own.")
+@click.option("-i", "--image", help="A picture to start from; it is resized.")
+@click.option(
+    "--strength", type=float, help="How far from the image, 0 to 1. Default: 0.8, SDXL 0.3."
+)
+@click.option(
+    "--steps", type=int, help="Of the sampler. Default: 20; 4 for models made for few (LCM, Turbo)."
+)
 @click.option(
     "-g",
     "--guidance",
     "--cfg-scale",
     type=float,
-    help="Classifier-free guidance scale; none at 1 and below. Default: 7.5, SDXL 5.",
+    help="Classifier-free guidance scale; none at 1 and below. "
+    "Default: 7.5, SDXL 5, LCM 8.5, Turbo 0.",
 )
 @click.option("--guidance-rescale", type=float, help="Rescale of the guided prediction, 0 to 1.")
 @click.option("-s", "--seed", type=int, help="As torch takes it. Default: random, printed.")
@@ -78,6 +95,19 @@ POINT = Pair(",", "Y,X")
 )
 @click.option("--sampler", help="Default: auto. A wrong name lists all.")
 @click.option("--schedule", help="Default: auto. A wrong name lists all.")
+@click.option("--eta", type=float, help="Share of fresh noise, 0 to 1 (ddim, tcd). Default: 0.")
+@click.option(
+    "--denoising-end",
+    type=float,
+    help="SDXL: stop after this share of the way, or hand over to the refiner (default: 0.8).",
+)
+@click.option(
+    "--denoising-start",
+    type=float,
+    help="SDXL: where the refiner begins; without one, take the image for made up to there.",
+)
+@click.option("--aesthetic-score", type=float, help="SDXL refiner. Default: 6.")
+@click.option("--negative-aesthetic-score", type=float, help="SDXL refiner. Default: 2.5.")
 @click.option("--original-size", type=SIZE, metavar="HxW", help="SDXL: micro-conditioning.")
 @click.option("--target-size", type=SIZE, metavar="HxW", help="SDXL: micro-conditioning.")
 @click.option("--crop", type=POINT, metavar="Y,X", help="SDXL: micro-conditioning.")
@@ -102,6 +132,8 @@ def generate(
     prompt: str | None,
     prompt_file: str | None,
     model: str | None,
+    vae: str | None,
+    refiner: str | None,
     seed: int | None,
     count: int,
     backend: str,
@@ -127,9 +159,15 @@ def generate(
     replay: dict[str, Any] = {}
     if from_image is not None:
         replay = _replay(from_image)
-        drawn_with, drawn_from = replay.pop("model", None), replay.pop("seed", None)
-        model = drawn_with if model is None else model
-        seed = drawn_from if seed is None else seed
+        named = {name: replay.pop(name, None) for name in ("model", "vae", "refiner", "seed")}
+        model = named["model"] if model is None else model
+        vae = named["vae"] if vae is None else vae
+        refiner = named["refiner"] if refiner is None else refiner
+        seed = named["seed"] if seed is None else seed
+        if "image" in replay and picture["image"] is None:
+            raise UsageError(
+                f"{from_image}: was drawn from the image {replay['image']!r}: give it with --image"
+            )
     prompts = _prompts(text, prompt, prompt_file, replay.pop("prompt", None))
     arguments = replay | {k: v for k, v in picture.items() if v is not None}
 
@@ -138,7 +176,10 @@ def generate(
 
     seeds = pick_seeds(seed, count)
     paths = _paths(output, len(prompts), seeds)
-    pipe = load(model, backend=backend, dtype=dtype, progress=None if quiet else _downloading)
+    with _Downloads(quiet) as progress:
+        pipe = load(
+            model, backend=backend, dtype=dtype, vae=vae, refiner=refiner, progress=progress
+        )
     # What can be refused is refused before anything is drawn.
     pipe.settings(prompts[0], **arguments)
     for path in paths:
@@ -190,11 +231,17 @@ def _replay(path: str) -> dict[str, Any]:
     from mlxdiff.metadata import read
 
     found = read(path)
-    values = {**vars(found), **found.extra}
-    replay = {name: values.get(name) for name in (*_PICTURE, "prompt", "seed", "model")}
-    for name in ("original_size", "target_size", "crop"):
-        if isinstance(replay[name], list):
-            replay[name] = tuple(replay[name])
+    replay = {name: getattr(found, name) for name in _FIELDS}
+    for name, kind in _EXTRA.items():
+        value = found.extra.get(name)
+        if kind is tuple and isinstance(value, list):
+            value = tuple(value)
+        good = isinstance(value, (int, float) if kind is float else kind)
+        if kind is tuple and good:
+            good = len(value) == 2 and all(type(v) is int for v in value)
+        if value is not None and (not good or isinstance(value, bool)):
+            raise UsageError(f"{path}: {name} in its mlxdiff metadata is {value!r}")
+        replay[name] = value
     if replay["model"] is not None and found.revision is not None:
         replay["model"] += f"@{found.revision}"
     if replay["model"] == BUILTIN_NAME:
@@ -227,8 +274,32 @@ def _paths(output: str | None, prompts: int, seeds: list[int]) -> list[Path]:
     return paths
 
 
-def _downloading(*args: Any) -> None:
-    click.echo(" ".join(map(str, args)), err=True)
+class _Downloads:
+    """A progress bar on stderr for what is fetched, if anything is; nothing where quiet."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.bar: Any = None
+
+    def __enter__(self) -> Callable[[int, int, str], None] | None:
+        return None if self.quiet else self.advance
+
+    def advance(self, done: int, total: int, file: str) -> None:
+        """Told again and again how many bytes are done, of how many, and of which file."""
+        if self.bar is None or self.bar.length != max(total, 1):
+            self.__exit__()
+            self.bar = click.progressbar(
+                length=max(total, 1),
+                label="fetching",
+                item_show_func=lambda name: name,
+                file=sys.stderr,
+            )
+        self.bar.update(done - self.bar.pos, file)
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.render_finish()
+            self.bar = None
 
 
 def _draw(
@@ -274,24 +345,25 @@ def _draw(
         save_png(image, path, text, overwrite=options["force"])
         seconds = time.perf_counter() - start
         if options["json"]:
-            click.echo(json.dumps(_record(result, path, seed, seconds)))
+            click.echo(json.dumps(_record(result, i, path, seconds)))
         else:
             click.echo(f"{path}  seed {seed}  {seconds:.1f} s")
 
 
-def _record(result: Any, path: Path, seed: int, seconds: float) -> dict[str, Any]:
+def _record(result: Any, picture: int, path: Path, seconds: float) -> dict[str, Any]:
     """What --json says of a picture. Seconds by stage are those of the whole run of its prompt."""
-    s = result.settings
+    s, metadata = result.settings, result.metadata[picture]
     stages = {k: round(v, 4) for k, v in result.timings.items() if k != "steps"}
     return {
         "path": str(path),
-        "seed": seed,
+        "seed": metadata.seed,
         "width": s.width,
         "height": s.height,
         "steps": s.steps,
         "guidance": s.guidance,
         "sampler": s.sampler,
         "schedule": s.schedule,
+        **metadata.extra,
         "seconds": stages | {"total": round(seconds, 4)},
         "peak_memory_bytes": result.peak_memory,
     }
