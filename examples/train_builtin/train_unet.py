@@ -200,7 +200,13 @@ def assemble(run: Path, vae: Path, text: Path, to: Path) -> None:
     config = to / "scheduler" / "scheduler_config.json"
     values = json.loads(config.read_text())
     values["clip_sample"] = False  # DDIM and DDPM built from this file would clip the latents
+    values = {key: value for key, value in values.items() if value != float("-inf")}  # no JSON
     config.write_text(json.dumps(values, indent=2) + "\n")
+    for config in to.glob("*/*config.json"):  # where the parts came from says nothing here
+        values = json.loads(config.read_text())
+        for key in ("_name_or_path", "is_local", "local_files_only"):
+            values.pop(key, None)
+        config.write_text(json.dumps(values, indent=2) + "\n")
     for file in to.rglob("*"):
         file.chmod(0o755 if file.is_dir() else 0o644)
     total = sum(file.stat().st_size for file in to.rglob("*") if file.is_file())
