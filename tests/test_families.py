@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_hub import serve
 from folders import diffusers_folder, write_json
 from golden_data import (
     FAMILIES,
@@ -178,6 +180,38 @@ def test_another_autoencoder(pipes: dict[Any, Pipeline]) -> None:
         open_vae(checkpoint("sd15") / "unet")
 
 
+def test_a_vae_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    folder = checkpoint("taesd")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for prefix in ("", "vae/"):
+        with serve({prefix + name: data for name, data in files.items()}, monkeypatch) as server:
+            server.commit = hashlib.sha1(prefix.encode()).hexdigest()
+            part = open_vae(f"org/name@{server.commit}")
+            assert part.config == open_vae(folder).config
+            assert part.provenance == {"source": "org/name", "revision": server.commit}
+
+
+@pytest.mark.mlx
+@pytest.mark.parametrize(
+    ("name", "vae"), [("sdxl-refiner", None), ("lcm", None), ("ssd-1b", None), ("sd15", "taesd")]
+)
+def test_half_precision_is_finite_and_near(name: str, vae: str | None) -> None:
+    drawn = [
+        mlxdiff.load(
+            checkpoint(name),
+            backend="mlx",
+            dtype=dtype,
+            vae=None if vae is None else checkpoint(vae),
+        ).generate("a", seed=0, image=photo(32, 32), steps=4, strength=0.8)
+        for dtype in ("float32", "float16")
+    ]
+    latents = [result.latents for result in drawn]
+    assert np.isfinite(latents[1]).all()
+    assert np.abs(latents[0] - latents[1]).max() < 0.05 * latents[0].std()
+
+
 @pytest.mark.parametrize(("channels", "says"), [(9, "--mask"), (8, "image guidance")])
 def test_models_that_need_more_open_and_say_so(tmp_path: Path, channels: int, says: str) -> None:
     path = tmp_path / "model"
@@ -203,7 +237,7 @@ def test_models_that_need_more_open_and_say_so(tmp_path: Path, channels: int, sa
         ("sd15", {"denoising_end": 0.5}, "only SDXL"),
         ("sd15", {"eta": 0.5}, "ddim and tcd"),
         ("sd15", {"aesthetic_score": 6.0}, "only SDXL"),
-        ("sd15", {"prompt": None}, "prompt must be a text"),
+        ("sd15", {"prompt": 3}, "prompt must be a text"),
         ("sd15", {"image": "none.png"}, "none.png"),
         ("sdxl", {"aesthetic_score": 6.0}, "--refiner"),
         ("sdxl", {"denoising_start": 0.5}, "needs an image"),
