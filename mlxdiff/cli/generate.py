@@ -233,7 +233,7 @@ def _replay(path: str) -> dict[str, Any]:
     found = read(path)
     replay = {name: getattr(found, name) for name in _FIELDS}
     for name, kind in _EXTRA.items():
-        value = found.extra.get(name)
+        value: Any = found.extra.get(name)
         if kind is tuple and isinstance(value, list):
             value = tuple(value)
         good = isinstance(value, (int, float) if kind is float else kind)
@@ -314,7 +314,7 @@ def _draw(
     """Draw the pictures of one prompt, write and report them."""
     from mlxdiff.image import save_png
 
-    bar = None
+    bar: Any = None
 
     def on_step(step: Any) -> None:
         nonlocal bar
