@@ -8,6 +8,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping
 
+import numpy as np
+
 PROTO = b"\x80\x02"
 MAGIC = PROTO + b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 PROTOCOL = PROTO + b"M\xe9\x03."
@@ -129,3 +131,31 @@ def stream_file(value: bytes, storages: Mapping[str, bytes] | None = None, width
     keys = pickled(b"](" + b"".join(map(text, storages)) + b"e")
     data = [struct.pack("<q", len(raw) // width) + raw for raw in storages.values()]
     return MAGIC + PROTOCOL + SYSTEM + pickled(value) + keys + b"".join(data)
+
+
+KINDS = {
+    "float16": "torch.HalfStorage",
+    "float32": "torch.FloatStorage",
+    "float64": "torch.DoubleStorage",
+    "int64": "torch.LongStorage",
+}
+
+
+def saved(
+    arrays: Mapping[str, np.ndarray], wrap: str = "", stream: bool = False, first: bytes = b""
+) -> bytes:
+    """What torch.save makes of such tensors.
+
+    ``wrap``: the key that the table stands under. ``first``: opcodes before all others.
+    """
+    storages = {str(n): array.tobytes() for n, array in enumerate(arrays.values())}
+    value = table({
+        name: tensor(str(n), array.size, array.shape, kind=KINDS[array.dtype.name])
+        for n, (name, array) in enumerate(arrays.items())
+    })  # fmt: skip
+    if wrap:
+        value = table({wrap: value, "when": call("datetime.datetime", number(7))})
+    if not stream:
+        return zip_file(first + value, storages)
+    (width,) = {array.itemsize for array in arrays.values()}
+    return stream_file(first + value, storages, width)
