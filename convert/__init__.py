@@ -18,15 +18,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mlxdiff.config import UNet2DConditionConfig
-from mlxdiff.convert.checkpoint import DiffusersFolder, open_source
+from mlxdiff.config import UNetConfig
+from mlxdiff.convert.checkpoint import DiffusersFolder
 from mlxdiff.convert.component import Component, open_vae
 from mlxdiff.convert.report import ComponentReport, Report
+from mlxdiff.convert.singlefile import SingleFile
+from mlxdiff.convert.sources import Model, open_source
 from mlxdiff.errors import UsageError
 from mlxdiff.weights import (
     DTYPES,
     ConvertedFolder,
-    ModelSource,
     Progress,
     check_dest,
     sha256,
@@ -38,6 +39,7 @@ __all__ = [
     "ComponentReport",
     "DiffusersFolder",
     "Report",
+    "SingleFile",
     "convert",
     "describe",
     "open_source",
@@ -54,18 +56,28 @@ def convert(
     variant: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    config: str | os.PathLike[str] | None = None,
+    prediction_type: str | None = None,
+    ema: bool = False,
 ) -> Report:
     """Convert a model; memory stays near the size of its largest tensor.
 
     Args:
-        source: diffusers folder or hub id; a converted folder too, to change its dtype.
+        source: diffusers folder, single file or hub id; a converted folder too, to change its
+            dtype.
         dest: folder to write. Nothing is there after a failure or an interruption.
         dtype: type of all weights: "float16", "bfloat16" or "float32".
         revision: branch, tag or commit on the hub.
-        variant: weights variant, "fp16" for example.
+        variant: weights variant, "fp16" for example; None: with dtype float32 the plain files, else
+            as ``open_source`` does.
         force: replace ``dest`` if it is a converted folder.
         progress: called with bytes done, bytes in all, and what is being worked on; a download
             from the hub is counted first, on its own.
+        config: for a single file: a diffusers or converted folder whose configs, scheduler and
+            tokenizer count, and whose weights stand in for parts that the file does not have.
+        prediction_type: for a single file: "epsilon", "v_prediction" or "sample", whatever it looks
+            like.
+        ema: for a single file: take the moving averages where there are both.
     Returns: what was done with every tensor.
     Raises: UsageError, CheckpointError, ConfigError, HubError.
     """
@@ -73,12 +85,23 @@ def convert(
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     check_dest(dest, force)
-    model = open_source(source, revision, variant, progress)
+    if variant is None and dtype == "float32":
+        variant = ""
+    model = open_source(
+        source,
+        revision,
+        variant,
+        progress,
+        config=config,
+        prediction_type=prediction_type,
+        ema=ema,
+    )
+    model.documents()  # what is missing for a tokenizer is said before anything is read
     width = 4 if dtype == "float32" else 2
     to_write = sum(t.size * width for c in model.components for t in model.tensors(c).values())
     provenance = model.provenance
     to_hash = 0
-    if isinstance(model, DiffusersFolder):
+    if not isinstance(model, ConvertedFolder):
         files = model.source_files()
         to_hash = sum(path.stat().st_size for path in files.values())
         provenance = provenance | {"sha256": _hash(files, to_hash + to_write, progress)}
@@ -97,7 +120,8 @@ def convert(
         family=model.family,
         dtype=dtype,
         components=tuple(_component_report(model, name, width) for name in model.components),
-        notes=model.notes if isinstance(model, DiffusersFolder) else (),
+        ignored=model.ignored if isinstance(model, SingleFile) else (),
+        notes=() if isinstance(model, ConvertedFolder) else model.notes,
         seconds=time.perf_counter() - begin,
     )
 
@@ -117,14 +141,17 @@ def _hash(files: dict[str, Path], total: int, progress: Progress | None) -> dict
     return digests
 
 
-def _component_report(model: ModelSource, name: str, width: int) -> ComponentReport:
+def _component_report(model: Model, name: str, width: int) -> ComponentReport:
     tensors = model.tensors(name)
     parameters = sum(t.size for t in tensors.values())
     file, transforms = name, Counter[str]()
     ignored: tuple[tuple[str, str], ...] = ()
-    if isinstance(model, DiffusersFolder):
-        files = model.files[name]
-        file = files.entry.relative_to(model.path).as_posix()
+    parts = {} if isinstance(model, ConvertedFolder) else model.files
+    if name in parts:
+        files = parts[name]
+        file = files.entry.name
+        if isinstance(model, DiffusersFolder):
+            file = files.entry.relative_to(model.path).as_posix()
         transforms = Counter(use.transform.name for use in files.mapped.uses.values())
         ignored = files.mapped.ignored
     return ComponentReport(
@@ -140,19 +167,23 @@ def _component_report(model: ModelSource, name: str, width: int) -> ComponentRep
     )
 
 
-def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a model folder holds, in plain JSON values; for `mlxdiff info`.
+def describe(
+    path: str | os.PathLike[str], config: str | os.PathLike[str] | None = None
+) -> dict[str, Any]:
+    """What a model holds, in plain JSON values; for `mlxdiff info`.
 
     Args:
-        path: a converted folder, a diffusers folder or a hub id.
-    Returns: kind ("converted" or "diffusers"), path, family, pipeline, resolution (height, width in
-        pixels; None where the config does not say), prediction_type, scheduler, parameters, bytes,
-        components (class, tensors, parameters, bytes, dtypes of each), source, notes.
+        path: a converted folder, a diffusers folder, a single file or a hub id.
+        config: for a single file, as ``convert`` takes it.
+    Returns: kind ("converted", "diffusers" or "single file"), path, family, pipeline, resolution
+        (height, width in pixels; None where the config does not say), prediction_type, scheduler,
+        parameters, bytes, components (class, tensors, parameters, bytes, dtypes of each), source,
+        notes.
     Raises: CheckpointError, ConfigError, HubError.
     """
-    model = open_source(path)
-    unet: UNet2DConditionConfig = model.config("unet")
-    factor = model.config("vae").factor
+    model = open_source(path, config=config)
+    unet: UNetConfig = model.config("unet")
+    factor = model.config("vae").factor if "vae" in model.components else 1
     components = {}
     for name in model.components:
         tensors = model.tensors(name).values()
@@ -163,9 +194,9 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
             "bytes": sum(t.nbytes for t in tensors),
             "dtypes": dict(Counter(t.dtype for t in tensors)),
         }
-    converted = isinstance(model, ConvertedFolder)
+    kinds = {ConvertedFolder: "converted", SingleFile: "single file"}
     return {
-        "kind": "converted" if converted else "diffusers",
+        "kind": kinds.get(type(model), "diffusers"),
         "path": str(model.path),
         "family": model.family,
         "pipeline": model.model_index.get("_class_name"),

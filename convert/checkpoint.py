@@ -5,26 +5,23 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlxdiff import hub
 from mlxdiff.config import ComponentConfig, read_json
 from mlxdiff.convert import detect
-from mlxdiff.convert.keymap import DIFFUSERS, Mapped, Use, map_names
-from mlxdiff.errors import CheckpointError, UsageError
+from mlxdiff.convert.keymap import DIFFUSERS, Layout, Mapped, Use, map_names, targets
+from mlxdiff.convert.pickles import SUFFIXES, PickleFile, open_tensors
+from mlxdiff.errors import CheckpointError
 from mlxdiff.params import Shape, expected_parameters
 from mlxdiff.weights import (
-    FLOATS,
-    MANIFEST,
-    ConvertedFolder,
+    READABLE,
     LazyTensor,
     ModelFolder,
-    Progress,
-    open_folder,
     open_weights,
     raise_faults,
     shard_files,
@@ -32,8 +29,9 @@ from mlxdiff.weights import (
 
 # Names that diffusers and transformers give to weights: stem, variant and index in all the orders
 # that their versions have used ("x.fp16.safetensors", "x.safetensors.index.fp16.json", ...).
+FORMS = ("safetensors", "bin")
 _WEIGHTS = re.compile(
-    r"(?:diffusion_pytorch_model|model)(?P<a>\.[\w-]+?)?\.safetensors"
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?P<a>\.[\w-]+?)?\.(?P<form>safetensors|bin)"
     r"(?:(?P<b>\.[\w-]+?)?\.index(?P<c>\.[\w-]+?)?\.json)?"
 )
 _SHARD = re.compile(r".*-\d{5}-of-\d{5}.*")
@@ -44,7 +42,7 @@ class ComponentFiles:
     """The weights of a component as they were found.
 
     Attributes:
-        entry: the safetensors file, or the index of the shards.
+        entry: the file, or the index of the shards.
         tensors: the tensors under the names of the file.
         mapped: what becomes of each.
     """
@@ -64,20 +62,63 @@ class ComponentFiles:
 
 def open_component(entry: Path, component: str, config: ComponentConfig) -> ComponentFiles:
     """Open the weights of a component and find every tensor its place. Raises: CheckpointError."""
-    tensors = open_weights(entry)
+    refused: dict[str, str] = {}
+    ignored: list[tuple[str, str]] = []
+
+    def open_file(path: Path) -> dict[str, LazyTensor]:
+        file = open_tensors(path)
+        if isinstance(file, PickleFile):
+            refused.update(file.refused)
+            ignored.extend(file.ignored)
+        return file.tensors
+
+    tensors = open_weights(entry, open_file)
+    found = map_component(entry, tensors, DIFFUSERS[component], config, str(entry), refused)
+    mapped = replace(found.mapped, ignored=(*found.mapped.ignored, *dict.fromkeys(ignored)))
+    return replace(found, mapped=mapped)
+
+
+def map_component(
+    entry: Path,
+    tensors: dict[str, LazyTensor],
+    layout: Layout,
+    config: ComponentConfig,
+    where: str,
+    refused: Mapping[str, str] | None = None,
+) -> ComponentFiles:
+    """Find every tensor its place.
+
+    Args:
+        entry: the file that they are from.
+        tensors: all that the file has of this component.
+        layout: how their names are spelled.
+        config: the component's.
+        where: what messages call it.
+        refused: what the file has among the tensors that is none, as PickleFile says.
+    Raises: CheckpointError.
+    """
+    expected = expected_parameters(config)
+    raise_faults(
+        where,
+        unreadable=[
+            f"{name} is {what}"
+            for name, what in (refused or {}).items()
+            if any(target in expected for target in targets(layout, name))
+        ],
+    )
     mapped = map_names(
         {name: tensor.shape for name, tensor in tensors.items()},
-        expected_parameters(config),
-        DIFFUSERS[component],
-        str(entry),
+        expected,
+        layout,
+        where,
     )
-    used = (use.source for use in mapped.uses.values())
+    used = dict.fromkeys(use.source for use in mapped.uses.values())
     raise_faults(
-        str(entry),
+        where,
         unsupported=[
-            f"{n} is {tensors[n].dtype} (supported: {', '.join(FLOATS)})"
+            f"{n} is {tensors[n].dtype} (supported: {', '.join(READABLE)})"
             for n in used
-            if tensors[n].dtype not in FLOATS
+            if tensors[n].dtype not in READABLE
         ],
     )
     return ComponentFiles(entry, tensors, mapped)
@@ -92,6 +133,7 @@ class DiffusersFolder(ModelFolder):
         revision: of the hub repository that it comes from.
         variant: weights variant to take.
         prefer: variants to look for, in this order, where none was asked for ("" is none).
+        without: components whose weights come from elsewhere; only their configs are read.
     Attributes:
         files: component -> its weights as found.
         notes: what was left out or done otherwise than asked, one line each.
@@ -106,6 +148,7 @@ class DiffusersFolder(ModelFolder):
         revision: str | None = None,
         variant: str | None = None,
         prefer: tuple[str, ...] = ("", "fp16"),
+        without: Collection[str] = (),
     ) -> None:
         path = Path(path)
         if not (path / "model_index.json").is_file():
@@ -116,7 +159,8 @@ class DiffusersFolder(ModelFolder):
         self.provenance: dict[str, Any] = {"source": name or path.resolve().name}
         if revision is not None:
             self.provenance["revision"] = revision
-        entries, more = find_weights(path, self.components, variant, prefer)
+        needed = {name: self.place(name) for name in self.components if name not in without}
+        entries, more = find_weights(path, needed, variant, prefer)
         self.notes = notes + more
         self.files = {
             name: open_component(entry, name, self.config(name)) for name, entry in entries.items()
@@ -127,7 +171,7 @@ class DiffusersFolder(ModelFolder):
 
     def source_files(self) -> dict[str, Path]:
         """Every file that the model is read from: relative name -> path."""
-        paths = [self.path / name for name in self.documents()]
+        paths = list(self.document_paths().values())
         for files in self.files.values():
             paths += shard_files(files.entry)
         return {path.relative_to(self.path).as_posix(): path for path in sorted(paths)}
@@ -166,110 +210,76 @@ def all_finite(values: np.ndarray) -> bool:
 
 
 def find_weights(
-    path: Path, components: tuple[str, ...], variant: str | None, prefer: tuple[str, ...]
+    path: Path, folders: Mapping[str, Path], variant: str | None, prefer: tuple[str, ...]
 ) -> tuple[dict[str, Path], tuple[str, ...]]:
     """The weights of each component.
 
-    A component without the variant asked for gives its plain file; one that has none of the
-    preferred variants gives what it has. Both are noted.
+    Of a variant, safetensors come before PyTorch's pickles; where none was asked for, all preferred
+    variants of the one come before those of the other. A component without the variant asked for
+    gives its plain file; one that has none of the preferred variants gives what it has. All of
+    this is noted.
 
+    Args:
+        path: the model, for messages.
+        folders: component -> where its weights lie.
+        variant, prefer: as ``DiffusersFolder`` takes them.
     Returns: component -> file or index; notes.
     Raises: CheckpointError where a component has no weights, or none has the variant asked for.
     """
-    found = {name: _variants(path / name) for name in components}
-    if variant is not None and not any(variant in there for there in found.values()):
-        known = sorted({v for there in found.values() for v in there if v})
+    found = {name: _variants(folder) for name, folder in folders.items()}
+    known = sorted({v for there in found.values() for _, v in there})
+    if variant is not None and variant not in known:
         raise CheckpointError(
             f"{path}: no weights of variant {variant!r}; "
-            f"variants there: {', '.join(known) or 'none'}"
+            f"variants there: {', '.join(filter(None, known)) or 'none'}"
         )
-    order = prefer if variant is None else (variant, "")
+    if variant is None:
+        order = [(form, v) for form in FORMS for v in prefer]
+    else:
+        order = [(form, v) for v in (variant, "") for form in FORMS]
+    wanted = order[0][1]
     chosen: dict[str, Path] = {}
     notes = []
     for name, there in found.items():
         if not there:
-            raise _no_weights(path / name)
-        take = next(v for v in (*order, *sorted(there)) if v in there)
-        if take != order[0] and (variant is not None or take):
-            lacks, takes = (f"{v} variant" if v else "plain file" for v in (order[0], take))
+            raise _no_weights(folders[name])
+        form, take = next(key for key in (*order, *sorted(there, reverse=True)) if key in there)
+        chosen[name] = there[form, take]
+        if take != wanted and (variant is not None or take):
+            lacks, takes = (f"{v} variant" if v else "plain file" for v in (wanted, take))
             notes.append(f"{name}: has no {lacks}; its {takes} was taken")
-        chosen[name] = there[take]
+        if form == "bin":
+            notes.append(f"{name}: has no safetensors; its pickle was read, and nothing in it run")
     return chosen, tuple(notes)
 
 
-def _variants(folder: Path) -> dict[str, Path]:
-    """Variant ("" for none) -> file or index of the weights in a component's folder."""
-    result: dict[str, Path] = {}
+def _variants(folder: Path) -> dict[tuple[str, str], Path]:
+    """Form and variant ("" for none) -> file or index of the weights in a component's folder."""
+    result: dict[tuple[str, str], Path] = {}
     for file in sorted(folder.iterdir()):
         match = _WEIGHTS.fullmatch(file.name)
         if match is None or _SHARD.fullmatch(file.name) or not file.is_file():
             continue
-        variant = "".join(part[1:] for part in match.groups() if part)
+        variant = "".join(part[1:] for part in match.group("a", "b", "c") if part)
         # One file and an index may both be there; diffusers takes the one file.
-        if variant not in result or file.suffix == ".safetensors":
-            result[variant] = file
+        if (match["form"], variant) not in result or file.suffix != ".json":
+            result[match["form"], variant] = file
     return result
 
 
 def _no_weights(folder: Path) -> CheckpointError:
     names = [p.name for p in sorted(folder.iterdir())]
-    if any(n.endswith((".bin", ".ckpt", ".pt", ".pth")) for n in names):
-        return CheckpointError(
-            f"{folder}: has weights only as a PyTorch pickle, which is not supported yet; take its "
-            "safetensors files (on the hub, often in revision refs/pr/1), or save the model again "
-            "with safe_serialization=True"
-        )
-    if shards := [n for n in names if n.endswith(".safetensors") and _SHARD.fullmatch(n)]:
+    if shards := [n for n in names if n.endswith((".safetensors", ".bin")) and _SHARD.fullmatch(n)]:
         return CheckpointError(
             f"{folder}: has the shard {shards[0]}, but no index of the shards (.index.json)"
+        )
+    if others := [n for n in names if n.endswith((".safetensors", *SUFFIXES))]:
+        return CheckpointError(
+            f"{folder}: has {others[0]}, but no weights under a name of diffusers or transformers "
+            "(diffusion_pytorch_model.safetensors, model.safetensors, or the same as .bin)"
         )
     if any(n.endswith((".msgpack", ".onnx", ".h5", ".pb")) for n in names):
         return CheckpointError(
             f"{folder}: has no PyTorch weights; take the safetensors files of the model"
         )
     return CheckpointError(f"{folder}: has no weights (expected a .safetensors file)")
-
-
-def open_source(
-    path: str | os.PathLike[str],
-    revision: str | None = None,
-    variant: str | None = None,
-    progress: Progress | None = None,
-) -> DiffusersFolder | ConvertedFolder:
-    """Open a model as people have it.
-
-    Args:
-        path: a diffusers folder, a converted folder, or a hub id ``org/name[@revision]``.
-        revision: for a hub id, the branch, tag or commit.
-        variant: weights variant, "fp16" for example; default: of a folder the
-            plain files, of the hub fp16 (half the bytes), each where there are any.
-        progress: called while files are fetched from the hub.
-    Returns: the model, everything checked that can be without reading the weights.
-    Raises: CheckpointError, ConfigError, HubError, UsageError.
-    """
-    folder = Path(path)
-    if isinstance(path, str) and not folder.exists() and hub.is_repo_id(path):
-        return _open_hub(path, revision, variant, progress)
-    if revision is not None:
-        raise UsageError(f"{path} is no hub id (org/name), so it has no revision {revision!r}")
-    if (folder / MANIFEST).is_file():
-        if variant is not None:
-            raise UsageError(f"{path} is a converted folder, so it has no variant {variant!r}")
-        return open_folder(folder)
-    return DiffusersFolder(folder, variant=variant)
-
-
-def _open_hub(
-    repo: str, revision: str | None, variant: str | None, progress: Progress | None
-) -> DiffusersFolder | ConvertedFolder:
-    """A model of the hub: what ``hub.resolve`` chose is opened, whatever else is cached."""
-    name, _, at = repo.partition("@")
-    if revision is not None and at and revision != at:
-        raise UsageError(f"{repo}: asks for revision {at!r} and for {revision!r}")
-    revision = revision or at
-    wanted = f"{name}@{revision}" if revision else name
-    folder = hub.resolve(wanted, variant=variant, progress=progress)
-    if (folder / MANIFEST).is_file():
-        return open_folder(folder)
-    prefer = (hub.PREFERRED_VARIANT, "")
-    return DiffusersFolder(folder, name=name, revision=folder.name, variant=variant, prefer=prefer)

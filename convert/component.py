@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlxdiff import hub, known
 from mlxdiff.config import VAEConfig, read_json, read_vae
-from mlxdiff.convert.checkpoint import find_weights, open_component, open_source
+from mlxdiff.convert.checkpoint import find_weights, open_component
+from mlxdiff.convert.sources import open_source
 from mlxdiff.errors import CheckpointError
 from mlxdiff.weights import LazyTensor, Progress
 
@@ -40,13 +42,18 @@ def open_vae(
     """Open a VAE.
 
     Args:
-        path: the folder of an AutoencoderKL or AutoencoderTiny (config.json and weights), or a
-            whole model, whose VAE is taken: folder, converted folder or hub id.
+        path: an AutoencoderKL or AutoencoderTiny (folder with config.json and weights, hub id or
+            short name), or a whole model, whose VAE is taken.
         variant: weights variant.
         progress: called while files are fetched.
     Raises: CheckpointError, ConfigError, HubError.
     """
-    folder = Path(path)
+    path = known.expand(path)
+    folder, provenance = Path(path), {"source": Path(path).resolve().name}
+    if not folder.exists() and (reference := hub.parse(str(path))) and not reference.file:
+        folder = hub.resolve_component(str(path), "vae", variant, progress=progress)
+        commit = folder.parent.name if folder.name == "vae" else folder.name
+        provenance = {"source": reference.name, "revision": commit}
     if not (folder / "config.json").is_file():
         model = open_source(path, variant=variant, progress=progress)
         return Component(model.config("vae"), lambda: model.tensors("vae"), model.provenance)
@@ -58,6 +65,6 @@ def open_vae(
         )
     config = read_vae(data, str(folder / "config.json"))
     whole = folder.resolve()
-    entries, _ = find_weights(whole.parent, (whole.name,), variant, ("", "fp16"))
+    entries, _ = find_weights(whole.parent, {whole.name: whole}, variant, ("", "fp16"))
     files = open_component(entries[whole.name], "vae", config)
-    return Component(config, lambda: files.read(config), {"source": whole.name})
+    return Component(config, lambda: files.read(config), provenance)

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlxdiff.config import ComponentConfig, read_json
+from mlxdiff import known
+from mlxdiff.config import ComponentConfig, UNet2DConfig, read_json
 from mlxdiff.errors import CheckpointError, ConfigError
-from mlxdiff.weights import COMPONENTS, TOKENIZERS, open_weights
+from mlxdiff.weights import COMPONENTS, TOKENIZERS, LazyTensor, open_weights
 
 PIPELINES = (
     "StableDiffusionPipeline",
@@ -22,16 +23,22 @@ PIPELINES = (
     "StableDiffusionXLInstructPix2PixPipeline",
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
+    "DDPMPipeline",
+    "DDIMPipeline",
+    "PNDMPipeline",
 )
 """Pipeline classes (``_class_name`` of model_index.json) whose weights can be opened."""
 
 CLASSES: dict[str, tuple[str, ...]] = {
     "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
     "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
-    "unet": ("UNet2DConditionModel",),
+    "unet": ("UNet2DConditionModel", "UNet2DModel"),
     "vae": ("AutoencoderKL", "AutoencoderTiny"),
 }
 """Classes that each component may have."""
+
+_IN_ROOT = {"unet": "config.json", "scheduler": "scheduler_config.json"}
+"""Files of a part that the first pixel-space models have in the root, without a folder."""
 
 SKIPPED: dict[str, str] = {
     "safety_checker": "a picture classifier; it has no part in making the picture",
@@ -40,8 +47,10 @@ SKIPPED: dict[str, str] = {
 }
 """Parts of a folder that are not converted, and why."""
 
-# What a file is, told by the names in it: any name that matches as a whole. First hit decides.
-_LOOKS: tuple[tuple[str, str], ...] = (
+# What a file is that cannot be drawn with, told by the names in it: any that matches as a whole.
+# The first hit decides. Some stand bare or under the prefix of a whole model.
+_IN = r"(?:model\.(?:diffusion_model\.)?)?"
+_REFUSED: tuple[tuple[str, str], ...] = (
     (
         r"(?:.*[._])?lora_(?:up|down|mid|A|B)(?:\..+)?|.+\.lora\.(?:up|down)\..+|lora_.+\.alpha",
         "a LoRA",
@@ -49,20 +58,80 @@ _LOOKS: tuple[tuple[str, str], ...] = (
     (r".+\.(?:hada|lokr)_w.+", "a LyCORIS adapter"),
     (r"emb_params|string_to_param.*|clip_[lg]", "a textual-inversion embedding"),
     (r"(?:ip_adapter|image_proj)\..+", "an IP-Adapter"),
-    (r"(?:control_model\..+|controlnet_cond_embedding\..+|input_hint_block\..+)", "a ControlNet"),
+    (
+        r"(?:control_model\..+|controlnet_cond_embedding\..+|(?:.+\.)?input_hint_block\..+"
+        r"|controlnet_(?:down|mid)_.+|lllite_.+)",
+        "a ControlNet",
+    ),
     (r"(?:adapter\.)?body\.\d+\.(?:resnets|block1)\..+", "a T2I-Adapter"),
     (r".*\.motion_modules\..+", "an AnimateDiff motion module"),
     (
-        r"(?:.+\.)?joint_blocks\..+|transformer_blocks\.\d+\.attn\.add_q_proj\..+",
-        "a Stable Diffusion 3 or Flux transformer",
+        r".+\.(?:time_stack|time_mixer)\..+|.+\.temporal_transformer_blocks\..+",
+        "a video model (Stable Video Diffusion)",
     ),
-    (r"(?:.+\.)?double_blocks\..+|single_transformer_blocks\..+", "a Flux transformer"),
+    (
+        rf"{_IN}(?:patchify_proj\..+|head\.modulation|txt_in\.individual_token_refiner\..+"
+        r"|blocks\.\d+\.attn\.qkv_x\..+)|net\.x_embedder\..+",
+        "a video model (LTX, Wan, Hunyuan, Mochi or Cosmos)",
+    ),
+    (rf"{_IN}(?:double|single_transformer)_blocks\..+", "a Flux transformer"),
+    (
+        r"(?:.+\.)?joint_blocks\..+|(?:.+\.)?transformer_blocks\.\d+\.attn\.add_q_proj\..+",
+        "a Stable Diffusion 3 transformer",
+    ),
+    (
+        r"(?:.+\.)?(?:clip_txt_(?:pooled_)?mapper|effnet_mapper)\..+"
+        r"|(?:.+\.)?down_blocks\.\d+\.\d+\.channelwise\..+",
+        "a Stable Cascade model",
+    ),
+    (
+        rf"{_IN}(?:[xyt]_embedder|t_block|csize_embedder|adaln_single|caption_projection"
+        r"|cap_embedder|cond_seq_linear|double_layers\.\d+|final_layer|(?:blocks|layers|transformer"
+        r"_blocks)\.\d+\.(?:adaLN_modulation|cross_attn|scale_shift_table))(?:\..+)?",
+        "a diffusion transformer (DiT, PixArt, Sana, AuraFlow, Lumina or kin)",
+    ),
+    (r"(?:noise_augmentor|embedder\.model)\..+", "an unCLIP model (it starts from an image)"),
+    (r"depth_model\..+", "a depth-to-image model"),
+    (
+        r"cc_projection\..+|cond_stage_model\.(?:model\.visual|mapper)\..+",
+        "an image-variation model",
+    ),
+    (r".+\.fuser\..+|(?:.+\.)?position_net\..+", "a GLIGEN model"),
+    (r"edm_mean|edm_std", "Playground 2.5 (trained with EDM's noise, which is not supported)"),
+    (r"edm_vpred\..+", "CosXL (trained with EDM's noise, which is not supported)"),
+    (
+        r"cond_stage_model\.transformer\.(?:attn_layers|token_emb)\..+",
+        "a latent diffusion model of before Stable Diffusion (with a BERT text encoder)",
+    ),
+    (
+        r"encoder_hid_proj\..+|add_embedding\.(?:image|text|norm1)_?.*\..+",
+        "a Kandinsky or DeepFloyd IF U-Net",
+    ),
+    (r"(?:model\.1\.sub|body)\.\d+\.(?:RDB|rdb)\d\..+", "an ESRGAN upscaler"),
+)
+# The same, by the channels that an LDM U-Net takes.
+_CHANNELS = {
+    7: "the Stable Diffusion x4 upscaler",
+    5: "a depth-to-image model",
+}
+# Parts of models.
+_PARTS: tuple[tuple[str, str], ...] = (
     (r"model\.diffusion_model\..+", "a whole model in one file (LDM naming)"),
     (r"(?:input_blocks|middle_block)\..+", "a U-Net in LDM naming, alone"),
     (r"(?:down_blocks|mid_block)\..+", "a U-Net in diffusers naming, alone"),
-    (r"(?:first_stage_model\.)?(?:encoder|decoder)\.(?:conv_in|mid)\..+", "a VAE"),
-    (r"(?:encoder|decoder)\.layers\.\d+\.conv\..+", "a tiny VAE (TAESD)"),
-    (r"(?:text_model\.)?(?:embeddings|encoder\.layers)\..+", "a text encoder, alone"),
+    (
+        r"(?:first_stage_model\.)?(?:encoder|decoder)\.(?:conv_in|mid)\..+",
+        "a VAE, alone (--vae takes it)",
+    ),
+    (
+        r"(?:(?:en|de)coder\.)?layers\.\d+\.conv\..+|(?:taesd_)?(?:en|de)coder\.\d+\..+",
+        "a tiny VAE (TAESD)",
+    ),
+    (
+        r"(?:text_model\.)?(?:embeddings|encoder\.layers)\..+|transformer\.resblocks\..+",
+        "a text encoder, alone",
+    ),
+    (r"(?:vision_model|visual)\..+", "a CLIP image encoder"),
 )
 _WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -83,6 +152,8 @@ def check_model_index(index: Mapping[str, Any], path: Path) -> tuple[str, ...]:
         what = f"is a {pipeline}" if pipeline else "names no pipeline class in model_index.json"
         raise CheckpointError(f"{path}: {what}; supported: {', '.join(PIPELINES)}")
     notes = []
+    unet = index.get("unet")
+    pixels = isinstance(unet, list) and unet[1:] == ["UNet2DModel"]
     for part, entry in index.items():
         if part.startswith("_") or not isinstance(entry, list):
             continue  # a setting of the pipeline, force_zeros_for_empty_prompt for example
@@ -103,14 +174,22 @@ def check_model_index(index: Mapping[str, Any], path: Path) -> tuple[str, ...]:
                 f"{path}: {part} is a {class_name}, which is not supported; "
                 f"supported: {', '.join(CLASSES[part])}"
             )
-        if not (path / part).is_dir():
+        in_root = pixels and part in _IN_ROOT and (path / _IN_ROOT[part]).is_file()
+        if not (path / part).is_dir() and not in_root:
             raise CheckpointError(
                 f"{path}: the folder {part} is missing; model_index.json names it"
             )
     present = {k for k, v in index.items() if isinstance(v, list) and v[1] is not None}
-    needed = {"unet", "vae", "scheduler"}
-    if not present & {"text_encoder", "text_encoder_2"}:
-        needed.add("text_encoder")
+    needed = {"unet", "scheduler"}
+    if not pixels:
+        needed.add("vae")
+        if not present & {"text_encoder", "text_encoder_2"}:
+            needed.add("text_encoder")
+    elif more := sorted(present - needed - set(SKIPPED)):
+        raise CheckpointError(
+            f"{path}: has {' and '.join(more)} beside a UNet2DModel; supported is a UNet2DModel "
+            "with a scheduler alone"
+        )
     for encoder, tokenizer in zip(COMPONENTS, TOKENIZERS, strict=False):
         if encoder in present:
             needed.add(tokenizer)
@@ -120,32 +199,72 @@ def check_model_index(index: Mapping[str, Any], path: Path) -> tuple[str, ...]:
 
 
 def family(configs: Mapping[str, ComponentConfig]) -> str:
-    """The family of a model, by its parts: "sd1", "sd2", "sdxl" or "sdxl-refiner".
+    """The family of a model, by its parts: "sd1", "sd2", "sdxl", "sdxl-refiner" or "ddpm".
 
-    SDXL's U-Net has the text_time embedding; its refiner has no first text encoder. Of the others,
-    version 2 has OpenCLIP's text encoder (gelu), version 1 OpenAI's (quick_gelu).
+    A UNet2DModel is a model of its own ("ddpm"). SDXL's U-Net has the text_time embedding; its
+    refiner has no first text encoder. Of the others, version 2 has OpenCLIP's text encoder (gelu),
+    version 1 OpenAI's (quick_gelu).
     """
     unet: Any = configs["unet"]
+    if isinstance(unet, UNet2DConfig):
+        return "ddpm"
     if unet.addition_embed_type == "text_time":
         return "sdxl" if "text_encoder" in configs else "sdxl-refiner"
     text: Any = configs.get("text_encoder") or configs["text_encoder_2"]
     return "sd1" if text.hidden_act == "quick_gelu" else "sd2"
 
 
-def looks_like(names: Iterable[str]) -> str:
-    """What a file with tensors of these names is, in words."""
-    names = list(names)
-    for pattern, words in _LOOKS:
-        if any(re.fullmatch(pattern, name) for name in names):
+def refused(tensors: Mapping[str, LazyTensor]) -> str | None:
+    """What a file is, in words, that is known not to be a model of ours; None for all else."""
+    for pattern, words in _REFUSED:
+        matches = re.compile(pattern).fullmatch
+        if any(matches(name) for name in tensors):
             return words
-    return f"weights of a kind that is not known here ({len(names)} tensors)"
+    for name in ("model.diffusion_model.input_blocks.0.0.weight", "input_blocks.0.0.weight"):
+        if name in tensors and len(tensors[name].shape) == 4:
+            return _CHANNELS.get(tensors[name].shape[1])
+    return None
+
+
+def unet_alone(names: Iterable[str]) -> str | None:
+    """How a file names its tensors that holds a U-Net and nothing else: "ldm" or "diffusers"."""
+    names = set(names)
+    if "input_blocks.0.0.weight" in names:
+        return "ldm"
+    if {"conv_in.weight", "time_embedding.linear_1.weight"} <= names:
+        return "diffusers"
+    return None
+
+
+def looks_like(tensors: Mapping[str, LazyTensor]) -> str:
+    """What a file with these tensors is, in words."""
+    if words := refused(tensors):
+        return words
+    for pattern, words in _PARTS:
+        if any(re.fullmatch(pattern, name) for name in tensors):
+            return words
+    return f"weights of a kind that is not known here ({len(tensors)} tensors)"
+
+
+def is_weights(path: Path) -> bool:
+    """Whether a file should be opened as weights: by its name, or a safetensors header."""
+    if path.suffix.lower() in _WEIGHT_SUFFIXES:
+        return path.suffix.lower() != ".gguf"
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def not_a_model(path: Path) -> CheckpointError:
     """The error for a path that is no diffusers folder: what it is, and what to give instead."""
-    want = "give a diffusers folder (with model_index.json), a converted folder or a hub id"
+    want = (
+        "give a diffusers folder (with model_index.json), a converted folder, a single file, a "
+        "hub id or a short name (mlxdiff models --known)"
+    )
     if not path.exists():
-        return CheckpointError(f"{path}: no such file or folder, and no hub id (org/name); {want}")
+        near = known.suggestion(str(path))
+        return CheckpointError(
+            f"{path}: no such file or folder, and no hub id (org/name){near}; {want}"
+        )
     return CheckpointError(
         f"{path}: {_describe_file(path) if path.is_file() else _describe_folder(path)}; {want}"
     )
@@ -153,12 +272,8 @@ def not_a_model(path: Path) -> CheckpointError:
 
 def _describe_file(path: Path) -> str:
     suffix = path.suffix.lower()
-    if suffix == ".safetensors":
-        return f"looks like {looks_like(open_weights(path))}, not a model folder"
     if suffix == ".gguf":
         return "is a GGUF file, which is not supported"
-    if suffix in _WEIGHT_SUFFIXES:
-        return "is a PyTorch pickle, which is not supported yet"
     if suffix in _PICTURES:
         return "is a picture, not a model"
     if path.name == "model_index.json":

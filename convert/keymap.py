@@ -11,8 +11,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from mlxdiff.convert.transforms import Transform, choose
-from mlxdiff.params import Shape
+from mlxdiff.config import AutoencoderKLConfig, CLIPTextConfig, UNet2DConditionConfig
+from mlxdiff.convert.transforms import Transform, choose, thirds, transpose
+from mlxdiff.params import Shape, expected_parameters
 from mlxdiff.weights import raise_faults
 
 
@@ -33,26 +34,49 @@ class Ignored:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A parameter that a tensor gives, alone or with others; how, where shapes do not tell."""
+
+    target: str
+    transform: Transform | None = None
+
+
+@dataclass(frozen=True)
 class Layout:
-    """All that may stand in one kind of file. A name that no rule matches stands for itself."""
+    """All that may stand in one kind of file.
 
-    rules: tuple[Rule, ...]
+    Attributes:
+        rules: a name that no rule matches stands for itself.
+        ignored: names that may be left over.
+        names: in place of rules, the whole table: name in the source -> what it gives.
+    """
+
+    rules: tuple[Rule, ...] = ()
     ignored: tuple[Ignored, ...] = ()
+    names: Mapping[str, tuple[Piece, ...]] | None = None
 
 
-_VAE_ATTENTION = r"((?:encoder|decoder)\.mid_block\.attentions\.0)"
+_NO_PROJECTION = "this encoder's class is CLIPTextModel, which has no projection"
+_IMAGE_HALF = "belongs to the image half of CLIP, which text-to-image does not use"
 
-DIFFUSERS_UNET = Layout(rules=())
 
-DIFFUSERS_VAE = Layout(
-    # diffusers < 0.18 (AttentionBlock); weights are (C, C), or (C, C, 1, 1) in early conversions.
-    rules=(
-        Rule(_VAE_ATTENTION + r"\.query\.(weight|bias)", r"\1.to_q.\2"),
-        Rule(_VAE_ATTENTION + r"\.key\.(weight|bias)", r"\1.to_k.\2"),
-        Rule(_VAE_ATTENTION + r"\.value\.(weight|bias)", r"\1.to_v.\2"),
-        Rule(_VAE_ATTENTION + r"\.proj_attn\.(weight|bias)", r"\1.to_out.0.\2"),
-    ),
+def _attention_block(place: str) -> tuple[Rule, ...]:
+    """Attention of diffusers < 0.18 (AttentionBlock), at places that match as a whole.
+
+    Weights are (C, C), or (C, C, 1, 1) in early conversions.
+    """
+    new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    return tuple(
+        Rule(rf"({place})\.{old}\.(weight|bias)", rf"\1.{name}.\2") for old, name in new.items()
+    )
+
+
+# Only the U-Net without text has attention there.
+DIFFUSERS_UNET = Layout(
+    rules=_attention_block(r"(?:(?:down|up)_blocks\.\d+|mid_block)\.attentions\.\d+")
 )
+
+DIFFUSERS_VAE = Layout(rules=_attention_block(r"(?:encoder|decoder)\.mid_block\.attentions\.0"))
 
 TRANSFORMERS_CLIP_TEXT = Layout(
     # transformers >= 5.6 writes CLIPTextModel without the prefix.
@@ -64,11 +88,11 @@ TRANSFORMERS_CLIP_TEXT = Layout(
         ),
         Ignored(
             r"text_projection\.weight",
-            "the class in model_index.json is CLIPTextModel, which has no projection",
+            _NO_PROJECTION,
         ),
         Ignored(
             r"logit_scale|(?:vision_model|visual_projection)\..+",
-            "belongs to the image half of CLIP, which text-to-image does not use",
+            _IMAGE_HALF,
         ),
     ),
 )
@@ -80,6 +104,184 @@ DIFFUSERS: dict[str, Layout] = {
     "vae": DIFFUSERS_VAE,
 }
 """The layout of each component of a diffusers folder."""
+
+
+# ------------------------------------------------------------------------------ single files (LDM)
+# Our modules -> their places in the code of latent diffusion (Rombach et al. 2022), worked out
+# block by block from the config. Below a place that stands here, names are the same in both.
+
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_OPENCLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "self_attn.out_proj": "attn.out_proj",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+_LDM_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v"}
+
+
+def _resnet(places: dict[str, str], ours: str, theirs: str) -> None:
+    places.update({f"{ours}.{part}": f"{theirs}.{place}" for part, place in _RESNET.items()})
+
+
+def ldm_unet(config: UNet2DConditionConfig) -> Layout:
+    """A U-Net as ``model.diffusion_model`` (without that prefix)."""
+    places = {
+        "conv_in": "input_blocks.0.0",
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "time_embedding.cond_proj": "time_embed.cond_proj",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
+        "mid_block.attentions.0": "middle_block.1",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+    }
+    n = 1
+    for i, block in enumerate(config.down_blocks):
+        for j in range(block.num_layers):
+            _resnet(places, f"down_blocks.{i}.resnets.{j}", f"input_blocks.{n}.0")
+            places[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{n}.1"
+            n += 1
+        if block.resample:
+            places[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{n}.0.op"
+            n += 1
+    _resnet(places, "mid_block.resnets.0", "middle_block.0")
+    _resnet(places, "mid_block.resnets.1", "middle_block.2")
+    n = 0
+    for i, block in enumerate(config.up_blocks):
+        for j in range(block.num_layers):
+            _resnet(places, f"up_blocks.{i}.resnets.{j}", f"output_blocks.{n}.0")
+            places[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{n}.1"
+            n += 1
+        # The upsampler stands behind the last layer, in the next place that is free.
+        free = 2 if block.transformer_layers else 1
+        places[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{n - 1}.{free}.conv"
+    return Layout(names=_table(expected_parameters(config), places))
+
+
+def ldm_vae(config: AutoencoderKLConfig) -> Layout:
+    """A VAE as ``first_stage_model``. Its up path counts from the pixels."""
+    levels = len(config.block_out_channels)
+    places = {name: name for name in ("quant_conv", "post_quant_conv")}
+    for half in ("encoder", "decoder"):
+        places |= {f"{half}.conv_in": f"{half}.conv_in", f"{half}.conv_out": f"{half}.conv_out"}
+        places[f"{half}.conv_norm_out"] = f"{half}.norm_out"
+        for i in range(2):
+            places[f"{half}.mid_block.resnets.{i}"] = f"{half}.mid.block_{i + 1}"
+        attention = f"{half}.mid_block.attentions.0"
+        for ours, theirs in (*_LDM_ATTENTION.items(), ("to_out.0", "proj_out")):
+            places[f"{attention}.{ours}"] = f"{half}.mid.attn_1.{theirs}"
+    for i in range(levels):
+        up = levels - 1 - i
+        for j in range(config.layers_per_block + 1):
+            places[f"encoder.down_blocks.{i}.resnets.{j}"] = f"encoder.down.{i}.block.{j}"
+            places[f"decoder.up_blocks.{i}.resnets.{j}"] = f"decoder.up.{up}.block.{j}"
+        places[f"encoder.down_blocks.{i}.downsamplers.0"] = f"encoder.down.{i}.downsample"
+        places[f"decoder.up_blocks.{i}.upsamplers.0"] = f"decoder.up.{up}.upsample"
+    places |= {
+        f"{ours}.conv_shortcut": f"{theirs}.nin_shortcut"
+        for ours, theirs in places.items()
+        if ".resnets." in ours
+    }
+    targets = expected_parameters(config)
+    # Converters from diffusers that know its old names only leave to_q and the like as they are.
+    kept = places | {
+        f"{half}.mid_block.attentions.0.{part}": f"{half}.mid.attn_1.{part}"
+        for half in ("encoder", "decoder")
+        for part in ("to_q", "to_k", "to_v", "to_out.0")
+    }
+    training = Ignored(r"(?:loss|model_ema)\..+", "the VAE's training state; not a weight")
+    return Layout(names=_table(targets, places) | _table(targets, kept), ignored=(training,))
+
+
+def openclip_text(config: CLIPTextConfig) -> Layout:
+    """A text encoder as OpenCLIP has it (``cond_stage_model.model``, ``conditioner.embedders.1``).
+
+    Queries, keys and values are one tensor there, and the projection is transposed.
+    """
+    places = {
+        "text_model.embeddings.token_embedding": "token_embedding",
+        "text_model.final_layer_norm": "ln_final",
+        "text_projection": "text_projection",
+    }
+    pieces: dict[str, tuple[Piece, ...]] = {
+        "positional_embedding": (Piece("text_model.embeddings.position_embedding.weight"),)
+    }
+    fused = set()
+    for i in range(config.num_hidden_layers):
+        ours, theirs = f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}"
+        places |= {f"{ours}.{a}": f"{theirs}.{b}" for a, b in _OPENCLIP_LAYER.items()}
+        for kind in ("weight", "bias"):
+            parts = [f"{ours}.self_attn.{part}_proj.{kind}" for part in "qkv"]
+            fused |= set(parts)
+            pieces[f"{theirs}.attn.in_proj_{kind}"] = tuple(map(Piece, parts, thirds))
+    if config.with_projection:
+        pieces["text_projection"] = (Piece("text_projection.weight", transpose),)
+    fused.add("text_model.embeddings.position_embedding.weight")
+    pieces |= _table((t for t in expected_parameters(config) if t not in fused), places)
+    ignored = [
+        Ignored(r"logit_scale|attn_mask|visual\..+", _IMAGE_HALF),
+        Ignored(
+            rf"transformer\.resblocks\.{config.num_hidden_layers}\..+",
+            "the last layer: the model reads the output of the one before",
+        ),
+    ]
+    if not config.with_projection:
+        ignored.append(Ignored(r"text_projection(?:\.weight)?", _NO_PROJECTION))
+    return Layout(names=pieces, ignored=tuple(ignored))
+
+
+def _table(targets: Iterable[str], places: Mapping[str, str]) -> dict[str, tuple[Piece, ...]]:
+    """Name in the source -> target, for every target; the longest module with a place counts."""
+    table: dict[str, tuple[Piece, ...]] = {}
+    for target in targets:
+        parts = target.split(".")
+        depth = next(n for n in range(len(parts) - 1, 0, -1) if ".".join(parts[:n]) in places)
+        source = ".".join([places[".".join(parts[:depth])], *parts[depth:]])
+        table[source] = (Piece(target),)
+    return table
+
+
+def ema_names(names: Iterable[str]) -> dict[str, str]:
+    """Name under ``model_ema`` -> name of the weight that it is the moving average of.
+
+    LDM writes the module's name without its dots: two that become the same cannot be told apart.
+    """
+    flat: dict[str, str] = {}
+    for name in names:
+        short = "diffusion_model" + name.replace(".", "")
+        if short in flat:
+            raise AssertionError(f"{name} and {flat[short]} have the same moving average")
+        flat[short] = name
+    return flat
+
+
+FILE_IGNORED: tuple[Ignored, ...] = (
+    Ignored(
+        r"(?:sqrt_|log_)?(?:one_minus_)?(?:betas|alphas_cumprod(?:_prev)?)"
+        r"|sqrt_recipm?1?_alphas_cumprod|posterior_(?:variance|log_variance_clipped|mean_coef[12])"
+        r"|lvlb_weights|logvar|denoiser\.(?:sigmas|log_sigmas)",
+        "the noise schedule, worked out from the scheduler's config",
+    ),
+    Ignored(r"scale_factor", "the VAE's config has it"),
+    Ignored(r"v_pred|ztsnr", "a mark, read for the kind of prediction"),
+    Ignored(r"(?:model_ema|model)\.(?:decay|num_updates)", "training state; not a weight"),
+    Ignored(r"embedding_manager\..+", "training state of textual inversion; not a weight"),
+    Ignored(
+        r"(?:cond_stage_model|conditioner\.embedders\.\d)(?:\.transformer)?\.logit_scale",
+        _IMAGE_HALF,
+    ),
+)
+"""What may stand in a single file beside its components."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +304,10 @@ class Mapped:
 
 
 def targets(layout: Layout, name: str) -> Iterable[str]:
-    """The names that a source name may stand for: its own, and one for each rule that matches."""
+    """What a source name may stand for; by rules: itself, and one for each rule that matches."""
+    if layout.names is not None:
+        yield from (piece.target for piece in layout.names.get(name, ()))
+        return
     yield name
     for rule in layout.rules:
         if match := re.fullmatch(rule.source, name):
@@ -128,24 +333,31 @@ def map_names(
     misshapen: list[str] = []
     seen: dict[str, str] = {}
     for name, shape in found.items():
-        hits = [target for target in targets(layout, name) if target in expected]
-        if not hits:
-            reason = next((i.reason for i in layout.ignored if re.fullmatch(i.source, name)), None)
+        if layout.names is not None:
+            pieces = [p for p in layout.names.get(name, ()) if p.target in expected]
+        else:
+            pieces = [Piece(target) for target in targets(layout, name) if target in expected]
+        if not pieces:
+            reason = ignored_for(name, layout.ignored)
             if reason is None:
                 unknown.append(name)
             else:
                 ignored.append((name, reason))
-            continue
-        target = hits[0]
-        if len(hits) > 1 or target in seen:
-            duplicated.append(f"{name} and {seen.get(target, target)}")
-            continue
-        seen[target] = name
-        transform = choose(shape, expected[target])
-        if transform is None:
-            misshapen.append(f"{name} is {shape}, expected {_as_stored(expected[target])}")
+        elif layout.names is None and len(pieces) > 1:
+            duplicated.append(f"{name} and {pieces[0].target}")
+            seen.setdefault(pieces[0].target, name)
         else:
-            uses[target] = Use(name, transform)
+            for piece in pieces:
+                target = piece.target
+                if target in seen:
+                    duplicated.append(f"{name} and {seen[target]}")
+                    continue
+                seen[target] = name
+                transform = piece.transform or choose(shape, expected[target])
+                if transform is None or transform.shape(shape) != expected[target]:
+                    misshapen.append(f"{name} is {shape}, expected {_expected(piece, expected)}")
+                else:
+                    uses[target] = Use(name, transform)
     raise_faults(
         where,
         missing=[target for target in expected if target not in seen],
@@ -156,6 +368,16 @@ def map_names(
     return Mapped({target: uses[target] for target in expected}, tuple(ignored))
 
 
-def _as_stored(shape: Shape) -> Shape:
-    """The shape that PyTorch gives to a parameter of ours."""
+def ignored_for(name: str, ignored: Iterable[Ignored]) -> str | None:
+    """Why a name is ignored; None where it is not."""
+    return next((entry.reason for entry in ignored if re.fullmatch(entry.source, name)), None)
+
+
+def _expected(piece: Piece, expected: Mapping[str, Shape]) -> Shape:
+    """The shape that PyTorch gives to the tensor that a parameter of ours comes from."""
+    shape = expected[piece.target]
+    if piece.transform in thirds:
+        return (3 * shape[0], *shape[1:])
+    if piece.transform is transpose:
+        return shape[::-1]
     return (shape[0], shape[3], shape[1], shape[2]) if len(shape) == 4 else shape

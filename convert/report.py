@@ -34,19 +34,26 @@ class ComponentReport:
     bytes_out: int
 
     def lines(self) -> list[str]:
+        """For people."""
         lines = [
             f"{self.name}: {self.converted} tensors, {human_count(self.parameters)} parameters, "
             f"{human_bytes(self.bytes_in)} ({'/'.join(self.dtypes)}) -> "
             f"{human_bytes(self.bytes_out)}"
         ]
-        reasons = Counter(reason for _, reason in self.ignored)
-        lines += [f"  {count} ignored: {reason}" for reason, count in reasons.items()]
-        return lines
+        return lines + _ignored_lines(self.ignored)
+
+
+def _ignored_lines(ignored: tuple[tuple[str, str], ...]) -> list[str]:
+    reasons = Counter(reason for _, reason in ignored)
+    return [f"  {count} ignored: {reason}" for reason, count in reasons.items()]
 
 
 @dataclass(frozen=True)
 class Report:
-    """A whole conversion. ``str()`` is for people, ``to_dict()`` for programs."""
+    """A whole conversion. ``str()`` is for people, ``to_dict()`` for programs.
+
+    ``ignored`` are things in a single file that belong to no component: (name, reason).
+    """
 
     source: str
     dest: Path
@@ -55,6 +62,7 @@ class Report:
     components: tuple[ComponentReport, ...]
     notes: tuple[str, ...]
     seconds: float
+    ignored: tuple[tuple[str, str], ...] = ()
 
     @property
     def bytes_out(self) -> int:
@@ -65,21 +73,25 @@ class Report:
         return asdict(self) | {
             "dest": str(self.dest),
             "bytes_out": self.bytes_out,
-            "components": [
-                asdict(c) | {"ignored": [{"name": n, "reason": r} for n, r in c.ignored]}
-                for c in self.components
-            ],
+            "components": [asdict(c) | {"ignored": _named(c.ignored)} for c in self.components],
+            "ignored": _named(self.ignored),
             "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
         lines = [line for component in self.components for line in component.lines()]
+        if self.ignored:
+            lines += ["beside the components:", *_ignored_lines(self.ignored)]
         lines += [f"note: {note}" for note in self.notes]
         lines.append(
             f"{self.source} ({self.family}) -> {self.dest}: {human_bytes(self.bytes_out)} in "
             f"{self.dtype}, {self.seconds:.1f} s; every tensor accounted for"
         )
         return "\n".join(lines)
+
+
+def _named(ignored: tuple[tuple[str, str], ...]) -> list[dict[str, str]]:
+    return [{"name": name, "reason": reason} for name, reason in ignored]
 
 
 def human_bytes(size: int) -> str:

@@ -22,13 +22,13 @@ class Transform:
         name: what reports call it.
         shape: shape of the source -> shape of the result; None where it does not apply.
         forward: values of the source -> values in our layout.
-        inverse: the way back, exactly.
+        inverse: the way back, exactly; None where it takes several results together.
     """
 
     name: str
     shape: Callable[[Shape], Shape | None]
     forward: Callable[[np.ndarray], np.ndarray]
-    inverse: Callable[[np.ndarray], np.ndarray]
+    inverse: Callable[[np.ndarray], np.ndarray] | None
 
 
 def _is_conv1x1(shape: Shape) -> bool:
@@ -55,7 +55,27 @@ linear_to_conv1x1 = Transform(
     lambda x: x[:, 0, 0, :],
 )
 
+transpose = Transform(
+    "transpose", lambda s: s[::-1] if len(s) == 2 else None, lambda x: x.T, lambda x: x.T
+)
+
+
+def _third(index: int) -> Transform:
+    def part(x: np.ndarray) -> np.ndarray:
+        size = len(x) // 3
+        return x[index * size : (index + 1) * size]
+
+    def shape(s: Shape) -> Shape | None:
+        return (s[0] // 3, *s[1:]) if s and s[0] % 3 == 0 else None
+
+    return Transform("third_of_fused", shape, part, None)
+
+
+thirds = (_third(0), _third(1), _third(2))
+"""Queries, keys and values out of one tensor that has them below one another."""
+
 TRANSFORMS = (identity, oihw_to_ohwi, conv1x1_to_linear, linear_to_conv1x1)
+"""Those that shapes tell apart."""
 
 
 def choose(source: Shape, target: Shape) -> Transform | None:

@@ -28,8 +28,9 @@ import mlxdiff
 from mlxdiff.config import (
     CLIPTextConfig,
     ComponentConfig,
-    UNet2DConditionConfig,
+    UNet2DConfig,
     read_json,
+    read_unet,
     read_vae,
 )
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
@@ -73,7 +74,10 @@ _STORED: dict[str, tuple[int, str]] = {
     "F8_E5M2": (1, "|u1"),
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
-"""Types that a weight may be stored in."""
+"""Types that a weight of a converted folder may be stored in."""
+
+READABLE = (*FLOATS, "F8_E4M3", "F8_E5M2")
+"""Types that a weight of a checkpoint may be stored in."""
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """Types that we write, by the name that people use."""
@@ -92,8 +96,8 @@ class LazyTensor:
     Attributes:
         shape: dimensions of what ``read`` returns.
         dtype: type name of the stored values, as safetensors writes it ("F16", "BF16", ...).
-        read: reads the values; BF16 comes as float32, exactly. The array may be a read-only view of
-            the file. Raises: CheckpointError.
+        read: reads the values; BF16 and the 8-bit floats come as float32, exactly. The array may
+            be a read-only view of the file. Raises: CheckpointError.
     """
 
     shape: Shape
@@ -273,13 +277,8 @@ def read_values(
     Raises: CheckpointError.
     """
     width, stored = _STORED[dtype]
-    if dtype.startswith("F8"):
-        raise CheckpointError(
-            f"{path}: tensor {name!r} is 8-bit floating point ({dtype}), not supported yet; "
-            "take the float16 or bfloat16 file of the model"
-        )
     if math.prod(shape) == 0:
-        return np.empty(shape, np.float32 if dtype == "BF16" else stored)
+        return _decoded(np.empty(shape, stored), dtype)
     if strides is None:
         count = math.prod(shape)
     else:
@@ -298,9 +297,35 @@ def read_values(
     else:
         steps = [step * width for step in strides]
         values = np.lib.stride_tricks.as_strided(values, shape, steps, writeable=False)
+    return _decoded(values, dtype)
+
+
+def _decoded(bits: np.ndarray, dtype: str) -> np.ndarray:
+    """The values of types that NumPy does not have, as float32; others as they are."""
     if dtype == "BF16":
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+    if dtype == "F8_E5M2":  # the upper half of a float16
+        return (bits.astype(np.uint16) << 8).view(np.float16).astype(np.float32)
+    if dtype == "F8_E4M3":
+        return _E4M3[bits]
+    return bits
+
+
+def _e4m3_values() -> np.ndarray:
+    """The value of each byte: 1 bit sign, 4 bits exponent (bias 7), 3 bits mantissa, no infinity.
+
+    Source: Micikevicius et al. 2022, "FP8 formats for deep learning", table 1.
+    """
+    byte = np.arange(256)
+    exponent, mantissa = byte >> 3 & 15, byte & 7
+    values = np.where(
+        exponent == 0, np.ldexp(mantissa, -9), np.ldexp(8.0 + mantissa, exponent - 10)
+    )
+    values = np.where(byte & 128, -values, values)
+    return np.where(byte & 127 == 127, np.nan, values).astype(np.float32)
+
+
+_E4M3 = _e4m3_values()
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
@@ -499,7 +524,7 @@ class ModelSource(Protocol):
 
     @property
     def family(self) -> str:
-        """ "sd1", "sd2", "sdxl", "sdxl-refiner"."""
+        """ "sd1", "sd2", "sdxl", "sdxl-refiner"; "ddpm" for a U-Net alone, in pixel space."""
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -518,7 +543,7 @@ class ModelSource(Protocol):
         """Origin of the weights: source, revision and, once converted, sha256 of each file."""
 
     def config(self, component: str) -> Any:
-        """The component's config; a CLIPTextConfig, UNet2DConditionConfig or VAEConfig."""
+        """The component's config; a CLIPTextConfig, UNetConfig or VAEConfig."""
 
     def tensors(self, component: str) -> dict[str, LazyTensor]:
         """Every tensor, with our name and layout, complete and checked; the caller's to pop."""
@@ -528,6 +553,14 @@ class ModelSource(Protocol):
 
     def documents(self) -> dict[str, bytes]:
         """All files but the weights: relative path -> content."""
+
+
+def pad_token(family: str, tokenizer: str) -> str:
+    """What a tokenizer pads with where its own files do not say.
+
+    SD 2 and the second encoder of SDXL are OpenCLIP models, padded with id 0.
+    """
+    return "!" if family == "sd2" or tokenizer == "tokenizer_2" else "<|endoftext|>"
 
 
 class ModelFolder:
@@ -545,7 +578,7 @@ class ModelFolder:
         self.components: tuple[str, ...] = tuple(c for c in COMPONENTS if self.class_name(c))
         self._configs = {name: self._read_config(name) for name in self.components}
         self.scheduler_config: dict[str, Any] = read_json(
-            self.path / "scheduler" / "scheduler_config.json"
+            self.place("scheduler") / "scheduler_config.json"
         )
 
     def class_name(self, part: str) -> str | None:
@@ -555,11 +588,16 @@ class ModelFolder:
             return None
         return entry[1]
 
+    def place(self, part: str) -> Path:
+        """The folder of a part; the root for the first pixel-space models, which have none."""
+        folder = self.path / part
+        return folder if folder.is_dir() else self.path
+
     def _read_config(self, component: str) -> ComponentConfig:
-        where = self.path / component / "config.json"
+        where = self.place(component) / "config.json"
         data = read_json(where)
         if component == "unet":
-            return UNet2DConditionConfig.from_dict(data, str(where))
+            return read_unet(data, str(where))
         if component == "vae":
             return read_vae(data, str(where))
         projects = self.class_name(component) == "CLIPTextModelWithProjection"
@@ -575,19 +613,19 @@ class ModelFolder:
         files = (folder / "tokenizer_config.json", folder / "special_tokens_map.json")
         if any("pad_token" in read_json(file) for file in files if file.is_file()):
             return Tokenizer.from_folder(folder)
-        # SD 2 and the second encoder of SDXL are OpenCLIP models, padded with id 0 ("!").
-        openclip = self.family == "sd2" or name == "tokenizer_2"
-        return Tokenizer.from_folder(folder, pad_token="!" if openclip else "<|endoftext|>")
+        return Tokenizer.from_folder(folder, pad_token=pad_token(self.family, name))
+
+    def document_paths(self) -> dict[str, Path]:
+        """What ``documents`` holds: relative path there -> where the file lies."""
+        files = [("scheduler", "scheduler_config.json")]
+        files += [(name, "config.json") for name in self.components]
+        files += [(name, file) for name in TOKENIZERS for file in TOKENIZER_FILES]
+        paths = {f"{part}/{file}": self.place(part) / file for part, file in files}
+        paths = {"model_index.json": self.path / "model_index.json", **paths}
+        return {name: path for name, path in paths.items() if path.is_file()}
 
     def documents(self) -> dict[str, bytes]:
-        paths = [Path("model_index.json"), Path("scheduler") / "scheduler_config.json"]
-        paths += [Path(name) / "config.json" for name in self.components]
-        paths += [Path(name) / file for name in TOKENIZERS for file in TOKENIZER_FILES]
-        return {
-            path.as_posix(): (self.path / path).read_bytes()
-            for path in paths
-            if (self.path / path).is_file()
-        }
+        return {name: path.read_bytes() for name, path in self.document_paths().items()}
 
 
 class ConvertedFolder(ModelFolder):
@@ -598,7 +636,8 @@ class ConvertedFolder(ModelFolder):
         self.manifest = _read_manifest(path)
         self.family = self.manifest["family"]
         super().__init__(path)
-        if not {"unet", "vae"} <= set(self.components):
+        pixels = isinstance(self._configs.get("unet"), UNet2DConfig)
+        if not ({"unet"} if pixels else {"unet", "vae"}) <= set(self.components):
             raise CheckpointError(f"{path}: model_index.json lacks unet or vae; convert again")
         for name, entry in self.manifest["files"].items():
             _check_size(path / name, entry["bytes"])

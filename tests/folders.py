@@ -90,8 +90,11 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
 
 
-def diffusers_folder(path: Path, family: str = "sd1") -> dict[str, dict[str, np.ndarray]]:
-    """Write a whole model of a family; returns its tensors by component."""
+def diffusers_folder(
+    path: Path, family: str = "sd1", unet: dict[str, Any] | None = None
+) -> dict[str, dict[str, np.ndarray]]:
+    """Write a whole model of a family; returns its tensors by component. ``unet`` changes its
+    config."""
     xl = family == "sdxl"
     configs: dict[str, dict[str, Any]] = {"text_encoder": TEXT, "unet": UNET, "vae": VAE}
     if family == "sd2":
@@ -99,6 +102,7 @@ def diffusers_folder(path: Path, family: str = "sd1") -> dict[str, dict[str, np.
     if xl:
         second = TEXT | {"architectures": ["CLIPTextModelWithProjection"], "hidden_act": "gelu"}
         configs |= {"text_encoder_2": second, "unet": UNET_XL}
+    configs["unet"] = configs["unet"] | (unet or {})
     index: dict[str, Any] = {
         "_class_name": "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline",
         "scheduler": ["diffusers", "PNDMScheduler"],

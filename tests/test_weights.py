@@ -144,11 +144,29 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         TensorFile(tmp_path)
 
 
-def test_fp8_is_refused_by_name(tmp_path: Path) -> None:
-    file_of(tmp_path / "x", {"w": entry("F8_E4M3", [2], 0, 2)}, b"12")
-    tensor = TensorFile(tmp_path / "x").tensors["w"]
-    with pytest.raises(CheckpointError, match="'w' is 8-bit floating point"):
-        tensor.read()
+# Values of every eighth byte from 0 on; the formats are in Micikevicius et al. 2022.
+E4M3 = [0, 2**-6, 2**-5, 2**-4, 2**-3, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256]
+E5M2 = [0.0, *(2.0 ** (2 * i - 15) for i in range(1, 16))]
+
+
+@pytest.mark.parametrize("kind, eighths", [("F8_E4M3", E4M3), ("F8_E5M2", E5M2)])
+def test_8_bit_floats_are_read_exactly(tmp_path: Path, kind: str, eighths: list[float]) -> None:
+    shown = bytes(range(0, 128, 8)) + bytes(range(128, 256, 8)) + b"\x01\x81"
+    file_of(tmp_path / "x", {"w": entry(kind, [34], 0, 34)}, shown)
+    values = TensorFile(tmp_path / "x").tensors["w"].read()
+    least = 2.0**-9 if kind == "F8_E4M3" else 2.0**-16
+    assert values.dtype == np.float32
+    assert values.tolist() == [*eighths, *(-v for v in eighths), least, -least]
+
+
+@pytest.mark.parity
+def test_8_bit_floats_are_those_of_torch(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    every = np.arange(256, dtype=np.uint8)
+    for kind, theirs in (("F8_E4M3", torch.float8_e4m3fn), ("F8_E5M2", torch.float8_e5m2)):
+        file_of(tmp_path / kind, {"w": entry(kind, [256], 0, 256)}, every.tobytes())
+        want = torch.from_numpy(every.copy()).view(theirs).float().numpy()
+        np.testing.assert_array_equal(TensorFile(tmp_path / kind).tensors["w"].read(), want)
 
 
 def test_fuzzed_headers_raise_nothing_else(tmp_path: Path) -> None:

@@ -1,0 +1,385 @@
+"""The published families: their configs, and what the names and shapes of a single file add.
+
+A single file has no configs. Names and shapes tell the structure (widths, layers, depths of the
+transformers, which pruned models change); the family tells the rest: heads, schedule, scale of the
+latents. The tables are the config files of the published repositories, without the keys that the
+shapes decide.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlxdiff.errors import CheckpointError
+from mlxdiff.params import Shape
+
+Shapes = Mapping[str, Shape]
+Config = dict[str, Any]
+
+_SCHEDULE: Config = {
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+_PNDM = _SCHEDULE | {"_class_name": "PNDMScheduler", "skip_prk_steps": True}
+_DDIM = _SCHEDULE | {"_class_name": "DDIMScheduler"}
+_EULER = _SCHEDULE | {
+    "_class_name": "EulerDiscreteScheduler",
+    "interpolation_type": "linear",
+    "sample_max_value": 1.0,
+    "skip_prk_steps": True,
+    "timestep_spacing": "leading",
+    "use_karras_sigmas": False,
+}
+_CLIP_L: Config = {
+    "architectures": ["CLIPTextModel"],
+    "model_type": "clip_text_model",
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "projection_dim": 768,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+}
+_OPENCLIP_H = _CLIP_L | {"hidden_act": "gelu", "projection_dim": 512}
+_OPENCLIP_G = _OPENCLIP_H | {
+    "architectures": ["CLIPTextModelWithProjection"],
+    "projection_dim": 1280,
+}
+_VAE: Config = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "norm_num_groups": 32,
+    "scaling_factor": 0.18215,
+}
+_XL_UNET = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is the same in all models of a family.
+
+    Attributes:
+        name: as ModelSource.family.
+        words: what people call it.
+        text_encoders: component -> config without what shapes decide.
+        unet, vae: the same of these.
+        head_width: channels of each attention head in the U-Net; None: 8 heads at every width.
+        size: pixels along a side that it was trained for.
+        scheduler: scheduler_config.json for epsilon prediction.
+        v_scheduler: the same where it predicts v.
+        pipeline: the class without "Pipeline", "StableDiffusion" for example.
+        index: settings in model_index.json.
+    """
+
+    name: str
+    words: str
+    text_encoders: Mapping[str, Config]
+    unet: Config
+    vae: Config
+    head_width: int | None
+    size: int
+    scheduler: Config
+    v_scheduler: Config
+    pipeline: str
+    index: Config = field(default_factory=dict)
+
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family(
+            name="sd1",
+            words="Stable Diffusion 1",
+            text_encoders={"text_encoder": _CLIP_L},
+            unet={},
+            vae=_VAE,
+            head_width=None,
+            size=512,
+            scheduler=_PNDM,
+            v_scheduler=_DDIM,
+            pipeline="StableDiffusion",
+        ),
+        Family(
+            name="sd2",
+            words="Stable Diffusion 2",
+            text_encoders={"text_encoder": _OPENCLIP_H},
+            unet={"upcast_attention": True},
+            vae=_VAE,
+            head_width=64,
+            size=512,
+            scheduler=_PNDM,
+            v_scheduler=_DDIM,
+            pipeline="StableDiffusion",
+        ),
+        Family(
+            name="sdxl",
+            words="SDXL",
+            text_encoders={"text_encoder": _CLIP_L, "text_encoder_2": _OPENCLIP_G},
+            unet=_XL_UNET,
+            vae=_VAE | {"scaling_factor": 0.13025, "force_upcast": True},
+            head_width=64,
+            size=1024,
+            scheduler=_EULER,
+            v_scheduler=_EULER,
+            pipeline="StableDiffusionXL",
+            index={"force_zeros_for_empty_prompt": True},
+        ),
+        Family(
+            name="sdxl-refiner",
+            words="the SDXL refiner",
+            text_encoders={"text_encoder_2": _OPENCLIP_G},
+            unet=_XL_UNET,
+            vae=_VAE | {"scaling_factor": 0.13025, "force_upcast": True},
+            head_width=64,
+            size=1024,
+            scheduler=_EULER,
+            v_scheduler=_EULER,
+            pipeline="StableDiffusionXL",
+            index={"force_zeros_for_empty_prompt": False, "requires_aesthetics_score": True},
+        ),
+    )
+}
+
+
+class Unrepresentable(Exception):
+    """Names and shapes that no config describes; the text says which."""
+
+
+def pipeline_class(family: Family, unet: Mapping[str, Any]) -> str:
+    """The pipeline class for model_index.json."""
+    if unet.get("time_cond_proj_dim") is not None and family.name == "sd1":
+        return "LatentConsistencyModelPipeline"
+    if family.name == "sdxl-refiner":
+        return f"{family.pipeline}Img2ImgPipeline"
+    return family.pipeline + {9: "InpaintPipeline", 8: "InstructPix2PixPipeline"}.get(
+        unet.get("in_channels", 4), "Pipeline"
+    )
+
+
+# ------------------------------------------------------------------------ what names and shapes say
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    """How many numbers 0, 1, 2, ... a pattern with one group finds at the start of the names."""
+    found = {int(m[1]) for name in shapes if (m := re.match(pattern, name))}
+    count = 0
+    while count in found:
+        count += 1
+    if len(found) != count:
+        raise Unrepresentable(f"{pattern.replace(chr(92), '')} does not count from 0 on")
+    return count
+
+
+def _shape(shapes: Shapes, name: str, dimensions: int) -> Shape:
+    shape = shapes.get(name)
+    if shape is None or len(shape) < dimensions:
+        raise Unrepresentable(f"{name} is {'missing' if shape is None else shape}")
+    return shape
+
+
+@dataclass
+class _Level:
+    """Blocks at one resolution: width, and the transformer depth beside each resnet (0: none)."""
+
+    width: int
+    depths: list[int]
+
+
+def _depth(shapes: Shapes, place: str) -> int:
+    """Transformer blocks of an attention in LDM naming; 0 where there is none."""
+    if f"{place}.norm.weight" not in shapes:
+        return 0
+    depth = _count(shapes, rf"{re.escape(place)}\.transformer_blocks\.(\d+)\.")
+    if depth == 0:
+        raise Unrepresentable(f"{place} is an attention without blocks")
+    return depth
+
+
+def _levels(shapes: Shapes, side: str, first: int) -> list[_Level]:
+    """The levels of ``input_blocks`` (from 1 on) or ``output_blocks`` (from 0 on)."""
+    levels: list[_Level] = []
+    change = True
+    for n in range(first, _count(shapes, rf"{side}\.(\d+)\.")):
+        block = f"{side}.{n}"
+        if f"{block}.0.op.weight" in shapes:
+            change = True
+            continue
+        width = _shape(shapes, f"{block}.0.in_layers.2.weight", 4)[0]
+        if change:
+            levels.append(_Level(width, []))
+        if width != levels[-1].width:
+            raise Unrepresentable(f"{block} changes the width inside a level")
+        levels[-1].depths.append(_depth(shapes, f"{block}.1"))
+        change = any(f"{block}.{i}.conv.weight" in shapes for i in (1, 2))
+    if not levels:
+        raise Unrepresentable(f"{side} is empty")
+    return levels
+
+
+def _types(levels: list[_Level], way: str) -> list[str]:
+    if any(0 in level.depths and any(level.depths) for level in levels):
+        raise Unrepresentable(f"a level of the {way.lower()} path has attention in a part of it")
+    return [f"CrossAttn{way}Block2D" if level.depths[0] else f"{way}Block2D" for level in levels]
+
+
+def _simplest(values: list[Any]) -> Any:
+    """One value where all are the same."""
+    return values[0] if all(v == values[0] for v in values) else values
+
+
+def unet_structure(shapes: Shapes) -> Config:
+    """The config of a U-Net in LDM naming (no prefix), as far as its shapes decide.
+
+    Raises: Unrepresentable.
+    """
+    down = _levels(shapes, "input_blocks", 1)
+    up = _levels(shapes, "output_blocks", 0)
+    middle = None
+    if "middle_block.0.in_layers.0.weight" in shapes:
+        middle = _depth(shapes, "middle_block.1")
+    if [level.width for level in down] != [level.width for level in reversed(up)]:
+        raise Unrepresentable("the ways down and up have different widths")
+    if [len(level.depths) + 1 for level in down] != [len(level.depths) for level in reversed(up)]:
+        raise Unrepresentable("the ways down and up have different numbers of layers")
+    # Where a level has no attention its depth means nothing, except for the middle block, which
+    # takes that of the last level.
+    depths = [level.depths if level.depths[0] else [1] * len(level.depths) for level in down]
+    if middle:
+        if not down[-1].depths[0]:
+            depths[-1] = [middle] * len(depths[-1])
+        elif down[-1].depths[0] != middle:
+            raise Unrepresentable("the middle block is not as deep as the level above it")
+    up_depths = [level.depths if level.depths[0] else [1] * len(level.depths) for level in up]
+    mirrored = all(
+        len({*d, *u}) == 1 or not (low.depths[0] or high.depths[0])
+        for d, u, low, high in zip(reversed(depths), up_depths, reversed(down), up, strict=True)
+    )
+    contexts = {s[-1] for name, s in shapes.items() if name.endswith(".attn2.to_k.weight")}
+    if len(contexts) != 1:
+        raise Unrepresentable(f"the text is {sorted(contexts) or 'nowhere'} wide")
+    projections = {len(s) for name, s in shapes.items() if name.endswith(".1.proj_in.weight")}
+    first = _shape(shapes, "input_blocks.0.0.weight", 4)
+    config: Config = {
+        "_class_name": "UNet2DConditionModel",
+        "in_channels": first[1],
+        "out_channels": _shape(shapes, "out.2.weight", 4)[0],
+        "block_out_channels": [level.width for level in down],
+        "down_block_types": _types(down, "Down"),
+        "up_block_types": _types(up, "Up"),
+        "mid_block_type": {None: None, 0: "UNetMidBlock2D"}.get(middle, "UNetMidBlock2DCrossAttn"),
+        "layers_per_block": _simplest([len(level.depths) for level in down]),
+        "transformer_layers_per_block": _simplest([_simplest(d) for d in depths]),
+        "cross_attention_dim": contexts.pop(),
+        "use_linear_projection": projections == {2},
+    }
+    if not mirrored:
+        config["transformer_layers_per_block"] = depths
+        config["reverse_transformer_layers_per_block"] = up_depths
+    if "label_emb.0.0.weight" in shapes:
+        width = _shape(shapes, "label_emb.0.0.weight", 2)[1]
+        config["projection_class_embeddings_input_dim"] = width
+    if "time_embed.cond_proj.weight" in shapes:
+        config["time_cond_proj_dim"] = _shape(shapes, "time_embed.cond_proj.weight", 2)[1]
+    return config
+
+
+def vae_structure(shapes: Shapes) -> Config:
+    """The same for a VAE in LDM naming."""
+    levels = _count(shapes, r"encoder\.down\.(\d+)\.")
+    widths = [_shape(shapes, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(levels)]
+    return {
+        "block_out_channels": widths,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "layers_per_block": _count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
+        "latent_channels": _shape(shapes, "decoder.conv_in.weight", 4)[1],
+        "use_quant_conv": "quant_conv.weight" in shapes,
+        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
+    }
+
+
+PENULTIMATE = 23
+"""Layers of SD 2's text encoder that are used: it reads the output of the last but one of 24."""
+
+
+def text_structure(shapes: Shapes, family: str) -> Config:
+    """The same for a text encoder, in OpenCLIP's naming or in transformers' (with text_model.)."""
+    if "positional_embedding" in shapes:
+        tokens, positions = "token_embedding.weight", "positional_embedding"
+        layers, inner = r"transformer\.resblocks\.", "transformer.resblocks.0.mlp.c_fc.weight"
+    else:
+        base = "text_model." if any(name.startswith("text_model.") for name in shapes) else ""
+        tokens = f"{base}embeddings.token_embedding.weight"
+        positions = f"{base}embeddings.position_embedding.weight"
+        layers, inner = rf"{re.escape(base)}encoder\.layers\.", f"{base}encoder.layers.0.mlp.fc1"
+        inner += ".weight"
+    count = _count(shapes, layers + r"(\d+)\.")
+    vocabulary, width = _shape(shapes, tokens, 2)
+    config = {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "max_position_embeddings": _shape(shapes, positions, 2)[0],
+        "num_hidden_layers": min(count, PENULTIMATE) if family == "sd2" else count,
+        "intermediate_size": _shape(shapes, inner, 2)[0],
+        "num_attention_heads": max(1, width // 64),
+    }
+    if family.startswith("sdxl"):
+        for name, out in (("text_projection", 1), ("text_projection.weight", 0)):
+            if name in shapes:
+                config["projection_dim"] = _shape(shapes, name, 2)[out]
+    return config
+
+
+def unet_config(family: Family, structure: Config, text_width: int = 1280) -> Config:
+    """The U-Net's config: what its shapes decide, and the family's values.
+
+    Args:
+        family: of the model.
+        structure: by ``unet_structure``.
+        text_width: width of the pooled text that an SDXL U-Net is given.
+    Raises: CheckpointError where the family's rule for the number of heads does not fit.
+    """
+    widths = structure["block_out_channels"]
+    heads: Any = 8
+    if family.head_width is not None:
+        heads = [width // family.head_width for width in widths]
+        if any(width % family.head_width for width in widths):
+            raise CheckpointError(
+                f"its U-Net has widths {widths}, which {family.words} does not have; "
+                "give the model's configs with --config FOLDER"
+            )
+    config = family.unet | structure | {"attention_head_dim": heads}
+    if "projection_class_embeddings_input_dim" in structure:
+        # Pooled text, and a sine embedding of each of the 6 sizes (the refiner: 5).
+        numbers = 5 if family.name == "sdxl-refiner" else 6
+        rest = structure["projection_class_embeddings_input_dim"] - text_width
+        if rest > 0 and rest % numbers == 0:
+            config["addition_time_embed_dim"] = rest // numbers
+    return config
+
+
+def guess(structure: Config, text: str | None) -> Family:
+    """The family of a U-Net.
+
+    Args:
+        structure: by ``unet_structure``.
+        text: how the file names its (first) text encoder: "clip", "openclip", or None without one.
+    """
+    if "projection_class_embeddings_input_dim" in structure:
+        refiner = text == "openclip" or (text is None and structure["cross_attention_dim"] == 1280)
+        return FAMILIES["sdxl-refiner" if refiner else "sdxl"]
+    width = structure["cross_attention_dim"]
+    if width in (768, 1024):
+        return FAMILIES["sd1" if width == 768 else "sd2"]
+    second = text == "openclip" if text is not None else structure["use_linear_projection"]
+    return FAMILIES["sd2" if second else "sd1"]

@@ -1,0 +1,537 @@
+"""A model in one file, in the naming of latent diffusion, opened as a ModelSource.
+
+What the file says decides: its names and shapes give the structure (``families``), the tables of
+``keymap`` the place of every tensor. Configs and parts that it lacks come from a folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlxdiff import hub
+from mlxdiff.config import (
+    AutoencoderKLConfig,
+    CLIPTextConfig,
+    ComponentConfig,
+    UNet2DConditionConfig,
+)
+from mlxdiff.convert import detect
+from mlxdiff.convert.checkpoint import ComponentFiles, DiffusersFolder, map_component
+from mlxdiff.convert.families import (
+    FAMILIES,
+    Config,
+    Family,
+    Unrepresentable,
+    guess,
+    pipeline_class,
+    text_structure,
+    unet_config,
+    unet_structure,
+    vae_structure,
+)
+from mlxdiff.convert.keymap import (
+    DIFFUSERS,
+    FILE_IGNORED,
+    Layout,
+    ema_names,
+    ignored_for,
+    ldm_unet,
+    ldm_vae,
+    openclip_text,
+)
+from mlxdiff.convert.pickles import PickleFile, open_tensors
+from mlxdiff.errors import CheckpointError, HubError, UsageError
+from mlxdiff.weights import (
+    COMPONENTS,
+    MANIFEST,
+    TOKENIZER_FILES,
+    ConvertedFolder,
+    LazyTensor,
+    Progress,
+    open_folder,
+    pad_token,
+    raise_faults,
+    shard_files,
+)
+
+if TYPE_CHECKING:
+    from mlxdiff.tokenizer import Tokenizer
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+VOCABULARY = "openai/clip-vit-large-patch14"
+"""The repository whose vocab.json and merges.txt all these families use."""
+VOCABULARY_FILES = ("vocab.json", "merges.txt")
+
+# Prefix -> component, naming. The refiner's only text encoder is the second one of SDXL.
+_SECTIONS = {
+    "model.diffusion_model.": ("unet", "ldm"),
+    "first_stage_model.": ("vae", "ldm"),
+    "vae.": ("vae", "ldm"),
+    "cond_stage_model.transformer.": ("text_encoder", "clip"),
+    "cond_stage_model.model.": ("text_encoder", "openclip"),
+    "conditioner.embedders.0.transformer.": ("text_encoder", "clip"),
+    "conditioner.embedders.0.model.": ("text_encoder_2", "openclip"),
+    "conditioner.embedders.1.transformer.": ("text_encoder_2", "clip"),
+    "conditioner.embedders.1.model.": ("text_encoder_2", "openclip"),
+}
+_EMA = "model_ema."
+_ZERO_SNR = 1e-4  # alphas_cumprod ends at 0.0047 in all published schedules, at 0 to 5e-8 in these
+_V_MARK = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+_V_SPREAD = 0.09
+
+
+@dataclass(frozen=True)
+class Section:
+    """The tensors of one component, under their names without the prefix.
+
+    Attributes:
+        prefix: what stands before each name in the file.
+        naming: "ldm", "clip", "openclip" or "diffusers".
+        tensors: name -> tensor.
+    """
+
+    prefix: str
+    naming: str
+    tensors: dict[str, LazyTensor]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape."""
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+
+def split(
+    tensors: Mapping[str, LazyTensor], path: Path
+) -> tuple[dict[str, Section], dict[str, LazyTensor], dict[str, LazyTensor]]:
+    """Sort the tensors of a file by component.
+
+    Returns: component -> section; moving averages under their names without the prefix; the rest.
+    Raises: CheckpointError where a component stands there twice.
+    """
+    if kind := detect.unet_alone(tensors):
+        return {"unet": Section("", kind, dict(tensors))}, {}, {}
+    sections: dict[str, Section] = {}
+    averages: dict[str, LazyTensor] = {}
+    rest: dict[str, LazyTensor] = {}
+    for name, tensor in tensors.items():
+        if ignored_for(name, FILE_IGNORED):
+            rest[name] = tensor
+            continue
+        if name.startswith(_EMA):
+            averages[name.removeprefix(_EMA)] = tensor
+            continue
+        prefix = next((p for p in _SECTIONS if name.startswith(p)), None)
+        if prefix is None:
+            rest[name] = tensor
+            continue
+        component, naming = _SECTIONS[prefix]
+        section = sections.setdefault(component, Section(prefix, naming, {}))
+        if section.prefix != prefix:
+            raise CheckpointError(
+                f"{path}: has two of {component}, {section.prefix}* and {prefix}*; "
+                "which of them to take cannot be known"
+            )
+        section.tensors[name.removeprefix(prefix)] = tensor
+    return sections, averages, rest
+
+
+class SingleFile:
+    """A checkpoint in one file. Opening it checks everything that headers can tell.
+
+    Args:
+        path: the file, safetensors or PyTorch's format.
+        config: a diffusers or converted folder, whose configs, scheduler and tokenizer count, and
+            whose weights stand in for parts that the file does not have.
+        prediction_type: "epsilon", "v_prediction" or "sample", whatever the file looks like.
+        ema: take the moving averages of the U-Net, where the file has both.
+        progress: called while the tokenizer's vocabulary is fetched.
+    Attributes:
+        family: as ModelSource.
+        files: component -> its weights, of those that this file has.
+        ignored: tensors that belong to no component: (name, reason).
+        notes: what was guessed or left out, one line each.
+    Raises: CheckpointError, ConfigError, UsageError.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        config: str | os.PathLike[str] | None = None,
+        prediction_type: str | None = None,
+        ema: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        self.path = Path(path)
+        if prediction_type is not None and prediction_type not in PREDICTIONS:
+            raise UsageError(
+                f"prediction type {prediction_type!r} is unknown; expected {', '.join(PREDICTIONS)}"
+            )
+        self._progress = progress
+        file = open_tensors(self.path)
+        if kind := detect.refused(file.tensors):
+            raise CheckpointError(
+                f"{self.path}: looks like {kind}, not a model that can be drawn with"
+            )
+        self._sections, averages, rest = split(file.tensors, self.path)
+        if not self._sections and not averages:
+            raise CheckpointError(
+                f"{self.path}: looks like {detect.looks_like(file.tensors)}, not a whole model"
+            )
+        own = {*self._sections, *(["unet"] if averages else [])}
+        self.base = None if config is None else _open_base(Path(config), own)
+        self.notes: tuple[str, ...] = ()
+        self.ignored: tuple[tuple[str, str], ...] = ()
+        self._refused: dict[str, str] = {}
+        if isinstance(file, PickleFile):
+            self.ignored += file.ignored
+            self._refused = file.refused
+        structure = self._structure()
+        if self.base is None:
+            self._guess(structure, file, prediction_type)
+        else:
+            self._take(self.base, own, structure, prediction_type)
+        self.provenance: dict[str, Any] = {"source": self.path.name}
+        if self.base is not None:
+            self.provenance["config"] = self.base.provenance.get("source")
+        self._account(averages, rest, ema)
+        refused = file.refused if isinstance(file, PickleFile) else {}
+        self.files: dict[str, ComponentFiles] = {
+            name: self._map(name, section, refused) for name, section in self._sections.items()
+        }
+
+    def _fault(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {what}")
+
+    # ------------------------------------------------------------------------------------- configs
+
+    def _structure(self) -> Config | None:
+        """What the shapes of the U-Net say; None where there is none in LDM naming."""
+        section = self._sections.get("unet")
+        if section is None or section.naming != "ldm":
+            return None
+        try:
+            return unet_structure(section.shapes)
+        except Unrepresentable as error:
+            if self.base is not None:
+                return None  # the folder's config says what must be there
+            raise self._fault(
+                f"has a U-Net of a structure that is not known ({error}); the file is incomplete, "
+                "or give the model's configs with --config FOLDER"
+            ) from None
+
+    def _take(
+        self,
+        base: DiffusersFolder | ConvertedFolder,
+        own: set[str],
+        structure: Config | None,
+        prediction_type: str | None,
+    ) -> None:
+        """Configs and all that the file lacks from a folder."""
+        if foreign := [name for name in sorted(own) if name not in base.components]:
+            raise self._fault(
+                f"has a {' and a '.join(foreign)}, which {base.path} does not have; "
+                "give the folder of a model of this kind"
+            )
+        if structure is not None:
+            family = self._family(structure)
+            if family.name.startswith("sdxl") != base.family.startswith("sdxl"):
+                raise self._fault(
+                    f"is {family.words}, {base.path} is {FAMILIES[base.family].words}; "
+                    "give the folder of a model of this kind"
+                )
+        self.family = base.family
+        self.components = base.components
+        self.model_index = dict(base.model_index)
+        self.scheduler_config = dict(base.scheduler_config)
+        if prediction_type is not None:
+            self.scheduler_config["prediction_type"] = prediction_type
+        self._configs: dict[str, ComponentConfig] = {c: base.config(c) for c in base.components}
+        self._documents = {
+            name: content
+            for name, content in base.documents().items()
+            if not name.startswith("tokenizer")
+        } | {"scheduler/scheduler_config.json": _json(self.scheduler_config)}
+        if isinstance(base, DiffusersFolder):
+            self.notes += base.notes
+        taken = [name for name in base.components if name not in own]
+        if taken:
+            self.notes += (f"{', '.join(taken)}: from {base.path}",)
+
+    def _family(self, structure: Config) -> Family:
+        text = [s for name, s in self._sections.items() if name.startswith("text")]
+        naming = text[0].naming if len(text) == 1 else None
+        return guess(structure, naming)
+
+    def _guess(self, structure: Config | None, file: Any, prediction_type: str | None) -> None:
+        """Configs from what the file looks like."""
+        if structure is None:
+            what = "holds only moving averages of a U-Net (model_ema)"
+            if "unet" in self._sections:
+                what = "is a U-Net alone"
+            elif self._sections:
+                what = f"has no U-Net (only {', '.join(self._sections)})"
+            raise self._fault(
+                f"{what}; give the model that it belongs to with --config FOLDER "
+                "(a diffusers or converted folder)"
+            )
+        family = self._family(structure)
+        needed = [*family.text_encoders, "unet", "vae"]
+        if missing := [name for name in needed if name not in self._sections]:
+            raise self._fault(
+                f"is {family.words}, but has no {' and no '.join(missing)}; give a folder of such "
+                "a model that has, diffusers or converted, with --config FOLDER"
+            )
+        prediction, zero_snr = self._prediction(family, structure, file, prediction_type)
+        scheduler = family.scheduler if prediction != "v_prediction" else family.v_scheduler
+        self.scheduler_config = scheduler | {"prediction_type": prediction}
+        if zero_snr:
+            if scheduler["_class_name"] == "PNDMScheduler":
+                self.scheduler_config["_class_name"] = "DDIMScheduler"
+            self.scheduler_config |= {
+                "rescale_betas_zero_snr": True,
+                "timestep_spacing": "trailing",
+            }
+            self.notes += ("its noise schedule ends at zero signal",)
+        data = self._infer(family, structure, _size(family, prediction, structure, file))
+        self.family = family.name
+        self.components = tuple(name for name in COMPONENTS if name in data)
+        self._configs = {}
+        for name, one in data.items():
+            where = f"{self.path}: {name} (worked out from the file; --config FOLDER overrides)"
+            kind: Any = {"unet": UNet2DConditionConfig, "vae": AutoencoderKLConfig}.get(
+                name, CLIPTextConfig
+            )
+            self._configs[name] = kind.from_dict(one, where)
+        self.model_index = {"_class_name": pipeline_class(family, structure), **family.index}
+        for name in ("scheduler", "text_encoder", "text_encoder_2", "unet", "vae"):
+            if name == "scheduler":
+                self.model_index[name] = ["diffusers", self.scheduler_config["_class_name"]]
+            elif name.startswith("text"):
+                there = name in data
+                kind = data[name]["architectures"][0] if there else None
+                self.model_index[name] = ["transformers" if there else None, kind]
+                tokenizer = name.replace("text_encoder", "tokenizer")
+                self.model_index[tokenizer] = (
+                    ["transformers", "CLIPTokenizer"] if there else [None, None]
+                )
+            else:
+                self.model_index[name] = ["diffusers", data[name]["_class_name"]]
+        self._documents = {
+            "model_index.json": _json(self.model_index),
+            "scheduler/scheduler_config.json": _json(self.scheduler_config),
+        } | {f"{name}/config.json": _json(one) for name, one in data.items()}
+
+    def _infer(self, family: Family, structure: Config, size: int) -> dict[str, Config]:
+        """The config of each component, as config.json would have it."""
+        data: dict[str, Config] = {}
+        try:
+            for name, config in family.text_encoders.items():
+                data[name] = config | text_structure(self._sections[name].shapes, family.name)
+            vae = vae_structure(self._sections["vae"].shapes)
+        except Unrepresentable as error:
+            raise self._fault(f"is incomplete: {error}") from None
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        pooled = data.get("text_encoder_2", {}).get("projection_dim", 1280)
+        try:
+            unet = unet_config(family, structure, pooled)
+        except CheckpointError as error:
+            raise self._fault(str(error)) from None
+        data["unet"] = unet | {"sample_size": size // factor}
+        data["vae"] = family.vae | vae | {"sample_size": size}
+        return data
+
+    def _prediction(
+        self, family: Family, structure: Config, file: Any, asked: str | None
+    ) -> tuple[str, bool]:
+        """What the U-Net predicts, and whether its schedule ends at zero signal.
+
+        The first of these that says something: the caller; the marks v_pred and ztsnr that
+        ComfyUI knows; the file's metadata (modelspec.prediction_type); for SD 2, the spread of one
+        bias, which is above 0.09 in the published v models (ComfyUI's rule); else epsilon.
+        """
+        tensors, metadata = file.tensors, getattr(file, "metadata", {})
+        zero_snr = "ztsnr" in tensors
+        schedule = tensors.get("alphas_cumprod")
+        if schedule is not None and len(schedule.shape) == 1 and schedule.size:
+            first, last = np.asarray(schedule.read(), np.float32)[[0, -1]]
+            zero_snr = zero_snr or bool(first > 0.9 and abs(last) < _ZERO_SNR)
+        if asked is not None:
+            return asked, zero_snr
+        if "v_pred" in tensors:
+            return "v_prediction", zero_snr
+        for key in ("modelspec.prediction_type", "modelspec.predict_key"):
+            said = metadata.get(key, "").lower().replace("-", "_")
+            if said in ("v", "v_prediction", "v_pred", "epsilon", "eps"):
+                return "v_prediction" if said.startswith("v") else "epsilon", zero_snr
+        mark = self._sections["unet"].tensors.get(_V_MARK)
+        if family.name == "sd2" and structure["in_channels"] == 4 and mark is not None:
+            spread = float(np.std(mark.read().astype(np.float32)))
+            found = "v_prediction" if spread > _V_SPREAD else "epsilon"
+            self.notes += (
+                f"prediction type: {found}, guessed from one bias of the U-Net; if the pictures "
+                "are noise or flat, give the other with --prediction-type",
+            )
+            return found, zero_snr
+        return "epsilon", zero_snr
+
+    # ------------------------------------------------------------------------------------- weights
+
+    def _account(
+        self, averages: dict[str, LazyTensor], rest: dict[str, LazyTensor], ema: bool
+    ) -> None:
+        """Say what becomes of the tensors outside the components; the averages may be taken."""
+        reasons = {name: ignored_for(name, FILE_IGNORED) for name in rest}
+        raise_faults(
+            str(self.path), unknown=[name for name, reason in reasons.items() if reason is None]
+        )
+        self.ignored += tuple((name, reason or "") for name, reason in reasons.items())
+        if ema and not averages:
+            raise UsageError(
+                f"{self.path}: has no moving averages (model_ema), so --ema is not for it"
+            )
+        if not averages:
+            return
+        plain = self._sections.get("unet")
+        if plain is not None and not ema:
+            self.ignored += tuple(
+                (_EMA + name, "moving averages; the plain weights were taken (--ema takes these)")
+                for name in averages
+            )
+            return
+        layout = ldm_unet(self.config("unet"))
+        known = ema_names(layout.names or ())
+        raise_faults(
+            f"{self.path} ({_EMA}*)",
+            unknown=[name for name in averages if name not in known],
+        )
+        taken = {known[name]: tensor for name, tensor in averages.items()}
+        self._sections["unet"] = Section("model.diffusion_model.", "ldm", taken)
+        if plain is not None:
+            self.ignored += tuple(
+                (plain.prefix + name, "the moving averages were taken (--ema)")
+                for name in plain.tensors
+            )
+        self.notes += ("unet: its moving averages (model_ema) were taken",)
+
+    def _map(self, component: str, section: Section, refused: Mapping[str, str]) -> ComponentFiles:
+        config = self.config(component)
+        where = f"{self.path} ({section.prefix}*)" if section.prefix else str(self.path)
+        layout = self._layout(component, section, config)
+        refused = {
+            name.removeprefix(section.prefix): what
+            for name, what in self._refused.items()
+            if name.startswith(section.prefix)
+        }
+        return map_component(self.path, section.tensors, layout, config, where, refused)
+
+    def _layout(self, component: str, section: Section, config: ComponentConfig) -> Layout:
+        if section.naming in ("clip", "diffusers"):
+            return DIFFUSERS[component]
+        if isinstance(config, UNet2DConditionConfig):
+            return ldm_unet(config)
+        if isinstance(config, AutoencoderKLConfig):
+            return ldm_vae(config)
+        if isinstance(config, CLIPTextConfig):
+            return openclip_text(config)
+        raise self._fault(
+            f"its {component} is not a {type(config).__name__.removesuffix('Config')}"
+        )
+
+    # -------------------------------------------------------------------------------- a ModelSource
+
+    def class_name(self, part: str) -> str | None:
+        """As ModelFolder.class_name."""
+        entry = self.model_index.get(part)
+        return entry[1] if isinstance(entry, list) else None
+
+    def config(self, component: str) -> Any:
+        return self._configs[component]
+
+    def tensors(self, component: str) -> dict[str, LazyTensor]:
+        if component in self.files:
+            return self.files[component].read(self.config(component))
+        assert self.base is not None
+        return self.base.tensors(component)
+
+    def tokenizer(self, name: str = "tokenizer") -> Tokenizer:
+        from mlxdiff.tokenizer import Tokenizer
+
+        if self.base is not None:
+            return self.base.tokenizer(name)
+        return Tokenizer.from_folder(self._vocabulary, pad_token=pad_token(self.family, name))
+
+    @cached_property
+    def _vocabulary(self) -> Path:
+        """The folder of the tokenizer's files: beside the file, or from the hub."""
+        beside = self.path.absolute().parent / "tokenizer"
+        if any((beside / name).is_file() for name in (*VOCABULARY_FILES, "tokenizer.json")):
+            return beside
+        try:
+            return hub.fetch_files(VOCABULARY, VOCABULARY_FILES, progress=self._progress)
+        except HubError as error:
+            raise CheckpointError(
+                f"{self.path}: a single file holds no tokenizer, and {error}; or put "
+                f"{' and '.join(VOCABULARY_FILES)} of https://huggingface.co/{VOCABULARY} into "
+                f"{beside}, or give a folder that has them with --config FOLDER"
+            ) from None
+
+    def documents(self) -> dict[str, bytes]:
+        if self.base is not None:
+            tokenizers = {
+                name: content
+                for name, content in self.base.documents().items()
+                if name.startswith("tokenizer")
+            }
+            return self._documents | tokenizers
+        folders = [
+            name.replace("text_encoder", "tokenizer")
+            for name in self.components
+            if name.startswith("text")
+        ]
+        return self._documents | {
+            f"{folder}/{file}": (self._vocabulary / file).read_bytes()
+            for folder in folders
+            for file in TOKENIZER_FILES
+            if (self._vocabulary / file).is_file()
+        }
+
+    def source_files(self) -> dict[str, Path]:
+        """Every file that weights are read from: name -> path."""
+        files = {self.path.name: self.path}
+        if isinstance(self.base, DiffusersFolder):
+            for name in self.components:
+                if name not in self.files:
+                    for path in shard_files(self.base.files[name].entry):
+                        files[f"{self.base.path.name}/{name}/{path.name}"] = path
+        return files
+
+
+def _open_base(path: Path, own: Collection[str]) -> DiffusersFolder | ConvertedFolder:
+    if not path.is_dir():
+        raise UsageError(f"--config {path}: no such folder; give a diffusers or converted folder")
+    if (path / MANIFEST).is_file():
+        return open_folder(path)
+    return DiffusersFolder(path, without=own)
+
+
+def _size(family: Family, prediction: str, structure: Config, file: Any) -> int:
+    """Pixels along a side, as the file says or as models of the kind have it."""
+    said = getattr(file, "metadata", {}).get("modelspec.resolution", "").split("x")[0]
+    if said.isdecimal() and 64 <= int(said) <= 4096 and int(said) % 64 == 0:
+        return int(said)
+    if family.name == "sd2" and prediction == "v_prediction":
+        return 768
+    return family.size
+
+
+def _json(data: Any) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
