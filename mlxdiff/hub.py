@@ -219,12 +219,12 @@ def resolve_component(
     Args, Raises: as for `resolve`.
     """
 
-    def select(files: set[str]) -> tuple[set[str], str]:
+    def select(files: set[str], whole: bool) -> tuple[set[str], str]:
         folder = component if f"{component}/config.json" in files else ""
         names = {f.rpartition("/")[2] for f in files if f.rpartition("/")[0] == folder}
         if "config.json" not in names:
             raise _Unusable(f"it holds no {component}/config.json, nor a config.json alone")
-        chosen = {"config.json"} | _pick(_weights_by_variant(names), variant, folder or "it", names)
+        chosen = {"config.json"} | _pick(_weights_by_variant(names), variant, folder or "it", whole)
         return {f"{folder}/{name}" if folder else name for name in chosen}, folder
 
     return fetch(_find(_parsed(repo), select), progress)
@@ -236,7 +236,7 @@ def fetch_files(repo: str, files: Sequence[str], *, progress: Progress | None = 
     Args, Raises: as for `resolve`.
     """
 
-    def select(there: set[str]) -> tuple[set[str], str]:
+    def select(there: set[str], whole: bool) -> tuple[set[str], str]:
         if missing := [file for file in files if file not in there]:
             raise _Incomplete(f"it has no {' and no '.join(missing)}")
         return set(files), ""
@@ -256,7 +256,7 @@ def find(
     """
     reference = _parsed(repo) if isinstance(repo, str) else repo
 
-    def select(files: set[str]) -> tuple[set[str], str]:
+    def select(files: set[str], whole: bool) -> tuple[set[str], str]:
         if reference.file:
             if reference.file not in files:
                 raise _Incomplete(f"{reference.file} is missing")
@@ -264,7 +264,7 @@ def find(
         if _INDEX not in files:
             single = _single_file(files, reference.name)
             return {single}, single
-        return set(_select(files, variant, components)), ""
+        return set(_select(files, variant, components, whole)), ""
 
     return _find(reference, select, tuple(components))
 
@@ -287,6 +287,12 @@ def cache_folder() -> Path:
     return Path(os.path.expandvars(home)).expanduser() / "hub"
 
 
+def cached_bytes(name: str) -> int:
+    """What the cache holds of the repo `org/name`, in bytes."""
+    blobs = _repo_folder(Reference(name)) / "blobs"
+    return sum(blob.stat().st_size for blob in blobs.glob("*") if blob.is_file())
+
+
 # Which files
 
 
@@ -298,8 +304,8 @@ class _Unusable(Exception):
     """What is there cannot be used, and fetching more would not help; the text says why."""
 
 
-_Select = Callable[[set[str]], tuple[set[str], str]]
-"""Files of a repo -> those that are needed, and the entry of `Listing`."""
+_Select = Callable[[set[str], bool], tuple[set[str], str]]
+"""Files, and whether the repo has no others -> those that are needed, entry of `Listing`."""
 
 
 def needed_files(
@@ -323,7 +329,9 @@ def needed_files(
         raise HubError(f"the repo cannot be used: {error}") from None
 
 
-def _select(files: set[str], variant: str | None, components: Sequence[str]) -> list[str]:
+def _select(
+    files: set[str], variant: str | None, components: Sequence[str], whole: bool = True
+) -> list[str]:
     if _INDEX not in files:
         raise _Unusable(f"it holds no {_INDEX}, so it is not a model in diffusers' format")
     folders: dict[str, set[str]] = {}
@@ -349,7 +357,7 @@ def _select(files: set[str], variant: str | None, components: Sequence[str]) -> 
                 raise _Incomplete(f"{folder}/ has no config.json")
             weights = _weights_by_variant(names)
             variants |= {name for _, name in weights}
-            chosen = {"config.json"} | _pick(weights, variant, folder or "unet", names)
+            chosen = {"config.json"} | _pick(weights, variant, folder or "unet", whole)
         wanted |= {f"{folder}/{name}" if folder else name for name in chosen}
     if variant and variant not in variants:
         known = ", ".join(sorted(filter(None, variants))) or "none"
@@ -403,8 +411,8 @@ def _weights_by_variant(names: set[str]) -> _Weights:
     return {key: found for key, found in shards.items() if key in indexed} | whole
 
 
-def _pick(weights: _Weights, variant: str | None, folder: str, names: set[str]) -> set[str]:
-    """The files of the variant that is wanted most; folder is for messages."""
+def _pick(weights: _Weights, variant: str | None, folder: str, whole: bool) -> set[str]:
+    """The files of the variant that is wanted most; a repo that has but one gives that."""
     kinds, order = ("safetensors", "bin"), (variant or "", "")
     if variant is None:
         order = (PREFERRED_VARIANT, "")
@@ -414,7 +422,7 @@ def _pick(weights: _Weights, variant: str | None, folder: str, names: set[str]) 
     for choice in choices:
         if choice in weights:
             return weights[choice]
-    if len(weights) == 1 and not variant:
+    if whole and len(weights) == 1 and not variant:
         return next(iter(weights.values()))
     others = ", ".join(sorted({name for _, name in weights}))
     has = f" (only the variants {others})" if weights else ""
@@ -483,7 +491,7 @@ def _cached(reference: Reference, select: _Select, components: tuple[str, ...]) 
     paths = [*snapshot.glob("*"), *snapshot.glob("*/*")]
     present = {path.relative_to(snapshot).as_posix() for path in paths if path.is_file()}
     try:
-        files, entry = select(present)
+        files, entry = select(present, is_offline())
         if entry.endswith(_SINGLE) and not reference.file and not is_offline():
             # The cache cannot tell whether this is the only checkpoint of the repo.
             raise _Incomplete(f"{_INDEX} is missing, {entry} is there")
@@ -581,7 +589,7 @@ def _find(reference: Reference, select: _Select, components: tuple[str, ...] = (
             _remember(reference, cached.commit)
             return replace(cached, is_current=True)
         try:
-            files, entry = select(set(there))
+            files, entry = select(set(there), True)
         except (_Unusable, _Incomplete) as error:
             raise HubError(f"{reference} cannot be used: {error}") from None
     except HubError as error:

@@ -111,6 +111,6 @@ def expand(model: str | os.PathLike[str]) -> str | os.PathLike[str]:
 
 
 def suggestion(model: str) -> str:
-    """Short names near to one that stands for nothing: ' (did you mean sd15?)', or ''."""
-    near = difflib.get_close_matches(model.partition("@")[0].lower(), _BY_NAME, n=3, cutoff=0.6)
-    return f" (did you mean {' or '.join(near)}?)" if near else ""
+    """The short name near to one that stands for nothing: ' (did you mean sd15?)', or ''."""
+    near = difflib.get_close_matches(model.partition("@")[0].lower(), _BY_NAME, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""

@@ -13,11 +13,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # except where ALLOWED says so.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("config",),
+    ("config", "files", "known"),
     ("params",),
     ("tokenizer", "noise", "image", "metadata", "samplers", "weights", "hub"),
     ("reference", "models", "convert"),
+    ("library",),
     ("model",),
+    ("pixels",),
     ("settings",),
     ("pipeline",),
     ("cli",),

@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": ("mlxdiff.cli.generate", "Draw pictures from a prompt."),
     "convert": ("mlxdiff.cli.convert", "Convert a model to a folder that loads fast."),
     "info": ("mlxdiff.cli.info", "Tell what a model, or a picture that was drawn, is made of."),
+    "models": ("mlxdiff.cli.models", "List and remove converted models; list short names."),
 }
 _DEBUG = "mlxdiff.debug"
 F = TypeVar("F", bound=Callable[..., Any])

@@ -33,10 +33,11 @@ def _picture(path: str) -> dict[str, Any]:
 
 
 def _model(path: str | None) -> dict[str, Any]:
+    from mlxdiff import library
     from mlxdiff.convert import describe
     from mlxdiff.pipeline import BUILTIN
 
-    return describe(BUILTIN if path is None else path)
+    return describe(BUILTIN if path is None else library.local_path(path) or path)
 
 
 def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:

@@ -1,0 +1,72 @@
+"""Short names of well-known models."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from mlxdiff import hub
+from mlxdiff.known import KNOWN, expand, suggestion
+
+NAMES = Path(__file__).parent / "golden" / "names"
+TEXT = {"sd1": ["sd15"], "sd2": ["sd21"], "sdxl": ["sd15", "sdxl-2"], "sdxl-refiner": ["sdxl-2"]}
+UNETS = {
+    "sd14": "sd15",
+    "lcm": "lcm-dreamshaper-v7",
+    "sd21-base": "sd21",
+    "sd-turbo": "sd21",
+    "sdxl-turbo": "sdxl",
+    "vega": "segmind-vega",
+}
+
+
+def half_bytes(component: str) -> int:
+    """Bytes of a full-size component in float16."""
+    data = json.loads(gzip.decompress((NAMES / f"{component}.json.gz").read_bytes()))
+    return 2 * sum(math.prod(shape) for shape in data["shapes"].values())
+
+
+@pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.name)
+def test_the_table(known: object) -> None:
+    assert hub.is_repo_id(known.repo) and "@" not in known.repo  # type: ignore[attr-defined]
+    assert hub.parse(known.name) is None  # type: ignore[attr-defined]
+    assert known.licence and known.note  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("known", [k for k in KNOWN if k.family != "vae"], ids=lambda k: k.name)
+def test_sizes_are_those_of_the_real_networks(known: object) -> None:
+    family, name = known.family, known.name  # type: ignore[attr-defined]
+    vae = "vae.sdxl" if family.startswith("sdxl") else "vae.sd15"
+    parts = [vae, f"unet.{UNETS.get(name, name)}", *(f"text_encoder.{t}" for t in TEXT[family])]
+    total = sum(half_bytes(part) for part in parts)
+    assert known.megabytes * 10**6 == pytest.approx(total, rel=1e-3)  # type: ignore[attr-defined]
+
+
+def test_names_are_told_apart() -> None:
+    assert (
+        len({known.name for known in KNOWN}) == len({known.repo for known in KNOWN}) == len(KNOWN)
+    )
+
+
+def test_expand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    repo = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert expand("sd15") == repo and expand("sd15@fp16") == f"{repo}@fp16"
+    for other in ("sd", "org/name", "", "./sd15", tmp_path / "sd15"):
+        assert expand(other) == other
+    assert caplog.text == ""
+    (tmp_path / "sd15").mkdir()
+    assert expand("sd15") == "sd15"
+    assert f"the folder here is taken, not the well-known model ({repo})" in caplog.text
+
+
+def test_suggestion() -> None:
+    assert suggestion("sdxl-trubo") == " (did you mean sdxl-turbo?)"
+    assert "sd15" in suggestion("SD1.5")
+    assert suggestion("nothing like it") == ""
