@@ -121,7 +121,7 @@ _PARTS: tuple[tuple[str, str], ...] = (
     (r"(?:down_blocks|mid_block)\..+", "a U-Net in diffusers naming, alone"),
     (
         r"(?:first_stage_model\.)?(?:encoder|decoder)\.(?:conv_in|mid)\..+",
-        "a VAE, alone (--vae takes it)",
+        "a VAE, alone (--vae takes the folder of one, with its config.json)",
     ),
     (
         r"(?:(?:en|de)coder\.)?layers\.\d+\.conv\..+|(?:taesd_)?(?:en|de)coder\.\d+\..+",

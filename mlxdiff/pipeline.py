@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import mlxdiff
-from mlxdiff.convert import Component, open_source, open_vae
+from mlxdiff import library
+from mlxdiff.convert import Component, open_vae
 from mlxdiff.errors import UsageError
 from mlxdiff.metadata import Metadata
 from mlxdiff.model import ImageLatents, Model, PromptEmbeddings, draw_noise
 from mlxdiff.noise import Generator
+from mlxdiff.pixels import PixelModel
 from mlxdiff.samplers import Plan
 from mlxdiff.settings import Settings, make_plans, pick_seeds, resolve
 from mlxdiff.weights import ModelSource
@@ -119,13 +121,15 @@ def load(
     refiner: str | os.PathLike[str] | Pipeline | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    config: str | os.PathLike[str] | None = None,
+    prediction_type: str | None = None,
     progress: Callable[..., None] | None = None,
 ) -> Pipeline:
     """Open a model for drawing.
 
     Args:
-        model: a converted folder, a diffusers folder, a hub id ``org/name[@revision]``, or None for
-            the built-in model.
+        model: a folder or file, a hub id ``org/name[@revision]`` or a short name (fetched and
+            converted at first use, see ``mlxdiff.library``), or None for the built-in model.
         backend: "mlx", "numpy" or "auto".
         dtype: what the U-Net and the text encoders compute in; None or "auto": float16 on a
             GPU, else float32. The VAE keeps to float32 where its config says ``force_upcast``.
@@ -134,19 +138,30 @@ def load(
         refiner: an SDXL model that does the last part of the way: as for ``model``, or a Pipeline
             of the same backend.
         revision, variant: for a hub id: branch, tag or commit; for either: "fp16" and such.
+        config: for a single file: a folder whose configs, scheduler and tokenizer count, and whose
+            weights stand in for parts that the file does not have.
+        prediction_type: for a single file: "epsilon", "v_prediction" or "sample", whatever the file
+            looks like.
         progress: called while files are fetched, as ``mlxdiff.hub.resolve`` does.
     Returns: a Pipeline; its weights are read when they are first needed.
     Raises: UsageError, ConfigError, CheckpointError, HubError.
     """
-    source = open_source(
-        BUILTIN if model is None else model, revision=revision, variant=variant, progress=progress
+    source = library.open_model(
+        BUILTIN if model is None else model,
+        dtype=dtype,
+        revision=revision,
+        variant=variant,
+        progress=progress,
+        config=config,
+        prediction_type=prediction_type,
     )
     chosen = make_backend(backend, dtype)
     other_vae = None if vae is None else open_vae(vae, progress=progress)
     pipe = Pipeline(source, chosen, vae=other_vae)
     if refiner is not None:
         if not isinstance(refiner, Pipeline):
-            refiner = Pipeline(open_source(refiner, variant=variant, progress=progress), chosen)
+            second = library.open_model(refiner, dtype=dtype, variant=variant, progress=progress)
+            refiner = Pipeline(second, chosen)
         pipe.refine_with(refiner)
     return pipe
 
@@ -160,7 +175,7 @@ class Pipeline:
     """
 
     def __init__(self, source: ModelSource, backend: Any, vae: Component | None = None) -> None:
-        self.model = Model(source, backend, vae)
+        self.model = _open_model(source, backend, vae)
         self.refiner: Model | None = None
 
     def refine_with(self, refiner: Pipeline | None) -> None:
@@ -171,12 +186,7 @@ class Pipeline:
         if refiner is None:
             self.refiner = None
             return
-        first, second = self.model, refiner.model
-        for model in (first, second):
-            if not model.is_sdxl:
-                raise UsageError(
-                    f"{model.source.path}: is no SDXL model; a refiner is one, and works on one"
-                )
+        first, second = (_only_sdxl(pipe.model) for pipe in (self, refiner))
         if second.vae_config.latent_channels != first.vae_config.latent_channels:
             raise UsageError(f"{second.source.path}: its latents are not those of the model")
         if (second.backend.name, second.backend.dtype) != (first.backend.name, first.backend.dtype):
@@ -211,13 +221,13 @@ class Pipeline:
         """See ``Model.decode``."""
         return self.model.decode(latents)
 
-    def settings(self, prompt: str, **arguments: Any) -> Settings:
+    def settings(self, prompt: str | None = None, **arguments: Any) -> Settings:
         """Arguments of ``generate``, checked, with the defaults filled in. Raises: UsageError."""
         return resolve(self.model, self.refiner, prompt, **arguments)
 
     def stream(
         self,
-        prompt: str,
+        prompt: str | None = None,
         *,
         seed: int | None = None,
         count: int = 1,
@@ -275,6 +285,7 @@ class Pipeline:
             draw = partial(
                 draw_noise, Generator(seed), model.latent_shape(settings.height, settings.width)
             )
+            fresh_noise = partial(_on_backend, backend, draw)
             given = None if noise is None else noise[picture][None]
             x = backend.asarray(_start(settings, plans[0], image, given, draw))
             index = 0
@@ -283,9 +294,7 @@ class Pipeline:
                 for t in plan.timesteps:
                     start = time.perf_counter()
                     output = predict(plan.scale_model_input(x, state), t)
-                    x, state = plan.step(
-                        x, output, state, noise=lambda draw=draw: backend.asarray(draw())
-                    )
+                    x, state = plan.step(x, output, state, noise=fresh_noise)
                     backend.evaluate(x)
                     seconds.append(time.perf_counter() - start)
                     yield Step(
@@ -300,8 +309,10 @@ class Pipeline:
                     index += 1
 
     @staticmethod
-    def _predictor(model: Model, settings: Settings) -> Callable[[Any, float], Any]:
-        """What the sampler asks a model at each step, with the prompts in it."""
+    def _predictor(model: Model | PixelModel, settings: Settings) -> Callable[[Any, float], Any]:
+        """What the sampler asks a model at each step, with the prompts or the label in it."""
+        if isinstance(model, PixelModel):
+            return model.predictor(settings.label)
         text = model.encode_prompt(
             settings.prompt,
             settings.negative_prompt,
@@ -320,7 +331,7 @@ class Pipeline:
 
     def generate(
         self,
-        prompt: str,
+        prompt: str | None = None,
         *,
         seed: int | None = None,
         count: int = 1,
@@ -331,18 +342,20 @@ class Pipeline:
         """Draw pictures.
 
         Args:
-            prompt: what to draw; may be empty.
+            prompt: what to draw; may be empty. None for a model without text.
             seed: as torch takes it; None: random. Picture i has seed + i.
             count: how many pictures.
             noise: (count, H/f, W/f, C) float32, standard normal, instead of the first noise that
                 the seed gives.
             on_step: called with each Step.
+            label: the class to draw, for a model without text that has classes.
             negative_prompt: what not to draw.
             prompt_2, negative_prompt_2: for SDXL's second text encoder.
             width, height: pixels, multiples of the VAE factor; None: the image's, rounded down,
                 else the model's own.
             steps: of the sampler, from pure noise; a run that starts from an image does the last
-                of them. None: 20, or 4 for a model that was distilled to need few.
+                of them. None: 20, or 4 for a model that was distilled to need few; for one without
+                text 1000 with ddpm, else 50.
             guidance: scale of classifier-free guidance; no guidance at 1 and below. None: the
                 reference pipeline's default.
             guidance_rescale: 0 to 1 (Lin et al. 2023, section 3.4).
@@ -372,7 +385,8 @@ class Pipeline:
                 on_step(step)
             if step.index == step.total - 1:
                 final.append(step.latents)
-        self.model.component("vae")
+        if isinstance(self.model, Model):
+            self.model.component("vae")
         start = time.perf_counter()
         images = self.decode(np.stack(final))
         timings["vae"] = time.perf_counter() - start
@@ -411,6 +425,26 @@ class Pipeline:
                 if name not in known and value is not None
             },
         )
+
+
+def _open_model(source: ModelSource, backend: Any, vae: Component | None) -> Model | PixelModel:
+    if source.family != "ddpm":
+        return Model(source, backend, vae)
+    if vae is not None:
+        raise UsageError(f"{source.path}: this model draws pixels; it has no part for a VAE")
+    return PixelModel(source, backend)
+
+
+def _only_sdxl(model: Model | PixelModel) -> Model:
+    if isinstance(model, PixelModel) or not model.is_sdxl:
+        raise UsageError(
+            f"{model.source.path}: is no SDXL model; a refiner is one, and works on one"
+        )
+    return model
+
+
+def _on_backend(backend: Any, draw: Callable[[], np.ndarray]) -> Any:
+    return backend.asarray(draw())
 
 
 def _start(

@@ -16,9 +16,9 @@ import pytest
 from click.testing import CliRunner, Result
 from golden_data import checkpoint, photo
 from PIL import Image
+from single_files import single_file
 
-from mlxdiff.cli import main
-from mlxdiff.cli.generate import _Downloads
+from mlxdiff.cli import ProgressBar, main
 from mlxdiff.image import save_png
 from mlxdiff.metadata import Metadata
 
@@ -147,13 +147,13 @@ def test_metadata_that_is_no_settings_is_refused(here: Path, extra: dict[str, ob
 
 
 def test_a_download_is_shown_as_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
-    with _Downloads(quiet=False) as progress:
+    with ProgressBar("fetching", quiet=False) as progress:
         assert progress is not None
         for done in range(0, 101, 10):
             progress(done, 100, "unet/model.safetensors")
     said = capsys.readouterr().err
     assert "fetching" in said and said.count("\n") <= 1
-    with _Downloads(quiet=True) as progress:
+    with ProgressBar("fetching", quiet=True) as progress:
         assert progress is None
 
 
@@ -260,6 +260,22 @@ def test_convert_info_and_generate_from_the_converted_folder(here: Path) -> None
     assert facts["prompt"] == "a" and facts["seed"] == 1
 
 
+def test_a_single_file_is_described_converted_and_drawn_with(here: Path) -> None:
+    folder = checkpoint("sd15")
+    path = single_file(folder, here / "my_model.safetensors")
+    facts = json.loads(run("info", path, "--config", folder, "--json").stdout)
+    assert (facts["kind"], facts["family"]) == ("single file", "sd1")
+    result = run("convert", path, "out", "--config", folder, "--prediction-type", "v_prediction")
+    assert result.exit_code == 0, result.output
+    said = run("info", "out").stdout
+    assert "prediction type: v_prediction" in said
+    assert "my_model.safetensors: " in said  # a file's name stays as it is
+    drawing = ("generate", "a", "-s", "1", "--backend", "numpy", *QUICK)
+    assert run(*drawing, "-m", path, "--config", folder, "-o", "0.png").exit_code == 0
+    assert run(*drawing, "-m", folder, "-o", "1.png").exit_code == 0
+    assert np.array_equal(pixels(here / "0.png"), pixels(here / "1.png"))
+
+
 def test_debug_shows_the_traceback(here: Path) -> None:
     result = run("generate", "-m", "none", "a", "--debug")
     assert result.exception is not None and not isinstance(result.exception, SystemExit)
@@ -277,18 +293,29 @@ def command(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_an_interrupt_ends_with_130_and_leaves_nothing(here: Path) -> None:
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_leaves_nothing(here: Path, number: signal.Signals, code: int) -> None:
     process = command(
         *("generate", "a", "-m", str(checkpoint("sd15")), "--backend", "numpy"),
         *("--steps", "900", "-o", "x.png"),
         cwd=here,
     )
     time.sleep(3.0)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
+    assert process.returncode == code, stderr
     assert "Interrupted" in stderr and "Traceback" not in stderr
     assert list(here.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes")
+def test_a_reader_that_leaves_early_sees_no_error(here: Path) -> None:
+    process = command("info", str(checkpoint("sd15")), cwd=here)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    process.wait(timeout=60)
 
 
 def test_help_names_the_commands_and_imports_nothing_heavy(here: Path) -> None:

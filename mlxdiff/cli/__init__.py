@@ -2,14 +2,18 @@
 
 Subcommands are imported when they are used, so that ``mlxdiff --help`` is quick. Exit codes: 0; 2
 for what the user can put right (one line, no traceback); 1 for a fault of ours; 130 when
-interrupted.
+interrupted, 143 when told to end (SIGTERM), which cleans up alike.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import click
@@ -43,6 +47,27 @@ class _Fault(click.ClickException):
     exit_code = 1
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Turn SIGTERM into an exception, so that nothing half-written stays behind."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class Main(click.Group):
     """A group whose commands live in modules of their own, and whose failures are one line."""
 
@@ -61,12 +86,14 @@ class Main(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
-        except KeyboardInterrupt:
+            with _terminable():
+                return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise  # click ends quietly where nobody reads the output any more
+        except KeyboardInterrupt as stop:
             click.echo("Interrupted; nothing half-written is left.", err=True)
-            raise click.exceptions.Exit(130) from None
+            code = 143 if isinstance(stop, _Terminated) else 130
+            raise click.exceptions.Exit(code) from None
         except Exception as error:
             if ctx.meta.get(_DEBUG):
                 raise
@@ -98,6 +125,42 @@ def common_options(command: F) -> F:
     ):
         command = option(command)
     return command
+
+
+class ProgressBar:
+    """A bar on stderr for work that is counted in bytes, if there is any; nothing where quiet.
+
+        with ProgressBar("fetching", quiet) as progress:
+            load(..., progress=progress)
+
+    Work with another total gets a new bar.
+    """
+
+    def __init__(self, label: str, quiet: bool) -> None:
+        self.label = label
+        self.quiet = quiet
+        self.bar: Any = None
+
+    def __enter__(self) -> Callable[[int, int, str], None] | None:
+        return None if self.quiet else self.advance
+
+    def advance(self, done: int, total: int, item: str) -> None:
+        """Told again and again how many bytes are done, of how many, and what is worked on."""
+        if self.bar is None or self.bar.length != max(total, 1):
+            self.__exit__()
+            self.bar = click.progressbar(
+                length=max(total, 1),
+                label=self.label,
+                item_show_func=lambda name: name,
+                show_eta=False,
+                file=sys.stderr,
+            )
+        self.bar.update(done - self.bar.pos, item)
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.render_finish()
+            self.bar = None
 
 
 class _Notes(logging.Handler):

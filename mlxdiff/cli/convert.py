@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 
 import click
 
-from mlxdiff.cli import common_options, show_notes
+from mlxdiff.cli import ProgressBar, common_options, show_notes
 
 
 @click.command()
@@ -21,6 +20,12 @@ from mlxdiff.cli import common_options, show_notes
 )
 @click.option("--revision", help="Hub id: branch, tag or commit.")
 @click.option("--variant", help="Weight files of this variant, such as fp16.")
+@click.option("--config", help="Single file: a folder with its configs, or the parts it lacks.")
+@click.option(
+    "--prediction-type",
+    help="Single file: epsilon, v_prediction or sample, whatever the file looks like.",
+)
+@click.option("--ema", is_flag=True, help="Single file: the moving averages, where it has both.")
 @click.option("--force", is_flag=True, help="Replace DEST if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
 @common_options
@@ -30,11 +35,14 @@ def convert(
     dtype: str,
     revision: str | None,
     variant: str | None,
+    config: str | None,
+    prediction_type: str | None,
+    ema: bool,
     force: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Convert SOURCE, a diffusers folder or a hub id, to the new folder DEST.
+    """Convert SOURCE, a diffusers folder, a single file or a hub id, to the new folder DEST.
 
     Every tensor is accounted for: one that is missing, left over or of a wrong shape is an error.
     """
@@ -42,19 +50,7 @@ def convert(
 
     show_notes(quiet)
     start = time.perf_counter()
-    bar = click.progressbar(
-        length=1,
-        label="converting",
-        item_show_func=lambda name: name,
-        file=sys.stderr,
-        show_eta=False,
-    )
-
-    def progress(done: int, total: int, name: str) -> None:
-        bar.length = max(total, 1)
-        bar.update(done - bar.pos, name)
-
-    try:
+    with ProgressBar("converting", quiet) as progress:
         report = run(
             source,
             dest,
@@ -62,11 +58,11 @@ def convert(
             revision=revision,
             variant=variant,
             force=force,
-            progress=None if quiet else progress,
+            progress=progress,
+            config=config,
+            prediction_type=prediction_type,
+            ema=ema,
         )
-    finally:
-        if bar.pos:
-            bar.render_finish()
     if as_json:
         click.echo(json.dumps(report.to_dict()))
     else:

@@ -6,13 +6,12 @@ import json
 import string
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mlxdiff.cli import common_options, show_notes
+from mlxdiff.cli import ProgressBar, common_options, show_notes
 from mlxdiff.errors import UsageError
 
 # Options that make up the picture, and the models beside the main one: what --from-image can bring
@@ -27,6 +26,7 @@ _EXTRA: dict[str, Any] = dict.fromkeys(
 )
 _EXTRA |= dict.fromkeys(("original_size", "target_size", "crop"), tuple)
 _EXTRA |= dict.fromkeys(("vae", "refiner", "image"), str)
+_EXTRA |= {"label": int}
 BUILTIN_NAME = "builtin"  # what pictures of the built-in model say that they are made with
 
 
@@ -66,11 +66,17 @@ POINT = Pair(",", "Y,X")
 @click.option(
     "-m",
     "--model",
-    help="Converted folder, diffusers folder, or hub id org/name[@revision]. "
-    "Default: the built-in model.",
+    help="Folder, single file, hub id org/name[@revision], or short name "
+    "(see mlxdiff models --known). Default: the built-in model.",
+)
+@click.option("--config", help="Single file: a folder with its configs, or the parts it lacks.")
+@click.option(
+    "--prediction-type",
+    help="Single file: epsilon, v_prediction or sample, whatever the file looks like.",
 )
 @click.option("--vae", help="Another VAE, or a TAESD: its folder, or a model that has it.")
 @click.option("--refiner", help="SDXL: a model, as for -m, that draws the last part of the way.")
+@click.option("--label", type=int, help="A model without text: the class to draw, 0, 1, ...")
 @click.option("-W", "--width", type=int, help="Pixels. Default: the image's, or the model's own.")
 @click.option("-H", "--height", type=int, help="Pixels. Default: the image's, or the model's own.")
 @click.option("-i", "--image", help="A picture to start from; it is resized.")
@@ -132,6 +138,8 @@ def generate(
     prompt: str | None,
     prompt_file: str | None,
     model: str | None,
+    config: str | None,
+    prediction_type: str | None,
     vae: str | None,
     refiner: str | None,
     seed: int | None,
@@ -169,6 +177,8 @@ def generate(
                 f"{from_image}: was drawn from the image {replay['image']!r}: give it with --image"
             )
     prompts = _prompts(text, prompt, prompt_file, replay.pop("prompt", None))
+    if prompts == [None] and model is None:  # a model of one's own may draw without
+        raise UsageError('no prompt is given; for example: mlxdiff generate "a red circle"')
     arguments = replay | {k: v for k, v in picture.items() if v is not None}
 
     from mlxdiff.image import check_writable
@@ -176,9 +186,16 @@ def generate(
 
     seeds = pick_seeds(seed, count)
     paths = _paths(output, len(prompts), seeds)
-    with _Downloads(quiet) as progress:
+    with ProgressBar("fetching", quiet) as progress:
         pipe = load(
-            model, backend=backend, dtype=dtype, vae=vae, refiner=refiner, progress=progress
+            model,
+            backend=backend,
+            dtype=dtype,
+            vae=vae,
+            refiner=refiner,
+            config=config,
+            prediction_type=prediction_type,
+            progress=progress,
         )
     # What can be refused is refused before anything is drawn.
     pipe.settings(prompts[0], **arguments)
@@ -200,8 +217,8 @@ def generate(
 
 def _prompts(
     text: str | None, prompt: str | None, prompt_file: str | None, replayed: str | None
-) -> list[str]:
-    """The prompts to draw, from the one place that gives them."""
+) -> list[str | None]:
+    """The prompts to draw, from the one place that gives them; [None] where none does."""
     given = [
         name
         for name, value in (("PROMPT", text), ("--prompt", prompt), ("--prompt-file", prompt_file))
@@ -220,10 +237,7 @@ def _prompts(
         if not prompts:
             raise UsageError(f"{prompt_file}: holds no prompt; expected one on each line")
         return prompts
-    for value in (text, prompt, replayed):
-        if value is not None:
-            return [value]
-    raise UsageError('no prompt is given; for example: mlxdiff generate "a red circle"')
+    return [next((value for value in (text, prompt, replayed) if value is not None), None)]
 
 
 def _replay(path: str) -> dict[str, Any]:
@@ -272,34 +286,6 @@ def _paths(output: str | None, prompts: int, seeds: list[int]) -> list[Path]:
             "put {index} into it" + (" or {seed}" if prompts == 1 else "")
         )
     return paths
-
-
-class _Downloads:
-    """A progress bar on stderr for what is fetched, if anything is; nothing where quiet."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
-        self.bar: Any = None
-
-    def __enter__(self) -> Callable[[int, int, str], None] | None:
-        return None if self.quiet else self.advance
-
-    def advance(self, done: int, total: int, file: str) -> None:
-        """Told again and again how many bytes are done, of how many, and of which file."""
-        if self.bar is None or self.bar.length != max(total, 1):
-            self.__exit__()
-            self.bar = click.progressbar(
-                length=max(total, 1),
-                label="fetching",
-                item_show_func=lambda name: name,
-                file=sys.stderr,
-            )
-        self.bar.update(done - self.bar.pos, file)
-
-    def __exit__(self, *error: object) -> None:
-        if self.bar is not None:
-            self.bar.render_finish()
-            self.bar = None
 
 
 def _draw(

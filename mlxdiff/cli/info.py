@@ -13,12 +13,17 @@ from mlxdiff.cli import common_options, show_notes
 
 @click.command()
 @click.argument("path", required=False)
+@click.option("--config", help="Single file: a folder with its configs, or the parts it lacks.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON on stdout.")
 @common_options
-def info(path: str | None, as_json: bool, quiet: bool) -> None:
-    """Tell what PATH is: a model (folder or hub id; default: the built-in one) or a picture."""
+def info(path: str | None, config: str | None, as_json: bool, quiet: bool) -> None:
+    """Tell what PATH is: a picture, or a model (folder, single file or hub id; default: the
+    built-in one)."""
+    from mlxdiff.convert.detect import is_weights
+
     show_notes(quiet)
-    facts = _picture(path) if path is not None and Path(path).is_file() else _model(path)
+    is_picture = path is not None and Path(path).is_file() and not is_weights(Path(path))
+    facts = _picture(str(path)) if is_picture else _model(path, config)
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False))
     else:
@@ -32,23 +37,24 @@ def _picture(path: str) -> dict[str, Any]:
     return read(path).to_dict()
 
 
-def _model(path: str | None) -> dict[str, Any]:
+def _model(path: str | None, config: str | None) -> dict[str, Any]:
     from mlxdiff import library
     from mlxdiff.convert import describe
     from mlxdiff.pipeline import BUILTIN
 
-    return describe(BUILTIN if path is None else library.local_path(path) or path)
+    return describe(BUILTIN if path is None else library.local_path(path) or path, config)
 
 
 def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
     """A nested mapping as ``key: value`` lines."""
     lines = []
     for key, value in facts.items():
-        label = f"{indent}{key.replace('_', ' ')}:"
+        is_file = "." in key  # whose name is not ours to change
+        label = f"{indent}{key if is_file else key.replace('_', ' ')}:"
         if isinstance(value, dict):
             lines += [label, *_lines(value, indent + "  ")] if value else []
         elif isinstance(value, list):
-            lines.append(f"{label} {', '.join(map(str, value))}")
+            lines += [f"{label} {', '.join(map(str, value))}"] if value else []
         elif value is not None:
             lines.append(f"{label} {value}")
     return lines
