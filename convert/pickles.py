@@ -451,8 +451,9 @@ class _Machine:
         if not isinstance(function, _Name):
             raise _Fault(f"damaged: its pickle calls a value {_describe(function)}")
         make = self._CALLS.get(function.path)
-        known = make and type(arguments) is tuple and len(arguments) <= MAX_ARGUMENTS
-        result = make(self, *arguments) if known else None
+        result = None
+        if make is not None and type(arguments) is tuple and len(arguments) <= MAX_ARGUMENTS:
+            result = make(self, *arguments)
         return _Inert(f"made by {function.path}") if result is None else result
 
     # Each takes any arguments, and returns None where they are not what it knows.
