@@ -25,6 +25,7 @@ from typing import Any
 
 from mlxdiff import hub, known
 from mlxdiff.convert import Model, convert, open_source
+from mlxdiff.convert.report import human_bytes
 from mlxdiff.errors import CheckpointError, ConfigError, HubError, UsageError
 from mlxdiff.files import exclusive, require_space
 from mlxdiff.weights import FORMAT_VERSION, MANIFEST, ConvertedFolder, Progress, open_folder
@@ -139,15 +140,16 @@ class _Shelf:
             self._remember(reference, variant, _Seen(listing.commit, fingerprint, time.time()))
         return model
 
-    def _entry(self, fingerprint: str, dtype: str) -> ConvertedFolder | None:
-        """The converted folder; None where there is none, or none that is whole."""
+    def _entry(self, fingerprint: str, dtype: str, tell: bool = False) -> ConvertedFolder | None:
+        """The converted folder; None where there is none, or none that is whole (if told: why)."""
         path = self._entry_path(fingerprint, dtype)
         if not path.exists():
             return None
         try:
             return open_folder(path)
         except (CheckpointError, ConfigError) as error:
-            logger.warning("%s: its converted copy is damaged and made again: %s", self.name, error)
+            if tell:
+                logger.warning("%s: its converted copy is made again: %s", self.name, error)
             return None
 
     def _entry_path(self, fingerprint: str, dtype: str) -> Path:
@@ -164,7 +166,7 @@ class _Shelf:
         dest = self._entry_path(fingerprint, dtype)
         with self._locked() as alone:
             # Another process may have made it while this one waited.
-            if dest.exists() and (model := self._entry(fingerprint, dtype)) is not None:
+            if (model := self._entry(fingerprint, dtype, tell=True)) is not None:
                 return model
             if alone:
                 self._clean()
@@ -178,9 +180,9 @@ class _Shelf:
                 "make room, or set MLXDIFF_HOME or HF_HOME to a folder on another disk",
             )
             logger.warning(
-                "%s: %.2f GB to fetch, then it is converted, once, into %s",
+                "%s: %s to fetch, then it is converted, once, into %s",
                 listing.reference,
-                hub.missing_bytes(listing) / 1e9,
+                human_bytes(hub.missing_bytes(listing)),
                 dest,
             )
             hub.fetch(listing, progress)
@@ -201,7 +203,9 @@ class _Shelf:
             shutil.rmtree(left, ignore_errors=True)
 
     @contextmanager
-    def _locked(self) -> Iterator[bool]:
+    def _locked(self, what: str = "entries") -> Iterator[bool]:
+        """Hold the shelf's entries, or its index, alone. Yields: whether they are held."""
+
         def waiting(pid: str) -> None:
             logger.warning("%s: another process (%s) prepares it; waiting", self.name, pid)
 
@@ -212,7 +216,7 @@ class _Shelf:
                 f"{self.path}: cannot be written ({error.strerror}); set MLXDIFF_HOME to a folder "
                 "for converted models"
             ) from None
-        with exclusive(folder() / ".locks" / f"{self.path.name}.lock", waiting) as alone:
+        with exclusive(folder() / ".locks" / f"{self.path.name}.{what}", waiting) as alone:
             yield alone
 
     # The index
@@ -227,7 +231,7 @@ class _Shelf:
 
     def _seen(self, reference: hub.Reference, variant: str | None) -> _Seen | None:
         index = self._read()
-        entry = index.get(_question(reference, variant))
+        entry: Any = index.get(_question(reference, variant))
         if entry is None and reference.is_pinned:  # a branch may have stood there
             tail = _question(reference, variant).partition("|")[2]
             entry = next(
@@ -247,7 +251,7 @@ class _Shelf:
 
     def _remember(self, reference: hub.Reference, variant: str | None, seen: _Seen) -> None:
         try:
-            with self._locked():
+            with self._locked("index"):
                 index = self._read() | {_question(reference, variant): vars(seen)}
                 new = self._index.with_name(f".index.{uuid.uuid4().hex[:8]}")
                 new.write_text(json.dumps({"seen": index}, indent=1), encoding="utf-8")
