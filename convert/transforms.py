@@ -56,7 +56,11 @@ linear_to_conv1x1 = Transform(
 )
 
 transpose = Transform(
-    "transpose", lambda s: s[::-1] if len(s) == 2 else None, lambda x: x.T, lambda x: x.T
+    "transpose",
+    lambda s: s[::-1] if len(s) == 2 else None,
+    # Copied: the order in memory decides in which order BLAS adds, and so the last bits.
+    lambda x: np.ascontiguousarray(x.T),
+    lambda x: np.ascontiguousarray(x.T),
 )
 
 

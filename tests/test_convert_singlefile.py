@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from folders import diffusers_folder
 from golden_data import GOLDEN, checkpoint
+from pickle_files import saved
 from safetensors.numpy import save_file
 from single_files import LDM_NAMES, Tensors, ldm_tensors, real_names, single_file, sparse_file
 
@@ -279,6 +280,18 @@ def test_the_vae_of_later_converters(tiny: Path, tensors: Tensors, tmp_path: Pat
     assert set(renamed) != set(tensors)
     save_file(renamed, tmp_path / "x.safetensors")
     same(opened(tmp_path / "x.safetensors", config=tiny), open_source(tiny))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_ckpt_files(stream: bool, tiny: Path, tensors: Tensors, tmp_path: Path) -> None:
+    """PyTorch's format, since 1.6 and before; the weights stand under state_dict."""
+    (tmp_path / "x.ckpt").write_bytes(saved(tensors, wrap="state_dict", stream=stream))
+    model = opened(tmp_path / "x.ckpt", config=tiny)
+    same(model, open_source(tiny))
+    assert any("datetime" in name for name, _ in model.ignored)
+    report = convert(tmp_path / "x.ckpt", tmp_path / "out", config=tiny)
+    same(open_folder(tmp_path / "out"), open_source(tiny))
+    assert "datetime" not in str(report.components)
 
 
 def test_text_encoders_as_other_programs_write_them(
