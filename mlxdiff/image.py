@@ -93,7 +93,7 @@ def to_model(image: np.ndarray) -> np.ndarray:
 
 
 def to_pil(image: np.ndarray) -> Image.Image:
-    """float (H, W, 3) in [-1, 1] -> Pillow image; values outside are clipped.
+    """float (H, W, 3), or grey (H, W, 1), in [-1, 1] -> Pillow image; values outside are clipped.
 
     Raises:
         MlxdiffError: the picture holds NaN: no picture is better than a black one.
@@ -101,8 +101,8 @@ def to_pil(image: np.ndarray) -> Image.Image:
     from PIL import Image
 
     image = np.asarray(image, np.float32)
-    if image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"expected a picture (H, W, 3), got {image.shape}")
+    if image.ndim != 3 or image.shape[2] not in (1, 3):
+        raise ValueError(f"expected a picture (H, W, 3) or (H, W, 1), got {image.shape}")
     if np.isnan(image).any():
         raise MlxdiffError(
             "the decoded picture is not a number (NaN): the weights are damaged or the numbers "
@@ -110,7 +110,8 @@ def to_pil(image: np.ndarray) -> Image.Image:
         )
     # Half to even, like torch and NumPy both.
     levels = np.clip(image * np.float32(0.5) + np.float32(0.5), 0, 1) * np.float32(255)
-    return Image.fromarray(levels.round().astype(np.uint8))
+    values = levels.round().astype(np.uint8)
+    return Image.fromarray(values[:, :, 0] if image.shape[2] == 1 else values)
 
 
 def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:

@@ -61,16 +61,13 @@ class ImageLatents(NamedTuple):
         return self.mean if self.std is None else self.mean + self.std * noise()
 
 
-class Model:
+class Networks:
     """The networks of a model, loaded when first needed and kept.
 
-    Args:
-        vae: another VAE than the model's own.
     Attributes:
         source: the opened model.
         backend: what it computes on (reference.backend.Backend or models.backend.Backend).
         vae: where its VAE comes from, if from elsewhere.
-        unet_config, vae_config: their configs.
         load_seconds: time spent on reading weights so far.
     """
 
@@ -78,11 +75,37 @@ class Model:
         self.source = source
         self.backend = backend
         self.vae = vae
+        self.load_seconds = 0.0
+        self._loaded: dict[str, Any] = {}
+
+    def component(self, name: str) -> Any:
+        """A network of the model: "unet", "vae", "text_encoder" or "text_encoder_2"."""
+        if name not in self._loaded:
+            start = time.perf_counter()
+            if name == "vae" and self.vae is not None:
+                config, tensors = self.vae.config, self.vae.tensors()
+            else:
+                config, tensors = self.source.config(name), self.source.tensors(name)
+            dtype = "float32" if name == "vae" and config.force_upcast else None
+            self._loaded[name] = self.backend.load(config, tensors, dtype)
+            self.load_seconds += time.perf_counter() - start
+        return self._loaded[name]
+
+
+class Model(Networks):
+    """A model that draws latents of a VAE from text: Stable Diffusion and its kin.
+
+    Args:
+        vae: another VAE than the model's own.
+    Attributes:
+        unet_config, vae_config: configs of its networks.
+    """
+
+    def __init__(self, source: ModelSource, backend: Any, vae: Component | None = None) -> None:
+        super().__init__(source, backend, vae)
         self.unet_config: UNet2DConditionConfig = source.config("unet")
         self.vae_config: VAEConfig = source.config("vae") if vae is None else vae.config
-        self.load_seconds = 0.0
         self._text_encoders = [c for c in source.components if c.startswith("text_encoder")]
-        self._loaded: dict[str, Any] = {}
         own = source.config("vae")
         for name in ("latent_channels", "factor"):
             expected, found = getattr(own, name), getattr(self.vae_config, name)
@@ -168,19 +191,6 @@ class Model:
         """Whether this scale takes two predictions a step."""
         # A distilled model is told the scale instead (Meng et al. 2023).
         return is_guided(scale) and self.unet_config.time_cond_proj_dim is None
-
-    def component(self, name: str) -> Any:
-        """A network of the model: "unet", "vae", "text_encoder" or "text_encoder_2"."""
-        if name not in self._loaded:
-            start = time.perf_counter()
-            if name == "vae" and self.vae is not None:
-                config, tensors = self.vae.config, self.vae.tensors()
-            else:
-                config, tensors = self.source.config(name), self.source.tensors(name)
-            dtype = "float32" if name == "vae" and config.force_upcast else None
-            self._loaded[name] = self.backend.load(config, tensors, dtype)
-            self.load_seconds += time.perf_counter() - start
-        return self._loaded[name]
 
     def encode_prompt(
         self,

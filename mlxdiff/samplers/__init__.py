@@ -81,6 +81,9 @@ _SCHEDULES: dict[str, dict[str, Any]] = {
 }
 _FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
+PIXELS = "ddpm"
+"""The family of models that draw pixels, not latents of a VAE."""
+
 NAMES = ("auto", "checkpoint", *_SAMPLERS)
 SCHEDULES = ("auto", *_SCHEDULES)
 
@@ -105,7 +108,8 @@ def plan(
         sampler, schedule: ids from `NAMES` and `SCHEDULES`.
         steps: as diffusers counts num_inference_steps; len(plan) counts model evaluations.
         eta: share of fresh noise, 0 to 1, for the samplers that have it (None: 0).
-        family: the model's family ("sd1", "sdxl", ...), for schedules made for one.
+        family: the model's family ("sd1", "sdxl", ...), for schedules made for one, and for what
+            is different in pixels ("ddpm").
         strength: image to image: run only this last share of the steps, 0 to 1.
         denoising_start, denoising_end: run only the timesteps between these shares of the way,
             0 to 1 (SDXL's base and refiner); denoising_start takes the place of strength.
@@ -237,7 +241,10 @@ def _choose(
     if schedule == "ays" or set(_SCHEDULES[schedule]) & set(_FLAGS):
         # The file's own spacing of sigmas gives way to the one that was asked for.
         overrides = {**{flag: False for flag in _FLAGS if flag in family.defaults}, **overrides}
-    settings = Settings(config, family.name, family.defaults, overrides, family.choices)
+    defaults = family.defaults
+    if model_family == PIXELS:
+        defaults = {**defaults, **family.pixel_defaults}
+    settings = Settings(config, family.name, defaults, overrides, family.choices)
     check_steps(steps, settings)
     custom = ays(settings, steps, model_family) if schedule == "ays" else None
     return _Choice(sampler, schedule, family, settings, steps, custom)

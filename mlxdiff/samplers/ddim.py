@@ -94,6 +94,7 @@ _SHARED = {
     "steps_offset": 0,
     "rescale_betas_zero_snr": False,
 }
+_PIXELS = {"clip_sample": True}
 
 DDIM = Family(
     name="DDIMScheduler",
@@ -101,6 +102,7 @@ DDIM = Family(
     grid=grid,
     rows=_ddim_rows,
     has_eta=True,
+    pixel_defaults=_PIXELS,
 )
 
 DDPM = Family(
@@ -114,4 +116,5 @@ DDPM = Family(
     grid=grid,
     rows=_ddpm_rows,
     takes_timesteps=True,
+    pixel_defaults=_PIXELS,
 )

@@ -68,6 +68,7 @@ class Family:
         takes_timesteps: whether its set_timesteps accepts a list of timesteps.
         order: entries of `timesteps` per step, as diffusers' pipelines count strength.
         has_eta: whether its step takes eta, the share of fresh noise.
+        pixel_defaults: defaults that differ where the model draws pixels (see settings.py).
     """
 
     name: str
@@ -78,6 +79,7 @@ class Family:
     takes_timesteps: bool = False
     order: int = 1
     has_eta: bool = False
+    pixel_defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 def limit(settings: Settings) -> Limit | None:

@@ -5,8 +5,8 @@ other schedulers are skipped. Here a key that no scheduler of diffusers has is a
 would otherwise be silently without effect), and so is a value that is not implemented.
 
 One default differs on purpose: clip_sample is False where the file does not write it. The
-reference's True was made for pixel models; it turns DDIM and DDPM on a latent model's DPM-Solver
-config into noise.
+reference's True was made for pixel models (for which it holds here too); it turns DDIM and DDPM on
+a latent model's DPM-Solver config into noise.
 """
 
 from __future__ import annotations

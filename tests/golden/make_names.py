@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 HERE = Path(__file__).parent
@@ -77,7 +77,36 @@ VEGA = SDXL | {
     "transformer_layers_per_block": [1, [1, 1], [2, 2]],
     "reverse_transformer_layers_per_block": [[2, 2, 2], [1, 1, 1], 1],
 }
+# As published in 2022: google/ddpm-cifar10-32 and google/ddpm-celebahq-256 (-cat-256, ...).
+DDPM_CIFAR10 = {
+    "_class_name": "UNet2DModel",
+    "act_fn": "silu",
+    "attention_head_dim": None,
+    "block_out_channels": [128, 256, 256, 256],
+    "center_input_sample": False,
+    "down_block_types": [DOWN, "AttnDownBlock2D", DOWN, DOWN],
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "in_channels": 3,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-06,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 32,
+    "time_embedding_type": "positional",
+    "up_block_types": [UP, UP, "AttnUpBlock2D", UP],
+}
+DDPM_CELEBAHQ = DDPM_CIFAR10 | {
+    "block_out_channels": [128, 128, 256, 256, 512, 512],
+    "down_block_types": [DOWN, DOWN, DOWN, DOWN, "AttnDownBlock2D", DOWN],
+    "sample_size": 256,
+    "up_block_types": [UP, "AttnUpBlock2D", UP, UP, UP, UP],
+}
 UNETS: dict[str, dict[str, Any]] = {
+    "ddpm-cifar10-32": DDPM_CIFAR10,
+    "ddpm-celebahq-256": DDPM_CELEBAHQ,
     "sd15": SD15,
     "sd15-inpainting": SD15 | {"in_channels": 9},
     "instruct-pix2pix": SD15 | {"in_channels": 8},
@@ -143,7 +172,9 @@ TEXTS: dict[str, dict[str, Any]] = {
         "projection_dim": 1280,
     },
 }
-PUBLISHED = {  # millions of parameters: papers (SD, SDXL, BK-SDM, SSD-1B and Vega)
+PUBLISHED = {  # millions of parameters: papers (DDPM, SD, SDXL, BK-SDM, SSD-1B and Vega)
+    "unet ddpm-cifar10-32": 35.7,
+    "unet ddpm-celebahq-256": 114,
     "unet sd15": 860,
     "unet bk-sdm-base": 580,
     "unet bk-sdm-small": 490,
@@ -163,7 +194,8 @@ def build(component: str, config: dict[str, Any]) -> torch.nn.Module:
     """The module of a config on the meta device."""
     with torch.device("meta"):
         if component == "unet":
-            return UNet2DConditionModel.from_config(config)
+            kinds = {k.__name__: k for k in (UNet2DConditionModel, UNet2DModel)}
+            return kinds[config["_class_name"]].from_config(config)
         if component == "vae":
             return AutoencoderKL.from_config(config)
         kinds = {k.__name__: k for k in (CLIPTextModel, CLIPTextModelWithProjection)}
