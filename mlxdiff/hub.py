@@ -488,8 +488,8 @@ def _cached(reference: Reference, select: _Select, components: tuple[str, ...]) 
     if commit is None or not _snapshot(reference, commit).is_dir():
         raise _Incomplete("it is not in the cache")
     snapshot = _snapshot(reference, commit)
-    paths = [*snapshot.glob("*"), *snapshot.glob("*/*")]
-    present = {path.relative_to(snapshot).as_posix() for path in paths if path.is_file()}
+    paths = [path for path in snapshot.rglob("*") if path.is_file()]
+    present = {path.relative_to(snapshot).as_posix() for path in paths}
     try:
         files, entry = select(present, is_offline())
         if entry.endswith(_SINGLE) and not reference.file and not is_offline():
@@ -667,8 +667,10 @@ def fetch(listing: Listing, progress: Progress | None = None) -> Path:
 
 
 def missing_bytes(listing: Listing) -> int:
-    """Bytes of a listing that the cache does not hold yet."""
-    return sum(file.size for file in _missing(listing).values())
+    """Bytes of a listing that the cache does not hold yet, under any commit."""
+    blobs = _repo_folder(listing.reference) / "blobs"
+    missing = _missing(listing).values()
+    return sum(f.size for f in missing if not f.digest or not (blobs / f.digest).exists())
 
 
 def _missing(listing: Listing) -> dict[str, File]:

@@ -494,14 +494,14 @@ def test_names_of_files_and_addresses() -> None:
 
 
 def test_one_checkpoint_file(server: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
-    server.files = {"README.md": "", "model.safetensors": "x" * 5000, "old.ckpt": "y"}
+    server.files = {"README.md": "", "model.safetensors": "x" * 5000, "x/y/old.ckpt": "y"}
     path = resolve("org/name")
     assert path.name == "model.safetensors" and path.read_text() == "x" * 5000
     assert path.parent.name == COMMIT and server.got == ["model.safetensors"]
-    old = resolve("org/name/old.ckpt")
+    old = resolve("org/name/x/y/old.ckpt")
     assert old.read_text() == "y"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert resolve("org/name/old.ckpt") == old
+    assert resolve("org/name/x/y/old.ckpt") == old
     assert resolve("org/name") == path
 
 

@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from fake_hub import COMMIT, OTHER, Hub, serve
 from folders import diffusers_folder
 from safetensors.numpy import load, save
+from single_files import ldm_tensors
 
 from mlxdiff import convert, files, library
 from mlxdiff.cli import main
@@ -287,6 +288,26 @@ def test_models_converted_by_their_publisher(
     done = [p for p in (tmp_path / "done").rglob("*") if p.is_file()]
     server.files = {p.relative_to(tmp_path / "done").as_posix(): p.read_bytes() for p in done}
     assert open_model().path.parent.name == "snapshots" and library.entries() == []
+
+
+def test_single_files_are_kept_too(
+    server: type[Hub],
+    conversions: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    repo: dict[str, bytes],
+) -> None:
+    diffusers_folder(tmp_path / "mine")
+    vocabulary = {name: repo[f"tokenizer/{name}"] for name in ("vocab.json", "merges.txt")}
+    monkeypatch.setattr("mlxdiff.convert.singlefile.VOCABULARY", "org/name")
+    server.files = {"a.safetensors": save(ldm_tensors(tmp_path / "mine")), **vocabulary}
+    model = open_model("org/name/a.safetensors")
+    assert model.provenance["source"] == "org/name/a.safetensors"
+    assert model.provenance["revision"] == COMMIT
+    assert open_model("org/name/a.safetensors").path == open_model("org/name").path == model.path
+    assert len(conversions) == 1
+    assert [entry.name for entry in library.entries()] == ["org/name/a.safetensors"]
+    assert "removed org/name/a.safetensors" in run("remove", "org/name/a.safetensors").stdout
 
 
 def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
