@@ -23,12 +23,13 @@ from folders import (
     write_json,
     write_tokenizer,
 )
+from golden_data import checkpoint
 from safetensors.numpy import load_file, save_file
 
 from mlxdiff import hub
 from mlxdiff.config import UNet2DConditionConfig
 from mlxdiff.convert import DiffusersFolder, convert, describe, detect, open_source
-from mlxdiff.errors import CheckpointError, ConfigError, MlxdiffError, UsageError
+from mlxdiff.errors import CheckpointError, ConfigError, HubError, MlxdiffError, UsageError
 from mlxdiff.weights import DTYPES, cast, open_folder
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -394,13 +395,14 @@ GOLDENS = sorted(p.parent for p in GOLDEN.glob("*/checkpoint/model_index.json"))
 
 @pytest.mark.parametrize("path", GOLDENS, ids=lambda p: p.parent.name)
 def test_checkpoints_that_diffusers_wrote(path: Path, tmp_path: Path) -> None:
-    report = convert(path, tmp_path / "out")
+    report = convert(checkpoint(path.parent.name), tmp_path / "out")
     result = open_folder(tmp_path / "out")
     for component in report.components:
         read = component.parameters, component.converted
         tensors = result.tensors(component.name).values()
         assert read == (sum(t.size for t in tensors), len(tensors))
-    result.tokenizer()
+        if component.name.startswith("text_encoder"):
+            result.tokenizer(component.name.replace("text_encoder", "tokenizer"))
 
 
 # ------------------------------------------------------------------------------------------- faults
@@ -425,9 +427,9 @@ def truncate(model: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def only_pickle(model: Path) -> None:
+def another_name(model: Path) -> None:
     path = model / "unet" / WEIGHTS["unet"]
-    path.rename(path.with_name("diffusion_pytorch_model.bin"))
+    path.rename(path.with_name("weights.bin"))
 
 
 def part(name: str, entry: Any) -> Callable[[Path], None]:
@@ -464,7 +466,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "unet/conv_in.bias: values up to 100000 do not fit float16",
     ),
     "truncated file": (truncate, "diffusion_pytorch_model.safetensors: truncated"),
-    "only a pickle": (only_pickle, "unet: has weights only as a PyTorch pickle"),
+    "another name": (another_name, "unet: has weights.bin, but no weights under"),
     "no weights": (lambda m: (m / "vae" / WEIGHTS["vae"]).unlink(), "vae: has no weights"),
     "shards without index": (
         lambda m: (m / "vae" / WEIGHTS["vae"]).rename(m / "vae/model-00001-of-00002.safetensors"),
@@ -582,12 +584,12 @@ NOT_MODELS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "U-Net": (file("x.safetensors", "down_blocks.0.resnets.0.conv1.bias"), "a U-Net in diffusers"),
     "single file": (
         file("x.safetensors", "model.diffusion_model.out.2.bias", "first_stage_model.x"),
-        "a whole model in one file",
+        "a U-Net of a structure that is not known",
     ),
     "embedding": (file("x.safetensors", "emb_params"), "a textual-inversion"),
     "Flux": (file("x.safetensors", "double_blocks.0.img_attn.qkv.weight"), "a Flux transformer"),
     "other weights": (file("x.safetensors", "a", "b"), r"not known here \(2 tensors\)"),
-    "ckpt": (touch("x.ckpt"), "PyTorch pickle"),
+    "ckpt": (touch("x.ckpt"), "no file that torch.save wrote"),
     "GGUF": (touch("x.gguf"), "GGUF"),
     "picture": (touch("x.png"), "a picture, not a model"),
     "its index": (touch("model_index.json", b"{}"), "give the folder"),
@@ -615,7 +617,7 @@ def test_usage(model: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(UsageError, match="exists already"):
         convert("org/name", tmp_path / "out")  # before anything is fetched
-    with pytest.raises(UsageError, match="for revision 'a' and for 'b'"):
+    with pytest.raises(HubError, match="for revision 'a' and for 'b'"):
         convert("org/name@a", tmp_path / "new", revision="b")
 
 
@@ -624,17 +626,18 @@ def test_hub_ids_are_resolved(models: Any, tmp_path: Path, monkeypatch: pytest.M
     shutil.copytree(models["sd1"][0], snapshot)
     asked = []
 
-    def resolve(name: str, **options: Any) -> Path:
-        asked.append((name, options["variant"]))
-        return snapshot
+    def find(reference: hub.Reference, variant: str | None) -> hub.Listing:
+        asked.append((str(reference), variant))
+        return hub.Listing(reference, "0123abc", {})
 
-    monkeypatch.setattr(hub, "resolve", resolve)
+    monkeypatch.setattr(hub, "find", find)
+    monkeypatch.setattr(hub, "fetch", lambda listing, progress: snapshot)
     unet = snapshot / "unet"
     shutil.copy(unet / WEIGHTS["unet"], unet / "diffusion_pytorch_model.fp16.safetensors")
     report = convert("org/some-name@main", tmp_path / "out")
     assert report.components[1].file == "unet/diffusion_pytorch_model.fp16.safetensors"
     assert len(report.notes) == 2  # the plain files of the others are as good
-    assert asked == [("org/some-name@main", None)]
+    assert asked == [("org/some-name", None)]
     origin = open_folder(tmp_path / "out").provenance
     assert (origin["source"], origin["revision"]) == ("org/some-name", "0123abc")
 
