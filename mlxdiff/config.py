@@ -413,7 +413,7 @@ class UNet2DConditionConfig:
     @property
     def up_blocks(self) -> tuple[BlockSpec, ...]:
         """The up path, from the lowest resolution on."""
-        specs = []
+        specs: list[BlockSpec] = []
         for level, channels, out, skips in _up_path(self.block_out_channels, self.layers_per_block):
             i = len(specs)
             attends = self.up_block_types[i] == "CrossAttnUpBlock2D"
@@ -600,7 +600,8 @@ class UNet2DConfig:
     @property
     def down_blocks(self) -> tuple[BlockSpec, ...]:
         """The down path, from the input on."""
-        specs, channels = [], self.block_out_channels[0]
+        specs: list[BlockSpec] = []
+        channels = self.block_out_channels[0]
         for kind, width in zip(self.down_block_types, self.block_out_channels, strict=True):
             specs.append(
                 BlockSpec(

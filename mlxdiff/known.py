@@ -23,7 +23,7 @@ class Known:
     Attributes:
         name: the short name.
         repo: `org/name` on the hub.
-        family: "sd1", "sd2", "sdxl" or "sdxl-refiner"; "vae" for one to be given as --vae.
+        family: "sd1", "sd2", "sdxl", "sdxl-refiner" or "ddpm"; "vae" for one to be given as --vae.
         megabytes: what the converted copy takes in float16.
         licence: as its model card calls it.
         note: what it is good at.
@@ -76,6 +76,10 @@ KNOWN: tuple[Known, ...] = (
           "1024x1024; sdxl with half of its U-Net, faster"),
     Known("vega", "segmind/Segmind-Vega", "sdxl", 3294, "apache-2.0",
           "1024x1024; the smallest sdxl, a good first model for 8 GB of memory"),
+    Known("ddpm-cifar10", "google/ddpm-cifar10-32", "ddpm", 71, "apache-2.0",
+          "32x32 without a prompt; the model of the paper that began the field (Ho et al. 2020)"),
+    Known("ddpm-celebahq", "google/ddpm-celebahq-256", "ddpm", 227, "apache-2.0",
+          "256x256 faces without a prompt; the same paper"),
     Known("taesd", "madebyollin/taesd", "vae", 5, "mit",
           "--vae for sd1 and sd2: a tiny decoder, quick and a little coarse"),
     Known("taesdxl", "madebyollin/taesdxl", "vae", 5, "mit",

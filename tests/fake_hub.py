@@ -125,6 +125,8 @@ def serve(files: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[ty
         thread.start()
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{running.server_port}")
         monkeypatch.setenv("HF_TOKEN", "")
+        # Read once, when it was first imported: by then the tests' environment said offline.
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         yield handler
         running.shutdown()
         thread.join()

@@ -31,7 +31,7 @@ ONLY_IN = {
     "mlx": {"models"},
     "click": {"cli"},
     "huggingface_hub": {"hub"},
-    "PIL": {"image", "metadata", "model", "pipeline"},
+    "PIL": {"image", "metadata", "model", "pixels", "pipeline"},
 }
 NEVER = {"torch", "diffusers", "transformers", "scipy", "matplotlib"}
 

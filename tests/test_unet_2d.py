@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from fake_hub import serve
 from golden_data import (
     arrays,
     assert_component_close,
@@ -106,6 +107,38 @@ def test_files_in_the_root_and_in_folders_are_the_same_model(tmp_path: Path) -> 
     assert one.config("unet") == other.config("unet")
     assert one.scheduler_config == other.scheduler_config
     first, second = one.tensors("unet"), other.tensors("unet")
+    assert list(first) == list(second)
+    assert all(np.array_equal(first[n].read(), second[n].read()) for n in first)
+
+
+def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repository of 2022: files in the root, a pickle and pictures beside them."""
+    for key in ("HF_HUB_OFFLINE", "HF_HOME"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("MLXDIFF_HOME", str(tmp_path / "home"))
+    files = {path.name: path.read_bytes() for path in checkpoint("ddpm").iterdir()}
+    more = {"README.md": b"DDPM", "diffusion_pytorch_model.bin": b"PK", "images/a.png": b"PNG"}
+    with serve(files | more, monkeypatch) as server:
+        pipe = mlxdiff.load("org/name", backend="numpy", dtype="float32")
+    assert set(server.got) == set(files)
+    case = cases("ddpm")[2]
+    assert_latents_close(pipe.generate(**case["arguments"]).latents, case["latents"])
+
+
+@pytest.mark.parity
+def test_pickled_weights(tmp_path: Path) -> None:
+    """The .bin that stood alone in the first repositories."""
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file
+
+    name = "diffusion_pytorch_model.safetensors"
+    shutil.copytree(checkpoint("ddpm"), tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / name)
+    (tmp_path / "model" / name).unlink()
+    torch.save(tensors, tmp_path / "model" / name.replace("safetensors", "bin"))
+    first = open_source(checkpoint("ddpm")).tensors("unet")
+    second = open_source(tmp_path / "model").tensors("unet")
     assert list(first) == list(second)
     assert all(np.array_equal(first[n].read(), second[n].read()) for n in first)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -18,19 +19,24 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
-from make_checkpoints import enliven, write_json
-from make_goldens import nhwc
 from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from golden.make_checkpoints import enliven, write_json  # noqa: E402
+from golden.make_goldens import nhwc  # noqa: E402
+
 DOWN, ATTN_DOWN, UP, ATTN_UP = "DownBlock2D", "AttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D"
 OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
 @torch.no_grad()
 def make_unet(seed: int, label: Any = None, **config: Any) -> UNet2DModel:
-    """A U-Net whose output is of half the noise's size: with more, a random network makes of DDIM's
-    path a chaotic one, which no two machines follow alike (a trained one does not)."""
+    """A U-Net whose output is of half the noise's size.
+
+    With more, a random network makes of DDIM's path a chaotic one, which no two machines follow
+    alike; a trained network does not.
+    """
     unet = UNet2DModel(norm_num_groups=8, **config).eval()
     enliven(unet, seed)
     size = unet.config.sample_size
@@ -43,8 +49,10 @@ def make_unet(seed: int, label: Any = None, **config: Any) -> UNet2DModel:
 
 
 def make_ddpm(folder: Path) -> None:
-    """google/ddpm-cifar10-32 as published in 2022: U-Net and scheduler in the root, old names, the
-    padding, embedding and epsilon of the first code; float32."""
+    """google/ddpm-cifar10-32 as published in 2022: U-Net and scheduler in the root, old names.
+
+    Padding, embedding and epsilon are those of the first code; float32.
+    """
     unet = make_unet(
         200,
         sample_size=16,
@@ -87,8 +95,10 @@ def make_ddpm(folder: Path) -> None:
 
 
 def make_ddpm_labels(folder: Path) -> None:
-    """A table of classes, grey pictures that are not square, scale_shift; float16, as written today,
-    but for the scheduler's file, which does not say that it clips."""
+    """A table of classes, grey pictures that are not square, scale_shift; float16.
+
+    As diffusers writes it today, but that the scheduler's file does not say that it clips.
+    """
     unet = make_unet(
         210,
         label=3,
