@@ -47,6 +47,7 @@ SAMPLER_NAMES = {
     "lcm": "LCM",
     "tcd": "TCD",
     "deis": "DEIS",
+    "fitted": "Fitted",
 }
 """Our sampler ids -> the names that A1111 shows, or would."""
 

@@ -305,6 +305,7 @@ def make_plans(
         distilled_strength=settings.strength if own_strength else None,
         denoising_start=None if settings.refined else settings.denoising_start,
         denoising_end=settings.denoising_end,
+        guidance=settings.guidance,
     )
     if refiner is None:
         return (plan,)

@@ -16,13 +16,13 @@ from mlxdiff.samplers.plan import Limit, Plan, Row
 from mlxdiff.samplers.settings import KNOWN_KEYS
 
 SD = CONFIGS["sd15"]
-SAMPLERS = [name for name in samplers.NAMES if name not in ("auto", "checkpoint")]
+SAMPLERS = [name for name in samplers.NAMES if name not in ("auto", "checkpoint", "fitted")]
 
 
 def test_ids_of_the_contract() -> None:
     assert set(samplers.NAMES) == {
         *"auto checkpoint dpmpp-2m dpmpp-3m dpmpp-2m-sde dpm-2m dpmpp-2s unipc euler".split(),
-        *"euler-a heun ddim ddpm lms pndm lcm tcd deis".split(),
+        *"euler-a heun ddim ddpm lms pndm lcm tcd deis fitted".split(),
     }
     assert set(samplers.SCHEDULES) == {
         *"auto normal karras exponential beta lu trailing leading linspace ays".split()

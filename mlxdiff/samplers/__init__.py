@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from mlxdiff.errors import ConfigError, UsageError
-from mlxdiff.samplers import ddim, deis, dpm_solver, euler, lcm, lms, pndm, unipc
+from mlxdiff.samplers import ddim, deis, dpm_solver, euler, fitted, lcm, lms, pndm, unipc
 from mlxdiff.samplers.family import Family, Grid
 from mlxdiff.samplers.plan import Plan, Row, State
 from mlxdiff.samplers.schedule import ays, check_steps
@@ -64,6 +64,7 @@ _SAMPLERS: dict[str, tuple[Family, dict[str, Any]]] = {
     "lcm": (lcm.LCM, {}),
     "tcd": (lcm.TCD, {}),
     "deis": (deis.DEIS, {}),
+    "fitted": (fitted.FITTED, {}),
 }
 _CLASSES = {family.name: family for family, _ in _SAMPLERS.values()}
 
@@ -100,6 +101,7 @@ def plan(
     denoising_start: float | None = None,
     denoising_end: float | None = None,
     distilled_strength: float | None = None,
+    guidance: float | None = None,
 ) -> Plan:
     """A run of `steps` steps, worked out.
 
@@ -115,10 +117,14 @@ def plan(
             0 to 1 (SDXL's base and refiner); denoising_start takes the place of strength.
         distilled_strength: sampler lcm: run all steps, over this last share of the timesteps that
             the model was distilled on (strength as LatentConsistencyModelImg2ImgPipeline takes it).
+        guidance: scale of the guidance that the outputs will have; sampler fitted depends on it.
     Raises: UsageError for an unknown id, a combination that does not exist, a number out of range;
         ConfigError for a scheduler_config.json that is not understood.
     """
-    chosen = _choose(scheduler_config, sampler, schedule, steps, family)
+    partial = any(share is not None for share in (strength, denoising_start, denoising_end))
+    if partial and sampler == "auto":  # what was fitted is whole runs
+        guidance = None
+    chosen = _choose(scheduler_config, sampler, schedule, steps, family, guidance)
     if eta is not None and not chosen.family.has_eta:
         having = [name for name, (other, _) in _SAMPLERS.items() if other.has_eta]
         raise UsageError(f"sampler {chosen.sampler} has no eta; {' and '.join(having)} have")
@@ -175,16 +181,25 @@ def distilled_for(config: Mapping[str, Any]) -> str | None:
 
 
 def automatic(
-    config: Mapping[str, Any], sampler: str, schedule: str, steps: int, family: str | None = None
+    config: Mapping[str, Any],
+    sampler: str,
+    schedule: str,
+    steps: int,
+    family: str | None = None,
+    guidance: float | None = None,
 ) -> tuple[str, str]:
     """What `auto` means for a checkpoint: ids for whichever of `sampler` and `schedule` is "auto".
 
-    The sampler is dpmpp-2m, but for a model distilled to a few steps its own. The schedule is the
+    Both left to us, a model that was fitted (fitted.py) for this many steps at this guidance scale
+    takes what was fitted. Otherwise the sampler is dpmpp-2m, but for a model distilled to a few
+    steps its own. The schedule is the
     checkpoint's for those; trailing where the checkpoint says so or has zero terminal SNR (its
     highest sigma is beyond what Karras' spacing was made for); else karras: unlike the spacing that
     SDXL's config asks for, it starts at the last training timestep, where the initial noise
     belongs.
     """
+    if (sampler, schedule) == ("auto", "auto") and fitted.available(config, steps, guidance):
+        return "fitted", "normal"
     distilled = distilled_for(config)
     if sampler == "auto":
         sampler = distilled or "dpmpp-2m"
@@ -220,7 +235,12 @@ class _Choice:
 
 
 def _choose(
-    config: Mapping[str, Any], sampler: str, schedule: str, steps: int, model_family: str | None
+    config: Mapping[str, Any],
+    sampler: str,
+    schedule: str,
+    steps: int,
+    model_family: str | None,
+    guidance: float | None = None,
 ) -> _Choice:
     """Ids to a class and its settings; UsageError for what does not exist."""
     if not isinstance(config, Mapping):
@@ -228,7 +248,7 @@ def _choose(
     for what, name, names in (("sampler", sampler, NAMES), ("schedule", schedule, SCHEDULES)):
         if name not in names:
             raise UsageError(f"unknown {what} {name!r}; there are {', '.join(names)}")
-    sampler, schedule = automatic(config, sampler, schedule, steps, model_family)
+    sampler, schedule = automatic(config, sampler, schedule, steps, model_family, guidance)
     family, overrides = _family(config, sampler)
     if not _exists(family, schedule):
         having = [name for name in _SCHEDULES if _exists(family, name)]
@@ -241,6 +261,8 @@ def _choose(
     if schedule == "ays" or set(_SCHEDULES[schedule]) & set(_FLAGS):
         # The file's own spacing of sigmas gives way to the one that was asked for.
         overrides = {**{flag: False for flag in _FLAGS if flag in family.defaults}, **overrides}
+    if family is fitted.FITTED:
+        overrides = {**overrides, **fitted.overrides(config, steps, guidance)}
     defaults = family.defaults
     if model_family == PIXELS:
         defaults = {**defaults, **family.pixel_defaults}
