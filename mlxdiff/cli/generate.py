@@ -290,7 +290,7 @@ def _paths(output: str | None, prompts: int, seeds: list[int]) -> list[Path]:
 
 def _draw(
     pipe: Any,
-    prompt: str,
+    prompt: str | None,
     seeds: list[int],
     paths: list[Path],
     arguments: dict[str, Any],
