@@ -143,7 +143,7 @@ def _recognize(alpha: np.ndarray, side: int, color: str | None) -> Object:
     stretched = not 0.75 <= (x1 - x0) / (y1 - y0) <= 1.33
     shape = None if stretched or match[best] < SHAPE_MATCH else best
     size = "large" if radius >= LARGE else "small"
-    x, y = (x0 + x1) / 2 / side, (y0 + y1) / 2 / side
+    x, y = float(x0 + x1) / 2 / side, float(y0 + y1) / 2 / side
     return Object(shape, color, size, x, y, radius, match[best])
 
 

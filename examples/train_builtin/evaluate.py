@@ -1,7 +1,7 @@
 """Measure how well a model draws what its prompts ask for.
 
     python evaluate.py MODEL                          # the table by row set and attribute
-    python evaluate.py MODEL --sweep                  # by number of steps and by guidance
+    python evaluate.py MODEL --sweep guidance         # or: --sweep steps
     python evaluate.py MODEL --sheet sheet.png        # 48 unpicked prompts
     python evaluate.py MODEL --through mlxdiff        # a converted folder ("" is the built-in one)
 
@@ -142,7 +142,7 @@ def sheet(generate: Generate, path: str, seed: int = 0) -> None:
         right = checker.check(picture, prompt).right
         text = "\n".join([*lines, line])
         pen.multiline_text((x, y + 131), text, "black" if right else "red", font, spacing=1)
-    image.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    image.save(path, optimize=True)
     verdicts = [checker.check(p, q).right for p, q in zip(pictures, prompts, strict=True)]
     print(f"{path}: {sum(verdicts)} of 48 right (prompts of wrong ones in red)")
 
@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--spacing", help="another timestep_spacing (diffusers only)")
     parser.add_argument("--rows", nargs="+", type=int, help="numbers of the rows (from 1)")
-    parser.add_argument("--sweep", action="store_true", help="by steps and by guidance")
+    parser.add_argument("--sweep", choices=("steps", "guidance"), help="by steps or by guidance")
     parser.add_argument("--sheet", metavar="PNG", help="draw 48 unpicked prompts")
     parser.add_argument("--demo", type=int, metavar="N", help="score the demo prompt, N seeds")
     parser.add_argument("--threads", type=int, default=1)
@@ -181,10 +181,12 @@ def main() -> None:
         print(f"{DEMO!r}: {sum(verdicts)} of {args.demo} seeds right, wrong: {wrong}")
     elif args.sweep:
         rows = ("1 object, held-out pair", "2 objects, held-out combination")
-        steps = [(n, args.guidance) for n in (4, 6, 8, 12, 20, 50)]
-        guidance = [(args.steps, g) for g in (1.0, 2.0, 4.0, 7.5)]
+        settings = {
+            "steps": [(n, args.guidance) for n in (4, 6, 8, 12, 20, 50)],
+            "guidance": [(args.steps, g) for g in (1.0, 2.0, 4.0, 7.5)],
+        }
         print("| steps | guidance | " + " | ".join(rows) + " |\n|---|---|---|---|")
-        for n, g in steps + guidance:
+        for n, g in settings[args.sweep]:
             results = [measure(generator(n, g), row, args.prompts)["right"] for row in rows]
             cells = [f"{100 * r:.1f} ± {error_of(r, args.prompts):.1f}" for r in results]
             print(f"| {n} | {g:g} | " + " | ".join(cells) + " |", flush=True)
