@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 demo: $(STAMP)  ## Draw a picture with the built-in model, offline.
 	$(BIN)/mlxdiff generate "a small red circle left of a large blue square on a yellow background" \
-	  --seed 0 --output outputs/demo.png --force
+	  --seed 0 --guidance 4 --steps 12 --output outputs/demo.png --force
 
 test: $(STAMP)  ## The whole test suite; needs no torch.
 	$(BIN)/python -m pytest -q

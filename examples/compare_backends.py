@@ -4,7 +4,7 @@ import numpy as np
 
 import mlxdiff
 
-PROMPT = "a green triangle above a purple square"
+PROMPT = "a small green triangle above a large purple square"
 pictures = {}
 for backend in ("numpy", "mlx"):
     try:
@@ -12,7 +12,7 @@ for backend in ("numpy", "mlx"):
     except mlxdiff.UsageError as error:  # no MLX on this machine
         print(f"{backend}: {error}")
         continue
-    result = pipe.generate(PROMPT, seed=3, steps=10)
+    result = pipe.generate(PROMPT, seed=3, steps=10, guidance=4)
     pictures[backend] = np.asarray(result.images[0], dtype=np.int16)
     print(f"{backend}: {sum(result.timings['steps']):.2f} s in the U-Net")
 

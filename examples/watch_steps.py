@@ -6,7 +6,7 @@ import mlxdiff
 
 pipe = mlxdiff.load()
 previews = []
-for step in pipe.stream("a large yellow star on a blue background", seed=1, steps=8):
+for step in pipe.stream("a large yellow star on a blue background", seed=1, steps=8, guidance=4):
     previews.append(step.preview())
     print(f"step {step.index + 1} of {step.total}: {step.seconds:.3f} s")
 
