@@ -155,14 +155,14 @@ def report(found: dict[str, Any]) -> str:
             "",
             f"Made by `python benchmarks/few_step.py --prompts {size} --reference "
             f"{found['reference']}` on the built-in model; see there for what is measured and "
-            f"how. {size} fixed prompts (three fifths of them with held-out combinations), one "
+            f"how. {size} fixed prompts (some with held-out combinations), one "
             "seed each; guided evaluations ask the network twice. The fitted numbers come from "
             "other prompts and seeds (`examples/train_builtin/fit_sampler.py`).",
             "",
             *(
                 [
-                    "A quick run: with so few steps the reference itself is off by about 0.015 in its "
-                    "last step, to zero noise; smaller differences than 0.02 say nothing.",
+                    "A quick run: with so few steps the reference itself is off by about 0.015 in "
+                    "its last step, to zero noise; smaller differences than 0.02 say nothing.",
                     "",
                 ]
                 if found["reference"] < 500
