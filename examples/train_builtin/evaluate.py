@@ -5,7 +5,7 @@
     python evaluate.py MODEL --sheet sheet.png        # 48 unpicked prompts
     python evaluate.py MODEL --through mlxdiff        # a converted folder ("" is the built-in one)
 
-MODEL is a diffusers folder unless said otherwise. Prompts and seeds are fixed, never trained on:
+MODEL is a diffusers folder unless said otherwise. Prompts and seeds are fixed:
 fresh draws of the training distribution and of the held-out pairs and combinations, worded in
 varying ways with nothing left out. "Right" means everything the prompt names, by `checker.py`.
 """
