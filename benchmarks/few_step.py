@@ -161,9 +161,9 @@ def report(found: dict[str, Any]) -> str:
             "",
             *(
                 [
-                    "A quick run. With so few steps the reference has an error of its own: at guidance "
-                    "1 several samplers level off together at about 0.015, which is most likely it. "
-                    "Figures below 0.02 are therefore not to be compared.",
+                    "A quick run. With so few steps the reference has an error of its own: at "
+                    "guidance 1 several samplers level off together at about 0.015, which is most "
+                    "likely it. Figures below 0.02 are therefore not to be compared.",
                     "",
                 ]
                 if found["reference"] < 500
