@@ -1,6 +1,7 @@
-"""Seconds for one step of the full-size Stable Diffusion 1.5 U-Net: NumPy against diffusers.
+"""Seconds for one step of a full-size Stable Diffusion U-Net: NumPy against diffusers.
 
-    python benchmarks/numpy_unet_step.py [--threads 1] [--size 64] [--batch 2] [--rounds 2]
+    python benchmarks/numpy_unet_step.py [--model sd15] [--threads 1] [--size 64] [--batch 2]
+        [--rounds 2] [--steps 2]
 
 Both compute the same step in float32, with the same random weights, made here: nothing is
 downloaded. They take turns, each in a process of its own with the same number of threads (so that a
@@ -30,16 +31,32 @@ import numpy as np
 from mlxdiff.config import UNet2DConditionConfig
 from mlxdiff.params import expected_parameters
 
-SD15 = {"cross_attention_dim": 768}  # every other value of SD 1.5's file is diffusers' default
+# What differs from diffusers' defaults in the published config of each model.
+MODELS: dict[str, dict[str, Any]] = {
+    "sd15": {"cross_attention_dim": 768},
+    "sdxl": {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "attention_head_dim": [5, 10, 20],
+        "block_out_channels": [320, 640, 1280],
+        "cross_attention_dim": 2048,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "projection_class_embeddings_input_dim": 2816,
+        "transformer_layers_per_block": [1, 2, 10],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "use_linear_projection": True,
+    },
+}
 SIDES = ("mlxdiff", "diffusers")
 VERSIONS = {"mlxdiff": ("mlxdiff", "numpy"), "diffusers": ("diffusers", "torch")}
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
-def weights() -> Iterator[tuple[str, np.ndarray]]:
+def weights(model: str) -> Iterator[tuple[str, np.ndarray]]:
     """Random weights in our layout that keep activations near unit size; the same at every call."""
     random = np.random.default_rng(0)
-    for name, shape in expected_parameters(UNet2DConditionConfig.from_dict(SD15)).items():
+    config = UNet2DConditionConfig.from_dict(MODELS[model])
+    for name, shape in expected_parameters(config).items():
         values = random.standard_normal(shape, np.float32)
         if len(shape) == 1:
             values *= 0.1
@@ -49,25 +66,32 @@ def weights() -> Iterator[tuple[str, np.ndarray]]:
         yield name, values
 
 
-def inputs(size: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Latents (B, size, size, 4) and text states (B, 77, 768)."""
+def inputs(model: str, size: int, batch: int) -> dict[str, np.ndarray]:
+    """Latents (B, size, size, 4), text states (B, 77, D) and, for SDXL, pooled text and sizes."""
     random = np.random.default_rng(1)
-    return (
-        random.standard_normal((batch, size, size, 4), np.float32),
-        random.standard_normal((batch, 77, 768), np.float32),
-    )
+    width = MODELS[model]["cross_attention_dim"]
+    given = {
+        "sample": random.standard_normal((batch, size, size, 4), np.float32),
+        "text": random.standard_normal((batch, 77, width), np.float32),
+    }
+    if model == "sdxl":
+        sizes = [8 * size, 8 * size, 0, 0, 8 * size, 8 * size]
+        given["text_embeds"] = random.standard_normal((batch, 1280), np.float32)
+        given["time_ids"] = np.tile(np.array(sizes, np.float32), (batch, 1))
+    return given
 
 
-def mlxdiff_step(size: int, batch: int) -> Callable[[], np.ndarray]:
+def mlxdiff_step(model: str, size: int, batch: int) -> Callable[[], np.ndarray]:
     from mlxdiff.reference.unet import UNet2DConditionModel
 
-    unet = UNet2DConditionModel(UNet2DConditionConfig.from_dict(SD15))
-    unet.load_weights(list(weights()))
-    sample, text = inputs(size, batch)
-    return lambda: unet(sample, 501, text)
+    unet = UNet2DConditionModel(UNet2DConditionConfig.from_dict(MODELS[model]))
+    unet.load_weights(list(weights(model)))
+    given = inputs(model, size, batch)
+    sample, text = given.pop("sample"), given.pop("text")
+    return lambda: unet(sample, 501, text, **given)
 
 
-def diffusers_step(size: int, batch: int) -> Callable[[], np.ndarray]:
+def diffusers_step(model: str, size: int, batch: int) -> Callable[[], np.ndarray]:
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -76,20 +100,22 @@ def diffusers_step(size: int, batch: int) -> Callable[[], np.ndarray]:
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**SD15).eval()
-    unet.load_state_dict({name: nchw(value) for name, value in weights()}, assign=True)
-    sample, text = (nchw(x) for x in inputs(size, batch))
+        unet = UNet2DConditionModel(**MODELS[model]).eval()
+    unet.load_state_dict({name: nchw(value) for name, value in weights(model)}, assign=True)
+    given = {name: nchw(x) for name, x in inputs(model, size, batch).items()}
+    sample, text = given.pop("sample"), given.pop("text")
 
     @torch.no_grad()
     def step() -> np.ndarray:
-        return unet(sample, 501, text).sample.numpy().transpose(0, 2, 3, 1)
+        out = unet(sample, 501, text, added_cond_kwargs=given).sample
+        return out.numpy().transpose(0, 2, 3, 1)
 
     return step
 
 
-def measure(side: str, size: int, batch: int, steps: int, file: str) -> None:
+def measure(side: str, model: str, size: int, batch: int, steps: int, file: str) -> None:
     """Time one side, in this process; write the output to the file, print the times as JSON."""
-    step = {"mlxdiff": mlxdiff_step, "diffusers": diffusers_step}[side](size, batch)
+    step = {"mlxdiff": mlxdiff_step, "diffusers": diffusers_step}[side](model, size, batch)
     np.save(file, step())
     walls, cpus = [], []
     for _ in range(steps):
@@ -111,7 +137,15 @@ def take_turns(options: argparse.Namespace) -> dict[str, Any]:
             for side in SIDES:
                 print(f"round {number + 1} of {options.rounds}: {side}", file=sys.stderr)
                 done = subprocess.run(
-                    [sys.executable, __file__, "--measure", side, *numbers, files[side]],
+                    [
+                        sys.executable,
+                        __file__,
+                        "--measure",
+                        side,
+                        options.model,
+                        *numbers,
+                        files[side],
+                    ],
                     env=environment,
                     check=True,
                     stdout=subprocess.PIPE,
@@ -125,6 +159,7 @@ def take_turns(options: argparse.Namespace) -> dict[str, Any]:
     }
     return {
         "benchmark": "numpy_unet_step",
+        "model": options.model,
         "threads": options.threads,
         "size": options.size,
         "batch": options.batch,
@@ -157,7 +192,7 @@ def processor() -> str:
 def report(result: dict[str, Any]) -> None:
     machine = result["machine"]
     print(
-        f"Stable Diffusion 1.5 U-Net, one step in float32: batch {result['batch']}, latents "
+        f"U-Net of {result['model']}, one step in float32: batch {result['batch']}, latents "
         f"{result['size']}x{result['size']}, {result['threads']} thread(s)\n"
         f"{machine['processor']}, {machine['cores']} cores, {machine['system']}\n\n"
         f"{'':24}{'wall':>9}{'CPU':>9}   median of {len(result['seconds']['mlxdiff']['wall'])}"
@@ -176,16 +211,17 @@ def report(result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", choices=list(MODELS), default="sd15", help="(default: sd15)")
     parser.add_argument("--threads", type=int, default=1, help="of each side (default: 1)")
     parser.add_argument("--size", type=int, default=64, help="side of the latents (default: 64)")
     parser.add_argument("--batch", type=int, default=2, help="(default: 2)")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each side (default: 2)")
     parser.add_argument("--steps", type=int, default=2, help="timed in each turn (default: 2)")
-    parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=6, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        side, size, batch, steps, file = options.measure
-        measure(side, int(size), int(batch), int(steps), file)
+        side, model, size, batch, steps, file = options.measure
+        measure(side, model, int(size), int(batch), int(steps), file)
     else:
         report(take_turns(options))
 

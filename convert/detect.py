@@ -154,9 +154,9 @@ def check_model_index(index: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     notes = []
     unet = index.get("unet")
     pixels = isinstance(unet, list) and unet[1:] == ["UNet2DModel"]
-    for part, entry in index.items():
-        if part.startswith("_") or not isinstance(entry, list):
-            continue  # a setting of the pipeline, force_zeros_for_empty_prompt for example
+    # What is no list is a setting of the pipeline, force_zeros_for_empty_prompt for example.
+    parts = {k: v for k, v in index.items() if isinstance(v, list) and not k.startswith("_")}
+    for part, entry in parts.items():
         if len(entry) != 2 or not all(v is None or isinstance(v, str) for v in entry):
             raise CheckpointError(f"{path}: model_index.json has {part} = {entry!r}")
         class_name = entry[1]
@@ -179,7 +179,7 @@ def check_model_index(index: Mapping[str, Any], path: Path) -> tuple[str, ...]:
             raise CheckpointError(
                 f"{path}: the folder {part} is missing; model_index.json names it"
             )
-    present = {k for k, v in index.items() if isinstance(v, list) and v[1] is not None}
+    present = {part for part, entry in parts.items() if entry[1] is not None}
     needed = {"unet", "scheduler"}
     if not pixels:
         needed.add("vae")

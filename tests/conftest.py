@@ -8,6 +8,12 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
+
+# Where a change is gated, the same examples every time; on a developer's machine, new ones.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 if (
     importlib.util.find_spec("mlxdiff") is None
