@@ -52,6 +52,16 @@ HOSTILE = [
 ]
 
 
+def a1111_unquotes(text: str) -> str:
+    """Its `unquote`: what is no JSON stays as it is."""
+    if not text or text[0] != '"' or text[-1] != '"':
+        return text
+    try:
+        return str(json.loads(text))
+    except ValueError:
+        return text
+
+
 def a1111_reads(text: str) -> tuple[str, str, dict[str, str]]:
     """Prompt, negative prompt and parameters as A1111's reader finds them."""
     *lines, last = text.strip().split("\n")
@@ -67,7 +77,7 @@ def a1111_reads(text: str) -> tuple[str, str, dict[str, str]]:
             prompt += ("" if prompt == "" else "\n") + line
     pairs = {}
     for key, value in A1111.findall(last):
-        pairs[key] = json.loads(value) if value[:1] == '"' == value[-1:] else value
+        pairs[key] = a1111_unquotes(value)
     return prompt, negative, pairs
 
 
