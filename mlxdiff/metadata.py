@@ -220,8 +220,9 @@ class Metadata:
         version = rest.get("Version", "")
         rest = {key: value for key, value in rest.items() if value is not None}
         return cls(
-            prompt="\n".join(prompts[0]),
-            negative_prompt="\n".join(prompts[1]) if negative else None,
+            # Empty lines at the beginning are lost on A1111's reader, and so here.
+            prompt="\n".join(prompts[0]).lstrip("\n"),
+            negative_prompt="\n".join(prompts[1]).lstrip("\n") if negative else None,
             seed=take("Seed", int),
             width=int(size[1]) if size else None,
             height=int(size[2]) if size else None,
