@@ -91,11 +91,6 @@ def test_auto(sampler: str, schedule: str, steps: int, more: dict[str, Any], cho
     assert samplers.plan(V, sampler, schedule, steps, **more).sampler != "fitted"
 
 
-@pytest.mark.parametrize("steps, schedule", [(4, "trailing"), (9, "trailing"), (10, "karras")])
-def test_auto_where_nothing_was_fitted(steps: int, schedule: str) -> None:
-    assert samplers.automatic(V, "auto", "auto", steps) == ("dpmpp-2m", schedule)
-
-
 def test_what_cannot_be() -> None:
     config = _fit(6)
     for steps, more, message in (

@@ -82,8 +82,6 @@ _SCHEDULES: dict[str, dict[str, Any]] = {
 }
 _FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
-_KARRAS_FROM = 10  # steps; docs/few_step.md
-
 PIXELS = "ddpm"
 """The family of models that draw pixels, not latents of a VAE."""
 
@@ -194,11 +192,11 @@ def automatic(
 
     Both left to us, a model that was fitted (fitted.py) for this many steps at this guidance scale
     takes what was fitted. Otherwise the sampler is dpmpp-2m, but for a model distilled to a few
-    steps its own. The schedule is the checkpoint's for those; trailing where the checkpoint says so
-    or has zero terminal SNR (its highest sigma is beyond what Karras' spacing was made for), and
-    with fewer than 10 steps, of which Karras' spacing leaves too few where the picture is made;
-    else karras. Unlike the spacing that SDXL's config asks for, both start at the last training
-    timestep, where the initial noise belongs.
+    steps its own. The schedule is the
+    checkpoint's for those; trailing where the checkpoint says so or has zero terminal SNR (its
+    highest sigma is beyond what Karras' spacing was made for); else karras: unlike the spacing that
+    SDXL's config asks for, it starts at the last training timestep, where the initial noise
+    belongs.
     """
     if (sampler, schedule) == ("auto", "auto") and fitted.available(config, steps, guidance):
         return "fitted", "normal"
@@ -207,8 +205,7 @@ def automatic(
         sampler = distilled or "dpmpp-2m"
     if schedule == "auto":
         wanted = "karras"
-        trailing = config.get("timestep_spacing") == "trailing"
-        if steps < _KARRAS_FROM or trailing or config.get("rescale_betas_zero_snr"):
+        if config.get("timestep_spacing") == "trailing" or config.get("rescale_betas_zero_snr"):
             wanted = "trailing"
         if distilled or sampler == "checkpoint":
             wanted = "normal"
