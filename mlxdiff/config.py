@@ -357,7 +357,7 @@ class UNet2DConditionConfig:
     num_attention_heads: tuple[int, ...]
     only_cross_attention: tuple[bool, ...]
     use_linear_projection: bool
-    upcast_attention: bool
+    upcast_attention: bool  # asks for scores in float32, in which attention keeps them anyway
     addition_embed_type: str | None
     addition_time_embed_dim: int | None
     projection_class_embeddings_input_dim: int | None

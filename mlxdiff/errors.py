@@ -6,8 +6,6 @@ from __future__ import annotations
 class MlxdiffError(Exception):
     """Root of all errors caused by what the user gave us. The command line exits with 2 on it."""
 
-    exit_code = 2
-
 
 class UsageError(MlxdiffError):
     """An argument, option or combination of options that cannot be honoured."""
