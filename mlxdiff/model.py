@@ -26,6 +26,8 @@ from mlxdiff.weights import ModelSource
 if TYPE_CHECKING:
     import PIL.Image
 
+    from mlxdiff.tokenizer import Tokenizer
+
 logger = logging.getLogger("mlxdiff")
 
 
@@ -231,6 +233,7 @@ class Model(Networks):
                 logger.warning(
                     "the prompt is longer than %d tokens; this part is cut: %r", len(ids), cut
                 )
+            _note_unknown_words(tokenizer, text)
             out = self.component(name)(self.backend.asarray(np.array([ids], np.int32)))
             # SDXL reads the layer before the last, without the final norm.
             embeds.append(out.hidden_states[-2] if self.is_sdxl else out.last_hidden_state)
@@ -347,6 +350,24 @@ class Model(Networks):
             return guide(out[:1], out[1:], guidance, guidance_rescale)
 
         return predict
+
+
+def _note_unknown_words(tokenizer: Tokenizer, text: str) -> None:
+    """Warn of words that a model of a small world (the built-in one) was never taught."""
+    unknown = dict.fromkeys(tokenizer.unknown_words(text))
+    if not unknown:
+        return
+    logger.warning(
+        "the model does not know %s: the picture will hardly follow the prompt there",
+        ", ".join(map(repr, unknown)),
+    )
+    # The same text each time: whoever shows notes can show it once.
+    logger.warning(
+        "this model knows only these words: %s. For anything else take a real model: "
+        '-m sd15 on the command line, load("sd15") in Python, or another of '
+        "`mlxdiff models --known`",
+        ", ".join(tokenizer.known_words or ()),
+    )
 
 
 def draw_noise(generator: Generator, shape: tuple[int, ...]) -> np.ndarray:

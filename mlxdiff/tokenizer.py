@@ -15,6 +15,8 @@ is done by the `tokenizers` package.
 from __future__ import annotations
 
 import json
+import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +59,7 @@ class Tokenizer:
     Attributes:
         bos_token_id, eos_token_id, pad_token_id: ids of start, end and padding.
         model_max_length: ids in an encoded text, start and end included (77).
+        known_words: all words that the model was taught, in lower case; None: it has no such list.
     """
 
     def __init__(
@@ -67,12 +70,14 @@ class Tokenizer:
         eos_token_id: int,
         pad_token_id: int,
         model_max_length: int = CONTEXT_LENGTH,
+        known_words: tuple[str, ...] | None = None,
     ) -> None:
         self._backend = backend
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         self.pad_token_id = pad_token_id
         self.model_max_length = model_max_length
+        self.known_words = known_words
 
     @classmethod
     def from_folder(cls, path: str | os.PathLike[str], pad_token: str | None = None) -> Tokenizer:
@@ -80,7 +85,8 @@ class Tokenizer:
 
         The vocabulary comes from `tokenizer.json` or else from `vocab.json` and `merges.txt`;
         special tokens and the length from `tokenizer_config.json`, `special_tokens_map.json` and
-        `added_tokens.json` where they exist.
+        `added_tokens.json` where they exist. A model of a small world lists its words in
+        `tokenizer_config.json` under `known_words`.
 
         Args:
             path: the folder.
@@ -127,6 +133,7 @@ class Tokenizer:
             eos_token_id=id_of("eos_token"),
             pad_token_id=id_of("pad_token"),
             model_max_length=_max_length(config, folder),
+            known_words=_known_words(config, folder),
         )
 
     @property
@@ -161,6 +168,19 @@ class Tokenizer:
         if len(encoding.ids) <= room:
             return ""
         return text[encoding.offsets[room][0] :].strip()
+
+    def unknown_words(self, text: str) -> list[str]:
+        """Words of the text that the model was never taught, as often as they come.
+
+        Words are runs of letters and digits, in lower case; signs and special tokens are none.
+        [] where the model has no list of its words.
+        """
+        if self.known_words is None:
+            return []
+        for token in self._backend.get_added_tokens_decoder().values():
+            text = text.replace(token.content, " ")
+        words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", text).lower())
+        return [word for word in words if word not in self.known_words]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of some ids, lower-case and with a space after each word, as far as ids can tell."""
@@ -333,6 +353,17 @@ def _max_length(config: Mapping[str, Any], folder: Path) -> int:
         )
     # transformers writes 1e30 for "not known".
     return CONTEXT_LENGTH if length > 1e6 else int(length)
+
+
+def _known_words(config: Mapping[str, Any], folder: Path) -> tuple[str, ...] | None:
+    words = config.get("known_words")
+    if words is None:
+        return None
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise CheckpointError(
+            f"{folder}/tokenizer_config.json: known_words is no list of words; correct or remove it"
+        )
+    return tuple(words)
 
 
 def _one_line(error: BaseException) -> str:

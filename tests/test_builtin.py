@@ -48,3 +48,22 @@ def test_the_demo_prompt_is_right() -> None:
         image = pipe.generate(DEMO, seed=seed, steps=12, guidance=4.0).images[0]
         verdict = checker.check(np.asarray(image), DEMO)
         assert verdict.right, (seed, verdict)
+
+
+def test_words_that_it_does_not_know_are_named(
+    backend: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = mlxdiff.load(backend=backend)
+    pipe.encode_prompt(DEMO, "a yellow ring")
+    assert not caplog.messages
+    pipe.encode_prompt("a red Horse, on a red circle", "blurry")
+    first, listing, second, again = caplog.messages
+    assert "'horse'" in first and "circle" not in first and "'blurry'" in second
+    assert listing == again and "circle, cyan" in listing and "sd15" in listing
+
+
+def test_its_list_of_words_is_that_of_its_data() -> None:
+    import data
+
+    tokenizer = mlxdiff.load(backend="numpy").source.tokenizer()
+    assert tokenizer.known_words == tuple(data.words())

@@ -173,6 +173,17 @@ def test_a_long_prompt_is_cut_with_a_note(here: Path) -> None:
     assert "Note: " in result.stderr and "square" in result.stderr
 
 
+def test_words_unknown_to_the_built_in_model_are_noted_once(here: Path) -> None:
+    (here / "prompts.txt").write_text("a red horse\na red circle on the moon\n", encoding="utf-8")
+    result = run("generate", "--prompt-file", "prompts.txt", "-n", "ugly", "-s", "1", *QUICK)
+    assert result.exit_code == 0, result.output
+    notes = [line for line in result.stderr.splitlines() if line.startswith("Note: ")]
+    assert sum("knows only these words" in note for note in notes) == 1
+    for word in ("horse", "ugly", "moon"):
+        assert sum(f"does not know '{word}'" in note for note in notes) == 1
+    assert run("generate", "a red circle", "-s", "2", *QUICK).stderr.count("Note: ") == 0
+
+
 def test_what_has_no_effect_is_noted(here: Path) -> None:
     result = generate("a", "-n", "b", "-g", "1", "-s", "1", *QUICK)
     assert result.exit_code == 0

@@ -177,6 +177,19 @@ def test_an_unknown_length_is_77(tmp_path: Path) -> None:
         assert len(Tokenizer.from_folder(folder).encode("a b c")) == expected
 
 
+def test_words_outside_the_list_of_known_ones(tmp_path: Path) -> None:
+    config = {"tokenizer_config.json": {"known_words": ["circle", "naïve"]}}
+    tokenizer = Tokenizer.from_folder(write_folder(tmp_path / "t", *vocabulary("small"), config))
+    assert tokenizer.unknown_words("Circle, CIRCLE! nai\u0308ve... <|endoftext|>") == []
+    assert tokenizer.unknown_words("2 circles: circle's horse, horse") == [
+        *("2", "circles", "s", "horse", "horse")
+    ]
+
+
+def test_without_such_a_list_no_word_is_unknown(small: Tokenizer) -> None:
+    assert small.known_words is None and small.unknown_words("horse") == []
+
+
 @pytest.mark.parametrize("text", ["a\udc80b", "\ud83d", "a" * 200 + "\udfff"])
 def test_half_a_surrogate_pair_is_an_error(small: Tokenizer, text: str) -> None:
     for use in (small.encode, small.truncated):
@@ -218,6 +231,8 @@ def damage(folder: Path, what: str) -> None:
         (folder / "tokenizer_config.json").write_text('{"eos_token": "<|nowhere|>"}')
     elif what == "bad length":
         (folder / "tokenizer_config.json").write_text('{"model_max_length": "long"}')
+    elif what == "bad words":
+        (folder / "tokenizer_config.json").write_text('{"known_words": "circle"}')
     elif what == "bad config":
         (folder / "tokenizer_config.json").write_text("{")
     elif what == "bad added":
@@ -244,6 +259,7 @@ def damage(folder: Path, what: str) -> None:
         ("binary merges", "merges.txt: cannot be read as UTF-8"),
         ("no end token", "eos_token '<|nowhere|>' is not in its vocabulary of 1214"),
         ("bad length", "model_max_length is 'long'"),
+        ("bad words", "known_words is no list of words"),
         ("bad config", "tokenizer_config.json: is not JSON"),
         ("bad added", "tokenizer_config.json: 5 is not an added token"),
         ("bad added id", "added token '!' has id 'x'"),

@@ -64,6 +64,14 @@ def save(folder: str | Path, words: list[str]) -> None:
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
     lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+    name_words(folder, words)
+
+
+def name_words(folder: Path, words: list[str]) -> None:
+    """List the words in tokenizer_config.json, where mlxdiff reads them and transformers does not."""
+    config = folder / "tokenizer_config.json"
+    values = json.loads(config.read_text()) | {"known_words": words}
+    config.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def load(folder: str | Path):
