@@ -20,7 +20,7 @@ from mlxdiff.convert import Component
 from mlxdiff.errors import ConfigError, UsageError
 from mlxdiff.image import load_image, to_model, to_pil
 from mlxdiff.noise import Generator
-from mlxdiff.samplers.guidance import guidance_scale_embedding, guide, is_guided
+from mlxdiff.samplers.guidance import is_guided
 from mlxdiff.weights import ModelSource
 
 if TYPE_CHECKING:
@@ -302,54 +302,6 @@ class Model(Networks):
         """(h, w, C) of the latents of a picture of this size in pixels."""
         f = self.vae_config.factor
         return height // f, width // f, self.vae_config.latent_channels
-
-    def predictor(
-        self,
-        text: PromptEmbeddings,
-        guidance: float,
-        guidance_rescale: float = 0.0,
-        time_ids: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
-    ) -> Callable[[Any, float], Any]:
-        """What the sampler asks at each step: (x_t, t) -> the model's output, after guidance.
-
-        Args:
-            text: both prompts, embedded.
-            guidance, guidance_rescale: see ``samplers.guidance``.
-            time_ids: SDXL's numbers beside the negative and the positive prompt: original size and
-                crop, then the target size or an aesthetic score.
-        Returns: a function of arrays of the backend, (1, h, w, C) float32 -> the same.
-        """
-        backend, unet = self.backend, self.component("unet")
-        guided = self.is_guided(guidance)
-
-        def both(negative: np.ndarray | None, positive: np.ndarray | None) -> Any:
-            if positive is None:
-                return None
-            if guided and negative is not None:
-                positive = np.concatenate([negative, positive])
-            return backend.asarray(positive)
-
-        conditions: dict[str, Any] = {
-            "encoder_hidden_states": both(text.negative_prompt_embeds, text.prompt_embeds)
-        }
-        if self.is_sdxl:
-            negative_ids, ids = np.array(time_ids, np.float32)[:, None]
-            conditions["text_embeds"] = both(
-                text.negative_pooled_prompt_embeds, text.pooled_prompt_embeds
-            )
-            conditions["time_ids"] = both(negative_ids, ids)
-        if (dim := self.unet_config.time_cond_proj_dim) is not None:
-            embedding = guidance_scale_embedding(guidance, dim)
-            conditions["timestep_cond"] = backend.asarray(embedding)
-
-        def predict(x: Any, t: float) -> Any:
-            sample = backend.concatenate([x, x], 0) if guided else x
-            out = unet(sample, t, **conditions)
-            if not guided:
-                return out
-            return guide(out[:1], out[1:], guidance, guidance_rescale)
-
-        return predict
 
 
 def _note_unknown_words(tokenizer: Tokenizer, text: str) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 import mlxdiff
 from mlxdiff import library
 from mlxdiff.convert import Component, open_vae
+from mlxdiff.denoiser import Evaluation, make_denoiser
 from mlxdiff.errors import UsageError
 from mlxdiff.metadata import Metadata
 from mlxdiff.model import ImageLatents, Model, PromptEmbeddings, draw_noise
@@ -269,7 +270,7 @@ class Pipeline:
         model, backend = self.model, self.backend
         loaded, start = self._load_seconds, time.perf_counter()
         models = [model] if self.refiner is None else [model, self.refiner]
-        predictors = [self._predictor(one, settings) for one in models]
+        denoisers = [make_denoiser(one, settings) for one in models]
         plans = make_plans(settings, model, self.refiner)
         timings["text_encoder"] = time.perf_counter() - start - (self._load_seconds - loaded)
         image = None
@@ -289,11 +290,12 @@ class Pipeline:
             given = None if noise is None else noise[picture][None]
             x = backend.asarray(_start(settings, plans[0], image, given, draw))
             index = 0
-            for predict, plan in zip(predictors, plans, strict=True):
+            for denoise, plan in zip(denoisers, plans, strict=True):
                 state = plan.start()
-                for t in plan.timesteps:
+                for i, t in enumerate(plan.timesteps):
                     start = time.perf_counter()
-                    output = predict(plan.scale_model_input(x, state), t)
+                    evaluation = Evaluation(t, i, len(plan))
+                    output = denoise(plan.scale_model_input(x, state), evaluation)
                     x, state = plan.step(x, output, state, noise=fresh_noise)
                     backend.evaluate(x)
                     seconds.append(time.perf_counter() - start)
@@ -307,22 +309,6 @@ class Pipeline:
                         _decode=model.decode,
                     )
                     index += 1
-
-    @staticmethod
-    def _predictor(model: Model | PixelModel, settings: Settings) -> Callable[[Any, float], Any]:
-        """What the sampler asks a model at each step, with the prompts or the label in it."""
-        if isinstance(model, PixelModel):
-            return model.predictor(settings.label)
-        text = model.encode_prompt(
-            settings.prompt,
-            settings.negative_prompt,
-            settings.prompt_2,
-            settings.negative_prompt_2,
-            guided=model.is_guided(settings.guidance),
-        )
-        return model.predictor(
-            text, settings.guidance, settings.guidance_rescale, settings.time_ids(model)
-        )
 
     @property
     def _load_seconds(self) -> float:

@@ -112,16 +112,3 @@ class PixelModel(Networks):
     def decode(self, latents: np.ndarray) -> list[PIL.Image.Image]:
         """Pictures of pixels (B, H, W, 1 or 3) in [-1, 1]; values outside are clipped."""
         return [to_pil(one) for one in latents]
-
-    def predictor(self, label: int | None = None) -> Callable[[Any, float], Any]:
-        """What the sampler asks at each step: (x_t, t) -> the model's output.
-
-        Args:
-            label: the class to draw, for a model that has classes.
-        Returns: a function of arrays of the backend, (1, H, W, C) float32 -> the same.
-        """
-        unet, labels = self.component("unet"), None
-        if label is not None:
-            dtype = np.int32 if self.unet_config.class_embed_type is None else np.float32
-            labels = self.backend.asarray(np.array([label], dtype))
-        return lambda x, t: unet(x, t, labels)

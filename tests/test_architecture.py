@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("model",),
     ("pixels",),
     ("settings",),
+    ("denoiser",),
     ("pipeline",),
     ("cli",),
 )

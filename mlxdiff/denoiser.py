@@ -1,0 +1,109 @@
+"""What the sampler asks at each evaluation: the U-Net with all that it is told, and guidance.
+
+One object for one prompt: what is the same in every evaluation is put together once, here. Whatever
+takes part in an evaluation (guidance, and later more inputs or networks) has its place here; the
+loop in ``pipeline`` knows nothing of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mlxdiff.model import Model, PromptEmbeddings
+from mlxdiff.pixels import PixelModel
+from mlxdiff.samplers.guidance import guidance_scale_embedding, guide
+from mlxdiff.settings import Settings
+
+
+class Evaluation(NamedTuple):
+    """Which evaluation of a run this is.
+
+    Attributes:
+        t: the timestep.
+        index: 0 for the first of this model's plan.
+        total: evaluations of the plan.
+    """
+
+    t: float
+    index: int
+    total: int
+
+
+class Denoiser:
+    """Predictions of a model that draws from text: one, or two and guidance between them.
+
+    Args:
+        model: whose U-Net is asked.
+        text: the prompts, embedded.
+        settings: of the run.
+    """
+
+    def __init__(self, model: Model, text: PromptEmbeddings, settings: Settings) -> None:
+        self.backend = model.backend
+        self.unet = model.component("unet")
+        self.settings = settings
+        self.guided = model.is_guided(settings.guidance)
+        self.conditions: dict[str, Any] = {
+            "encoder_hidden_states": self._both(text.negative_prompt_embeds, text.prompt_embeds)
+        }
+        if (time_ids := settings.time_ids(model)) is not None:
+            negative_ids, ids = np.array(time_ids, np.float32)[:, None]
+            self.conditions["text_embeds"] = self._both(
+                text.negative_pooled_prompt_embeds, text.pooled_prompt_embeds
+            )
+            self.conditions["time_ids"] = self._both(negative_ids, ids)
+        if (dim := model.unet_config.time_cond_proj_dim) is not None:
+            embedding = guidance_scale_embedding(settings.guidance, dim)
+            self.conditions["timestep_cond"] = self.backend.asarray(embedding)
+
+    def _both(self, negative: np.ndarray | None, positive: np.ndarray | None) -> Any:
+        """One batch of what is said beside the negative and the positive prompt."""
+        if positive is None:
+            return None
+        if self.guided and negative is not None:
+            positive = np.concatenate([negative, positive])
+        return self.backend.asarray(positive)
+
+    def __call__(self, x: Any, evaluation: Evaluation) -> Any:
+        """The model's output at x_t, after guidance: (1, h, w, C) float32 -> the same."""
+        sample = self.backend.concatenate([x, x], 0) if self.guided else x
+        out = self.unet(sample, evaluation.t, **self.conditions)
+        if not self.guided:
+            return out
+        return guide(out[:1], out[1:], self.settings.guidance, self.settings.guidance_rescale)
+
+
+class PixelDenoiser:
+    """Predictions of a model without text.
+
+    Args:
+        model: whose U-Net is asked.
+        label: the class to draw, for a model that has classes.
+    """
+
+    def __init__(self, model: PixelModel, label: int | None = None) -> None:
+        self.unet = model.component("unet")
+        self.labels = None
+        if label is not None:
+            dtype = np.int32 if model.unet_config.class_embed_type is None else np.float32
+            self.labels = model.backend.asarray(np.array([label], dtype))
+
+    def __call__(self, x: Any, evaluation: Evaluation) -> Any:
+        """The model's output at x_t: (1, H, W, C) float32 -> the same."""
+        return self.unet(x, evaluation.t, self.labels)
+
+
+def make_denoiser(model: Model | PixelModel, settings: Settings) -> Denoiser | PixelDenoiser:
+    """The denoiser of a run; runs the text encoders."""
+    if isinstance(model, PixelModel):
+        return PixelDenoiser(model, settings.label)
+    text = model.encode_prompt(
+        settings.prompt,
+        settings.negative_prompt,
+        settings.prompt_2,
+        settings.negative_prompt_2,
+        guided=model.is_guided(settings.guidance),
+    )
+    return Denoiser(model, text, settings)
