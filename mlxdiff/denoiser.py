@@ -13,7 +13,7 @@ import numpy as np
 
 from mlxdiff.model import Model, PromptEmbeddings
 from mlxdiff.pixels import PixelModel
-from mlxdiff.samplers.guidance import guidance_scale_embedding, guide
+from mlxdiff.samplers.guidance import guidance_scale_embedding, guide, guided_evaluations
 from mlxdiff.settings import Settings
 
 
@@ -57,6 +57,8 @@ class Denoiser:
         if (dim := model.unet_config.time_cond_proj_dim) is not None:
             embedding = guidance_scale_embedding(settings.guidance, dim)
             self.conditions["timestep_cond"] = self.backend.asarray(embedding)
+        self._positive = {k: v[1:] for k, v in self.conditions.items()} if self.guided else None
+        self._deep: list[Any] = []
 
     def _both(self, negative: np.ndarray | None, positive: np.ndarray | None) -> Any:
         """One batch of what is said beside the negative and the positive prompt."""
@@ -68,11 +70,32 @@ class Denoiser:
 
     def __call__(self, x: Any, evaluation: Evaluation) -> Any:
         """The model's output at x_t, after guidance: (1, h, w, C) float32 -> the same."""
-        sample = self.backend.concatenate([x, x], 0) if self.guided else x
-        out = self.unet(sample, evaluation.t, **self.conditions)
-        if not self.guided:
+        guided = self.guided and self._within(evaluation)
+        sample = self.backend.concatenate([x, x], 0) if guided else x
+        conditions = self.conditions if guided or self._positive is None else self._positive
+        deep = self._features(evaluation, len(sample))
+        out = self.unet(sample, evaluation.t, **conditions, deep=deep)
+        if not guided:
             return out
         return guide(out[:1], out[1:], self.settings.guidance, self.settings.guidance_rescale)
+
+    def _within(self, evaluation: Evaluation) -> bool:
+        """Whether there is guidance in this evaluation."""
+        if self.settings.guidance_interval is None:
+            return True
+        first, end = guided_evaluations(self.settings.guidance_interval, evaluation.total)
+        return first <= evaluation.index < end
+
+    def _features(self, evaluation: Evaluation, batch: int) -> list[Any] | None:
+        """The U-Net's ``deep``: empty where all of it is to run; None: features are not kept."""
+        every = self.settings.feature_reuse
+        if every is None:
+            return None
+        if evaluation.index % every == 0 or len(self._deep[0]) < batch:
+            self._deep = []
+        else:
+            self._deep = [features[-batch:] for features in self._deep]  # the prompt's come last
+        return self._deep
 
 
 class PixelDenoiser:

@@ -345,6 +345,10 @@ class Pipeline:
             guidance: scale of classifier-free guidance; no guidance at 1 and below. None: the
                 reference pipeline's default.
             guidance_rescale: 0 to 1 (Lin et al. 2023, section 3.4).
+            guidance_interval: (start, end), shares of the run, 0 to 1: guidance only between them
+                (with a refiner, of either model's part). An evaluation without costs half.
+            feature_reuse: run the whole U-Net in every so many evaluations only; in those between
+                its last layer alone, on deep features of the whole one before. 1: always.
             sampler, schedule: see ``mlxdiff.samplers``.
             eta: 0 to 1, the share of fresh noise, for the samplers that have it. None: 0.
             image: a picture to start from: path, Pillow image or array; it is resized.

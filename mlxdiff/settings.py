@@ -17,6 +17,7 @@ from mlxdiff.errors import UsageError
 from mlxdiff.image import load_image, resize
 from mlxdiff.model import Model
 from mlxdiff.pixels import PixelModel
+from mlxdiff.samplers.guidance import guided_evaluations
 
 logger = logging.getLogger("mlxdiff")
 
@@ -37,6 +38,10 @@ class Settings:
         denoising_start: with a refiner, where that begins; else where the run begins, on an image
             that is taken for a picture half made.
         denoising_end: where the run ends or, with a refiner, where that takes over.
+        guidance_interval: the shares of the run, 0 to 1, between which there is guidance; None:
+            all of it.
+        feature_reuse: every so many evaluations the whole U-Net runs, and its deep features are
+            kept for those between; None: always.
         label: the class to draw, for models that have classes in place of a prompt.
         refined: whether there is a refiner.
     """
@@ -61,6 +66,8 @@ class Settings:
     crop: tuple[int, int] | None = None
     aesthetic_score: float | None = None
     negative_aesthetic_score: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    feature_reuse: int | None = None
     label: int | None = None
     image_name: str | None = None
     image: np.ndarray | None = field(default=None, repr=False, compare=False)
@@ -165,6 +172,8 @@ def _resolve_text(
     steps: int | None = None,
     guidance: float | None = None,
     guidance_rescale: float = 0.0,
+    guidance_interval: tuple[float, float] | None = None,
+    feature_reuse: int | None = None,
     sampler: str = "auto",
     schedule: str = "auto",
     eta: float | None = None,
@@ -201,6 +210,8 @@ def _resolve_text(
         denoising_start=denoising_start,
         denoising_end=denoising_end,
     )
+    guidance_interval = _checked_interval(guidance_interval)
+    feature_reuse = _checked_reuse(feature_reuse)
     _check_parts(
         model,
         refiner,
@@ -244,6 +255,8 @@ def _resolve_text(
         steps=model.default_steps if steps is None else steps,
         guidance=float(guidance),
         guidance_rescale=float(guidance_rescale),
+        guidance_interval=guidance_interval,
+        feature_reuse=feature_reuse,
         sampler=sampler,
         schedule=schedule,
         eta=eta,
@@ -280,7 +293,9 @@ def _resolve_text(
             ),
         )
     _note_what_has_no_effect(model, settings, negative_aesthetic_score)
-    plan = make_plans(settings, model, refiner)[0]
+    plans = make_plans(settings, model, refiner)
+    _check_some_guidance(settings, plans)
+    plan = plans[0]
     return replace(settings, sampler=plan.sampler, schedule=plan.schedule)
 
 
@@ -289,6 +304,8 @@ def make_plans(
 ) -> tuple[samplers.Plan, ...]:
     """The sampler's plan for the model and, where there is one, for the refiner."""
     source = model.source
+    # What was fitted to a model was fitted to its whole network, guided all the way.
+    usual = settings.guidance_interval is None and settings.feature_reuse is None
     own_strength = (
         isinstance(model, Model)
         and model.is_latent_consistency
@@ -305,7 +322,7 @@ def make_plans(
         distilled_strength=settings.strength if own_strength else None,
         denoising_start=None if settings.refined else settings.denoising_start,
         denoising_end=settings.denoising_end,
-        guidance=settings.guidance,
+        guidance=settings.guidance if usual or settings.sampler == "fitted" else None,
     )
     if refiner is None:
         return (plan,)
@@ -348,6 +365,42 @@ def _check_numbers(most: float, **numbers: Any) -> None:
         if not known or not math.isfinite(number) or not 0.0 <= number <= most:
             expected = "at least 0" if most == math.inf else f"0 to {most:g}"
             raise UsageError(f"{name} is {number!r}; expected a number, {expected}")
+
+
+def _checked_interval(interval: Any) -> tuple[float, float] | None:
+    """Two shares of a run; None where it is all of it."""
+    if interval is None:
+        return None
+    if not isinstance(interval, (tuple, list)) or len(interval) != 2:
+        raise UsageError(f"guidance_interval is {interval!r}; expected two numbers, start and end")
+    start, end = interval
+    _check_numbers(1.0, **{"start of guidance_interval": start, "end of guidance_interval": end})
+    if start >= end:
+        raise UsageError(f"guidance_interval is {start:g} to {end:g}; its start must be less")
+    return None if (start, end) == (0, 1) else (float(start), float(end))
+
+
+def _checked_reuse(every: Any) -> int | None:
+    """How many evaluations share deep features; None where each has its own."""
+    if every is None:
+        return None
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise UsageError(f"feature_reuse is {every!r}; expected a whole number, at least 1 (none)")
+    return None if every == 1 else every
+
+
+def _check_some_guidance(settings: Settings, plans: tuple[samplers.Plan, ...]) -> None:
+    """Refuse a guidance interval that no evaluation lies in."""
+    if settings.guidance_interval is None:
+        return
+    for plan in plans:
+        first, end = guided_evaluations(settings.guidance_interval, len(plan))
+        if first >= end:
+            start, stop = settings.guidance_interval
+            raise UsageError(
+                f"guidance_interval {start:g} to {stop:g} holds none of the run's {len(plan)} "
+                "evaluations; take a wider one, or guidance 1 for none"
+            )
 
 
 def _check_parts(model: Model, refiner: Model | None, given: dict[str, Any]) -> None:
@@ -423,6 +476,7 @@ def _note_what_has_no_effect(
         "negative_prompt_2": settings.negative_prompt_2,
         "negative_aesthetic_score": negative_aesthetic_score,
         "guidance_rescale": settings.guidance_rescale or None,
+        "guidance_interval": settings.guidance_interval,
     }
     given = [name for name, value in without_guidance.items() if value is not None]
     if given and not model.is_guided(settings.guidance):

@@ -84,6 +84,7 @@ def test_json_and_count(here: Path) -> None:
 
 def test_metadata_replays_the_picture(here: Path) -> None:
     options = ("-g", "3.5", "-n", "blurry", "--schedule", "karras", "-o", "first.png")
+    options += ("--guidance-interval", "0.5,1", "--feature-reuse", "2")
     assert generate('two, "words"\nSteps: 3', "-s", "5", *QUICK, *options).exit_code == 0
     again = generate("--from-image", "first.png", "-o", "second.png")
     assert again.exit_code == 0, again.output
@@ -140,7 +141,9 @@ def test_a_refiner_and_another_vae_and_their_replay(here: Path) -> None:
     assert np.array_equal(pixels(here / "alone.png"), pixels(here / "alone-again.png"))
 
 
-@pytest.mark.parametrize("extra", [{"strength": "much"}, {"crop": [1]}, {"vae": 3}])
+@pytest.mark.parametrize(
+    "extra", [{"strength": "much"}, {"crop": [1]}, {"crop": [0.5, 1]}, {"vae": 3}]
+)
 def test_metadata_that_is_no_settings_is_refused(here: Path, extra: dict[str, object]) -> None:
     save_png(photo(32, 32), "x.png", Metadata(prompt="a", extra=extra).chunks())
     assert next(iter(extra)) in error_of(generate("--from-image", "x.png", "-o", "y.png"))
@@ -208,6 +211,9 @@ def test_unseeded_pictures_tell_their_seed(here: Path) -> None:
         (("a", "--count", "0"), "--count"),
         (("a", "-g", "nan"), "guidance"),
         (("a", "--guidance-rescale", "2"), "guidance_rescale"),
+        (("a", "--guidance-interval", "0.5"), "START,END"),
+        (("a", "--guidance-interval", "0,0.1"), "guidance_interval"),
+        (("a", "--feature-reuse", "0"), "feature_reuse"),
         (("a", "--sampler", "best"), "dpmpp-2m"),
         (("a", "--schedule", "best"), "karras"),
         (("a", "--prompt-2", "b"), "SDXL"),

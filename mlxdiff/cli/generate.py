@@ -24,25 +24,25 @@ _EXTRA: dict[str, Any] = dict.fromkeys(
     "eta strength denoising_start denoising_end aesthetic_score negative_aesthetic_score".split(),
     float,
 )
-_EXTRA |= dict.fromkeys(("original_size", "target_size", "crop"), tuple)
+_EXTRA |= dict.fromkeys(("original_size", "target_size", "crop", "guidance_interval"), tuple)
 _EXTRA |= dict.fromkeys(("vae", "refiner", "image"), str)
-_EXTRA |= {"label": int}
+_EXTRA |= {"label": int, "feature_reuse": int}
 BUILTIN_NAME = "builtin"  # what pictures of the built-in model say that they are made with
 
 
 class Pair(click.ParamType):
-    """Two whole numbers with a separator between them, such as 512x768."""
+    """Two numbers with a separator between them, such as 512x768."""
 
-    def __init__(self, separator: str, names: str) -> None:
-        self.separator, self.name = separator, names
+    def __init__(self, separator: str, names: str, kind: type = int) -> None:
+        self.separator, self.name, self.kind = separator, names, kind
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, int]:
+    ) -> tuple[Any, Any]:
         if isinstance(value, tuple):
             return value
         try:
-            first, second = (int(part) for part in value.lower().split(self.separator))
+            first, second = (self.kind(part) for part in value.lower().split(self.separator))
         except ValueError:
             self.fail(f"{value!r} is not of the form {self.name}", param, ctx)
         return first, second
@@ -50,6 +50,7 @@ class Pair(click.ParamType):
 
 SIZE = Pair("x", "HxW")
 POINT = Pair(",", "Y,X")
+INTERVAL = Pair(",", "START,END", float)
 
 
 @click.command(context_settings={"show_default": False})
@@ -95,6 +96,18 @@ POINT = Pair(",", "Y,X")
     "Default: 7.5, SDXL 5, LCM 8.5, Turbo 0.",
 )
 @click.option("--guidance-rescale", type=float, help="Rescale of the guided prediction, 0 to 1.")
+@click.option(
+    "--guidance-interval",
+    type=INTERVAL,
+    metavar="START,END",
+    help="Guidance only between these shares of the run, 0 to 1; the rest costs half.",
+)
+@click.option(
+    "--feature-reuse",
+    type=int,
+    metavar="N",
+    help="Cheaper and less exact: the whole U-Net only in every Nth evaluation. Default: 1.",
+)
 @click.option("-s", "--seed", type=int, help="As torch takes it. Default: random, printed.")
 @click.option(
     "-b", "--count", type=int, default=1, help="Pictures for each prompt, with seeds s, s+1, ..."
@@ -252,7 +265,8 @@ def _replay(path: str) -> dict[str, Any]:
             value = tuple(value)
         good = isinstance(value, (int, float) if kind is float else kind)
         if kind is tuple and good:
-            good = len(value) == 2 and all(type(v) is int for v in value)
+            numbers = (int, float) if name == "guidance_interval" else (int,)
+            good = len(value) == 2 and all(type(v) in numbers for v in value)
         if value is not None and (not good or isinstance(value, bool)):
             raise UsageError(f"{path}: {name} in its mlxdiff metadata is {value!r}")
         replay[name] = value

@@ -33,6 +33,8 @@ from mlxdiff.models.layers import (
     timestep_embedding,
 )
 
+ALL, ALL_BUT_LAST, LAST = slice(None), slice(-1), slice(-1, None)  # layers of a block
+
 
 class GEGLU(Module):
     """One half of a linear map, gated by the gelu of the other (Shazeer 2020)."""
@@ -217,6 +219,7 @@ class UpBlock2D(Module):
         temb: (B, E).
         encoder_hidden_states: not used; there so that all blocks are called alike.
         skips: outputs of the down path, the last first; those used are removed.
+        layers: run only these of its layers, and the upsampler where no later ones are left.
     Returns: (B, H', W', out_channels), of the size of the next skip where it was upsampled.
     """
 
@@ -231,10 +234,11 @@ class UpBlock2D(Module):
         temb: mx.array,
         encoder_hidden_states: mx.array | None,
         skips: list[mx.array],
+        layers: slice = ALL,
     ) -> mx.array:
-        for resnet in self.resnets:
+        for resnet in self.resnets[layers]:
             x = resnet(mx.concatenate([x, skips.pop()], axis=-1), temb)
-        for upsampler in self.upsamplers:
+        for upsampler in self.upsamplers if layers.stop is None else []:
             x = upsampler(x, skips[-1].shape[1:3])
         return x
 
@@ -257,11 +261,12 @@ class CrossAttnUpBlock2D(Module):
         temb: mx.array,
         encoder_hidden_states: mx.array | None,
         skips: list[mx.array],
+        layers: slice = ALL,
     ) -> mx.array:
-        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+        for resnet, attention in zip(self.resnets[layers], self.attentions[layers], strict=True):
             x = resnet(mx.concatenate([x, skips.pop()], axis=-1), temb)
             x = attention(x, encoder_hidden_states)
-        for upsampler in self.upsamplers:
+        for upsampler in self.upsamplers if layers.stop is None else []:
             x = upsampler(x, skips[-1].shape[1:3])
         return x
 
@@ -276,6 +281,9 @@ class UNet2DConditionModel(Module):
         text_embeds: pooled text, (B, P); SDXL only.
         time_ids: sizes and crop, (B, 6); (B, 5) for the refiner; SDXL only.
         timestep_cond: (B, time_cond_proj_dim); models distilled over the guidance scale only.
+        deep: what the last layer of the way up is given, by all the layers below it. An empty list
+            is filled with it; a filled one is used in its place, and only that last layer runs (Ma
+            et al. 2023, "DeepCache": it changes little from one timestep to the next).
     Returns: (B, H, W, out_channels), float32 whatever the weights are: sampling goes on in float32.
     Raises: UsageError where the model needs text_embeds and time_ids and does not get them.
     """
@@ -308,6 +316,7 @@ class UNet2DConditionModel(Module):
         text_embeds: mx.array | None = None,
         time_ids: mx.array | None = None,
         timestep_cond: mx.array | None = None,
+        deep: list[mx.array] | None = None,
     ) -> mx.array:
         config, dtype = self.config, self.conv_in.weight.dtype
         timesteps = mx.broadcast_to(mx.array(timesteps, dtype=mx.float32), (sample.shape[0],))
@@ -332,13 +341,20 @@ class UNet2DConditionModel(Module):
         text = encoder_hidden_states.astype(dtype)
 
         x = self.conv_in(sample.astype(dtype))
-        skips = [x]
-        for block in self.down_blocks:
-            x = block(x, temb, text, skips)
-        if self.mid_block is not None:
-            x = self.mid_block(x, temb, text)
-        for block in self.up_blocks:
-            x = block(x, temb, text, skips)
+        skips, last = [x], self.up_blocks[-1]
+        if deep:
+            x = deep[0]
+        else:
+            for block in self.down_blocks:
+                x = block(x, temb, text, skips)
+            if self.mid_block is not None:
+                x = self.mid_block(x, temb, text)
+            for block in self.up_blocks[:-1]:
+                x = block(x, temb, text, skips)
+            x = last(x, temb, text, skips, ALL_BUT_LAST)
+            if deep is not None:
+                deep.append(x)
+        x = last(x, temb, text, skips, LAST)
         return self.conv_out(silu(self.conv_norm_out(x))).astype(mx.float32)
 
 

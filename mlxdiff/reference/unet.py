@@ -33,6 +33,8 @@ from mlxdiff.reference.layers import (
     timestep_embedding,
 )
 
+ALL, ALL_BUT_LAST, LAST = slice(None), slice(-1), slice(-1, None)  # layers of a block
+
 
 class GEGLU(Module):
     """One half of a linear map, gated by the gelu of the other (Shazeer 2020)."""
@@ -215,6 +217,7 @@ class UpBlock2D(Module):
         temb: (B, E).
         encoder_hidden_states: not used; there so that all blocks are called alike.
         skips: outputs of the down path, the last first; those used are removed.
+        layers: run only these of its layers, and the upsampler where no later ones are left.
     Returns: (B, H', W', out_channels), of the size of the next skip where it was upsampled.
     """
 
@@ -228,10 +231,11 @@ class UpBlock2D(Module):
         temb: np.ndarray,
         encoder_hidden_states: np.ndarray | None,
         skips: list[np.ndarray],
+        layers: slice = ALL,
     ) -> np.ndarray:
-        for resnet in self.resnets:
+        for resnet in self.resnets[layers]:
             x = resnet(np.concatenate([x, skips.pop()], axis=-1), temb)
-        for upsampler in self.upsamplers:
+        for upsampler in self.upsamplers if layers.stop is None else []:
             x = upsampler(x, skips[-1].shape[1:3])
         return x
 
@@ -253,11 +257,12 @@ class CrossAttnUpBlock2D(Module):
         temb: np.ndarray,
         encoder_hidden_states: np.ndarray | None,
         skips: list[np.ndarray],
+        layers: slice = ALL,
     ) -> np.ndarray:
-        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+        for resnet, attention in zip(self.resnets[layers], self.attentions[layers], strict=True):
             x = resnet(np.concatenate([x, skips.pop()], axis=-1), temb)
             x = attention(x, encoder_hidden_states)
-        for upsampler in self.upsamplers:
+        for upsampler in self.upsamplers if layers.stop is None else []:
             x = upsampler(x, skips[-1].shape[1:3])
         return x
 
@@ -272,6 +277,9 @@ class UNet2DConditionModel(Module):
         text_embeds: pooled text, (B, P); SDXL only.
         time_ids: sizes and crop, (B, 6); (B, 5) for the refiner; SDXL only.
         timestep_cond: (B, time_cond_proj_dim); models distilled over the guidance scale only.
+        deep: what the last layer of the way up is given, by all the layers below it. An empty list
+            is filled with it; a filled one is used in its place, and only that last layer runs (Ma
+            et al. 2023, "DeepCache": it changes little from one timestep to the next).
     Returns: (B, H, W, out_channels), float32.
     Raises: UsageError where the model needs text_embeds and time_ids and does not get them.
     """
@@ -303,6 +311,7 @@ class UNet2DConditionModel(Module):
         text_embeds: np.ndarray | None = None,
         time_ids: np.ndarray | None = None,
         timestep_cond: np.ndarray | None = None,
+        deep: list[np.ndarray] | None = None,
     ) -> np.ndarray:
         config = self.config
         embed = partial(
@@ -323,13 +332,20 @@ class UNet2DConditionModel(Module):
             temb += self.add_embedding(np.concatenate([text_embeds, ids], axis=-1))
 
         x = self.conv_in(sample)
-        skips = [x]
-        for block in self.down_blocks:
-            x = block(x, temb, encoder_hidden_states, skips)
-        if self.mid_block is not None:
-            x = self.mid_block(x, temb, encoder_hidden_states)
-        for block in self.up_blocks:
-            x = block(x, temb, encoder_hidden_states, skips)
+        skips, last = [x], self.up_blocks[-1]
+        if deep:
+            x = deep[0]
+        else:
+            for block in self.down_blocks:
+                x = block(x, temb, encoder_hidden_states, skips)
+            if self.mid_block is not None:
+                x = self.mid_block(x, temb, encoder_hidden_states)
+            for block in self.up_blocks[:-1]:
+                x = block(x, temb, encoder_hidden_states, skips)
+            x = last(x, temb, encoder_hidden_states, skips, ALL_BUT_LAST)
+            if deep is not None:
+                deep.append(x)
+        x = last(x, temb, encoder_hidden_states, skips, LAST)
         return self.conv_out(silu(self.conv_norm_out(x)))
 
 

@@ -2,8 +2,10 @@
 
 Source: Ho and Salimans 2022, "Classifier-Free Diffusion Guidance", eq. 6 (with w + 1 as ``scale``,
 the convention of Stable Diffusion); the rescale is Lin et al. 2023, "Common Diffusion Noise
-Schedules and Sample Steps are Flawed", eqs. 15 and 16; the embedding of the scale is Meng et al.
-2023, "On Distillation of Guided Diffusion Models", as Latent Consistency Models use it.
+Schedules and Sample Steps are Flawed", eqs. 15 and 16; the interval is Kynkäänniemi et al. 2024,
+"Applying Guidance in a Limited Interval", counted as diffusers' guiders do; the embedding of the
+scale is Meng et al. 2023, "On Distillation of Guided Diffusion Models", as Latent Consistency
+Models use it.
 """
 
 from __future__ import annotations
@@ -36,6 +38,12 @@ def guide(uncond: Array, cond: Array, scale: float, rescale: float = 0.0) -> Arr
         return guided
     ratio = _variance(cond) / _variance(guided)
     return rescale * (guided * ratio**0.5) + (1.0 - rescale) * guided
+
+
+def guided_evaluations(interval: tuple[float, float], total: int) -> tuple[int, int]:
+    """(first, one past the last) of the evaluations between two shares of a run, 0 to 1."""
+    start, end = interval
+    return int(start * total), int(end * total)
 
 
 def _variance(x: Array) -> Array:
