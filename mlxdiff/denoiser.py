@@ -7,7 +7,8 @@ loop in ``pipeline`` knows nothing of it.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,8 @@ from mlxdiff.samplers.guidance import guidance_scale_embedding, guide, guided_ev
 from mlxdiff.settings import Settings
 
 
-class Evaluation(NamedTuple):
+@dataclass(frozen=True)
+class Evaluation:
     """Which evaluation of a run this is.
 
     Attributes:

@@ -7,7 +7,6 @@ where a model wants one, it is handed to its U-Net beside what they hand to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np

@@ -68,7 +68,7 @@ def save(folder: str | Path, words: list[str]) -> None:
 
 
 def name_words(folder: Path, words: list[str]) -> None:
-    """List the words in tokenizer_config.json, where mlxdiff reads them and transformers does not."""
+    """List the words in tokenizer_config.json; mlxdiff reads them, transformers does not."""
     config = folder / "tokenizer_config.json"
     values = json.loads(config.read_text()) | {"known_words": words}
     config.write_text(json.dumps(values, indent=2) + "\n")
