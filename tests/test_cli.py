@@ -212,7 +212,7 @@ def test_unseeded_pictures_tell_their_seed(here: Path) -> None:
         (("a", "-g", "nan"), "guidance"),
         (("a", "--guidance-rescale", "2"), "guidance_rescale"),
         (("a", "--guidance-interval", "0.5"), "START,END"),
-        (("a", "--guidance-interval", "0,0.1"), "guidance_interval"),
+        (("a", "--guidance-interval", "0,0.01"), "guidance_interval"),
         (("a", "--feature-reuse", "0"), "feature_reuse"),
         (("a", "--sampler", "best"), "dpmpp-2m"),
         (("a", "--schedule", "best"), "karras"),
