@@ -25,12 +25,17 @@ from mlxdiff.convert.report import ComponentReport, Report
 from mlxdiff.convert.singlefile import SingleFile
 from mlxdiff.convert.sources import Model, open_source
 from mlxdiff.errors import UsageError
+from mlxdiff.recipes import find_recipe, is_quantized, quantized_model, recipe_of
 from mlxdiff.weights import (
     DTYPES,
     ConvertedFolder,
+    LazyTensor,
+    ModelSource,
     Progress,
+    QuantizedTensor,
     check_dest,
     sha256,
+    stored_bytes,
     write_folder,
 )
 
@@ -59,6 +64,9 @@ def convert(
     config: str | os.PathLike[str] | None = None,
     prediction_type: str | None = None,
     ema: bool = False,
+    quantize: int | str | None = None,
+    group_size: int | None = None,
+    recipe: str | None = None,
 ) -> Report:
     """Convert a model; memory stays near the size of its largest tensor.
 
@@ -78,12 +86,19 @@ def convert(
         prediction_type: for a single file: "epsilon", "v_prediction" or "sample", whatever it looks
             like.
         ema: for a single file: take the moving averages where there are both.
+        quantize: bits of a weight, as ``mlxdiff.recipes.find_recipe`` takes it; None: not.
+        group_size, recipe: its group size and kind.
     Returns: what was done with every tensor.
     Raises: UsageError, CheckpointError, ConfigError, HubError.
     """
     begin = time.perf_counter()
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    chosen = None
+    if quantize is not None:
+        chosen = find_recipe(quantize, group_size, recipe)
+    elif group_size is not None or recipe is not None:
+        raise UsageError("a group size or a recipe needs a number of bits (--quantize)")
     check_dest(dest, force)
     if variant is None and dtype == "float32":
         variant = ""
@@ -97,8 +112,14 @@ def convert(
         ema=ema,
     )
     model.documents()  # what is missing for a tokenizer is said before anything is read
-    width = 4 if dtype == "float32" else 2
-    to_write = sum(t.size * width for c in model.components for t in model.tensors(c).values())
+    if chosen is None and is_quantized(model):
+        raise UsageError(
+            f"{source}: is quantized already; convert the original to have it otherwise"
+        )
+    target = model if chosen is None else quantized_model(model, chosen, dtype)
+    to_write = sum(
+        stored_bytes(t, dtype) for c in target.components for t in target.tensors(c).values()
+    )
     provenance = model.provenance
     to_hash = 0
     if not isinstance(model, ConvertedFolder):
@@ -106,10 +127,11 @@ def convert(
         to_hash = sum(path.stat().st_size for path in files.values())
         provenance = provenance | {"sha256": _hash(files, to_hash + to_write, progress)}
     write_folder(
-        model,
+        target,
         dest,
         dtype,
         provenance=provenance,
+        recipe=None if chosen is None else chosen.name,
         force=force,
         progress=progress
         and (lambda done, total, name: progress(to_hash + done, to_hash + total, name)),
@@ -119,7 +141,11 @@ def convert(
         dest=Path(dest),
         family=model.family,
         dtype=dtype,
-        components=tuple(_component_report(model, name, width) for name in model.components),
+        recipe=None if chosen is None else chosen.name,
+        components=tuple(
+            _component_report(model, name, _stored_size(target, name, dtype))
+            for name in model.components
+        ),
         ignored=model.ignored if isinstance(model, SingleFile) else (),
         notes=() if isinstance(model, ConvertedFolder) else model.notes,
         seconds=time.perf_counter() - begin,
@@ -141,7 +167,11 @@ def _hash(files: dict[str, Path], total: int, progress: Progress | None) -> dict
     return digests
 
 
-def _component_report(model: Model, name: str, width: int) -> ComponentReport:
+def _stored_size(model: ModelSource, name: str, dtype: str) -> int:
+    return sum(stored_bytes(tensor, dtype) for tensor in model.tensors(name).values())
+
+
+def _component_report(model: Model, name: str, bytes_out: int) -> ComponentReport:
     tensors = model.tensors(name)
     parameters = sum(t.size for t in tensors.values())
     file, transforms = name, Counter[str]()
@@ -163,7 +193,7 @@ def _component_report(model: Model, name: str, width: int) -> ComponentReport:
         ignored=ignored,
         dtypes=dict(Counter(t.dtype for t in tensors.values())),
         bytes_in=sum(t.nbytes for t in tensors.values()),
-        bytes_out=parameters * width,
+        bytes_out=bytes_out,
     )
 
 
@@ -177,8 +207,8 @@ def describe(
         config: for a single file, as ``convert`` takes it.
     Returns: kind ("converted", "diffusers" or "single file"), path, family, pipeline, resolution
         (height, width in pixels; None where the config does not say), prediction_type, scheduler,
-        parameters, bytes, components (class, tensors, parameters, bytes, dtypes of each), source,
-        notes.
+        parameters, bytes, components (class, tensors, parameters, bytes, dtypes of each),
+        quantization (name of the recipe, where it is quantized), source, notes.
     Raises: CheckpointError, ConfigError, HubError.
     """
     model = open_source(path, config=config)
@@ -192,8 +222,9 @@ def describe(
             "tensors": len(tensors),
             "parameters": sum(t.size for t in tensors),
             "bytes": sum(t.nbytes for t in tensors),
-            "dtypes": dict(Counter(t.dtype for t in tensors)),
+            "dtypes": dict(Counter(map(_kind, tensors))),
         }
+    recipe = recipe_of(model)
     kinds = {ConvertedFolder: "converted", SingleFile: "single file"}
     return {
         "kind": kinds.get(type(model), "diffusers"),
@@ -206,6 +237,12 @@ def describe(
         "parameters": sum(c["parameters"] for c in components.values()),
         "bytes": sum(c["bytes"] for c in components.values()),
         "components": components,
+        **({} if recipe is None else {"quantization": recipe}),
         "source": model.provenance,
         "notes": [] if isinstance(model, ConvertedFolder) else list(model.notes),
     }
+
+
+def _kind(tensor: LazyTensor) -> str:
+    """How a tensor is stored: "F16", or "affine-4-64"."""
+    return str(tensor.quantization) if isinstance(tensor, QuantizedTensor) else tensor.dtype

@@ -52,7 +52,8 @@ def _ignored_lines(ignored: tuple[tuple[str, str], ...]) -> list[str]:
 class Report:
     """A whole conversion. ``str()`` is for people, ``to_dict()`` for programs.
 
-    ``ignored`` are things in a single file that belong to no component: (name, reason).
+    ``ignored`` are things in a single file that belong to no component: (name, reason). ``recipe``
+    is how it was quantized, if it was.
     """
 
     source: str
@@ -63,6 +64,7 @@ class Report:
     notes: tuple[str, ...]
     seconds: float
     ignored: tuple[tuple[str, str], ...] = ()
+    recipe: str | None = None
 
     @property
     def bytes_out(self) -> int:
@@ -83,9 +85,10 @@ class Report:
         if self.ignored:
             lines += ["beside the components:", *_ignored_lines(self.ignored)]
         lines += [f"note: {note}" for note in self.notes]
+        kind = self.dtype if self.recipe is None else f"{self.recipe} and {self.dtype}"
         lines.append(
             f"{self.source} ({self.family}) -> {self.dest}: {human_bytes(self.bytes_out)} in "
-            f"{self.dtype}, {self.seconds:.1f} s; every tensor accounted for"
+            f"{kind}, {self.seconds:.1f} s; every tensor accounted for"
         )
         return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """The library: models of the hub, converted once and kept.
 
     $MLXDIFF_HOME/models/org--name/<fingerprint>-float16-v1/     a converted folder
+    ..............................<fingerprint>-float16_q4-v2/   one that is quantized, by recipe
     $MLXDIFF_HOME/models/org--name/index.json                    which branch or commit is which
 
 MLXDIFF_HOME is ~/.cache/mlxdiff where nothing else is said ($XDG_CACHE_HOME/mlxdiff). An entry is
@@ -24,11 +25,20 @@ from pathlib import Path
 from typing import Any
 
 from mlxdiff import hub, known
-from mlxdiff.convert import Model, convert, open_source
+from mlxdiff.convert import convert, open_source
 from mlxdiff.convert.report import human_bytes
 from mlxdiff.errors import CheckpointError, ConfigError, HubError, UsageError
 from mlxdiff.files import exclusive, require_space
-from mlxdiff.weights import FORMAT_VERSION, MANIFEST, ConvertedFolder, Progress, open_folder
+from mlxdiff.recipes import find_recipe, quantized_model
+from mlxdiff.weights import (
+    FORMAT_VERSION,
+    MANIFEST,
+    QUANTIZED_VERSION,
+    ConvertedFolder,
+    ModelSource,
+    Progress,
+    open_folder,
+)
 
 logger = logging.getLogger("mlxdiff")
 
@@ -50,30 +60,58 @@ def open_model(
     revision: str | None = None,
     variant: str | None = None,
     progress: Progress | None = None,
+    quantize: int | str | None = None,
     **single_file: Any,
-) -> Model:
+) -> ModelSource:
     """Open a model, whatever it is given as; one of the hub is fetched and converted at first use.
 
     Args:
         model: folder, file, hub id or short name.
         dtype: what it is to compute in. For "float32" a hub model is taken and kept in float32,
             else in float16.
+        quantize: bits, or a float mode; None: not. A hub model is kept quantized.
         revision, variant, progress, single_file: as ``convert.open_source`` takes them. A file of
             the hub that is opened with options for single files is not kept.
     Returns: the model.
     Raises: CheckpointError, ConfigError, HubError, UsageError.
     """
+    recipe = None if quantize is None else find_recipe(quantize)
     reference = None
     if isinstance(model, str) and not Path(model).exists():
         model = str(known.expand(model))
         reference = hub.parse(model, revision)
     if reference is None or any(single_file.values()):
-        return open_source(model, revision, variant, progress, **single_file)
-    if variant is None and dtype == "float32":
+        opened = open_source(model, revision, variant, progress, **single_file)
+        if recipe is None:
+            return opened
+        return quantized_model(opened, recipe, "bfloat16" if dtype == "bfloat16" else "float16")
+    if variant is None and dtype == "float32" and recipe is None:
         variant = ""
-    return _Shelf(reference.name).open(
-        reference, variant, "float32" if dtype == "float32" else "float16", progress
-    )
+    form = _Form("float32" if dtype == "float32" and recipe is None else "float16", quantize)
+    return _Shelf(reference.name).open(reference, variant, form, progress)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What a model is kept as.
+
+    Attributes:
+        dtype: of its weights.
+        quantize: as ``find_recipe`` takes it; None: not quantized.
+    """
+
+    dtype: str
+    quantize: int | str | None = None
+
+    def __str__(self) -> str:
+        """As the names of entries have it: "float16", "float16_affine_4_64"."""
+        if self.quantize is None:
+            return self.dtype
+        return f"{self.dtype}_{find_recipe(self.quantize).name.replace('-', '_')}"
+
+    @property
+    def version(self) -> int:
+        return FORMAT_VERSION if self.quantize is None else QUANTIZED_VERSION
 
 
 @dataclass(frozen=True)
@@ -104,16 +142,16 @@ class _Shelf:
         self._index = self.path / "index.json"
 
     def open(
-        self, reference: hub.Reference, variant: str | None, dtype: str, progress: Progress | None
+        self, reference: hub.Reference, variant: str | None, form: _Form, progress: Progress | None
     ) -> ConvertedFolder:
         seen = self._seen(reference, variant)
         if seen and (reference.is_pinned or seen.is_recent or hub.is_offline()):
-            if (model := self._entry(seen.fingerprint, dtype)) is not None:
+            if (model := self._entry(seen.fingerprint, form)) is not None:
                 return model
         try:
             listing = hub.find(reference, variant)
         except HubError as error:
-            if seen and (model := self._entry(seen.fingerprint, dtype)) is not None:
+            if seen and (model := self._entry(seen.fingerprint, form)) is not None:
                 why = str(error).removeprefix(f"{self.name}: ")
                 logger.warning(
                     "%s: the copy in the library is used, there may be a newer one: %s",
@@ -123,7 +161,9 @@ class _Shelf:
                 return model
             raise
         if MANIFEST in listing.files:  # converted by its publisher
-            return open_folder(hub.fetch(listing, progress))
+            published = open_folder(hub.fetch(listing, progress))
+            if form.quantize is None or published.recipe == find_recipe(form.quantize).name:
+                return published
         same = seen is not None and seen.commit == listing.commit
         fingerprint = seen.fingerprint if seen and same else listing.fingerprint
         if seen and fingerprint != seen.fingerprint:
@@ -133,16 +173,16 @@ class _Shelf:
                 self.name,
                 seen.commit,
             )
-        model = self._entry(fingerprint, dtype)
+        model = self._entry(fingerprint, form)
         if model is None:
-            model = self._make(listing, variant, fingerprint, dtype, progress)
+            model = self._make(listing, variant, fingerprint, form, progress)
         if listing.is_current:
             self._remember(reference, variant, _Seen(listing.commit, fingerprint, time.time()))
         return model
 
-    def _entry(self, fingerprint: str, dtype: str, tell: bool = False) -> ConvertedFolder | None:
+    def _entry(self, fingerprint: str, form: _Form, tell: bool = False) -> ConvertedFolder | None:
         """The converted folder; None where there is none, or none that is whole (if told: why)."""
-        path = self._entry_path(fingerprint, dtype)
+        path = self._entry_path(fingerprint, form)
         if not path.exists():
             return None
         try:
@@ -152,21 +192,21 @@ class _Shelf:
                 logger.warning("%s: its converted copy is made again: %s", self.name, error)
             return None
 
-    def _entry_path(self, fingerprint: str, dtype: str) -> Path:
-        return self.path / f"{fingerprint}-{dtype}-v{FORMAT_VERSION}"
+    def _entry_path(self, fingerprint: str, form: _Form) -> Path:
+        return self.path / f"{fingerprint}-{form}-v{form.version}"
 
     def _make(
         self,
         listing: hub.Listing,
         variant: str | None,
         fingerprint: str,
-        dtype: str,
+        form: _Form,
         progress: Progress | None,
     ) -> ConvertedFolder:
-        dest = self._entry_path(fingerprint, dtype)
+        dest = self._entry_path(fingerprint, form)
         with self._locked() as alone:
             # Another process may have made it while this one waited.
-            if (model := self._entry(fingerprint, dtype, tell=True)) is not None:
+            if (model := self._entry(fingerprint, form, tell=True)) is not None:
                 return model
             if alone:
                 self._clean()
@@ -174,7 +214,7 @@ class _Shelf:
             require_space(
                 {
                     hub.cache_folder(): hub.missing_bytes(listing),
-                    self.path: _converted_bytes(listing, dtype),
+                    self.path: _converted_bytes(listing, form.dtype),
                 },
                 f"{listing.reference}: download and conversion",
                 "make room, or set MLXDIFF_HOME or HF_HOME to a folder on another disk",
@@ -189,10 +229,17 @@ class _Shelf:
             file = listing.entry if listing.entry in listing.files else ""
             source = hub.Reference(self.name, listing.commit, file)
             try:
-                convert(str(source), dest, dtype=dtype, variant=variant, progress=progress)
+                convert(
+                    str(source),
+                    dest,
+                    dtype=form.dtype,
+                    quantize=form.quantize,
+                    variant=variant,
+                    progress=progress,
+                )
             except UsageError:
                 # Without locks two processes may have worked at once: the first one's stays.
-                if (model := self._entry(fingerprint, dtype)) is not None:
+                if (model := self._entry(fingerprint, form)) is not None:
                     return model
                 raise
             return open_folder(dest)

@@ -26,6 +26,7 @@ from mlxdiff.metadata import Metadata
 from mlxdiff.model import ImageLatents, Model, PromptEmbeddings, draw_noise
 from mlxdiff.noise import Generator
 from mlxdiff.pixels import PixelModel
+from mlxdiff.recipes import recipe_of
 from mlxdiff.samplers import Plan
 from mlxdiff.settings import Settings, make_plans, pick_seeds, resolve
 from mlxdiff.weights import ModelSource
@@ -118,6 +119,7 @@ def load(
     *,
     backend: str = "auto",
     dtype: str | None = None,
+    quantize: int | str | None = None,
     vae: str | os.PathLike[str] | None = None,
     refiner: str | os.PathLike[str] | Pipeline | None = None,
     revision: str | None = None,
@@ -134,6 +136,9 @@ def load(
         backend: "mlx", "numpy" or "auto".
         dtype: what the U-Net and the text encoders compute in; None or "auto": float16 on a
             GPU, else float32. The VAE keeps to float32 where its config says ``force_upcast``.
+        quantize: weights in so many bits (2, 3, 4, 5, 6, 8), or in a float mode ("mxfp4", "nvfp4",
+            "mxfp8"): rounded while they are read, by the best recipe (docs/quantization.md). None:
+            as the model is.
         vae: another VAE: the folder of an AutoencoderKL or an AutoencoderTiny (TAESD), or a model
             whose VAE is to be taken.
         refiner: an SDXL model that does the last part of the way: as for ``model``, or a Pipeline
@@ -150,6 +155,7 @@ def load(
     source = library.open_model(
         BUILTIN if model is None else model,
         dtype=dtype,
+        quantize=quantize,
         revision=revision,
         variant=variant,
         progress=progress,
@@ -161,7 +167,9 @@ def load(
     pipe = Pipeline(source, chosen, vae=other_vae)
     if refiner is not None:
         if not isinstance(refiner, Pipeline):
-            second = library.open_model(refiner, dtype=dtype, variant=variant, progress=progress)
+            second = library.open_model(
+                refiner, dtype=dtype, quantize=quantize, variant=variant, progress=progress
+            )
             refiner = Pipeline(second, chosen)
         pipe.refine_with(refiner)
     return pipe
@@ -400,6 +408,7 @@ class Pipeline:
         values["image"] = values.pop("image_name")
         values["vae"] = None if self.model.vae is None else _named(self.model.vae.provenance)
         values["refiner"] = None if self.refiner is None else _named(self.refiner.source.provenance)
+        values["quantize"] = recipe_of(self.source)
         provenance = self.source.provenance
         return Metadata(
             **{name: value for name, value in values.items() if name in known},

@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,11 +36,17 @@ from mlxdiff.config import (
 )
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
 from mlxdiff.params import Shape, expected_parameters
+from mlxdiff.quantization import E4M3, Packed, Quantization, dequantize, packed_shapes, quantize
 
 if TYPE_CHECKING:
     from mlxdiff.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
+"""Of a folder with floating-point weights."""
+
+QUANTIZED_VERSION = 2
+"""Of a folder with quantized weights, which readers of version 1 do not know."""
+
 MANIFEST = "mlxdiff.json"
 COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
@@ -113,6 +120,62 @@ class LazyTensor:
     def nbytes(self) -> int:
         """Bytes of the stored values."""
         return self.size * _STORED[self.dtype][0]
+
+
+@dataclass(frozen=True)
+class QuantizedTensor(LazyTensor):
+    """A tensor that is stored in few bits; ``read`` gives the values it stands for, as float32.
+
+    Attributes:
+        dtype: type name of what its scales are stored as (or would be, in the float modes).
+        quantization: how it is stored.
+        read_packed: reads what is stored. Raises: CheckpointError.
+    """
+
+    quantization: Quantization
+    read_packed: Callable[[], Packed] = field(repr=False, compare=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weight, scales and biases."""
+        return sum(math.prod(shape) * _STORED[kind][0] for shape, kind in self.parts().values())
+
+    def parts(self) -> dict[str, tuple[Shape, str]]:
+        """What is stored: "weight", "scales" and, in affine mode, "biases" -> shape, type name."""
+        scales = self.dtype if self.quantization.mode == "affine" else "U8"
+        return {
+            part: (shape, "U32" if part == "weight" else scales)
+            for part, shape in packed_shapes(self.shape, self.quantization).items()
+        }
+
+
+def quantized(
+    shape: Shape, dtype: str, how: Quantization, read_packed: Callable[[], Packed]
+) -> QuantizedTensor:
+    """A tensor of which this function reads what is stored."""
+    return QuantizedTensor(shape, dtype, lambda: dequantize(read_packed()), how, read_packed)
+
+
+def quantize_tensor(name: str, tensor: LazyTensor, how: Quantization, dtype: str) -> LazyTensor:
+    """A tensor that is rounded whenever it is read: first to ``dtype``, then to few bits.
+
+    Args:
+        name: for messages.
+        dtype: what the scales are stored as: "float16", "bfloat16" or "float32".
+    """
+
+    def read_packed() -> Packed:
+        values = cast(tensor.read(), dtype, name)
+        if dtype != "bfloat16":
+            return quantize(values, how)
+        packed = quantize(_decoded(values, "BF16"), how)
+        scales, biases = (
+            array if array is None or array.dtype == np.uint8 else round_to(array, dtype)
+            for array in (packed.scales, packed.biases)
+        )
+        return packed._replace(scales=scales, biases=biases)
+
+    return quantized(tensor.shape, DTYPES[dtype], how, read_packed)
 
 
 class TensorFile:
@@ -307,25 +370,8 @@ def _decoded(bits: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "F8_E5M2":  # the upper half of a float16
         return (bits.astype(np.uint16) << 8).view(np.float16).astype(np.float32)
     if dtype == "F8_E4M3":
-        return _E4M3[bits]
+        return E4M3[bits]
     return bits
-
-
-def _e4m3_values() -> np.ndarray:
-    """The value of each byte: 1 bit sign, 4 bits exponent (bias 7), 3 bits mantissa, no infinity.
-
-    Source: Micikevicius et al. 2022, "FP8 formats for deep learning", table 1.
-    """
-    byte = np.arange(256)
-    exponent, mantissa = byte >> 3 & 15, byte & 7
-    values = np.where(
-        exponent == 0, np.ldexp(mantissa, -9), np.ldexp(8.0 + mantissa, exponent - 10)
-    )
-    values = np.where(byte & 128, -values, values)
-    return np.where(byte & 127 == 127, np.nan, values).astype(np.float32)
-
-
-_E4M3 = _e4m3_values()
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
@@ -450,6 +496,36 @@ def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
     return result
 
 
+def round_to(array: np.ndarray, dtype: str) -> np.ndarray:
+    """The values that ``cast`` would store, as floating-point numbers."""
+    return _decoded(cast(array, dtype, "a value"), DTYPES[dtype])
+
+
+def _stored_arrays(
+    name: str, tensor: LazyTensor, dtype: str, label: str = ""
+) -> dict[str, tuple[Shape, str, Callable[[Any], np.ndarray]]]:
+    """What is written for a tensor: name -> shape, type name, and how to get it from what is read.
+
+    Args:
+        label: what messages call the tensor.
+    """
+    if not isinstance(tensor, QuantizedTensor):
+        return {name: (tensor.shape, DTYPES[dtype], lambda values: cast(values, dtype, label))}
+    stem = name.removesuffix("weight")
+
+    def part_of(part: str, kind: str) -> Callable[[Any], np.ndarray]:
+        def get(packed: Packed) -> np.ndarray:
+            values: np.ndarray = getattr(packed, part)
+            return values if kind in ("U32", "U8") else cast(values, dtype, label)
+
+        return get
+
+    return {
+        stem + part: (shape, kind, part_of(part, kind))
+        for part, (shape, kind) in tensor.parts().items()
+    }
+
+
 def write_safetensors(
     path: Path,
     tensors: Mapping[str, LazyTensor],
@@ -466,13 +542,17 @@ def write_safetensors(
     Returns: sha256 of the file, in hex.
     Raises: CheckpointError, from reading or casting a tensor.
     """
-    kind, width = DTYPES[dtype], _STORED[DTYPES[dtype]][0]
+    folder = path.parent.name
+    arrays = {
+        name: _stored_arrays(name, t, dtype, f"{folder}/{name}") for name, t in tensors.items()
+    }
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     place = 0
-    for name, tensor in tensors.items():
-        stop = place + tensor.size * width
-        header[name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": (place, stop)}
-        place = stop
+    for parts in arrays.values():
+        for name, (shape, kind, _) in parts.items():
+            stop = place + math.prod(shape) * _STORED[kind][0]
+            header[name] = {"dtype": kind, "shape": shape, "data_offsets": (place, stop)}
+            place = stop
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     digest = hashlib.sha256()
@@ -485,22 +565,34 @@ def write_safetensors(
         put(len(raw).to_bytes(8, "little"))
         put(raw)
         for name, tensor in tensors.items():
-            values = np.ascontiguousarray(cast(tensor.read(), dtype, f"{path.parent.name}/{name}"))
-            if values.shape != tensor.shape:
-                raise AssertionError(f"{name}: read {values.shape}, announced {tensor.shape}")
-            put(values.reshape(-1).view(np.uint8).data)
-            on_tensor(values.nbytes, name)
+            is_packed = isinstance(tensor, QuantizedTensor)
+            loaded = tensor.read_packed() if is_packed else tensor.read()
+            size = 0
+            for part, (shape, _, get) in arrays[name].items():
+                values = np.ascontiguousarray(get(loaded))
+                if values.shape != shape:
+                    raise AssertionError(f"{part}: read {values.shape}, announced {shape}")
+                put(values.reshape(-1).view(np.uint8).data)
+                size += values.nbytes
+            on_tensor(size, name)
     return digest.hexdigest()
 
 
+def stored_bytes(tensor: LazyTensor, dtype: str) -> int:
+    """Bytes of a tensor in a converted folder of this type."""
+    if isinstance(tensor, QuantizedTensor):
+        return tensor.nbytes
+    return tensor.size * _STORED[DTYPES[dtype]][0]
+
+
 def _shards(
-    tensors: Mapping[str, LazyTensor], width: int, limit: int
+    tensors: Mapping[str, LazyTensor], dtype: str, limit: int
 ) -> dict[str, dict[str, LazyTensor]]:
     """Split into files of at most ``limit`` bytes (a larger tensor gets its own), by file name."""
     groups: list[dict[str, LazyTensor]] = [{}]
     room = limit
     for name, tensor in tensors.items():
-        size = tensor.size * width
+        size = stored_bytes(tensor, dtype)
         if size > room and groups[-1]:
             groups.append({})
             room = limit
@@ -646,7 +738,8 @@ class ConvertedFolder(ModelFolder):
     def _open(self, component: str) -> dict[str, LazyTensor]:
         folder = self.path / component
         index = folder / "model.safetensors.index.json"
-        tensors = open_weights(index if index.is_file() else folder / "model.safetensors")
+        stored = open_weights(index if index.is_file() else folder / "model.safetensors")
+        tensors = self._assemble(component, stored)
         check_parameters(
             {n: t.shape for n, t in tensors.items()}, self.config(component), str(folder)
         )
@@ -655,6 +748,55 @@ class ConvertedFolder(ModelFolder):
             mistyped=[f"{n} ({t.dtype})" for n, t in tensors.items() if t.dtype not in FLOATS],
         )
         return tensors
+
+    def _assemble(self, component: str, stored: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+        """The tensors of what is stored: weight, scales and biases of a quantized one are one."""
+        how_of = {
+            name: Quantization.parse(text)
+            for text, names in self.quantization.get("tensors", {}).get(component, {}).items()
+            for name in names
+        }
+        where, expected = str(self.path / component), expected_parameters(self.config(component))
+        raise_faults(
+            f"{where}, quantized as {MANIFEST} says",
+            unknown=[n for n in how_of if n not in expected],
+        )
+        tensors: dict[str, LazyTensor] = {}
+        missing, misshapen = [], []
+        rest = dict(stored)
+        for name, how in how_of.items():
+            stem, parts = name.removesuffix("weight"), {}
+            template = quantized(expected[name], self._float_type, how, _never)
+            for part, (shape, kind) in template.parts().items():
+                found = rest.pop(stem + part, None)
+                if found is None:
+                    missing.append(stem + part)
+                elif (found.shape, found.dtype) != (shape, kind):
+                    misshapen.append(
+                        f"{stem + part} is {found.dtype} {found.shape}, expected {kind} {shape}"
+                    )
+                else:
+                    parts[part] = found
+            tensors[name] = quantized(
+                expected[name], self._float_type, how, partial(_read_packed, parts, how)
+            )
+        raise_faults(where, missing=missing, misshapen=misshapen)
+        tensors |= rest
+        return {name: tensors[name] for name in (*expected, *tensors) if name in tensors}
+
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """ "recipe", and "tensors": component -> how -> names; empty where nothing is quantized."""
+        return dict(self.manifest.get("quantization", {}))
+
+    @property
+    def recipe(self) -> str | None:
+        """Name of the recipe that it was quantized by; None where it was not."""
+        return self.quantization.get("recipe")
+
+    @property
+    def _float_type(self) -> str:
+        return DTYPES[self.dtype]
 
     @property
     def dtype(self) -> str:
@@ -677,6 +819,15 @@ class ConvertedFolder(ModelFolder):
                 )
 
 
+def _read_packed(parts: Mapping[str, LazyTensor], how: Quantization) -> Packed:
+    biases = parts["biases"].read() if "biases" in parts else None
+    return Packed(parts["weight"].read(), parts["scales"].read(), biases, how)
+
+
+def _never() -> Packed:
+    raise AssertionError("a template has no values")
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     """mlxdiff.json, of a version that we know and with the keys that we write."""
     if not path.is_dir():
@@ -689,10 +840,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
     version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, QUANTIZED_VERSION):
         raise CheckpointError(
             f"{where}: format version {version!r} is unknown to mlxdiff {mlxdiff.__version__}, "
-            f"which reads {FORMAT_VERSION}; convert the model again, or update mlxdiff"
+            f"which reads {FORMAT_VERSION} and {QUANTIZED_VERSION}; convert the model again, or "
+            "update mlxdiff"
         )
     files = manifest.get("files")
     sound = (
@@ -707,7 +859,28 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     )
     if not sound:
         raise CheckpointError(f"{where}: family, dtype, source or files is missing or malformed")
+    if ("quantization" in manifest) != (version == QUANTIZED_VERSION):
+        raise CheckpointError(f"{where}: version {version} does not go with its quantization")
+    if version == QUANTIZED_VERSION and not _is_quantization(manifest["quantization"]):
+        raise CheckpointError(f"{where}: quantization is malformed; convert the model again")
     return manifest
+
+
+def _is_quantization(data: Any) -> bool:
+    """Whether this is {"recipe": text, "tensors": {component: {how: [names]}}}."""
+    return (
+        isinstance(data, dict)
+        and isinstance(data.get("recipe"), str)
+        and isinstance(data.get("tensors"), dict)
+        and all(
+            isinstance(kinds, dict)
+            and all(
+                isinstance(names, list) and all(isinstance(n, str) for n in names)
+                for names in kinds.values()
+            )
+            for kinds in data["tensors"].values()
+        )
+    )
 
 
 def _check_size(path: Path, expected: int) -> None:
@@ -734,6 +907,7 @@ def write_folder(
     dtype: str = "float16",
     *,
     provenance: Mapping[str, Any] | None = None,
+    recipe: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -744,9 +918,10 @@ def write_folder(
     failure or interruption nothing new is there.
 
     Args:
-        source: the model.
+        source: the model; its QuantizedTensors are written as they are.
         dest: folder to make; its parents are made too.
         dtype: type of all weights, "float16", "bfloat16" or "float32".
+        recipe: name of the quantization recipe, for the manifest.
         provenance: what the manifest says of the source; default: ``source.provenance``.
         force: replace ``dest`` if it is a converted folder (nothing else is ever replaced).
         progress: called after each tensor.
@@ -758,9 +933,8 @@ def write_folder(
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     dest = Path(dest)
-    width = _STORED[DTYPES[dtype]][0]
     tensors = {name: source.tensors(name) for name in source.components}
-    total = sum(t.size * width for part in tensors.values() for t in part.values())
+    total = sum(stored_bytes(t, dtype) for part in tensors.values() for t in part.values())
     done = 0
 
     def advance(size: int, name: str) -> None:
@@ -774,7 +948,7 @@ def write_folder(
         digests: dict[str, str] = {}
         for component, part in tensors.items():
             (folder / component).mkdir()
-            shards = _shards(part, width, shard_bytes)
+            shards = _shards(part, dtype, shard_bytes)
             for file, members in shards.items():
                 digests[f"{component}/{file}"] = write_safetensors(
                     folder / component / file,
@@ -783,22 +957,27 @@ def write_folder(
                     lambda size, name, c=component: advance(size, f"{c}/{name}"),  # type: ignore[misc]
                 )
             if len(shards) > 1:
-                size = sum(t.size for t in part.values()) * width
+                size = sum(stored_bytes(t, dtype) for t in part.values())
+                weight_map = {
+                    stored: file
+                    for file, members in shards.items()
+                    for name, tensor in members.items()
+                    for stored in _stored_arrays(name, tensor, dtype)
+                }
                 files[f"{component}/model.safetensors.index.json"] = _json(
-                    {
-                        "metadata": {"total_size": size},
-                        "weight_map": {n: f for f, members in shards.items() for n in members},
-                    }
+                    {"metadata": {"total_size": size}, "weight_map": weight_map}
                 )
         for name, content in files.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
             digests[name] = hashlib.sha256(content).hexdigest()
+        packed = _quantization_table(tensors)
         manifest = {
-            "format_version": FORMAT_VERSION,
+            "format_version": QUANTIZED_VERSION if packed else FORMAT_VERSION,
             "mlxdiff": mlxdiff.__version__,
             "family": source.family,
             "dtype": dtype,
+            **({"quantization": {"recipe": recipe, "tensors": packed}} if packed else {}),
             "source": dict(source.provenance if provenance is None else provenance),
             "files": {
                 name: {"bytes": (folder / name).stat().st_size, "sha256": digests[name]}
@@ -807,6 +986,19 @@ def write_folder(
         }
         (folder / MANIFEST).write_bytes(_json(manifest))
     return dest
+
+
+def _quantization_table(
+    tensors: Mapping[str, Mapping[str, LazyTensor]],
+) -> dict[str, dict[str, list[str]]]:
+    """Component -> how -> names of the tensors that are stored so."""
+    table: dict[str, dict[str, list[str]]] = {}
+    for component, part in tensors.items():
+        for name, tensor in part.items():
+            if isinstance(tensor, QuantizedTensor):
+                by_kind = table.setdefault(component, {})
+                by_kind.setdefault(str(tensor.quantization), []).append(name)
+    return table
 
 
 @contextmanager

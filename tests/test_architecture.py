@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("config", "files", "known"),
-    ("params",),
-    ("tokenizer", "noise", "image", "metadata", "samplers", "weights", "hub"),
+    ("params", "quantization"),
+    ("tokenizer", "noise", "image", "metadata", "samplers", "weights", "recipes", "hub"),
     ("reference", "models", "convert"),
     ("library",),
     ("model",),
@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline",),
     ("cli",),
 )
-ALLOWED = {("weights", "tokenizer"), ("metadata", "image")}
+ALLOWED = {("weights", "tokenizer"), ("recipes", "weights"), ("metadata", "image")}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Only these parts may import these packages.
 ONLY_IN = {

@@ -18,6 +18,14 @@ from mlxdiff.cli import ProgressBar, common_options, show_notes
     default="float16",
     help="float16 (default), float32 or bfloat16: how weights are kept.",
 )
+@click.option(
+    "-q",
+    "--quantize",
+    metavar="BITS",
+    help="2, 3, 4, 5, 6 or 8 bits a weight, or mxfp4, nvfp4, mxfp8. Default: not.",
+)
+@click.option("--group-size", type=int, help="Weights that share a scale: 32, 64 (default), 128.")
+@click.option("--recipe", help="mixed, uniform or linear. Default: the best for these bits.")
 @click.option("--revision", help="Hub id: branch, tag or commit.")
 @click.option("--variant", help="Weight files of this variant, such as fp16.")
 @click.option("--config", help="Single file: a folder with its configs, or the parts it lacks.")
@@ -33,6 +41,9 @@ def convert(
     source: str,
     dest: str,
     dtype: str,
+    quantize: str | None,
+    group_size: int | None,
+    recipe: str | None,
     revision: str | None,
     variant: str | None,
     config: str | None,
@@ -62,6 +73,9 @@ def convert(
             config=config,
             prediction_type=prediction_type,
             ema=ema,
+            quantize=quantize,
+            group_size=group_size,
+            recipe=recipe,
         )
     if as_json:
         click.echo(json.dumps(report.to_dict()))

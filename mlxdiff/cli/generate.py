@@ -25,7 +25,7 @@ _EXTRA: dict[str, Any] = dict.fromkeys(
     float,
 )
 _EXTRA |= dict.fromkeys(("original_size", "target_size", "crop", "guidance_interval"), tuple)
-_EXTRA |= dict.fromkeys(("vae", "refiner", "image"), str)
+_EXTRA |= dict.fromkeys(("vae", "refiner", "image", "quantize"), str)
 _EXTRA |= {"label": int, "feature_reuse": int}
 BUILTIN_NAME = "builtin"  # what pictures of the built-in model say that they are made with
 
@@ -133,6 +133,12 @@ INTERVAL = Pair(",", "START,END", float)
 @click.option("--backend", default="auto", help="auto (default), mlx or numpy.")
 @click.option("--dtype", default="auto", help="auto (default), float32, float16 or bfloat16.")
 @click.option(
+    "-q",
+    "--quantize",
+    metavar="BITS",
+    help="Weights in 2, 3, 4, 5, 6 or 8 bits, or mxfp4, nvfp4, mxfp8. Default: as they are.",
+)
+@click.option(
     "-o",
     "--output",
     help="PNG file; {seed} and {index} are filled in. Default: mlxdiff-{seed}.png.",
@@ -159,6 +165,7 @@ def generate(
     count: int,
     backend: str,
     dtype: str,
+    quantize: str | None,
     output: str | None,
     force: bool,
     no_metadata: bool,
@@ -180,11 +187,14 @@ def generate(
     replay: dict[str, Any] = {}
     if from_image is not None:
         replay = _replay(from_image)
-        named = {name: replay.pop(name, None) for name in ("model", "vae", "refiner", "seed")}
+        named = {
+            name: replay.pop(name, None) for name in ("model", "vae", "refiner", "seed", "quantize")
+        }
         model = named["model"] if model is None else model
         vae = named["vae"] if vae is None else vae
         refiner = named["refiner"] if refiner is None else refiner
         seed = named["seed"] if seed is None else seed
+        quantize = named["quantize"] if quantize is None else quantize
         if "image" in replay and picture["image"] is None:
             raise UsageError(
                 f"{from_image}: was drawn from the image {replay['image']!r}: give it with --image"
@@ -204,6 +214,7 @@ def generate(
             model,
             backend=backend,
             dtype=dtype,
+            quantize=quantize,
             vae=vae,
             refiner=refiner,
             config=config,

@@ -20,7 +20,7 @@ from mlxdiff.config import (
     UNet2DConfig,
 )
 from mlxdiff.errors import UsageError
-from mlxdiff.weights import LazyTensor, check_parameters
+from mlxdiff.weights import LazyTensor, QuantizedTensor, check_parameters
 
 try:
     import mlx.core as mx
@@ -31,7 +31,7 @@ except ImportError as error:
     ) from None
 
 from mlxdiff.models.clip import CLIPTextModel
-from mlxdiff.models.layers import Module
+from mlxdiff.models.layers import Module, StoredWeight
 from mlxdiff.models.taesd import AutoencoderTiny
 from mlxdiff.models.unet import UNet2DConditionModel
 from mlxdiff.models.unet_2d import UNet2DModel
@@ -68,6 +68,7 @@ class Backend:
         config: ComponentConfig,
         tensors: Mapping[str, LazyTensor],
         dtype: str | None = None,
+        keep_stored: bool | None = None,
     ) -> Module:
         """Build the network of a config and give it its weights.
 
@@ -77,7 +78,10 @@ class Backend:
         Args:
             config: decides the class.
             tensors: exactly those of ``expected_parameters(config)``.
-            dtype: of the weights; None: the backend's.
+            dtype: what is computed in; None: the backend's.
+            keep_stored: keep matrices and kernels as they are stored, quantized or in a smaller
+                type, and expand them whenever they are used. None: quantized ones on a GPU, which
+                has kernels for them; elsewhere expanding them once is faster.
         Raises: CheckpointError for a missing, unknown or misshapen tensor; UsageError for the
             dtype.
         """
@@ -85,12 +89,11 @@ class Backend:
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         check_parameters(shapes, config, f"weights for {kind.__name__}")
         model, target = kind(config), _dtype(dtype or self.dtype)
-        weights = []
+        model.dtype = target
         for name, tensor in tensors.items():
-            weight = mx.array(tensor.read()).astype(target)
-            mx.eval(weight)
-            weights.append((name, weight))
-        model.load_weights(weights)
+            weight = _weight(tensor, target, keep_stored)
+            mx.eval(weight.parameters() if isinstance(weight, Module) else weight)
+            model.put(name, weight)
         return model
 
     def asarray(self, x: np.ndarray | mx.array, dtype: str | None = None) -> mx.array:
@@ -126,6 +129,20 @@ class Backend:
     def clear_cache(self) -> None:
         """Give freed buffers back to the system."""
         mx.clear_cache()
+
+
+def _weight(
+    tensor: LazyTensor, dtype: mx.Dtype, keep_stored: bool | None
+) -> mx.array | StoredWeight:
+    if isinstance(tensor, QuantizedTensor):
+        if Backend.has_gpu() if keep_stored is None else keep_stored:
+            return StoredWeight(tensor.read_packed(), dtype)
+    elif keep_stored and len(tensor.shape) > 1:
+        values = tensor.read()
+        if values.itemsize < dtype.size:
+            return StoredWeight(values, dtype)
+        return mx.array(values).astype(dtype)
+    return mx.array(tensor.read()).astype(dtype)
 
 
 def _dtype(name: str, *more: str) -> mx.Dtype:

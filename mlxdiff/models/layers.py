@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+
+from mlxdiff.quantization import Packed, Quantization
 
 # Attention without a fused kernel holds its scores, a convolution on the CPU its unfolded input;
 # what would need more than this many bytes is computed in parts. Each part is evaluated before the
@@ -24,7 +28,75 @@ class Module(nn.Module):
 
     Constructing one costs no memory: parameters are lazy zeros that are never computed, because
     ``load_weights`` (strict) replaces every one of them.
+
+    Attributes:
+        dtype: what a network computes in; its weights may be kept in another (StoredWeight).
     """
+
+    dtype: mx.Dtype = mx.float32
+
+    def put(self, name: str, weight: mx.array | StoredWeight) -> None:
+        """Replace the parameter of this name, of this module or of one below it."""
+        *path, key = name.split(".")
+        owner: Any = self
+        for part in path:
+            owner = owner[int(part)] if isinstance(owner, list) else owner[part]
+        owner[key] = weight
+
+
+class StoredWeight(Module):
+    """A weight that is kept smaller than it is computed with, and expanded whenever it is used.
+
+    Args:
+        stored: quantized, or in another dtype.
+        dtype: what it is expanded to.
+    """
+
+    def __init__(self, stored: Packed | np.ndarray, dtype: mx.Dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.shape = tuple(stored.shape)
+        self.quantization: Quantization | None = None
+        if isinstance(stored, Packed):
+            self.quantization = stored.quantization
+            self.weight = mx.array(stored.weight)
+            # The float modes' scales are bytes; affine ones are computed with, so in that dtype.
+            self.scales = mx.array(stored.scales)
+            self.biases = None
+            if stored.biases is not None:
+                self.scales = self.scales.astype(_smaller(self.scales.dtype, dtype))
+                self.biases = mx.array(stored.biases).astype(self.scales.dtype)
+        else:
+            self.weight = mx.array(stored)
+
+    def expand(self) -> mx.array:
+        """The whole weight."""
+        return self._expand(self.weight, self.get("scales"), self.get("biases"))
+
+    def take(self, ids: mx.array) -> mx.array:
+        """Rows of the weight by their number."""
+        scales, biases = self.get("scales"), self.get("biases")
+        return self._expand(
+            self.weight[ids],
+            None if scales is None else scales[ids],
+            None if biases is None else biases[ids],
+        )
+
+    def _expand(
+        self, weight: mx.array, scales: mx.array | None, biases: mx.array | None
+    ) -> mx.array:
+        how = self.quantization
+        if how is None:
+            return weight.astype(self.dtype)
+        if biases is not None:
+            scales, biases = scales.astype(self.dtype), biases.astype(self.dtype)
+        return mx.dequantize(
+            weight, scales, biases, how.group_size, how.bits, how.mode, dtype=self.dtype
+        )
+
+
+def _smaller(one: mx.Dtype, other: mx.Dtype) -> mx.Dtype:
+    return one if one.size <= other.size else other
 
 
 class Linear(Module):
@@ -67,7 +139,9 @@ class Conv2d(Module):
     def __call__(self, x: mx.array) -> mx.array:
         weight, bias = self.weight, self.get("bias")
         if weight.shape[1] == 1 and self.stride == 1 and self.padding == 0:
-            return _affine(x, weight.reshape(weight.shape[0], -1), bias)
+            return _affine(x, weight, bias)
+        if isinstance(weight, StoredWeight):
+            weight = weight.expand()
         if mx.default_device() == mx.gpu:
             x = mx.conv2d(x, weight, self.stride, self.padding)
         else:
@@ -127,11 +201,34 @@ class Embedding(Module):
         self.weight = mx.zeros((num_embeddings, dims))
 
     def __call__(self, ids: mx.array) -> mx.array:
-        return self.weight[ids]
+        weight = self.weight
+        return weight.take(ids) if isinstance(weight, StoredWeight) else weight[ids]
 
 
-def _affine(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
+def _affine(x: mx.array, weight: mx.array | StoredWeight, bias: mx.array | None) -> mx.array:
+    """Affine map of the last axis by a linear weight or one of a 1x1 convolution."""
+    if isinstance(weight, StoredWeight):
+        if weight.quantization is not None and mx.default_device() == mx.gpu:
+            out = _quantized_product(x, weight, weight.quantization)
+            return out if bias is None else out + bias
+        weight = weight.expand()
+    weight = weight.reshape(weight.shape[0], -1)
     return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+
+
+def _quantized_product(x: mx.array, weight: StoredWeight, how: Quantization) -> mx.array:
+    """x times the transposed weight, by kernels that expand it piece by piece."""
+    rows, biases = weight.shape[0], weight.get("biases")
+    return mx.quantized_matmul(
+        x,
+        weight.weight.reshape(rows, -1),
+        weight.scales.reshape(rows, -1),
+        None if biases is None else biases.reshape(rows, -1),
+        True,
+        how.group_size,
+        how.bits,
+        how.mode,
+    )
 
 
 def _conv_by_rows(x: mx.array, weight: mx.array, stride: int, padding: int) -> mx.array:

@@ -100,7 +100,7 @@ class AutoencoderTiny(Module):
             x: (B, H, W, 3) in [-1, 1]; H and W multiples of f.
         Returns: (B, H/f, W/f, C) float32; and None, for there is no variance.
         """
-        x = x.astype(self.encoder.layers[0].weight.dtype)
+        x = x.astype(self.dtype)
         return self.encoder(x).astype(mx.float32), None
 
     def decode(self, z: mx.array) -> mx.array:
@@ -110,5 +110,5 @@ class AutoencoderTiny(Module):
             z: (B, H, W, C), unscaled.
         Returns: (B, f * H, f * W, 3) float32, nominally in [-1, 1], not clamped.
         """
-        z = z.astype(self.decoder.layers[0].weight.dtype)
+        z = z.astype(self.dtype)
         return self.decoder(z).astype(mx.float32)

@@ -318,7 +318,7 @@ class UNet2DConditionModel(Module):
         timestep_cond: mx.array | None = None,
         deep: list[mx.array] | None = None,
     ) -> mx.array:
-        config, dtype = self.config, self.conv_in.weight.dtype
+        config, dtype = self.config, self.dtype
         timesteps = mx.broadcast_to(mx.array(timesteps, dtype=mx.float32), (sample.shape[0],))
         temb = timestep_embedding(
             timesteps, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift

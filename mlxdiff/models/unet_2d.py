@@ -100,7 +100,7 @@ class UNet2DModel(Module):
         if self.config.takes_label != (class_labels is not None):
             needs = "needs class_labels" if class_labels is None else "takes no class_labels"
             raise UsageError(f"this U-Net {needs} (num_class_embeds, class_embed_type)")
-        dtype = self.conv_in.weight.dtype
+        dtype = self.dtype
         timesteps = mx.broadcast_to(mx.array(timesteps, dtype=mx.float32), (sample.shape[0],))
         temb = self.time_embedding(self._embed(timesteps))
         if class_labels is not None:
@@ -125,7 +125,7 @@ class UNet2DModel(Module):
         config = self.config
         return timestep_embedding(
             numbers, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift
-        ).astype(self.conv_in.weight.dtype)
+        ).astype(self.dtype)
 
 
 _BLOCKS: dict[str, Any] = {

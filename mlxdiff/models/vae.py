@@ -137,7 +137,7 @@ class AutoencoderKL(Module):
             x: (B, H, W, 3) in [-1, 1]; H and W multiples of f.
         Returns: two float32 arrays (B, H/f, W/f, C); the log-variance is clamped to [-30, 20].
         """
-        moments = self.encoder(x.astype(self.encoder.conv_in.weight.dtype))
+        moments = self.encoder(x.astype(self.dtype))
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
         mean, logvar = mx.split(moments.astype(mx.float32), 2, axis=-1)
@@ -150,7 +150,7 @@ class AutoencoderKL(Module):
             z: (B, H, W, C), unscaled.
         Returns: (B, f * H, f * W, 3) float32, nominally in [-1, 1], not clamped.
         """
-        z = z.astype(self.decoder.conv_in.weight.dtype)
+        z = z.astype(self.dtype)
         if self.post_quant_conv is not None:
             z = self.post_quant_conv(z)
         return self.decoder(z).astype(mx.float32)

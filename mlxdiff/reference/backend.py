@@ -20,13 +20,14 @@ from mlxdiff.config import (
     UNet2DConfig,
 )
 from mlxdiff.errors import UsageError
+from mlxdiff.quantization import Packed
 from mlxdiff.reference.clip import CLIPTextModel
-from mlxdiff.reference.layers import Module
+from mlxdiff.reference.layers import Module, StoredWeight
 from mlxdiff.reference.taesd import AutoencoderTiny
 from mlxdiff.reference.unet import UNet2DConditionModel
 from mlxdiff.reference.unet_2d import UNet2DModel
 from mlxdiff.reference.vae import AutoencoderKL
-from mlxdiff.weights import LazyTensor, check_parameters
+from mlxdiff.weights import LazyTensor, QuantizedTensor, check_parameters
 
 _MODELS: dict[type, Callable[..., Module]] = {
     CLIPTextConfig: CLIPTextModel,
@@ -57,6 +58,7 @@ class Backend:
         config: ComponentConfig,
         tensors: Mapping[str, LazyTensor],
         dtype: str | None = None,
+        keep_stored: bool | None = None,
     ) -> Module:
         """Build the network of a config and give it its weights.
 
@@ -65,7 +67,10 @@ class Backend:
         Args:
             config: decides the class.
             tensors: exactly those of ``expected_parameters(config)``.
-            dtype: of the weights; None: the backend's.
+            dtype: what is computed in; None: the backend's.
+            keep_stored: keep matrices and kernels as they are stored, quantized or in a smaller
+                type, and expand them whenever they are used. None: no, expanding them once is
+                faster.
         Raises: CheckpointError for a missing, unknown or misshapen tensor; UsageError for the
             dtype.
         """
@@ -73,10 +78,8 @@ class Backend:
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         check_parameters(shapes, config, f"weights for {kind.__name__}")
         model, target = kind(config), _dtype(dtype or self.dtype)
-        # Copied even where the type is right: what was read may be a view of the file.
-        model.load_weights(
-            [(name, np.array(tensor.read(), target)) for name, tensor in tensors.items()]
-        )
+        for name, tensor in tensors.items():
+            model.put(name, _weight(tensor, target, bool(keep_stored)))
         return model
 
     def asarray(self, x: np.ndarray, dtype: str | None = None) -> np.ndarray:
@@ -115,6 +118,18 @@ class Backend:
 
     def clear_cache(self) -> None:
         """Nothing: NumPy keeps none."""
+
+
+def _weight(tensor: LazyTensor, dtype: type, keep_stored: bool) -> np.ndarray | StoredWeight:
+    if keep_stored and isinstance(tensor, QuantizedTensor):
+        packed = tensor.read_packed()
+        arrays = (None if part is None else np.array(part) for part in packed[:3])
+        return StoredWeight(Packed(*arrays, packed.quantization), dtype)  # type: ignore[arg-type]
+    values = tensor.read()
+    if keep_stored and len(tensor.shape) > 1 and values.itemsize < np.dtype(dtype).itemsize:
+        return StoredWeight(np.array(values), dtype)
+    # Copied even where the type is right: what was read may be a view of the file.
+    return np.array(values, dtype)
 
 
 def _dtype(name: str, *more: str) -> type:

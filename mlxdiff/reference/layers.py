@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from mlxdiff.quantization import Packed, dequantize
 from mlxdiff.weights import raise_faults
 
 _BLOCK = 1 << 16  # values in a block of element-wise work: 256 KB
@@ -122,6 +123,14 @@ class Module:
         for name, (owner, key) in leaves.items():
             setattr(owner, key, given[name])
 
+    def put(self, name: str, weight: np.ndarray | StoredWeight) -> None:
+        """Replace the parameter of this name, of this module or of one below it."""
+        *path, key = name.split(".")
+        owner: Any = self
+        for part in path:
+            owner = owner[int(part)] if isinstance(owner, list) else getattr(owner, part)
+        setattr(owner, key, weight)
+
     def _leaves(self, prefix: str = "") -> Iterator[tuple[str, Module, str]]:
         """Name of each parameter, the module that owns it, and the attribute there."""
         for key, value in vars(self).items():
@@ -139,6 +148,42 @@ def _zeros(*shape: int) -> np.ndarray:
     return np.broadcast_to(np.float32(0), shape)
 
 
+class StoredWeight(Module):
+    """A weight that is kept smaller than it is computed with, and expanded whenever it is used.
+
+    Args:
+        stored: quantized, or in another dtype.
+        dtype: what it is expanded to.
+    """
+
+    def __init__(self, stored: Packed | np.ndarray, dtype: type = np.float32) -> None:
+        self.stored = stored
+        self.dtype = dtype
+        self.shape = tuple(stored.shape)
+
+    def expand(self) -> np.ndarray:
+        """The whole weight."""
+        return _expand(self.stored, self.dtype)
+
+    def take(self, ids: np.ndarray) -> np.ndarray:
+        """Rows of the weight by their number."""
+        if not isinstance(self.stored, Packed):
+            return _expand(self.stored[ids], self.dtype)
+        weight, scales, biases, how = self.stored
+        rows = Packed(weight[ids], scales[ids], None if biases is None else biases[ids], how)
+        return _expand(rows, self.dtype)
+
+
+def _expand(stored: Packed | np.ndarray, dtype: type) -> np.ndarray:
+    if isinstance(stored, Packed):
+        return dequantize(stored, dtype)
+    return stored.astype(dtype)
+
+
+def _value(weight: np.ndarray | StoredWeight) -> np.ndarray:
+    return weight.expand() if isinstance(weight, StoredWeight) else weight
+
+
 class Linear(Module):
     """Affine map of the last axis; weight (out, in)."""
 
@@ -147,7 +192,7 @@ class Linear(Module):
         self.bias = _zeros(out_features) if bias else None
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        out = _rows(x) @ self.weight.T
+        out = _rows(x) @ _value(self.weight).T
         if self.bias is not None:
             out += self.bias
         return out.reshape(*x.shape[:-1], -1)
@@ -179,7 +224,7 @@ class Conv2d(Module):
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         outputs, size, _, inputs = self.weight.shape
-        kernel = self.weight.reshape(outputs, -1).T
+        kernel = _value(self.weight).reshape(outputs, -1).T
         if size == 1 and self.stride == 1 and self.padding == 0:
             out = (_rows(x) @ kernel).reshape(*x.shape[:-1], outputs)
             if self.bias is not None:
@@ -307,7 +352,8 @@ class Embedding(Module):
         self.weight = _zeros(num_embeddings, dims)
 
     def __call__(self, ids: np.ndarray) -> np.ndarray:
-        return self.weight[ids]
+        weight = self.weight
+        return weight.take(ids) if isinstance(weight, StoredWeight) else weight[ids]
 
 
 # -------------------------------------------------------------------------------------- activations
