@@ -169,11 +169,11 @@ def quantize_tensor(name: str, tensor: LazyTensor, how: Quantization, dtype: str
         if dtype != "bfloat16":
             return quantize(values, how)
         packed = quantize(_decoded(values, "BF16"), how)
-        scales, biases = (
-            array if array is None or array.dtype == np.uint8 else round_to(array, dtype)
-            for array in (packed.scales, packed.biases)
+        if packed.biases is None:
+            return packed
+        return packed._replace(
+            scales=round_to(packed.scales, dtype), biases=round_to(packed.biases, dtype)
         )
-        return packed._replace(scales=scales, biases=biases)
 
     return quantized(tensor.shape, DTYPES[dtype], how, read_packed)
 
@@ -565,8 +565,11 @@ def write_safetensors(
         put(len(raw).to_bytes(8, "little"))
         put(raw)
         for name, tensor in tensors.items():
-            is_packed = isinstance(tensor, QuantizedTensor)
-            loaded = tensor.read_packed() if is_packed else tensor.read()
+            loaded: Any
+            if isinstance(tensor, QuantizedTensor):
+                loaded = tensor.read_packed()
+            else:
+                loaded = tensor.read()
             size = 0
             for part, (shape, _, get) in arrays[name].items():
                 values = np.ascontiguousarray(get(loaded))

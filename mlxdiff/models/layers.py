@@ -71,27 +71,27 @@ class StoredWeight(Module):
 
     def expand(self) -> mx.array:
         """The whole weight."""
-        return self._expand(self.weight, self.get("scales"), self.get("biases"))
+        return self._expand(lambda part: part)
 
     def take(self, ids: mx.array) -> mx.array:
         """Rows of the weight by their number."""
-        scales, biases = self.get("scales"), self.get("biases")
-        return self._expand(
-            self.weight[ids],
-            None if scales is None else scales[ids],
-            None if biases is None else biases[ids],
-        )
+        return self._expand(lambda part: part[ids])
 
-    def _expand(
-        self, weight: mx.array, scales: mx.array | None, biases: mx.array | None
-    ) -> mx.array:
+    def _expand(self, choose: Callable[[mx.array], mx.array]) -> mx.array:
         how = self.quantization
         if how is None:
-            return weight.astype(self.dtype)
+            return choose(self.weight).astype(self.dtype)
+        scales, biases = choose(self.scales), self.biases
         if biases is not None:
-            scales, biases = scales.astype(self.dtype), biases.astype(self.dtype)
+            scales, biases = scales.astype(self.dtype), choose(biases).astype(self.dtype)
         return mx.dequantize(
-            weight, scales, biases, how.group_size, how.bits, how.mode, dtype=self.dtype
+            choose(self.weight),
+            scales,
+            biases,
+            how.group_size,
+            how.bits,
+            how.mode,
+            dtype=self.dtype,
         )
 
 
@@ -218,7 +218,7 @@ def _affine(x: mx.array, weight: mx.array | StoredWeight, bias: mx.array | None)
 
 def _quantized_product(x: mx.array, weight: StoredWeight, how: Quantization) -> mx.array:
     """x times the transposed weight, by kernels that expand it piece by piece."""
-    rows, biases = weight.shape[0], weight.get("biases")
+    rows, biases = weight.shape[0], weight.biases
     return mx.quantized_matmul(
         x,
         weight.weight.reshape(rows, -1),

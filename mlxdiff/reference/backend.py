@@ -122,9 +122,9 @@ class Backend:
 
 def _weight(tensor: LazyTensor, dtype: type, keep_stored: bool) -> np.ndarray | StoredWeight:
     if keep_stored and isinstance(tensor, QuantizedTensor):
-        packed = tensor.read_packed()
-        arrays = (None if part is None else np.array(part) for part in packed[:3])
-        return StoredWeight(Packed(*arrays, packed.quantization), dtype)  # type: ignore[arg-type]
+        weight, scales, biases, how = tensor.read_packed()
+        biases = None if biases is None else np.array(biases)
+        return StoredWeight(Packed(np.array(weight), np.array(scales), biases, how), dtype)
     values = tensor.read()
     if keep_stored and len(tensor.shape) > 1 and values.itemsize < np.dtype(dtype).itemsize:
         return StoredWeight(np.array(values), dtype)
