@@ -120,15 +120,51 @@ class PixelDenoiser:
         return self.unet(x, evaluation.t, self.labels)
 
 
-def make_denoiser(model: Model | PixelModel, settings: Settings) -> Denoiser | PixelDenoiser:
-    """The denoiser of a run; runs the text encoders."""
+class EditedDenoiser:
+    """Predictions for a prompt that changes in the course of a run (A1111's prompt editing).
+
+    Args:
+        denoisers: (last, denoiser) in order, as ``Model.prompt_timeline`` gives the prompts.
+        before: evaluations of the run that another model made before this one's first.
+    """
+
+    def __init__(self, denoisers: list[tuple[int, Denoiser]], before: int) -> None:
+        self.denoisers, self.before = denoisers, before
+
+    def __call__(self, x: Any, evaluation: Evaluation) -> Any:
+        """The model's output at x_t, after guidance: (1, h, w, C) float32 -> the same."""
+        index = self.before + evaluation.index
+        found = next((d for last, d in self.denoisers if index <= last), self.denoisers[-1][1])
+        return found(x, evaluation)
+
+
+def make_denoiser(
+    model: Model | PixelModel, settings: Settings, before: int = 0
+) -> Denoiser | EditedDenoiser | PixelDenoiser:
+    """The denoiser of a run; runs the text encoders.
+
+    Args:
+        before: evaluations of the run that another model makes before this one's first.
+    """
     if isinstance(model, PixelModel):
         return PixelDenoiser(model, settings.label)
-    text = model.encode_prompt(
+    timeline = model.prompt_timeline(
         settings.prompt,
         settings.negative_prompt,
         settings.prompt_2,
         settings.negative_prompt_2,
         guided=model.is_guided(settings.guidance),
+        clip_skip=settings.clip_skip,
+        prompt_syntax=settings.prompt_syntax,
+        steps=settings.evaluations,
     )
-    return Denoiser(model, text, settings)
+    if len(timeline) == 1:
+        return Denoiser(model, timeline[0][1], settings)
+    made: dict[tuple[bytes | None, ...], Denoiser] = {}  # what comes back is not made again
+    denoisers = []
+    for last, text in timeline:
+        key = tuple(None if array is None else array.tobytes() for array in text)
+        if key not in made:
+            made[key] = Denoiser(model, text, settings)
+        denoisers.append((last, made[key]))
+    return EditedDenoiser(denoisers, before)

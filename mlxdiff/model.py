@@ -7,9 +7,9 @@ scaled, what a U-Net is told.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,22 +21,19 @@ from mlxdiff.errors import ConfigError, UsageError
 from mlxdiff.image import load_image, to_model, to_pil
 from mlxdiff.noise import Generator
 from mlxdiff.samplers.guidance import is_guided
+from mlxdiff.texts import TextEncoders, merged
 from mlxdiff.weights import ModelSource
 
 if TYPE_CHECKING:
     import PIL.Image
-
-    from mlxdiff.tokenizer import Tokenizer
-
-logger = logging.getLogger("mlxdiff")
 
 
 class PromptEmbeddings(NamedTuple):
     """What the U-Net is told of the prompts; float32. The pooled ones are None where it takes none.
 
     Attributes:
-        prompt_embeds: (1, 77, D).
-        negative_prompt_embeds: (1, 77, D); None where there is no guidance.
+        prompt_embeds: (1, T, D); T is 77, or a multiple of it for a long prompt in a1111 syntax.
+        negative_prompt_embeds: (1, T, D); None where there is no guidance.
         pooled_prompt_embeds: (1, P).
         negative_pooled_prompt_embeds: (1, P).
     """
@@ -101,13 +98,14 @@ class Model(Networks):
         vae: another VAE than the model's own.
     Attributes:
         unet_config, vae_config: configs of its networks.
+        texts: its text encoders.
     """
 
     def __init__(self, source: ModelSource, backend: Any, vae: Component | None = None) -> None:
         super().__init__(source, backend, vae)
         self.unet_config: UNet2DConditionConfig = source.config("unet")
         self.vae_config: VAEConfig = source.config("vae") if vae is None else vae.config
-        self._text_encoders = [c for c in source.components if c.startswith("text_encoder")]
+        self.texts = TextEncoders(source, self.component, backend, penultimate=self.is_sdxl)
         own = source.config("vae")
         for name in ("latent_channels", "factor"):
             expected, found = getattr(own, name), getattr(self.vae_config, name)
@@ -125,7 +123,7 @@ class Model(Networks):
     @property
     def takes_prompt_2(self) -> bool:
         """Whether there is a second text encoder beside the first."""
-        return len(self._text_encoders) > 1
+        return len(self.texts.names) > 1
 
     @property
     def takes_aesthetic_score(self) -> bool:
@@ -136,7 +134,7 @@ class Model(Networks):
         if not self.is_sdxl:
             return False
         unet = self.unet_config
-        pooled = self.source.config(self._text_encoders[-1]).projection_dim
+        pooled = self.source.config(self.texts.names[-1]).projection_dim
         # How many numbers fit into what its embedding takes (the reference has a flag beside it).
         numbers = ((unet.projection_class_embeddings_input_dim or 0) - pooled) / (
             unet.addition_time_embed_dim or 1
@@ -202,48 +200,74 @@ class Model(Networks):
         negative_prompt_2: str | None = None,
         *,
         guided: bool = True,
+        clip_skip: int | None = None,
+        prompt_syntax: str = "plain",
     ) -> PromptEmbeddings:
         """Run the text encoders.
 
         Args:
-            prompt, negative_prompt: plain text; what is beyond 77 tokens is cut, with a warning. An
-                absent negative prompt is the empty text, or zeros where the model's
-                ``force_zeros_for_empty_prompt`` says so.
+            prompt, negative_prompt: text in the given syntax. An absent negative prompt is the
+                empty text, or zeros where the model's ``force_zeros_for_empty_prompt`` says so.
             prompt_2, negative_prompt_2: for SDXL's second encoder; absent: the same as the first.
             guided: whether the negative prompt is wanted.
+            clip_skip: layers left out at the encoders' end. As in the reference tools, in plain
+                syntax of the prompt alone, in a1111 syntax of the negative prompt as well.
+            prompt_syntax: "plain" (what is beyond 77 tokens is cut, with a warning) or "a1111".
         Returns: PromptEmbeddings.
+        Raises: UsageError where the prompt changes from step to step.
         """
-        positive = self._encode(prompt, prompt_2 or prompt)
+        timeline = self.prompt_timeline(
+            prompt,
+            negative_prompt,
+            prompt_2,
+            negative_prompt_2,
+            guided=guided,
+            clip_skip=clip_skip,
+            prompt_syntax=prompt_syntax,
+        )
+        if len(timeline) > 1:
+            raise UsageError("the prompt changes from step to step; it has no one embedding")
+        return timeline[0][1]
+
+    def prompt_timeline(
+        self,
+        prompt: str,
+        negative_prompt: str | None = None,
+        prompt_2: str | None = None,
+        negative_prompt_2: str | None = None,
+        *,
+        guided: bool = True,
+        clip_skip: int | None = None,
+        prompt_syntax: str = "plain",
+        steps: int = 1000,
+    ) -> list[tuple[int, PromptEmbeddings]]:
+        """Run the text encoders on all that the prompts are in the course of a run.
+
+        Args: as of ``encode_prompt``, and
+            steps: of the run, for prompts that change (a1111 syntax).
+        Returns: (last, embeddings) in order: they count for every step, from 0, up to and with
+            ``last``; the last of them for the rest.
+        """
+        self.texts.check_clip_skip(clip_skip)
+        encode = partial(self.texts.timeline, syntax=prompt_syntax, steps=steps)
+        positive = encode((prompt, prompt_2 or prompt), clip_skip)
         if not guided:
-            return PromptEmbeddings(positive[0], None, positive[1], None)
+            return [(last, PromptEmbeddings(e.embeds, None, e.pooled)) for last, e in positive]
         if negative_prompt is None and self.zeros_for_empty_prompt:
-            negative = tuple(p if p is None else np.zeros_like(p) for p in positive)
+            negative = [(last, e.zeros()) for last, e in positive]
         else:
             first = negative_prompt or ""
-            negative = self._encode(first, negative_prompt_2 or first)
-        return PromptEmbeddings(positive[0], negative[0], positive[1], negative[1])
-
-    def _encode(self, prompt: str, prompt_2: str) -> tuple[np.ndarray, np.ndarray | None]:
-        """Embeddings (1, 77, D) and pooled (1, P) of a text, given once for each encoder."""
-        embeds, pooled = [], None
-        for name, text in zip(self._text_encoders, (prompt, prompt_2), strict=False):
-            tokenizer = self.source.tokenizer(name.replace("text_encoder", "tokenizer"))
-            ids = tokenizer.encode(text)
-            if cut := tokenizer.truncated(text):
-                logger.warning(
-                    "the prompt is longer than %d tokens; this part is cut: %r", len(ids), cut
-                )
-            _note_unknown_words(tokenizer, text)
-            out = self.component(name)(self.backend.asarray(np.array([ids], np.int32)))
-            # SDXL reads the layer before the last, without the final norm.
-            embeds.append(out.hidden_states[-2] if self.is_sdxl else out.last_hidden_state)
-            if self.is_sdxl:
-                pooled = out.text_embeds
-        arrays = [self.backend.to_numpy(e) for e in embeds]
-        return (
-            np.concatenate(arrays, axis=-1),
-            None if pooled is None else self.backend.to_numpy(pooled),
-        )
+            skip = None if prompt_syntax == "plain" else clip_skip
+            negative = encode((first, negative_prompt_2 or first), skip)
+            longest = max(e.embeds.shape[1] for _, e in (*positive, *negative))
+            positive, negative = (
+                [(last, self.texts.lengthen(e, longest, clip_skip)) for last, e in timeline]
+                for timeline in (positive, negative)
+            )
+        return [
+            (last, PromptEmbeddings(p.embeds, n.embeds, p.pooled, n.pooled))
+            for last, (p, n) in merged([positive, negative])
+        ]
 
     def encode_image(self, image: Any, seed: int | None = None) -> np.ndarray:
         """Latents of an image, as the U-Net sees them.
@@ -302,24 +326,6 @@ class Model(Networks):
         """(h, w, C) of the latents of a picture of this size in pixels."""
         f = self.vae_config.factor
         return height // f, width // f, self.vae_config.latent_channels
-
-
-def _note_unknown_words(tokenizer: Tokenizer, text: str) -> None:
-    """Warn of words that a model of a small world (the built-in one) was never taught."""
-    unknown = dict.fromkeys(tokenizer.unknown_words(text))
-    if not unknown:
-        return
-    logger.warning(
-        "the model does not know %s: the picture will hardly follow the prompt there",
-        ", ".join(map(repr, unknown)),
-    )
-    # The same text each time: whoever shows notes can show it once.
-    logger.warning(
-        "this model knows only these words: %s. For anything else take a real model: "
-        '-m sd15 on the command line, load("sd15") in Python, or another of '
-        "`mlxdiff models --known`",
-        ", ".join(tokenizer.known_words or ()),
-    )
 
 
 def draw_noise(generator: Generator, shape: tuple[int, ...]) -> np.ndarray:

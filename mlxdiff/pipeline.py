@@ -218,9 +218,19 @@ class Pipeline:
         negative_prompt: str | None = None,
         prompt_2: str | None = None,
         negative_prompt_2: str | None = None,
+        *,
+        clip_skip: int | None = None,
+        prompt_syntax: str = "plain",
     ) -> PromptEmbeddings:
         """See ``Model.encode_prompt``."""
-        return self.model.encode_prompt(prompt, negative_prompt, prompt_2, negative_prompt_2)
+        return self.model.encode_prompt(
+            prompt,
+            negative_prompt,
+            prompt_2,
+            negative_prompt_2,
+            clip_skip=clip_skip,
+            prompt_syntax=prompt_syntax,
+        )
 
     def encode_image(self, image: Any, seed: int | None = None) -> np.ndarray:
         """See ``Model.encode_image``."""
@@ -278,8 +288,11 @@ class Pipeline:
         model, backend = self.model, self.backend
         loaded, start = self._load_seconds, time.perf_counter()
         models = [model] if self.refiner is None else [model, self.refiner]
-        denoisers = [make_denoiser(one, settings) for one in models]
         plans = make_plans(settings, model, self.refiner)
+        before = [0, len(plans[0])]
+        denoisers = [
+            make_denoiser(one, settings, n) for one, n in zip(models, before, strict=False)
+        ]
         timings["text_encoder"] = time.perf_counter() - start - (self._load_seconds - loaded)
         image = None
         if settings.image is not None:
@@ -345,6 +358,10 @@ class Pipeline:
             label: the class to draw, for a model without text that has classes.
             negative_prompt: what not to draw.
             prompt_2, negative_prompt_2: for SDXL's second text encoder.
+            prompt_syntax: "plain" (as diffusers reads prompts: cut at 77 tokens) or "a1111"
+                (weights, BREAK, long prompts, prompt editing; docs/prompts.md).
+            clip_skip: layers left out at the end of the text encoders, as diffusers counts them
+                (A1111 counts from 1).
             width, height: pixels, multiples of the VAE factor; None: the image's, rounded down,
                 else the model's own.
             steps: of the sampler, from pure noise; a run that starts from an image does the last
@@ -406,6 +423,8 @@ class Pipeline:
         for name in ("image", "refined"):
             del values[name]
         values["image"] = values.pop("image_name")
+        if settings.prompt_syntax == "plain":  # said only where it is not
+            del values["prompt_syntax"]
         values["vae"] = None if self.model.vae is None else _named(self.model.vae.provenance)
         values["refiner"] = None if self.refiner is None else _named(self.refiner.source.provenance)
         values["quantize"] = recipe_of(self.source)

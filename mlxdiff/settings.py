@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from mlxdiff import samplers
+from mlxdiff import a1111, samplers
 from mlxdiff.errors import UsageError
 from mlxdiff.image import load_image, resize
 from mlxdiff.model import Model
 from mlxdiff.pixels import PixelModel
+from mlxdiff.prompt import SYNTAXES
 from mlxdiff.samplers.guidance import guided_evaluations
 
 logger = logging.getLogger("mlxdiff")
@@ -44,6 +45,8 @@ class Settings:
             kept for those between; None: always.
         label: the class to draw, for models that have classes in place of a prompt.
         refined: whether there is a refiner.
+        prompt_syntax: how the prompts are read, one of prompt.SYNTAXES.
+        clip_skip: layers left out at the end of the text encoders; None: none.
     """
 
     prompt: str
@@ -72,6 +75,13 @@ class Settings:
     image_name: str | None = None
     image: np.ndarray | None = field(default=None, repr=False, compare=False)
     refined: bool = False
+    prompt_syntax: str = "plain"
+    clip_skip: int | None = None
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of a whole run by A1111's count, on which prompt editing is based."""
+        return self.steps * (2 if self.sampler == "heun" else 1)
 
     @property
     def adds_noise(self) -> bool:
@@ -186,6 +196,8 @@ def _resolve_text(
     crop: tuple[int, int] | None = None,
     aesthetic_score: float | None = None,
     negative_aesthetic_score: float | None = None,
+    prompt_syntax: str = "plain",
+    clip_skip: int | None = None,
 ) -> Settings:
     """Settings of a model that draws from text."""
     _check_texts(
@@ -194,6 +206,8 @@ def _resolve_text(
         prompt_2=prompt_2,
         negative_prompt_2=negative_prompt_2,
     )
+    _check_syntax(prompt_syntax, prompt, prompt_2, negative_prompt, negative_prompt_2)
+    model.texts.check_clip_skip(clip_skip)
     if guidance is None:
         guidance = model.default_guidance
     _check_numbers(
@@ -263,6 +277,8 @@ def _resolve_text(
         denoising_start=denoising_start,
         denoising_end=denoising_end,
         refined=refiner is not None,
+        prompt_syntax=prompt_syntax,
+        clip_skip=clip_skip,
     )
     if pixels is not None:
         settings = replace(
@@ -292,6 +308,7 @@ def _resolve_text(
                 low if negative_aesthetic_score is None else negative_aesthetic_score
             ),
         )
+    _check_editing(settings)
     _note_what_has_no_effect(model, settings, negative_aesthetic_score)
     plans = make_plans(settings, model, refiner)
     _check_some_guidance(settings, plans)
@@ -354,6 +371,48 @@ def _check_texts(**texts: Any) -> None:
     for name, text in texts.items():
         if not isinstance(text, str) and (text is not None or name == "prompt"):
             raise UsageError(f"{name} must be a text, not {type(text).__name__}")
+
+
+def _check_syntax(
+    syntax: str,
+    prompt: str,
+    prompt_2: str | None,
+    negative_prompt: str | None,
+    negative_prompt_2: str | None,
+) -> None:
+    """Refuse a syntax that does not exist, and what we do not have of A1111's."""
+    if syntax not in SYNTAXES:
+        raise UsageError(
+            f"prompt_syntax {syntax!r} does not exist; there are {', '.join(SYNTAXES)}"
+        )
+    if syntax == "plain":
+        return
+    for text in (prompt, prompt_2 or "", negative_prompt or "", negative_prompt_2 or ""):
+        a1111.weigh(text)
+        if found := a1111.networks(text)[1]:
+            raise UsageError(
+                f"the prompt asks for the LoRA {found[0].name!r} (<lora:...>), which this version "
+                "of mlxdiff cannot take yet"
+            )
+    for text in (prompt, prompt_2 or ""):
+        a1111.refuse_composition(text)
+
+
+def _check_editing(settings: Settings) -> None:
+    """Refuse a prompt that changes from step to step together with what holds on to one."""
+    if settings.prompt_syntax == "plain" or settings.feature_reuse is None:
+        return
+    texts = (
+        settings.prompt,
+        settings.prompt_2,
+        settings.negative_prompt,
+        settings.negative_prompt_2,
+    )
+    if any(text and len(a1111.edits(text, settings.evaluations)) > 1 for text in texts):
+        raise UsageError(
+            "feature_reuse: the prompt changes from step to step ([from:to:when] or [a|b]), and "
+            "features of one prompt are not those of another; leave out one of the two"
+        )
 
 
 def _check_numbers(most: float, **numbers: Any) -> None:

@@ -136,6 +136,39 @@ class Tokenizer:
             known_words=_known_words(config, folder),
         )
 
+    def with_tokens(self, tokens: Iterable[str]) -> Tokenizer:
+        """A tokenizer that also finds these words in a text, each as one token.
+
+        They are found within other words too and whatever their case, as by the reference's
+        ``add_tokens``. Their ids follow those that are there.
+
+        Raises:
+            UsageError: there is such a token already.
+        """
+        import tokenizers
+
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        for token in tokens:
+            if not token.strip() or backend.token_to_id(token) is not None:
+                raise UsageError(
+                    f"{token!r} cannot stand for something new: it is empty, or the tokenizer has "
+                    "it already; give it another name"
+                )
+            backend.add_tokens([token])
+        return Tokenizer(
+            backend,
+            bos_token_id=self.bos_token_id,
+            eos_token_id=self.eos_token_id,
+            pad_token_id=self.pad_token_id,
+            model_max_length=self.model_max_length,
+            known_words=self.known_words,
+        )
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token as the vocabulary spells it (",</w>"); None: there is none."""
+        index: int | None = self._backend.token_to_id(token)
+        return index
+
     @property
     def vocab_size(self) -> int:
         """Number of ids, added tokens included."""

@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # except where ALLOWED says so.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("config", "files", "known"),
+    ("config", "files", "known", "a1111"),
     ("params", "quantization"),
-    ("tokenizer", "noise", "image", "metadata", "samplers", "weights", "recipes", "hub"),
+    ("tokenizer", "prompt", "noise", "image", "metadata", "samplers", "weights", "recipes", "hub"),
     ("reference", "models", "convert"),
-    ("library",),
+    ("library", "texts"),
     ("model",),
     ("pixels",),
     ("settings",),
@@ -25,7 +25,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline",),
     ("cli",),
 )
-ALLOWED = {("weights", "tokenizer"), ("recipes", "weights"), ("metadata", "image")}
+ALLOWED = {
+    ("weights", "tokenizer"),
+    ("prompt", "tokenizer"),
+    ("recipes", "weights"),
+    ("metadata", "image"),
+}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Only these parts may import these packages.
 ONLY_IN = {

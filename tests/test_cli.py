@@ -96,6 +96,20 @@ def test_metadata_replays_the_picture(here: Path) -> None:
     assert texts(here / "bare.png") == {}
 
 
+def test_prompt_syntax_and_clip_skip_come_back_with_a_picture(here: Path) -> None:
+    given = ("a (red:1.4) [cat|dog]", "--prompt-syntax", "a1111", "--clip-skip", "1", "-s", "3")
+    assert generate(*given, *QUICK, "-o", "first.png").exit_code == 0
+    again = generate("--from-image", "first.png", "-o", "second.png")
+    assert again.exit_code == 0, again.output
+    assert np.array_equal(pixels(here / "first.png"), pixels(here / "second.png"))
+    # What A1111 drew is in its syntax.
+    text = {"parameters": texts(here / "first.png")["parameters"].replace("mlxdiff", "v1.10 #")}
+    save_png(Image.open("first.png"), here / "foreign.png", text)
+    other = generate("--from-image", "foreign.png", "-o", "third.png")
+    assert other.exit_code == 0, other.output
+    assert np.array_equal(pixels(here / "first.png"), pixels(here / "third.png"))
+
+
 def test_an_image_to_start_from_and_its_replay(here: Path) -> None:
     Image.fromarray(photo(40, 75)).save("photo.png")
     options = ("-i", "photo.png", "--strength", "0.5", "--steps", "4", "--sampler", "ddim")

@@ -18,7 +18,7 @@ from mlxdiff.errors import UsageError
 # back, and, of what stands in a picture's metadata as `extra`, the type that it must have.
 _FIELDS = (
     "prompt negative_prompt prompt_2 negative_prompt_2 width height steps guidance "
-    "guidance_rescale sampler schedule seed model"
+    "guidance_rescale sampler schedule seed model clip_skip"
 ).split()
 _EXTRA: dict[str, Any] = dict.fromkeys(
     "eta strength denoising_start denoising_end aesthetic_score negative_aesthetic_score".split(),
@@ -26,6 +26,7 @@ _EXTRA: dict[str, Any] = dict.fromkeys(
 )
 _EXTRA |= dict.fromkeys(("original_size", "target_size", "crop", "guidance_interval"), tuple)
 _EXTRA |= dict.fromkeys(("vae", "refiner", "image", "quantize"), str)
+_EXTRA |= {"prompt_syntax": str}
 _EXTRA |= {"label": int, "feature_reuse": int}
 BUILTIN_NAME = "builtin"  # what pictures of the built-in model say that they are made with
 
@@ -64,6 +65,15 @@ INTERVAL = Pair(",", "START,END", float)
 @click.option("-n", "--negative-prompt", help="What not to draw.")
 @click.option("--prompt-2", help="SDXL: the prompt of the second text encoder.")
 @click.option("--negative-prompt-2", help="SDXL: its negative prompt.")
+@click.option(
+    "--prompt-syntax",
+    help="plain (default) or a1111: (word:1.2), [word], BREAK, prompts of any length.",
+)
+@click.option(
+    "--clip-skip",
+    type=int,
+    help="Layers left out at the end of the text encoders; A1111 counts one more.",
+)
 @click.option(
     "-m",
     "--model",
@@ -281,6 +291,8 @@ def _replay(path: str) -> dict[str, Any]:
         if value is not None and (not good or isinstance(value, bool)):
             raise UsageError(f"{path}: {name} in its mlxdiff metadata is {value!r}")
         replay[name] = value
+    if found.version is None:  # drawn by A1111 or a program that writes as it does
+        replay["prompt_syntax"] = "a1111"
     if replay["model"] is not None and found.revision is not None:
         replay["model"] += f"@{found.revision}"
     if replay["model"] == BUILTIN_NAME:

@@ -32,15 +32,27 @@ class CLIPTextOutput(NamedTuple):
 
 
 class CLIPTextEmbeddings(Module):
-    """Token and position embeddings: (B, T) int -> (B, T, D)."""
+    """Token and position embeddings: (B, T) int -> (B, T, D).
+
+    Ids beyond the vocabulary, and those below 0, take the rows of ``vectors`` (N, D), from the
+    first on: ``vocab_size + k`` and ``-1 - k`` both take row k (textual inversion).
+    """
 
     def __init__(self, config: CLIPTextConfig) -> None:
+        self.vocab_size = config.vocab_size
         self.token_embedding = Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size)
 
-    def __call__(self, input_ids: np.ndarray) -> np.ndarray:
-        positions = np.arange(input_ids.shape[1])
-        return self.token_embedding(input_ids) + self.position_embedding(positions)
+    def __call__(self, input_ids: np.ndarray, vectors: np.ndarray | None = None) -> np.ndarray:
+        positions = self.position_embedding(np.arange(input_ids.shape[1]))
+        if vectors is None:
+            return self.token_embedding(input_ids) + positions
+        beyond = input_ids >= self.vocab_size
+        beside = beyond | (input_ids < 0)
+        rows = np.where(beyond, input_ids - self.vocab_size, -1 - input_ids)
+        tokens = self.token_embedding(np.where(beside, 0, input_ids))
+        own = vectors[np.where(beside, rows, 0)].astype(tokens.dtype)
+        return np.where(beside[..., None], own, tokens) + positions
 
 
 class CLIPAttention(Module):
@@ -107,9 +119,9 @@ class CLIPTextTransformer(Module):
         self.encoder = CLIPEncoder(config)
         self.final_layer_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    def __call__(self, input_ids: np.ndarray) -> CLIPTextOutput:
+    def __call__(self, input_ids: np.ndarray, vectors: np.ndarray | None = None) -> CLIPTextOutput:
         causal = np.tri(input_ids.shape[1], dtype=bool)
-        hidden_states = self.encoder(self.embeddings(input_ids), causal)
+        hidden_states = self.encoder(self.embeddings(input_ids, vectors), causal)
         last = self.final_layer_norm(hidden_states[-1])
         # argmax takes the first of equals; 0 where nothing equals eos_token_id. Configs with the
         # legacy eos_token_id 2 come with tokenizers whose end is the largest id.
@@ -124,6 +136,7 @@ class CLIPTextModel(Module):
 
     Args:
         input_ids: (B, T) int, T at most max_position_embeddings.
+        vectors: (N, D), for ids that are not in the vocabulary; see CLIPTextEmbeddings.
     Returns: CLIPTextOutput, float32.
     """
 
@@ -133,8 +146,8 @@ class CLIPTextModel(Module):
         if config.with_projection:
             self.text_projection = Linear(config.hidden_size, config.projection_dim, bias=False)
 
-    def __call__(self, input_ids: np.ndarray) -> CLIPTextOutput:
-        output = self.text_model(input_ids)
+    def __call__(self, input_ids: np.ndarray, vectors: np.ndarray | None = None) -> CLIPTextOutput:
+        output = self.text_model(input_ids, vectors)
         if self.text_projection is None:
             return output
         return output._replace(text_embeds=self.text_projection(output.pooled))

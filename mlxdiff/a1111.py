@@ -1,0 +1,287 @@
+"""The prompt syntax of AUTOMATIC1111's web UI: what a prompt says, before it is cut into tokens.
+
+    (word) (word:1.3) [word]      weights 1.1, 1.3 and 1/1.1; nested ones multiply
+    \\( \\) \\[ \\] \\\\                the signs themselves
+    BREAK                         the rest begins a new chunk of 75 tokens
+    [from:to:when] [to:when] [from::when]   prompt editing, [a|b] alternation: another prompt later
+    <lora:name:0.8>               a LoRA at a strength; taken out of the text
+
+Source: stable-diffusion-webui, modules/prompt_parser.py (its doc tests are among our tests) and
+modules/extra_networks.py. Where it lets ``BREAK`` inside brackets become a word of negative weight,
+and drops what it does not know, we break there and refuse.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from mlxdiff.errors import UsageError
+
+UP, DOWN = 1.1, 1 / 1.1
+
+
+class Piece(NamedTuple):
+    """A part of a prompt: text of one weight, or (None) the place where a chunk ends."""
+
+    text: str | None
+    weight: float = 1.0
+
+
+class Network(NamedTuple):
+    """What ``<lora:name:0.8>`` asks for: strengths for the U-Net and for the text encoders."""
+
+    name: str
+    unet: float
+    text_encoder: float
+
+
+# ------------------------------------------------------------------------------------------ weights
+
+_SIGN = re.compile(
+    r"""
+    \\(?P<escaped>[\\()\[\]]?)
+    | (?P<open>[(\[])
+    | :\s*(?P<weight>[+-]?[.\d]+)\s*\)
+    | (?P<close>[)\]])
+    | [^\\()\[\]:]+
+    | :
+    """,
+    re.VERBOSE,
+)
+_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+
+
+def weigh(text: str) -> list[Piece]:
+    """The pieces of a prompt, in order; neighbours of the same weight are one.
+
+    Raises: UsageError for a weight that is no number.
+    """
+    pieces: list[Piece] = []
+    opened: dict[str, list[int]] = {"(": [], "[": []}
+
+    def multiply(start: int, factor: float) -> None:
+        for i in range(start, len(pieces)):
+            pieces[i] = pieces[i]._replace(weight=pieces[i].weight * factor)
+
+    for match in _SIGN.finditer(text):
+        sign = match[0]
+        if match["escaped"] is not None:
+            pieces.append(Piece(match["escaped"]))
+        elif match["open"]:
+            opened[sign].append(len(pieces))
+        elif match["weight"] and opened["("]:
+            multiply(opened["("].pop(), _number(match["weight"], sign))
+        elif sign == ")" and opened["("]:
+            multiply(opened["("].pop(), UP)
+        elif sign == "]" and opened["["]:
+            multiply(opened["["].pop(), DOWN)
+        else:
+            for i, part in enumerate(_BREAK.split(sign)):
+                pieces += [Piece(None)] * (i > 0) + [Piece(part)]
+    # What was never closed counts to the end.
+    for sign, factor in (("(", UP), ("[", DOWN)):
+        for start in opened[sign]:
+            multiply(start, factor)
+    return _merged(pieces) or [Piece("")]
+
+
+def _number(text: str, where: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"the weight in {where!r} is no number; write (word:1.2)") from None
+
+
+def _merged(pieces: list[Piece]) -> list[Piece]:
+    merged: list[Piece] = []
+    for piece in pieces:
+        last = merged[-1] if merged else Piece(None)
+        if piece.text is None or last.text is None or piece.weight != last.weight:
+            merged.append(piece)
+        else:
+            merged[-1] = last._replace(text=last.text + piece.text)
+    return merged
+
+
+# ------------------------------------------------------------------- prompt editing and alternation
+
+
+class _Edit(NamedTuple):
+    """``[before:after:when]``; the parts are trees: lists of texts, edits and alternations."""
+
+    before: list[object]
+    after: list[object]
+    when: int
+
+
+class _Alternation(NamedTuple):
+    """``[a|b|...]``: one after the other."""
+
+    options: list[list[object]]
+
+
+_NUMBER = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\]")
+_PLAIN = re.compile(r"(?:[^\\\[\]():|]|\\.)+", re.DOTALL)
+
+
+class _NotThis(Exception):
+    """The text from here on is not what was tried."""
+
+
+def edits(text: str, steps: int) -> list[tuple[int, str]]:
+    """What the prompt is at which step.
+
+    Args:
+        text: the prompt.
+        steps: of the run; a ``when`` with a decimal point is a share of them.
+    Returns: (last, text) in order: the text counts for every step, from 0, up to and with ``last``.
+    """
+    try:
+        tree = _Parser(text, steps).whole()
+    except _NotThis:  # as the web UI: a bar outside brackets and such make the whole of it plain
+        return [(steps, text)]
+    ends = sorted({steps, *_ends(tree, steps)})
+    return [(end, "".join(_at(tree, end))) for end in ends]
+
+
+class _Parser:
+    """Recursive descent over one prompt; ``when`` is worked out for a number of steps."""
+
+    def __init__(self, text: str, steps: int) -> None:
+        self.text, self.steps, self.place = text, steps, 0
+
+    def whole(self) -> list[object]:
+        """The prompt; brackets and colons that belong to nothing stand for themselves."""
+        tree = self.prompt()
+        while self.place < len(self.text):
+            sign = self.text[self.place]
+            if sign not in "[]():":
+                raise _NotThis
+            self.place += 1
+            tree = [*tree, sign, *self.prompt()]
+        return tree
+
+    def prompt(self) -> list[object]:
+        """As many parts as there are from here on."""
+        tree: list[object] = []
+        while True:
+            if match := _PLAIN.match(self.text, self.place):
+                tree.append(match[0])
+                self.place = match.end()
+                continue
+            start = self.place
+            try:
+                tree += self.bracketed()
+            except _NotThis:
+                self.place = start
+                return tree
+
+    def bracketed(self) -> list[object]:
+        """``(...)``, ``(...:...)``, ``[...]``, an edit or an alternation."""
+        opening = self.text[self.place : self.place + 1]
+        if opening not in ("(", "["):
+            raise _NotThis
+        self.place += 1
+        parts, separators = [self.prompt()], ""
+        while (sign := self.text[self.place : self.place + 1]) in (":", "|") and sign:
+            if opening == "[" and sign == ":" and "|" not in separators:
+                number = _NUMBER.match(self.text, self.place + 1)
+                if number is not None:
+                    self.place = number.end()
+                    return [self._edit(parts, number[1])]
+            self.place += 1
+            separators += sign
+            parts.append(self.prompt())
+        self.place += 1
+        if opening == "(" and sign == ")" and separators in ("", ":"):
+            return ["(", *(parts[0] if not separators else [*parts[0], ":", *parts[1]]), ")"]
+        if opening == "[" and sign == "]" and not separators:
+            return ["[", *parts[0], "]"]
+        if opening == "[" and sign == "]" and set(separators) == {"|"}:
+            return [_Alternation(parts)]
+        raise _NotThis
+
+    def _edit(self, parts: list[list[object]], number: str) -> _Edit:
+        if len(parts) > 2:
+            raise _NotThis
+        when = float(number) * (self.steps if "." in number else 1)
+        end = min(self.steps, int(when)) if math.isfinite(when) else self.steps
+        return _Edit(parts[0] if len(parts) == 2 else [], parts[-1], end)
+
+
+def _ends(tree: list[object], steps: int) -> Iterator[int]:
+    """The last steps before something changes."""
+    for part in tree:
+        if isinstance(part, _Edit):
+            if part.when >= 1:
+                yield part.when
+            yield from _ends([*part.before, *part.after], steps)
+        elif isinstance(part, _Alternation):
+            yield from range(1, steps + 1)
+            for option in part.options:
+                yield from _ends(option, steps)
+
+
+def _at(tree: list[object], step: int) -> Iterator[str]:
+    """The text of a tree at a step."""
+    for part in tree:
+        if isinstance(part, _Edit):
+            yield from _at(part.before if step <= part.when else part.after, step)
+        elif isinstance(part, _Alternation):
+            yield from _at(part.options[(step - 1) % len(part.options)], step)
+        else:
+            yield str(part)
+
+
+# ----------------------------------------------------------------------------------- what is beside
+
+_NETWORK = re.compile(r"<(\w+):([^>]+)>")
+_COMPOSED = re.compile(r"\bAND\b")
+
+
+def networks(text: str) -> tuple[str, list[Network]]:
+    """A prompt without its ``<lora:...>``, and these.
+
+    Raises: UsageError for another kind of network, or a strength that is no number.
+    """
+    found = []
+    for match in _NETWORK.finditer(text):
+        kind, (name, *arguments) = match[1], match[2].split(":")
+        if kind not in ("lora", "lyco"):
+            raise UsageError(
+                f"the prompt has {match[0]!r}, which asks for an extra network of kind {kind!r}; "
+                "of these only <lora:name:strength> is known; take it out"
+            )
+        given = dict(a.partition("=")[::2] for a in arguments if "=" in a)
+        plain = [a for a in arguments if "=" not in a]
+        if unknown := [*(set(given) - {"te", "unet"}), *plain[2:]]:
+            raise UsageError(
+                f"the prompt has {match[0]!r}: {', '.join(unknown)} is not known; write "
+                "<lora:name:strength> or <lora:name:te=0.5:unet=1>"
+            )
+        text_encoder = _strength(given.get("te", plain[0] if plain else "1"), match[0])
+        default = plain[1] if len(plain) > 1 else str(text_encoder)
+        found.append(Network(name, _strength(given.get("unet", default), match[0]), text_encoder))
+    return _NETWORK.sub("", text), found
+
+
+def _strength(text: str, where: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UsageError(f"the prompt has {where!r}: {text!r} is no number")
+    return value
+
+
+def refuse_composition(text: str) -> None:
+    """Raise UsageError where a prompt joins prompts with ``AND``."""
+    if _COMPOSED.search(text):
+        raise UsageError(
+            "the prompt has AND in capitals, which composes two prompts in A1111's syntax; that is "
+            "not supported: write 'and', or use the plain syntax (--prompt-syntax plain)"
+        )
