@@ -26,11 +26,13 @@ class Evaluation:
         t: the timestep.
         index: 0 for the first of this model's plan.
         total: evaluations of the plan.
+        beside: what the U-Net of this picture sees beside x, (1, h, w, C'); None: nothing.
     """
 
     t: float
     index: int
     total: int
+    beside: Any = None
 
 
 class Denoiser:
@@ -73,7 +75,11 @@ class Denoiser:
     def __call__(self, x: Any, evaluation: Evaluation) -> Any:
         """The model's output at x_t, after guidance: (1, h, w, C) float32 -> the same."""
         guided = self.guided and self._within(evaluation)
-        sample = self.backend.concatenate([x, x], 0) if guided else x
+        sample = x
+        if evaluation.beside is not None:
+            sample = self.backend.concatenate([x, evaluation.beside], -1)
+        if guided:
+            sample = self.backend.concatenate([sample, sample], 0)
         conditions = self.conditions if guided or self._positive is None else self._positive
         deep = self._features(evaluation, len(sample))
         out = self.unet(sample, evaluation.t, **conditions, deep=deep)

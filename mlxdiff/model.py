@@ -187,8 +187,25 @@ class Model(Networks):
         """How far from a given image the reference pipeline goes."""
         return 0.3 if self.is_sdxl else 0.8
 
-    def is_guided(self, scale: float) -> bool:
-        """Whether this scale takes two predictions a step."""
+    @property
+    def inpaints(self) -> bool:
+        """Whether the U-Net sees a mask and a masked picture beside the latents."""
+        latent = self.vae_config.latent_channels
+        return self.unet_config.in_channels == 2 * latent + 1
+
+    @property
+    def edits(self) -> bool:
+        """Whether the U-Net sees a picture beside the latents: InstructPix2Pix."""
+        return self.unet_config.in_channels == 2 * self.vae_config.latent_channels
+
+    def is_guided(self, scale: float, image_scale: float | None = None) -> bool:
+        """Whether this scale takes several predictions a step.
+
+        Args:
+            image_scale: image guidance of a model that edits; below 1 it has no guidance at all.
+        """
+        if image_scale is not None and image_scale < 1.0:
+            return False
         # A distilled model is told the scale instead (Meng et al. 2023).
         return is_guided(scale) and self.unet_config.time_cond_proj_dim is None
 
@@ -285,9 +302,18 @@ class Model(Networks):
 
     def image_latents(self, pixels: np.ndarray) -> ImageLatents:
         """What the VAE makes of a picture (H, W, 3) uint8 whose sides it divides."""
-        self.check_size(width=pixels.shape[1], height=pixels.shape[0])
-        mean, logvar = self.component("vae").encode(self.backend.asarray(to_model(pixels)))
-        scale, shift = self._latent_scale()
+        return self.encode_pixels(to_model(pixels))
+
+    def encode_pixels(self, pixels: np.ndarray, *, scaled: bool = True) -> ImageLatents:
+        """What the VAE makes of a picture (1, H, W, 3) float32 in [-1, 1].
+
+        Args:
+            scaled: as the U-Net sees latents; False: as the VAE gives them.
+        Raises: UsageError unless it divides the sides.
+        """
+        self.check_size(width=pixels.shape[2], height=pixels.shape[1])
+        mean, logvar = self.component("vae").encode(self.backend.asarray(pixels))
+        scale, shift = self._latent_scale() if scaled else (np.float32(1), np.float32(0))
         std = None
         if logvar is not None:
             std = (np.exp(0.5 * self.backend.to_numpy(logvar)) * scale).astype(np.float32)

@@ -23,12 +23,12 @@ from mlxdiff.convert import Component, open_vae
 from mlxdiff.denoiser import Evaluation, make_denoiser
 from mlxdiff.errors import UsageError
 from mlxdiff.metadata import Metadata
-from mlxdiff.model import ImageLatents, Model, PromptEmbeddings, draw_noise
+from mlxdiff.model import Model, PromptEmbeddings, draw_noise
 from mlxdiff.noise import Generator
 from mlxdiff.pixels import PixelModel
 from mlxdiff.recipes import recipe_of
-from mlxdiff.samplers import Plan
 from mlxdiff.settings import Settings, make_plans, pick_seeds, resolve
+from mlxdiff.start import Inputs
 from mlxdiff.weights import ModelSource
 
 if TYPE_CHECKING:
@@ -294,11 +294,11 @@ class Pipeline:
             make_denoiser(one, settings, n) for one, n in zip(models, before, strict=False)
         ]
         timings["text_encoder"] = time.perf_counter() - start - (self._load_seconds - loaded)
-        image = None
         if settings.image is not None:
             model.component("vae")
-            start = time.perf_counter()
-            image = model.image_latents(settings.image)
+        start = time.perf_counter()
+        inputs = Inputs(model, settings)
+        if settings.image is not None:
             timings["image"] = time.perf_counter() - start
         seconds = timings["steps"] = []
         total = sum(map(len, plans))
@@ -309,15 +309,22 @@ class Pipeline:
             )
             fresh_noise = partial(_on_backend, backend, draw)
             given = None if noise is None else noise[picture][None]
-            x = backend.asarray(_start(settings, plans[0], image, given, draw))
+            begun = inputs.begin(plans[0], draw, given)
+            x = backend.asarray(begun.x)
             index = 0
             for denoise, plan in zip(denoisers, plans, strict=True):
+                if index > 0:
+                    begun = inputs.refine(begun, draw)
+                beside = None if begun.beside is None else backend.asarray(begun.beside)
+                kept = None if begun.kept is None else begun.kept.on(backend)
                 state = plan.start()
                 for i, t in enumerate(plan.timesteps):
                     start = time.perf_counter()
-                    evaluation = Evaluation(t, i, len(plan))
+                    evaluation = Evaluation(t, i, len(plan), beside)
                     output = denoise(plan.scale_model_input(x, state), evaluation)
                     x, state = plan.step(x, output, state, noise=fresh_noise)
+                    if kept is not None:
+                        x = kept(x, plan, i + 1)
                     backend.evaluate(x)
                     seconds.append(time.perf_counter() - start)
                     yield Step(
@@ -377,7 +384,13 @@ class Pipeline:
             sampler, schedule: see ``mlxdiff.samplers``.
             eta: 0 to 1, the share of fresh noise, for the samplers that have it. None: 0.
             image: a picture to start from: path, Pillow image or array; it is resized.
-            strength: 0 to 1, how far from it. None: the reference pipeline's default.
+            strength: 0 to 1, how far from it. None: the reference pipeline's default; 1 with a
+                mask, which means pure noise there.
+            mask: what to repaint of it (white): path, Pillow image or array, resized, grey, cut at
+                one half. The size is then the model's own unless given.
+            outpaint: (left, top, right, bottom), pixels to add around the image and to paint,
+                beside what the mask says. The size is then that of the wider image, rounded down.
+            paste_original: put back what was not to be repainted, exactly as it was.
             denoising_end: stop after this share of the way (SDXL); with a refiner, hand over to it
                 there (None: 0.8).
             denoising_start: with a refiner, where it begins (None: at denoising_end). Else take
@@ -404,6 +417,8 @@ class Pipeline:
             self.model.component("vae")
         start = time.perf_counter()
         images = self.decode(np.stack(final))
+        if settings.canvas is not None and settings.paste_original:
+            images = [settings.canvas.paste_original(image) for image in images]
         timings["vae"] = time.perf_counter() - start
         timings["unet"] = sum(timings["steps"])
         timings["load"] = self._load_seconds - loaded
@@ -420,11 +435,13 @@ class Pipeline:
     def _metadata(self, settings: Settings, seed: int) -> Metadata:
         known = {f.name for f in fields(Metadata)}
         values = {f.name: getattr(settings, f.name) for f in fields(settings)}
-        for name in ("image", "refined"):
+        for name in ("image", "refined", "canvas"):
             del values[name]
         values["image"] = values.pop("image_name")
         if settings.prompt_syntax == "plain":  # said only where it is not
             del values["prompt_syntax"]
+        values["mask"] = values.pop("mask_name")
+        values["paste_original"] = settings.paste_original or None
         values["vae"] = None if self.model.vae is None else _named(self.model.vae.provenance)
         values["refiner"] = None if self.refiner is None else _named(self.refiner.source.provenance)
         values["quantize"] = recipe_of(self.source)
@@ -463,25 +480,6 @@ def _only_sdxl(model: Model | PixelModel) -> Model:
 
 def _on_backend(backend: Any, draw: Callable[[], np.ndarray]) -> Any:
     return backend.asarray(draw())
-
-
-def _start(
-    settings: Settings,
-    plan: Plan,
-    image: ImageLatents | None,
-    noise: np.ndarray | None,
-    draw: Callable[[], np.ndarray],
-) -> np.ndarray:
-    """The latents that a picture starts from.
-
-    The order of the draws is the reference's: the VAE's sample first, then the noise.
-    """
-    clean = None if image is None else image.draw(draw)
-    if clean is not None and not settings.adds_noise:
-        return clean
-    noise = draw() if noise is None else noise
-    start = noise * plan.init_noise_sigma if clean is None else plan.add_noise(clean, noise)
-    return np.asarray(start, np.float32)
 
 
 def _named(provenance: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from mlxdiff import a1111, samplers
 from mlxdiff.errors import UsageError
 from mlxdiff.image import load_image, resize
+from mlxdiff.inpainting import Borders, Canvas, check_borders, load_mask, make_canvas
 from mlxdiff.model import Model
 from mlxdiff.pixels import PixelModel
 from mlxdiff.prompt import SYNTAXES
@@ -36,6 +37,10 @@ class Settings:
         image: the picture to start from, uint8 (height, width, 3); else None.
         image_name: the name of its file, or what it was given as.
         strength: how far from it; None where it does not count.
+        canvas: the picture and what of it is repainted; else None.
+        mask_name: of the mask, as ``image_name`` is of the image.
+        outpaint: pixels that were added to the left, top, right and bottom of the image.
+        paste_original: whether what is not repainted is put back, to the bit, in the end.
         denoising_start: with a refiner, where that begins; else where the run begins, on an image
             that is taken for a picture half made.
         denoising_end: where the run ends or, with a refiner, where that takes over.
@@ -77,6 +82,10 @@ class Settings:
     refined: bool = False
     prompt_syntax: str = "plain"
     clip_skip: int | None = None
+    mask_name: str | None = None
+    outpaint: Borders | None = None
+    paste_original: bool = False
+    canvas: Canvas | None = field(default=None, repr=False, compare=False)
 
     @property
     def evaluations(self) -> int:
@@ -189,6 +198,9 @@ def _resolve_text(
     eta: float | None = None,
     image: Any = None,
     strength: float | None = None,
+    mask: Any = None,
+    outpaint: Any = None,
+    paste_original: bool = False,
     denoising_start: float | None = None,
     denoising_end: float | None = None,
     original_size: tuple[int, int] | None = None,
@@ -241,10 +253,17 @@ def _resolve_text(
             "negative_aesthetic_score": negative_aesthetic_score,
         },
     )
-    _check_task(model, image, strength, None if refiner is not None else denoising_start)
+    repaints = mask is not None or outpaint is not None
+    _check_task(model, image, repaints, strength, None if refiner is not None else denoising_start)
+    if paste_original and not repaints:
+        raise UsageError("paste_original needs a mask (--mask) or borders (--outpaint)")
 
     pixels = None if image is None else load_image(image)
-    default_height, default_width = _default_size(model, pixels, width, height)
+    outpaint = None if outpaint is None else check_borders(outpaint)
+    given = None if pixels is None else _given_size(pixels, outpaint)
+    default_height, default_width = _default_size(
+        model, None if outpaint is None and mask is not None else given, width, height
+    )
     width = default_width if width is None else width
     height = default_height if height is None else height
     model.check_size(width=width, height=height)
@@ -281,13 +300,24 @@ def _resolve_text(
         clip_skip=clip_skip,
     )
     if pixels is not None:
-        settings = replace(
-            settings,
-            image=resize(pixels, width, height),
-            image_name=Path(image).name if isinstance(image, (str, os.PathLike)) else "(pixels)",
-        )
+        settings = replace(settings, image_name=_named(image))
+        if repaints:
+            greys = None if mask is None else load_mask(mask)
+            factor = model.vae_config.factor
+            canvas = make_canvas(pixels, greys, width, height, factor, outpaint)
+            _note_other_shape(pixels, greys)
+            settings = replace(
+                settings,
+                canvas=canvas,
+                image=canvas.image,
+                mask_name=None if mask is None else _named(mask),
+                outpaint=outpaint,
+                paste_original=paste_original,
+            )
+        else:
+            settings = replace(settings, image=resize(pixels, width, height))
         if settings.adds_noise:
-            default = model.default_strength
+            default = 1.0 if repaints else model.default_strength
             settings = replace(settings, strength=default if strength is None else strength)
         elif strength is not None:
             logger.warning("strength has no effect: denoising_start says where the run begins")
@@ -326,6 +356,7 @@ def make_plans(
     own_strength = (
         isinstance(model, Model)
         and model.is_latent_consistency
+        and settings.canvas is None  # its pipelines do not inpaint; the general one does
         and _samples_with_lcm(settings, model)
     )
     plan = samplers.plan(
@@ -484,21 +515,33 @@ def _check_parts(model: Model, refiner: Model | None, given: dict[str, Any]) -> 
 
 
 def _check_task(
-    model: Model, image: Any, strength: float | None, denoising_start: float | None
+    model: Model,
+    image: Any,
+    repaints: bool,
+    strength: float | None,
+    denoising_start: float | None,
 ) -> None:
     """Refuse what the model cannot draw from what is given."""
     channels, latent = model.unet_config.in_channels, model.vae_config.latent_channels
-    missing = {
-        2 * latent + 1: ("an inpainting model", "a mask (--mask)"),
-        2 * latent: ("a model that edits a picture by instruction", "image guidance"),
-    }
-    if channels != latent:
-        kind, option = missing.get(channels, ("no text-to-image model", "more channels"))
+    takes = f"its U-Net takes {channels} channels, the latents have {latent}"
+    if model.inpaints and not (repaints and image is not None):
         raise UsageError(
-            f"{model.source.path}: this is {kind} (its U-Net takes {channels} channels, the "
-            f"latents have {latent}): it needs {option}, which this version of mlxdiff cannot take "
-            "yet; use a text-to-image model"
+            f"{model.source.path}: this is an inpainting model ({takes}): it needs an image "
+            "(--image) and a mask (--mask), or borders to add to the image (--outpaint)"
         )
+    if model.edits:
+        raise UsageError(
+            f"{model.source.path}: this is a model that edits a picture by instruction ({takes}): "
+            "it needs image guidance, which this version of mlxdiff cannot take yet; use a "
+            "text-to-image model"
+        )
+    if channels != latent and not model.inpaints:
+        raise UsageError(
+            f"{model.source.path}: this is no text-to-image model ({takes}), and none that this "
+            "version of mlxdiff knows"
+        )
+    if repaints and image is None:
+        raise UsageError("a mask (--mask) or borders (--outpaint) need an image (--image)")
     if image is None:
         if model.takes_aesthetic_score:
             raise UsageError(
@@ -510,16 +553,44 @@ def _check_task(
                 raise UsageError(f"{name} needs an image to start from (--image)")
 
 
+def _named(picture: Any) -> str:
+    """What the metadata call a picture that was given."""
+    return Path(picture).name if isinstance(picture, (str, os.PathLike)) else "(pixels)"
+
+
+def _given_size(pixels: np.ndarray, outpaint: Borders | None) -> tuple[int, int]:
+    """(height, width) of the image, with what is added around it."""
+    left, top, right, bottom = outpaint or (0, 0, 0, 0)
+    return top + pixels.shape[0] + bottom, left + pixels.shape[1] + right
+
+
+def _note_other_shape(pixels: np.ndarray, mask: np.ndarray | None) -> None:
+    """Say so where a mask must be squeezed to lie on its image."""
+    if mask is None:
+        return
+    (rows, columns), (mask_rows, mask_columns) = pixels.shape[:2], mask.shape[:2]
+    ratio = rows * mask_columns / (columns * mask_rows)
+    if not 0.98 < ratio < 1.02:
+        logger.warning(
+            "the mask is %dx%d pixels and the image %dx%d, another shape: the mask is stretched "
+            "to lie on the image",
+            mask_columns,
+            mask_rows,
+            columns,
+            rows,
+        )
+
+
 def _default_size(
-    model: Model, pixels: np.ndarray | None, width: int | None, height: int | None
+    model: Model, given: tuple[int, int] | None, width: int | None, height: int | None
 ) -> tuple[int, int]:
-    """(height, width): the image's, rounded down to what the model can draw, else the model's."""
+    """(height, width): as given, rounded down to what the model can draw, else the model's."""
     if width is not None and height is not None:
         return height, width
-    if pixels is None:
+    if given is None:
         return model.default_size
     factor = model.vae_config.factor
-    rows, columns = pixels.shape[:2]
+    rows, columns = given
     if min(rows, columns) < factor:
         raise UsageError(
             f"the image is {columns}x{rows} pixels, too small for this model; say width and height"

@@ -31,6 +31,8 @@ FAMILIES = (
     "img2img",
 )
 """What make_family_goldens.py writes; of these, taesd is a VAE alone and img2img has no model."""
+INPAINTING = ("inpainting", "sd15-inpainting", "sdxl-inpainting")
+"""What make_image_goldens.py writes: with a mask; the first has no model of its own."""
 
 
 @lru_cache
@@ -53,6 +55,24 @@ def photo(height: int, width: int) -> np.ndarray:
     planes = [abs((a * x + b * y) % 512 - 255) for a, b in ((5, 2), (-3, 7), (4, 4))]
     grain = (x * 7919 + y * 104729 + x * y * 31) % 29
     return np.clip(np.stack(planes, axis=-1) - grain[..., None], 0, 255).astype(np.uint8)
+
+
+def mask(kind: str, height: int, width: int) -> np.ndarray:
+    """A mask: uint8 (height, width, 3), white where it is repainted.
+
+    Args:
+        kind: "disc", "half" (the right one) or "soft" (a disc that fades, in colours).
+    """
+    y, x = np.mgrid[:height, :width]
+    if kind == "half":
+        grey = np.where(x * 2 >= width, 255, 0)
+    else:
+        distance = np.hypot((x + 0.5) / width - 0.55, (y + 0.5) / height - 0.45)
+        grey = np.where(distance < 0.3, 255, 0)
+        if kind == "soft":
+            grey = np.clip(255 * (1.4 - 3 * distance), 0, 255)
+    tint = np.array([1.0, 0.9, 1.0]) if kind == "soft" else np.ones(3)
+    return np.asarray(grey[..., None] * tint).astype(np.uint8)
 
 
 @lru_cache

@@ -16,12 +16,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "files", "known", "a1111"),
     ("params", "quantization"),
     ("tokenizer", "prompt", "noise", "image", "metadata", "samplers", "weights", "recipes", "hub"),
+    ("inpainting",),
     ("reference", "models", "convert"),
     ("library", "texts"),
     ("model",),
     ("pixels",),
     ("settings",),
-    ("denoiser",),
+    ("denoiser", "start"),
     ("pipeline",),
     ("cli",),
 )
@@ -37,7 +38,7 @@ ONLY_IN = {
     "mlx": {"models"},
     "click": {"cli"},
     "huggingface_hub": {"hub"},
-    "PIL": {"image", "metadata", "model", "pixels", "pipeline"},
+    "PIL": {"image", "inpainting", "metadata", "model", "pixels", "pipeline"},
 }
 NEVER = {"torch", "diffusers", "transformers", "scipy", "matplotlib"}
 

@@ -24,34 +24,39 @@ _EXTRA: dict[str, Any] = dict.fromkeys(
     "eta strength denoising_start denoising_end aesthetic_score negative_aesthetic_score".split(),
     float,
 )
-_EXTRA |= dict.fromkeys(("original_size", "target_size", "crop", "guidance_interval"), tuple)
-_EXTRA |= dict.fromkeys(("vae", "refiner", "image", "quantize"), str)
+_EXTRA |= dict.fromkeys(("original_size", "target_size", "crop"), tuple)
+_EXTRA |= dict.fromkeys(("guidance_interval", "outpaint"), tuple)
+_EXTRA |= dict.fromkeys(("vae", "refiner", "image", "mask", "quantize"), str)
 _EXTRA |= {"prompt_syntax": str}
-_EXTRA |= {"label": int, "feature_reuse": int}
+_EXTRA |= {"label": int, "feature_reuse": int, "paste_original": bool}
 BUILTIN_NAME = "builtin"  # what pictures of the built-in model say that they are made with
 
 
-class Pair(click.ParamType):
-    """Two numbers with a separator between them, such as 512x768."""
+class Numbers(click.ParamType):
+    """Numbers with a separator between them, such as 512x768."""
 
     def __init__(self, separator: str, names: str, kind: type = int) -> None:
         self.separator, self.name, self.kind = separator, names, kind
+        self.count = len(names.lower().split(separator))
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Any, ...]:
         if isinstance(value, tuple):
             return value
         try:
-            first, second = (self.kind(part) for part in value.lower().split(self.separator))
+            numbers = tuple(self.kind(part) for part in value.lower().split(self.separator))
         except ValueError:
+            numbers = ()
+        if len(numbers) != self.count:
             self.fail(f"{value!r} is not of the form {self.name}", param, ctx)
-        return first, second
+        return numbers
 
 
-SIZE = Pair("x", "HxW")
-POINT = Pair(",", "Y,X")
-INTERVAL = Pair(",", "START,END", float)
+SIZE = Numbers("x", "HxW")
+POINT = Numbers(",", "Y,X")
+INTERVAL = Numbers(",", "START,END", float)
+BORDERS = Numbers(",", "LEFT,TOP,RIGHT,BOTTOM")
 
 
 @click.command(context_settings={"show_default": False})
@@ -92,7 +97,22 @@ INTERVAL = Pair(",", "START,END", float)
 @click.option("-H", "--height", type=int, help="Pixels. Default: the image's, or the model's own.")
 @click.option("-i", "--image", help="A picture to start from; it is resized.")
 @click.option(
-    "--strength", type=float, help="How far from the image, 0 to 1. Default: 0.8, SDXL 0.3."
+    "--strength",
+    type=float,
+    help="How far from the image, 0 to 1. Default: 0.8, SDXL 0.3, with a mask 1.",
+)
+@click.option("--mask", help="With --image: what to repaint of it, in white; it is resized.")
+@click.option(
+    "--outpaint",
+    type=BORDERS,
+    metavar=BORDERS.name,
+    help="With --image: pixels to add around it and to paint.",
+)
+@click.option(
+    "--paste-original",
+    is_flag=True,
+    default=None,
+    help="With --mask or --outpaint: put the rest of the image back exactly as it was.",
 )
 @click.option(
     "--steps", type=int, help="Of the sampler. Default: 20; 4 for models made for few (LCM, Turbo)."
@@ -205,10 +225,12 @@ def generate(
         refiner = named["refiner"] if refiner is None else refiner
         seed = named["seed"] if seed is None else seed
         quantize = named["quantize"] if quantize is None else quantize
-        if "image" in replay and picture["image"] is None:
-            raise UsageError(
-                f"{from_image}: was drawn from the image {replay['image']!r}: give it with --image"
-            )
+        for name in ("image", "mask"):
+            if name in replay and picture[name] is None:
+                raise UsageError(
+                    f"{from_image}: was drawn from the {name} {replay[name]!r}: give it with "
+                    f"--{name}"
+                )
     prompts = _prompts(text, prompt, prompt_file, replay.pop("prompt", None))
     if prompts == [None] and model is None:  # a model of one's own may draw without
         raise UsageError('no prompt is given; for example: mlxdiff generate "a red circle"')
@@ -287,8 +309,9 @@ def _replay(path: str) -> dict[str, Any]:
         good = isinstance(value, (int, float) if kind is float else kind)
         if kind is tuple and good:
             numbers = (int, float) if name == "guidance_interval" else (int,)
-            good = len(value) == 2 and all(type(v) in numbers for v in value)
-        if value is not None and (not good or isinstance(value, bool)):
+            count = BORDERS.count if name == "outpaint" else 2
+            good = len(value) == count and all(type(v) in numbers for v in value)
+        if value is not None and (not good or isinstance(value, bool) != (kind is bool)):
             raise UsageError(f"{path}: {name} in its mlxdiff metadata is {value!r}")
         replay[name] = value
     if found.version is None:  # drawn by A1111 or a program that writes as it does

@@ -1,0 +1,330 @@
+"""Write the tiny models and pictures of what is made from a picture and more than img2img.
+
+    python tests/golden/make_image_goldens.py [inpainting sd15-inpainting sdxl-inpainting]
+
+As make_family_goldens.py does; a model differs from its base in its U-Net. The reference takes one
+picture at a time here: of several it encodes the image with the first one's generator alone.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderTiny,
+    DEISMultistepScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    TCDScheduler,
+)
+from make_checkpoints import make_unet, write_json
+from make_family_goldens import (
+    CLASSES,
+    CROSS_DOWN,
+    CROSS_UP,
+    DOWN,
+    OWN,
+    SDXL,
+    UP,
+    WORDS,
+)
+from make_family_goldens import case as plain_case
+from make_goldens import CIRCLE, TREE, nhwc
+from PIL import Image
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from golden_data import checkpoint, mask, photo  # noqa: E402
+
+CLASSES = CLASSES | {
+    "dpmpp-3m": (DPMSolverMultistepScheduler, {"solver_order": 3}),
+    "dpm-2m": (
+        DPMSolverMultistepScheduler,
+        {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
+    ),
+    "dpmpp-2s": (DPMSolverSinglestepScheduler, {}),
+    "lms": (LMSDiscreteScheduler, {}),
+    "pndm": (PNDMScheduler, {}),
+    "tcd": (TCDScheduler, OWN),
+    "deis": (DEISMultistepScheduler, {}),
+}
+
+# -------------------------------------------------------------------------------------- checkpoints
+
+SMALL = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1}
+SD1 = SMALL | {
+    "down_block_types": [CROSS_DOWN, DOWN],
+    "up_block_types": [UP, CROSS_UP],
+    "attention_head_dim": 4,
+}
+SMALL_SDXL = (
+    SDXL
+    | SMALL
+    | {
+        "down_block_types": [DOWN, CROSS_DOWN],
+        "up_block_types": [CROSS_UP, UP],
+        "attention_head_dim": [1, 2],
+    }
+)
+BASES = {"sd15-inpainting": "bk-sdm-tiny", "sdxl-inpainting": "segmind-vega"}
+
+
+def make_model(name: str, folder: Path) -> None:
+    """The files in which a model differs from its base: U-Net and pipeline class."""
+    kind, *_ = PIPELINES[name]
+    sdxl = name.startswith("sdxl")
+    unet = make_unet(
+        200 + list(BASES).index(name),
+        64 if sdxl else 32,
+        in_channels=9 if "inpainting" in name else 8,
+        **(SMALL_SDXL if sdxl else SD1),
+    )
+    unet.to(torch.float16).save_pretrained(folder / "unet")
+    index = json.loads((checkpoint(BASES[name]) / "model_index.json").read_text())
+    write_json(folder / "model_index.json", index | {"_class_name": kind.__name__})
+
+
+# ------------------------------------------------------------------------------------- the pictures
+
+
+def case(prompt: str = CIRCLE, **arguments: Any) -> dict[str, Any]:
+    """As in make_family_goldens; image is a size of golden_data.photo, mask a kind and size of
+    golden_data.mask."""
+    size = {"width": 64, "height": 64, "image": [64, 64]}
+    arguments = plain_case(prompt, **size | arguments)
+    if "outpaint" not in arguments:
+        arguments = {"mask": ["disc", 64, 64]} | arguments
+    return arguments
+
+
+SPLIT = {"refiner": "sdxl-refiner", "steps": 10, "denoising_end": 0.7, "guidance": 5.0}
+FIVE = {"guidance": 5.0}
+SAMPLERS = [name for name in CLASSES if name != "ddpm"]
+PICTURES: dict[str, dict[str, dict[str, Any]]] = {
+    "inpainting": {
+        **{
+            f"sd15-{name}": case(TREE, model="bk-sdm-tiny", sampler=name, width=48, strength=0.8)
+            for name in SAMPLERS
+        },
+        "sd15-checkpoint": case(sampler="checkpoint", negative_prompt="blurry"),
+        "sd15-karras": case(sampler="dpmpp-2m", schedule="karras", mask=["half", 64, 64]),
+        "sd15-weak": case(sampler="euler", strength=0.35),
+        "sd15-heun-full": case(sampler="heun", steps=4),
+        "sd15-ddpm": case(sampler="ddpm", strength=0.7, steps=8),
+        "sd15-eta": case(sampler="ddim", eta=0.6),
+        "sd15-two": case(sampler="euler-a", count=2, seed=11),
+        "sd15-resized": case(
+            TREE,
+            image=[70, 101],
+            mask=["soft", 50, 40],
+            width=72,
+            height=56,
+            sampler="dpmpp-2m-sde",
+            count=2,
+        ),
+        "sd15-taesd": case(sampler="euler-a", vae="taesd"),
+        "sd15-outpaint": case(sampler="dpmpp-2m", outpaint=[5, 3, 19, 5], width=88, height=72),
+        "sd15-outpaint-mask": case(
+            sampler="euler",
+            outpaint=[0, 16, 0, 0],
+            mask=["disc", 64, 64],
+            height=80,
+            strength=0.9,
+        ),
+        "sd21v-checkpoint": case(TREE, model="sd21v", sampler="checkpoint"),
+        "sd21v-dpmpp-2m": case(
+            model="sd21v", sampler="dpmpp-2m", schedule="karras", strength=0.6, height=80
+        ),
+        "sd-turbo": case(model="sd-turbo", sampler="checkpoint", steps=4, guidance=0.0),
+        "lcm-checkpoint": case(model="lcm", sampler="checkpoint", steps=4, guidance=8.5),
+        "lcm-strength": case(
+            model="lcm", sampler="checkpoint", steps=4, guidance=3.0, strength=0.5
+        ),
+        "sdxl-checkpoint": case(model="sdxl", sampler="checkpoint", **FIVE),
+        "sdxl-wide": case(
+            TREE,
+            model="sdxl",
+            sampler="euler-a",
+            strength=0.7,
+            width=96,
+            mask=["soft", 64, 96],
+            negative_prompt="blurry",
+            **FIVE,
+        ),
+        "sdxl-rescale": case(model="sdxl", sampler="dpmpp-2m", guidance_rescale=0.7, **FIVE),
+        "sdxl-end": case(model="sdxl", sampler="dpmpp-2m", denoising_end=0.6, **FIVE),
+        "sdxl-from": case(model="sdxl", sampler="euler", denoising_start=0.4, **FIVE),
+        "sdxl-between": case(
+            model="sdxl", sampler="heun", denoising_start=0.2, denoising_end=0.8, **FIVE
+        ),
+        "sdxl-refined": case(model="sdxl", sampler="checkpoint", **SPLIT),
+        "sdxl-refined-two": case(model="sdxl", sampler="euler-a", count=2, seed=3, **SPLIT),
+        "refiner-alone": case(model="sdxl-refiner", sampler="dpmpp-2m", strength=0.6, **FIVE),
+    },
+    "sd15-inpainting": {
+        "checkpoint": case(sampler="checkpoint", negative_prompt="blurry"),
+        "karras": case(TREE, sampler="dpmpp-2m", schedule="karras", mask=["half", 64, 64]),
+        "ancestral-two": case(sampler="euler-a", count=2, seed=4),
+        "strength": case(sampler="euler-a", strength=0.6),
+        "no-guidance": case(sampler="unipc", guidance=1.0),
+        "resized": case(
+            TREE,
+            image=[70, 101],
+            mask=["soft", 50, 40],
+            width=72,
+            height=56,
+            sampler="heun",
+            strength=0.9,
+        ),
+        "taesd": case(sampler="dpmpp-2m-sde", vae="taesd"),
+        "outpaint": case(sampler="dpmpp-2m", outpaint=[5, 3, 19, 5], width=88, height=72),
+    },
+    "sdxl-inpainting": {
+        "checkpoint": case(sampler="checkpoint", **FIVE),
+        "strength": case(TREE, sampler="euler-a", strength=0.6, width=96, **FIVE),
+        "end": case(sampler="dpmpp-2m", denoising_end=0.6, **FIVE),
+        "from": case(sampler="euler-a", denoising_start=0.4, **FIVE),
+        "refined": case(sampler="euler-a", **SPLIT),
+    },
+}
+for arguments in PICTURES["inpainting"].values():
+    arguments.setdefault("model", "sd15")
+PIPELINES: dict[str, tuple[Any, ...]] = {
+    "sd15-inpainting": (StableDiffusionInpaintPipeline,),
+    "sdxl-inpainting": (StableDiffusionXLInpaintPipeline,),
+}
+
+
+@lru_cache
+def opened(name: str) -> Any:
+    """A model as its folder says."""
+    return DiffusionPipeline.from_pretrained(checkpoint(name), dtype=torch.float32)
+
+
+def load(name: str, arguments: dict[str, Any], kind: Any = None) -> Any:
+    """diffusers' pipeline for a case: of this class, or of the one that inpaints."""
+    pipe = opened(name)
+    if kind is None:
+        kind = StableDiffusionXLInpaintPipeline
+        if not hasattr(pipe, "text_encoder_2"):
+            kind = StableDiffusionInpaintPipeline
+    pipe = kind.from_pipe(pipe)
+    if "vae" in arguments:
+        pipe.vae = AutoencoderTiny.from_pretrained(checkpoint("taesd"), dtype=torch.float32)
+    sampler = arguments["sampler"]
+    if sampler != "checkpoint":
+        scheduler, settings = CLASSES[sampler]
+        if arguments["schedule"] == "karras":
+            settings = settings | {"use_karras_sigmas": True}
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **settings)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def outpainted(arguments: dict[str, Any]) -> tuple[Image.Image, Image.Image]:
+    """Picture and mask on a wider canvas: whole latents, the edge repeated."""
+    left, top, right, bottom = arguments["outpaint"]
+    image = photo(*arguments["image"])
+    height, width = image.shape[:2]
+    known = np.zeros((height + top + bottom, width + left + right), bool)
+    known[top : top + height, left : left + width] = True
+    for rows in range(0, known.shape[0], 8):
+        for columns in range(0, known.shape[1], 8):
+            cell = known[rows : rows + 8, columns : columns + 8]
+            cell[:] = cell.all()
+    repaint = np.where(known, 0, 255).astype(np.uint8)
+    if "mask" in arguments:
+        given = mask(*arguments["mask"])[..., 0]
+        part = repaint[top : top + height, left : left + width]
+        part[:] = np.maximum(part, given)
+    image = np.pad(image, ((top, bottom), (left, right), (0, 0)), mode="edge")
+    crop = slice(arguments["height"]), slice(arguments["width"])
+    assert image.shape[:2] == repaint[crop].shape, "no resizing here"
+    return Image.fromarray(image), Image.fromarray(repaint)
+
+
+def run(family: str, arguments: dict[str, Any], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Latents (1, h, w, C) and uint8 picture (1, H, W, 3) as diffusers' pipeline makes them."""
+    name = arguments.get("model", family)
+    pipe = load(name, arguments)
+    words = {k: v for k, v in WORDS.items() if k != "count"}
+    given = {theirs: arguments[ours] for ours, theirs in words.items() if ours in arguments}
+    if "outpaint" in arguments:
+        image, repaint = outpainted(arguments)
+    else:
+        image = Image.fromarray(photo(*arguments["image"]))
+        repaint = Image.fromarray(mask(*arguments["mask"]))
+    given |= {"image": image, "mask_image": repaint}
+    given |= {side: arguments[side] for side in ("width", "height")}
+    # Without strength: 1; the SDXL class, 9 channels and denoising_start need less, and ignore it.
+    given.setdefault("strength", 0.9999 if "denoising_start" in arguments else 1.0)
+    given["generator"] = torch.Generator("cpu").manual_seed(seed)
+    last: dict[str, torch.Tensor] = {}
+
+    def keep(pipe: Any, step: int, time: Any, state: dict[str, Any]) -> dict[str, Any]:
+        last.update(state)
+        return state
+
+    def draw(pipe: Any, **given: Any) -> Any:
+        return pipe(arguments["prompt"], callback_on_step_end=keep, **given).images
+
+    if "refiner" not in arguments:
+        images = draw(pipe, output_type="np", **given)
+    else:
+        half = draw(pipe, output_type="latent", **given)
+        # A plain model's kept part is put back by the refiner too; an inpainting model's is not.
+        plain = pipe.unet.config.in_channels == 4
+        kind = StableDiffusionXLInpaintPipeline if plain else StableDiffusionXLImg2ImgPipeline
+        refiner = load(arguments["refiner"], arguments, kind)
+        refiner.vae = pipe.vae
+        start = given.pop("denoising_end")
+        given |= {"image": half, "denoising_start": start, "strength": 0.9999}
+        if not plain:
+            for word in ("mask_image", "width", "height"):
+                del given[word]
+        images = draw(refiner, output_type="np", **given)
+    return nhwc(last["latents"]), (images * 255).round().astype(np.uint8)
+
+
+@torch.no_grad()
+def main(names: list[str]) -> None:
+    """Write each model's checkpoint, pictures.npz and cases.json."""
+    for name in names or list(PICTURES):
+        folder = HERE / name
+        folder.mkdir(exist_ok=True)
+        document: dict[str, Any] = {"prompts": [CIRCLE, TREE], "pictures": PICTURES[name]}
+        if name in BASES:
+            document["base"] = BASES[name]
+        text = json.dumps(document, indent=1)
+        (folder / "cases.json").write_text(text + "\n", encoding="utf-8")
+        if name in BASES:
+            shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+            make_model(name, folder / "checkpoint")
+        pictures: dict[str, np.ndarray] = {}
+        for label, arguments in PICTURES[name].items():
+            seeds = range(arguments["seed"], arguments["seed"] + arguments.get("count", 1))
+            drawn = [run(name, arguments, seed) for seed in seeds]
+            latents, image = (np.concatenate(part) for part in zip(*drawn, strict=True))
+            pictures[f"{label}/latents"], pictures[f"{label}/image"] = latents, image
+            clipped = np.isin(image, (0, 255)).mean()
+            print(f"{name} {label}: contrast {image.std():.0f}, clipped {clipped:.1%}", flush=True)
+        np.savez_compressed(folder / "pictures.npz", **pictures)
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    main(sys.argv[1:])
