@@ -94,20 +94,20 @@ class Inputs:
             draw: noise of the picture's own generator.
             noise: takes the place of the first noise.
         """
+        settings, repaints = self.settings, self.mask is not None
         clean = None if self.image is None else self.image.draw(draw)
-        if self.settings.adds_noise or self.mask is not None:
-            noise = draw() if noise is None else noise
-        if not self.settings.adds_noise:
-            x = clean
-        elif clean is None or (self.mask is not None and self.settings.strength == 1.0):
+        if clean is not None and not settings.adds_noise and not repaints:
+            return Start(clean)
+        noise = draw() if noise is None else noise
+        if clean is None or (repaints and settings.strength == 1.0):
             x = noise * plan.init_noise_sigma
         else:
-            x = plan.add_noise(clean, noise)
+            x = plan.add_noise(clean, noise) if settings.adds_noise else clean
         x = np.asarray(x, np.float32)
-        if self.masked is None or self.mask is None:
+        if self.mask is None or self.masked is None:
             return Start(x)
         masked = self.masked.draw(draw)
-        if self.blends:
+        if clean is not None and self.blends:
             return Start(x, kept=Kept(self.mask, clean, noise))
         return Start(x, beside=np.concatenate([self.mask, masked], axis=-1))
 
