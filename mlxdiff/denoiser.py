@@ -7,11 +7,13 @@ loop in ``pipeline`` knows nothing of it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from mlxdiff.condition import Condition
 from mlxdiff.model import Model, PromptEmbeddings
 from mlxdiff.pixels import PixelModel
 from mlxdiff.samplers.guidance import guidance_scale_embedding, guide, guided_evaluations
@@ -35,6 +37,36 @@ class Evaluation:
     beside: Any = None
 
 
+class TimeEmbeddings:
+    """The timestep embeddings of a run, made for many evaluations at once.
+
+    Args:
+        timesteps: of all evaluations.
+        embed: gives the embeddings (N, E) of N samples, for the timesteps of N / batch evaluations.
+        batch: samples in an evaluation.
+    """
+
+    AT_ONCE = 50  # what the layers make of one is some 100 KB; 1000 evaluations are not rare
+
+    def __init__(
+        self, timesteps: Sequence[float], embed: Callable[[np.ndarray], Any], batch: int
+    ) -> None:
+        self._timesteps = np.array(timesteps, np.float32)
+        self._embed = embed
+        self._batch = batch
+        self._first = -1
+        self._made = Condition(None)
+
+    def at(self, index: int) -> Condition:
+        """The embeddings of the batch of an evaluation."""
+        first = index - index % self.AT_ONCE
+        if first != self._first:
+            self._first = first
+            self._made = Condition(self._embed(self._timesteps[first : first + self.AT_ONCE]))
+        row = (index - first) * self._batch
+        return self._made.rows(row, row + self._batch)
+
+
 class Denoiser:
     """Predictions of a model that draws from text: one, or two and guidance between them.
 
@@ -42,16 +74,23 @@ class Denoiser:
         model: whose U-Net is asked.
         text: the prompts, embedded.
         settings: of the run.
+        timesteps: of all evaluations of its plan.
     """
 
-    def __init__(self, model: Model, text: PromptEmbeddings, settings: Settings) -> None:
+    def __init__(
+        self,
+        model: Model,
+        text: PromptEmbeddings,
+        settings: Settings,
+        timesteps: Sequence[float],
+    ) -> None:
         self.backend = model.backend
         self.unet = model.component("unet")
         self.settings = settings
         self.guided = model.is_guided(settings.guidance)
-        self.conditions: dict[str, Any] = {
-            "encoder_hidden_states": self._both(text.negative_prompt_embeds, text.prompt_embeds)
-        }
+        self.text = self.unet.read(self._both(text.negative_prompt_embeds, text.prompt_embeds))
+        # What the U-Net is told beside text and timestep, (B, ...) each.
+        self.conditions: dict[str, Any] = {}
         if (time_ids := settings.time_ids(model)) is not None:
             negative_ids, ids = np.array(time_ids, np.float32)[:, None]
             self.conditions["text_embeds"] = self._both(
@@ -61,8 +100,17 @@ class Denoiser:
         if (dim := model.unet_config.time_cond_proj_dim) is not None:
             embedding = guidance_scale_embedding(settings.guidance, dim)
             self.conditions["timestep_cond"] = self.backend.asarray(embedding)
-        self._positive = {k: v[1:] for k, v in self.conditions.items()} if self.guided else None
+        self.times = TimeEmbeddings(timesteps, self._embed, 2 if self.guided else 1)
         self._deep: list[Any] = []
+
+    def _embed(self, timesteps: np.ndarray) -> Any:
+        """Time embeddings of the batches of these evaluations."""
+        batch = 2 if self.guided else 1
+        conditions = {
+            name: self.backend.concatenate([values] * len(timesteps))
+            for name, values in self.conditions.items()
+        }
+        return self.unet.embed(self.backend.asarray(timesteps.repeat(batch)), **conditions)
 
     def _both(self, negative: np.ndarray | None, positive: np.ndarray | None) -> Any:
         """One batch of what is said beside the negative and the positive prompt."""
@@ -80,9 +128,10 @@ class Denoiser:
             sample = self.backend.concatenate([x, evaluation.beside], -1)
         if guided:
             sample = self.backend.concatenate([sample, sample], 0)
-        conditions = self.conditions if guided or self._positive is None else self._positive
-        deep = self._features(evaluation, len(sample))
-        out = self.unet(sample, evaluation.t, **conditions, deep=deep)
+        temb, text = self.times.at(evaluation.index), self.text
+        if self.guided and not guided:  # the prompt alone
+            temb, text = temb.rows(1, 2), text.rows(1, 2)
+        out = self.unet.predict(sample, temb, text, self._features(evaluation, len(sample)))
         if not guided:
             return out
         return guide(out[:1], out[1:], self.settings.guidance, self.settings.guidance_rescale)
@@ -99,7 +148,7 @@ class Denoiser:
         every = self.settings.feature_reuse
         if every is None:
             return None
-        if evaluation.index % every == 0 or len(self._deep[0]) < batch:
+        if evaluation.index % every == 0 or not self._deep or len(self._deep[0]) < batch:
             self._deep = []
         else:
             self._deep = [features[-batch:] for features in self._deep]  # the prompt's come last
@@ -112,18 +161,25 @@ class PixelDenoiser:
     Args:
         model: whose U-Net is asked.
         label: the class to draw, for a model that has classes.
+        timesteps: of all evaluations.
     """
 
-    def __init__(self, model: PixelModel, label: int | None = None) -> None:
+    def __init__(self, model: PixelModel, label: int | None, timesteps: Sequence[float]) -> None:
+        self.backend = model.backend
         self.unet = model.component("unet")
-        self.labels = None
-        if label is not None:
-            dtype = np.int32 if model.unet_config.class_embed_type is None else np.float32
-            self.labels = model.backend.asarray(np.array([label], dtype))
+        self._labels = None if label is None else [label]
+        self._dtype = np.int32 if model.unet_config.class_embed_type is None else np.float32
+        self.times = TimeEmbeddings(timesteps, self._embed, 1)
+
+    def _embed(self, timesteps: np.ndarray) -> Any:
+        labels = None
+        if self._labels is not None:
+            labels = self.backend.asarray(np.array(self._labels * len(timesteps), self._dtype))
+        return self.unet.embed(self.backend.asarray(timesteps), labels)
 
     def __call__(self, x: Any, evaluation: Evaluation) -> Any:
         """The model's output at x_t: (1, H, W, C) float32 -> the same."""
-        return self.unet(x, evaluation.t, self.labels)
+        return self.unet.predict(x, self.times.at(evaluation.index))
 
 
 class EditedDenoiser:
@@ -145,15 +201,19 @@ class EditedDenoiser:
 
 
 def make_denoiser(
-    model: Model | PixelModel, settings: Settings, before: int = 0
+    model: Model | PixelModel,
+    settings: Settings,
+    timesteps: Sequence[float],
+    before: int = 0,
 ) -> Denoiser | EditedDenoiser | PixelDenoiser:
     """The denoiser of a run; runs the text encoders.
 
     Args:
+        timesteps: of all evaluations of the model's plan.
         before: evaluations of the run that another model makes before this one's first.
     """
     if isinstance(model, PixelModel):
-        return PixelDenoiser(model, settings.label)
+        return PixelDenoiser(model, settings.label, timesteps)
     timeline = model.prompt_timeline(
         settings.prompt,
         settings.negative_prompt,
@@ -165,12 +225,12 @@ def make_denoiser(
         steps=settings.evaluations,
     )
     if len(timeline) == 1:
-        return Denoiser(model, timeline[0][1], settings)
+        return Denoiser(model, timeline[0][1], settings, timesteps)
     made: dict[tuple[bytes | None, ...], Denoiser] = {}  # what comes back is not made again
     denoisers = []
     for last, text in timeline:
         key = tuple(None if array is None else array.tobytes() for array in text)
         if key not in made:
-            made[key] = Denoiser(model, text, settings)
+            made[key] = Denoiser(model, text, settings, timesteps)
         denoisers.append((last, made[key]))
     return EditedDenoiser(denoisers, before)

@@ -291,7 +291,8 @@ class Pipeline:
         plans = make_plans(settings, model, self.refiner)
         before = [0, len(plans[0])]
         denoisers = [
-            make_denoiser(one, settings, n) for one, n in zip(models, before, strict=False)
+            make_denoiser(one, settings, plan.timesteps, n)
+            for one, plan, n in zip(models, plans, before, strict=False)
         ]
         timings["text_encoder"] = time.perf_counter() - start - (self._load_seconds - loaded)
         if settings.image is not None:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each layer may import from the layers before it; parts of one layer do not import each other,
 # except where ALLOWED says so.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
+    ("errors", "condition"),
     ("config", "files", "known", "a1111"),
     ("params", "quantization"),
     ("tokenizer", "prompt", "noise", "image", "metadata", "samplers", "weights", "recipes", "hub"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlxdiff.condition import Condition
 from mlxdiff.models.layers import (
     Conv2d,
     GroupNorm,
@@ -74,9 +75,11 @@ class ResnetBlock2D(Module):
         if in_channels != out_channels:
             self.conv_shortcut = Conv2d(in_channels, out_channels, 1)
 
-    def __call__(self, x: mx.array, temb: mx.array | None = None) -> mx.array:
+    def __call__(self, x: mx.array, temb: Condition | None = None) -> mx.array:
         h = self.conv1(silu(self.norm1(x)))
-        shift = None if temb is None else self.time_emb_proj(silu(temb))[:, None, None, :]
+        shift = None
+        if temb is not None:
+            (shift,) = temb.made_by(self, self._shift)
         if self.scale_shift and shift is not None:
             scale, shift = mx.split(shift, 2, axis=-1)
             h = self.norm2(h) * (1 + scale) + shift
@@ -84,6 +87,10 @@ class ResnetBlock2D(Module):
             h = self.norm2(h if shift is None else h + shift)
         h = self.conv2(silu(h))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+    def _shift(self, temb: mx.array) -> tuple[mx.array]:
+        """What is added to each channel: (B, temb_channels) -> (B, 1, 1, C)."""
+        return (self.time_emb_proj(silu(temb))[:, None, None, :],)
 
 
 class Downsample2D(Module):
@@ -131,7 +138,7 @@ class Attention(Module):
 
     Args:
         x: tokens (B, L, query_dim), or a feature map.
-        encoder_hidden_states: what x attends to, (B, S, context_dim); None: x itself.
+        encoder_hidden_states: what x attends to, of (B, S, context_dim); None: x itself.
     Returns: the shape of x.
     Source: diffusers models/attention_processor.py Attention.
     """
@@ -156,10 +163,16 @@ class Attention(Module):
         self.to_v = Linear(context_dim, query_dim, bias)
         self.to_out = [Linear(query_dim, query_dim)]
 
-    def __call__(self, x: mx.array, encoder_hidden_states: mx.array | None = None) -> mx.array:
+    def __call__(self, x: mx.array, encoder_hidden_states: Condition | None = None) -> mx.array:
         tokens = x if self.group_norm is None else self.group_norm(x)
         tokens = tokens.reshape(x.shape[0], -1, x.shape[-1])
-        context = tokens if encoder_hidden_states is None else encoder_hidden_states
-        out = attention(self.to_q(tokens), self.to_k(context), self.to_v(context), self.heads)
+        if encoder_hidden_states is None:
+            k, v = self._keys_values(tokens)
+        else:
+            k, v = encoder_hidden_states.made_by(self, self._keys_values)
+        out = attention(self.to_q(tokens), k, v, self.heads)
         out = self.to_out[0](out)
         return out if x.ndim == 3 else x + out.reshape(x.shape)
+
+    def _keys_values(self, context: mx.array) -> tuple[mx.array, mx.array]:
+        return self.to_k(context), self.to_v(context)

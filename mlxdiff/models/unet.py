@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlxdiff.condition import Condition
 from mlxdiff.config import BlockSpec, UNet2DConditionConfig, UNetConfig
 from mlxdiff.errors import UsageError
 from mlxdiff.models.blocks import (
@@ -65,7 +66,7 @@ class BasicTransformerBlock(Module):
 
     Args:
         x: (B, H * W, C).
-        encoder_hidden_states: (B, L, D).
+        encoder_hidden_states: of (B, L, D).
     Returns: (B, H * W, C).
     """
 
@@ -84,7 +85,7 @@ class BasicTransformerBlock(Module):
         self.norm3 = LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def __call__(self, x: mx.array, encoder_hidden_states: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, encoder_hidden_states: Condition) -> mx.array:
         context = encoder_hidden_states if self.only_cross_attention else None
         x = x + self.attn1(self.norm1(x), context)
         x = x + self.attn2(self.norm2(x), encoder_hidden_states)
@@ -96,7 +97,7 @@ class Transformer2DModel(Module):
 
     Args:
         x: (B, H, W, C).
-        encoder_hidden_states: (B, L, D).
+        encoder_hidden_states: of (B, L, D).
     Returns: (B, H, W, C).
     """
 
@@ -110,7 +111,7 @@ class Transformer2DModel(Module):
         self.transformer_blocks = [BasicTransformerBlock(block) for _ in range(num_layers)]
         self.proj_out = project(width, width)
 
-    def __call__(self, x: mx.array, encoder_hidden_states: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, encoder_hidden_states: Condition) -> mx.array:
         h = self.proj_in(self.norm(x))
         h = h.reshape(x.shape[0], -1, x.shape[-1])
         for block in self.transformer_blocks:
@@ -123,7 +124,7 @@ class DownBlock2D(Module):
 
     Args:
         x: (B, H, W, C).
-        temb: (B, E).
+        temb: of (B, E).
         encoder_hidden_states: not used; there so that all blocks are called alike.
         skips: every output is appended, for the up path.
     Returns: (B, H', W', out_channels), halved (rounded up) by the downsampler.
@@ -137,8 +138,8 @@ class DownBlock2D(Module):
     def __call__(
         self,
         x: mx.array,
-        temb: mx.array,
-        encoder_hidden_states: mx.array | None,
+        temb: Condition,
+        encoder_hidden_states: Condition | None,
         skips: list[mx.array],
     ) -> mx.array:
         for resnet in self.resnets:
@@ -153,7 +154,7 @@ class DownBlock2D(Module):
 class CrossAttnDownBlock2D(Module):
     """Resnets, each followed by a transformer, then a downsampler where the block has one.
 
-    Args and result: as DownBlock2D, with encoder_hidden_states (B, L, D) attended to.
+    Args and result: as DownBlock2D, with encoder_hidden_states of (B, L, D) attended to.
     """
 
     def __init__(self, block: BlockSpec, config: UNetConfig) -> None:
@@ -165,8 +166,8 @@ class CrossAttnDownBlock2D(Module):
     def __call__(
         self,
         x: mx.array,
-        temb: mx.array,
-        encoder_hidden_states: mx.array | None,
+        temb: Condition,
+        encoder_hidden_states: Condition | None,
         skips: list[mx.array],
     ) -> mx.array:
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
@@ -186,7 +187,7 @@ class UNetMidBlock2D(Module):
         self.resnets = _resnets(block, config)
 
     def __call__(
-        self, x: mx.array, temb: mx.array, encoder_hidden_states: mx.array | None
+        self, x: mx.array, temb: Condition, encoder_hidden_states: Condition | None
     ) -> mx.array:
         for resnet in self.resnets:
             x = resnet(x, temb)
@@ -202,7 +203,7 @@ class UNetMidBlock2DCrossAttn(Module):
         self.attentions: list[Any] = _transformers(block, config)
 
     def __call__(
-        self, x: mx.array, temb: mx.array, encoder_hidden_states: mx.array | None
+        self, x: mx.array, temb: Condition, encoder_hidden_states: Condition | None
     ) -> mx.array:
         first, *rest = self.resnets
         x = first(x, temb)
@@ -216,7 +217,7 @@ class UpBlock2D(Module):
 
     Args:
         x: (B, H, W, C).
-        temb: (B, E).
+        temb: of (B, E).
         encoder_hidden_states: not used; there so that all blocks are called alike.
         skips: outputs of the down path, the last first; those used are removed.
         layers: run only these of its layers, and the upsampler where no later ones are left.
@@ -231,8 +232,8 @@ class UpBlock2D(Module):
     def __call__(
         self,
         x: mx.array,
-        temb: mx.array,
-        encoder_hidden_states: mx.array | None,
+        temb: Condition,
+        encoder_hidden_states: Condition | None,
         skips: list[mx.array],
         layers: slice = ALL,
     ) -> mx.array:
@@ -246,7 +247,7 @@ class UpBlock2D(Module):
 class CrossAttnUpBlock2D(Module):
     """Resnets that each take a skip and are followed by a transformer, then an upsampler.
 
-    Args and result: as UpBlock2D, with encoder_hidden_states (B, L, D) attended to.
+    Args and result: as UpBlock2D, with encoder_hidden_states of (B, L, D) attended to.
     """
 
     def __init__(self, block: BlockSpec, config: UNetConfig) -> None:
@@ -258,8 +259,8 @@ class CrossAttnUpBlock2D(Module):
     def __call__(
         self,
         x: mx.array,
-        temb: mx.array,
-        encoder_hidden_states: mx.array | None,
+        temb: Condition,
+        encoder_hidden_states: Condition | None,
         skips: list[mx.array],
         layers: slice = ALL,
     ) -> mx.array:
@@ -318,8 +319,23 @@ class UNet2DConditionModel(Module):
         timestep_cond: mx.array | None = None,
         deep: list[mx.array] | None = None,
     ) -> mx.array:
-        config, dtype = self.config, self.dtype
         timesteps = mx.broadcast_to(mx.array(timesteps, dtype=mx.float32), (sample.shape[0],))
+        temb = self.embed(timesteps, text_embeds, time_ids, timestep_cond)
+        return self.predict(sample, Condition(temb), self.read(encoder_hidden_states), deep)
+
+    def embed(
+        self,
+        timesteps: mx.array,
+        text_embeds: mx.array | None = None,
+        time_ids: mx.array | None = None,
+        timestep_cond: mx.array | None = None,
+    ) -> mx.array:
+        """The timestep embedding with all that is added to it.
+
+        Args: as when called, timesteps (N,); the others of N rows, or of one for all.
+        Returns: (N, E).
+        """
+        config, dtype = self.config, self.dtype
         temb = timestep_embedding(
             timesteps, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift
         )
@@ -338,9 +354,29 @@ class UNet2DConditionModel(Module):
             ).reshape(len(time_ids), -1)
             added = mx.concatenate([text_embeds.astype(mx.float32), ids], axis=-1)
             temb = temb + self.add_embedding(added.astype(dtype))
-        text = encoder_hidden_states.astype(dtype)
+        return temb
 
-        x = self.conv_in(sample.astype(dtype))
+    def read(self, encoder_hidden_states: mx.array) -> Condition:
+        """Text states (B, L, D) as ``predict`` takes them."""
+        return Condition(encoder_hidden_states.astype(self.dtype))
+
+    def predict(
+        self,
+        sample: mx.array,
+        temb: Condition,
+        text: Condition,
+        deep: list[mx.array] | None = None,
+    ) -> mx.array:
+        """Run the network.
+
+        Args:
+            sample: (B, H, W, in_channels).
+            temb: B rows of what ``embed`` gives.
+            text: B rows of what ``read`` gives.
+            deep: as when called.
+        Returns: as when called.
+        """
+        x = self.conv_in(sample.astype(self.dtype))
         skips, last = [x], self.up_blocks[-1]
         if deep:
             x = deep[0]

@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlxdiff.condition import Condition
 from mlxdiff.config import BlockSpec, UNet2DConfig
 from mlxdiff.errors import UsageError
 from mlxdiff.models.blocks import Attention, TimestepEmbedding
@@ -97,20 +98,26 @@ class UNet2DModel(Module):
         timesteps: mx.array | float,
         class_labels: mx.array | None = None,
     ) -> mx.array:
+        timesteps = mx.broadcast_to(mx.array(timesteps, dtype=mx.float32), (sample.shape[0],))
+        return self.predict(sample, Condition(self.embed(timesteps, class_labels)))
+
+    def embed(self, timesteps: mx.array, class_labels: mx.array | None = None) -> mx.array:
+        """The timestep embedding with that of the class: (N,), (N,) -> (N, E)."""
         if self.config.takes_label != (class_labels is not None):
             needs = "needs class_labels" if class_labels is None else "takes no class_labels"
             raise UsageError(f"this U-Net {needs} (num_class_embeds, class_embed_type)")
-        dtype = self.dtype
-        timesteps = mx.broadcast_to(mx.array(timesteps, dtype=mx.float32), (sample.shape[0],))
         temb = self.time_embedding(self._embed(timesteps))
         if class_labels is not None:
             if self.config.class_embed_type == "timestep":
                 class_labels = self._embed(class_labels)
             if self.class_embedding is not None:
                 class_labels = self.class_embedding(class_labels)
-            temb = temb + class_labels.astype(dtype)
+            temb = temb + class_labels.astype(temb.dtype)
+        return temb
 
-        x = self.conv_in(sample.astype(dtype))
+    def predict(self, sample: mx.array, temb: Condition) -> mx.array:
+        """Run the network, with B rows of what ``embed`` gives."""
+        x = self.conv_in(sample.astype(self.dtype))
         skips = [x]
         for block in self.down_blocks:
             x = block(x, temb, None, skips)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from mlxdiff.condition import Condition
 from mlxdiff.reference.layers import (
     Conv2d,
     GroupNorm,
@@ -75,9 +76,11 @@ class ResnetBlock2D(Module):
         if in_channels != out_channels:
             self.conv_shortcut = Conv2d(in_channels, out_channels, 1)
 
-    def __call__(self, x: np.ndarray, temb: np.ndarray | None = None) -> np.ndarray:
+    def __call__(self, x: np.ndarray, temb: Condition | None = None) -> np.ndarray:
         h = self.conv1(silu(self.norm1(x)))
-        shift = None if temb is None else self.time_emb_proj(silu(temb))[:, None, None, :]
+        shift = None
+        if temb is not None:
+            (shift,) = temb.made_by(self, self._shift)
         if self.scale_shift and shift is not None:
             scale, shift = np.split(shift, 2, axis=-1)
             h = self.norm2(h)
@@ -90,6 +93,10 @@ class ResnetBlock2D(Module):
         h = self.conv2(silu(h))
         h += x if self.conv_shortcut is None else self.conv_shortcut(x)
         return h
+
+    def _shift(self, temb: np.ndarray) -> tuple[np.ndarray]:
+        """What is added to each channel: (B, temb_channels) -> (B, 1, 1, C)."""
+        return (self.time_emb_proj(silu(temb))[:, None, None, :],)
 
 
 class Downsample2D(Module):
@@ -135,7 +142,7 @@ class Attention(Module):
 
     Args:
         x: tokens (B, L, query_dim), or a feature map.
-        encoder_hidden_states: what x attends to, (B, S, context_dim); None: x itself.
+        encoder_hidden_states: what x attends to, of (B, S, context_dim); None: x itself.
     Returns: the shape of x.
     Source: diffusers models/attention_processor.py Attention.
     """
@@ -159,15 +166,19 @@ class Attention(Module):
         self.to_v = Linear(context_dim, query_dim, bias)
         self.to_out = [Linear(query_dim, query_dim)]
 
-    def __call__(
-        self, x: np.ndarray, encoder_hidden_states: np.ndarray | None = None
-    ) -> np.ndarray:
+    def __call__(self, x: np.ndarray, encoder_hidden_states: Condition | None = None) -> np.ndarray:
         tokens = x if self.group_norm is None else self.group_norm(x)
         tokens = tokens.reshape(x.shape[0], -1, x.shape[-1])
-        context = tokens if encoder_hidden_states is None else encoder_hidden_states
-        out = attention(self.to_q(tokens), self.to_k(context), self.to_v(context), self.heads)
+        if encoder_hidden_states is None:
+            k, v = self._keys_values(tokens)
+        else:
+            k, v = encoder_hidden_states.made_by(self, self._keys_values)
+        out = attention(self.to_q(tokens), k, v, self.heads)
         out = self.to_out[0](out)
         if x.ndim == 4:
             out = out.reshape(x.shape)
             out += x
         return out
+
+    def _keys_values(self, context: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.to_k(context), self.to_v(context)

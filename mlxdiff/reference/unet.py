@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mlxdiff.condition import Condition
 from mlxdiff.config import BlockSpec, UNet2DConditionConfig, UNetConfig
 from mlxdiff.errors import UsageError
 from mlxdiff.reference.blocks import (
@@ -65,7 +66,7 @@ class BasicTransformerBlock(Module):
 
     Args:
         x: (B, H * W, C).
-        encoder_hidden_states: (B, L, D).
+        encoder_hidden_states: of (B, L, D).
     Returns: (B, H * W, C).
     """
 
@@ -83,7 +84,7 @@ class BasicTransformerBlock(Module):
         self.norm3 = LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def __call__(self, x: np.ndarray, encoder_hidden_states: np.ndarray) -> np.ndarray:
+    def __call__(self, x: np.ndarray, encoder_hidden_states: Condition) -> np.ndarray:
         context = encoder_hidden_states if self.only_cross_attention else None
         x = x + self.attn1(self.norm1(x), context)
         x += self.attn2(self.norm2(x), encoder_hidden_states)
@@ -96,7 +97,7 @@ class Transformer2DModel(Module):
 
     Args:
         x: (B, H, W, C).
-        encoder_hidden_states: (B, L, D).
+        encoder_hidden_states: of (B, L, D).
     Returns: (B, H, W, C).
     """
 
@@ -110,7 +111,7 @@ class Transformer2DModel(Module):
         self.transformer_blocks = [BasicTransformerBlock(block) for _ in range(num_layers)]
         self.proj_out = project(width, width)
 
-    def __call__(self, x: np.ndarray, encoder_hidden_states: np.ndarray) -> np.ndarray:
+    def __call__(self, x: np.ndarray, encoder_hidden_states: Condition) -> np.ndarray:
         h = self.proj_in(self.norm(x))
         h = h.reshape(x.shape[0], -1, x.shape[-1])
         for block in self.transformer_blocks:
@@ -125,7 +126,7 @@ class DownBlock2D(Module):
 
     Args:
         x: (B, H, W, C).
-        temb: (B, E).
+        temb: of (B, E).
         encoder_hidden_states: not used; there so that all blocks are called alike.
         skips: every output is appended, for the up path.
     Returns: (B, H', W', out_channels), halved (rounded up) by the downsampler.
@@ -138,8 +139,8 @@ class DownBlock2D(Module):
     def __call__(
         self,
         x: np.ndarray,
-        temb: np.ndarray,
-        encoder_hidden_states: np.ndarray | None,
+        temb: Condition,
+        encoder_hidden_states: Condition | None,
         skips: list[np.ndarray],
     ) -> np.ndarray:
         for resnet in self.resnets:
@@ -154,7 +155,7 @@ class DownBlock2D(Module):
 class CrossAttnDownBlock2D(Module):
     """Resnets, each followed by a transformer, then a downsampler where the block has one.
 
-    Args and result: as DownBlock2D, with encoder_hidden_states (B, L, D) attended to.
+    Args and result: as DownBlock2D, with encoder_hidden_states of (B, L, D) attended to.
     """
 
     def __init__(self, block: BlockSpec, config: UNetConfig) -> None:
@@ -165,8 +166,8 @@ class CrossAttnDownBlock2D(Module):
     def __call__(
         self,
         x: np.ndarray,
-        temb: np.ndarray,
-        encoder_hidden_states: np.ndarray | None,
+        temb: Condition,
+        encoder_hidden_states: Condition | None,
         skips: list[np.ndarray],
     ) -> np.ndarray:
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
@@ -185,7 +186,7 @@ class UNetMidBlock2D(Module):
         self.resnets = _resnets(block, config)
 
     def __call__(
-        self, x: np.ndarray, temb: np.ndarray, encoder_hidden_states: np.ndarray | None
+        self, x: np.ndarray, temb: Condition, encoder_hidden_states: Condition | None
     ) -> np.ndarray:
         for resnet in self.resnets:
             x = resnet(x, temb)
@@ -200,7 +201,7 @@ class UNetMidBlock2DCrossAttn(Module):
         self.attentions: list[Any] = _transformers(block, config)
 
     def __call__(
-        self, x: np.ndarray, temb: np.ndarray, encoder_hidden_states: np.ndarray | None
+        self, x: np.ndarray, temb: Condition, encoder_hidden_states: Condition | None
     ) -> np.ndarray:
         first, *rest = self.resnets
         x = first(x, temb)
@@ -214,7 +215,7 @@ class UpBlock2D(Module):
 
     Args:
         x: (B, H, W, C).
-        temb: (B, E).
+        temb: of (B, E).
         encoder_hidden_states: not used; there so that all blocks are called alike.
         skips: outputs of the down path, the last first; those used are removed.
         layers: run only these of its layers, and the upsampler where no later ones are left.
@@ -228,8 +229,8 @@ class UpBlock2D(Module):
     def __call__(
         self,
         x: np.ndarray,
-        temb: np.ndarray,
-        encoder_hidden_states: np.ndarray | None,
+        temb: Condition,
+        encoder_hidden_states: Condition | None,
         skips: list[np.ndarray],
         layers: slice = ALL,
     ) -> np.ndarray:
@@ -243,7 +244,7 @@ class UpBlock2D(Module):
 class CrossAttnUpBlock2D(Module):
     """Resnets that each take a skip and are followed by a transformer, then an upsampler.
 
-    Args and result: as UpBlock2D, with encoder_hidden_states (B, L, D) attended to.
+    Args and result: as UpBlock2D, with encoder_hidden_states of (B, L, D) attended to.
     """
 
     def __init__(self, block: BlockSpec, config: UNetConfig) -> None:
@@ -254,8 +255,8 @@ class CrossAttnUpBlock2D(Module):
     def __call__(
         self,
         x: np.ndarray,
-        temb: np.ndarray,
-        encoder_hidden_states: np.ndarray | None,
+        temb: Condition,
+        encoder_hidden_states: Condition | None,
         skips: list[np.ndarray],
         layers: slice = ALL,
     ) -> np.ndarray:
@@ -313,13 +314,28 @@ class UNet2DConditionModel(Module):
         timestep_cond: np.ndarray | None = None,
         deep: list[np.ndarray] | None = None,
     ) -> np.ndarray:
+        timesteps = np.broadcast_to(np.asarray(timesteps, np.float32), len(sample))
+        temb = self.embed(timesteps, text_embeds, time_ids, timestep_cond)
+        return self.predict(sample, Condition(temb), self.read(encoder_hidden_states), deep)
+
+    def embed(
+        self,
+        timesteps: np.ndarray,
+        text_embeds: np.ndarray | None = None,
+        time_ids: np.ndarray | None = None,
+        timestep_cond: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """The timestep embedding with all that is added to it.
+
+        Args: as when called, timesteps (N,); the others of N rows, or of one for all.
+        Returns: (N, E).
+        """
         config = self.config
         embed = partial(
             timestep_embedding,
             flip_sin_to_cos=config.flip_sin_to_cos,
             freq_shift=config.freq_shift,
         )
-        timesteps = np.broadcast_to(np.asarray(timesteps, np.float32), len(sample))
         temb = self.time_embedding(embed(timesteps, config.block_out_channels[0]), timestep_cond)
         ids_dim = config.addition_time_embed_dim
         if self.add_embedding is not None and ids_dim is not None:
@@ -330,22 +346,43 @@ class UNet2DConditionModel(Module):
                 )
             ids = embed(time_ids.reshape(-1), ids_dim).reshape(len(time_ids), -1)
             temb += self.add_embedding(np.concatenate([text_embeds, ids], axis=-1))
+        return temb
 
+    def read(self, encoder_hidden_states: np.ndarray) -> Condition:
+        """Text states (B, L, D) as ``predict`` takes them."""
+        return Condition(encoder_hidden_states)
+
+    def predict(
+        self,
+        sample: np.ndarray,
+        temb: Condition,
+        text: Condition,
+        deep: list[np.ndarray] | None = None,
+    ) -> np.ndarray:
+        """Run the network.
+
+        Args:
+            sample: (B, H, W, in_channels).
+            temb: B rows of what ``embed`` gives.
+            text: B rows of what ``read`` gives.
+            deep: as when called.
+        Returns: as when called.
+        """
         x = self.conv_in(sample)
         skips, last = [x], self.up_blocks[-1]
         if deep:
             x = deep[0]
         else:
             for block in self.down_blocks:
-                x = block(x, temb, encoder_hidden_states, skips)
+                x = block(x, temb, text, skips)
             if self.mid_block is not None:
-                x = self.mid_block(x, temb, encoder_hidden_states)
+                x = self.mid_block(x, temb, text)
             for block in self.up_blocks[:-1]:
-                x = block(x, temb, encoder_hidden_states, skips)
-            x = last(x, temb, encoder_hidden_states, skips, ALL_BUT_LAST)
+                x = block(x, temb, text, skips)
+            x = last(x, temb, text, skips, ALL_BUT_LAST)
             if deep is not None:
                 deep.append(x)
-        x = last(x, temb, encoder_hidden_states, skips, LAST)
+        x = last(x, temb, text, skips, LAST)
         return self.conv_out(silu(self.conv_norm_out(x)))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mlxdiff.condition import Condition
 from mlxdiff.config import BlockSpec, UNet2DConfig
 from mlxdiff.errors import UsageError
 from mlxdiff.reference.blocks import Attention, TimestepEmbedding
@@ -96,10 +97,14 @@ class UNet2DModel(Module):
         timesteps: np.ndarray | float,
         class_labels: np.ndarray | None = None,
     ) -> np.ndarray:
+        timesteps = np.broadcast_to(np.asarray(timesteps, np.float32), len(sample))
+        return self.predict(sample, Condition(self.embed(timesteps, class_labels)))
+
+    def embed(self, timesteps: np.ndarray, class_labels: np.ndarray | None = None) -> np.ndarray:
+        """The timestep embedding with that of the class: (N,), (N,) -> (N, E)."""
         if self.config.takes_label != (class_labels is not None):
             needs = "needs class_labels" if class_labels is None else "takes no class_labels"
             raise UsageError(f"this U-Net {needs} (num_class_embeds, class_embed_type)")
-        timesteps = np.broadcast_to(np.asarray(timesteps, np.float32), len(sample))
         temb = self.time_embedding(self._embed(timesteps))
         if class_labels is not None:
             if self.config.class_embed_type == "timestep":
@@ -107,7 +112,10 @@ class UNet2DModel(Module):
             if self.class_embedding is not None:
                 class_labels = self.class_embedding(class_labels)
             temb = temb + class_labels
+        return temb
 
+    def predict(self, sample: np.ndarray, temb: Condition) -> np.ndarray:
+        """Run the network, with B rows of what ``embed`` gives."""
         x = self.conv_in(sample)
         skips = [x]
         for block in self.down_blocks:
