@@ -49,6 +49,7 @@ def test_attention_with_a_mask() -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch, masked: bool) -> None:
+    monkeypatch.setattr(layers, "_SCALAR_EXP", False)
     q, k, v = (mx.array(normal(2, 50, 24)) for _ in range(3))
     mask = mx.array(np.tril(np.ones((50, 50), dtype=bool))) if masked else None
     whole = layers.attention(q, k, v, 3, mask)
@@ -58,6 +59,7 @@ def test_attention_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch, masked:
 
 
 def test_attention_in_parts_bounds_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "_SCALAR_EXP", False)
     q, k, v = (mx.array(normal(1, 1024, 8)) for _ in range(3))
     mx.eval(q, k, v)
     peaks = []
@@ -71,11 +73,63 @@ def test_attention_in_parts_bounds_memory(monkeypatch: pytest.MonkeyPatch) -> No
     assert peaks[1] < 4 * (1 << 18)
 
 
+@pytest.fixture
+def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exponentials by MLX's vectorized operations, as on CPUs that are not Apple's; on the CPU."""
+    monkeypatch.setattr(layers, "_SCALAR_EXP", True)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("block", [7 * 50, 50 * 50 * 3 + 9, 1 << 20])
+@pytest.mark.parametrize("size", [1.0, 6.0])  # at 6 the scores need their maximum taken off
+def test_attention_by_blocks(monkeypatch: pytest.MonkeyPatch, block: int, size: float) -> None:
+    monkeypatch.setattr(layers, "_BLOCK", block)
+    q, k, v = size * normal(2, 50, 24), size * normal(2, 50, 24), normal(2, 50, 24)
+    got = layers.attention(*map(mx.array, (q, k, v)), 3)
+    tolerance = 2e-6 if size == 1 else 2e-5  # scores up to 200: their last bit is 1.5e-5
+    np.testing.assert_allclose(got, plain_attention(q, k, v, 3), atol=tolerance)
+
+
+@pytest.mark.usefixtures("blocks")
+def test_attention_by_blocks_bounds_memory() -> None:
+    q, k, v = (mx.array(normal(1, 4096, 8)) for _ in range(3))
+    mx.eval(q, k, v)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(layers.attention(q, k, v, 1))
+    assert mx.get_peak_memory() - before < 8 << 20  # all scores are 64 MB
+
+
+@pytest.mark.usefixtures("blocks")
+def test_attention_by_blocks_of_what_is_no_number() -> None:
+    q = np.full((1, 4, 8), np.nan, np.float32)
+    assert np.isnan(layers.attention(*map(mx.array, (q, q, q)), 1)).all()
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("name", ["silu", "gelu", "quick_gelu"])
+def test_activations_by_blocks(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(layers, "_BLOCK", 1000)
+    x = np.concatenate([np.linspace(-20, 20, 4001), [-1e3, -100, 100, 1e3, np.nan]])
+    x = x.astype(np.float32).reshape(2, -1)
+    phi = np.vectorize(lambda v: 0.5 * math.erfc(-v / math.sqrt(2)))
+    with np.errstate(over="ignore"):
+        expected = {
+            "silu": lambda v: v / (1 + np.exp(-v)),
+            "quick_gelu": lambda v: v / (1 + np.exp(-1.702 * v)),
+            "gelu": lambda v: v * phi(v),
+        }[name](x.astype(np.float64))
+    got = layers.activation(name)(mx.array(x))
+    np.testing.assert_allclose(got, expected, rtol=2e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("head_dim", [8, 40, 72])
 def test_attention_with_padded_heads_is_the_same(
     monkeypatch: pytest.MonkeyPatch, head_dim: int
 ) -> None:
     q, k, v = (mx.array(normal(2, 21, 2 * head_dim)) for _ in range(3))
+    monkeypatch.setattr(layers, "_SCALAR_EXP", False)
     plain = layers.attention(q, k, v, 2)
     monkeypatch.setattr(layers, "_fused_head_dim", lambda *_: 80)
     np.testing.assert_allclose(layers.attention(q, k, v, 2), plain, atol=1e-6)
