@@ -21,6 +21,7 @@ from typing import Any
 from mlxdiff.config import UNetConfig
 from mlxdiff.convert.checkpoint import DiffusersFolder
 from mlxdiff.convert.component import Component, open_vae
+from mlxdiff.convert.controlnet import open_controlnet
 from mlxdiff.convert.report import ComponentReport, Report
 from mlxdiff.convert.singlefile import SingleFile
 from mlxdiff.convert.sources import Model, open_source
@@ -47,6 +48,7 @@ __all__ = [
     "SingleFile",
     "convert",
     "describe",
+    "open_controlnet",
     "open_source",
     "open_vae",
 ]

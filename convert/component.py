@@ -1,4 +1,4 @@
-"""A VAE that does not come with its model: a folder of its own, or that of another model."""
+"""A network that does not come with its model: in a folder of its own, or that of another model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxdiff import hub, known
-from mlxdiff.config import VAEConfig, read_json, read_vae
+from mlxdiff.config import ComponentConfig, read_json, read_vae
 from mlxdiff.convert.checkpoint import find_weights, open_component
 from mlxdiff.convert.sources import open_source
 from mlxdiff.errors import CheckpointError
@@ -23,13 +23,13 @@ class Component:
     """A network that can be loaded.
 
     Attributes:
-        config: what it is.
+        config: what it is, a config of mlxdiff.config.
         tensors: gives its tensors, with our names and layout, complete and checked; the caller's to
             pop.
         provenance: source and, from the hub, revision.
     """
 
-    config: VAEConfig
+    config: Any
     tensors: Callable[[], dict[str, LazyTensor]] = field(repr=False)
     provenance: dict[str, Any]
 
@@ -48,23 +48,62 @@ def open_vae(
         progress: called while files are fetched.
     Raises: CheckpointError, ConfigError, HubError.
     """
-    path = known.expand(path)
-    folder, provenance = Path(path), {"source": Path(path).resolve().name}
-    if not folder.exists() and (reference := hub.parse(str(path))) and not reference.file:
-        folder = hub.resolve_component(str(path), "vae", variant, progress=progress)
-        commit = folder.parent.name if folder.name == "vae" else folder.name
-        provenance = {"source": reference.name, "revision": commit}
+    folder, provenance = find_component(path, "vae", variant, progress)
     if not (folder / "config.json").is_file():
         model = open_source(path, variant=variant, progress=progress)
         return Component(model.config("vae"), lambda: model.tensors("vae"), model.provenance)
+    data = read_component_config(folder, VAE_CLASSES, "VAE")
+    config = read_vae(data, str(folder / "config.json"))
+    return open_folder_of("vae", folder, config, provenance, variant)
+
+
+def find_component(
+    path: str | os.PathLike[str],
+    component: str,
+    variant: str | None = None,
+    progress: Progress | None = None,
+) -> tuple[Path, dict[str, Any]]:
+    """Where the files of one network are, fetched if need be, and its provenance.
+
+    Args:
+        path: a folder or file, a hub id (of the network, of a model with a folder of this name, or
+            of a file) or a short name.
+        component: name of its folder in a whole model.
+    """
+    path = known.expand(path)
+    folder = Path(path)
+    reference = None if folder.exists() else hub.parse(str(path))
+    if reference is None:
+        return folder, {"source": folder.resolve().name}
+    if reference.file:
+        listing = hub.find(reference)
+        source = {"source": f"{reference.name}/{listing.entry}", "revision": listing.commit}
+        return hub.fetch(listing, progress), source
+    folder = hub.resolve_component(str(path), component, variant, progress=progress)
+    commit = folder.parent.name if folder.name == component else folder.name
+    return folder, {"source": reference.name, "revision": commit}
+
+
+def read_component_config(folder: Path, classes: tuple[str, ...], what: str) -> dict[str, Any]:
+    """The config.json of a network of one of these classes. Raises: CheckpointError."""
     data = read_json(folder / "config.json")
     found = data.get("_class_name") or (data.get("architectures") or ["component"])[0]
-    if found not in VAE_CLASSES:
+    if found not in classes:
         raise CheckpointError(
-            f"{folder}: is a {found}, not a VAE; expected {' or '.join(VAE_CLASSES)}"
+            f"{folder}: is a {found}, not a {what}; expected {' or '.join(classes)}"
         )
-    config = read_vae(data, str(folder / "config.json"))
+    return data
+
+
+def open_folder_of(
+    component: str,
+    folder: Path,
+    config: ComponentConfig,
+    provenance: dict[str, Any],
+    variant: str | None = None,
+) -> Component:
+    """A network in diffusers' form: a folder with weights beside its config.json."""
     whole = folder.resolve()
     entries, _ = find_weights(whole.parent, {whole.name: whole}, variant, ("", "fp16"))
-    files = open_component(entries[whole.name], "vae", config)
+    files = open_component(entries[whole.name], component, config)
     return Component(config, lambda: files.read(config), provenance)

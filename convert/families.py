@@ -293,6 +293,75 @@ def unet_structure(shapes: Shapes) -> Config:
     return config
 
 
+def controlnet_structure(shapes: Shapes) -> Config:
+    """The config of a ControlNet in either naming (no prefix), as far as its shapes decide.
+
+    Raises: Unrepresentable.
+    """
+    if "input_hint_block.0.weight" in shapes:
+        down = _levels(shapes, "input_blocks", 1)
+        middle = _depth(shapes, "middle_block.1")
+        first, label = "input_blocks.0.0.weight", "label_emb.0.0.weight"
+        hint, projection = r"input_hint_block\.(\d+)\.weight", ".1.proj_in.weight"
+        start = "input_hint_block.0.weight"
+    else:
+        down = _diffusers_levels(shapes)
+        middle = _diffusers_depth(shapes, "mid_block.attentions.0")
+        first, label = "conv_in.weight", "add_embedding.linear_1.weight"
+        hint, projection = r"controlnet_cond_embedding\.blocks\.(\d+)\.weight", ".proj_in.weight"
+        start = "controlnet_cond_embedding.conv_in.weight"
+    depths = [level.depths if level.depths[0] else [1] * len(level.depths) for level in down]
+    if middle and not down[-1].depths[0]:
+        depths[-1] = [middle] * len(depths[-1])
+    elif middle and down[-1].depths[0] != middle:
+        raise Unrepresentable("the middle block is not as deep as the level above it")
+    if any(len(set(d)) > 1 for d in depths):
+        raise Unrepresentable("the depth of its transformers differs inside a level")
+    contexts = {s[-1] for name, s in shapes.items() if name.endswith(".attn2.to_k.weight")}
+    if len(contexts) != 1:
+        raise Unrepresentable(f"the text is {sorted(contexts) or 'nowhere'} wide")
+    # The picture's convolutions: one, then by turns one that keeps the width, one that widens it.
+    names = {int(m[1]): name for name in shapes if (m := re.fullmatch(hint, name))}
+    row = [names[i] for i in sorted(names)]
+    row = row[:-1] if start in row else [start, *row]  # in the one naming, the last leads out
+    widths = [_shape(shapes, name, 4)[0] for name in row[::2]]
+    config: Config = {
+        "_class_name": "ControlNetModel",
+        "in_channels": _shape(shapes, first, 4)[1],
+        "conditioning_channels": _shape(shapes, start, 4)[1],
+        "conditioning_embedding_out_channels": widths,
+        "block_out_channels": [level.width for level in down],
+        "down_block_types": _types(down, "Down"),
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if middle else "UNetMidBlock2D",
+        "layers_per_block": _simplest([len(level.depths) for level in down]),
+        "transformer_layers_per_block": [d[0] for d in depths],
+        "cross_attention_dim": contexts.pop(),
+        "use_linear_projection": {len(s) for n, s in shapes.items() if n.endswith(projection)}
+        == {2},
+    }
+    if label in shapes:
+        config["projection_class_embeddings_input_dim"] = _shape(shapes, label, 2)[1]
+    return config
+
+
+def _diffusers_depth(shapes: Shapes, place: str) -> int:
+    return _count(shapes, rf"{re.escape(place)}\.transformer_blocks\.(\d+)\.")
+
+
+def _diffusers_levels(shapes: Shapes) -> list[_Level]:
+    """The levels of ``down_blocks``."""
+    levels = []
+    for i in range(_count(shapes, r"down_blocks\.(\d+)\.")):
+        block = f"down_blocks.{i}"
+        layers = _count(shapes, rf"{re.escape(block)}\.resnets\.(\d+)\.")
+        width = _shape(shapes, f"{block}.resnets.0.conv1.weight", 4)[0]
+        depths = [_diffusers_depth(shapes, f"{block}.attentions.{j}") for j in range(layers)]
+        levels.append(_Level(width, depths))
+    if not levels or not levels[0].depths:
+        raise Unrepresentable("down_blocks is empty")
+    return levels
+
+
 def vae_structure(shapes: Shapes) -> Config:
     """The same for a VAE in LDM naming."""
     levels = _count(shapes, r"encoder\.down\.(\d+)\.")

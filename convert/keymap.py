@@ -11,7 +11,12 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from mlxdiff.config import AutoencoderKLConfig, CLIPTextConfig, UNet2DConditionConfig
+from mlxdiff.config import (
+    AutoencoderKLConfig,
+    CLIPTextConfig,
+    ControlNetConfig,
+    UNet2DConditionConfig,
+)
 from mlxdiff.convert.transforms import Transform, choose, thirds, transpose
 from mlxdiff.params import Shape, expected_parameters
 from mlxdiff.weights import raise_faults
@@ -98,6 +103,7 @@ TRANSFORMERS_CLIP_TEXT = Layout(
 )
 
 DIFFUSERS: dict[str, Layout] = {
+    "controlnet": Layout(),
     "text_encoder": TRANSFORMERS_CLIP_TEXT,
     "text_encoder_2": TRANSFORMERS_CLIP_TEXT,
     "unet": DIFFUSERS_UNET,
@@ -132,8 +138,8 @@ def _resnet(places: dict[str, str], ours: str, theirs: str) -> None:
     places.update({f"{ours}.{part}": f"{theirs}.{place}" for part, place in _RESNET.items()})
 
 
-def ldm_unet(config: UNet2DConditionConfig) -> Layout:
-    """A U-Net as ``model.diffusion_model`` (without that prefix)."""
+def _ldm_down(config: UNet2DConditionConfig) -> dict[str, str]:
+    """Places of a U-Net's first half, which a ControlNet has too."""
     places = {
         "conv_in": "input_blocks.0.0",
         "time_embedding.linear_1": "time_embed.0",
@@ -142,8 +148,6 @@ def ldm_unet(config: UNet2DConditionConfig) -> Layout:
         "add_embedding.linear_1": "label_emb.0.0",
         "add_embedding.linear_2": "label_emb.0.2",
         "mid_block.attentions.0": "middle_block.1",
-        "conv_norm_out": "out.0",
-        "conv_out": "out.2",
     }
     n = 1
     for i, block in enumerate(config.down_blocks):
@@ -156,6 +160,12 @@ def ldm_unet(config: UNet2DConditionConfig) -> Layout:
             n += 1
     _resnet(places, "mid_block.resnets.0", "middle_block.0")
     _resnet(places, "mid_block.resnets.1", "middle_block.2")
+    return places
+
+
+def ldm_unet(config: UNet2DConditionConfig) -> Layout:
+    """A U-Net as ``model.diffusion_model`` (without that prefix)."""
+    places = _ldm_down(config) | {"conv_norm_out": "out.0", "conv_out": "out.2"}
     n = 0
     for i, block in enumerate(config.up_blocks):
         for j in range(block.num_layers):
@@ -165,6 +175,23 @@ def ldm_unet(config: UNet2DConditionConfig) -> Layout:
         # The upsampler stands behind the last layer, in the next place that is free.
         free = 2 if block.transformer_layers else 1
         places[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{n - 1}.{free}.conv"
+    return Layout(names=_table(expected_parameters(config), places))
+
+
+def ldm_controlnet(config: ControlNetConfig) -> Layout:
+    """A ControlNet as ``control_model`` (without that prefix).
+
+    The picture's convolutions and activations are one list there; the zero convolutions stand alone
+    in theirs.
+    """
+    places = _ldm_down(config) | {"controlnet_mid_block": "middle_block_out.0"}
+    hint, blocks = "controlnet_cond_embedding", 2 * len(config.conditioning_embedding_out_channels)
+    places[f"{hint}.conv_in"] = "input_hint_block.0"
+    for i in range(blocks - 2):
+        places[f"{hint}.blocks.{i}"] = f"input_hint_block.{2 * i + 2}"
+    places[f"{hint}.conv_out"] = f"input_hint_block.{2 * blocks - 2}"
+    for i in range(len(config.residual_channels)):
+        places[f"controlnet_down_blocks.{i}"] = f"zero_convs.{i}.0"
     return Layout(names=_table(expected_parameters(config), places))
 
 

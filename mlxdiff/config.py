@@ -540,6 +540,74 @@ class UNet2DConditionConfig:
         return config
 
 
+# --------------------------------------------------------------------------------------- ControlNet
+
+
+@dataclass(frozen=True)
+class ControlNetConfig(UNet2DConditionConfig):
+    """A ControlNet, as diffusers' ControlNetModel: the first half of a U-Net, and what it is shown.
+
+    The fields of the U-Net's second half are there and mean nothing.
+
+    Attributes:
+        conditioning_channels: of the picture that it is shown.
+        conditioning_embedding_out_channels: widths of the convolutions that bring the picture to
+            the size of the latents; each after the first halves it.
+        channel_order: "rgb", or "bgr" where the picture's channels are to be turned round.
+        global_pool_conditions: what it adds is the same at every place (the mean over all).
+
+    Source: Zhang et al. 2023 (arXiv 2302.05543).
+    """
+
+    conditioning_channels: int
+    conditioning_embedding_out_channels: tuple[int, ...]
+    channel_order: str
+    global_pool_conditions: bool
+
+    @property
+    def up_blocks(self) -> tuple[BlockSpec, ...]:
+        """There are none."""
+        return ()
+
+    @property
+    def residual_channels(self) -> tuple[int, ...]:
+        """Channels of each output of the way down, which are those of what is added to it."""
+        channels = [self.block_out_channels[0]]
+        for block in self.down_blocks:
+            channels += [block.out_channels] * (block.num_layers + block.resample)
+        return tuple(channels)
+
+    @property
+    def factor(self) -> int:
+        """Pixels for each latent, along a side."""
+        return int(2 ** (len(self.conditioning_embedding_out_channels) - 1))
+
+    @classmethod
+    def from_dict(
+        cls, data: Mapping[str, Any], where: str = "controlnet/config.json"
+    ) -> ControlNetConfig:
+        """Read a config.json. Raises: ConfigError."""
+        reader = _Reader(data, where, ("ControlNetModel",))
+        own = {
+            "conditioning_channels": reader.only("conditioning_channels", 3, 3),
+            "conditioning_embedding_out_channels": reader.integers(
+                "conditioning_embedding_out_channels", (16, 32, 96, 256)
+            ),
+            "channel_order": reader.only(
+                "controlnet_conditioning_channel_order", "rgb", "rgb", "bgr"
+            ),
+            "global_pool_conditions": reader.flag("global_pool_conditions", False),
+        }
+        down = reader.left.get("down_block_types")
+        if isinstance(down, (list, tuple)):
+            mirrored = [str(kind).replace("Down", "Up") for kind in reversed(down)]
+            reader.left["up_block_types"] = mirrored
+        if reader.left.get("mid_block_type", "") is None:
+            raise reader.fail("mid_block_type", None, "a mid block")
+        unet = UNet2DConditionConfig.from_dict(reader.left, where)
+        return cls(**vars(unet), **own)
+
+
 # ------------------------------------------------------------------------------- U-Net, pixel space
 
 UNET_2D_NO_EFFECT: dict[str, str] = {
@@ -890,7 +958,7 @@ class AutoencoderTinyConfig:
 
 VAEConfig = AutoencoderKLConfig | AutoencoderTinyConfig
 UNetConfig = UNet2DConditionConfig | UNet2DConfig
-ComponentConfig = CLIPTextConfig | UNetConfig | VAEConfig
+ComponentConfig = CLIPTextConfig | UNetConfig | ControlNetConfig | VAEConfig
 
 
 def read_unet(data: Mapping[str, Any], where: str = "unet/config.json") -> UNetConfig:

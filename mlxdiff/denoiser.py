@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mlxdiff.condition import Condition
+from mlxdiff.control import ControlNets
 from mlxdiff.model import Model, PromptEmbeddings
 from mlxdiff.pixels import PixelModel
 from mlxdiff.samplers.guidance import guidance_scale_embedding, guide, guided_evaluations
@@ -88,7 +89,8 @@ class Denoiser:
         self.unet = model.component("unet")
         self.settings = settings
         self.guided = model.is_guided(settings.guidance)
-        self.text = self.unet.read(self._both(text.negative_prompt_embeds, text.prompt_embeds))
+        states = self._both(text.negative_prompt_embeds, text.prompt_embeds)
+        self.text = self.unet.read(states)
         # What the U-Net is told beside text and timestep, (B, ...) each.
         self.conditions: dict[str, Any] = {}
         if (time_ids := settings.time_ids(model)) is not None:
@@ -101,6 +103,11 @@ class Denoiser:
             embedding = guidance_scale_embedding(settings.guidance, dim)
             self.conditions["timestep_cond"] = self.backend.asarray(embedding)
         self.times = TimeEmbeddings(timesteps, self._embed, 2 if self.guided else 1)
+        self.controlnets = None
+        if model.controlnets:
+            self.controlnets = ControlNets(
+                model, settings.controls, settings.guess_mode, states, self.conditions
+            )
         self._deep: list[Any] = []
 
     def _embed(self, timesteps: np.ndarray) -> Any:
@@ -131,7 +138,12 @@ class Denoiser:
         temb, text = self.times.at(evaluation.index), self.text
         if self.guided and not guided:  # the prompt alone
             temb, text = temb.rows(1, 2), text.rows(1, 2)
-        out = self.unet.predict(sample, temb, text, self._features(evaluation, len(sample)))
+        residuals = None
+        if self.controlnets is not None:
+            index, total = evaluation.index, evaluation.total
+            residuals = self.controlnets(x, evaluation.t, index, total, guided)
+        deep = self._features(evaluation, len(sample))
+        out = self.unet.predict(sample, temb, text, deep, residuals)
         if not guided:
             return out
         return guide(out[:1], out[1:], self.settings.guidance, self.settings.guidance_rescale)

@@ -59,9 +59,10 @@ _WEIGHTS = re.compile(
     r"(?P<index>(?:\.(?P<c>\w+))?\.index(?:\.(?P<d>\w+))?\.json)?"
 )
 _SINGLE = (".safetensors", ".ckpt")
+_FILES = (*_SINGLE, ".bin", ".pt", ".pth")
 _NAME = r"[A-Za-z0-9](?:[\w.-]*\w)?"
 _REPO_ID = re.compile(
-    rf"(?P<name>{_NAME}/{_NAME})(?P<file>(?:/[\w.()+ -]+)+\.(?:safetensors|ckpt))?"
+    rf"(?P<name>{_NAME}/{_NAME})(?P<file>(?:/[\w.()+ -]+)+\.(?:safetensors|ckpt|bin|pth?))?"
     r"(?:@(?P<revision>[\w.-]+(?:/[\w.-]+)*))?",
     re.ASCII,
 )
@@ -112,13 +113,13 @@ def parse(text: str, revision: str | None = None) -> Reference | None:
     Raises: HubError where text and revision contradict each other.
     """
     match = _REPO_ID.fullmatch(text) or _URL.fullmatch(text)
-    if match is None or ".." in text or "--" in match["name"] or match["name"].endswith(_SINGLE):
+    if match is None or ".." in text or "--" in match["name"] or match["name"].endswith(_FILES):
         return None
     at, file = match["revision"], (match["file"] or "").strip("/")
     if match.re is _URL:
         at = at and at.replace("%2F", "/")
         file = file.replace("%20", " ")
-        if file and not file.endswith(_SINGLE):
+        if file and not file.endswith(_FILES):
             return None
     if at and revision and at != revision:
         raise HubError(f"{text}: asks for revision {at!r} and for {revision!r}")

@@ -8,7 +8,7 @@ scaled, what a U-Net is told.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -67,6 +67,7 @@ class Networks:
         source: the opened model.
         backend: what it computes on (reference.backend.Backend or models.backend.Backend).
         vae: where its VAE comes from, if from elsewhere.
+        added: networks beside the model's own, by name.
         load_seconds: time spent on reading weights so far.
     """
 
@@ -74,21 +75,32 @@ class Networks:
         self.source = source
         self.backend = backend
         self.vae = vae
+        self.added: dict[str, Component] = {}
         self.load_seconds = 0.0
         self._loaded: dict[str, Any] = {}
 
     def component(self, name: str) -> Any:
-        """A network of the model: "unet", "vae", "text_encoder" or "text_encoder_2"."""
+        """A network of the model ("unet", "vae", "text_encoder" or "text_encoder_2"), or one that
+        was added."""
         if name not in self._loaded:
             start = time.perf_counter()
-            if name == "vae" and self.vae is not None:
-                config, tensors = self.vae.config, self.vae.tensors()
+            other = self.vae if name == "vae" else self.added.get(name)
+            if other is not None:
+                config, tensors = other.config, other.tensors()
             else:
                 config, tensors = self.source.config(name), self.source.tensors(name)
             dtype = "float32" if name == "vae" and config.force_upcast else None
             self._loaded[name] = self.backend.load(config, tensors, dtype)
             self.load_seconds += time.perf_counter() - start
         return self._loaded[name]
+
+    def add(self, kind: str, components: Sequence[Component]) -> None:
+        """Networks beside the model's own, ``KIND_0``, ``KIND_1``, ..., in place of those of this
+        kind that were added before."""
+        for name in [name for name in self.added if name.rpartition("_")[0] == kind]:
+            del self.added[name]
+            self._loaded.pop(name, None)
+        self.added |= {f"{kind}_{i}": one for i, one in enumerate(components)}
 
 
 class Model(Networks):
@@ -114,6 +126,11 @@ class Model(Networks):
                     f"{vae.provenance['source']}: this VAE has {name.replace('_', ' ')} {found}, "
                     f"the model's own {expected}; use one made for this model"
                 )
+
+    @property
+    def controlnets(self) -> list[str]:
+        """Names of the ControlNets that were added."""
+        return [name for name in self.added if name.startswith("controlnet_")]
 
     @property
     def is_sdxl(self) -> bool:
@@ -346,6 +363,19 @@ class Model(Networks):
                 raise UsageError(
                     f"{name} {value} is not a multiple of {factor}, which this model needs; "
                     f"nearest: {near}"
+                )
+
+    def check_latents_of(self, controlnet: Any, path: Any) -> None:
+        """Raise UsageError unless a ControlNet's config has the latents of this model."""
+        vae = self.vae_config
+        for name, found, expected in (
+            ("latent channels", controlnet.in_channels, vae.latent_channels),
+            ("pixels for each latent", controlnet.factor, vae.factor),
+        ):
+            if found != expected:
+                raise UsageError(
+                    f"{path}: this ControlNet is for models with {found} {name}, this model has "
+                    f"{expected}; use one made for it"
                 )
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:

@@ -9,6 +9,7 @@ this.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 from mlxdiff.config import (
     AutoencoderKLConfig,
@@ -16,6 +17,7 @@ from mlxdiff.config import (
     BlockSpec,
     CLIPTextConfig,
     ComponentConfig,
+    ControlNetConfig,
     UNet2DConditionConfig,
     UNet2DConfig,
     UNetConfig,
@@ -108,6 +110,30 @@ def clip_parameters(config: CLIPTextConfig) -> dict[str, Shape]:
 
 def unet_parameters(config: UNet2DConditionConfig) -> dict[str, Shape]:
     """Parameters of UNet2DConditionModel."""
+    names, first = _unet_with_text(config), config.block_out_channels[0]
+    names.norm("conv_norm_out", first)
+    names.conv("conv_out", first, config.out_channels, config.conv_out_kernel)
+    return names.shapes
+
+
+def controlnet_parameters(config: ControlNetConfig) -> dict[str, Shape]:
+    """Parameters of ControlNetModel."""
+    names, first = _unet_with_text(config), config.block_out_channels[0]
+    embedding, widths = "controlnet_cond_embedding", config.conditioning_embedding_out_channels
+    names.conv(f"{embedding}.conv_in", config.conditioning_channels, widths[0])
+    for i, (width, out) in enumerate(pairwise(widths)):
+        names.conv(f"{embedding}.blocks.{2 * i}", width, width)
+        names.conv(f"{embedding}.blocks.{2 * i + 1}", width, out)
+    names.conv(f"{embedding}.conv_out", widths[-1], first)
+    for i, channels in enumerate(config.residual_channels):
+        names.conv(f"controlnet_down_blocks.{i}", channels, channels, 1)
+    last = config.block_out_channels[-1]
+    names.conv("controlnet_mid_block", last, last, 1)
+    return names.shapes
+
+
+def _unet_with_text(config: UNet2DConditionConfig) -> _Names:
+    """What a U-Net and a ControlNet have in common."""
     names, temb = _Names(), config.time_embed_dim
     first = config.block_out_channels[0]
     names.conv("conv_in", config.in_channels, first, config.conv_in_kernel)
@@ -124,9 +150,7 @@ def unet_parameters(config: UNet2DConditionConfig) -> dict[str, Shape]:
             names.transformer(f"{name}.attentions.{i}", block, layers, config.use_linear_projection)
 
     _unet_path(names, config, add_attentions)
-    names.norm("conv_norm_out", first)
-    names.conv("conv_out", first, config.out_channels, config.conv_out_kernel)
-    return names.shapes
+    return names
 
 
 def unet_2d_parameters(config: UNet2DConfig) -> dict[str, Shape]:
@@ -268,6 +292,8 @@ def expected_parameters(config: ComponentConfig) -> dict[str, Shape]:
     """Name and shape of every parameter that a component with this config has."""
     if isinstance(config, CLIPTextConfig):
         return clip_parameters(config)
+    if isinstance(config, ControlNetConfig):
+        return controlnet_parameters(config)
     if isinstance(config, UNet2DConditionConfig):
         return unet_parameters(config)
     if isinstance(config, UNet2DConfig):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,8 @@ import numpy as np
 
 import mlxdiff
 from mlxdiff import library
-from mlxdiff.convert import Component, open_vae
+from mlxdiff.control import describe
+from mlxdiff.convert import Component, open_controlnet, open_vae
 from mlxdiff.denoiser import Evaluation, make_denoiser
 from mlxdiff.errors import UsageError
 from mlxdiff.metadata import Metadata
@@ -122,6 +123,7 @@ def load(
     quantize: int | str | None = None,
     vae: str | os.PathLike[str] | None = None,
     refiner: str | os.PathLike[str] | Pipeline | None = None,
+    controlnets: Sequence[str | os.PathLike[str]] = (),
     revision: str | None = None,
     variant: str | None = None,
     config: str | os.PathLike[str] | None = None,
@@ -143,6 +145,8 @@ def load(
             whose VAE is to be taken.
         refiner: an SDXL model that does the last part of the way: as for ``model``, or a Pipeline
             of the same backend.
+        controlnets: ControlNets that were made for this kind of model, each a folder, a file or a
+            hub id; ``generate`` then takes a control_image for each.
         revision, variant: for a hub id: branch, tag or commit; for either: "fp16" and such.
         config: for a single file: a folder whose configs, scheduler and tokenizer count, and whose
             weights stand in for parts that the file does not have.
@@ -165,6 +169,8 @@ def load(
     chosen = make_backend(backend, dtype)
     other_vae = None if vae is None else open_vae(vae, progress=progress)
     pipe = Pipeline(source, chosen, vae=other_vae)
+    if controlnets:
+        pipe.control_with(*_several(controlnets), variant=variant, progress=progress)
     if refiner is not None:
         if not isinstance(refiner, Pipeline):
             second = library.open_model(
@@ -201,6 +207,29 @@ class Pipeline:
         if (second.backend.name, second.backend.dtype) != (first.backend.name, first.backend.dtype):
             raise UsageError("the refiner must be loaded with the same backend and dtype")
         self.refiner = second
+
+    def control_with(
+        self,
+        *controlnets: str | os.PathLike[str],
+        variant: str | None = None,
+        progress: Callable[..., None] | None = None,
+    ) -> None:
+        """Let pictures decide what stands where (ControlNet), in place of what did so before; none
+        given: none does.
+
+        Args:
+            controlnets: as ``load`` takes them.
+            variant, progress: as ``load`` takes them.
+        Raises: UsageError, CheckpointError, ConfigError, HubError where one cannot be had or is not
+            made for this model.
+        """
+        model = self.model
+        if isinstance(model, PixelModel):
+            raise UsageError(f"{self.source.path}: draws pixels; it has no part for a ControlNet")
+        found = [open_controlnet(p, model.unet_config, variant, progress) for p in controlnets]
+        for path, one in zip(controlnets, found, strict=True):
+            model.check_latents_of(one.config, path)
+        model.add("controlnet", found)
 
     @property
     def source(self) -> ModelSource:
@@ -398,6 +427,14 @@ class Pipeline:
                 the image for one that is made up to there, and add no noise (SDXL).
             original_size, target_size, crop: (height, width), (height, width), (y, x): SDXL's
                 micro-conditioning.
+            control_image: what a ControlNet is shown, resized: path, Pillow image or array; with
+                several nets a list, one for each. This and the next four only with controlnets.
+            control_scale: how strongly it counts; one number, or one for each net. None: 1.
+            control_start, control_end: the share of the way on which it counts. None: 0 and 1.
+            control_preprocess: what is made of its picture first: "none", "edges", "grey" or
+                "tile".
+            guess_mode: let the nets act on the prediction for the prompt alone, so that the
+                picture follows them where the prompt is empty.
             aesthetic_score, negative_aesthetic_score: what SDXL's refiner is told beside prompt and
                 negative prompt; None: 6 and 2.5.
         Returns: Result.
@@ -438,6 +475,9 @@ class Pipeline:
         values = {f.name: getattr(settings, f.name) for f in fields(settings)}
         for name in ("image", "refined", "canvas"):
             del values[name]
+        nets = getattr(self.model, "controlnets", ())
+        named = [_named(self.model.added[name].provenance) for name in nets]
+        values |= describe(values.pop("controls"), named, values.pop("guess_mode"))
         values["image"] = values.pop("image_name")
         if settings.prompt_syntax == "plain":  # said only where it is not
             del values["prompt_syntax"]
@@ -469,6 +509,11 @@ def _open_model(source: ModelSource, backend: Any, vae: Component | None) -> Mod
     if vae is not None:
         raise UsageError(f"{source.path}: this model draws pixels; it has no part for a VAE")
     return PixelModel(source, backend)
+
+
+def _several(paths: Any) -> Sequence[str | os.PathLike[str]]:
+    """A list of paths; one alone counts as a list of one."""
+    return [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
 
 
 def _only_sdxl(model: Model | PixelModel) -> Model:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mlxdiff import a1111, samplers
+from mlxdiff.control import Control, resolve_controls
 from mlxdiff.errors import UsageError
 from mlxdiff.image import load_image, resize
 from mlxdiff.inpainting import Borders, Canvas, check_borders, load_mask, make_canvas
@@ -52,6 +53,9 @@ class Settings:
         refined: whether there is a refiner.
         prompt_syntax: how the prompts are read, one of prompt.SYNTAXES.
         clip_skip: layers left out at the end of the text encoders; None: none.
+        controls: what each ControlNet is shown and told.
+        guess_mode: whether ControlNets follow their picture more than the prompt, and under
+            guidance act on the prediction for the prompt alone.
     """
 
     prompt: str
@@ -91,6 +95,9 @@ class Settings:
     def evaluations(self) -> int:
         """Evaluations of a whole run by A1111's count, on which prompt editing is based."""
         return self.steps * (2 if self.sampler == "heun" else 1)
+
+    controls: tuple[Control, ...] = ()
+    guess_mode: bool = False
 
     @property
     def adds_noise(self) -> bool:
@@ -210,8 +217,10 @@ def _resolve_text(
     negative_aesthetic_score: float | None = None,
     prompt_syntax: str = "plain",
     clip_skip: int | None = None,
+    guess_mode: bool | None = None,
+    **control: Any,
 ) -> Settings:
-    """Settings of a model that draws from text."""
+    """Settings of a model that draws from text; ``control`` as ``resolve_controls`` takes it."""
     _check_texts(
         prompt=prompt,
         negative_prompt=negative_prompt,
@@ -298,7 +307,11 @@ def _resolve_text(
         refined=refiner is not None,
         prompt_syntax=prompt_syntax,
         clip_skip=clip_skip,
+        controls=resolve_controls(len(model.controlnets), width, height, **control),
+        guess_mode=_flag("guess_mode", guess_mode),
     )
+    if settings.guess_mode and not settings.controls:
+        raise UsageError("guess_mode: there is no ControlNet; give one (--controlnet)")
     if pixels is not None:
         settings = replace(settings, image_name=_named(image))
         if repaints:
@@ -444,6 +457,12 @@ def _check_editing(settings: Settings) -> None:
             "feature_reuse: the prompt changes from step to step ([from:to:when] or [a|b]), and "
             "features of one prompt are not those of another; leave out one of the two"
         )
+
+
+def _flag(name: str, value: Any) -> bool:
+    if value is not None and not isinstance(value, bool):
+        raise UsageError(f"{name} is {value!r}; expected true or false")
+    return bool(value)
 
 
 def _check_numbers(most: float, **numbers: Any) -> None:

@@ -28,7 +28,13 @@ _EXTRA |= dict.fromkeys(("original_size", "target_size", "crop"), tuple)
 _EXTRA |= dict.fromkeys(("guidance_interval", "outpaint"), tuple)
 _EXTRA |= dict.fromkeys(("vae", "refiner", "image", "mask", "quantize"), str)
 _EXTRA |= {"prompt_syntax": str}
-_EXTRA |= {"label": int, "feature_reuse": int, "paste_original": bool}
+_EXTRA |= {"label": int, "feature_reuse": int}
+_EXTRA |= {"paste_original": bool, "guess_mode": bool}
+# Those that are given once for each ControlNet: lists.
+_EACH: dict[str, Any] = dict.fromkeys(("control_scale", "control_start", "control_end"), float)
+_EACH |= dict.fromkeys(("controlnet", "control_image", "control_preprocess"), str)
+# Not arguments of Pipeline.generate.
+_NAMED = ("model", "vae", "refiner", "controlnet", "quantize", "seed")
 BUILTIN_NAME = "builtin"  # what pictures of the built-in model say that they are made with
 
 
@@ -92,6 +98,26 @@ BORDERS = Numbers(",", "LEFT,TOP,RIGHT,BOTTOM")
 )
 @click.option("--vae", help="Another VAE, or a TAESD: its folder, or a model that has it.")
 @click.option("--refiner", help="SDXL: a model, as for -m, that draws the last part of the way.")
+@click.option(
+    "--controlnet",
+    multiple=True,
+    help="A ControlNet: folder, file or hub id. Repeatable; so are the next five, in step.",
+)
+@click.option("--control-image", multiple=True, help="The picture that it is shown; resized.")
+@click.option("--control-scale", type=float, multiple=True, help="Default: 1.")
+@click.option("--control-start", type=float, multiple=True, help="Share of the way. Default: 0.")
+@click.option("--control-end", type=float, multiple=True, help="Share of the way. Default: 1.")
+@click.option(
+    "--control-preprocess",
+    multiple=True,
+    help="What is made of its picture first: none (default), edges, grey or tile.",
+)
+@click.option(
+    "--guess-mode",
+    is_flag=True,
+    default=None,
+    help="ControlNets lead: with guidance, they act on the prompt's prediction alone.",
+)
 @click.option("--label", type=int, help="A model without text: the class to draw, 0, 1, ...")
 @click.option("-W", "--width", type=int, help="Pixels. Default: the image's, or the model's own.")
 @click.option("-H", "--height", type=int, help="Pixels. Default: the image's, or the model's own.")
@@ -191,6 +217,7 @@ def generate(
     prediction_type: str | None,
     vae: str | None,
     refiner: str | None,
+    controlnet: tuple[str, ...],
     seed: int | None,
     count: int,
     backend: str,
@@ -217,9 +244,7 @@ def generate(
     replay: dict[str, Any] = {}
     if from_image is not None:
         replay = _replay(from_image)
-        named = {
-            name: replay.pop(name, None) for name in ("model", "vae", "refiner", "seed", "quantize")
-        }
+        named = {name: replay.pop(name, None) for name in _NAMED}
         model = named["model"] if model is None else model
         vae = named["vae"] if vae is None else vae
         refiner = named["refiner"] if refiner is None else refiner
@@ -231,10 +256,16 @@ def generate(
                     f"{from_image}: was drawn from the {name} {replay[name]!r}: give it with "
                     f"--{name}"
                 )
+        controlnet = controlnet or named["controlnet"] or ()
+        if "control_image" in replay and not picture["control_image"]:
+            raise UsageError(
+                f"{from_image}: was drawn with the control image "
+                f"{' and '.join(replay['control_image'])}: give it with --control-image"
+            )
     prompts = _prompts(text, prompt, prompt_file, replay.pop("prompt", None))
     if prompts == [None] and model is None:  # a model of one's own may draw without
         raise UsageError('no prompt is given; for example: mlxdiff generate "a red circle"')
-    arguments = replay | {k: v for k, v in picture.items() if v is not None}
+    arguments = replay | {k: v for k, v in picture.items() if v not in (None, ())}
 
     from mlxdiff.image import check_writable
     from mlxdiff.pipeline import load, pick_seeds
@@ -249,6 +280,7 @@ def generate(
             quantize=quantize,
             vae=vae,
             refiner=refiner,
+            controlnets=controlnet,
             config=config,
             prediction_type=prediction_type,
             progress=progress,
@@ -316,6 +348,16 @@ def _replay(path: str) -> dict[str, Any]:
         replay[name] = value
     if found.version is None:  # drawn by A1111 or a program that writes as it does
         replay["prompt_syntax"] = "a1111"
+    for name, kind in _EACH.items():
+        values = found.extra.get(name)
+        accepted = (int, float) if kind is float else kind
+        if values is not None and not (
+            isinstance(values, list)
+            and values
+            and all(isinstance(v, accepted) and not isinstance(v, bool) for v in values)
+        ):
+            raise UsageError(f"{path}: {name} in its mlxdiff metadata is {values!r}")
+        replay[name] = values
     if replay["model"] is not None and found.revision is not None:
         replay["model"] += f"@{found.revision}"
     if replay["model"] == BUILTIN_NAME:

@@ -16,6 +16,7 @@ from mlxdiff.config import (
     AutoencoderTinyConfig,
     CLIPTextConfig,
     ComponentConfig,
+    ControlNetConfig,
     UNet2DConditionConfig,
     UNet2DConfig,
 )
@@ -31,6 +32,7 @@ except ImportError as error:
     ) from None
 
 from mlxdiff.models.clip import CLIPTextModel
+from mlxdiff.models.controlnet import ControlNetModel
 from mlxdiff.models.layers import Module, StoredWeight
 from mlxdiff.models.taesd import AutoencoderTiny
 from mlxdiff.models.unet import UNet2DConditionModel
@@ -40,6 +42,7 @@ from mlxdiff.models.vae import AutoencoderKL
 _MODELS: dict[type, Callable[..., Module]] = {
     CLIPTextConfig: CLIPTextModel,
     UNet2DConditionConfig: UNet2DConditionModel,
+    ControlNetConfig: ControlNetModel,
     UNet2DConfig: UNet2DModel,
     AutoencoderKLConfig: AutoencoderKL,
     AutoencoderTinyConfig: AutoencoderTiny,

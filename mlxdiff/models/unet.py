@@ -272,22 +272,8 @@ class CrossAttnUpBlock2D(Module):
         return x
 
 
-class UNet2DConditionModel(Module):
-    """Predicts from noisy latents what the config's schedule is trained on: noise, v or the sample.
-
-    Args:
-        sample: (B, H, W, in_channels); any height and width.
-        timesteps: (B,), or one number for all.
-        encoder_hidden_states: (B, L, D).
-        text_embeds: pooled text, (B, P); SDXL only.
-        time_ids: sizes and crop, (B, 6); (B, 5) for the refiner; SDXL only.
-        timestep_cond: (B, time_cond_proj_dim); models distilled over the guidance scale only.
-        deep: what the last layer of the way up is given, by all the layers below it. An empty list
-            is filled with it; a filled one is used in its place, and only that last layer runs (Ma
-            et al. 2023, "DeepCache": it changes little from one timestep to the next).
-    Returns: (B, H, W, out_channels), float32 whatever the weights are: sampling goes on in float32.
-    Raises: UsageError where the model needs text_embeds and time_ids and does not get them.
-    """
+class UNetEncoder(Module):
+    """The first half of the U-Net, of which a ControlNet is a copy: all but the way up."""
 
     def __init__(self, config: UNet2DConditionConfig) -> None:
         super().__init__()
@@ -304,24 +290,6 @@ class UNet2DConditionModel(Module):
         self.mid_block = None
         if config.mid_block is not None:
             self.mid_block = _BLOCKS[config.mid_block.type](config.mid_block, config)
-        self.up_blocks = [_BLOCKS[block.type](block, config) for block in config.up_blocks]
-        self.conv_norm_out = GroupNorm(config.norm_num_groups, first, config.norm_eps)
-        kernel = config.conv_out_kernel
-        self.conv_out = Conv2d(first, config.out_channels, kernel, padding=kernel // 2)
-
-    def __call__(
-        self,
-        sample: mx.array,
-        timesteps: mx.array | float,
-        encoder_hidden_states: mx.array,
-        text_embeds: mx.array | None = None,
-        time_ids: mx.array | None = None,
-        timestep_cond: mx.array | None = None,
-        deep: list[mx.array] | None = None,
-    ) -> mx.array:
-        timesteps = mx.broadcast_to(mx.array(timesteps, dtype=mx.float32), (sample.shape[0],))
-        temb = self.embed(timesteps, text_embeds, time_ids, timestep_cond)
-        return self.predict(sample, Condition(temb), self.read(encoder_hidden_states), deep)
 
     def embed(
         self,
@@ -332,7 +300,7 @@ class UNet2DConditionModel(Module):
     ) -> mx.array:
         """The timestep embedding with all that is added to it.
 
-        Args: as when called, timesteps (N,); the others of N rows, or of one for all.
+        Args: as for UNet2DConditionModel, timesteps (N,); the others of N rows, or of one for all.
         Returns: (N, E).
         """
         config, dtype = self.config, self.dtype
@@ -346,7 +314,7 @@ class UNet2DConditionModel(Module):
         if self.add_embedding is not None and ids_dim is not None:
             if text_embeds is None or time_ids is None:
                 raise UsageError(
-                    "this U-Net is conditioned on pooled text and sizes (addition_embed_type "
+                    "this network is conditioned on pooled text and sizes (addition_embed_type "
                     "text_time): give both text_embeds and time_ids"
                 )
             ids = timestep_embedding(
@@ -360,12 +328,72 @@ class UNet2DConditionModel(Module):
         """Text states (B, L, D) as ``predict`` takes them."""
         return Condition(encoder_hidden_states.astype(self.dtype))
 
+    def encode(
+        self, x: mx.array, temb: Condition, text: Condition
+    ) -> tuple[mx.array, list[mx.array]]:
+        """The way down.
+
+        Args:
+            x: output of conv_in, (B, H, W, C).
+            temb, text: B rows of what ``embed`` and ``read`` give.
+        Returns: output of the mid block; x and the output of every layer of the down path.
+        """
+        skips = [x]
+        for block in self.down_blocks:
+            x = block(x, temb, text, skips)
+        if self.mid_block is not None:
+            x = self.mid_block(x, temb, text)
+        return x, skips
+
+
+class UNet2DConditionModel(UNetEncoder):
+    """Predicts from noisy latents what the config's schedule is trained on: noise, v or the sample.
+
+    Args:
+        sample: (B, H, W, in_channels); any height and width.
+        timesteps: (B,), or one number for all.
+        encoder_hidden_states: (B, L, D).
+        text_embeds: pooled text, (B, P); SDXL only.
+        time_ids: sizes and crop, (B, 6); (B, 5) for the refiner; SDXL only.
+        timestep_cond: (B, time_cond_proj_dim); models distilled over the guidance scale only.
+        deep: what the last layer of the way up is given, by all the layers below it. An empty list
+            is filled with it; a filled one is used in its place, and only that last layer runs (Ma
+            et al. 2023, "DeepCache": it changes little from one timestep to the next).
+        residuals: what ControlNets add to each output of the way down, the mid block's last.
+    Returns: (B, H, W, out_channels), float32 whatever the weights are: sampling goes on in float32.
+    Raises: UsageError where the model needs text_embeds and time_ids and does not get them.
+    """
+
+    def __init__(self, config: UNet2DConditionConfig) -> None:
+        super().__init__(config)
+        self.up_blocks = [_BLOCKS[block.type](block, config) for block in config.up_blocks]
+        first, kernel = config.block_out_channels[0], config.conv_out_kernel
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, first, config.norm_eps)
+        self.conv_out = Conv2d(first, config.out_channels, kernel, padding=kernel // 2)
+
+    def __call__(
+        self,
+        sample: mx.array,
+        timesteps: mx.array | float,
+        encoder_hidden_states: mx.array,
+        text_embeds: mx.array | None = None,
+        time_ids: mx.array | None = None,
+        timestep_cond: mx.array | None = None,
+        deep: list[mx.array] | None = None,
+        residuals: list[mx.array] | None = None,
+    ) -> mx.array:
+        timesteps = mx.broadcast_to(mx.array(timesteps, dtype=mx.float32), (sample.shape[0],))
+        temb = self.embed(timesteps, text_embeds, time_ids, timestep_cond)
+        text = self.read(encoder_hidden_states)
+        return self.predict(sample, Condition(temb), text, deep, residuals)
+
     def predict(
         self,
         sample: mx.array,
         temb: Condition,
         text: Condition,
         deep: list[mx.array] | None = None,
+        residuals: list[mx.array] | None = None,
     ) -> mx.array:
         """Run the network.
 
@@ -373,18 +401,20 @@ class UNet2DConditionModel(Module):
             sample: (B, H, W, in_channels).
             temb: B rows of what ``embed`` gives.
             text: B rows of what ``read`` gives.
-            deep: as when called.
+            deep, residuals: as when called.
         Returns: as when called.
         """
         x = self.conv_in(sample.astype(self.dtype))
-        skips, last = [x], self.up_blocks[-1]
+        last = self.up_blocks[-1]
         if deep:
+            skips = [x if residuals is None else x + residuals[0]]
             x = deep[0]
         else:
-            for block in self.down_blocks:
-                x = block(x, temb, text, skips)
-            if self.mid_block is not None:
-                x = self.mid_block(x, temb, text)
+            x, skips = self.encode(x, temb, text)
+            if residuals is not None:
+                *to_skips, to_mid = residuals
+                skips = [skip + more for skip, more in zip(skips, to_skips, strict=True)]
+                x = x + to_mid
             for block in self.up_blocks[:-1]:
                 x = block(x, temb, text, skips)
             x = last(x, temb, text, skips, ALL_BUT_LAST)

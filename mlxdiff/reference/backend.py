@@ -16,12 +16,14 @@ from mlxdiff.config import (
     AutoencoderTinyConfig,
     CLIPTextConfig,
     ComponentConfig,
+    ControlNetConfig,
     UNet2DConditionConfig,
     UNet2DConfig,
 )
 from mlxdiff.errors import UsageError
 from mlxdiff.quantization import Packed
 from mlxdiff.reference.clip import CLIPTextModel
+from mlxdiff.reference.controlnet import ControlNetModel
 from mlxdiff.reference.layers import Module, StoredWeight
 from mlxdiff.reference.taesd import AutoencoderTiny
 from mlxdiff.reference.unet import UNet2DConditionModel
@@ -32,6 +34,7 @@ from mlxdiff.weights import LazyTensor, QuantizedTensor, check_parameters
 _MODELS: dict[type, Callable[..., Module]] = {
     CLIPTextConfig: CLIPTextModel,
     UNet2DConditionConfig: UNet2DConditionModel,
+    ControlNetConfig: ControlNetModel,
     UNet2DConfig: UNet2DModel,
     AutoencoderKLConfig: AutoencoderKL,
     AutoencoderTinyConfig: AutoencoderTiny,

@@ -1,0 +1,185 @@
+"""A ControlNet as people have it: diffusers' folder, or one file in either naming."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mlxdiff.config import ControlNetConfig, UNet2DConditionConfig
+from mlxdiff.convert import detect
+from mlxdiff.convert.checkpoint import map_component
+from mlxdiff.convert.component import (
+    Component,
+    find_component,
+    open_folder_of,
+    read_component_config,
+)
+from mlxdiff.convert.families import Unrepresentable, controlnet_structure
+from mlxdiff.convert.keymap import Layout, ldm_controlnet
+from mlxdiff.convert.pickles import PickleFile, open_tensors
+from mlxdiff.errors import CheckpointError
+from mlxdiff.weights import LazyTensor, Progress
+
+logger = logging.getLogger("mlxdiff")
+
+_PREFIX = "control_model."
+# Files that are called ControlNets and hold something else, by the names in them.
+_OTHERS = {
+    "lora_controlnet": "a Control-LoRA, which is not supported",
+    "difference": "the difference to a model's U-Net, not the ControlNet itself",
+    "control_type_proj": "a ControlNet-Union, which is not supported",
+    "lllite": "a ControlNet-LLLite, which is not supported",
+    "body.": "a T2I-Adapter, which is not supported",
+    "adapter.body.": "a T2I-Adapter, which is not supported",
+}
+
+
+def open_controlnet(
+    path: str | os.PathLike[str],
+    unet: UNet2DConditionConfig,
+    variant: str | None = None,
+    progress: Progress | None = None,
+) -> Component:
+    """Open a ControlNet for a model.
+
+    Args:
+        path: a folder as diffusers writes it, one file (safetensors or PyTorch's format; in the
+            naming of the original code, alone or inside a whole model, or in diffusers'), or a hub
+            id of either.
+        unet: config of the model's U-Net. One file says nothing of its heads: they are the model's.
+        variant: weights variant.
+        progress: called while files are fetched.
+    Raises: CheckpointError, ConfigError, HubError.
+    """
+    place, provenance = find_component(path, "controlnet", variant, progress)
+    if place.is_file():
+        found = _open_file(place, unet, provenance)
+    else:
+        if not (place / "config.json").is_file():
+            raise _not_a_controlnet(place)
+        data = read_component_config(place, ("ControlNetModel",), "ControlNet")
+        config = ControlNetConfig.from_dict(data, str(place / "config.json"))
+        found = open_folder_of("controlnet", place, config, provenance, variant)
+    _check_fit(found.config, unet, str(path))
+    return found
+
+
+def _open_file(path: Path, unet: UNet2DConditionConfig, provenance: dict[str, Any]) -> Component:
+    file = open_tensors(path)
+    tensors = _section(file.tensors)
+    ldm = "input_hint_block.0.weight" in tensors
+    if not ldm and "controlnet_cond_embedding.conv_in.weight" not in tensors:
+        raise CheckpointError(
+            f"{path}: looks like {_looks_like(file.tensors)}; expected a ControlNet"
+        )
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    try:
+        structure = controlnet_structure(shapes)
+    except Unrepresentable as error:
+        raise CheckpointError(
+            f"{path}: is a ControlNet of a structure that is not known ({error})"
+        ) from None
+    config = _config_of(structure, unet, path)
+    refused = file.refused if isinstance(file, PickleFile) else {}
+    layout = ldm_controlnet(config) if ldm else Layout()
+    files = map_component(path, tensors, layout, config, str(path), refused)
+    return Component(config, lambda: files.read(config), provenance)
+
+
+def _section(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The ControlNet's tensors without their prefix; a whole model may stand around it."""
+    inside = {
+        name.removeprefix(_PREFIX): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(_PREFIX)
+    }
+    return inside or dict(tensors)
+
+
+def _config_of(
+    structure: dict[str, Any], unet: UNet2DConditionConfig, path: Path
+) -> ControlNetConfig:
+    """What the shapes say, and the model's heads."""
+    if tuple(structure["block_out_channels"]) != unet.block_out_channels:
+        raise _other_family(str(path), structure["block_out_channels"], unet.block_out_channels)
+    heads = list(unet.num_attention_heads)
+    config = ControlNetConfig.from_dict(
+        structure
+        | {
+            "num_attention_heads": heads,
+            "norm_num_groups": unet.norm_num_groups,
+            "norm_eps": unet.norm_eps,
+            "addition_embed_type": unet.addition_embed_type,
+            "addition_time_embed_dim": unet.addition_time_embed_dim,
+            "projection_class_embeddings_input_dim": structure.get(
+                "projection_class_embeddings_input_dim",
+                unet.projection_class_embeddings_input_dim,
+            ),
+        },
+        str(path),
+    )
+    same = {name: getattr(unet, name) for name in ("flip_sin_to_cos", "freq_shift")}
+    # Shapes do not tell it; the published one (control_v11e_sd15_shuffle) is known by its name.
+    pooled = "shuffle" in path.name.lower()
+    if pooled:
+        logger.warning("%s: taken for a shuffle ControlNet by its name (global average)", path.name)
+    return replace(config, **same, global_pool_conditions=pooled)
+
+
+def _check_fit(config: Any, unet: UNet2DConditionConfig, where: str) -> None:
+    """Refuse what was made for another kind of model: what it adds must fit into the U-Net."""
+    for name in ("block_out_channels", "layers_per_block"):
+        if getattr(config, name) != getattr(unet, name):
+            raise _other_family(where, getattr(config, name), getattr(unet, name))
+    if config.addition_embed_type != unet.addition_embed_type:
+        sdxl, none = "an SDXL model", "a model without pooled text (SD 1 or 2)"
+        ours, theirs = (sdxl, none) if unet.addition_embed_type is None else (none, sdxl)
+        raise CheckpointError(
+            f"{where}: this ControlNet is for {ours}, the model is {theirs}; use one made for it"
+        )
+    width = "projection_class_embeddings_input_dim"
+    for name, what in (("cross_attention_dim", "text"), (width, "pooled text and sizes")):
+        found, expected = getattr(config, name), getattr(unet, name)
+        if found != expected:
+            raise CheckpointError(
+                f"{where}: this ControlNet is for another kind of model: its {what} is "
+                f"{_number(found)} wide, the model's {_number(expected)}; use one made for it"
+            )
+
+
+def _other_family(where: str, found: Any, expected: Any) -> CheckpointError:
+    return CheckpointError(
+        f"{where}: this ControlNet is for another kind of model: its blocks are {_list(found)}, "
+        f"the model's {_list(expected)}; use one made for it"
+    )
+
+
+def _number(value: Any) -> str:
+    return str(value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value)
+
+
+def _list(values: Any) -> str:
+    return ", ".join(map(str, values))
+
+
+def _looks_like(tensors: Mapping[str, LazyTensor]) -> str:
+    for start, words in _OTHERS.items():
+        if any(name.startswith(start) for name in tensors):
+            return words
+    return detect.looks_like(tensors)
+
+
+def _not_a_controlnet(path: Path) -> CheckpointError:
+    if not path.exists():
+        return CheckpointError(
+            f"{path}: no such file or folder, and no hub id (org/name); give a ControlNet: a "
+            "folder with config.json, one file, or a hub id"
+        )
+    what = "is a whole model" if (path / "model_index.json").is_file() else "has no config.json"
+    return CheckpointError(
+        f"{path}: {what}; give a ControlNet: a folder with config.json and weights, or one file"
+    )

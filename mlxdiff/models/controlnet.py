@@ -1,0 +1,99 @@
+"""ControlNet in MLX (Zhang et al. 2023). Mirrors reference/controlnet.py.
+
+A copy of the U-Net's first half that also sees a picture, and adds what it makes of it to the
+outputs of the U-Net's own, through convolutions that were zero when its training began.
+Source: diffusers models/controlnets/controlnet.py.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import mlx.core as mx
+
+from mlxdiff.condition import Condition
+from mlxdiff.config import ControlNetConfig
+from mlxdiff.models.layers import Conv2d, Module, silu
+from mlxdiff.models.unet import UNetEncoder
+
+
+class ControlNetConditioningEmbedding(Module):
+    """A picture as a feature map of the latents' size.
+
+    Args:
+        image: (B, H, W, 3) in [0, 1].
+    Returns: (B, H / factor, W / factor, channels).
+    """
+
+    def __init__(self, config: ControlNetConfig) -> None:
+        super().__init__()
+        widths = config.conditioning_embedding_out_channels
+        self.conv_in = Conv2d(config.conditioning_channels, widths[0], 3, padding=1)
+        self.blocks = []
+        for width, out in pairwise(widths):
+            self.blocks.append(Conv2d(width, width, 3, padding=1))
+            self.blocks.append(Conv2d(width, out, 3, stride=2, padding=1))
+        self.conv_out = Conv2d(widths[-1], config.block_out_channels[0], 3, padding=1)
+
+    def __call__(self, image: mx.array) -> mx.array:
+        x = silu(self.conv_in(image))
+        for block in self.blocks:
+            x = silu(block(x))
+        return self.conv_out(x)
+
+
+class ControlNetModel(UNetEncoder):
+    """Predicts what is to be added inside the U-Net, so that its picture follows another."""
+
+    config: ControlNetConfig
+
+    def __init__(self, config: ControlNetConfig) -> None:
+        super().__init__(config)
+        self.controlnet_cond_embedding = ControlNetConditioningEmbedding(config)
+        self.controlnet_down_blocks = [Conv2d(c, c, 1) for c in config.residual_channels]
+        last = config.block_out_channels[-1]
+        self.controlnet_mid_block = Conv2d(last, last, 1)
+
+    def embed_image(self, image: mx.array) -> mx.array:
+        """The picture (B, H, W, 3), RGB in [0, 1], as ``condition``: the same in every step."""
+        if self.config.channel_order == "bgr":
+            image = image[..., ::-1]
+        return self.controlnet_cond_embedding(image.astype(self.dtype))
+
+    def predict(
+        self,
+        sample: mx.array,
+        temb: Condition,
+        text: Condition,
+        condition: mx.array,
+        scale: float = 1.0,
+        guess_mode: bool = False,
+    ) -> list[mx.array]:
+        """Run the network.
+
+        Args:
+            sample: (B, H, W, in_channels).
+            temb, text: B rows of what ``embed`` and ``read`` give, as for the U-Net.
+            condition: the picture, by ``embed_image``; (1, H, W, C) for all of the batch.
+            scale: times all that is added.
+            guess_mode: the less, the earlier in the U-Net: from a tenth to all of it.
+        Returns: for each output of the U-Net's way down, and for the mid block, what is to be
+            added: (B, H', W', C'), or (B, 1, 1, C') where the config says
+            ``global_pool_conditions``.
+        """
+        x = self.conv_in(sample.astype(self.dtype)) + condition
+        x, skips = self.encode(x, temb, text)
+        outputs = [
+            conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)
+        ]
+        outputs.append(self.controlnet_mid_block(x))
+        if self.config.global_pool_conditions:
+            outputs = [x.mean(axis=(1, 2), keepdims=True) for x in outputs]
+            guess_mode = False
+        scales = guess_scales(len(outputs)) if guess_mode else [1.0] * len(outputs)
+        return [x * (scale * s) for x, s in zip(outputs, scales, strict=True)]
+
+
+def guess_scales(count: int) -> list[float]:
+    """From 0.1 to 1, evenly in the logarithm: for each of ``count`` outputs in guess mode."""
+    return [float(10 ** (i / (count - 1) - 1)) for i in range(count)]
