@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, cast
 
+import numpy as np
+
 from mlxdiff.errors import UsageError
+from mlxdiff.params import Shape
 from mlxdiff.quantization import AFFINE_BITS, FLOAT_MODES, Quantization, fits
 from mlxdiff.weights import (
     ConvertedFolder,
@@ -16,18 +22,12 @@ from mlxdiff.weights import (
     quantize_tensor,
 )
 
-Rule = tuple[str, Quantization | None]
+Shapes = Mapping[str, Shape]
 
 # Everything but norms and biases, in every network but the VAE: that is small, and the last thing
 # that a picture passes through.
-_ALL = r"(unet|text_encoder|text_encoder_2)\..*\.weight"
-_UNIFORM = ((_ALL, True),)
-_LINEAR = ((r"unet\.(.*\.)?conv(\d|_in|_out)?\.weight", False), (_ALL, True))
-
-MIXED: dict[str, tuple[Rule, ...]] = {}
-"""Bits -> rules of the mixed recipe."""
-
-KINDS = ("mixed", "uniform", "linear")
+_NETWORKS = ("unet", "text_encoder", "text_encoder_2")
+_CONVOLUTION = re.compile(r"(.*\.)?conv(\d|_in|_out)?\.weight")
 
 
 @dataclass(frozen=True)
@@ -36,34 +36,159 @@ class Recipe:
 
     Attributes:
         name: what manifests call it.
-        rules: the first whose pattern matches the whole of ``component.tensor`` decides; None, and
-            no rule at all: floating point.
+        fitted: whether scales are fitted to the values (see ``quantization.quantize``).
+        plan: component, name -> shape of all its tensors -> how those are stored that are
+            quantized.
     """
 
     name: str
-    rules: tuple[Rule, ...]
-
-    def choose(self, component: str, name: str, shape: tuple[int, ...]) -> Quantization | None:
-        """How this tensor is stored; None: in floating point.
-
-        Where the group size does not divide a row, the largest smaller one that does is taken;
-        where none does (input channels of the latents), the tensor keeps floating point.
-        """
-        for pattern, how in self.rules:
-            if re.fullmatch(pattern, f"{component}.{name}"):
-                return None if how is None else _fitting(shape, how)
-        return None
+    fitted: bool
+    plan: Callable[[str, Shapes], dict[str, Quantization]] = field(repr=False, compare=False)
 
 
-def _fitting(shape: tuple[int, ...], how: Quantization) -> Quantization | None:
+def _fitting(shape: Shape, how: Quantization) -> Quantization | None:
+    """The way, with the largest group up to its own that divides a row; None: none does."""
     groups = [how.group_size]
     if how.mode == "affine":
         groups += [group for group in (64, 32) if group < how.group_size]
-    for group in groups:
-        one = Quantization(how.bits, group, how.mode)
-        if fits(shape, one):
-            return one
-    return None
+    ways = (Quantization(how.bits, group, how.mode) for group in groups)
+    return next((way for way in ways if fits(shape, way)), None)
+
+
+def _candidates(component: str, shapes: Shapes) -> Shapes:
+    """What can be quantized at all."""
+    if component not in _NETWORKS:
+        return {}
+    return {n: s for n, s in shapes.items() if n.endswith(".weight") and len(s) > 1}
+
+
+def _uniform(how: Quantization, convolutions: bool) -> Callable[..., dict[str, Quantization]]:
+    """The same for all; where no group size divides a row, floating point."""
+
+    def plan(component: str, shapes: Shapes) -> dict[str, Quantization]:
+        ways = {
+            name: _fitting(shape, how)
+            for name, shape in _candidates(component, shapes).items()
+            if convolutions or not _CONVOLUTION.fullmatch(name)
+        }
+        return {name: way for name, way in ways.items() if way is not None}
+
+    return plan
+
+
+# ------------------------------------------------------------------------------------ mixed recipes
+
+# Ways to store a tensor from small to large, and the relative error that rounding normally
+# distributed values to them makes, squared (scales fitted). What each adds in bits gains less error
+# a bit than the one before; 3 bits in groups of 64 do not, where groups of 128 are to be had.
+_LADDER = (
+    (Quantization(3, 128), 0.0329),
+    (Quantization(4, 128), 0.00859),
+    (Quantization(4, 64), 0.00699),
+    (Quantization(5, 64), 0.00171),
+    (Quantization(6, 64), 0.00042),
+    (Quantization(8, 64), 0.000026),
+)
+_LADDER_64 = ((Quantization(3, 64), 0.0282), *_LADDER[2:])
+
+
+def _mixed(bits: int) -> Callable[..., dict[str, Quantization]]:
+    """The least expected error at the size of the uniform recipe with these bits.
+
+    What rounding a tensor does to a picture is taken as its sensitivity, times its size, times the
+    squared rounding error. From the smallest way for all, the step that gains most for its bits is
+    taken again and again, until the bits are used up.
+    """
+
+    def plan(component: str, shapes: Shapes) -> dict[str, Quantization]:
+        if component != "unet":
+            return _uniform(Quantization(TEXT_BITS[bits]), True)(component, shapes)
+        candidates = {
+            name: shape
+            for name, shape in _candidates(component, shapes).items()
+            if not _PROTECTED.fullmatch(name) and fits(shape, Quantization(3, 64))
+        }
+        sizes = {name: math.prod(shape) for name, shape in candidates.items()}
+        ladders = {
+            name: _LADDER if fits(shape, _LADDER[0][0]) else _LADDER_64
+            for name, shape in candidates.items()
+        }
+        room = sum(sizes.values()) * Quantization(bits, 64).bits_per_weight
+        room -= sum(sizes[n] * ladder[0][0].bits_per_weight for n, ladder in ladders.items())
+        depth = max(int(n.split(".")[1]) for n in shapes if n.startswith("down_blocks."))
+        steps = []
+        for name, ladder in ladders.items():
+            weight = _sensitivity(name, depth)
+            for rung, (lower, upper) in enumerate(pairwise(ladder), 1):
+                cost = upper[0].bits_per_weight - lower[0].bits_per_weight
+                steps.append((-weight * (lower[1] - upper[1]) / cost, rung, name, cost))
+        place = dict.fromkeys(candidates, 0)
+        for _, rung, name, cost in sorted(steps):
+            # Steps of one tensor come in order, since each gains less than the one before.
+            if rung == place[name] + 1 and cost * sizes[name] <= room:
+                room -= cost * sizes[name]
+                place[name] = rung
+        return {name: ladders[name][rung][0] for name, rung in place.items()}
+
+    return plan
+
+
+def _sensitivity(name: str, depth: int) -> float:
+    """How much the rounding error of a weight in this tensor moves a picture, relatively.
+
+    By kind of layer, and by where in the U-Net it stands: measured on the built-in model
+    (benchmarks/quantization.py --sensitivity), interpolated for other numbers of levels.
+    """
+    kind = next((value for pattern, value in _KINDS if re.search(pattern, name)), 1.0)
+    side, _, rest = name.partition(".")
+    if side not in _PLACES:
+        return kind
+    block = rest.partition(".")[0]
+    level = depth
+    if side == "down_blocks":
+        level = int(block)
+    elif side == "up_blocks":
+        level = depth - int(block)
+    share = level / depth if depth else 0.0  # 1 in the middle block
+    values = np.log(_PLACES[side])
+    return kind * float(np.exp(np.interp(share, np.linspace(0, 1, len(values)), values)))
+
+
+# Left in floating point: few weights, on which everything depends.
+_PROTECTED = re.compile(r"conv_(in|out)\.weight")
+
+# Relative to the mean of the 3x3 convolutions: (pattern, sensitivity of a weight).
+_KINDS = (
+    (r"\.proj_in\.", 40.0),
+    (r"\.proj_out\.", 35.0),
+    (r"\.conv_shortcut\.", 15.0),
+    (r"\.attn2\.to_[kv]\.", 9.0),
+    (r"\.ff\.net\.0\.", 8.0),
+    (r"\.attn2\.to_out\.", 7.5),
+    (r"\.attn1\.to_out\.", 6.0),
+    (r"\.attn1\.to_v\.", 3.3),
+    (r"\.ff\.net\.2\.", 3.0),
+    (r"\.attn2\.to_q\.", 1.8),
+    (r"\.conv2\.", 1.7),
+    (r"samplers\.", 1.7),
+    (r"\.attn1\.to_[qk]\.", 0.6),
+    (r"\.conv1\.", 0.6),
+    (r"time_emb", 0.15),
+)
+
+# From full resolution to the lowest: what a weight there moves, to the power of 1/2 (see the docs).
+_PLACES: dict[str, tuple[float, ...]] = {
+    "down_blocks": (1.7, 0.21, 0.063),
+    "mid_block": (0.03,),
+    "up_blocks": (3.2, 1.6, 0.12),
+}
+TEXT_BITS = {3: 6, 4: 6, 5: 8, 6: 8}
+"""Bits of the text encoders in a mixed recipe, by its bits."""
+
+MIXED = {str(bits): _mixed(bits) for bits in (3, 4, 5, 6)}
+"""Bits -> plan of the mixed recipe."""
+
+KINDS = ("mixed", "uniform", "linear")
 
 
 def find_recipe(bits: int | str, group_size: int | None = None, kind: str | None = None) -> Recipe:
@@ -92,7 +217,7 @@ def find_recipe(bits: int | str, group_size: int | None = None, kind: str | None
         if text not in MIXED or group_size is not None:
             known = ", ".join(MIXED)
             raise UsageError(f"a mixed recipe exists for {known} bits, with its own group sizes")
-        return Recipe(f"mixed-{text}", MIXED[text])
+        return Recipe(f"mixed-{text}", True, MIXED[text])
     if text in FLOAT_MODES:
         how = Quantization(*FLOAT_MODES[text], text)
         if group_size not in (None, how.group_size):
@@ -102,10 +227,7 @@ def find_recipe(bits: int | str, group_size: int | None = None, kind: str | None
     else:
         known = ", ".join((*map(str, AFFINE_BITS), *FLOAT_MODES))
         raise UsageError(f"quantization {bits!r} does not exist; choose one of {known}")
-    rules = _UNIFORM if kind == "uniform" else _LINEAR
-    return Recipe(
-        f"{kind}-{text}-{how.group_size}", tuple((p, how if q else None) for p, q in rules)
-    )
+    return Recipe(f"{kind}-{text}-{how.group_size}", False, _uniform(how, kind == "uniform"))
 
 
 class QuantizedModel:
@@ -133,16 +255,15 @@ class QuantizedModel:
 
     def tensors(self, component: str) -> dict[str, LazyTensor]:
         """As ``ModelSource.tensors``; quantized ones as the recipe says."""
-        return {
-            name: self._rounded(component, name, tensor)
-            for name, tensor in self._source.tensors(component).items()
+        tensors = self._source.tensors(component)
+        plan = self.recipe.plan(component, {name: t.shape for name, t in tensors.items()})
+        rounded = {
+            name: quantize_tensor(
+                f"{component}/{name}", tensors[name], how, self._dtype, self.recipe.fitted
+            )
+            for name, how in plan.items()
         }
-
-    def _rounded(self, component: str, name: str, tensor: LazyTensor) -> LazyTensor:
-        how = self.recipe.choose(component, name, tensor.shape)
-        if how is None:
-            return tensor
-        return quantize_tensor(f"{component}/{name}", tensor, how, self._dtype)
+        return tensors | rounded
 
 
 def quantized_model(source: ModelSource, recipe: Recipe, dtype: str = "float16") -> ModelSource:

@@ -156,19 +156,22 @@ def quantized(
     return QuantizedTensor(shape, dtype, lambda: dequantize(read_packed()), how, read_packed)
 
 
-def quantize_tensor(name: str, tensor: LazyTensor, how: Quantization, dtype: str) -> LazyTensor:
+def quantize_tensor(
+    name: str, tensor: LazyTensor, how: Quantization, dtype: str, fitted: bool = False
+) -> LazyTensor:
     """A tensor that is rounded whenever it is read: first to ``dtype``, then to few bits.
 
     Args:
         name: for messages.
         dtype: what the scales are stored as: "float16", "bfloat16" or "float32".
+        fitted: see ``quantize``.
     """
 
     def read_packed() -> Packed:
         values = cast(tensor.read(), dtype, name)
         if dtype != "bfloat16":
-            return quantize(values, how)
-        packed = quantize(_decoded(values, "BF16"), how)
+            return quantize(values, how, fitted)
+        packed = quantize(_decoded(values, "BF16"), how, fitted)
         if packed.biases is None:
             return packed
         return packed._replace(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ from folders import diffusers_folder
 import mlxdiff
 from mlxdiff import convert as conversion
 from mlxdiff import quantization
+from mlxdiff.config import UNet2DConditionConfig
 from mlxdiff.convert import convert, describe
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
+from mlxdiff.params import expected_parameters
 from mlxdiff.pipeline import BUILTIN, make_backend
 from mlxdiff.quantization import (
     AFFINE_BITS,
@@ -94,6 +98,20 @@ def test_the_error_is_what_the_bits_allow(how: Quantization) -> None:
     assert bits == how.bits_per_weight
 
 
+@pytest.mark.parametrize("how", WAYS[:-3], ids=str)
+def test_fitted_scales_err_less_in_every_group(how: Quantization) -> None:
+    array = np.random.default_rng(1).normal(0, 0.02, (64, 256)).astype(np.float16)
+    for extreme in (array, np.full_like(array, 0.3), np.zeros_like(array)):
+        errors = [
+            np.square(dequantize(quantize(extreme, how, fitted)) - extreme.astype(np.float32))
+            for fitted in (False, True)
+        ]
+        plain, fitted = (e.reshape(-1, how.group_size).sum(1) for e in errors)
+        assert (fitted <= plain * (1 + 1e-5)).all()
+        if extreme is array:
+            assert fitted.sum() < 0.94 * plain.sum()
+
+
 @pytest.mark.parametrize("bits", AFFINE_BITS)
 def test_words_are_streams_of_bits(bits: int) -> None:
     codes = np.random.default_rng(2).integers(0, 2**bits, (5, 96)).astype(np.uint8)
@@ -155,25 +173,61 @@ def test_a_recipe_is_found_by_its_name() -> None:
 
 
 def test_what_no_group_divides_keeps_floating_point() -> None:
-    uniform = find_recipe(4, 128, "uniform")
-    choose = {shape: uniform.choose("unet", "x.weight", shape) for shape in ((8, 96), (8, 3, 3, 4))}
-    assert choose == {(8, 96): Quantization(4, 32), (8, 3, 3, 4): None}
-    assert uniform.choose("unet", "x.bias", (128,)) is None
-    assert uniform.choose("unet", "norm.weight", (128,)) is None
-    assert uniform.choose("vae", "x.weight", (128, 128)) is None
+    plan = find_recipe(4, 128, "uniform").plan
+    shapes = {"a.weight": (8, 96), "b.weight": (8, 3, 3, 4), "c.bias": (128,), "d.weight": (128,)}
+    assert plan("unet", shapes) == {"a.weight": Quantization(4, 32)}
+    assert plan("vae", shapes) == {}
 
 
 def test_linear_leaves_the_convolutions() -> None:
-    linear = find_recipe(4, None, "linear")
-    for name, shape in {
-        "conv_in.weight": (64, 3, 3, 64),
-        "conv_out.weight": (64, 3, 3, 64),
-        "down_blocks.0.resnets.0.conv1.weight": (64, 3, 3, 64),
-        "up_blocks.0.upsamplers.0.conv.weight": (64, 3, 3, 64),
-    }.items():
-        assert linear.choose("unet", name, shape) is None
-    for name in ("down_blocks.0.resnets.0.conv_shortcut.weight", "time_embedding.linear_1.weight"):
-        assert linear.choose("unet", name, (64, 64)) == Quantization(4)
+    kernels = (
+        "conv_in",
+        "conv_out",
+        "down_blocks.0.resnets.0.conv1",
+        "up_blocks.0.upsamplers.0.conv",
+    )
+    matrices = ("down_blocks.0.resnets.0.conv_shortcut", "time_embedding.linear_1")
+    shapes = {f"{name}.weight": (64, 3, 3, 64) for name in kernels}
+    shapes |= {f"{name}.weight": (64, 64) for name in matrices}
+    plan = find_recipe(4, None, "linear").plan("unet", shapes)
+    assert plan == {f"{name}.weight": Quantization(4) for name in matrices}
+
+
+def shapes_of(model: str) -> dict[str, tuple[int, ...]]:
+    benchmark = Path(__file__).parent.parent / "benchmarks" / "numpy_unet_step.py"
+    spec = importlib.util.spec_from_file_location("numpy_unet_step", benchmark)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return expected_parameters(UNet2DConditionConfig.from_dict(module.MODELS[model], model))
+
+
+@pytest.mark.parametrize("model, most", [("sd15", 490), ("sdxl", 1460)])
+def test_a_mixed_recipe_takes_no_more_room(model: str, most: int) -> None:
+    shapes = shapes_of(model)
+    for bits in (3, 4, 5, 6):
+        sizes = []
+        for kind in ("mixed", "uniform"):
+            plan = find_recipe(bits, None, kind).plan("unet", shapes)
+            sizes.append(
+                sum(
+                    math.prod(shape) * (plan[name].bits_per_weight if name in plan else 16) / 8
+                    for name, shape in shapes.items()
+                )
+            )
+        assert sizes[0] <= 1.001 * sizes[1]
+        if bits == 4:
+            assert sizes[0] < most * 1e6
+
+
+def test_a_mixed_recipe_gives_bits_where_they_count() -> None:
+    plan = find_recipe(4).plan("unet", shapes_of("sd15"))
+    assert "conv_in.weight" not in plan and "conv_out.weight" not in plan
+    last = plan["up_blocks.3.attentions.2.proj_out.weight"].bits
+    deep = plan["mid_block.resnets.0.conv1.weight"].bits
+    assert (last, deep) == (8, 3)
+    assert {how.bits for how in plan.values()} <= {3, 4, 5, 6, 8}
+    plan = find_recipe(4).plan("text_encoder", {"a.weight": (64, 64)})
+    assert plan == {"a.weight": Quantization(6)}
 
 
 # ---------------------------------------------------------------------------------------- a folder
