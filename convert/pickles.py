@@ -408,7 +408,14 @@ class _Machine:
         self._new_object(_)
 
     def _build(self, _: Any) -> None:
-        self._stack.pop()  # a state, attributes for example: nothing of ours has any
+        state = self._stack.pop()  # attributes for example: of ours only a ParameterDict has any
+        made = self._stack[-1] if self._stack else None
+        if isinstance(made, _Table) and not made.items and isinstance(state, _Table):
+            self._count(len(state.items))
+            parameters = _tables(state).get("_parameters")
+            if parameters is not None:
+                self._count(len(parameters.items))
+                made.items.extend(parameters.items)
 
     def _persistent(self, identity: Any) -> None:
         self._stack.append(_Inert("an object outside the pickle"))
@@ -524,6 +531,7 @@ class _Machine:
         "builtins.dict": _make_table,
         "__builtin__.dict": _make_table,
         "collections.OrderedDict": _make_table,
+        "torch.nn.modules.container.ParameterDict": _make_table,
         "collections.defaultdict": _make_default_table,
         "torch.Size": _make_size,
         "torch._utils._rebuild_tensor": _make_tensor,
@@ -616,6 +624,7 @@ class PickleFile:
     Attributes:
         path: the file.
         tensors: name -> LazyTensor, in the order of the file.
+        texts: short texts beside the table, at the outermost level: name -> text.
         refused: what stands in the table of weights and is no tensor that can be read: name -> what
             it is.
         ignored: everything that was not used, with the reason: (name, reason). Placeholders for
@@ -626,6 +635,7 @@ class PickleFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.tensors: dict[str, LazyTensor] = {}
+        self.texts: dict[str, str] = {}
         self.refused: dict[str, str] = {}
         try:
             with self.path.open("rb") as file:
@@ -646,6 +656,12 @@ class PickleFile:
 
     def _take(self, root: Any, places: dict[str, int], machine: _Machine) -> None:
         keys = _find_weights(root)
+        self.texts = {
+            name: value
+            for name, value in root.items
+            if isinstance(name, str) and isinstance(value, str)
+            if max(len(name), len(value)) <= MAX_NAME
+        }
         *_, table = _descend(root, keys)
         for name, value in table.items:
             if not isinstance(name, str) or len(name) > MAX_NAME:

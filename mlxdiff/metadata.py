@@ -147,6 +147,7 @@ class Metadata:
             "Size": f"{self.width}x{self.height}" if self.width and self.height else None,
             "Model": _stem(self.model),
             "RNG": "CPU" if self.version else None,
+            "TI hashes": _ti_hashes(self.extra.get("embeddings")),
             "Clip skip": self.clip_skip + 1 if self.clip_skip else None,
             "Version": f"mlxdiff {self.version}" if self.version else None,
         }
@@ -302,6 +303,16 @@ def _stem(model: str | None) -> str | None:
     if model is not None and model.endswith((".safetensors", ".ckpt")):
         return PurePosixPath(model).stem
     return model
+
+
+def _ti_hashes(embeddings: Any) -> str | None:
+    """A1111's ``name: hash, name: hash`` of textual inversions."""
+    pairs = [
+        f"{PurePosixPath(one['name']).stem}: {one['sha256'][:12]}"
+        for one in (embeddings if isinstance(embeddings, list) else [])
+        if isinstance(one, dict) and {"name", "sha256"} <= set(one)
+    ]
+    return ", ".join(pairs) or None
 
 
 def _number(value: float | None) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 
 import mlxdiff
 from mlxdiff import library
+from mlxdiff.adapters import textual_inversion
 from mlxdiff.control import describe
 from mlxdiff.convert import Component, open_controlnet, open_vae
 from mlxdiff.denoiser import Evaluation, make_denoiser
@@ -124,6 +125,7 @@ def load(
     vae: str | os.PathLike[str] | None = None,
     refiner: str | os.PathLike[str] | Pipeline | None = None,
     controlnets: Sequence[str | os.PathLike[str]] = (),
+    embeddings: Iterable[textual_inversion.Given] = (),
     revision: str | None = None,
     variant: str | None = None,
     config: str | os.PathLike[str] | None = None,
@@ -147,6 +149,8 @@ def load(
             of the same backend.
         controlnets: ControlNets that were made for this kind of model, each a folder, a file or a
             hub id; ``generate`` then takes a control_image for each.
+        embeddings: textual inversions, words with vectors of their own: each a file or
+            (file, word).
         revision, variant: for a hub id: branch, tag or commit; for either: "fp16" and such.
         config: for a single file: a folder whose configs, scheduler and tokenizer count, and whose
             weights stand in for parts that the file does not have.
@@ -171,6 +175,7 @@ def load(
     pipe = Pipeline(source, chosen, vae=other_vae)
     if controlnets:
         pipe.control_with(*_several(controlnets), variant=variant, progress=progress)
+    pipe.set_embeddings(embeddings)
     if refiner is not None:
         if not isinstance(refiner, Pipeline):
             second = library.open_model(
@@ -206,6 +211,7 @@ class Pipeline:
             raise UsageError(f"{second.source.path}: its latents are not those of the model")
         if (second.backend.name, second.backend.dtype) != (first.backend.name, first.backend.dtype):
             raise UsageError("the refiner must be loaded with the same backend and dtype")
+        second.texts.set_embeddings([e for e in self.embeddings if "clip_g" in e.vectors])
         self.refiner = second
 
     def control_with(
@@ -230,6 +236,27 @@ class Pipeline:
         for path, one in zip(controlnets, found, strict=True):
             model.check_latents_of(one.config, path)
         model.add("controlnet", found)
+
+    @property
+    def embeddings(self) -> tuple[textual_inversion.Embedding, ...]:
+        """Words with vectors of their own."""
+        return () if isinstance(self.model, PixelModel) else self.model.texts.embeddings
+
+    def set_embeddings(self, embeddings: Iterable[textual_inversion.Given]) -> None:
+        """Let these words, and no others, stand for vectors of their own (textual inversion).
+
+        Args:
+            embeddings: each a file or (file, word), or one of ``Pipeline.embeddings``.
+        Raises: UsageError, CheckpointError; nothing is changed then.
+        """
+        opened = textual_inversion.open_all(embeddings)
+        if isinstance(self.model, PixelModel):
+            if opened:
+                raise UsageError(f"{self.source.path}: this model has no text encoder")
+            return
+        self.model.texts.set_embeddings(opened)
+        if self.refiner is not None:
+            self.refiner.texts.set_embeddings([e for e in opened if "clip_g" in e.vectors])
 
     @property
     def source(self) -> ModelSource:
@@ -485,6 +512,9 @@ class Pipeline:
         values["paste_original"] = settings.paste_original or None
         values["vae"] = None if self.model.vae is None else _named(self.model.vae.provenance)
         values["refiner"] = None if self.refiner is None else _named(self.refiner.source.provenance)
+        values["embeddings"] = [
+            {"token": e.token, "name": e.path.name, "sha256": e.sha256} for e in self.embeddings
+        ] or None
         values["quantize"] = recipe_of(self.source)
         provenance = self.source.provenance
         return Metadata(

@@ -352,6 +352,7 @@ def _resolve_text(
             ),
         )
     _check_editing(settings)
+    _note_unused_words(model, settings)
     _note_what_has_no_effect(model, settings, negative_aesthetic_score)
     plans = make_plans(settings, model, refiner)
     _check_some_guidance(settings, plans)
@@ -615,6 +616,17 @@ def _default_size(
             f"the image is {columns}x{rows} pixels, too small for this model; say width and height"
         )
     return rows // factor * factor, columns // factor * factor
+
+
+def _note_unused_words(model: Model, settings: Settings) -> None:
+    """Warn of embeddings whose word is not in the prompts."""
+    first, negative = settings.prompt, settings.negative_prompt or ""
+    texts = [
+        [first, negative],
+        [settings.prompt_2 or first, settings.negative_prompt_2 or negative],
+    ]
+    for word in model.texts.unused(texts, settings.prompt_syntax):
+        logger.warning("an embedding has no effect: its word %r is not in the prompt", word)
 
 
 def _note_what_has_no_effect(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from mlxdiff import a1111
+from mlxdiff.adapters.textual_inversion import Embedding, match
 from mlxdiff.errors import UsageError
 from mlxdiff.prompt import Chunk, Vocabulary, Word, emphasize
 from mlxdiff.tokenizer import Tokenizer
@@ -59,6 +60,7 @@ class TextEncoders:
             pooled output of the last encoder (SDXL).
     Attributes:
         names: of the encoders' components, in order.
+        embeddings: words with vectors of their own.
     """
 
     def __init__(
@@ -71,8 +73,49 @@ class TextEncoders:
         self.source, self.component, self.backend = source, component, backend
         self.penultimate = penultimate
         self.names = tuple(c for c in source.components if c.startswith("text_encoder"))
+        self.embeddings: tuple[Embedding, ...] = ()
         self._words: dict[str, tuple[Word, ...]] = dict.fromkeys(self.names, ())
         self._vectors: dict[str, np.ndarray] = {}
+
+    def set_embeddings(self, embeddings: Sequence[Embedding]) -> None:
+        """Let these words, and no others, stand for vectors of their own.
+
+        Raises: UsageError where one is made for another kind of model, or is a token already.
+        """
+        configs = {name: self.source.config(name) for name in self.names}
+        matched = [match(one, configs) for one in embeddings]
+        words: dict[str, tuple[Word, ...]] = {}
+        vectors: dict[str, np.ndarray] = {}
+        for name in self.names:
+            own = [
+                (e, found[name])
+                for e, found in zip(embeddings, matched, strict=True)
+                if name in found
+            ]
+            firsts = np.cumsum([0, *(len(rows) for _, rows in own)]).tolist()
+            words[name] = tuple(
+                Word(e.token, e.names, first, len(rows))
+                for (e, rows), first in zip(own, firsts, strict=False)
+            )
+            if own:
+                vectors[name] = np.concatenate([rows for _, rows in own])
+            self._vocabulary(name, words[name])  # refuses what is a token already
+        self.embeddings, self._words, self._vectors = tuple(embeddings), words, vectors
+
+    def unused(self, texts: Sequence[Sequence[str]], syntax: str) -> list[str]:
+        """Words with vectors that stand in none of the texts, which are given for each encoder."""
+        if not self.embeddings:
+            return []
+        missing = [
+            self._vocabulary(name).missing(own, syntax)
+            for name, own in zip(self.names, texts, strict=False)
+        ]
+        lacks = [
+            set(absent)
+            | ({e.token for e in self.embeddings} - {w.token for w in self._words[name]})
+            for name, absent in zip(self.names, missing, strict=True)
+        ]
+        return [e.token for e in self.embeddings if all(e.token in absent for absent in lacks)]
 
     def check_clip_skip(self, clip_skip: int | None) -> None:
         """Raise UsageError unless so many layers can be skipped."""
@@ -169,9 +212,10 @@ class TextEncoders:
         empty = np.concatenate(states, axis=-1)
         return encoded._replace(embeds=np.concatenate([encoded.embeds, *[empty] * missing], axis=1))
 
-    def _vocabulary(self, name: str) -> Vocabulary:
+    def _vocabulary(self, name: str, words: tuple[Word, ...] | None = None) -> Vocabulary:
         tokenizer = self.source.tokenizer(name.replace("text_encoder", "tokenizer"))
-        return Vocabulary(tokenizer, self.source.config(name).vocab_size, self._words[name])
+        size = self.source.config(name).vocab_size
+        return Vocabulary(tokenizer, size, self._words[name] if words is None else words)
 
     def _run(
         self, name: str, chunk: Chunk, clip_skip: int | None

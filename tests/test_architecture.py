@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("inpainting",),
     ("reference", "models", "convert"),
+    ("adapters",),
     ("library", "texts"),
     ("model",),
     ("pixels", "control"),

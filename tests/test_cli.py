@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from golden_data import checkpoint, photo
+from golden_data import GOLDEN, checkpoint, photo
 from PIL import Image
 from single_files import single_file
 
@@ -94,6 +94,22 @@ def test_metadata_replays_the_picture(here: Path) -> None:
     assert "Negative prompt: blurry" in texts(first)["parameters"]
     assert generate("x", "--no-metadata", "-o", "bare.png", *QUICK).exit_code == 0
     assert texts(here / "bare.png") == {}
+
+
+def test_embeddings(here: Path) -> None:
+    shutil.copy(GOLDEN / "prompts/cat-toy.safetensors", here / "toy.safetensors")
+    result = generate("a toy", "--embedding", "toy.safetensors:toy", *QUICK, "-o", "first.png")
+    assert result.exit_code == 0, result.output
+    assert "Embedding toy.safetensors: 'toy' stands for 3 vectors" in result.stderr
+    again = generate("--from-image", "first.png", "-o", "second.png")
+    assert again.exit_code == 0, again.output
+    assert np.array_equal(pixels(here / "first.png"), pixels(here / "second.png"))
+    (here / "toy.safetensors").rename("moved.safetensors")
+    assert "--embedding" in error_of(generate("--from-image", "first.png", "-o", "third.png"))
+    given = ("--from-image", "first.png", "--embedding", "moved.safetensors:toy", "-o", "third.png")
+    assert generate(*given).exit_code == 0
+    assert np.array_equal(pixels(here / "first.png"), pixels(here / "third.png"))
+    assert "no word" in generate("a", "--embedding", "none.pt:").stderr
 
 
 def test_prompt_syntax_and_clip_skip_come_back_with_a_picture(here: Path) -> None:

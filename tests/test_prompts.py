@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from golden_data import assert_latents_close, assert_picture_close, cases, checkpoint
+from golden_data import GOLDEN, assert_latents_close, assert_picture_close, cases, checkpoint
+from safetensors.numpy import save_file
 
 import mlxdiff
 from mlxdiff import a1111
-from mlxdiff.errors import UsageError
+from mlxdiff.adapters.textual_inversion import open_embedding
+from mlxdiff.errors import CheckpointError, UsageError
 from mlxdiff.pipeline import Pipeline
 from mlxdiff.prompt import Vocabulary
 from mlxdiff.tokenizer import Tokenizer
 
 CASES = cases("prompts")
+WORDS = GOLDEN / "prompts"
 SMALL = {"width": 32, "height": 32, "steps": 2, "seed": 0}
 
 
@@ -25,9 +31,16 @@ def pipes() -> dict[tuple[str, str], Pipeline]:
     return {}
 
 
-def opened(pipes: dict[tuple[str, str], Pipeline], name: str, backend: str) -> Pipeline:
+def opened(
+    pipes: dict[tuple[str, str], Pipeline],
+    name: str,
+    backend: str,
+    embeddings: Sequence[str] = (),
+) -> Pipeline:
     if (name, backend) not in pipes:
         pipes[name, backend] = mlxdiff.load(checkpoint(name), backend=backend, dtype="float32")
+    given = [one.partition(":") for one in embeddings]
+    pipes[name, backend].set_embeddings([(WORDS / file, word or None) for file, _, word in given])
     return pipes[name, backend]
 
 
@@ -36,7 +49,8 @@ def test_pictures_equal_the_reference_tools(
     case: dict[str, Any], backend: str, pipes: dict[tuple[str, str], Pipeline]
 ) -> None:
     arguments = dict(case["arguments"])
-    result = opened(pipes, arguments.pop("model"), backend).generate(**arguments)
+    embeddings = arguments.pop("embeddings", ())
+    result = opened(pipes, arguments.pop("model"), backend, embeddings).generate(**arguments)
     assert_latents_close(result.latents, case["latents"])
     assert_picture_close(np.stack([np.asarray(i) for i in result.images]), case["image"])
 
@@ -195,3 +209,82 @@ def test_metadata(pipes: dict[tuple[str, str], Pipeline]) -> None:
     assert metadata.clip_skip == 1 and "Clip skip: 2" in metadata.to_parameters()
     assert metadata.extra["prompt_syntax"] == "a1111"
     assert "prompt_syntax" not in pipe.generate("a cat", **SMALL).metadata[0].extra
+
+
+# ------------------------------------------------------------------------------- textual inversion
+
+
+@pytest.mark.parametrize(
+    ("file", "token", "names", "shapes"),
+    [
+        ("cat-toy.safetensors", "<cat-toy>", ("cat-toy",), {"": (3, 32)}),
+        ("ink.pt", "<ink>", ("ink",), {"": (2, 32)}),
+        ("plain.bin", "<plain>", ("plain",), {"": (1, 32)}),
+        ("first.pt", "first", (), {"": (2, 32)}),
+        ("wide-toy.bin", "wide-toy", (), {"": (2, 64)}),
+        ("xl-toy.safetensors", "xl-toy", (), {"clip_l": (2, 32), "clip_g": (2, 64)}),
+    ],
+)
+def test_formats_of_embeddings(
+    file: str, token: str, names: tuple[str, ...], shapes: dict[str, tuple[int, int]]
+) -> None:
+    found = open_embedding(WORDS / file)
+    assert (found.token, found.names) == (token, names)
+    assert {part: rows.shape for part, rows in found.vectors.items()} == shapes
+    assert open_embedding(WORDS / file, "other").token == "other"
+
+
+def test_an_embedding_in_a_folder(tmp_path: Path) -> None:
+    shutil.copy(WORDS / "plain.bin", tmp_path / "learned_embeds.bin")
+    assert open_embedding(tmp_path).token == "<plain>"
+    assert open_embedding(tmp_path).names == ()
+
+
+def test_wrong_embeddings(tmp_path: Path, pipes: dict[tuple[str, str], Pipeline]) -> None:
+    pipe = opened(pipes, "sd15", "numpy")
+    several, bad = tmp_path / "several.safetensors", tmp_path / "bad.safetensors"
+    save_file({"a": np.ones((1, 32)), "b": np.ones((1, 32))}, several)
+    save_file({"a": np.full((1, 32), np.nan, np.float32)}, bad)
+    long = tmp_path / "long.safetensors"
+    save_file({"emb_params": np.ones((76, 32), np.float32)}, long)
+    cat = WORDS / "cat-toy.safetensors"
+    for given, error, words in (
+        (WORDS / "wide-toy.bin", UsageError, "vectors of width 64"),
+        (WORDS / "xl-toy.safetensors", UsageError, "made for SDXL"),
+        ((cat, "circle</w>"), UsageError, "has it already"),
+        ((cat, " "), UsageError, "empty"),
+        (tmp_path / "none.pt", CheckpointError, "no such textual inversion"),
+        (tmp_path, CheckpointError, "holds 3 files"),
+        (several, CheckpointError, "holds 2 tensors"),
+        (bad, CheckpointError, "NaN"),
+        (long, CheckpointError, "76 vectors"),
+    ):
+        with pytest.raises(error, match=words):
+            pipe.set_embeddings([given])
+    with pytest.raises(UsageError, match="both the word"):
+        pipe.set_embeddings([cat, (WORDS / "ink.pt", "<cat-toy>")])
+    with pytest.raises(UsageError, match="width 32, for one text encoder"):
+        opened(pipes, "sdxl", "numpy").set_embeddings([cat])
+    assert pipe.embeddings == ()
+
+
+def test_a_word_that_is_not_in_the_prompt(
+    pipes: dict[tuple[str, str], Pipeline], caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = opened(pipes, "sd15", "numpy", ["ink.pt", "cat-toy.safetensors"])
+    with caplog.at_level(logging.WARNING, logger="mlxdiff"):
+        pipe.settings("a <cat-toy>")
+        pipe.settings("a (cat-toy:1.2)", prompt_syntax="a1111")
+    assert [record.args for record in caplog.records] == [("<ink>",), ("<ink>",)]
+
+
+def test_embeddings_go_again(pipes: dict[tuple[str, str], Pipeline]) -> None:
+    without = opened(pipes, "sd15", "numpy").generate("a <cat-toy>", **SMALL)
+    pipe = opened(pipes, "sd15", "numpy", ["cat-toy.safetensors"])
+    having = pipe.generate("a <cat-toy>", **SMALL)
+    assert not np.array_equal(having.latents, without.latents)
+    (recorded,) = having.metadata[0].extra["embeddings"]
+    assert recorded["name"] == "cat-toy.safetensors"
+    assert f'TI hashes: "cat-toy: {recorded["sha256"][:12]}"' in having.metadata[0].to_parameters()
+    again = opened(pipes, "sd15", "numpy").generate("a <cat-toy>", **SMALL)
+    assert np.array_equal(again.latents, without.latents)

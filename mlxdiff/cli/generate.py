@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from mlxdiff.cli import ProgressBar, common_options, show_notes
+from mlxdiff.cli.embeddings import EmbeddingParam, replayed
 from mlxdiff.errors import UsageError
 
 # Options that make up the picture, and the models beside the main one: what --from-image can bring
@@ -27,7 +28,7 @@ _EXTRA: dict[str, Any] = dict.fromkeys(
 _EXTRA |= dict.fromkeys(("original_size", "target_size", "crop"), tuple)
 _EXTRA |= dict.fromkeys(("guidance_interval", "outpaint"), tuple)
 _EXTRA |= dict.fromkeys(("vae", "refiner", "image", "mask", "quantize"), str)
-_EXTRA |= {"prompt_syntax": str}
+_EXTRA |= {"prompt_syntax": str, "embeddings": list}
 _EXTRA |= {"label": int, "feature_reuse": int}
 _EXTRA |= {"paste_original": bool, "guess_mode": bool}
 # Those that are given once for each ControlNet: lists.
@@ -117,6 +118,14 @@ BORDERS = Numbers(",", "LEFT,TOP,RIGHT,BOTTOM")
     is_flag=True,
     default=None,
     help="ControlNets lead: with guidance, they act on the prompt's prediction alone.",
+)
+@click.option(
+    "--embedding",
+    "embeddings",
+    type=EmbeddingParam(),
+    multiple=True,
+    help="A textual inversion, and the word that stands for it in the prompt; repeatable. "
+    "Default: the word that the file tells, or its name.",
 )
 @click.option("--label", type=int, help="A model without text: the class to draw, 0, 1, ...")
 @click.option("-W", "--width", type=int, help="Pixels. Default: the image's, or the model's own.")
@@ -218,6 +227,7 @@ def generate(
     vae: str | None,
     refiner: str | None,
     controlnet: tuple[str, ...],
+    embeddings: tuple[tuple[str, str | None], ...],
     seed: int | None,
     count: int,
     backend: str,
@@ -262,6 +272,7 @@ def generate(
                 f"{from_image}: was drawn with the control image "
                 f"{' and '.join(replay['control_image'])}: give it with --control-image"
             )
+    words = replayed(embeddings, replay.pop("embeddings", None), from_image)
     prompts = _prompts(text, prompt, prompt_file, replay.pop("prompt", None))
     if prompts == [None] and model is None:  # a model of one's own may draw without
         raise UsageError('no prompt is given; for example: mlxdiff generate "a red circle"')
@@ -281,10 +292,15 @@ def generate(
             vae=vae,
             refiner=refiner,
             controlnets=controlnet,
+            embeddings=words,
             config=config,
             prediction_type=prediction_type,
             progress=progress,
         )
+    if not quiet:
+        for word in pipe.embeddings:
+            many = "1 vector" if word.count == 1 else f"{word.count} vectors"
+            click.echo(f"Embedding {word.path.name}: {word.token!r} stands for {many}", err=True)
     # What can be refused is refused before anything is drawn.
     pipe.settings(prompts[0], **arguments)
     for path in paths:

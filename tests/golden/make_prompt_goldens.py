@@ -1,12 +1,12 @@
-"""Compute the golden pictures of prompts: clip skip, and A1111's syntax.
+"""Compute the golden pictures of prompts: clip skip, textual inversion, and A1111's syntax.
 
     python tests/golden/make_prompt_goldens.py
 
-Clip skip is diffusers' own. For A1111's syntax, its arithmetic stands here a second time, on
-transformers' tokenizers and text encoders in torch, written from what modules/prompt_parser.py,
-modules/sd_hijack_clip.py and modules/sd_emphasis.py of the web UI do and independent of mlxdiff;
-the embeddings then go through diffusers' pipeline. What the prompt is at each step (prompt editing)
-is written out by hand in TIMELINES.
+Clip skip and textual inversion are diffusers' own. For A1111's syntax, its arithmetic stands here a
+second time, on transformers' tokenizers and text encoders in torch, written from what
+modules/prompt_parser.py, modules/sd_hijack_clip.py and modules/sd_emphasis.py of the web UI do and
+independent of mlxdiff; the embeddings then go through diffusers' pipeline. What the prompt is at
+each step (prompt editing) is written out by hand in TIMELINES.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from make_goldens import load, nhwc
+from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).parent
 START = "a small red circle left of a large blue square on a yellow background"
@@ -70,6 +71,21 @@ CASES: dict[str, dict[str, Any]] = {
     "edited-sd15": picture("sd15", EDITED, steps=6, negative_prompt="[blurry::2] text"),
     "edited-sdxl": picture("sdxl", EDITED, steps=6),
 }
+TOYS = "a photo of <cat-toy> beside <ink>, on a yellow background"
+WORDS = ["cat-toy.safetensors", "ink.pt", "plain.bin:dog-toy"]
+CASES |= {
+    "words-sd15": picture("sd15", TOYS, "plain", embeddings=WORDS, negative_prompt="dog-toy"),
+    "words-a1111-sd15": picture(
+        "sd15", "a (<cat-toy>:1.3) beside dog-toy", embeddings=WORDS, negative_prompt="<ink>"
+    ),
+    "words-sd21v": picture("sd21v", "a photo of wide-toy", "plain", embeddings=["wide-toy.bin"]),
+    "words-sdxl": picture(
+        "sdxl", "a photo of xl-toy, mist", "plain", embeddings=["xl-toy.safetensors"]
+    ),
+    "words-a1111-sdxl": picture(
+        "sdxl", "a photo of (xl-toy:1.2), mist", embeddings=["xl-toy.safetensors"]
+    ),
+}
 # What the prompt is until which step; the web UI lists every step where there is alternation.
 RED, GREEN, CAT, DOG = "a red circle", "a green circle", " and a cat", " and a (dog:1.4)"
 TIMELINES: dict[str, list[tuple[int, str]]] = {
@@ -83,6 +99,64 @@ TIMELINES: dict[str, list[tuple[int, str]]] = {
     ],
     "[blurry::2] text": [(2, "blurry text"), (6, " text")],
 }
+
+
+# ------------------------------------------------------------------------------- textual inversion
+
+
+def write_words(folder: Path) -> None:
+    """Files in the formats of diffusers (with and without brackets, one and several vectors), of
+    A1111, of the original code, and for SDXL."""
+    generator = torch.Generator().manual_seed(7)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return 0.5 * torch.randn(shape, generator=generator)
+
+    save_file({"<cat-toy>": randn(3, 32)}, folder / "cat-toy.safetensors")
+    a1111 = {"string_to_token": {"*": 265}, "string_to_param": {"*": randn(2, 32)}}
+    a1111 |= {"name": "<ink>", "step": 100, "sd_checkpoint": None, "sd_checkpoint_name": None}
+    torch.save(a1111, folder / "ink.pt")
+    torch.save({"<plain>": randn(32)}, folder / "plain.bin")
+    torch.save({"wide-toy": randn(2, 64).half()}, folder / "wide-toy.bin")
+    save_file({"clip_l": randn(2, 32), "clip_g": randn(2, 64)}, folder / "xl-toy.safetensors")
+    first = torch.nn.ParameterDict({"*": torch.nn.Parameter(randn(2, 32))})
+    torch.save(
+        {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": first}, folder / "first.pt"
+    )
+
+
+def read_words(embeddings: list[str]) -> dict[str, dict[str, torch.Tensor]]:
+    """End of a tokenizer's name -> word -> vectors (N, D)."""
+    found: dict[str, dict[str, torch.Tensor]] = {"": {}, "_2": {}}
+    for given in embeddings:
+        name, _, token = given.partition(":")
+        path = HERE / "prompts" / name
+        data = load_file(path) if path.suffix == ".safetensors" else torch.load(path)
+        if "clip_g" in data:
+            found[""][path.stem], found["_2"][path.stem] = data["clip_l"], data["clip_g"]
+            continue
+        key, rows = next(iter(data.items()))
+        if "name" in data:
+            key, rows = data["name"], data["string_to_param"]["*"]
+        found[""][token or key] = rows.reshape(-1, rows.shape[-1]).float()
+    return found
+
+
+def load_words(pipe: Any, embeddings: list[str]) -> None:
+    """Load files with diffusers, which finds out their format where it knows it."""
+    for given in embeddings:
+        name, _, token = given.partition(":")
+        if name.startswith("xl"):
+            for suffix, words in read_words([given]).items():
+                pipe.load_textual_inversion(
+                    words["xl-toy"],
+                    token="xl-toy",
+                    text_encoder=getattr(pipe, "text_encoder" + suffix),
+                    tokenizer=getattr(pipe, "tokenizer" + suffix),
+                )
+        else:
+            folder = str(HERE / "prompts")
+            pipe.load_textual_inversion(folder, weight_name=name, token=token or None)
 
 
 # ------------------------------------------------------------------------------- A1111's arithmetic
@@ -136,17 +210,32 @@ def tokens(tokenizer: Any, text: str) -> list[tuple[int, float] | None]:
     return result
 
 
-def chunks(tokenizer: Any, text: str) -> list[tuple[list[int], list[float]]]:
-    """77 ids and weights each, comma backtracking included."""
+def with_words(tokenizer: Any, text: str, words: dict[str, torch.Tensor]) -> list[Any]:
+    """As ``tokens``, with the vectors of words in place of the tokens of their names."""
+    items: list[Any] = tokens(tokenizer, text)
+    for word, rows in words.items():
+        name = tokenizer(word, add_special_tokens=False).input_ids
+        for i in range(len(items)):
+            span = [item[0] if item else None for item in items[i : i + len(name)]]
+            if not any(isinstance(i, torch.Tensor) for i in span) and span == name:
+                items[i : i + len(name)] = [(row, items[i][1]) for row in rows]
+    return items
+
+
+def chunks(
+    tokenizer: Any, text: str, words: dict[str, torch.Tensor]
+) -> list[tuple[list[Any], list[float]]]:
+    """77 ids (or vectors) and weights each, comma backtracking included."""
     comma = tokenizer.convert_tokens_to_ids(",</w>")
-    rows: list[list[tuple[int, float]]] = [[]]
-    for item in tokens(tokenizer, text):
+    rows: list[list[tuple[Any, float]]] = [[]]
+    for item in with_words(tokenizer, text, words):
         if item is None:
             rows.append([])
             continue
         row = rows[-1]
         if len(row) == 75:
-            commas = [i for i, (token, _) in enumerate(row) if token == comma]
+            commas = [i for i, (token, _) in enumerate(row) if isinstance(token, int)]
+            commas = [i for i in commas if row[i][0] == comma]
             if item[0] != comma and commas and 75 - commas[-1] <= 20:
                 rows[-1], rest = row[: commas[-1] + 1], row[commas[-1] + 1 :]
                 rows.append(rest)
@@ -166,27 +255,44 @@ def chunks(tokenizer: Any, text: str) -> list[tuple[list[int], list[float]]]:
     return result
 
 
+def forward(encoder: Any, batch: list[list[Any]]) -> Any:
+    """The text encoder on ids, with vectors where there are vectors: id 0 under them."""
+    ids = [[0 if isinstance(item, torch.Tensor) else item for item in row] for row in batch]
+
+    def put(module: Any, given: Any, out: torch.Tensor) -> torch.Tensor:
+        for i, row in enumerate(batch):
+            for j, item in enumerate(row):
+                if isinstance(item, torch.Tensor):
+                    out[i, j] = item
+        return out
+
+    hook = encoder.get_input_embeddings().register_forward_hook(put)
+    result = encoder(torch.tensor(ids), output_hidden_states=True)
+    hook.remove()
+    return result
+
+
 def encode(
     pipe: Any, texts: list[list[str]], clip_skip: int | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(N, T, D) and pooled (N, P) of N texts that are given once for each text encoder."""
     xl = hasattr(pipe, "text_encoder_2")
-    pairs = [(pipe.tokenizer, pipe.text_encoder)]
+    pairs = [(pipe.tokenizer, pipe.text_encoder, pipe.words[""])]
     if xl:
-        pairs.append((pipe.tokenizer_2, pipe.text_encoder_2))
+        pairs.append((pipe.tokenizer_2, pipe.text_encoder_2, pipe.words["_2"]))
     found, pooled = [], None
-    for (tokenizer, encoder), own in zip(pairs, texts, strict=False):
-        split = [chunks(tokenizer, text) for text in own]
-        empty = chunks(tokenizer, "")[0]
+    for (tokenizer, encoder, words), own in zip(pairs, texts, strict=False):
+        split = [chunks(tokenizer, text, words) for text in own]
+        empty = chunks(tokenizer, "", {})[0]
         length = max(
-            len(chunks(pair[0], text))
+            len(chunks(pair[0], text, pair[2]))
             for pair, each in zip(pairs, texts, strict=False)
             for text in each
         )
         columns = []
         for k in range(length):
             batch = [one[k] if k < len(one) else empty for one in split]
-            out = encoder(torch.tensor([ids for ids, _ in batch]), output_hidden_states=True)
+            out = forward(encoder, [ids for ids, _ in batch])
             skip = clip_skip or 0
             z = out.hidden_states[-2 - skip] if xl else out.hidden_states[-1 - skip]
             z = z if xl else encoder.final_layer_norm(z)
@@ -271,9 +377,12 @@ def run(arguments: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         "generator": torch.Generator("cpu").manual_seed(arguments["seed"]),
         "output_type": "np",
     }
+    embeddings = arguments.get("embeddings", [])
     if arguments["prompt_syntax"] == "a1111":
+        pipe.words = read_words(embeddings)
         latents, images = run_a1111(pipe, arguments, given)
     else:
+        load_words(pipe, embeddings)
         last: dict[str, torch.Tensor] = {}
 
         def keep(pipe: Any, step: int, time: Any, state: dict[str, Any]) -> dict[str, Any]:
@@ -283,7 +392,7 @@ def run(arguments: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         images = pipe(
             arguments["prompt"],
             negative_prompt=arguments.get("negative_prompt"),
-            clip_skip=arguments["clip_skip"],
+            clip_skip=arguments.get("clip_skip"),
             callback_on_step_end=keep,
             **given,
         ).images
@@ -293,9 +402,10 @@ def run(arguments: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 @torch.no_grad()
 def main() -> None:
-    """Write prompts/cases.json and prompts/pictures.npz."""
+    """Write prompts/cases.json and prompts/pictures.npz, and the files of words."""
     folder = HERE / "prompts"
     folder.mkdir(exist_ok=True)
+    write_words(folder)
     pictures: dict[str, np.ndarray] = {}
     for case, arguments in CASES.items():
         pictures[f"{case}/latents"], pictures[f"{case}/image"] = run(arguments)
