@@ -17,7 +17,12 @@ from mlxdiff.condition import Condition
 from mlxdiff.control import ControlNets
 from mlxdiff.model import Model, PromptEmbeddings
 from mlxdiff.pixels import PixelModel
-from mlxdiff.samplers.guidance import guidance_scale_embedding, guide, guided_evaluations
+from mlxdiff.samplers.guidance import (
+    guidance_scale_embedding,
+    guide,
+    guide_edit,
+    guided_evaluations,
+)
 from mlxdiff.settings import Settings
 
 
@@ -69,7 +74,10 @@ class TimeEmbeddings:
 
 
 class Denoiser:
-    """Predictions of a model that draws from text: one, or two and guidance between them.
+    """Predictions of a model that draws from text: one, or several and guidance between them.
+
+    A batch holds the predictions for the negative prompt, then for the prompt; of a model that
+    edits a picture, one for the negative prompt without the picture comes first.
 
     Args:
         model: whose U-Net is asked.
@@ -88,7 +96,9 @@ class Denoiser:
         self.backend = model.backend
         self.unet = model.component("unet")
         self.settings = settings
-        self.guided = model.is_guided(settings.guidance)
+        self.guided = settings.guides(model)
+        self.edits = model.edits
+        self.batch = 1 if not self.guided else 3 if self.edits else 2
         states = self._both(text.negative_prompt_embeds, text.prompt_embeds)
         self.text = self.unet.read(states)
         # What the U-Net is told beside text and timestep, (B, ...) each.
@@ -102,7 +112,7 @@ class Denoiser:
         if (dim := model.unet_config.time_cond_proj_dim) is not None:
             embedding = guidance_scale_embedding(settings.guidance, dim)
             self.conditions["timestep_cond"] = self.backend.asarray(embedding)
-        self.times = TimeEmbeddings(timesteps, self._embed, 2 if self.guided else 1)
+        self.times = TimeEmbeddings(timesteps, self._embed, self.batch)
         self.controlnets = None
         if model.controlnets:
             self.controlnets = ControlNets(
@@ -112,19 +122,18 @@ class Denoiser:
 
     def _embed(self, timesteps: np.ndarray) -> Any:
         """Time embeddings of the batches of these evaluations."""
-        batch = 2 if self.guided else 1
         conditions = {
             name: self.backend.concatenate([values] * len(timesteps))
             for name, values in self.conditions.items()
         }
-        return self.unet.embed(self.backend.asarray(timesteps.repeat(batch)), **conditions)
+        return self.unet.embed(self.backend.asarray(timesteps.repeat(self.batch)), **conditions)
 
     def _both(self, negative: np.ndarray | None, positive: np.ndarray | None) -> Any:
         """One batch of what is said beside the negative and the positive prompt."""
         if positive is None:
             return None
         if self.guided and negative is not None:
-            positive = np.concatenate([negative, positive])
+            positive = np.concatenate([*[negative] * (self.batch - 1), positive])
         return self.backend.asarray(positive)
 
     def __call__(self, x: Any, evaluation: Evaluation) -> Any:
@@ -133,11 +142,15 @@ class Denoiser:
         sample = x
         if evaluation.beside is not None:
             sample = self.backend.concatenate([x, evaluation.beside], -1)
-        if guided:
+        if guided and self.edits:
+            blank = self.backend.concatenate([x, 0.0 * evaluation.beside], -1)
+            sample = self.backend.concatenate([blank, sample, sample], 0)
+        elif guided:
             sample = self.backend.concatenate([sample, sample], 0)
         temb, text = self.times.at(evaluation.index), self.text
         if self.guided and not guided:  # the prompt alone
-            temb, text = temb.rows(1, 2), text.rows(1, 2)
+            last = self.batch - 1, self.batch
+            temb, text = temb.rows(*last), text.rows(*last)
         residuals = None
         if self.controlnets is not None:
             index, total = evaluation.index, evaluation.total
@@ -146,7 +159,11 @@ class Denoiser:
         out = self.unet.predict(sample, temb, text, deep, residuals)
         if not guided:
             return out
-        return guide(out[:1], out[1:], self.settings.guidance, self.settings.guidance_rescale)
+        scale, rescale = self.settings.guidance, self.settings.guidance_rescale
+        if self.edits:
+            image_scale = self.settings.image_guidance
+            return guide_edit(out[:1], out[1:2], out[2:], scale, image_scale, rescale)
+        return guide(out[:1], out[1:], scale, rescale)
 
     def _within(self, evaluation: Evaluation) -> bool:
         """Whether there is guidance in this evaluation."""
@@ -231,7 +248,7 @@ def make_denoiser(
         settings.negative_prompt,
         settings.prompt_2,
         settings.negative_prompt_2,
-        guided=model.is_guided(settings.guidance),
+        guided=settings.guides(model),
         clip_skip=settings.clip_skip,
         prompt_syntax=settings.prompt_syntax,
         steps=settings.evaluations,

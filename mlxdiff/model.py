@@ -215,6 +215,11 @@ class Model(Networks):
         """Whether the U-Net sees a picture beside the latents: InstructPix2Pix."""
         return self.unet_config.in_channels == 2 * self.vae_config.latent_channels
 
+    @property
+    def takes_scaled_picture(self) -> bool:
+        """Whether a model that edits sees the picture's latents scaled, as CosXL Edit does."""
+        return bool(self.source.model_index.get("is_cosxl_edit", False))
+
     def is_guided(self, scale: float, image_scale: float | None = None) -> bool:
         """Whether this scale takes several predictions a step.
 

@@ -443,6 +443,8 @@ class Pipeline:
             image: a picture to start from: path, Pillow image or array; it is resized.
             strength: 0 to 1, how far from it. None: the reference pipeline's default; 1 with a
                 mask, which means pure noise there.
+            image_guidance: how closely a model that edits (instruct-pix2pix) keeps to the image;
+                below 1 it has no guidance at all. None: 1.5.
             mask: what to repaint of it (white): path, Pillow image or array, resized, grey, cut at
                 one half. The size is then the model's own unless given.
             outpaint: (left, top, right, bottom), pixels to add around the image and to paint,

@@ -24,6 +24,7 @@ from mlxdiff.samplers.guidance import guided_evaluations
 
 logger = logging.getLogger("mlxdiff")
 
+IMAGE_GUIDANCE = 1.5  # of models that edit a picture, as diffusers' pipelines have it
 DEFAULT_SPLIT = 0.8  # of the way, where a refiner takes over; as diffusers' guide to SDXL has it
 AESTHETIC_SCORES = 6.0, 2.5  # for the prompt and the negative prompt
 
@@ -39,6 +40,7 @@ class Settings:
         image_name: the name of its file, or what it was given as.
         strength: how far from it; None where it does not count.
         canvas: the picture and what of it is repainted; else None.
+        image_guidance: how closely a model that edits keeps to its picture; else None.
         mask_name: of the mask, as ``image_name`` is of the image.
         outpaint: pixels that were added to the left, top, right and bottom of the image.
         paste_original: whether what is not repainted is put back, to the bit, in the end.
@@ -86,6 +88,7 @@ class Settings:
     refined: bool = False
     prompt_syntax: str = "plain"
     clip_skip: int | None = None
+    image_guidance: float | None = None
     mask_name: str | None = None
     outpaint: Borders | None = None
     paste_original: bool = False
@@ -103,6 +106,10 @@ class Settings:
     def adds_noise(self) -> bool:
         """Whether the run begins with noise: alone, or added to the image."""
         return self.refined or self.denoising_start is None
+
+    def guides(self, model: Model) -> bool:
+        """Whether a model of the run takes several predictions an evaluation."""
+        return model.is_guided(self.guidance, self.image_guidance if model.edits else None)
 
     def time_ids(self, model: Model) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """The numbers that an SDXL U-Net is told beside the negative and the positive prompt."""
@@ -205,6 +212,7 @@ def _resolve_text(
     eta: float | None = None,
     image: Any = None,
     strength: float | None = None,
+    image_guidance: float | None = None,
     mask: Any = None,
     outpaint: Any = None,
     paste_original: bool = False,
@@ -234,6 +242,7 @@ def _resolve_text(
     _check_numbers(
         math.inf,
         guidance=guidance,
+        image_guidance=image_guidance,
         aesthetic_score=aesthetic_score,
         negative_aesthetic_score=negative_aesthetic_score,
     )
@@ -264,6 +273,11 @@ def _resolve_text(
     )
     repaints = mask is not None or outpaint is not None
     _check_task(model, image, repaints, strength, None if refiner is not None else denoising_start)
+    if image_guidance is not None and not model.edits:
+        raise UsageError(
+            "image_guidance: only models that edit a picture by instruction have that "
+            "(instruct-pix2pix, whose U-Net takes 8 channels); this model has not"
+        )
     if paste_original and not repaints:
         raise UsageError("paste_original needs a mask (--mask) or borders (--outpaint)")
 
@@ -329,7 +343,10 @@ def _resolve_text(
             )
         else:
             settings = replace(settings, image=resize(pixels, width, height))
-        if settings.adds_noise:
+        if model.edits:
+            scale = IMAGE_GUIDANCE if image_guidance is None else image_guidance
+            settings = replace(settings, image_guidance=scale)
+        elif settings.adds_noise:
             default = 1.0 if repaints else model.default_strength
             settings = replace(settings, strength=default if strength is None else strength)
         elif strength is not None:
@@ -353,7 +370,7 @@ def _resolve_text(
         )
     _check_editing(settings)
     _note_unused_words(model, settings)
-    _note_what_has_no_effect(model, settings, negative_aesthetic_score)
+    _note_what_has_no_effect(model, settings, negative_aesthetic_score, image_guidance)
     plans = make_plans(settings, model, refiner)
     _check_some_guidance(settings, plans)
     plan = plans[0]
@@ -550,12 +567,20 @@ def _check_task(
             "(--image) and a mask (--mask), or borders to add to the image (--outpaint)"
         )
     if model.edits:
-        raise UsageError(
-            f"{model.source.path}: this is a model that edits a picture by instruction ({takes}): "
-            "it needs image guidance, which this version of mlxdiff cannot take yet; use a "
-            "text-to-image model"
+        edits = (
+            f"{model.source.path}: this is a model that edits a picture by instruction ({takes})"
         )
-    if channels != latent and not model.inpaints:
+        if repaints:
+            raise UsageError(f"{edits}; it has no part for a mask (--mask) or borders (--outpaint)")
+        if image is None:
+            raise UsageError(f"{edits}: it needs one (--image)")
+        for name, value in (("strength", strength), ("denoising_start", denoising_start)):
+            if value is not None:
+                raise UsageError(
+                    f"{name}: {edits}, and starts from noise; image guidance (--image-guidance) "
+                    "says how closely it keeps to the picture"
+                )
+    if channels != latent and not (model.inpaints or model.edits):
         raise UsageError(
             f"{model.source.path}: this is no text-to-image model ({takes}), and none that this "
             "version of mlxdiff knows"
@@ -630,7 +655,10 @@ def _note_unused_words(model: Model, settings: Settings) -> None:
 
 
 def _note_what_has_no_effect(
-    model: Model, settings: Settings, negative_aesthetic_score: float | None
+    model: Model,
+    settings: Settings,
+    negative_aesthetic_score: float | None,
+    image_guidance: float | None,
 ) -> None:
     without_guidance = {
         "negative_prompt": settings.negative_prompt,
@@ -638,10 +666,16 @@ def _note_what_has_no_effect(
         "negative_aesthetic_score": negative_aesthetic_score,
         "guidance_rescale": settings.guidance_rescale or None,
         "guidance_interval": settings.guidance_interval,
+        "image_guidance": image_guidance,
     }
+    off = image_guidance is not None and image_guidance < 1.0 < settings.guidance
+    if off:
+        without_guidance |= {"image_guidance": None, "guidance": settings.guidance}
     given = [name for name, value in without_guidance.items() if value is not None]
-    if given and not model.is_guided(settings.guidance):
+    if given and not settings.guides(model):
         why = f"there is no guidance at {settings.guidance:g}"
+        if off:
+            why = f"image guidance {image_guidance:g} is below 1, which means no guidance at all"
         if model.unet_config.time_cond_proj_dim is not None:
             why = "this model is told the guidance scale and makes one prediction"
         logger.warning("%s has no effect: %s", " and ".join(given), why)

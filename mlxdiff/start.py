@@ -1,7 +1,8 @@
 """What a picture starts from, and what it is held to on the way.
 
 The order of the draws from a picture's generator is that of diffusers' pipelines: the VAE's sample
-of the image, the noise, the VAE's sample of the masked image.
+of the image, the noise, the VAE's sample of the masked image. A model that edits takes the mean of
+the image instead, and starts from noise alone.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mlxdiff.image import to_model
 from mlxdiff.model import ImageLatents, Model
 from mlxdiff.pixels import PixelModel
 from mlxdiff.samplers import Plan
@@ -73,8 +75,13 @@ class Inputs:
         self.image: ImageLatents | None = None
         self.masked: ImageLatents | None = None
         self.mask: np.ndarray | None = None
+        self.edited: np.ndarray | None = None
         self.blends = False
         if not isinstance(model, Model) or settings.image is None:
+            return
+        if model.edits:
+            scaled = model.takes_scaled_picture
+            self.edited = model.encode_pixels(to_model(settings.image), scaled=scaled).mean
             return
         canvas = settings.canvas
         if canvas is not None:
@@ -105,7 +112,7 @@ class Inputs:
             x = plan.add_noise(clean, noise) if settings.adds_noise else clean
         x = np.asarray(x, np.float32)
         if self.mask is None or self.masked is None:
-            return Start(x)
+            return Start(x, beside=self.edited)
         masked = self.masked.draw(draw)
         if clean is not None and self.blends:
             return Start(x, kept=Kept(self.mask, clean, noise))

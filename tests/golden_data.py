@@ -33,6 +33,8 @@ FAMILIES = (
 """What make_family_goldens.py writes; of these, taesd is a VAE alone and img2img has no model."""
 INPAINTING = ("inpainting", "sd15-inpainting", "sdxl-inpainting")
 """What make_image_goldens.py writes: with a mask; the first has no model of its own."""
+EDITING = ("pix2pix", "sdxl-pix2pix")
+"""What it writes of models that edit a picture by instruction."""
 
 
 @lru_cache

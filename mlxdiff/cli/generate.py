@@ -22,7 +22,8 @@ _FIELDS = (
     "guidance_rescale sampler schedule seed model clip_skip"
 ).split()
 _EXTRA: dict[str, Any] = dict.fromkeys(
-    "eta strength denoising_start denoising_end aesthetic_score negative_aesthetic_score".split(),
+    "eta strength denoising_start denoising_end aesthetic_score negative_aesthetic_score "
+    "image_guidance".split(),
     float,
 )
 _EXTRA |= dict.fromkeys(("original_size", "target_size", "crop"), tuple)
@@ -135,6 +136,11 @@ BORDERS = Numbers(",", "LEFT,TOP,RIGHT,BOTTOM")
     "--strength",
     type=float,
     help="How far from the image, 0 to 1. Default: 0.8, SDXL 0.3, with a mask 1.",
+)
+@click.option(
+    "--image-guidance",
+    type=float,
+    help="instruct-pix2pix: how closely to keep to the image; below 1: no guidance. Default: 1.5.",
 )
 @click.option("--mask", help="With --image: what to repaint of it, in white; it is resized.")
 @click.option(

@@ -34,16 +34,34 @@ def guide(uncond: Array, cond: Array, scale: float, rescale: float = 0.0) -> Arr
     Returns: the guided prediction, (B, H, W, C), float32.
     """
     guided = uncond + scale * (cond - uncond)
-    if rescale == 0.0:
-        return guided
-    ratio = _variance(cond) / _variance(guided)
-    return rescale * (guided * ratio**0.5) + (1.0 - rescale) * guided
+    return guided if rescale == 0.0 else _rescaled(guided, cond, rescale)
 
 
 def guided_evaluations(interval: tuple[float, float], total: int) -> tuple[int, int]:
     """(first, one past the last) of the evaluations between two shares of a run, 0 to 1."""
     start, end = interval
     return int(start * total), int(end * total)
+
+
+def guide_edit(
+    uncond: Array, image: Array, cond: Array, scale: float, image_scale: float, rescale: float = 0.0
+) -> Array:
+    """Combine the predictions without, with the picture, and with picture and prompt.
+
+    Args:
+        uncond, image, cond: (B, H, W, C), float32.
+        scale, image_scale: of the prompt and of the picture; 1 and 1 give ``cond``.
+        rescale: as in ``guide``.
+    Returns: the guided prediction, (B, H, W, C), float32.
+    Source: Brooks et al. 2022, "InstructPix2Pix", equation 3.
+    """
+    guided = uncond + scale * (cond - image) + image_scale * (image - uncond)
+    return guided if rescale == 0.0 else _rescaled(guided, cond, rescale)
+
+
+def _rescaled(guided: Array, cond: Array, rescale: float) -> Array:
+    ratio = _variance(cond) / _variance(guided)
+    return rescale * (guided * ratio**0.5) + (1.0 - rescale) * guided
 
 
 def _variance(x: Array) -> Array:

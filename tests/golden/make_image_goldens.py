@@ -1,6 +1,6 @@
 """Write the tiny models and pictures of what is made from a picture and more than img2img.
 
-    python tests/golden/make_image_goldens.py [inpainting sd15-inpainting sdxl-inpainting]
+    python tests/golden/make_image_goldens.py [inpainting sd15-inpainting pix2pix ...]
 
 As make_family_goldens.py does; a model differs from its base in its U-Net. The reference takes one
 picture at a time here: of several it encodes the image with the first one's generator alone.
@@ -8,6 +8,7 @@ picture at a time here: of several it encodes the image with the first one's gen
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import sys
@@ -27,8 +28,10 @@ from diffusers import (
     LMSDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLInstructPix2PixPipeline,
     TCDScheduler,
 )
 from make_checkpoints import make_unet, write_json
@@ -80,12 +83,16 @@ SMALL_SDXL = (
         "attention_head_dim": [1, 2],
     }
 )
-BASES = {"sd15-inpainting": "bk-sdm-tiny", "sdxl-inpainting": "segmind-vega"}
+BASES = {
+    "sd15-inpainting": "bk-sdm-tiny",
+    "sdxl-inpainting": "segmind-vega",
+    "pix2pix": "bk-sdm-tiny",
+    "sdxl-pix2pix": "segmind-vega",
+}
 
 
 def make_model(name: str, folder: Path) -> None:
     """The files in which a model differs from its base: U-Net and pipeline class."""
-    kind, *_ = PIPELINES[name]
     sdxl = name.startswith("sdxl")
     unet = make_unet(
         200 + list(BASES).index(name),
@@ -95,7 +102,7 @@ def make_model(name: str, folder: Path) -> None:
     )
     unet.to(torch.float16).save_pretrained(folder / "unet")
     index = json.loads((checkpoint(BASES[name]) / "model_index.json").read_text())
-    write_json(folder / "model_index.json", index | {"_class_name": kind.__name__})
+    write_json(folder / "model_index.json", index | {"_class_name": KINDS[name].__name__})
 
 
 # ------------------------------------------------------------------------------------- the pictures
@@ -109,6 +116,11 @@ def case(prompt: str = CIRCLE, **arguments: Any) -> dict[str, Any]:
     if "outpaint" not in arguments:
         arguments = {"mask": ["disc", 64, 64]} | arguments
     return arguments
+
+
+def edit(prompt: str = CIRCLE, **arguments: Any) -> dict[str, Any]:
+    """The same for a model that edits: no mask, the image's own size."""
+    return plain_case(prompt, **{"image": [64, 64]} | arguments)
 
 
 SPLIT = {"refiner": "sdxl-refiner", "steps": 10, "denoising_end": 0.7, "guidance": 5.0}
@@ -201,12 +213,36 @@ PICTURES: dict[str, dict[str, dict[str, Any]]] = {
         "refined": case(sampler="euler-a", **SPLIT),
     },
 }
+EDITS: dict[str, dict[str, dict[str, Any]]] = {
+    "pix2pix": {
+        "checkpoint": edit(sampler="checkpoint", negative_prompt="blurry"),
+        "scales": edit(TREE, image=[64, 96], sampler="dpmpp-2m", guidance=9.0, image_guidance=1.1),
+        "two": edit(sampler="euler-a", count=2, seed=4),
+        "heun-odd": edit(image=[70, 61], sampler="heun", schedule="karras", image_guidance=2.5),
+        "no-guidance": edit(sampler="unipc", guidance=1.0),
+        "image-guidance-below-1": edit(sampler="ddim", image_guidance=0.9),
+        "taesd": edit(sampler="dpmpp-2m-sde", vae="taesd"),
+    },
+    "sdxl-pix2pix": {
+        "checkpoint": edit(sampler="checkpoint", **FIVE),
+        "negative-two": edit(
+            TREE, image=[64, 96], sampler="euler-a", negative_prompt="blurry", count=2, **FIVE
+        ),
+        "rescale": edit(sampler="dpmpp-2m", guidance_rescale=0.7, image_guidance=1.2, **FIVE),
+        "end": edit(sampler="dpmpp-2m", denoising_end=0.6, **FIVE),
+        "refined": edit(sampler="euler-a", **SPLIT),
+    },
+}
+PICTURES |= EDITS
 for arguments in PICTURES["inpainting"].values():
     arguments.setdefault("model", "sd15")
-PIPELINES: dict[str, tuple[Any, ...]] = {
-    "sd15-inpainting": (StableDiffusionInpaintPipeline,),
-    "sdxl-inpainting": (StableDiffusionXLInpaintPipeline,),
+KINDS = {
+    "sd15-inpainting": StableDiffusionInpaintPipeline,
+    "sdxl-inpainting": StableDiffusionXLInpaintPipeline,
+    "pix2pix": StableDiffusionInstructPix2PixPipeline,
+    "sdxl-pix2pix": StableDiffusionXLInstructPix2PixPipeline,
 }
+WORDS = WORDS | {"image_guidance": "image_guidance_scale"}
 
 
 @lru_cache
@@ -216,8 +252,8 @@ def opened(name: str) -> Any:
 
 
 def load(name: str, arguments: dict[str, Any], kind: Any = None) -> Any:
-    """diffusers' pipeline for a case: of this class, or of the one that inpaints."""
-    pipe = opened(name)
+    """diffusers' pipeline for a case: of this class, or the model's own, or one that inpaints."""
+    pipe, kind = opened(name), kind or KINDS.get(name)
     if kind is None:
         kind = StableDiffusionXLInpaintPipeline
         if not hasattr(pipe, "text_encoder_2"):
@@ -263,15 +299,19 @@ def run(family: str, arguments: dict[str, Any], seed: int) -> tuple[np.ndarray, 
     pipe = load(name, arguments)
     words = {k: v for k, v in WORDS.items() if k != "count"}
     given = {theirs: arguments[ours] for ours, theirs in words.items() if ours in arguments}
+    image = Image.fromarray(photo(*arguments["image"]))
+    repaints = family not in EDITS
     if "outpaint" in arguments:
-        image, repaint = outpainted(arguments)
-    else:
-        image = Image.fromarray(photo(*arguments["image"]))
-        repaint = Image.fromarray(mask(*arguments["mask"]))
-    given |= {"image": image, "mask_image": repaint}
-    given |= {side: arguments[side] for side in ("width", "height")}
-    # Without strength: 1; the SDXL class, 9 channels and denoising_start need less, and ignore it.
-    given.setdefault("strength", 0.9999 if "denoising_start" in arguments else 1.0)
+        image, given["mask_image"] = outpainted(arguments)
+    elif repaints:
+        given["mask_image"] = Image.fromarray(mask(*arguments["mask"]))
+    given["image"] = image
+    if repaints:
+        given |= {side: arguments[side] for side in ("width", "height")}
+        # The SDXL class needs less than 1 with denoising_start, and ignores it.
+        given.setdefault("strength", 0.9999 if "denoising_start" in arguments else 1.0)
+    elif family.startswith("sdxl"):
+        given |= {"width": image.width, "height": image.height}
     given["generator"] = torch.Generator("cpu").manual_seed(seed)
     last: dict[str, torch.Tensor] = {}
 
@@ -280,7 +320,11 @@ def run(family: str, arguments: dict[str, Any], seed: int) -> tuple[np.ndarray, 
         return state
 
     def draw(pipe: Any, **given: Any) -> Any:
-        return pipe(arguments["prompt"], callback_on_step_end=keep, **given).images
+        if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
+            given["callback_on_step_end"] = keep
+        else:  # the SDXL class that edits has the older kind
+            given |= {"callback": lambda step, time, x: last.update(latents=x), "callback_steps": 1}
+        return pipe(arguments["prompt"], **given).images
 
     if "refiner" not in arguments:
         images = draw(pipe, output_type="np", **given)
@@ -294,8 +338,8 @@ def run(family: str, arguments: dict[str, Any], seed: int) -> tuple[np.ndarray, 
         start = given.pop("denoising_end")
         given |= {"image": half, "denoising_start": start, "strength": 0.9999}
         if not plain:
-            for word in ("mask_image", "width", "height"):
-                del given[word]
+            for word in ("mask_image", "width", "height", "image_guidance_scale"):
+                given.pop(word, None)
         images = draw(refiner, output_type="np", **given)
     return nhwc(last["latents"]), (images * 255).round().astype(np.uint8)
 
