@@ -160,8 +160,8 @@ class Denoiser:
         if not guided:
             return out
         scale, rescale = self.settings.guidance, self.settings.guidance_rescale
-        if self.edits:
-            image_scale = self.settings.image_guidance
+        image_scale = self.settings.image_guidance
+        if self.edits and image_scale is not None:
             return guide_edit(out[:1], out[1:2], out[2:], scale, image_scale, rescale)
         return guide(out[:1], out[1:], scale, rescale)
 
