@@ -572,6 +572,8 @@ def _check_task(
         )
         if repaints:
             raise UsageError(f"{edits}; it has no part for a mask (--mask) or borders (--outpaint)")
+        if model.controlnets:
+            raise UsageError(f"{edits}; it does not go together with a ControlNet (--controlnet)")
         if image is None:
             raise UsageError(f"{edits}: it needs one (--image)")
         for name, value in (("strength", strength), ("denoising_start", denoising_start)):
