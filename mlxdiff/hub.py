@@ -570,6 +570,21 @@ def _endpoint() -> str | None:
     return os.environ.get("HF_ENDPOINT") or None
 
 
+def reach(seconds: float = 10.0) -> None:
+    """Ask the hub for its front page's headers. Raises: HubError where it does not answer."""
+    from urllib.error import HTTPError, URLError
+    from urllib.request import Request, urlopen
+
+    address = _endpoint() or "https://huggingface.co"
+    try:
+        urlopen(Request(address, method="HEAD"), timeout=seconds).close()
+    except HTTPError:
+        return  # it answered, whatever it thinks of the question
+    except (URLError, OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise HubError(f"{address} does not answer ({_one_line(reason)})") from None
+
+
 def _find(reference: Reference, select: _Select, components: tuple[str, ...] = ()) -> Listing:
     """What the cache holds, where that is whole and was seen lately; else what the hub says."""
     cached, lacking = None, ""

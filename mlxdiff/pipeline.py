@@ -24,6 +24,7 @@ from mlxdiff.control import describe
 from mlxdiff.convert import Component, open_controlnet, open_vae
 from mlxdiff.denoiser import Evaluation, make_denoiser
 from mlxdiff.errors import UsageError
+from mlxdiff.memory import Device, Estimate, estimate, require
 from mlxdiff.metadata import Metadata
 from mlxdiff.model import Model, PromptEmbeddings, draw_noise
 from mlxdiff.noise import Generator
@@ -130,6 +131,7 @@ def load(
     variant: str | None = None,
     config: str | os.PathLike[str] | None = None,
     prediction_type: str | None = None,
+    memory_limit: float | None = None,
     progress: Callable[..., None] | None = None,
 ) -> Pipeline:
     """Open a model for drawing.
@@ -156,6 +158,8 @@ def load(
             weights stand in for parts that the file does not have.
         prediction_type: for a single file: "epsilon", "v_prediction" or "sample", whatever the file
             looks like.
+        memory_limit: gigabytes that a run may take; what is expected to take more is refused. None:
+            as much as the machine has.
         progress: called while files are fetched, as ``mlxdiff.hub.resolve`` does.
     Returns: a Pipeline; its weights are read when they are first needed.
     Raises: UsageError, ConfigError, CheckpointError, HubError.
@@ -176,6 +180,8 @@ def load(
     if controlnets:
         pipe.control_with(*_several(controlnets), variant=variant, progress=progress)
     pipe.set_embeddings(embeddings)
+    if memory_limit is not None:
+        pipe.limit_memory(memory_limit)
     if refiner is not None:
         if not isinstance(refiner, Pipeline):
             second = library.open_model(
@@ -192,11 +198,21 @@ class Pipeline:
     Attributes:
         model: its networks, stage by stage.
         refiner: those of the model that does the last part of the way, if there is one.
+        memory_limit: gigabytes that a run may take; None: as much as the machine has. What is
+            expected to take more is refused (``mlxdiff.memory``).
     """
 
     def __init__(self, source: ModelSource, backend: Any, vae: Component | None = None) -> None:
         self.model = _open_model(source, backend, vae)
         self.refiner: Model | None = None
+        self.memory_limit: float | None = None
+
+    def limit_memory(self, gigabytes: float | None) -> None:
+        """Refuse runs that are expected to take more than this. Raises: UsageError."""
+        number = isinstance(gigabytes, (int, float)) and not isinstance(gigabytes, bool)
+        if gigabytes is not None and not (number and 0 < gigabytes < 1e6):
+            raise UsageError(f"memory_limit is {gigabytes!r}; expected gigabytes, such as 4 or 6.5")
+        self.memory_limit = gigabytes
 
     def refine_with(self, refiner: Pipeline | None) -> None:
         """Let another model do the last part of the way (SDXL's refiner); None: none.
@@ -298,7 +314,33 @@ class Pipeline:
 
     def settings(self, prompt: str | None = None, **arguments: Any) -> Settings:
         """Arguments of ``generate``, checked, with the defaults filled in. Raises: UsageError."""
-        return resolve(self.model, self.refiner, prompt, **arguments)
+        settings = resolve(self.model, self.refiner, prompt, **arguments)
+        self._require_memory(settings)
+        return settings
+
+    def memory(self, settings: Settings, scale: int = 1) -> Estimate:
+        """How much memory a run of these settings takes; ``scale`` divides the picture's sides."""
+        backend = self.backend
+        guided = isinstance(self.model, Model) and self.model.is_guided(settings.guidance)
+        return estimate(
+            self.model,
+            Device(backend.name, backend.has_gpu(), backend.dtype),
+            settings.height // scale,
+            settings.width // scale,
+            batch=2 if guided else 1,
+            image=settings.image is not None,
+            refiner=self.refiner,
+        )
+
+    def _require_memory(self, settings: Settings) -> None:
+        """Refuse what cannot fit, before anything is loaded for it. Raises: UsageError."""
+        half = f"half the size ({settings.width // 2}x{settings.height // 2})"
+        require(
+            self.memory(settings),
+            self.backend.memory_size(),
+            self.memory_limit,
+            {half: lambda: self.memory(settings, 2)},
+        )
 
     def stream(
         self,

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # except where ALLOWED says so.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "condition"),
+    ("machine",),
     ("config", "files", "known", "a1111"),
     ("params", "quantization"),
     (
@@ -34,8 +35,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("model",),
     ("pixels", "control"),
     ("settings",),
+    ("cost",),
+    ("memory",),
     ("denoiser", "start"),
     ("pipeline",),
+    ("bench", "doctor"),
     ("cli",),
 )
 ALLOWED = {

@@ -26,6 +26,8 @@ COMMANDS = {
     "generate": ("mlxdiff.cli.generate", "Draw pictures from a prompt."),
     "convert": ("mlxdiff.cli.convert", "Convert a model to a folder that loads fast."),
     "info": ("mlxdiff.cli.info", "Tell what a model, or a picture that was drawn, is made of."),
+    "bench": ("mlxdiff.cli.bench", "Time a model on this machine; a record to post."),
+    "doctor": ("mlxdiff.cli.doctor", "Say what is slow or broken here, and what to do."),
     "models": ("mlxdiff.cli.models", "List and remove converted models; list short names."),
 }
 _DEBUG = "mlxdiff.debug"

@@ -210,6 +210,12 @@ BORDERS = Numbers(",", "LEFT,TOP,RIGHT,BOTTOM")
     help="Weights in 2, 3, 4, 5, 6 or 8 bits, or mxfp4, nvfp4, mxfp8. Default: as they are.",
 )
 @click.option(
+    "--memory-limit",
+    type=float,
+    metavar="GB",
+    help="Refuse what is expected to take more. Default: what the machine has.",
+)
+@click.option(
     "-o",
     "--output",
     help="PNG file; {seed} and {index} are filled in. Default: mlxdiff-{seed}.png.",
@@ -239,6 +245,7 @@ def generate(
     backend: str,
     dtype: str,
     quantize: str | None,
+    memory_limit: float | None,
     output: str | None,
     force: bool,
     no_metadata: bool,
@@ -301,6 +308,7 @@ def generate(
             embeddings=words,
             config=config,
             prediction_type=prediction_type,
+            memory_limit=memory_limit,
             progress=progress,
         )
     if not quiet:

@@ -21,6 +21,7 @@ from mlxdiff.config import (
     UNet2DConfig,
 )
 from mlxdiff.errors import UsageError
+from mlxdiff.machine import memory_bytes
 from mlxdiff.weights import LazyTensor, QuantizedTensor, check_parameters
 
 try:
@@ -121,6 +122,23 @@ class Backend:
         return mx.default_device() == mx.gpu
 
     @staticmethod
+    def device() -> str:
+        """What computes: "CPU", or "Metal" or "CUDA" with the name of the GPU."""
+        if not Backend.has_gpu():
+            return "CPU"
+        kind = "Metal" if mx.metal.is_available() else "CUDA"
+        name = _device_info().get("device_name")
+        return f"{kind} ({name})" if name else kind
+
+    @staticmethod
+    def memory_size() -> int | None:
+        """Bytes that arrays can take together; None where the system cannot tell."""
+        info, machine = _device_info(), memory_bytes()
+        # On a Mac the GPU shares the machine's memory, all but a part that the system keeps.
+        size = info.get("max_recommended_working_set_size") or info.get("memory_size")
+        return int(size) if Backend.has_gpu() and size else machine
+
+    @staticmethod
     def default_dtype() -> str:
         """float16 on a GPU; float32 on a CPU, where half precision is far slower."""
         return "float16" if Backend.has_gpu() else "float32"
@@ -128,6 +146,10 @@ class Backend:
     def peak_memory(self) -> int:
         """The most bytes that MLX held at once so far."""
         return mx.get_peak_memory()
+
+    def reset_peak_memory(self) -> None:
+        """Count the most bytes held at once from here on."""
+        mx.reset_peak_memory()
 
     def clear_cache(self) -> None:
         """Give freed buffers back to the system."""
@@ -146,6 +168,14 @@ def _weight(
             return StoredWeight(values, dtype)
         return mx.array(values).astype(dtype)
     return mx.array(tensor.read()).astype(dtype)
+
+
+def _device_info() -> dict[str, Any]:
+    """What MLX knows of its default device; the keys differ from device to device."""
+    try:
+        return dict(mx.device_info())
+    except (AttributeError, RuntimeError):  # an MLX that tells of Metal only
+        return dict(mx.metal.device_info()) if mx.metal.is_available() else {}
 
 
 def _dtype(name: str, *more: str) -> mx.Dtype:

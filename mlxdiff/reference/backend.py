@@ -21,6 +21,7 @@ from mlxdiff.config import (
     UNet2DConfig,
 )
 from mlxdiff.errors import UsageError
+from mlxdiff.machine import memory_bytes
 from mlxdiff.quantization import Packed
 from mlxdiff.reference.clip import CLIPTextModel
 from mlxdiff.reference.controlnet import ControlNetModel
@@ -106,6 +107,16 @@ class Backend:
         return False
 
     @staticmethod
+    def device() -> str:
+        """What computes: "CPU"."""
+        return "CPU"
+
+    @staticmethod
+    def memory_size() -> int | None:
+        """Bytes that arrays can take together; None where the system cannot tell."""
+        return memory_bytes()
+
+    @staticmethod
     def default_dtype() -> str:
         """float32."""
         return "float32"
@@ -118,6 +129,9 @@ class Backend:
             return 0
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+    def reset_peak_memory(self) -> None:
+        """Nothing: the system counts from the start of the process."""
 
     def clear_cache(self) -> None:
         """Nothing: NumPy keeps none."""

@@ -1,0 +1,53 @@
+"""``mlxdiff doctor``: what is slow or broken here."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+
+import click
+
+from mlxdiff.cli import common_options, show_notes
+
+
+@click.command()
+@click.option("--online", is_flag=True, help="Try the Hugging Face hub, too.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON on stdout.")
+@common_options
+@click.pass_context
+def doctor(ctx: click.Context, online: bool, as_json: bool, quiet: bool) -> None:
+    """Look at this machine and say what is slow or broken, and what to do about it.
+
+    Ends with 0 also where there is advice; with 2 where mlxdiff cannot be used. --quiet leaves out
+    what is well.
+    """
+    from mlxdiff.doctor import FAULT, OK, examine
+
+    show_notes(quiet)
+    findings = []
+    for finding in examine(online):
+        findings.append(finding)
+        if not as_json and not (quiet and finding.state == OK):
+            _show(finding.state, finding.text, finding.remedy)
+    if as_json:
+        click.echo(json.dumps([finding.to_dict() for finding in findings], ensure_ascii=False))
+    if any(finding.state == FAULT for finding in findings):
+        ctx.exit(2)
+
+
+def _show(state: str, text: str, remedy: str) -> None:
+    """A finding as a paragraph, its state before it."""
+    indent = " " * 8
+    lines = textwrap.wrap(
+        text, 92, initial_indent=f"{state:8}", subsequent_indent=indent, break_on_hyphens=False
+    )
+    if remedy:
+        lines += textwrap.wrap(
+            f"What to do: {remedy}.",
+            92,
+            initial_indent=indent,
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    click.echo("\n".join(lines))
