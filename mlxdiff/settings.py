@@ -137,7 +137,9 @@ def resolve(
     if label is not None:
         raise UsageError(f"label {label}: this model draws from a prompt, it has no classes")
     if prompt is None:
-        raise UsageError('no prompt is given; for example: mlxdiff generate "a red circle"')
+        raise UsageError(
+            'no prompt is given; for example: mlxdiff generate "a red circle on a blue background"'
+        )
     return _resolve_text(model, refiner, prompt, **arguments)
 
 

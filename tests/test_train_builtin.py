@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from examples.train_builtin import checker, data, evaluate, tokens
+from examples.train_builtin import checker, data, evaluate, tokens, uses
 
+ROOT = Path(__file__).resolve().parent.parent
 KINDS = [(1, "train"), (1, "pair"), (2, "train"), (2, "pair"), (2, "combination")]
 
 
@@ -92,3 +95,57 @@ def test_every_word_is_one_token():
     for i in range(200):
         text = data.caption(data.random_spec(rng, 1 + i % 2), rng).replace(",", "")
         assert set(text.split()) <= set(data.words())
+
+
+def test_every_documented_prompt_is_measured():
+    files = [ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").glob("*.md")]
+    files += [*(ROOT / "examples").glob("*.py"), *(ROOT / "mlxdiff").rglob("*.py")]
+    found = set()
+    for file in files:
+        for text in re.findall(r'"([a-z][a-z ]+)"', file.read_text(encoding="utf-8")):
+            known = set(text.split()) <= set(data.words())
+            if known and any(shape in text.split() for shape in data.SHAPES):
+                found.add(text)
+    assert evaluate.DEMO in found
+    assert found <= {prompt for prompt, _, _ in evaluate.DEMOS}
+
+
+def test_uses_ask_for_what_can_be_judged():
+    rng = np.random.default_rng(12)
+    for i in range(60):
+        spec, goal = uses.changed(rng, 1 + i % 2, shapes=i % 2 == 1)
+        assert checker.check(data.render(goal), goal).right
+        assert not checker.check(data.render(spec), goal).right
+        assert uses.stays(data.render(goal), spec)
+        mask = uses.box(spec.things[0])
+        assert set(np.unique(mask)) == {0, 255}
+        alone = dataclasses.replace(spec, things=spec.things[:1])
+        empty = dataclasses.replace(spec, things=())
+        outside = (data.render(alone) != data.render(empty)).any(-1) & (mask == 0)
+        assert not outside.any()
+
+
+def test_a_drawer_that_does_what_is_asked_gets_full_marks(capsys):
+    def draw(prompt, seed, image=None, negative_prompt=None, **_):
+        if image is not None:  # where the objects are, it sees; what they become, it reads
+            asked = data.parse(prompt)
+            seen = sorted(checker.look(image).objects, key=lambda o: (o.x, o.y))
+            first = asked.relation in (None, "left of", "above")
+            wanted = asked.things if first else asked.things[::-1]
+            if len(seen) == 2 and abs(seen[0].x - seen[1].x) < abs(seen[0].y - seen[1].y):
+                seen.sort(key=lambda o: o.y)
+            things = [
+                data.Thing(shape, color, o.size, o.x, o.y, {"small": 0.14, "large": 0.21}[o.size])
+                for o, (shape, color, _) in zip(seen, wanted, strict=True)
+            ]
+            return data.render(data.Spec(asked.background, tuple(things)))
+        color = "orange" if negative_prompt is None else "purple"
+        shape, ground = prompt.split()[2], prompt.split()[-2]
+        return data.render(data.Spec(ground, (data.Thing(shape, color, "large", 0.5, 0.5, 0.21),)))
+
+    uses.image(draw, 12)
+    uses.inpaint(draw, 12)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and all("| 100.0" in line for line in lines)
+    uses.negative(draw, 12)
+    assert "of 12 | 0.0" in capsys.readouterr().out

@@ -50,15 +50,24 @@ class Training:
     longer while it goes; the learning rate always reaches zero at the end of the budget.
     """
 
-    def __init__(self, rank, processes, run, model, lr, minutes, ema=0.0, betas=(0.9, 0.99)):
+    def __init__(
+        self, rank, processes, run, model, lr, minutes, ema=0.0, betas=(0.9, 0.99), muon=False
+    ):
         import torch
 
         self.torch, self.rank, self.processes, self.run = torch, rank, processes, Path(run)
         self.model = model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=lr, betas=betas, weight_decay=1e-4, fused=True
-        )
+        matrices, others = [], self.parameters
+        if muon:
+            from muon import Muon, is_matrix
+
+            matrices = [p for p in self.parameters if is_matrix(p)]
+            others = [p for p in self.parameters if not is_matrix(p)]
+        adam = torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=1e-4, fused=True)
+        self.optimizers = [adam]
+        if matrices:
+            self.optimizers.append(Muon(matrices, lr, rank, processes))
         self.lr, self.minutes, self.ema_decay = lr, minutes, ema
         self.ema = [p.detach().clone() for p in self.parameters] if ema else None
         self.step = self.samples = 0
@@ -71,7 +80,8 @@ class Training:
                     p.copy_(saved)
             if self.ema and state["ema"]:
                 self.ema = [e.clone() for e in state["ema"]]
-            self.optimizer.load_state_dict(state["optimizer"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
             self.step, self.samples, self._spent = state["step"], state["samples"], state["spent"]
             self.elapsed = self._spent
         self._read_minutes()
@@ -95,7 +105,8 @@ class Training:
     def update(self, loss, batch: int, **shown) -> None:
         """Back-propagate, average the gradients over the processes, take one step."""
         torch = self.torch
-        self.optimizer.zero_grad(set_to_none=True)
+        for p in self.parameters:
+            p.grad = None
         loss.backward()
         grads = [p.grad for p in self.parameters]
         clock = torch.zeros(1)
@@ -113,9 +124,10 @@ class Training:
             at += g.numel()
         warm = min(1.0, (self.step + 1) / 100)
         rate = warm * self.lr * (0.5 + 0.5 * math.cos(math.pi * self.progress))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
         self.step += 1
         self.samples += batch * self.processes
         if self.ema:
@@ -149,7 +161,7 @@ class Training:
         state = {
             "parameters": [p.detach() for p in self.parameters],
             "ema": self.ema,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "samples": self.samples,
             "spent": self.elapsed,

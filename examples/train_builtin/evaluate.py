@@ -4,6 +4,7 @@
     python evaluate.py MODEL --sweep guidance         # or: --sweep steps
     python evaluate.py MODEL --sheet sheet.png        # 48 unpicked prompts
     python evaluate.py MODEL --through mlxdiff        # a converted folder ("" is the built-in one)
+    python evaluate.py "" --through mlxdiff --demo 10 # the documented prompts, seeds 0 to 9
 
 MODEL is a diffusers folder unless said otherwise. Prompts and seeds are fixed:
 fresh draws of the training distribution and of the held-out pairs and combinations, worded in
@@ -35,6 +36,14 @@ ROWS = {
     "2 objects, held-out combination": (2, "combination"),
 }
 DEMO = "a small red circle left of a large blue square on a yellow background"
+DEMOS = (  # what the project's documentation shows, with its settings: prompt, steps, guidance
+    (DEMO, 12, 4.0),
+    (DEMO, 20, 4.0),
+    ("a small red circle left of a large blue square", 20, 4.0),
+    ("a small green triangle above a large purple square", 10, 4.0),
+    ("a large yellow star on a blue background", 8, 4.0),
+    ("a red circle on a blue background", 20, 7.5),
+)
 
 
 def through_diffusers(
@@ -147,6 +156,20 @@ def sheet(generate: Generate, path: str, seed: int = 0) -> None:
     print(f"{path}: {sum(verdicts)} of 48 right (prompts of wrong ones in red)")
 
 
+def demos(generator: Callable[[int, float], Generate], seeds: int) -> None:
+    """Print how many seeds give the right picture, for each prompt that the documentation shows."""
+    for prompt, steps, guidance in DEMOS:
+        pictures = generator(steps, guidance)([prompt] * seeds, range(seeds))
+        wrong = [
+            i for i, picture in enumerate(pictures) if not checker.check(picture, prompt).right
+        ]
+        print(
+            f"{prompt!r}, {steps} steps, guidance {guidance:g}: {seeds - len(wrong)} of {seeds} "
+            f"seeds right{f', wrong: {wrong}' if wrong else ''}",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model")
@@ -158,7 +181,10 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, help="numbers of the rows (from 1)")
     parser.add_argument("--sweep", choices=("steps", "guidance"), help="by steps or by guidance")
     parser.add_argument("--sheet", metavar="PNG", help="draw 48 unpicked prompts")
-    parser.add_argument("--demo", type=int, metavar="N", help="score the demo prompt, N seeds")
+    parser.add_argument(
+        "--demo", type=int, metavar="N", help="score the documented prompts, N seeds"
+    )
+    parser.add_argument("--quantize", type=int, help="bits (mlxdiff only)")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     if args.through == "diffusers":
@@ -168,17 +194,15 @@ def main() -> None:
 
     def generator(steps: int, guidance: float) -> Generate:
         if args.through == "mlxdiff":
-            return through_mlxdiff(args.model, steps, guidance)
+            more = {"quantize": args.quantize} if args.quantize else {}
+            return through_mlxdiff(args.model, steps, guidance, backend="numpy", **more)
         return through_diffusers(args.model, steps, guidance, args.spacing)
 
     started = time.time()
     if args.sheet:
         sheet(generator(args.steps, args.guidance), args.sheet)
     elif args.demo:
-        pictures = generator(args.steps, args.guidance)([DEMO] * args.demo, range(args.demo))
-        verdicts = [checker.check(picture, DEMO).right for picture in pictures]
-        wrong = [seed for seed, right in enumerate(verdicts) if not right]
-        print(f"{DEMO!r}: {sum(verdicts)} of {args.demo} seeds right, wrong: {wrong}")
+        demos(generator, args.demo)
     elif args.sweep:
         rows = ("1 object, held-out pair", "2 objects, held-out combination")
         settings = {

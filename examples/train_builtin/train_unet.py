@@ -12,6 +12,7 @@ from the averaged weights, at any time during the run.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -67,12 +68,47 @@ def _open(run: Path, name: str, shape=None):
     return np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
 
 
+def draw(rng: np.random.Generator, easy: float) -> data.Spec:
+    """A training picture; those without round or fine outlines are kept with chance `easy`."""
+    while True:
+        spec = data.random_spec(rng, 2 if rng.random() < TWO else 1)
+        fine = any(t.shape in ("circle", "ring") or is_hard(t) for t in spec.things)
+        if rng.random() < easy or fine:
+            return spec
+
+
+def is_hard(thing: data.Thing) -> bool:
+    """Outlines with turns of a few pixels; nearly all that the checker refused were small stars."""
+    return thing.shape in ("star", "ring") and thing.size == "small"
+
+
+def hard(spec: data.Spec) -> bool:
+    return any(is_hard(thing) for thing in spec.things)
+
+
+CHUNK = 64  # pictures that are drawn with one generator
+
+
+def pictures_of(seed: int, start: int, size: int, easy: float) -> tuple[list[data.Spec], list[str]]:
+    """Pictures [start, start + size) of a cache and their captions; start in multiples of CHUNK."""
+    rng = np.random.default_rng((seed, start))
+    specs = [draw(rng, easy) for _ in range(size)]
+    return specs, [data.caption(spec, rng) for spec in specs]
+
+
+def specs_of(args, count: int) -> list[data.Spec]:
+    """The first `count` pictures of a cache."""
+    starts = range(0, count, CHUNK)
+    chunks = [pictures_of(args.seed, s, min(CHUNK, count - s), args.easy)[0] for s in starts]
+    return [spec for chunk in chunks for spec in chunk]
+
+
 def cache_worker(rank: int, processes: int, args) -> None:
     import torch
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModel
 
-    run, chunk = Path(args.run), 64
+    run, chunk = Path(args.run), CHUNK
     torch.set_grad_enabled(False)
     mine = range(rank * chunk, args.pictures, processes * chunk)
     what = args.what.split("+")
@@ -86,9 +122,7 @@ def cache_worker(rank: int, processes: int, args) -> None:
         latents = np.load(run / "latents.npy", mmap_mode="r+")
     for start in mine:
         size = min(chunk, args.pictures - start)
-        rng = np.random.default_rng((2024, start))
-        specs = [data.random_spec(rng, 2 if rng.random() < TWO else 1) for _ in range(size)]
-        captions = [data.caption(spec, rng) for spec in specs]
+        specs, captions = pictures_of(args.seed, start, size, args.easy)
         if "text" in what:
             ids = tokens.encode(tokenizer, captions)
             texts[start : start + size] = encoder(ids).last_hidden_state.numpy()
@@ -115,6 +149,10 @@ def cache(args) -> None:
         _open(run, "latents", (args.pictures, 2, 4, side, side))
     common.launch(cache_worker, args, args.processes)
     if "latents" in args.what:
+        known = json.loads((args.vae / "config.json").read_text())["scaling_factor"]
+        if known != 1.0:  # the VAE of a finished model: its U-Net knows the latents at this scale
+            (run / "scaling_factor").write_text(f"{known}\n")
+            return
         latents = _open(run, "latents")[:5000].astype(np.float32)
         std = float(np.sqrt(latents[:, 0].var() + np.square(latents[:, 1]).mean()))
         print("latent mean", latents[:, 0].mean((0, 2, 3)), "std", latents[:, 0].std((0, 2, 3)))
@@ -125,13 +163,33 @@ def cache(args) -> None:
 # --- train -----------------------------------------------------------------------------------
 
 
+class Level:
+    """How large the loss is at a time t, as seen so far; in `bins` equal parts of the range.
+
+    Divided by it, all times count alike (Karras et al., arXiv:2312.02696, section 2.2). In the
+    plain mean the noisiest fifth has more than half of the weight, for places that nobody can know
+    yet; outlines are decided later.
+    """
+
+    def __init__(self, bins: int = 20, decay: float = 0.98) -> None:
+        self.means, self.bins, self.decay = [0.1] * bins, bins, decay
+
+    def __call__(self, t, losses):
+        """The levels for times (B,) after taking their losses (B,) into account."""
+        at = (t * self.bins // 1000).tolist()
+        for i, loss in zip(at, losses.tolist(), strict=True):
+            self.means[i] = self.decay * self.means[i] + (1 - self.decay) * loss
+        return losses.new_tensor([self.means[i] for i in at])
+
+
 def train_worker(rank: int, processes: int, args) -> None:
     import torch
+    from diffusers import UNet2DConditionModel
     from diffusers.models.attention_processor import AttnProcessor
 
     run = Path(args.run)
     torch.manual_seed(0)
-    unet = build()
+    unet = UNet2DConditionModel.from_pretrained(args.start) if args.start else build()
     unet.set_attn_processor(AttnProcessor())  # the fused attention is slower backwards on CPU
     if args.channels_last:
         unet.to(memory_format=torch.channels_last)
@@ -140,19 +198,28 @@ def train_worker(rank: int, processes: int, args) -> None:
     latents, texts = _open(run, "latents"), _open(run, "text")
     empty = torch.from_numpy(np.load(run / "empty.npy"))[0].float()
     training = common.Training(
-        rank, processes, run, unet, args.lr, args.minutes, ema=args.ema, betas=(0.9, 0.99)
+        rank, processes, run, unet, args.lr, args.minutes, ema=args.ema, muon=args.muon
     )
-    size = args.batch
+    level = Level()
+    size, pictures = args.batch, min(args.pictures, len(latents))
+    share = np.array([1 + args.emphasis * hard(spec) for spec in specs_of(args, pictures)], float)
+    share /= share.sum()
     while not training.done:
         rng = np.random.default_rng((3, training.step, rank))
         torch.manual_seed(processes * training.step + rank)
-        rows = np.sort(rng.integers(0, len(latents), size))
+        rows = np.sort(rng.choice(pictures, size, p=share))
         code = torch.from_numpy(latents[rows].astype(np.float32))
         text = torch.from_numpy(texts[rows].astype(np.float32))
         text[torch.from_numpy(rng.random(size) < EMPTY)] = empty
-        x = (code[:, 0] + code[:, 1] * torch.randn_like(code[:, 0])) * factor
+        x = code[:, 0]
+        if not args.means:
+            x = x + code[:, 1] * torch.randn_like(x)
+        x = x * factor
         # one timestep from each of `size` equal parts: less noise in the loss
-        t = torch.from_numpy(((rng.permutation(size) + rng.random(size)) / size * 1000).astype(int))
+        u = (rng.permutation(size) + rng.random(size)) / size
+        if args.middle:  # density as the sine: few where only places are open, few at the end
+            u = np.arccos(1 - 2 * u) / np.pi
+        t = torch.from_numpy((u * 1000).astype(int))
         signal = alphas[t].sqrt()[:, None, None, None]
         sigma = (1 - alphas[t]).sqrt()[:, None, None, None]
         noise = torch.randn_like(x)
@@ -161,9 +228,62 @@ def train_worker(rank: int, processes: int, args) -> None:
             noisy = noisy.contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             v = unet(noisy, t, text).sample
-        loss = (v.float() - goal).square().mean()
-        training.update(loss, size)
+        each = (v.float() - goal).square().mean((1, 2, 3))
+        loss = (each / level(t, each.detach())).mean() if args.balance else each.mean()
+        training.update(loss, size, mse=each.mean())
     training.save()
+
+
+# --- redraw ----------------------------------------------------------------------------------
+
+STEPS = 3
+
+
+def redraw_worker(rank: int, processes: int, args) -> None:
+    """Noise cached latents part of the way and let the U-Net draw them again, as it would.
+
+    What it gets wrong in the outlines, the decoder can learn to put right (train_vae.py --drawn):
+    place and size stay what they were, so the true picture is known.
+    """
+    import torch
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.attention_processor import AttnProcessor
+
+    run = Path(args.run)
+    torch.set_grad_enabled(False)
+    unet = UNet2DConditionModel.from_pretrained(args.start).eval()
+    unet.set_attn_processor(AttnProcessor())
+    alphas = scheduler().alphas_cumprod
+    factor = float((run / "scaling_factor").read_text())
+    latents, texts = _open(run, "latents"), _open(run, "text")
+    empty = torch.from_numpy(np.load(run / "empty.npy")).float()
+    specs = specs_of(args, min(args.pictures, len(latents)))
+    order = np.random.default_rng(31).permutation(len(specs))
+    chosen = [i for i in order if hard(specs[i]) or i % 3 == 0][rank::processes]
+    chosen = np.sort(chosen[: args.redraw // processes])
+    rng = np.random.default_rng((32, rank))
+    torch.manual_seed(rank)
+    drawn, batch = [], 32
+    for start in range(0, len(chosen), batch):
+        rows = chosen[start : start + batch]
+        text = torch.from_numpy(texts[rows].astype(np.float32))
+        text = torch.cat([empty.expand_as(text), text])
+        x = torch.from_numpy(latents[rows, 0].astype(np.float32)) * factor
+        times = np.linspace(rng.uniform(150, 500), 0, STEPS + 1).astype(int)
+        guidance = float(rng.choice((2.0, 4.0, 4.0, 7.5)))
+        x = alphas[times[0]].sqrt() * x + (1 - alphas[times[0]]).sqrt() * torch.randn_like(x)
+        for t, after in itertools.pairwise(times):  # DDIM
+            with torch.autocast("cpu", torch.bfloat16):
+                negative, positive = unet(torch.cat([x, x]), int(t), text).sample.float().chunk(2)
+            v = negative + guidance * (positive - negative)
+            clean = alphas[t].sqrt() * x - (1 - alphas[t]).sqrt() * v
+            noise = alphas[t].sqrt() * v + (1 - alphas[t]).sqrt() * x
+            x = alphas[after].sqrt() * clean + (1 - alphas[after]).sqrt() * noise
+        drawn.append((clean / factor).numpy().astype(np.float16))
+        if rank == 0:
+            print("redrawn", start, flush=True)
+    pictures = np.stack([data.render(specs[i]) for i in chosen])
+    np.savez(run / f"redrawn-{rank}.npz", latents=np.concatenate(drawn), pictures=pictures)
 
 
 # --- assemble --------------------------------------------------------------------------------
@@ -197,6 +317,7 @@ def assemble(run: Path, vae: Path, text: Path, to: Path) -> None:
     pipeline.to(torch.float16).save_pretrained(to)
     for name in ("vocab.json", "merges.txt"):  # newer transformers write tokenizer.json alone
         shutil.copy(text / "tokenizer" / name, to / "tokenizer" / name)
+    tokens.name_words(to / "tokenizer", data.words())
     config = to / "scheduler" / "scheduler_config.json"
     values = json.loads(config.read_text())
     values["clip_sample"] = False  # DDIM and DDPM built from this file would clip the latents
@@ -215,24 +336,35 @@ def assemble(run: Path, vae: Path, text: Path, to: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("stage", choices=("cache", "train", "assemble"))
+    parser.add_argument("stage", choices=("cache", "train", "redraw", "assemble"))
     parser.add_argument("--run", type=Path, required=True, help="folder of this run")
     parser.add_argument("--vae", type=Path)
     parser.add_argument("--text", type=Path, help="run folder of train_text.py")
     parser.add_argument("--to", type=Path, help="assemble: folder to write")
+    parser.add_argument("--start", type=Path, help="train: U-Net folder to start from")
+    parser.add_argument("--seed", type=int, default=2024, help="cache: which pictures to draw")
+    parser.add_argument("--easy", type=float, default=1.0, help="cache: share of easy ones to keep")
+    parser.add_argument("--means", action="store_true", help="train: no noise of the VAE's")
+    parser.add_argument("--emphasis", type=float, default=0, help="train: this often again: hard")
+    parser.add_argument("--middle", action="store_true", help="train: fewer of both ends of time")
+    parser.add_argument("--balance", action="store_true", help="train: all times count alike")
     parser.add_argument("--pictures", type=int, default=80_000)
     parser.add_argument("--what", default="text+latents", help="cache: text, latents or both")
+    parser.add_argument("--redraw", type=int, default=5000, help="redraw: how many pictures")
     parser.add_argument("--minutes", type=float, default=75)
     parser.add_argument("--batch", type=int, default=24, help="samples a process and step")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.999)
+    parser.add_argument("--muon", action="store_true", help="train: matrices by Muon, not AdamW")
     parser.add_argument("--channels-last", action="store_true")
     args = parser.parse_args()
     if args.stage == "cache":
         cache(args)
     elif args.stage == "train":
         common.launch(train_worker, args, args.processes)
+    elif args.stage == "redraw":
+        common.launch(redraw_worker, args, args.processes)
     else:
         assemble(args.run, args.vae, args.text, args.to)
 

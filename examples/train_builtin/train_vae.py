@@ -2,9 +2,11 @@
 
     python train_vae.py --run runs/vae --minutes 30
     python train_vae.py --run runs/vae-decoder --start runs/vae/vae --decoder-only --minutes 28
+    python train_vae.py ... --redrawn runs/unet/redrawn-*.npz
 
 Half of the pictures hold three to six overlapping objects, so that every sample shows many edges.
-The second command goes on with the decoder alone, on frozen latents. RUN/vae is the result.
+The second command goes on with the decoder alone, on frozen latents; the third also on latents that
+the U-Net drew, beside the pictures that they should have become. RUN/vae is the result.
 
     python train_vae.py --gate runs/vae/vae
 
@@ -64,22 +66,38 @@ def worker(rank: int, processes: int, args) -> None:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
     training = common.Training(
-        rank, processes, args.run, vae, args.lr, args.minutes, ema=args.ema, betas=(0.9, 0.95)
+        rank,
+        processes,
+        args.run,
+        vae,
+        args.lr,
+        args.minutes,
+        ema=args.ema,
+        betas=(0.9, 0.95),
+        muon=args.muon,
     )
+    fresh = args.batch
+    if args.redrawn:
+        files = [np.load(file) for file in args.redrawn]
+        redrawn, pictures = (np.concatenate([f[k] for f in files]) for k in ("latents", "pictures"))
+        fresh = args.batch // 2
     while not training.done:
         rng = np.random.default_rng((training.step, rank, int(args.decoder_only)))
         torch.manual_seed(1000 * training.step + rank)
-        x = torch.from_numpy(batch_of(rng, args.batch)).contiguous(
-            memory_format=torch.channels_last
-        )
+        x = torch.from_numpy(batch_of(rng, fresh)).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=not args.float32):
             with torch.set_grad_enabled(not args.decoder_only):
                 code = vae.encode(x).latent_dist
                 mean, logvar = code.mean.float(), code.logvar.float()
                 spread = torch.exp(0.5 * logvar)
             if args.decoder_only:  # be good to latents that the U-Net got slightly wrong
-                spread = spread + args.noise * torch.rand(args.batch, 1, 1, 1)
+                spread = spread + args.noise * torch.rand(fresh, 1, 1, 1)
             z = mean + spread * torch.randn_like(mean)
+            if args.redrawn:
+                rows = rng.integers(0, len(redrawn), args.batch - fresh)
+                z = torch.cat([z, torch.from_numpy(redrawn[rows].astype(np.float32))])
+                truth = torch.from_numpy(pictures[rows].astype(np.float32) / 127.5 - 1)
+                x = torch.cat([x, truth.permute(0, 3, 1, 2)])
             y = vae.decode(z).sample
         error = y.float() - x
         l1, mse = error.abs().mean(), error.square().mean()
@@ -132,6 +150,10 @@ def main() -> None:
     parser.add_argument("--sheet", help="with --gate: PNG of pictures beside reconstructions")
     parser.add_argument("--start", help="VAE folder to start from")
     parser.add_argument("--decoder-only", action="store_true")
+    parser.add_argument(
+        "--redrawn", nargs="+", help="files of train_unet.py redraw: half of a batch"
+    )
+    parser.add_argument("--muon", action="store_true", help="matrices by Muon, not AdamW")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--widths", type=int, nargs="+", default=[32, 32, 64])
     parser.add_argument("--batch", type=int, default=8, help="pictures a process and step")

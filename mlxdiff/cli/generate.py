@@ -288,7 +288,9 @@ def generate(
     words = replayed(embeddings, replay.pop("embeddings", None), from_image)
     prompts = _prompts(text, prompt, prompt_file, replay.pop("prompt", None))
     if prompts == [None] and model is None:  # a model of one's own may draw without
-        raise UsageError('no prompt is given; for example: mlxdiff generate "a red circle"')
+        raise UsageError(
+            'no prompt is given; for example: mlxdiff generate "a red circle on a blue background"'
+        )
     arguments = replay | {k: v for k, v in picture.items() if v not in (None, ())}
 
     from mlxdiff.image import check_writable
