@@ -42,6 +42,7 @@ DEMOS = (  # what the project's documentation shows, with its settings: prompt, 
     ("a small red circle left of a large blue square", 20, 4.0),
     ("a small green triangle above a large purple square", 10, 4.0),
     ("a large yellow star on a blue background", 8, 4.0),
+    ("a large red circle on the left on a blue background", 12, 4.0),
     ("a red circle on a blue background", 20, 7.5),
 )
 
