@@ -1,4 +1,4 @@
-"""Weights in few bits: the arithmetic, in NumPy, and which tensor gets how many.
+"""Weights in few bits: the arithmetic, in NumPy. Which tensor gets how many: ``recipes``.
 
 A row of a weight (its last axis) is cut into groups. A group keeps a scale and, in affine mode, a
 bias; a value is a whole number q of few bits and stands for ``scale * q + bias``. The numbers of a
@@ -13,12 +13,14 @@ A convolution (out, kH, kW, in) is cut along its input channels, like a linear m
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mlxdiff import threads
 from mlxdiff.errors import ConfigError, UsageError
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
@@ -26,7 +28,7 @@ AFFINE_GROUPS = (32, 64, 128)
 FLOAT_MODES = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}
 """Float modes: bits and group size, which are fixed."""
 
-_CHUNK = 1 << 20  # values that are worked on at a time: what is beside them is a few times that
+_CHUNK = 1 << 18  # values that a thread works on at a time: what is beside them is ten times that
 
 
 @dataclass(frozen=True)
@@ -137,12 +139,15 @@ def quantize(array: np.ndarray, how: Quantization, fitted: bool = False) -> Pack
     kind = array.dtype if how.mode == "affine" else np.dtype(np.uint8)
     scales = np.empty(len(groups), kind)
     biases = np.empty(len(groups), kind) if how.mode == "affine" else None
-    for part in _parts(len(groups), how.group_size):
+
+    def work(part: slice) -> None:
         if biases is None:
             codes[part], scales[part] = _round_float(groups[part], how)
         else:
             affine = _round_fitted if fitted else _round_affine
             codes[part], scales[part], biases[part] = affine(groups[part], how.bits)
+
+    _for_each(work, _parts(len(groups), how.group_size))
     return Packed(
         _pack(codes.reshape(-1, array.shape[-1]), how.bits).reshape(shapes["weight"]),
         scales.reshape(shapes["scales"]),
@@ -162,7 +167,8 @@ def dequantize(packed: Packed, dtype: Any = np.float32) -> np.ndarray:
     codes = _unpack(packed.weight, how.bits).reshape(-1, how.group_size)
     out = np.empty(codes.shape, dtype)
     scales, biases = packed.scales.reshape(-1, 1), packed.biases
-    for part in _parts(len(codes), how.group_size):
+
+    def work(part: slice) -> None:
         if biases is not None:
             np.multiply(codes[part], scales[part].astype(dtype), out=out[part], casting="unsafe")
             out[part] += biases.reshape(-1, 1)[part].astype(dtype)
@@ -170,12 +176,22 @@ def dequantize(packed: Packed, dtype: Any = np.float32) -> np.ndarray:
             values = (_E2M1 if how.bits == 4 else _E4M3)[codes[part]]
             factor = _E4M3[scales[part]] if how.mode == "nvfp4" else _e8m0(scales[part])
             np.multiply(values, factor, out=out[part], casting="unsafe")
+
+    _for_each(work, _parts(len(codes), how.group_size))
     return out.reshape(packed.shape)
 
 
 def _parts(rows: int, width: int) -> list[slice]:
     step = max(1, _CHUNK // width)
     return [slice(start, start + step) for start in range(0, rows, step)]
+
+
+def _for_each(work: Callable[[slice], None], parts: list[slice]) -> None:
+    """Do the work for all parts; NumPy lets several threads compute at once."""
+    if len(parts) == 1:
+        work(parts[0])
+    else:
+        list(threads.pool().map(work, parts))
 
 
 def _round_affine(w: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -9,15 +9,13 @@ the constants below.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from mlxdiff import threads
 from mlxdiff.quantization import Packed, dequantize
 from mlxdiff.weights import raise_faults
 
@@ -31,25 +29,6 @@ Result = TypeVar("Result")
 # ------------------------------------------------------------------------------- blocks and threads
 
 
-def _threads() -> int:
-    """As many as BLAS is told to use, else one for each core that this process may run on."""
-    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
-        if os.environ.get(variable, "").isdecimal():
-            return max(1, int(os.environ[variable]))
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_threads(), thread_name_prefix="mlxdiff")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
-
-
 def _blocks(rows: int, row_size: int) -> list[slice]:
     """Slices that cover this many rows of this many values, _BLOCK values or one row each."""
     step = max(1, _BLOCK // max(1, row_size))
@@ -58,15 +37,15 @@ def _blocks(rows: int, row_size: int) -> list[slice]:
 
 def _for_each(function: Callable[[slice], Result], blocks: Sequence[slice]) -> list[Result]:
     """The function's results for all blocks, in order; computed by all threads."""
-    threads = min(_threads(), len(blocks))
-    if threads <= 1:
+    count = min(threads.count(), len(blocks))
+    if count <= 1:
         return [function(block) for block in blocks]
 
     def share(first: int) -> list[Result]:
-        return [function(block) for block in blocks[first::threads]]
+        return [function(block) for block in blocks[first::count]]
 
-    shares = list(_pool().map(share, range(threads)))
-    return [shares[i % threads][i // threads] for i in range(len(blocks))]
+    shares = list(threads.pool().map(share, range(count)))
+    return [shares[i % count][i // count] for i in range(len(blocks))]
 
 
 def _rows(x: np.ndarray) -> np.ndarray:
