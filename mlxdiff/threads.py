@@ -6,15 +6,15 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
+from mlxdiff.machine import THREAD_VARIABLES, usable_cores
+
 
 def count() -> int:
     """As many as BLAS is told to use, else one for each core that this process may run on."""
-    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
+    for variable in THREAD_VARIABLES:
         if os.environ.get(variable, "").isdecimal():
             return max(1, int(os.environ[variable]))
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return usable_cores()
 
 
 @cache

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "condition"),
     ("machine",),
-    ("config", "files", "known", "a1111"),
+    ("config", "files", "known", "threads", "a1111"),
     ("params", "quantization"),
     (
         "tokenizer",

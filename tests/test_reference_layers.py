@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from mlxdiff import threads
 from mlxdiff.errors import CheckpointError
 from mlxdiff.reference import layers
 
@@ -25,7 +26,7 @@ def load(layer: layers.Module) -> layers.Module:
 
 @pytest.fixture
 def two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "_threads", lambda: 2)
+    monkeypatch.setattr(threads, "count", lambda: 2)
 
 
 # ------------------------------------------------------------------------------------ convolutions
