@@ -84,6 +84,7 @@ class Denoiser:
         text: the prompts, embedded.
         settings: of the run.
         timesteps: of all evaluations of its plan.
+        unet: the model's; None: have it loaded.
     """
 
     def __init__(
@@ -92,9 +93,10 @@ class Denoiser:
         text: PromptEmbeddings,
         settings: Settings,
         timesteps: Sequence[float],
+        unet: Any = None,
     ) -> None:
         self.backend = model.backend
-        self.unet = model.component("unet")
+        self.unet = model.component("unet") if unet is None else unet
         self.settings = settings
         self.guided = settings.guides(model)
         self.edits = model.edits
@@ -253,13 +255,13 @@ def make_denoiser(
         prompt_syntax=settings.prompt_syntax,
         steps=settings.evaluations,
     )
-    if len(timeline) == 1:
-        return Denoiser(model, timeline[0][1], settings, timesteps)
     made: dict[tuple[bytes | None, ...], Denoiser] = {}  # what comes back is not made again
-    denoisers = []
+    denoisers, unet = [], model.take("unet")
     for last, text in timeline:
         key = tuple(None if array is None else array.tobytes() for array in text)
         if key not in made:
-            made[key] = Denoiser(model, text, settings, timesteps)
+            made[key] = Denoiser(model, text, settings, timesteps, unet)
         denoisers.append((last, made[key]))
-    return EditedDenoiser(denoisers, before)
+    if model.low_memory:
+        unet.absorb([denoiser.text for denoiser in made.values()])
+    return denoisers[0][1] if len(denoisers) == 1 else EditedDenoiser(denoisers, before)

@@ -108,6 +108,7 @@ def estimate(
     image: bool = False,
     refiner: Networks | None = None,
     low_memory: bool = False,
+    tiled: bool = False,
 ) -> Estimate:
     """The memory of a run.
 
@@ -118,7 +119,8 @@ def estimate(
         batch: of the U-Net: 2 under guidance.
         image: whether a picture is encoded first.
         refiner: a second model that draws the last part.
-        low_memory: as for ``generate``.
+        low_memory: as for ``mlxdiff.load``.
+        tiled: whether the VAE decodes in bands (``mlxdiff.tiling``).
     """
     weights: dict[str, int] = {}
     work: dict[str, int] = {}
@@ -145,6 +147,8 @@ def estimate(
                 need = activation_bytes(config, kind, *latent, batch=batch)
             elif name == "vae":
                 need = activation_bytes(config, kind, *latent)
+                if tiled:
+                    need = min(need, tiled_bytes(config, kind, *latent))
                 if image:
                     encode = activation_bytes(config, kind, height, width, encode=True)
                     work["image"] = max(encode, largest)
@@ -194,6 +198,13 @@ def activation_bytes(
         return max(map(_numpy_bytes, work))
     size = SIZES[device.dtype]
     return max(_gpu_bytes(op, size) for op in work) if device.gpu else _cpu_bytes(work, size)
+
+
+def tiled_bytes(config: ComponentConfig, device: Device, height: int, width: int) -> int:
+    """The same of a VAE that decodes in bands: what a layer keeps, and what it replaces."""
+    size = SIZES[device.dtype]
+    work = [op for op in operations(config, height, width) if op.kind == "convolution"]
+    return max(size * (op.held + min(op.inputs, op.outputs)) for op in work) + 3 * _MLX_WORK
 
 
 def _numpy_bytes(op: Operation) -> int:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mlxdiff import samplers
-from mlxdiff.config import UNet2DConditionConfig, VAEConfig
+from mlxdiff import samplers, tiling
+from mlxdiff.config import AutoencoderKLConfig, UNet2DConditionConfig, VAEConfig
 from mlxdiff.convert import Component
 from mlxdiff.errors import ConfigError, UsageError
 from mlxdiff.image import load_image, to_model, to_pil
@@ -26,6 +26,10 @@ from mlxdiff.weights import ModelSource
 
 if TYPE_CHECKING:
     import PIL.Image
+
+
+TILE_PIXELS = 512 * 512
+"""A picture of more pixels is decoded in bands."""
 
 
 class PromptEmbeddings(NamedTuple):
@@ -69,6 +73,10 @@ class Networks:
         vae: where its VAE comes from, if from elsewhere.
         added: networks beside the model's own, by name.
         load_seconds: time spent on reading weights so far.
+        low_memory: keep one stage's networks at a time (one text encoder, too), and their weights
+            as they are stored.
+        vae_tiling: decode in bands of rows; None: pictures of more than 512 x 512 pixels, and all
+            with low_memory.
     """
 
     def __init__(self, source: ModelSource, backend: Any, vae: Component | None = None) -> None:
@@ -77,11 +85,15 @@ class Networks:
         self.vae = vae
         self.added: dict[str, Component] = {}
         self.load_seconds = 0.0
+        self.low_memory = False
+        self.vae_tiling: bool | None = None
         self._loaded: dict[str, Any] = {}
 
     def component(self, name: str) -> Any:
         """A network of the model ("unet", "vae", "text_encoder" or "text_encoder_2"), or one that
         was added."""
+        if self.low_memory:
+            self._release_stages_before(name)
         if name not in self._loaded:
             start = time.perf_counter()
             other = self.vae if name == "vae" else self.added.get(name)
@@ -90,7 +102,8 @@ class Networks:
             else:
                 config, tensors = self.source.config(name), self.source.tensors(name)
             dtype = "float32" if name == "vae" and config.force_upcast else None
-            self._loaded[name] = self.backend.load(config, tensors, dtype)
+            stored = True if self.low_memory else None
+            self._loaded[name] = self.backend.load(config, tensors, dtype, stored)
             self.load_seconds += time.perf_counter() - start
         return self._loaded[name]
 
@@ -101,6 +114,26 @@ class Networks:
             del self.added[name]
             self._loaded.pop(name, None)
         self.added |= {f"{kind}_{i}": one for i, one in enumerate(components)}
+
+    def take(self, name: str) -> Any:
+        """The same; with low_memory it is the caller's alone, and leaves memory with the caller."""
+        network = self.component(name)
+        return self._loaded.pop(name) if self.low_memory else network
+
+    def save_memory(self, low_memory: bool, vae_tiling: bool | None = None) -> None:
+        """Set ``low_memory`` and ``vae_tiling``; what is loaded otherwise leaves memory."""
+        if low_memory != self.low_memory:
+            self._loaded.clear()
+            self.backend.clear_cache()
+        self.low_memory, self.vae_tiling = low_memory, vae_tiling
+
+    def _release_stages_before(self, name: str) -> None:
+        """Let go of all networks that are not needed at the same time as this one."""
+        alone = name.startswith(("text_encoder", "vae"))
+        for other in list(self._loaded):
+            if other != name and (alone or other.startswith(("text_encoder", "vae"))):
+                del self._loaded[other]
+        self.backend.clear_cache()
 
 
 class Model(Networks):
@@ -348,8 +381,21 @@ class Model(Networks):
         vae, images = self.component("vae"), []
         for one in np.asarray(latents, np.float32):
             z = self.backend.asarray((one / scale + shift)[None].astype(np.float32))
-            images.append(to_pil(self.backend.to_numpy(vae.decode(z))[0]))
+            factor = self.vae_config.factor
+            if self.tiles(factor * len(one), factor * len(one[0]), self.low_memory):
+                pixels = tiling.decode(self.backend, vae, z)
+            else:
+                pixels = vae.decode(z)
+            images.append(to_pil(self.backend.to_numpy(pixels)[0]))
         return images
+
+    def tiles(self, height: int, width: int, low_memory: bool) -> bool:
+        """Whether a picture of this size is decoded in bands."""
+        if not isinstance(self.vae_config, AutoencoderKLConfig):
+            return False  # a TAESD's features are small
+        if self.vae_tiling is not None:
+            return self.vae_tiling
+        return low_memory or height * width > TILE_PIXELS
 
     def _latent_scale(self) -> tuple[np.ndarray, np.ndarray]:
         """``scale, shift`` with latents of the U-Net = (latents of the VAE - shift) * scale."""

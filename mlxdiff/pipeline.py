@@ -131,6 +131,8 @@ def load(
     variant: str | None = None,
     config: str | os.PathLike[str] | None = None,
     prediction_type: str | None = None,
+    low_memory: bool = False,
+    vae_tiling: bool | None = None,
     memory_limit: float | None = None,
     progress: Callable[..., None] | None = None,
 ) -> Pipeline:
@@ -158,6 +160,10 @@ def load(
             weights stand in for parts that the file does not have.
         prediction_type: for a single file: "epsilon", "v_prediction" or "sample", whatever the file
             looks like.
+        low_memory: hold one stage's networks at a time, and weights as they are stored: each
+            picture reads them anew, and on a CPU each step expands them anew.
+        vae_tiling: decode in bands of rows: the same picture in less memory. None: where it has
+            more than 512 x 512 pixels, and always with low_memory.
         memory_limit: gigabytes that a run may take; what is expected to take more is refused. None:
             as much as the machine has.
         progress: called while files are fetched, as ``mlxdiff.hub.resolve`` does.
@@ -189,6 +195,7 @@ def load(
             )
             refiner = Pipeline(second, chosen)
         pipe.refine_with(refiner)
+    pipe.save_memory(low_memory, vae_tiling)
     return pipe
 
 
@@ -252,6 +259,12 @@ class Pipeline:
         for path, one in zip(controlnets, found, strict=True):
             model.check_latents_of(one.config, path)
         model.add("controlnet", found)
+
+    def save_memory(self, low_memory: bool = True, vae_tiling: bool | None = None) -> None:
+        """Trade time for memory, from the next picture on; see ``load``."""
+        for model in (self.model, self.refiner):
+            if model is not None:
+                model.save_memory(low_memory, vae_tiling)
 
     @property
     def embeddings(self) -> tuple[textual_inversion.Embedding, ...]:
@@ -318,18 +331,22 @@ class Pipeline:
         self._require_memory(settings)
         return settings
 
-    def memory(self, settings: Settings, scale: int = 1) -> Estimate:
+    def memory(self, settings: Settings, scale: int = 1, low_memory: bool = False) -> Estimate:
         """How much memory a run of these settings takes; ``scale`` divides the picture's sides."""
-        backend = self.backend
-        guided = isinstance(self.model, Model) and self.model.is_guided(settings.guidance)
+        backend, model = self.backend, self.model
+        height, width = settings.height // scale, settings.width // scale
+        low_memory = low_memory or model.low_memory
+        text = isinstance(model, Model)
         return estimate(
-            self.model,
+            model,
             Device(backend.name, backend.has_gpu(), backend.dtype),
-            settings.height // scale,
-            settings.width // scale,
-            batch=2 if guided else 1,
+            height,
+            width,
+            batch=2 if text and model.is_guided(settings.guidance) else 1,
             image=settings.image is not None,
             refiner=self.refiner,
+            low_memory=low_memory,
+            tiled=text and model.tiles(height, width, low_memory),
         )
 
     def _require_memory(self, settings: Settings) -> None:
@@ -339,7 +356,10 @@ class Pipeline:
             self.memory(settings),
             self.backend.memory_size(),
             self.memory_limit,
-            {half: lambda: self.memory(settings, 2)},
+            {
+                "low memory (--low-memory)": lambda: self.memory(settings, low_memory=True),
+                half: lambda: self.memory(settings, 2),
+            },
         )
 
     def stream(
@@ -384,21 +404,16 @@ class Pipeline:
         timings: dict[str, Any],
     ) -> Iterator[Step]:
         model, backend = self.model, self.backend
-        loaded, start = self._load_seconds, time.perf_counter()
         models = [model] if self.refiner is None else [model, self.refiner]
         plans = make_plans(settings, model, self.refiner)
-        before = [0, len(plans[0])]
-        denoisers = [
-            make_denoiser(one, settings, plan.timesteps, n)
-            for one, plan, n in zip(models, plans, before, strict=False)
-        ]
-        timings["text_encoder"] = time.perf_counter() - start - (self._load_seconds - loaded)
         if settings.image is not None:
             model.component("vae")
         start = time.perf_counter()
         inputs = Inputs(model, settings)
         if settings.image is not None:
             timings["image"] = time.perf_counter() - start
+        before = [0, len(plans[0])]
+        denoisers: dict[int, Any] = {}
         seconds = timings["steps"] = []
         total = sum(map(len, plans))
         # One picture after the other: each is then exactly what it is when asked for alone.
@@ -411,7 +426,15 @@ class Pipeline:
             begun = inputs.begin(plans[0], draw, given)
             x = backend.asarray(begun.x)
             index = 0
-            for denoise, plan in zip(denoisers, plans, strict=True):
+            for part, (one, plan) in enumerate(zip(models, plans, strict=True)):
+                if part not in denoisers:
+                    if one.low_memory:
+                        denoisers.clear()
+                    loaded, start = self._load_seconds, time.perf_counter()
+                    denoisers[part] = make_denoiser(one, settings, plan.timesteps, before[part])
+                    elapsed = time.perf_counter() - start - (self._load_seconds - loaded)
+                    timings["text_encoder"] = timings.get("text_encoder", 0.0) + elapsed
+                denoise = denoisers[part]
                 if index > 0:
                     begun = inputs.refine(begun, draw)
                 beside = None if begun.beside is None else backend.asarray(begun.beside)
@@ -436,6 +459,7 @@ class Pipeline:
                         _decode=model.decode,
                     )
                     index += 1
+            backend.clear_cache()
 
     @property
     def _load_seconds(self) -> float:
@@ -528,6 +552,7 @@ class Pipeline:
         images = self.decode(np.stack(final))
         if settings.canvas is not None and settings.paste_original:
             images = [settings.canvas.paste_original(image) for image in images]
+        self.backend.clear_cache()
         timings["vae"] = time.perf_counter() - start
         timings["unet"] = sum(timings["steps"])
         timings["load"] = self._load_seconds - loaded

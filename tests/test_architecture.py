@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each layer may import from the layers before it; parts of one layer do not import each other,
 # except where ALLOWED says so.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "condition"),
+    ("errors", "condition", "tiling"),
     ("machine",),
     ("config", "files", "known", "threads", "a1111"),
     ("params", "quantization"),

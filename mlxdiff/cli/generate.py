@@ -210,6 +210,16 @@ BORDERS = Numbers(",", "LEFT,TOP,RIGHT,BOTTOM")
     help="Weights in 2, 3, 4, 5, 6 or 8 bits, or mxfp4, nvfp4, mxfp8. Default: as they are.",
 )
 @click.option(
+    "--low-memory",
+    is_flag=True,
+    help="One stage of networks at a time, weights as they are stored: slower, the same picture.",
+)
+@click.option(
+    "--vae-tiling/--no-vae-tiling",
+    default=None,
+    help="Decode in bands of rows: less memory, the same picture. Default: above 512x512 pixels.",
+)
+@click.option(
     "--memory-limit",
     type=float,
     metavar="GB",
@@ -245,6 +255,8 @@ def generate(
     backend: str,
     dtype: str,
     quantize: str | None,
+    low_memory: bool,
+    vae_tiling: bool | None,
     memory_limit: float | None,
     output: str | None,
     force: bool,
@@ -304,6 +316,8 @@ def generate(
             backend=backend,
             dtype=dtype,
             quantize=quantize,
+            low_memory=low_memory,
+            vae_tiling=vae_tiling,
             vae=vae,
             refiner=refiner,
             controlnets=controlnet,

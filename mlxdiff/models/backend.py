@@ -34,7 +34,7 @@ except ImportError as error:
 
 from mlxdiff.models.clip import CLIPTextModel
 from mlxdiff.models.controlnet import ControlNetModel
-from mlxdiff.models.layers import Module, StoredWeight
+from mlxdiff.models.layers import Module, StoredWeight, activation
 from mlxdiff.models.taesd import AutoencoderTiny
 from mlxdiff.models.unet import UNet2DConditionModel
 from mlxdiff.models.unet_2d import UNet2DModel
@@ -115,6 +115,11 @@ class Backend:
     def concatenate(self, arrays: list[mx.array], axis: int = 0) -> mx.array:
         """Join arrays along an axis."""
         return mx.concatenate(arrays, axis=axis)
+
+    @staticmethod
+    def activation(name: str) -> Callable[[mx.array], mx.array]:
+        """The function that a config calls by this name."""
+        return activation(name)
 
     @staticmethod
     def has_gpu() -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 from mlxdiff.condition import Condition
@@ -176,3 +178,9 @@ class Attention(Module):
 
     def _keys_values(self, context: mx.array) -> tuple[mx.array, mx.array]:
         return self.to_k(context), self.to_v(context)
+
+    def absorb(self, texts: Sequence[Condition]) -> None:
+        """Make keys and values of all that will be attended to, and give up what makes them."""
+        for text in texts:
+            mx.eval(text.made_by(self, self._keys_values))
+        del self.to_k, self.to_v

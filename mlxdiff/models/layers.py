@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -147,13 +147,15 @@ class Conv2d(Module):
         weight, bias = self.weight, self.get("bias")
         if weight.shape[1] == 1 and self.stride == 1 and self.padding == 0:
             return _affine(x, weight, bias)
+        stored = isinstance(weight, StoredWeight)
         if isinstance(weight, StoredWeight):
             weight = weight.expand()
         if mx.default_device() == mx.gpu:
             x = mx.conv2d(x, weight, self.stride, self.padding)
         else:
             x = _conv_by_rows(x, weight, self.stride, self.padding)
-        return x if bias is None else x + bias
+        x = x if bias is None else x + bias
+        return _before_the_next(x) if stored else x
 
 
 class GroupNorm(Module):
@@ -171,18 +173,30 @@ class GroupNorm(Module):
         self.bias = mx.zeros((num_channels,))
 
     def __call__(self, x: mx.array) -> mx.array:
-        x32 = x.astype(mx.float32)
-        mean = self._group_mean(x32)
-        variance = self._group_mean(mx.square(x32 - mean))
+        return self.over([x])(x)
+
+    def over(self, bands: Sequence[mx.array]) -> Callable[[mx.array], mx.array]:
+        """What normalizes each part of a feature map that is given as bands of rows."""
+        mean = self._group_mean(bands)
+        variance = self._group_mean(bands, mean)
         scale = mx.rsqrt(variance + self.eps) * self.weight.astype(mx.float32)
         shift = self.bias.astype(mx.float32) - mean * scale
-        return (x32 * scale + shift).astype(x.dtype)
+        return lambda x: (x.astype(mx.float32) * scale + shift).astype(x.dtype)
 
-    def _group_mean(self, x: mx.array) -> mx.array:
-        """(B, H, W, C) -> (B, 1, 1, C), each channel with the mean of its group."""
-        batch, channels = x.shape[0], x.shape[-1]
-        # One axis at a time: sums of sums, ten times more accurate than one long float32 sum.
-        means = x.mean(axis=2).mean(axis=1).reshape(batch, self.num_groups, -1)
+    def _group_mean(self, bands: Sequence[mx.array], centre: mx.array | None = None) -> mx.array:
+        """(B, 1, 1, C), each channel with its group's mean, or mean square around a centre."""
+        batch, channels = bands[0].shape[0], bands[0].shape[-1]
+        rows, means = sum(band.shape[1] for band in bands), mx.array(0.0)
+        for band in bands:
+            x = band.astype(mx.float32)
+            x = x if centre is None else mx.square(x - centre)
+            # One axis at a time: sums of sums, ten times more accurate than one long float32 sum.
+            part = x.mean(axis=2).mean(axis=1)
+            if len(bands) > 1:
+                part = part * (band.shape[1] / rows)
+                mx.eval(part)
+            means = means + part if len(bands) > 1 else part
+        means = means.reshape(batch, self.num_groups, -1)
         means = mx.broadcast_to(means.mean(axis=-1, keepdims=True), means.shape)
         return means.reshape(batch, 1, 1, channels)
 
@@ -214,13 +228,23 @@ class Embedding(Module):
 
 def _affine(x: mx.array, weight: mx.array | StoredWeight, bias: mx.array | None) -> mx.array:
     """Affine map of the last axis by a linear weight or one of a 1x1 convolution."""
+    stored = isinstance(weight, StoredWeight)
     if isinstance(weight, StoredWeight):
         if weight.quantization is not None and mx.default_device() == mx.gpu:
             out = _quantized_product(x, weight, weight.quantization)
             return out if bias is None else out + bias
         weight = weight.expand()
     weight = weight.reshape(weight.shape[0], -1)
-    return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+    out = x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+    return _before_the_next(out) if stored else out
+
+
+def _before_the_next(out: mx.array) -> mx.array:
+    """What an expanded weight gave, computed now on a CPU: or the next ones would be expanded,
+    ahead of their use, beside it."""
+    if mx.default_device() != mx.gpu:
+        mx.eval(out)
+    return out
 
 
 def _quantized_product(x: mx.array, weight: StoredWeight, how: Quantization) -> mx.array:

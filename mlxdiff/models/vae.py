@@ -150,10 +150,12 @@ class AutoencoderKL(Module):
             z: (B, H, W, C), unscaled.
         Returns: (B, f * H, f * W, 3) float32, nominally in [-1, 1], not clamped.
         """
+        return self.decoder(self.decoder_input(z)).astype(mx.float32)
+
+    def decoder_input(self, z: mx.array) -> mx.array:
+        """What the decoder is given for latents (B, H, W, C): the same shape."""
         z = z.astype(self.dtype)
-        if self.post_quant_conv is not None:
-            z = self.post_quant_conv(z)
-        return self.decoder(z).astype(mx.float32)
+        return z if self.post_quant_conv is None else self.post_quant_conv(z)
 
 
 def _resnets(

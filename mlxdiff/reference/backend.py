@@ -25,7 +25,7 @@ from mlxdiff.machine import memory_bytes
 from mlxdiff.quantization import Packed
 from mlxdiff.reference.clip import CLIPTextModel
 from mlxdiff.reference.controlnet import ControlNetModel
-from mlxdiff.reference.layers import Module, StoredWeight
+from mlxdiff.reference.layers import Module, StoredWeight, activation
 from mlxdiff.reference.taesd import AutoencoderTiny
 from mlxdiff.reference.unet import UNet2DConditionModel
 from mlxdiff.reference.unet_2d import UNet2DModel
@@ -100,6 +100,11 @@ class Backend:
     def concatenate(self, arrays: list[np.ndarray], axis: int = 0) -> np.ndarray:
         """Join arrays along an axis."""
         return np.concatenate(arrays, axis=axis)
+
+    @staticmethod
+    def activation(name: str) -> Callable[[np.ndarray], np.ndarray]:
+        """The function that a config calls by this name."""
+        return activation(name)
 
     @staticmethod
     def has_gpu() -> bool:

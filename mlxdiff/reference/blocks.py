@@ -5,6 +5,8 @@ Layers return new arrays, so sums are taken in place; inputs are never written t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from mlxdiff.condition import Condition
@@ -182,3 +184,9 @@ class Attention(Module):
 
     def _keys_values(self, context: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.to_k(context), self.to_v(context)
+
+    def absorb(self, texts: Sequence[Condition]) -> None:
+        """Make keys and values of all that will be attended to, and give up what makes them."""
+        for text in texts:
+            text.made_by(self, self._keys_values)
+        del self.to_k, self.to_v

@@ -35,7 +35,7 @@ def _blocks(rows: int, row_size: int) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _for_each(function: Callable[[slice], Result], blocks: Sequence[slice]) -> list[Result]:
+def _for_each(function: Callable[[Any], Result], blocks: Sequence[Any]) -> list[Result]:
     """The function's results for all blocks, in order; computed by all threads."""
     count = min(threads.count(), len(blocks))
     if count <= 1:
@@ -271,32 +271,44 @@ class GroupNorm(Module):
         self.bias = _zeros(num_channels)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        out = np.empty(x.shape, np.float32)
-        for picture, target in zip(x, out, strict=True):
-            self._normalize(_rows(picture), _rows(target))
-        return out
+        return self.over([x])(x)
 
-    def _normalize(self, x: np.ndarray, out: np.ndarray) -> None:
-        """Normalize the pixels (N, C) of one picture."""
-        blocks = _blocks(*x.shape)
+    def over(self, bands: Sequence[np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+        """What normalizes each part of a feature map that is given as bands of rows."""
+        factors = [self._factors([_rows(b[i]) for b in bands]) for i in range(len(bands[0]))]
 
-        def moments(block: slice) -> tuple[np.ndarray, np.ndarray]:
-            centred = x[block] - centre
+        def normalize(x: np.ndarray) -> np.ndarray:
+            out = np.empty(x.shape, np.float32)
+            for picture, target, (centre, scale, shift) in zip(x, out, factors, strict=True):
+                rows, results = _rows(picture), _rows(target)
+
+                def apply(block: slice) -> None:
+                    part = np.subtract(rows[block], centre, out=results[block])  # noqa: B023
+                    part *= scale  # noqa: B023
+                    part += shift  # noqa: B023
+
+                _for_each(apply, _blocks(*rows.shape))
+            return out
+
+        return normalize
+
+    def _factors(self, parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Centre, scale and shift of each channel, for one picture's pixels (N, C) in parts."""
+        count = sum(map(len, parts))
+        blocks = [x[block] for x in parts for block in _blocks(*x.shape)]
+
+        def moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            centred = x - centre
             return centred.sum(axis=0), np.einsum("nc,nc->c", centred, centred)
 
-        def apply(block: slice) -> None:
-            part = np.subtract(x[block], centre, out=out[block])
-            part *= scale
-            part += shift
-
-        sums = _for_each(lambda block: x[block].sum(axis=0), blocks)
-        centre = self._by_group(sums, len(x)).astype(np.float32)
+        sums = _for_each(lambda x: x.sum(axis=0), blocks)
+        centre = self._by_group(sums, count).astype(np.float32)
         first, second = (
-            self._by_group(sums, len(x)) for sums in zip(*_for_each(moments, blocks), strict=True)
+            self._by_group(sums, count) for sums in zip(*_for_each(moments, blocks), strict=True)
         )
         factor = self.weight / np.sqrt(second - first * first + self.eps)
         scale, shift = (v.astype(np.float32) for v in (factor, self.bias - first * factor))
-        _for_each(apply, blocks)
+        return centre, scale, shift
 
     def _by_group(self, sums: Sequence[np.ndarray], count: int) -> np.ndarray:
         """Mean over its group for each channel, (C,) float64, from sums (C,) over ``count``."""

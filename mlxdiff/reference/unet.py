@@ -8,6 +8,7 @@ Source: diffusers models/unets/unet_2d_condition.py and unet_2d_blocks.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -378,6 +379,19 @@ class UNet2DConditionModel(UNetEncoder):
         temb = self.embed(timesteps, text_embeds, time_ids, timestep_cond)
         text = self.read(encoder_hidden_states)
         return self.predict(sample, Condition(temb), text, deep, residuals)
+
+    def absorb(self, texts: Sequence[Condition]) -> None:
+        """Give up the weights that make keys and values of text, once these texts have theirs.
+
+        Only these can be given to ``predict`` from then on.
+        """
+        mid = [] if self.mid_block is None else [self.mid_block]
+        for part in (*self.down_blocks, *mid, *self.up_blocks):
+            for transformer in getattr(part, "attentions", []):
+                for block in transformer.transformer_blocks:
+                    block.attn2.absorb(texts)
+                    if block.only_cross_attention:
+                        block.attn1.absorb(texts)
 
     def predict(
         self,

@@ -144,9 +144,11 @@ class AutoencoderKL(Module):
             z: (B, H, W, C), unscaled.
         Returns: (B, f * H, f * W, 3) float32, nominally in [-1, 1], not clamped.
         """
-        if self.post_quant_conv is not None:
-            z = self.post_quant_conv(z)
-        return self.decoder(z)
+        return self.decoder(self.decoder_input(z))
+
+    def decoder_input(self, z: np.ndarray) -> np.ndarray:
+        """What the decoder is given for latents (B, H, W, C): the same shape."""
+        return z if self.post_quant_conv is None else self.post_quant_conv(z)
 
 
 def _resnets(
