@@ -336,17 +336,18 @@ class Pipeline:
         backend, model = self.backend, self.model
         height, width = settings.height // scale, settings.width // scale
         low_memory = low_memory or model.low_memory
-        text = isinstance(model, Model)
+        guided = isinstance(model, Model) and model.is_guided(settings.guidance)
+        tiled = isinstance(model, Model) and model.tiles(height, width, low_memory)
         return estimate(
             model,
             Device(backend.name, backend.has_gpu(), backend.dtype),
             height,
             width,
-            batch=2 if text and model.is_guided(settings.guidance) else 1,
+            batch=2 if guided else 1,
             image=settings.image is not None,
             refiner=self.refiner,
             low_memory=low_memory,
-            tiled=text and model.tiles(height, width, low_memory),
+            tiled=tiled,
         )
 
     def _require_memory(self, settings: Settings) -> None:
