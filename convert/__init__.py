@@ -15,6 +15,7 @@ if __name__ != "mlxdiff.convert":
 import os
 import time
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +210,8 @@ def describe(
         config: for a single file, as ``convert`` takes it.
     Returns: kind ("converted", "diffusers" or "single file"), path, family, pipeline, resolution
         (height, width in pixels; None where the config does not say), prediction_type, scheduler,
-        parameters, bytes, components (class, tensors, parameters, bytes, dtypes of each),
+        parameters, bytes, components (class, tensors, parameters, bytes, bits_per_weight, dtypes of
+        each),
         quantization (name of the recipe, where it is quantized), source, notes.
     Raises: CheckpointError, ConfigError, HubError.
     """
@@ -224,6 +226,7 @@ def describe(
             "tensors": len(tensors),
             "parameters": sum(t.size for t in tensors),
             "bytes": sum(t.nbytes for t in tensors),
+            "bits_per_weight": _bits(tensors),
             "dtypes": dict(Counter(map(_kind, tensors))),
         }
     recipe = recipe_of(model)
@@ -243,6 +246,11 @@ def describe(
         "source": model.provenance,
         "notes": [] if isinstance(model, ConvertedFolder) else list(model.notes),
     }
+
+
+def _bits(tensors: Collection[LazyTensor]) -> float:
+    """Stored bits for each value, scales and biases included."""
+    return round(8 * sum(t.nbytes for t in tensors) / sum(t.size for t in tensors), 2)
 
 
 def _kind(tensor: LazyTensor) -> str:

@@ -19,9 +19,10 @@ from mlxdiff.convert.report import human_bytes as human
 from mlxdiff.cost import multiply_adds
 from mlxdiff.errors import UsageError
 from mlxdiff.model import Model
-from mlxdiff.pipeline import Pipeline, Result, Step
+from mlxdiff.pipeline import Pipeline, Result, Step, make_backend
 from mlxdiff.recipes import recipe_of
-from mlxdiff.settings import Settings
+from mlxdiff.settings import Settings, resolve
+from mlxdiff.weights import ModelSource
 
 SCHEMA = "mlxdiff-bench/1"
 PROMPT = "a small red circle left of a large blue square on a yellow background"
@@ -116,8 +117,7 @@ def arithmetic(pipe: Pipeline, settings: Settings) -> dict[str, Any]:
     """Multiply-adds by stage, exactly, and the bytes of weights that a step reads."""
     model = pipe.model
     height, width, _ = model.latent_shape(settings.height, settings.width)
-    guided = isinstance(model, Model) and model.is_guided(settings.guidance)
-    batch = 2 if guided else 1
+    batch = settings.batch(model) if isinstance(model, Model) else 1
     count: dict[str, int] = {}
     for name in model.source.components:
         config = model.source.config(name)
@@ -132,6 +132,30 @@ def arithmetic(pipe: Pipeline, settings: Settings) -> dict[str, Any]:
         "batch": batch,
         "multiply_adds": count,
         "weight_bytes_per_step": pipe.memory(settings).weights["unet"],
+    }
+
+
+def expected_memory(source: ModelSource) -> dict[str, Any] | None:
+    """What a picture of a model's own size takes, as this machine would draw it.
+
+    None where that cannot be told: no size in its config, or an image that it starts from.
+    """
+    pipe = Pipeline(source, make_backend())
+    model = pipe.model
+    text = isinstance(model, Model)
+    label = None if isinstance(model, Model) or not model.unet_config.takes_label else 0
+    try:
+        settings = resolve(model, None, "" if text else None, label=label)
+    except UsageError:
+        return None
+    return {
+        "backend": pipe.backend.name,
+        "device": pipe.backend.device(),
+        "dtype": pipe.backend.dtype,
+        "width": settings.width,
+        "height": settings.height,
+        "peak_bytes": pipe.memory(settings).peak,
+        "peak_bytes_low_memory": pipe.memory(settings, low_memory=True).peak,
     }
 
 

@@ -100,7 +100,7 @@ class Denoiser:
         self.settings = settings
         self.guided = settings.guides(model)
         self.edits = model.edits
-        self.batch = 1 if not self.guided else 3 if self.edits else 2
+        self.batch = settings.batch(model)
         states = self._both(text.negative_prompt_embeds, text.prompt_embeds)
         self.text = self.unet.read(states)
         # What the U-Net is told beside text and timestep, (B, ...) each.

@@ -336,14 +336,13 @@ class Pipeline:
         backend, model = self.backend, self.model
         height, width = settings.height // scale, settings.width // scale
         low_memory = low_memory or model.low_memory
-        guided = isinstance(model, Model) and model.is_guided(settings.guidance)
         tiled = isinstance(model, Model) and model.tiles(height, width, low_memory)
         return estimate(
             model,
             Device(backend.name, backend.has_gpu(), backend.dtype),
             height,
             width,
-            batch=2 if guided else 1,
+            batch=settings.batch(model) if isinstance(model, Model) else 1,
             image=settings.image is not None,
             refiner=self.refiner,
             low_memory=low_memory,

@@ -111,6 +111,10 @@ class Settings:
         """Whether a model of the run takes several predictions an evaluation."""
         return model.is_guided(self.guidance, self.image_guidance if model.edits else None)
 
+    def batch(self, model: Model) -> int:
+        """Predictions of an evaluation, guidance included."""
+        return 1 if not self.guides(model) else 3 if model.edits else 2
+
     def time_ids(self, model: Model) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """The numbers that an SDXL U-Net is told beside the negative and the positive prompt."""
         if self.original_size is None or self.crop is None:

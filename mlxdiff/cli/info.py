@@ -39,10 +39,14 @@ def _picture(path: str) -> dict[str, Any]:
 
 def _model(path: str | None, config: str | None) -> dict[str, Any]:
     from mlxdiff import library
-    from mlxdiff.convert import describe
+    from mlxdiff.bench import expected_memory
+    from mlxdiff.convert import describe, open_source
     from mlxdiff.pipeline import BUILTIN
 
-    return describe(BUILTIN if path is None else library.local_path(path) or path, config)
+    place = BUILTIN if path is None else library.local_path(path) or path
+    facts = describe(place, config)
+    memory = expected_memory(open_source(place, config=config))
+    return facts | ({} if memory is None else {"memory": memory})
 
 
 def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
