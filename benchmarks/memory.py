@@ -110,8 +110,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         source = quantized_model(source, find_recipe(options.quantize))
     backend = make_backend(options.backend, options.dtype)
     pipe = Pipeline(source, backend)
-    if options.low_memory:
-        pipe.low_memory = True
+    pipe.save_memory(options.low_memory)
     side = {"width": options.size, "height": options.size}
     settings = pipe.settings("a circle", steps=options.steps, guidance=5.0, **side)
     estimate = pipe.memory(settings)

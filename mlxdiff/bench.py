@@ -82,6 +82,9 @@ def bench(
             "device": pipe.backend.device(),
             "dtype": pipe.backend.dtype,
             "quantization": recipe_of(pipe.source),
+            "low_memory": pipe.model.low_memory,
+            "vae_tiling": isinstance(pipe.model, Model)
+            and pipe.model.tiles(settings.height, settings.width, pipe.model.low_memory),
             "pictures": pictures,
         },
         "machine": before,
@@ -229,7 +232,8 @@ def table(record: dict[str, Any]) -> list[str]:
     cold, warm = seconds["cold"], seconds["warm"]
     memory = "" if host["memory_bytes"] is None else f", {human(host['memory_bytes'])} memory"
     versions = record["versions"]
-    weights = ", ".join(filter(None, (run["dtype"], run["quantization"])))
+    how = [run["dtype"], run["quantization"], "low memory" if run["low_memory"] else None]
+    weights = ", ".join(filter(None, how))
     lines = [
         f"{record['model']['name']} ({record['model']['family']}), {run['width']}x{run['height']}, "
         f"{run['sampler']} {run['schedule']}, {run['steps']} steps, guidance {run['guidance']:g}",

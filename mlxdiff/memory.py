@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from mlxdiff.config import AutoencoderKLConfig, ComponentConfig
 from mlxdiff.cost import Operation, operations
 from mlxdiff.errors import UsageError
+from mlxdiff.recipes import Recipe, quantized_model
 from mlxdiff.weights import LazyTensor, QuantizedTensor
 
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -87,15 +88,18 @@ class Estimate:
 
 def _stage(name: str) -> str:
     """The stage that a network belongs to, and a stage as networks have it."""
-    name = name.removeprefix("refiner ")
-    return "vae" if name == "image" else name.removesuffix("_2")
+    name = name.removeprefix("refiner ").removesuffix("_2")
+    if name not in ("text_encoder", "image", "vae"):
+        return "unet"  # and what is added to it
+    return "vae" if name == "image" else name
 
 
 class Networks(Protocol):
-    """What is asked of a model: its source and, where it has another VAE, that."""
+    """What is asked of a model: its source, another VAE where it has one, and what was added."""
 
     source: Any
     vae: Any
+    added: Any
 
 
 def estimate(
@@ -109,6 +113,7 @@ def estimate(
     refiner: Networks | None = None,
     low_memory: bool = False,
     tiled: bool = False,
+    recipe: Recipe | None = None,
 ) -> Estimate:
     """The memory of a run.
 
@@ -121,6 +126,7 @@ def estimate(
         refiner: a second model that draws the last part.
         low_memory: as for ``mlxdiff.load``.
         tiled: whether the VAE decodes in bands (``mlxdiff.tiling``).
+        recipe: quantize the weights first; None: they are as they are.
     """
     weights: dict[str, int] = {}
     work: dict[str, int] = {}
@@ -136,7 +142,8 @@ def estimate(
             if name == "vae" and prefix:
                 continue  # the model's own decodes
             config = one.source.config(name)
-            tensors = one.source.tensors(name)
+            source = one.source if recipe is None else quantized_model(one.source, recipe)
+            tensors = source.tensors(name)
             if name == "vae" and one.vae is not None:
                 config, tensors = one.vae.config, one.vae.tensors()
             kind = device_of(device, config)
@@ -155,6 +162,10 @@ def estimate(
             else:
                 need = activation_bytes(config, kind)
             work[stage] = max(work.get(stage, 0), need, largest)
+        for name, part in one.added.items():  # ControlNets: what they give adds to each skip
+            weights[prefix + name] = weight_bytes(part.tensors(), device, low_memory or None)
+            unet = operations(one.source.config("unet"), *latent, batch=batch)
+            work["unet"] += SIZES[device.dtype] * max(op.held for op in unet)
     order = [s for s in ("text_encoder", "image", "unet", "vae") if s in work]
     return Estimate(weights, {stage: work[stage] for stage in order}, low_memory)
 
@@ -286,13 +297,14 @@ def require(
         needed: what it takes.
         available: bytes that the machine has; None: unknown.
         limit: gigabytes that the user allows; None: what the machine has.
-        alternatives: what could be done instead -> what that takes; those that fit are advised.
+        alternatives: what could be done instead -> what that takes; the first two that fit are
+            advised.
     """
     most = available if limit is None else int(limit * 1e9)
     if most is None or fits(needed, most):
         return
     whose = "this machine has" if limit is None else "memory_limit (--memory-limit) allows"
-    helps = [how for how, make in (alternatives or {}).items() if fits(make(), most)]
+    helps = [how for how, make in (alternatives or {}).items() if fits(make(), most)][:2]
     raise UsageError(
         f"this would take about {(needed.peak + PROCESS) / 1e9:.2f} GB of memory (the most in the "
         f"{_NAMES[needed.stage]}), and {whose} {most / 1e9:.2f} GB; "

@@ -29,7 +29,7 @@ from mlxdiff.metadata import Metadata
 from mlxdiff.model import Model, PromptEmbeddings, draw_noise
 from mlxdiff.noise import Generator
 from mlxdiff.pixels import PixelModel
-from mlxdiff.recipes import recipe_of
+from mlxdiff.recipes import find_recipe, recipe_of
 from mlxdiff.settings import Settings, make_plans, pick_seeds, resolve
 from mlxdiff.start import Inputs
 from mlxdiff.weights import ModelSource
@@ -331,12 +331,23 @@ class Pipeline:
         self._require_memory(settings)
         return settings
 
-    def memory(self, settings: Settings, scale: int = 1, low_memory: bool = False) -> Estimate:
-        """How much memory a run of these settings takes; ``scale`` divides the picture's sides."""
+    def memory(
+        self,
+        settings: Settings,
+        *,
+        scale: int = 1,
+        low_memory: bool = False,
+        quantize: int | None = None,
+    ) -> Estimate:
+        """How much memory a run of these settings takes.
+
+        Args:
+            scale: divides the picture's sides.
+            low_memory, quantize: as if the model were loaded so.
+        """
         backend, model = self.backend, self.model
         height, width = settings.height // scale, settings.width // scale
         low_memory = low_memory or model.low_memory
-        tiled = isinstance(model, Model) and model.tiles(height, width, low_memory)
         return estimate(
             model,
             Device(backend.name, backend.has_gpu(), backend.dtype),
@@ -346,21 +357,27 @@ class Pipeline:
             image=settings.image is not None,
             refiner=self.refiner,
             low_memory=low_memory,
-            tiled=tiled,
+            tiled=isinstance(model, Model) and model.tiles(height, width, low_memory),
+            recipe=None if quantize is None else find_recipe(quantize),
         )
 
     def _require_memory(self, settings: Settings) -> None:
         """Refuse what cannot fit, before anything is loaded for it. Raises: UsageError."""
-        half = f"half the size ({settings.width // 2}x{settings.height // 2})"
-        require(
-            self.memory(settings),
-            self.backend.memory_size(),
-            self.memory_limit,
-            {
-                "low memory (--low-memory)": lambda: self.memory(settings, low_memory=True),
-                half: lambda: self.memory(settings, 2),
-            },
-        )
+        expected = partial(self.memory, settings)
+        helps = {
+            "low memory (--low-memory)": partial(expected, low_memory=True),
+            f"half the size ({settings.width // 2}x{settings.height // 2})": partial(
+                expected, scale=2
+            ),
+        }
+        if recipe_of(self.source) is None:
+            # On a CPU quantized weights are small only where they are kept so: with low memory.
+            if self.backend.has_gpu():
+                helps["weights in 4 bits (-q 4)"] = partial(expected, quantize=4)
+            helps["both low memory and 4 bits (--low-memory -q 4)"] = partial(
+                expected, low_memory=True, quantize=4
+            )
+        require(expected(), self.backend.memory_size(), self.memory_limit, helps)
 
     def stream(
         self,

@@ -60,6 +60,8 @@ RECORD = {
         "device": "str",
         "dtype": "str",
         "quantization": "NoneType",
+        "low_memory": "number",
+        "vae_tiling": "number",
         "pictures": "number",
     },
     "machine": {

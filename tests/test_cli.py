@@ -295,6 +295,8 @@ def test_convert_info_and_generate_from_the_converted_folder(here: Path) -> None
     facts = json.loads(run("info", "converted", "--json").stdout)
     assert facts["family"] == "sd1"
     assert facts["kind"] == "converted"
+    assert facts["components"]["unet"]["bits_per_weight"] == 32
+    assert 0 < facts["memory"]["peak_bytes_low_memory"] <= facts["memory"]["peak_bytes"]
     assert "float32" in run("info", "converted").stdout.lower() or "F32" in json.dumps(facts)
     drawn = [
         run("generate", "a", "-m", m, "-s", "1", "--backend", "numpy", "-o", f"{i}.png", *QUICK)

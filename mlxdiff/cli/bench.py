@@ -27,6 +27,8 @@ from mlxdiff.cli import ProgressBar, common_options, show_notes
 @click.option("--backend", default="auto", help="auto (default), mlx or numpy.")
 @click.option("--dtype", default="auto", help="auto (default), float32, float16 or bfloat16.")
 @click.option("-q", "--quantize", metavar="BITS", help="As for generate.")
+@click.option("--low-memory", is_flag=True, help="As for generate.")
+@click.option("--vae-tiling/--no-vae-tiling", default=None, help="As for generate.")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON on stdout, to post.")
 @common_options
 def bench(
@@ -37,6 +39,8 @@ def bench(
     backend: str,
     dtype: str,
     quantize: str | None,
+    low_memory: bool,
+    vae_tiling: bool | None,
     as_json: bool,
     quiet: bool,
     **picture: Any,
@@ -63,6 +67,8 @@ def bench(
                 backend=backend,
                 dtype=dtype,
                 quantize=quantize,
+                low_memory=low_memory,
+                vae_tiling=vae_tiling,
                 vae=vae,
                 progress=progress,
             )
