@@ -335,8 +335,7 @@ class Entry:
     Attributes:
         name: the hub id it was made of.
         short: its short name, if it has one.
-        family, dtype: as its manifest says (of a quantized one the recipe); "damaged" where that
-            cannot be read.
+        family, dtype: as its manifest says; "damaged" where that cannot be read.
         revision: the commit.
         path: its folder.
         size: bytes on the disk.
@@ -372,7 +371,6 @@ def _read_entry(path: Path) -> Entry:
         source = manifest["source"]
         name, revision = str(source["source"]), str(source.get("revision", ""))
         family, dtype = str(manifest["family"]), str(manifest["dtype"])
-        dtype = str(manifest["quantization"]["recipe"]) if "quantization" in manifest else dtype
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     files = [file.stat() for file in path.rglob("*") if file.is_file()]

@@ -388,8 +388,6 @@ def make_plans(
 ) -> tuple[samplers.Plan, ...]:
     """The sampler's plan for the model and, where there is one, for the refiner."""
     source = model.source
-    # What was fitted to a model was fitted to its whole network, guided all the way.
-    usual = settings.guidance_interval is None and settings.feature_reuse is None
     own_strength = (
         isinstance(model, Model)
         and model.is_latent_consistency
@@ -407,7 +405,8 @@ def make_plans(
         distilled_strength=settings.strength if own_strength else None,
         denoising_start=None if settings.refined else settings.denoising_start,
         denoising_end=settings.denoising_end,
-        guidance=settings.guidance if usual or settings.sampler == "fitted" else None,
+        guidance=settings.guidance,
+        altered=settings.guidance_interval is not None or settings.feature_reuse is not None,
     )
     if refiner is None:
         return (plan,)

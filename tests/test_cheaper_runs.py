@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ from mlxdiff import samplers
 from mlxdiff.errors import UsageError
 from mlxdiff.pipeline import Pipeline, make_backend
 
+ROOT = Path(__file__).resolve().parent.parent
 RUN = {"width": 32, "height": 32, "seed": 3, "steps": 6, "guidance": 4.0, "sampler": "dpmpp-2m"}
 
 
@@ -226,3 +230,33 @@ def test_auto_takes_what_was_fitted_for_whole_runs_only() -> None:
         settings = pipe.settings("a red circle", steps=8, guidance=4.0, **arguments)
         assert settings.sampler == "dpmpp-2m"
     assert pipe.settings("a red circle", steps=8, guidance=4.0).sampler == "fitted"
+
+
+def test_the_benchmark_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    few_step = importlib.import_module("few_step")
+    runs = few_step.Runs(
+        argparse.Namespace(model=None, torch=False, backend="numpy", cache=None, prompts=1)
+    )
+    plan = runs.plan("dpmpp-2m", "normal", 4, 4.0)
+    for arguments in (
+        {},
+        {"guidance_interval": (0.0, 0.5)},
+        {"feature_reuse": 2},
+        {"guidance_interval": (0.3, 1.0), "feature_reuse": 3},
+    ):
+        found = runs.latents(plan, 4.0, *few_step_arguments(arguments))
+        expected = runs.network.pipe.generate(
+            runs.prompts[0],
+            seed=0,
+            steps=4,
+            guidance=4.0,
+            sampler="dpmpp-2m",
+            schedule="normal",
+            **arguments,
+        )
+        near(found, expected.latents)
+
+
+def few_step_arguments(arguments: dict[str, Any]) -> tuple[Any, int]:
+    return arguments.get("guidance_interval"), arguments.get("feature_reuse", 1)

@@ -121,24 +121,6 @@ def test_float32_is_kept_beside_float16(server: type[Hub], conversions: list[str
     assert len(conversions) == 2
 
 
-def test_quantized_is_kept_beside_float16(server: type[Hub], conversions: list[str]) -> None:
-    plain = open_model()
-    quantized = open_model(quantize=4)
-    assert (plain.recipe, quantized.recipe) == (None, "mixed-4")
-    assert plain.path != quantized.path
-    assert open_model(quantize="4").path == quantized.path
-    assert open_model(quantize="mixed-4", dtype="float32").path == quantized.path
-    assert open_model(quantize="mxfp4").recipe == "uniform-mxfp4-32"
-    assert len(conversions) == 3
-    assert [entry.dtype for entry in library.entries()] == [
-        "float16",
-        "mixed-4",
-        "uniform-mxfp4-32",
-    ]
-    with pytest.raises(UsageError, match="7 bits"):
-        open_model(quantize=7)
-
-
 def test_a_new_readme_converts_nothing(
     server: type[Hub], home: Path, conversions: list[str], repo: dict[str, bytes]
 ) -> None:

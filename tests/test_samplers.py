@@ -182,6 +182,25 @@ def test_auto(config: dict[str, Any], asked: tuple[str, str], chosen: tuple[str,
     assert (plan.sampler, plan.schedule) == chosen
 
 
+@pytest.mark.parametrize(
+    ("steps", "guidance", "schedule"),
+    [
+        (14, 7.5, "trailing"),
+        (15, 7.5, "karras"),
+        (14, None, "trailing"),
+        (7, 1.0, "trailing"),
+        (8, 1.0, "karras"),
+        (8, 0.0, "karras"),
+    ],
+)
+def test_auto_at_few_steps(steps: int, guidance: float | None, schedule: str) -> None:
+    for config in (SD, CONFIGS["sdxl"]):  # one says nothing about spacing, one leading
+        plan = samplers.plan(config, steps=steps, guidance=guidance)
+        assert (plan.sampler, plan.schedule) == ("dpmpp-2m", schedule)
+        assert plan.timesteps[0] == 999
+    assert samplers.automatic(SD, "dpmpp-2s", "auto", 6) == ("dpmpp-2s", "normal")
+
+
 def test_checkpoint_is_the_class_that_the_file_names() -> None:
     assert (
         samplers.plan(SD, "checkpoint", "normal", 6).rows

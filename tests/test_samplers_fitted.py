@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,24 @@ from sampler_cases import CONFIGS, fake_network, start_noise
 from examples.train_builtin import fit_sampler
 from mlxdiff import samplers
 from mlxdiff.errors import ConfigError, UsageError
+from mlxdiff.pipeline import BUILTIN
 from mlxdiff.samplers.fitted import KEY
+from mlxdiff.weights import open_folder
 
 V = CONFIGS["sd21v"]
+V_HEUN = {**V, "solver_type": "heun"}  # the line integrated exactly, as the fitted runs have it
 
 
 def _fit(*steps: int, slope: float = 0.0) -> dict[str, Any]:
-    """A config whose fitted numbers are those of dpmpp-2m, plus `slope` for each unit above 1."""
-    runs = {}
+    """A config whose run is dpmpp-2m at scale 1; at 8 each number has 7 * slope more."""
+    runs: dict[str, Any] = {}
     for count in steps:
-        rows = samplers.plan(V, "dpmpp-2m", "trailing", count).rows
+        rows = samplers.plan(V_HEUN, "dpmpp-2m", "trailing", count).rows
         runs[str(count)] = [
-            [row.timestep, [[row.scale, slope], *([weight, slope] for weight in row.weights)]]
-            for row in rows
+            [[row.timestep, [more] * (1 + len(row.weights))] for row in rows]
+            for more in (0.0, 7.0 * slope)
         ]
-    return {**V, KEY: {"guidance": [1.0, 8.0], "runs": runs}}
+    return {**V, KEY: [{"guidance": [1.0, 8.0], "runs": runs}]}
 
 
 def _run(plan: samplers.Plan, array: Any = lambda x: x, numpy: Any = lambda x: x) -> np.ndarray:
@@ -41,7 +45,7 @@ def _run(plan: samplers.Plan, array: Any = lambda x: x, numpy: Any = lambda x: x
 
 def test_it_is_what_its_numbers_say() -> None:
     plan = samplers.plan(_fit(6), "fitted", steps=6, guidance=4.0)
-    same = samplers.plan(V, "dpmpp-2m", "trailing", 6)
+    same = samplers.plan(V_HEUN, "dpmpp-2m", "trailing", 6)
     assert (plan.sampler, plan.schedule, plan.timesteps) == ("fitted", "normal", same.timesteps)
     np.testing.assert_allclose(_run(plan), _run(same), atol=2e-6)
     times, sigmas = samplers.timesteps(_fit(6), "fitted", "normal", 6)
@@ -58,17 +62,36 @@ def test_the_same_on_mlx() -> None:
     np.testing.assert_allclose(_run(plan, mx.array, np.array), _run(plan), atol=2e-6)
 
 
-def test_coefficients_are_lines_in_the_guidance_scale() -> None:
-    plain, config = samplers.plan(V, "dpmpp-2m", "trailing", 4), _fit(4, slope=0.25)
-    for guidance, more in ((3.0, 0.5), (1.0, 0.0), (0.0, 0.0), (None, 0.0)):
+def test_numbers_are_interpolated_between_guidance_scales() -> None:
+    plain, config = samplers.plan(V_HEUN, "dpmpp-2m", "trailing", 4), _fit(4, slope=0.25)
+    for guidance, more in ((3.0, 0.5), (8.0, 1.75), (1.0, 0.0), (0.0, 0.0), (None, 0.0)):
         for row, was in zip(
             samplers.plan(config, "fitted", steps=4, guidance=guidance).rows,
             plain.rows,
             strict=True,
         ):
-            assert row.scale == was.scale + more
-            assert row.weights == tuple(weight + more for weight in was.weights)
+            assert row.scale == pytest.approx(was.scale + more, abs=1e-6)
+            expected = [weight + more for weight in was.weights]
+            assert row.weights == pytest.approx(expected, abs=1e-6)
             assert {type(number) for number in (row.scale, *row.weights)} == {float}
+
+
+def test_the_narrowest_fit_that_covers_the_scale_is_taken() -> None:
+    def fit(guidance: list[float], *times: int) -> dict[str, Any]:
+        run = [[time, [0.0] * (2 if i == 0 else 3)] for i, time in enumerate(times)]
+        return {"guidance": guidance, "runs": {"2": [run] * len(guidance)}}
+
+    fits = [fit([4.0], 999, 4), fit([1.0, 4.0], 999, 1), fit([4.0, 8.0], 999, 8)]
+    config = {**V, KEY: [*fits, {"guidance": [9.0], "runs": {}}]}
+    for guidance, last in ((1.0, 1), (3.9, 1), (4.0, 4), (4.1, 8), (8.0, 8)):
+        plan = samplers.plan(config, steps=2, guidance=guidance)
+        assert (plan.sampler, plan.timesteps) == ("fitted", (999, last))
+        usual = fit_sampler.solver(V, plan.timesteps).rows  # the numbers are zero
+        for row, same in zip(plan.rows, usual, strict=True):
+            assert row.scale == pytest.approx(same.scale, rel=1e-6)
+            weights = row.weights[: len(same.weights)]
+            assert weights == pytest.approx(same.weights, rel=1e-5)
+    assert samplers.plan(config, steps=2, guidance=9.0).sampler == "dpmpp-2m"
 
 
 @pytest.mark.parametrize(
@@ -94,8 +117,8 @@ def test_auto(sampler: str, schedule: str, steps: int, more: dict[str, Any], cho
 def test_what_cannot_be() -> None:
     config = _fit(6)
     for steps, more, message in (
-        (7, {}, "fitted for 6 steps, not 7"),
-        (6, {"guidance": 9.0}, "fitted for guidance 1 to 8, not 9"),
+        (7, {}, "fitted for 6 steps at guidance 1 to 8; not for 7 steps at guidance 1"),
+        (6, {"guidance": 9.0}, "not for 6 steps at guidance 9"),
         (6, {"strength": 0.5}, "from noise to picture only"),
         (6, {"eta": 0.5}, "has no eta"),
     ):
@@ -108,77 +131,114 @@ def test_what_cannot_be() -> None:
 
 
 @pytest.mark.parametrize(
-    "entry",
+    "fit",
     [
         None,
         {},
-        {"guidance": [1.0], "runs": {}},
+        {"guidance": [], "runs": {}},
         {"guidance": [2.0, 1.0], "runs": {}},
-        {"guidance": [1.0, 8.0], "runs": {"2": [[999, [[1.0, 0.0], [0.0, 0.0]]]]}},
-        {"guidance": [1.0, 8.0], "runs": {"1": [[999.5, [[1.0, 0.0], [0.0, 0.0]]]]}},
-        {"guidance": [1.0, 8.0], "runs": {"1": [[999, [[1.0, 0.0]]]]}},
-        {"guidance": [1.0, 8.0], "runs": {"1": [[999, [[1.0, 0.0], [0.0]]]]}},
-        {"guidance": [1.0, 8.0], "runs": {"1": [[999, [[1.0, 0.0], [0.0, float("nan")]]]]}},
-        {"guidance": [1.0, 8.0], "runs": {"1": [[999, [["1", 0.0], [0.0, 0.0]]]]}},
+        {"guidance": [1.0, 2.0, 3.0], "runs": {}},
+        {"guidance": [0.5], "runs": {}},
+        {"guidance": [1.0, 8.0], "runs": {"1": [[[999, [1.0, 0.0]]]]}},
+        {"guidance": [1.0, 8.0], "runs": {"1": [[[999, [1.0, 0.0]]], [[999, [1.0, 0.0, 0.0]]]]}},
+        {"guidance": [1.0, 8.0], "runs": {"1": [[[999, [1.0, 0.0]]], [[998, [1.0, 0.0]]]]}},
+        {"guidance": [1.0], "runs": {"2": [[[999, [1.0, 0.0]]]]}},
+        {"guidance": [1.0], "runs": {"2": [[[9, [1.0, 0.0]], [9, [1.0, 0.0]]]]}},
+        {"guidance": [1.0], "runs": {"1": [[[999.5, [1.0, 0.0]]]]}},
+        {"guidance": [1.0], "runs": {"1": [[[999, [1.0]]]]}},
+        {"guidance": [1.0], "runs": {"1": [[[999, [1.0, float("nan")]]]]}},
+        {"guidance": [1.0], "runs": {"1": [[[999, ["1", 0.0]]]]}},
+        {"guidance": [1.0], "runs": {"one": [[[999, [1.0, 0.0]]]]}},
     ],
 )
-def test_malformed_numbers(entry: Any) -> None:
-    for sampler in ("auto", "fitted"):
-        with pytest.raises(ConfigError, match="malformed"):
-            samplers.plan({**V, KEY: entry}, sampler, steps=1, guidance=1.0)
-    assert samplers.plan({**V, KEY: entry}, "ddim", steps=1, guidance=1.0).sampler == "ddim"
+def test_malformed_numbers(fit: Any) -> None:
+    for entry in ([fit], fit):
+        for sampler in ("auto", "fitted"):
+            with pytest.raises(ConfigError, match="malformed"):
+                samplers.plan({**V, KEY: entry}, sampler, steps=1, guidance=1.0)
+    assert samplers.plan({**V, KEY: [fit]}, "ddim", steps=1, guidance=1.0).sampler == "ddim"
 
 
 # --- fitting --------------------------------------------------------------------------------------
 
 
-class _TwoPoints:
-    """The perfect network for data at -1 and 1, as fit_sampler asks it; v-prediction."""
+class _TwoHills:
+    """The perfect network for data around -1 and 1, as fit_sampler asks it; v-prediction."""
 
     config = V
 
-    def __call__(
-        self, x: np.ndarray, t: float, prompts: Sequence[str], scales: np.ndarray
-    ) -> np.ndarray:
-        rows = fit_sampler.solver(V, fit_sampler.LEVELS).rows
-        alpha, sigma = {row.timestep: row.level for row in rows}[t]
-        x0 = np.tanh(scales.reshape(-1, 1, 1, 1) * alpha / sigma**2 * x)
+    def __call__(self, x: np.ndarray, t: float, prompts: Sequence[str], scale: float) -> np.ndarray:
+        alpha, sigma = fit_sampler.solver(V, [int(t)]).rows[0].level
+        spread = (alpha * 0.5) ** 2 + sigma**2
+        point = np.tanh(scale * alpha / spread * x)
+        x0 = point + alpha * 0.25 / spread * (x - alpha * point)
         return ((alpha * x - x0) / sigma).astype(np.float32)
 
 
 def test_fitting_lands_nearer_and_is_written_as_it_is_read(tmp_path: Path) -> None:
-    network = _TwoPoints()
-    scales = np.repeat([1.0, 3.0], 8)
+    network = _TwoHills()
     rng = np.random.default_rng(0)
-    noise = np.tile(rng.standard_normal((8, 4, 4, 4)).astype(np.float32), (2, 1, 1, 1))
-    x, x0 = fit_sampler.fine_solution(network, noise, [], scales)
-    assert np.abs(np.abs(x[-1]) - 1.0).mean() < 0.05  # nearly every value at one of the points
-    errors = fit_sampler.step_errors(x, x0, scales)
-    runs = {}
-    for steps in (2, 5):
-        path = fit_sampler.choose_levels(errors, steps)
-        assert path[0] == 0 and len(path) == steps and path == sorted(set(path))
-        runs[str(steps)] = fit_sampler.fit(network, x, path, [], scales)
+    noise = rng.standard_normal((64, 4, 4, 4)).astype(np.float32)
+    fine = {scale: fit_sampler.fine_solution(network, noise, [], scale) for scale in (1.0, 2.0)}
+    errors = {}
+    for scale, solution in fine.items():
+        x, x0 = solution["x"], solution["x0"]
+        assert len(x) == len(x0) + 1 == len(fit_sampler.LEVELS) + 1
+        assert 0.9 < np.abs(x[-1]).mean() < 1.3
+        errors[scale] = fit_sampler.step_errors(x, x0)
+    fits: list[Any] = []
+    for scales in ([1.0], [2.0], [1.0, 2.0]):
+        runs = {}
+        for steps in (2, 4):
+            path = fit_sampler.choose_levels(sum(errors[scale] for scale in scales), steps)
+            assert path[0] == 0 and len(path) == steps and path == sorted(set(path))
+            runs[str(steps)] = [
+                fit_sampler.fit(network, fine[scale]["x"], path, [], scale)[1] for scale in scales
+            ]
+        fits.append({"guidance": scales, "runs": runs})
     folder = tmp_path / "scheduler"
     folder.mkdir()
     (folder / "scheduler_config.json").write_text(json.dumps(V))
-    entry = {"guidance": [1.0, 3.0], "runs": runs}
     for _ in range(2):  # a second fit takes the place of the first
-        fit_sampler.write(tmp_path, entry)
+        fit_sampler.write(tmp_path, fits)
     config = json.loads((folder / "scheduler_config.json").read_text())
-    assert config == {**V, KEY: entry}
+    assert config == {**V, KEY: fits}
 
-    fresh = rng.standard_normal((8, 4, 4, 4)).astype(np.float32)
-    for guidance in (1.0, 2.0, 3.0):
-        scales = np.full(8, guidance)
-        exact = fit_sampler.fine_solution(network, fresh, [], scales)[0][-1]
+    fresh = rng.standard_normal((64, 4, 4, 4)).astype(np.float32)
+    for guidance in (1.0, 1.4, 2.0):
+        exact = fit_sampler.fine_solution(network, fresh, [], guidance)["x"][-1]
         found = {}
-        fitted = samplers.plan(config, steps=5, guidance=guidance)
-        assert fitted.sampler == "fitted"
-        times = [fit_sampler.LEVELS[i] for i in (0, 13, 26, 39, 52)]
-        for name, plan in (("fitted", fitted), ("2m", fit_sampler.solver(V, times))):
-            now, state = fresh, plan.start()
-            for t in plan.timesteps:
-                now, state = plan.step(now, network(now, t, [], scales), state)
-            found[name] = float(np.sqrt(((now - exact) ** 2).mean()))
+        plan = samplers.plan(config, steps=4, guidance=guidance)
+        assert plan.sampler == "fitted"
+        times = [fit_sampler.LEVELS[i] for i in (0, 16, 33, 49)]
+        for name, one in (("fitted", plan), ("2m", fit_sampler.solver(V, times))):
+            now, state = fresh, one.start()
+            for t in one.timesteps:
+                now, state = one.step(now, network(now, t, [], guidance), state)
+            # Not the square: a value whose sign turned would weigh more than all others.
+            found[name] = float(np.abs(now - exact).mean())
         assert found["fitted"] < found["2m"], (guidance, found)
+
+
+def test_a_converted_folder_stays_whole(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(BUILTIN, model)
+    config = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
+    fit_sampler.write(model, config[KEY])
+    folder = open_folder(model)
+    folder.verify()
+    assert folder.scheduler_config == config
+
+
+def test_runs_are_kept(tmp_path: Path) -> None:
+    calls = []
+
+    def make() -> dict[str, np.ndarray]:
+        calls.append(1)
+        return {"x": np.arange(3.0)}
+
+    for _ in range(2):
+        assert fit_sampler.cached(tmp_path / "new", "one", make)["x"].tolist() == [0.0, 1.0, 2.0]
+    assert len(calls) == 1
+    fit_sampler.cached(None, "one", make)
+    assert len(calls) == 2

@@ -85,6 +85,9 @@ _FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use
 PIXELS = "ddpm"
 """The family of models that draw pixels, not latents of a VAE."""
 
+FEW_GUIDED, FEW_UNGUIDED = 15, 8
+"""From so many steps on Karras' spacing does better than an even one, by measurement."""
+
 NAMES = ("auto", "checkpoint", *_SAMPLERS)
 SCHEDULES = ("auto", *_SCHEDULES)
 
@@ -102,6 +105,7 @@ def plan(
     denoising_end: float | None = None,
     distilled_strength: float | None = None,
     guidance: float | None = None,
+    altered: bool = False,
 ) -> Plan:
     """A run of `steps` steps, worked out.
 
@@ -117,14 +121,16 @@ def plan(
             0 to 1 (SDXL's base and refiner); denoising_start takes the place of strength.
         distilled_strength: sampler lcm: run all steps, over this last share of the timesteps that
             the model was distilled on (strength as LatentConsistencyModelImg2ImgPipeline takes it).
-        guidance: scale of the guidance that the outputs will have; sampler fitted depends on it.
+        guidance: scale of the guidance that the outputs will have; `auto` and sampler fitted depend
+            on it. None: there is some.
+        altered: whether the outputs will not be those of the whole network, guided in all steps;
+            `auto` does not take what was fitted then.
     Raises: UsageError for an unknown id, a combination that does not exist, a number out of range;
         ConfigError for a scheduler_config.json that is not understood.
     """
     partial = any(share is not None for share in (strength, denoising_start, denoising_end))
-    if partial and sampler == "auto":  # what was fitted is whole runs
-        guidance = None
-    chosen = _choose(scheduler_config, sampler, schedule, steps, family, guidance)
+    altered = altered or partial  # what was fitted is whole runs
+    chosen = _choose(scheduler_config, sampler, schedule, steps, family, guidance, altered)
     if eta is not None and not chosen.family.has_eta:
         having = [name for name, (other, _) in _SAMPLERS.items() if other.has_eta]
         raise UsageError(f"sampler {chosen.sampler} has no eta; {' and '.join(having)} have")
@@ -187,24 +193,27 @@ def automatic(
     steps: int,
     family: str | None = None,
     guidance: float | None = None,
+    altered: bool = False,
 ) -> tuple[str, str]:
     """What `auto` means for a checkpoint: ids for whichever of `sampler` and `schedule` is "auto".
 
     Both left to us, a model that was fitted (fitted.py) for this many steps at this guidance scale
-    takes what was fitted. Otherwise the sampler is dpmpp-2m, but for a model distilled to a few
-    steps its own. The schedule is the
-    checkpoint's for those; trailing where the checkpoint says so or has zero terminal SNR (its
-    highest sigma is beyond what Karras' spacing was made for); else karras: unlike the spacing that
-    SDXL's config asks for, it starts at the last training timestep, where the initial noise
-    belongs.
+    takes what was fitted, unless the run is altered. Otherwise the sampler is dpmpp-2m, but for a
+    model distilled to a few steps its own. The schedule is the checkpoint's for those; trailing
+    where the checkpoint says so or has zero terminal SNR (its highest sigma is beyond what Karras'
+    spacing was made for). Else karras, but trailing where the steps are few (`FEW_GUIDED`,
+    `FEW_UNGUIDED`). Both start at the last training timestep, where the initial noise belongs,
+    unlike the spacing that SDXL's config asks for. Evidence: docs/samplers.md, docs/few_step.md.
     """
-    if (sampler, schedule) == ("auto", "auto") and fitted.available(config, steps, guidance):
-        return "fitted", "normal"
+    if (sampler, schedule) == ("auto", "auto") and not altered:
+        if fitted.available(config, steps, guidance):
+            return "fitted", "normal"
     distilled = distilled_for(config)
     if sampler == "auto":
         sampler = distilled or "dpmpp-2m"
     if schedule == "auto":
-        wanted = "karras"
+        few = FEW_UNGUIDED if guidance is not None and guidance <= 1.0 else FEW_GUIDED
+        wanted = "karras" if steps >= few else "trailing"
         if config.get("timestep_spacing") == "trailing" or config.get("rescale_betas_zero_snr"):
             wanted = "trailing"
         if distilled or sampler == "checkpoint":
@@ -241,6 +250,7 @@ def _choose(
     steps: int,
     model_family: str | None,
     guidance: float | None = None,
+    altered: bool = False,
 ) -> _Choice:
     """Ids to a class and its settings; UsageError for what does not exist."""
     if not isinstance(config, Mapping):
@@ -248,7 +258,7 @@ def _choose(
     for what, name, names in (("sampler", sampler, NAMES), ("schedule", schedule, SCHEDULES)):
         if name not in names:
             raise UsageError(f"unknown {what} {name!r}; there are {', '.join(names)}")
-    sampler, schedule = automatic(config, sampler, schedule, steps, model_family, guidance)
+    sampler, schedule = automatic(config, sampler, schedule, steps, model_family, guidance, altered)
     family, overrides = _family(config, sampler)
     if not _exists(family, schedule):
         having = [name for name in _SCHEDULES if _exists(family, name)]

@@ -195,6 +195,18 @@ def _weights_singlestep(
     return d11, d10, step.value - d10 - d11
 
 
+def second_order(sigmas: Sequence[float]) -> Iterator[tuple[float, tuple[float, ...]]]:
+    """DPM-Solver++ 2M between Karras sigmas, the line integrated exactly: of x, of the latest x_0.
+
+    The first step, and one to sigma 0, are of first order.
+    """
+    for i in range(len(sigmas) - 1):
+        order = 1 if i == 0 or sigmas[i + 1] == 0.0 else 2
+        h = [log_ratio(sigmas[j], sigmas[j + 1]) for j in range(i, i - order, -1)]
+        step = _Step.between("dpmsolver++", sigmas[i], sigmas[i + 1])
+        yield step.x, _weights_multistep(step, h, order, "heun")
+
+
 # --- rows -----------------------------------------------------------------------------------------
 
 

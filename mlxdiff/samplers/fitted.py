@@ -1,21 +1,30 @@
 """A linear multistep method whose numbers were fitted to one model, to need few steps.
 
-The row of a multistep sampler steps from x to a * x + sum_k b_k * (k-th latest x_0). DPM-Solver++
-and its kin derive a and b_k from the noise levels alone, as if x_0 were a polynomial in lambda;
-here timesteps, a and b_k are those with which this model's runs come closest to its own fine
-solution, by least squares over prompts, seeds and guidance scales. How x_0 moves along a run
-depends on the guidance scale g, so each coefficient is a line in it: c[0] + c[1] * (g - 1).
+A step of it is that of DPM-Solver++ 2M plus a linear combination of the sample and the latest
+predictions of x_0:
 
-The numbers stand in the model's scheduler_config.json, under a key that diffusers skips:
+    x' = 2M(x, x_0, x_0 before) + e * x + sum of e_k * (k-th latest x_0)
 
-    "_mlxdiff_fitted": {"guidance": [1.0, 10.0],                      lowest and highest g fitted to
-                        "runs": {"8": [[999, [[a, a'], [b_0, b_0'], ...]], ...]}}      by step count
+DPM-Solver++ and its kin derive their coefficients from the noise levels alone, as if x_0 were a
+polynomial in lambda; here timesteps and numbers are those with which this model's runs come closest
+to its own fine solution, by least squares over prompts and seeds. How x_0 moves along a run depends
+on the guidance scale: there are fits for one scale, and fits for a range of them, with the same
+timesteps and with numbers that are interpolated between those of its ends.
 
-examples/train_builtin/fit_sampler.py makes them; docs/few_step.md shows what they gain.
+They stand in the model's scheduler_config.json, under a key that diffusers skips:
+
+    "_mlxdiff_fitted": [{"guidance": [4.0], "runs": {"8": [[[999, [e, e_0]], ...]], ...}},
+                        {"guidance": [4.0, 7.5], "runs": {"8": [[[999, [e, e_0]], ...],
+                                                                [[999, [e, e_0]], ...]], ...}},
+                        ...]
+
+by step count, one run for each of the scales. examples/train_builtin/fit_sampler.py makes them;
+docs/few_step.md shows what they gain.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -24,6 +33,7 @@ import numpy as np
 
 from mlxdiff.errors import ConfigError, UsageError
 from mlxdiff.samplers import schedule as sch
+from mlxdiff.samplers.dpm_solver import second_order
 from mlxdiff.samplers.family import TRAINING, Family, Grid, data_terms
 from mlxdiff.samplers.plan import Row
 from mlxdiff.samplers.settings import Settings
@@ -35,50 +45,81 @@ def available(config: Mapping[str, Any], steps: int, guidance: float | None) -> 
     """Whether the model has been fitted for this many steps at this guidance scale (None: no)."""
     if KEY not in config or guidance is None:
         return False
-    low, high = _range(config[KEY])
-    return low <= max(guidance, 1.0) <= high and str(steps) in config[KEY]["runs"]
+    return _find(_checked(config[KEY]), steps, max(guidance, 1.0)) is not None
 
 
 def overrides(config: Mapping[str, Any], steps: int, guidance: float | None) -> dict[str, Any]:
     """The arguments of FITTED for a run. Raises: UsageError where it was not fitted for that."""
     if KEY not in config:
         raise UsageError("sampler fitted: this model has not been fitted; choose another sampler")
-    low, high = _range(config[KEY])
+    fits = _checked(config[KEY])
     scale = 1.0 if guidance is None else max(guidance, 1.0)  # up to 1 there is no guidance
-    runs = config[KEY]["runs"]
-    if str(steps) not in runs:
+    found = _find(fits, steps, scale)
+    if found is None:
+        counts = ", ".join({count: None for fit in fits for count in fit["runs"]})
+        scales = [scale for fit in fits for scale in fit["guidance"]] or [0.0]
         raise UsageError(
-            f"sampler fitted: this model was fitted for {', '.join(runs)} steps, not {steps}"
+            f"sampler fitted: this model was fitted for {counts} steps at guidance "
+            f"{min(scales):g} to {max(scales):g}; not for {steps} steps at guidance {scale:g}"
         )
-    if not low <= scale <= high:
-        raise UsageError(
-            f"sampler fitted: this model was fitted for guidance {low:g} to {high:g}, not {scale:g}"
-        )
-    return {"run": runs[str(steps)], "guidance": scale}
+    return {"run": _between(found["guidance"], found["runs"][str(steps)], scale)}
 
 
-def _range(fit: Any) -> tuple[float, float]:
-    """(lowest, highest) guidance; ConfigError where the entry is not one of ours."""
+def _find(fits: Sequence[Any], steps: int, scale: float) -> Any:
+    """The narrowest fit that covers this; None where there is none."""
+    covering = [
+        fit
+        for fit in fits
+        if fit["guidance"][0] <= scale <= fit["guidance"][-1] and str(steps) in fit["runs"]
+    ]
+    return min(covering, key=lambda fit: fit["guidance"][-1] - fit["guidance"][0], default=None)
+
+
+def _between(scales: Sequence[float], runs: Sequence[Any], scale: float) -> list[Any]:
+    """The run for a guidance scale, from those of the first and the last."""
+    width = scales[-1] - scales[0]
+    share = (scale - scales[0]) / width if width > 0 else 0.0
+    return [
+        [time, [a + share * (b - a) for a, b in zip(low, high, strict=True)]]
+        for (time, low), (_, high) in zip(runs[0], runs[-1], strict=True)
+    ]
+
+
+def _checked(fits: Any) -> Sequence[Any]:
+    """The fits; ConfigError where they are none of ours."""
     try:
-        low, high = (float(scale) for scale in fit["guidance"])
-        sound = 1.0 <= low <= high and all(_is_run(n, rows) for n, rows in fit["runs"].items())
+        sound = isinstance(fits, list) and all(_is_fit(fit) for fit in fits)
     except (TypeError, KeyError, ValueError, AttributeError):
         sound = False
     if not sound:
         raise ConfigError(f"scheduler_config.json: {KEY} is malformed; fit again, or remove it")
-    return low, high
+    assert isinstance(fits, list)
+    return fits
 
 
-def _is_run(steps: str, rows: Sequence[Any]) -> bool:
-    times = [time for time, _ in rows]
-    pairs = [pair for _, coefficients in rows for pair in coefficients]
+def _is_fit(fit: Any) -> bool:
+    scales = [float(scale) for scale in fit["guidance"]]
     return (
-        len(rows) == int(steps)
+        1 <= len(scales) <= 2
+        and scales[0] >= 1.0
+        and scales == sorted(set(scales))
+        and all(
+            len(runs) == len(scales)
+            and all(_is_run(int(steps), run) for run in runs)
+            and len({tuple((time, len(numbers)) for time, numbers in run) for run in runs}) == 1
+            for steps, runs in fit["runs"].items()
+        )
+    )
+
+
+def _is_run(steps: int, run: Sequence[Any]) -> bool:
+    times = [time for time, _ in run]
+    return (
+        len(run) == steps
         and all(type(time) is int and time >= 0 for time in times)
         and times == sorted(set(times), reverse=True)
-        and all(len(coefficients) >= 2 for _, coefficients in rows)
-        and all(math.isfinite(value) for value_and_slope in pairs for value in value_and_slope)
-        and all(len(pair) == 2 for pair in pairs)
+        and all(len(numbers) >= 2 for _, numbers in run)
+        and all(math.isfinite(number) for _, numbers in run for number in numbers)
     )
 
 
@@ -96,22 +137,20 @@ def _grid(settings: Settings, steps: int, custom: Sequence[int] | None) -> Grid:
 def _rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Row]:
     if start > 0:
         raise UsageError("sampler fitted runs from noise to picture only; choose another sampler")
-    above = settings.guidance - 1.0
-    for (time, coefficients), sigma_karras in zip(settings.run, grid.levels(), strict=False):
-        alpha, sigma = sch.alpha_sigma(sigma_karras)
-        scale, *weights = (float(value + slope * above) for value, slope in coefficients)
+    for (time, numbers), sigma, usual in zip(
+        settings.run, grid.levels(), second_order(grid.levels()), strict=False
+    ):
+        level = sch.alpha_sigma(sigma)
+        of_x, weights = usual
+        more, *of_data = map(float, numbers)
+        both = itertools.zip_longest(weights, of_data, fillvalue=0.0)
         yield Row(
             timestep=time,
-            level=(alpha, sigma),
-            **data_terms(settings, alpha, sigma),
-            scale=scale,
-            weights=tuple(weights),
+            level=level,
+            **data_terms(settings, *level),
+            scale=of_x + more,
+            weights=tuple(weight + number for weight, number in both),
         )
 
 
-FITTED = Family(
-    name="fitted",
-    defaults={**TRAINING, "run": None, "guidance": 1.0},
-    grid=_grid,
-    rows=_rows,
-)
+FITTED = Family(name="fitted", defaults={**TRAINING, "run": None}, grid=_grid, rows=_rows)
