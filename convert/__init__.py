@@ -23,6 +23,7 @@ from mlxdiff.config import UNetConfig
 from mlxdiff.convert.checkpoint import DiffusersFolder
 from mlxdiff.convert.component import Component, open_vae
 from mlxdiff.convert.controlnet import open_controlnet
+from mlxdiff.convert.ip_adapter import open_ip_adapter
 from mlxdiff.convert.report import ComponentReport, Report
 from mlxdiff.convert.singlefile import SingleFile
 from mlxdiff.convert.sources import Model, open_source
@@ -50,6 +51,7 @@ __all__ = [
     "convert",
     "describe",
     "open_controlnet",
+    "open_ip_adapter",
     "open_source",
     "open_vae",
 ]

@@ -80,7 +80,8 @@ def find_component(
         source = {"source": f"{reference.name}/{listing.entry}", "revision": listing.commit}
         return hub.fetch(listing, progress), source
     folder = hub.resolve_component(str(path), component, variant, progress=progress)
-    commit = folder.parent.name if folder.name == component else folder.name
+    inside = folder.as_posix().endswith(f"/{component}")
+    commit = folder.parents[component.count("/")].name if inside else folder.name
     return folder, {"source": reference.name, "revision": commit}
 
 

@@ -15,9 +15,10 @@ from mlxdiff.config import (
     AutoencoderKLConfig,
     CLIPTextConfig,
     ControlNetConfig,
+    IPAdapterConfig,
     UNet2DConditionConfig,
 )
-from mlxdiff.convert.transforms import Transform, choose, thirds, transpose
+from mlxdiff.convert.transforms import Transform, choose, halves, thirds, transpose
 from mlxdiff.params import Shape, expected_parameters
 from mlxdiff.weights import raise_faults
 
@@ -104,6 +105,14 @@ TRANSFORMERS_CLIP_TEXT = Layout(
 
 DIFFUSERS: dict[str, Layout] = {
     "controlnet": Layout(),
+    "image_encoder": Layout(
+        ignored=(
+            Ignored(
+                r"vision_model\.embeddings\.position_ids",
+                "a buffer that counts 0, 1, 2, ...; not a weight",
+            ),
+        )
+    ),
     "text_encoder": TRANSFORMERS_CLIP_TEXT,
     "text_encoder_2": TRANSFORMERS_CLIP_TEXT,
     "unet": DIFFUSERS_UNET,
@@ -193,6 +202,36 @@ def ldm_controlnet(config: ControlNetConfig) -> Layout:
     for i in range(len(config.residual_channels)):
         places[f"controlnet_down_blocks.{i}"] = f"zero_convs.{i}.0"
     return Layout(names=_table(expected_parameters(config), places))
+
+
+def ip_adapter(config: IPAdapterConfig) -> Layout:
+    """An IP-Adapter as its authors' code names it, or with diffusers' names."""
+    expected = expected_parameters(config)
+    pieces: dict[str, tuple[Piece, ...]] = {name: (Piece(name),) for name in expected}
+    places = {
+        "image": {"proj": "image_embeds"},
+        "full": {"proj.0": "ff.net.0.proj", "proj.2": "ff.net.2", "proj.3": "norm"},
+        "plus": {},
+    }[config.kind]
+    for i in range(config.depth):
+        ours, theirs = f"layers.{i}", f"layers.{i}"
+        places |= {
+            f"{theirs}.0.norm1": f"{ours}.ln0",
+            f"{theirs}.0.norm2": f"{ours}.ln1",
+            f"{theirs}.0.to_q": f"{ours}.attn.to_q",
+            f"{theirs}.0.to_out": f"{ours}.attn.to_out.0",
+            f"{theirs}.1.0": f"{ours}.ff.0",
+            f"{theirs}.1.1": f"{ours}.ff.1.net.0.proj",
+            f"{theirs}.1.3": f"{ours}.ff.1.net.2",
+        }
+        for spelling in ("0.to_kv", "attn.to_kv"):
+            targets = [f"image_proj.{ours}.attn.{part}.weight" for part in ("to_k", "to_v")]
+            pieces[f"image_proj.{theirs}.{spelling}.weight"] = tuple(map(Piece, targets, halves))
+    for place, module in places.items():
+        for kind in ("weight", "bias"):
+            if (target := f"image_proj.{module}.{kind}") in expected:
+                pieces[f"image_proj.{place}.{kind}"] = (Piece(target),)
+    return Layout(names=pieces)
 
 
 def ldm_vae(config: AutoencoderKLConfig) -> Layout:
@@ -403,6 +442,8 @@ def ignored_for(name: str, ignored: Iterable[Ignored]) -> str | None:
 def _expected(piece: Piece, expected: Mapping[str, Shape]) -> Shape:
     """The shape that PyTorch gives to the tensor that a parameter of ours comes from."""
     shape = expected[piece.target]
+    if piece.transform in halves:
+        return (2 * shape[0], *shape[1:])
     if piece.transform in thirds:
         return (3 * shape[0], *shape[1:])
     if piece.transform is transpose:

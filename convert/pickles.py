@@ -621,6 +621,9 @@ class PickleFile:
     and holds tensors (however deep they are nested in one another), else the outermost table, else
     the only one in it that holds tensors.
 
+    Args:
+        tables: where the file's outermost table has tables of these names, they are taken together,
+            their tensors called TABLE.NAME.
     Attributes:
         path: the file.
         tensors: name -> LazyTensor, in the order of the file.
@@ -632,8 +635,9 @@ class PickleFile:
     Raises: CheckpointError, for anything that is not a whole and sound file with tensors in it.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], tables: tuple[str, ...] = ()) -> None:
         self.path = Path(path)
+        self._tables = tables
         self.tensors: dict[str, LazyTensor] = {}
         self.texts: dict[str, str] = {}
         self.refused: dict[str, str] = {}
@@ -655,15 +659,25 @@ class PickleFile:
             raise CheckpointError(f"{self.path}: {shown(str(fault))}") from None
 
     def _take(self, root: Any, places: dict[str, int], machine: _Machine) -> None:
-        keys = _find_weights(root)
+        inner = _tables(root) if self._tables and isinstance(root, _Table) else {}
+        if joined := [table for table in self._tables if table in inner]:
+            items = [
+                (f"{table}.{name}" if isinstance(name, str) else name, value)
+                for table in joined
+                for name, value in inner[table].items
+            ]
+            beside: Iterable[str] = (name for name in inner if name not in joined)
+        else:
+            keys = _find_weights(root)
+            *_, table = _descend(root, keys)
+            items, beside = table.items, _beside(root, keys)
         self.texts = {
             name: value
             for name, value in root.items
             if isinstance(name, str) and isinstance(value, str)
             if max(len(name), len(value)) <= MAX_NAME
         }
-        *_, table = _descend(root, keys)
-        for name, value in table.items:
+        for name, value in items:
             if not isinstance(name, str) or len(name) > MAX_NAME:
                 if isinstance(value, _Tensor):
                     raise _Fault("a tensor's name is no text, or too long")
@@ -679,7 +693,7 @@ class PickleFile:
                 (name, f"cannot be read as a tensor: it is {what}")
                 for name, what in self.refused.items()
             ),
-            *_listed((name, BESIDE) for name in _beside(root, keys)),
+            *_listed((name, BESIDE) for name in beside),
             *((name, _reason(name)) for name in odd),
         )
 
@@ -709,12 +723,14 @@ class PickleFile:
         )
 
 
-def open_tensors(path: Path) -> PickleFile | TensorFile:
+def open_tensors(path: Path, tables: tuple[str, ...] = ()) -> PickleFile | TensorFile:
     """A file of weights, by what is in it and not by its name: PyTorch's format, or safetensors.
 
+    Args:
+        tables: as PickleFile takes them; in safetensors names are flat.
     Raises: CheckpointError.
     """
-    return PickleFile(path) if is_pickle(path) else TensorFile(path)
+    return PickleFile(path, tables) if is_pickle(path) else TensorFile(path)
 
 
 def is_pickle(path: Path) -> bool:

@@ -64,19 +64,21 @@ transpose = Transform(
 )
 
 
-def _third(index: int) -> Transform:
+def _part(name: str, index: int, count: int) -> Transform:
     def part(x: np.ndarray) -> np.ndarray:
-        size = len(x) // 3
+        size = len(x) // count
         return x[index * size : (index + 1) * size]
 
     def shape(s: Shape) -> Shape | None:
-        return (s[0] // 3, *s[1:]) if s and s[0] % 3 == 0 else None
+        return (s[0] // count, *s[1:]) if s and s[0] % count == 0 else None
 
-    return Transform("third_of_fused", shape, part, None)
+    return Transform(name, shape, part, None)
 
 
-thirds = (_third(0), _third(1), _third(2))
+thirds = tuple(_part("third_of_fused", i, 3) for i in range(3))
 """Queries, keys and values out of one tensor that has them below one another."""
+halves = tuple(_part("half_of_fused", i, 2) for i in range(2))
+"""The same of keys and values."""
 
 TRANSFORMS = (identity, oihw_to_ohwi, conv1x1_to_linear, linear_to_conv1x1)
 """Those that shapes tell apart."""

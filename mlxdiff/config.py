@@ -266,6 +266,49 @@ class CLIPTextConfig:
         return config
 
 
+@dataclass(frozen=True)
+class CLIPVisionConfig:
+    """A CLIP image encoder, as transformers' CLIPVisionModelWithProjection."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    projection_dim: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    @classmethod
+    def from_dict(
+        cls, data: Mapping[str, Any], where: str = "image_encoder/config.json"
+    ) -> CLIPVisionConfig:
+        """Read a config.json. Raises: ConfigError."""
+        reader = _Reader(data, where, ("CLIPVisionModelWithProjection",))
+        reader.only("model_type", "clip_vision_model", "clip_vision_model")
+        reader.only("num_channels", 3, 3)
+        config = cls(
+            hidden_size=reader.integer("hidden_size", 768),
+            intermediate_size=reader.integer("intermediate_size", 3072),
+            projection_dim=reader.integer("projection_dim", 512),
+            num_hidden_layers=reader.integer("num_hidden_layers", 12, most=MOST_LAYERS),
+            num_attention_heads=reader.integer("num_attention_heads", 12),
+            image_size=reader.integer("image_size", 224, most=1 << 14),
+            patch_size=reader.integer("patch_size", 32),
+            hidden_act=reader.only("hidden_act", "quick_gelu", "quick_gelu", "gelu"),
+            layer_norm_eps=reader.number("layer_norm_eps", 1e-5),
+        )
+        reader.finish(CLIP_NO_EFFECT)
+        for key, value, whole in (
+            ("num_attention_heads", config.num_attention_heads, config.hidden_size),
+            ("patch_size", config.patch_size, config.image_size),
+        ):
+            if whole % value:
+                raise reader.fail(key, value, f"a divisor of {whole}")
+        return config
+
+
 # -------------------------------------------------------------------------------------------- U-Net
 
 UNET_NO_EFFECT: dict[str, str] = {
@@ -409,6 +452,14 @@ class UNet2DConditionConfig:
             num_attention_heads=self.num_attention_heads[-1],
             cross_attention_dim=self.cross_attention_dim[-1],
         )
+
+    @property
+    def cross_attentions(self) -> tuple[BlockSpec, ...]:
+        """The block of each layer that attends to the text: on the way down, up, in the middle."""
+        blocks = [*self.down_blocks, *self.up_blocks]
+        if self.mid_block is not None:
+            blocks.append(self.mid_block)
+        return tuple(block for block in blocks for _ in range(sum(block.transformer_layers)))
 
     @property
     def up_blocks(self) -> tuple[BlockSpec, ...]:
@@ -606,6 +657,43 @@ class ControlNetConfig(UNet2DConditionConfig):
             raise reader.fail("mid_block_type", None, "a mid block")
         unet = UNet2DConditionConfig.from_dict(reader.left, where)
         return cls(**vars(unet), **own)
+
+
+# --------------------------------------------------------------------------------------- IP-Adapter
+
+
+@dataclass(frozen=True)
+class IPAdapterConfig:
+    """An IP-Adapter. Its files have no config: shapes tell all of it (``convert.ip_adapter``).
+
+    Attributes:
+        kind: "image" (one vector of the picture becomes tokens), "plus" (all its vectors,
+            resampled) or "full" (each becomes a token).
+        feature_dim: width of CLIP's vectors: its projection_dim for "image", else its hidden_size.
+        cross_attention_dim: width of the text states.
+        num_tokens: for each picture; 0 for "full", where there are as many as vectors.
+        layer_widths: of the U-Net's layers that attend to the text, in the order of the way down,
+            the way up, the middle.
+        hidden_dim, inner_dim, ff_dim, depth: of the resampler: width, that of its attention and its
+            feed-forward, layers; 0 where there is none.
+
+    Source: Ye et al. 2023 (arXiv 2308.06721).
+    """
+
+    kind: str
+    feature_dim: int
+    cross_attention_dim: int
+    num_tokens: int
+    layer_widths: tuple[int, ...]
+    hidden_dim: int = 0
+    inner_dim: int = 0
+    ff_dim: int = 0
+    depth: int = 0
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Of the resampler; all published ones are 64 wide."""
+        return self.inner_dim // 64
 
 
 # ------------------------------------------------------------------------------- U-Net, pixel space
@@ -958,7 +1046,9 @@ class AutoencoderTinyConfig:
 
 VAEConfig = AutoencoderKLConfig | AutoencoderTinyConfig
 UNetConfig = UNet2DConditionConfig | UNet2DConfig
-ComponentConfig = CLIPTextConfig | UNetConfig | ControlNetConfig | VAEConfig
+ComponentConfig = (
+    CLIPTextConfig | CLIPVisionConfig | UNetConfig | ControlNetConfig | IPAdapterConfig | VAEConfig
+)
 
 
 def read_unet(data: Mapping[str, Any], where: str = "unet/config.json") -> UNetConfig:

@@ -22,6 +22,7 @@ from mlxdiff.errors import UsageError
 from mlxdiff.image import load_image, resize
 from mlxdiff.model import Model
 from mlxdiff.preprocess import PREPROCESSORS
+from mlxdiff.values import finite_number, listed
 
 logger = logging.getLogger("mlxdiff")
 
@@ -84,7 +85,7 @@ def resolve_controls(
             raise UsageError(f"{', '.join(names)}: there is no ControlNet; give one (--controlnet)")
         return ()
     nets = "1 ControlNet" if count == 1 else f"{count} ControlNets"
-    images = _listed(control_image)
+    images = listed(control_image)
     if len(images) != count:
         found = {0: "no control image", 1: "1 control image"}
         raise UsageError(
@@ -93,14 +94,14 @@ def resolve_controls(
         )
 
     def each(name: str, default: Any, check: Callable[[str, Any], Any]) -> list[Any]:
-        values = _listed(given[name]) or [default]
+        values = listed(given[name]) or [default]
         if len(values) not in (1, count):
             raise UsageError(
                 f"{len(values)} values of {name} for {nets}: give one, or one for each"
             )
         return [check(name, value) for value in values] * (count // len(values))
 
-    scales = each("control_scale", 1.0, _number)
+    scales = each("control_scale", 1.0, finite_number)
     starts, ends = each("control_start", 0.0, _share), each("control_end", 1.0, _share)
     kinds = each("control_preprocess", "none", _preprocessor)
     for start, end in zip(starts, ends, strict=True):
@@ -210,21 +211,8 @@ class ControlNets:
         return sums
 
 
-def _listed(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _number(name: str, value: Any) -> float:
-    known = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not known or not math.isfinite(value):
-        raise UsageError(f"{name} is {value!r}; expected a number")
-    return float(value)
-
-
 def _share(name: str, value: Any) -> float:
-    value = _number(name, value)
+    value = finite_number(name, value)
     if not 0.0 <= value <= 1.0:
         raise UsageError(f"{name} is {value:g}; expected 0 to 1, a share of the way")
     return value

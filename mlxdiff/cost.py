@@ -77,8 +77,10 @@ def operations(
         _unet(walk, config, height, width, tokens)
     elif isinstance(config, AutoencoderTinyConfig):
         (_tiny_encoder if encode else _tiny_decoder)(walk, config, height, width)
-    else:
+    elif isinstance(config, AutoencoderKLConfig):
         (_encoder if encode else _decoder)(walk, config, height, width)
+    else:
+        raise TypeError(f"the work of a {type(config).__name__} is not worked out")
     return walk.operations
 
 

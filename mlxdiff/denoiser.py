@@ -15,6 +15,7 @@ import numpy as np
 
 from mlxdiff.condition import Condition
 from mlxdiff.control import ControlNets
+from mlxdiff.image_prompt import put_beside
 from mlxdiff.model import Model, PromptEmbeddings
 from mlxdiff.pixels import PixelModel
 from mlxdiff.samplers.guidance import (
@@ -103,6 +104,8 @@ class Denoiser:
         self.batch = settings.batch(model)
         states = self._both(text.negative_prompt_embeds, text.prompt_embeds)
         self.text = self.unet.read(states)
+        if model.ip_adapters:
+            put_beside(self.text, self.unet, model, settings.image_prompts, self.guided)
         # What the U-Net is told beside text and timestep, (B, ...) each.
         self.conditions: dict[str, Any] = {}
         if (time_ids := settings.time_ids(model)) is not None:

@@ -114,6 +114,33 @@ def to_pil(image: np.ndarray) -> Image.Image:
     return Image.fromarray(values[:, :, 0] if image.shape[2] == 1 else values)
 
 
+_CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+_CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+def to_clip(image: np.ndarray, size: int) -> np.ndarray:
+    """A picture as CLIP's image encoder sees it.
+
+    The shorter side is resized to ``size`` (Pillow's bicubic filter), the middle cut out, the
+    colours normalized.
+
+    Args:
+        image: uint8 (H, W, 3).
+        size: the side that the encoder takes.
+    Returns: (1, size, size, 3) float32.
+    Source: transformers models/clip/image_processing_clip.py.
+    """
+    from PIL import Image
+
+    rows, columns = image.shape[:2]
+    short = min(rows, columns)
+    height, width = int(size * rows / short), int(size * columns / short)
+    picture = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+    top, left = (height - size) // 2, (width - size) // 2
+    pixels = np.array(picture)[top : top + size, left : left + size].astype(np.float32)
+    return ((pixels * np.float32(1 / 255) - _CLIP_MEAN) / _CLIP_STD)[None]
+
+
 def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
     """uint8 (H, W, 3) -> uint8 (height, width, 3), Pillow's Lanczos filter as diffusers has it."""
     from PIL import Image

@@ -162,10 +162,11 @@ def estimate(
             else:
                 need = activation_bytes(config, kind)
             work[stage] = max(work.get(stage, 0), need, largest)
-        for name, part in one.added.items():  # ControlNets: what they give adds to each skip
+        for name, part in one.added.items():
             weights[prefix + name] = weight_bytes(part.tensors(), device, low_memory or None)
-            unet = operations(one.source.config("unet"), *latent, batch=batch)
-            work["unet"] += SIZES[device.dtype] * max(op.held for op in unet)
+            if name.startswith("controlnet_"):  # what it gives adds to each skip
+                unet = operations(one.source.config("unet"), *latent, batch=batch)
+                work["unet"] += SIZES[device.dtype] * max(op.held for op in unet)
     order = [s for s in ("text_encoder", "image", "unet", "vae") if s in work]
     return Estimate(weights, {stage: work[stage] for stage in order}, low_memory)
 

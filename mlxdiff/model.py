@@ -166,6 +166,11 @@ class Model(Networks):
         return [name for name in self.added if name.startswith("controlnet_")]
 
     @property
+    def ip_adapters(self) -> list[str]:
+        """Names of the IP-Adapters that were added."""
+        return [name for name in self.added if name.startswith("ip_adapter_")]
+
+    @property
     def is_sdxl(self) -> bool:
         """Whether the U-Net takes pooled text and sizes beside the prompt."""
         return self.unet_config.addition_embed_type == "text_time"

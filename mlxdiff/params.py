@@ -16,8 +16,10 @@ from mlxdiff.config import (
     AutoencoderTinyConfig,
     BlockSpec,
     CLIPTextConfig,
+    CLIPVisionConfig,
     ComponentConfig,
     ControlNetConfig,
+    IPAdapterConfig,
     UNet2DConditionConfig,
     UNet2DConfig,
     UNetConfig,
@@ -94,17 +96,69 @@ def clip_parameters(config: CLIPTextConfig) -> dict[str, Shape]:
         config.max_position_embeddings,
         width,
     )
+    _clip_layers(names, "text_model", config)
+    names.norm("text_model.final_layer_norm", width)
+    if config.with_projection:
+        names.linear("text_projection", width, config.projection_dim, bias=False)
+    return names.shapes
+
+
+def clip_vision_parameters(config: CLIPVisionConfig) -> dict[str, Shape]:
+    """Parameters of CLIPVisionModelWithProjection."""
+    names, width, patch = _Names(), config.hidden_size, config.patch_size
+    embeddings = "vision_model.embeddings"
+    names.shapes[f"{embeddings}.class_embedding"] = (width,)
+    names.conv(f"{embeddings}.patch_embedding", 3, width, patch, bias=False)
+    tokens = (config.image_size // patch) ** 2 + 1
+    names.shapes[f"{embeddings}.position_embedding.weight"] = (tokens, width)
+    names.norm("vision_model.pre_layrnorm", width)
+    _clip_layers(names, "vision_model", config)
+    names.norm("vision_model.post_layernorm", width)
+    names.linear("visual_projection", width, config.projection_dim, bias=False)
+    return names.shapes
+
+
+def _clip_layers(names: _Names, half: str, config: CLIPTextConfig | CLIPVisionConfig) -> None:
+    width = config.hidden_size
     for i in range(config.num_hidden_layers):
-        layer = f"text_model.encoder.layers.{i}"
+        layer = f"{half}.encoder.layers.{i}"
         for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
             names.linear(f"{layer}.self_attn.{part}", width, width)
         names.norm(f"{layer}.layer_norm1", width)
         names.linear(f"{layer}.mlp.fc1", width, config.intermediate_size)
         names.linear(f"{layer}.mlp.fc2", config.intermediate_size, width)
         names.norm(f"{layer}.layer_norm2", width)
-    names.norm("text_model.final_layer_norm", width)
-    if config.with_projection:
-        names.linear("text_projection", width, config.projection_dim, bias=False)
+
+
+def ip_adapter_parameters(config: IPAdapterConfig) -> dict[str, Shape]:
+    """Parameters of an IP-Adapter, its projection under diffusers' names."""
+    names, text = _Names(), config.cross_attention_dim
+    if config.kind == "image":
+        names.linear("image_proj.image_embeds", config.feature_dim, config.num_tokens * text)
+        names.norm("image_proj.norm", text)
+    elif config.kind == "full":
+        names.linear("image_proj.ff.net.0.proj", config.feature_dim, config.feature_dim)
+        names.linear("image_proj.ff.net.2", config.feature_dim, text)
+        names.norm("image_proj.norm", text)
+    else:
+        dim, inner = config.hidden_dim, config.inner_dim
+        names.shapes["image_proj.latents"] = (1, config.num_tokens, dim)
+        names.linear("image_proj.proj_in", config.feature_dim, dim)
+        for i in range(config.depth):
+            layer = f"image_proj.layers.{i}"
+            names.norm(f"{layer}.ln0", dim)
+            names.norm(f"{layer}.ln1", dim)
+            for part in ("to_q", "to_k", "to_v"):
+                names.linear(f"{layer}.attn.{part}", dim, inner, bias=False)
+            names.linear(f"{layer}.attn.to_out.0", inner, dim, bias=False)
+            names.norm(f"{layer}.ff.0", dim)
+            names.linear(f"{layer}.ff.1.net.0.proj", dim, config.ff_dim, bias=False)
+            names.linear(f"{layer}.ff.1.net.2", config.ff_dim, dim, bias=False)
+        names.linear("image_proj.proj_out", dim, text)
+        names.norm("image_proj.norm_out", text)
+    for i, width in enumerate(config.layer_widths):
+        for part in ("to_k_ip", "to_v_ip"):
+            names.linear(f"ip_adapter.{2 * i + 1}.{part}", text, width, bias=False)
     return names.shapes
 
 
@@ -292,6 +346,10 @@ def expected_parameters(config: ComponentConfig) -> dict[str, Shape]:
     """Name and shape of every parameter that a component with this config has."""
     if isinstance(config, CLIPTextConfig):
         return clip_parameters(config)
+    if isinstance(config, CLIPVisionConfig):
+        return clip_vision_parameters(config)
+    if isinstance(config, IPAdapterConfig):
+        return ip_adapter_parameters(config)
     if isinstance(config, ControlNetConfig):
         return controlnet_parameters(config)
     if isinstance(config, UNet2DConditionConfig):

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import mlxdiff
-from mlxdiff import library
+from mlxdiff import control, image_prompt, library
 from mlxdiff.adapters import textual_inversion
-from mlxdiff.control import describe
-from mlxdiff.convert import Component, open_controlnet, open_vae
+from mlxdiff.convert import Component, open_controlnet, open_ip_adapter, open_vae
 from mlxdiff.denoiser import Evaluation, make_denoiser
 from mlxdiff.errors import UsageError
 from mlxdiff.memory import Device, Estimate, estimate, require
@@ -126,6 +125,8 @@ def load(
     vae: str | os.PathLike[str] | None = None,
     refiner: str | os.PathLike[str] | Pipeline | None = None,
     controlnets: Sequence[str | os.PathLike[str]] = (),
+    ip_adapters: Sequence[str | os.PathLike[str]] = (),
+    image_encoder: str | os.PathLike[str] | None = None,
     embeddings: Iterable[textual_inversion.Given] = (),
     revision: str | None = None,
     variant: str | None = None,
@@ -153,6 +154,10 @@ def load(
             of the same backend.
         controlnets: ControlNets that were made for this kind of model, each a folder, a file or a
             hub id; ``generate`` then takes a control_image for each.
+        ip_adapters: IP-Adapters that were made for this kind of model, each a file or the hub id of
+            one; ``generate`` then takes an ip_image for each.
+        image_encoder: the CLIP image encoder of all of them, a folder or hub id; None: the folder
+            image_encoder beside the file.
         embeddings: textual inversions, words with vectors of their own: each a file or
             (file, word).
         revision, variant: for a hub id: branch, tag or commit; for either: "fp16" and such.
@@ -185,6 +190,12 @@ def load(
     pipe = Pipeline(source, chosen, vae=other_vae)
     if controlnets:
         pipe.control_with(*_several(controlnets), variant=variant, progress=progress)
+    if ip_adapters:
+        pipe.show_with(
+            *_several(ip_adapters), image_encoder=image_encoder, variant=variant, progress=progress
+        )
+    elif image_encoder is not None:
+        raise UsageError("image_encoder: there is no IP-Adapter; give one (--ip-adapter)")
     pipe.set_embeddings(embeddings)
     if memory_limit is not None:
         pipe.limit_memory(memory_limit)
@@ -259,6 +270,33 @@ class Pipeline:
         for path, one in zip(controlnets, found, strict=True):
             model.check_latents_of(one.config, path)
         model.add("controlnet", found)
+
+    def show_with(
+        self,
+        *ip_adapters: str | os.PathLike[str],
+        image_encoder: str | os.PathLike[str] | None = None,
+        variant: str | None = None,
+        progress: Callable[..., None] | None = None,
+    ) -> None:
+        """Let pictures be prompts (IP-Adapter), in place of what did so before; none given: none.
+
+        Args:
+            ip_adapters, image_encoder, variant, progress: as ``load`` takes them.
+        Raises: UsageError, CheckpointError, ConfigError, HubError where one cannot be had or is not
+            made for this model.
+        """
+        model = self.model
+        if isinstance(model, PixelModel):
+            raise UsageError(f"{self.source.path}: draws pixels; it has no part for an IP-Adapter")
+        pairs = [
+            open_ip_adapter(path, model.unet_config, image_encoder, variant, progress)
+            for path in ip_adapters
+        ]
+        for _, encoder in pairs[1:]:
+            if encoder.config != pairs[0][1].config:
+                raise UsageError("IP-Adapters of different image encoders cannot be used together")
+        model.add("ip_adapter", [adapter for adapter, _ in pairs])
+        model.add("image_encoder", [encoder for _, encoder in pairs[:1]])
 
     def save_memory(self, low_memory: bool = True, vae_tiling: bool | None = None) -> None:
         """Trade time for memory, from the next picture on; see ``load``."""
@@ -547,6 +585,10 @@ class Pipeline:
                 "tile".
             guess_mode: let the nets act on the prediction for the prompt alone, so that the
                 picture follows them where the prompt is empty.
+            ip_image: what an IP-Adapter is shown: path, Pillow image or array; with one adapter
+                also a list, of pictures to see together; with several a list, one for each. This
+                and the next only with ip_adapters.
+            ip_scale: how strongly it counts; one number, or one for each adapter. None: 1.
             aesthetic_score, negative_aesthetic_score: what SDXL's refiner is told beside prompt and
                 negative prompt; None: 6 and 2.5.
         Returns: Result.
@@ -588,9 +630,16 @@ class Pipeline:
         values = {f.name: getattr(settings, f.name) for f in fields(settings)}
         for name in ("image", "refined", "canvas"):
             del values[name]
-        nets = getattr(self.model, "controlnets", ())
-        named = [_named(self.model.added[name].provenance) for name in nets]
-        values |= describe(values.pop("controls"), named, values.pop("guess_mode"))
+        controls, prompts = values.pop("controls"), values.pop("image_prompts")
+        guess_mode = values.pop("guess_mode")
+        if isinstance(self.model, Model):
+            named = {k: _named(part.provenance) for k, part in self.model.added.items()}
+            nets, adapters = (
+                [named[name] for name in names]
+                for names in (self.model.controlnets, self.model.ip_adapters)
+            )
+            values |= control.describe(controls, nets, guess_mode)
+            values |= image_prompt.describe(prompts, adapters, named.get("image_encoder_0", ""))
         values["image"] = values.pop("image_name")
         if settings.prompt_syntax == "plain":  # said only where it is not
             del values["prompt_syntax"]

@@ -16,6 +16,7 @@ from mlxdiff import a1111, samplers
 from mlxdiff.control import Control, resolve_controls
 from mlxdiff.errors import UsageError
 from mlxdiff.image import load_image, resize
+from mlxdiff.image_prompt import ImagePrompt, resolve_image_prompts
 from mlxdiff.inpainting import Borders, Canvas, check_borders, load_mask, make_canvas
 from mlxdiff.model import Model
 from mlxdiff.pixels import PixelModel
@@ -58,6 +59,7 @@ class Settings:
         controls: what each ControlNet is shown and told.
         guess_mode: whether ControlNets follow their picture more than the prompt, and under
             guidance act on the prediction for the prompt alone.
+        image_prompts: what each IP-Adapter is shown.
     """
 
     prompt: str
@@ -101,6 +103,7 @@ class Settings:
 
     controls: tuple[Control, ...] = ()
     guess_mode: bool = False
+    image_prompts: tuple[ImagePrompt, ...] = ()
 
     @property
     def adds_noise(self) -> bool:
@@ -232,6 +235,8 @@ def _resolve_text(
     prompt_syntax: str = "plain",
     clip_skip: int | None = None,
     guess_mode: bool | None = None,
+    ip_image: Any = None,
+    ip_scale: Any = None,
     **control: Any,
 ) -> Settings:
     """Settings of a model that draws from text; ``control`` as ``resolve_controls`` takes it."""
@@ -329,6 +334,7 @@ def _resolve_text(
         clip_skip=clip_skip,
         controls=resolve_controls(len(model.controlnets), width, height, **control),
         guess_mode=_flag("guess_mode", guess_mode),
+        image_prompts=resolve_image_prompts(len(model.ip_adapters), ip_image, ip_scale),
     )
     if settings.guess_mode and not settings.controls:
         raise UsageError("guess_mode: there is no ControlNet; give one (--controlnet)")
@@ -579,6 +585,8 @@ def _check_task(
             raise UsageError(f"{edits}; it has no part for a mask (--mask) or borders (--outpaint)")
         if model.controlnets:
             raise UsageError(f"{edits}; it does not go together with a ControlNet (--controlnet)")
+        if model.ip_adapters:
+            raise UsageError(f"{edits}; it does not go together with an IP-Adapter (--ip-adapter)")
         if image is None:
             raise UsageError(f"{edits}: it needs one (--image)")
         for name, value in (("strength", strength), ("denoising_start", denoising_start)):

@@ -30,7 +30,7 @@ def controlnet_config(model: str, **changes: Any) -> dict[str, Any]:
     unet = json.loads((checkpoint(model) / "unet/config.json").read_text())
     shared = {name: unet[name] for name in _SHARED if name in unet}
     own = {"_class_name": "ControlNetModel", "conditioning_embedding_out_channels": [4, 8, 8, 12]}
-    return own | shared | changes
+    return own | shared | {"in_channels": 4} | changes  # of the latents, whatever the U-Net takes
 
 
 def controlnet_tensors(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:

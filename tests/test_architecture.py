@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "condition", "tiling"),
     ("machine",),
+    ("values",),
     ("config", "files", "known", "threads", "a1111"),
     ("params", "quantization"),
     (
@@ -33,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("adapters",),
     ("library", "texts"),
     ("model",),
-    ("pixels", "control"),
+    ("pixels", "control", "image_prompt"),
     ("settings",),
     ("cost",),
     ("memory",),

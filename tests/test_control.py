@@ -11,7 +11,14 @@ import pytest
 from click.testing import CliRunner, Result
 from control_files import NETS, controlnet_config, controlnet_tensors, write_controlnet
 from folders import write_json
-from golden_data import assert_latents_close, assert_picture_close, cases, checkpoint, photo
+from golden_data import (
+    assert_latents_close,
+    assert_picture_close,
+    cases,
+    checkpoint,
+    mask,
+    photo,
+)
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -66,6 +73,8 @@ def test_pictures_equal_diffusers(
     arguments["control_image"] = [shown[0], *(p.rotate(180) for p in shown[1:])]
     if "image" in arguments:
         arguments["image"] = photo(*arguments["image"])
+    if "mask" in arguments:
+        arguments["mask"] = mask(*arguments["mask"])
     result = opened(pipes, model, backend, nets).generate(**arguments)
     assert_latents_close(result.latents, case["latents"])
     assert_picture_close(np.stack([np.asarray(i) for i in result.images]), case["image"])

@@ -28,15 +28,16 @@ _EXTRA: dict[str, Any] = dict.fromkeys(
 )
 _EXTRA |= dict.fromkeys(("original_size", "target_size", "crop"), tuple)
 _EXTRA |= dict.fromkeys(("guidance_interval", "outpaint"), tuple)
-_EXTRA |= dict.fromkeys(("vae", "refiner", "image", "mask", "quantize"), str)
+_EXTRA |= dict.fromkeys(("vae", "refiner", "image", "mask", "quantize", "image_encoder"), str)
 _EXTRA |= {"prompt_syntax": str, "embeddings": list}
 _EXTRA |= {"label": int, "feature_reuse": int}
 _EXTRA |= {"paste_original": bool, "guess_mode": bool}
-# Those that are given once for each ControlNet: lists.
+# Those that are given once for each ControlNet or IP-Adapter: lists.
 _EACH: dict[str, Any] = dict.fromkeys(("control_scale", "control_start", "control_end"), float)
 _EACH |= dict.fromkeys(("controlnet", "control_image", "control_preprocess"), str)
+_EACH |= {"ip_adapter": str, "ip_image": str, "ip_scale": float}
 # Not arguments of Pipeline.generate.
-_NAMED = ("model", "vae", "refiner", "controlnet", "quantize", "seed")
+_NAMED = tuple("model vae refiner controlnet ip_adapter image_encoder quantize seed".split())
 BUILTIN_NAME = "builtin"  # what pictures of the built-in model say that they are made with
 
 
@@ -127,6 +128,17 @@ BORDERS = Numbers(",", "LEFT,TOP,RIGHT,BOTTOM")
     multiple=True,
     help="A textual inversion, and the word that stands for it in the prompt; repeatable. "
     "Default: the word that the file tells, or its name.",
+)
+@click.option(
+    "--ip-adapter",
+    multiple=True,
+    help="An IP-Adapter: a file, or the hub id of one. Repeatable; so are the next two, in step.",
+)
+@click.option("--ip-image", multiple=True, help="The picture that it is shown, as a prompt.")
+@click.option("--ip-scale", type=float, multiple=True, help="Default: 1.")
+@click.option(
+    "--image-encoder",
+    help="Its CLIP image encoder: a folder or hub id. Default: image_encoder beside the file.",
 )
 @click.option("--label", type=int, help="A model without text: the class to draw, 0, 1, ...")
 @click.option("-W", "--width", type=int, help="Pixels. Default: the image's, or the model's own.")
@@ -250,6 +262,8 @@ def generate(
     refiner: str | None,
     controlnet: tuple[str, ...],
     embeddings: tuple[tuple[str, str | None], ...],
+    ip_adapter: tuple[str, ...],
+    image_encoder: str | None,
     seed: int | None,
     count: int,
     backend: str,
@@ -292,11 +306,14 @@ def generate(
                     f"--{name}"
                 )
         controlnet = controlnet or named["controlnet"] or ()
-        if "control_image" in replay and not picture["control_image"]:
-            raise UsageError(
-                f"{from_image}: was drawn with the control image "
-                f"{' and '.join(replay['control_image'])}: give it with --control-image"
-            )
+        ip_adapter = ip_adapter or named["ip_adapter"] or ()
+        image_encoder = named["image_encoder"] if image_encoder is None else image_encoder
+        for name, option in (("control_image", "control-image"), ("ip_image", "ip-image")):
+            if name in replay and not picture[name]:
+                raise UsageError(
+                    f"{from_image}: was drawn with the {option.replace('-', ' ')} "
+                    f"{' and '.join(replay[name])}: give it with --{option}"
+                )
     words = replayed(embeddings, replay.pop("embeddings", None), from_image)
     prompts = _prompts(text, prompt, prompt_file, replay.pop("prompt", None))
     if prompts == [None] and model is None:  # a model of one's own may draw without
@@ -322,6 +339,8 @@ def generate(
             refiner=refiner,
             controlnets=controlnet,
             embeddings=words,
+            ip_adapters=ip_adapter,
+            image_encoder=image_encoder,
             config=config,
             prediction_type=prediction_type,
             memory_limit=memory_limit,

@@ -15,8 +15,10 @@ from mlxdiff.config import (
     AutoencoderKLConfig,
     AutoencoderTinyConfig,
     CLIPTextConfig,
+    CLIPVisionConfig,
     ComponentConfig,
     ControlNetConfig,
+    IPAdapterConfig,
     UNet2DConditionConfig,
     UNet2DConfig,
 )
@@ -33,7 +35,9 @@ except ImportError as error:
     ) from None
 
 from mlxdiff.models.clip import CLIPTextModel
+from mlxdiff.models.clip_vision import CLIPVisionModel
 from mlxdiff.models.controlnet import ControlNetModel
+from mlxdiff.models.ip_adapter import IPAdapterModel
 from mlxdiff.models.layers import Module, StoredWeight, activation
 from mlxdiff.models.taesd import AutoencoderTiny
 from mlxdiff.models.unet import UNet2DConditionModel
@@ -44,6 +48,8 @@ _MODELS: dict[type, Callable[..., Module]] = {
     CLIPTextConfig: CLIPTextModel,
     UNet2DConditionConfig: UNet2DConditionModel,
     ControlNetConfig: ControlNetModel,
+    CLIPVisionConfig: CLIPVisionModel,
+    IPAdapterConfig: IPAdapterModel,
     UNet2DConfig: UNet2DModel,
     AutoencoderKLConfig: AutoencoderKL,
     AutoencoderTinyConfig: AutoencoderTiny,
@@ -167,7 +173,7 @@ def _weight(
     if isinstance(tensor, QuantizedTensor):
         if Backend.has_gpu() if keep_stored is None else keep_stored:
             return StoredWeight(tensor.read_packed(), dtype)
-    elif keep_stored and len(tensor.shape) > 1:
+    elif keep_stored and len(tensor.shape) in (2, 4):
         values = tensor.read()
         if values.itemsize < dtype.size:
             return StoredWeight(values, dtype)

@@ -401,6 +401,16 @@ class UNet2DConditionModel(UNetEncoder):
                     if block.only_cross_attention:
                         block.attn1.absorb(texts)
 
+    def cross_attentions(self) -> list[Attention]:
+        """The layers that attend to the text: on the way down, up, in the middle."""
+        middle = [] if self.mid_block is None else [self.mid_block]
+        return [
+            inner.attn2
+            for block in (*self.down_blocks, *self.up_blocks, *middle)
+            for attention in getattr(block, "attentions", [])
+            for inner in attention.transformer_blocks
+        ]
+
     def predict(
         self,
         sample: mx.array,

@@ -15,8 +15,10 @@ from mlxdiff.config import (
     AutoencoderKLConfig,
     AutoencoderTinyConfig,
     CLIPTextConfig,
+    CLIPVisionConfig,
     ComponentConfig,
     ControlNetConfig,
+    IPAdapterConfig,
     UNet2DConditionConfig,
     UNet2DConfig,
 )
@@ -24,7 +26,9 @@ from mlxdiff.errors import UsageError
 from mlxdiff.machine import memory_bytes
 from mlxdiff.quantization import Packed
 from mlxdiff.reference.clip import CLIPTextModel
+from mlxdiff.reference.clip_vision import CLIPVisionModel
 from mlxdiff.reference.controlnet import ControlNetModel
+from mlxdiff.reference.ip_adapter import IPAdapterModel
 from mlxdiff.reference.layers import Module, StoredWeight, activation
 from mlxdiff.reference.taesd import AutoencoderTiny
 from mlxdiff.reference.unet import UNet2DConditionModel
@@ -36,6 +40,8 @@ _MODELS: dict[type, Callable[..., Module]] = {
     CLIPTextConfig: CLIPTextModel,
     UNet2DConditionConfig: UNet2DConditionModel,
     ControlNetConfig: ControlNetModel,
+    CLIPVisionConfig: CLIPVisionModel,
+    IPAdapterConfig: IPAdapterModel,
     UNet2DConfig: UNet2DModel,
     AutoencoderKLConfig: AutoencoderKL,
     AutoencoderTinyConfig: AutoencoderTiny,
@@ -148,7 +154,7 @@ def _weight(tensor: LazyTensor, dtype: type, keep_stored: bool) -> np.ndarray | 
         biases = None if biases is None else np.array(biases)
         return StoredWeight(Packed(np.array(weight), np.array(scales), biases, how), dtype)
     values = tensor.read()
-    if keep_stored and len(tensor.shape) > 1 and values.itemsize < np.dtype(dtype).itemsize:
+    if keep_stored and len(tensor.shape) in (2, 4) and values.itemsize < np.dtype(dtype).itemsize:
         return StoredWeight(np.array(values), dtype)
     # Copied even where the type is right: what was read may be a view of the file.
     return np.array(values, dtype)

@@ -175,7 +175,11 @@ class Attention(Module):
             k, v = self._keys_values(tokens)
         else:
             k, v = encoder_hidden_states.made_by(self, self._keys_values)
-        out = attention(self.to_q(tokens), k, v, self.heads)
+        q = self.to_q(tokens)
+        out = attention(q, k, v, self.heads)
+        if encoder_hidden_states is not None:
+            for k, v, scale in encoder_hidden_states.beside(self):
+                out = out + scale * attention(q, k, v, self.heads)
         out = self.to_out[0](out)
         if x.ndim == 4:
             out = out.reshape(x.shape)

@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlxdiff.config import CLIPTextConfig
+from mlxdiff.config import CLIPTextConfig, CLIPVisionConfig
 from mlxdiff.reference.layers import Embedding, LayerNorm, Linear, Module, activation, attention
+
+CLIPConfig = CLIPTextConfig | CLIPVisionConfig
 
 
 class CLIPTextOutput(NamedTuple):
@@ -56,16 +58,16 @@ class CLIPTextEmbeddings(Module):
 
 
 class CLIPAttention(Module):
-    """Multi-head self-attention: x (B, T, D), mask (T, T) -> (B, T, D)."""
+    """Multi-head self-attention: x (B, T, D), mask (T, T) or None -> (B, T, D)."""
 
-    def __init__(self, config: CLIPTextConfig) -> None:
+    def __init__(self, config: CLIPConfig) -> None:
         self.heads = config.num_attention_heads
         self.q_proj = Linear(config.hidden_size, config.hidden_size)
         self.k_proj = Linear(config.hidden_size, config.hidden_size)
         self.v_proj = Linear(config.hidden_size, config.hidden_size)
         self.out_proj = Linear(config.hidden_size, config.hidden_size)
 
-    def __call__(self, x: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    def __call__(self, x: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         return self.out_proj(
             attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, mask)
         )
@@ -74,7 +76,7 @@ class CLIPAttention(Module):
 class CLIPMLP(Module):
     """Two linear layers with the config's activation between them."""
 
-    def __init__(self, config: CLIPTextConfig) -> None:
+    def __init__(self, config: CLIPConfig) -> None:
         self.activation = activation(config.hidden_act)
         self.fc1 = Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size)
@@ -86,13 +88,13 @@ class CLIPMLP(Module):
 class CLIPEncoderLayer(Module):
     """A transformer layer, normalized before attention and before the MLP."""
 
-    def __init__(self, config: CLIPTextConfig) -> None:
+    def __init__(self, config: CLIPConfig) -> None:
         self.self_attn = CLIPAttention(config)
         self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = CLIPMLP(config)
         self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    def __call__(self, x: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    def __call__(self, x: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         x = x + self.self_attn(self.layer_norm1(x), mask)
         return x + self.mlp(self.layer_norm2(x))
 
@@ -100,10 +102,10 @@ class CLIPEncoderLayer(Module):
 class CLIPEncoder(Module):
     """All layers. Returns the input and the output of each layer, num_hidden_layers + 1 arrays."""
 
-    def __init__(self, config: CLIPTextConfig) -> None:
+    def __init__(self, config: CLIPConfig) -> None:
         self.layers = [CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers)]
 
-    def __call__(self, x: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
+    def __call__(self, x: np.ndarray, mask: np.ndarray | None) -> list[np.ndarray]:
         hidden_states = [x]
         for layer in self.layers:
             hidden_states.append(layer(hidden_states[-1], mask))

@@ -22,8 +22,10 @@ import torch
 from diffusers import (
     ControlNetModel,
     StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetInpaintPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionXLControlNetImg2ImgPipeline,
+    StableDiffusionXLControlNetInpaintPipeline,
     StableDiffusionXLControlNetPipeline,
 )
 from make_family_goldens import CIRCLE, CLASSES, TREE, WORDS, case, load, nhwc
@@ -32,11 +34,12 @@ from PIL import Image
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from control_files import NETS, controlnet_config, controlnet_tensors  # noqa: E402
-from golden_data import photo  # noqa: E402
+from golden_data import mask, photo  # noqa: E402
 
 SQUARE = {"width": 64, "height": 64}
 WIDE = {"width": 72, "height": 56}
 PHOTO = {"image": [64, 64]}
+DISC = {"mask": ["disc", 64, 64]}
 SHOWN = {"control_image": [[40, 90]]}
 TWO = {"controlnets": ["first", "second"], "control_image": [[64, 64], [100, 70]]}
 PICTURES: dict[str, dict[str, Any]] = {
@@ -68,6 +71,23 @@ PICTURES: dict[str, dict[str, Any]] = {
     "sd15-two-guess": case(**SQUARE, **TWO, sampler="dpmpp-2m", guess_mode=True, guidance=4.0),
     "sd15-image": case(**PHOTO, **SHOWN, sampler="checkpoint", strength=0.7, control_end=0.6),
     "sd15-image-two": case(**PHOTO, **TWO, sampler="euler-a", strength=0.8, count=2),
+    "sd15-inpaint": case(**PHOTO, **SQUARE, **DISC, **SHOWN, sampler="dpmpp-2m", control_scale=0.7),
+    "sd15-inpaint-two": case(
+        **PHOTO, **SQUARE, **DISC, **TWO, sampler="euler-a", strength=0.7, count=2
+    ),
+    "sd15-inpainting": case(
+        **PHOTO, **SQUARE, **DISC, **SHOWN, model="sd15-inpainting", sampler="ddim"
+    ),
+    "sdxl-inpaint": case(
+        **PHOTO,
+        **SQUARE,
+        **DISC,
+        **SHOWN,
+        model="sdxl",
+        sampler="dpmpp-2m",
+        strength=0.8,
+        guidance=5.0,
+    ),
     "sd21v": case(TREE, **WIDE, **SHOWN, model="sd21v", sampler="checkpoint"),
     "lcm": case(**SQUARE, **SHOWN, model="lcm", sampler="checkpoint", steps=4, guidance=8.5),
     "sdxl": case(**WIDE, **SHOWN, model="sdxl", sampler="checkpoint", negative_prompt="blurry"),
@@ -87,6 +107,13 @@ CONTROL_WORDS = {
     "control_start": "control_guidance_start",
     "control_end": "control_guidance_end",
     "guess_mode": "guess_mode",
+}
+
+
+KINDS = {  # for Stable Diffusion, for SDXL
+    "text": (StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline),
+    "image": (StableDiffusionControlNetImg2ImgPipeline, StableDiffusionXLControlNetImg2ImgPipeline),
+    "mask": (StableDiffusionControlNetInpaintPipeline, StableDiffusionXLControlNetInpaintPipeline),
 }
 
 
@@ -115,39 +142,37 @@ def scheduler(own: Any, arguments: dict[str, Any]) -> Any:
     return kind.from_config(own, **settings)
 
 
-def run(arguments: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+def run(arguments: dict[str, Any], seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Latents (B, h, w, C) and uint8 pictures (B, H, W, 3) as diffusers' pipeline makes them."""
     model = arguments["model"]
     base = loaded(model)
     to_image, xl = "image" in arguments, model == "sdxl"
-    kinds = {
-        (False, False): StableDiffusionControlNetPipeline,
-        (False, True): StableDiffusionControlNetImg2ImgPipeline,
-        (True, False): StableDiffusionXLControlNetPipeline,
-        (True, True): StableDiffusionXLControlNetImg2ImgPipeline,
-    }
+    task = "mask" if "mask" in arguments else "image" if to_image else "text"
     nets = [controlnet(model, name) for name in arguments["controlnets"]]
     parts = dict(base.components)
     parts["scheduler"] = scheduler(base.scheduler.config, arguments)
     parts["add_watermarker" if xl else "requires_safety_checker"] = False
-    pipe = kinds[xl, to_image](controlnet=nets if len(nets) > 1 else nets[0], **parts)
+    pipe = KINDS[task][xl](controlnet=nets if len(nets) > 1 else nets[0], **parts)
     pipe.set_progress_bar_config(disable=True)
     shown: Any = [Image.fromarray(photo(*size)) for size in arguments["control_image"]]
     shown = [p if i == 0 else p.transpose(Image.Transpose.ROTATE_180) for i, p in enumerate(shown)]
     shown = shown if len(nets) > 1 else shown[0]
-    given = {theirs: arguments[ours] for ours, theirs in WORDS.items() if ours in arguments}
+    words = {k: v for k, v in WORDS.items() if k != "count"}
+    given = {theirs: arguments[ours] for ours, theirs in words.items() if ours in arguments}
     given |= {
         theirs: arguments[ours] for ours, theirs in CONTROL_WORDS.items() if ours in arguments
     }
     given.setdefault("controlnet_conditioning_scale", 1.0)  # diffusers' own is 0.8 for img2img
+    if task == "mask":
+        given["mask_image"] = Image.fromarray(mask(*arguments["mask"]))
+        given.setdefault("strength", 1.0)
     if to_image:
         given |= {"image": Image.fromarray(photo(*arguments["image"])), "control_image": shown}
         height, width = arguments["image"]
         given |= {"height": height, "width": width}
     else:
         given |= {side: arguments[side] for side in ("width", "height")} | {"image": shown}
-    seeds = range(arguments["seed"], arguments["seed"] + arguments.get("count", 1))
-    given["generator"] = [torch.Generator("cpu").manual_seed(s) for s in seeds]
+    given["generator"] = torch.Generator("cpu").manual_seed(seed)
     last: dict[str, torch.Tensor] = {}
 
     def keep(pipe: Any, step: int, time: Any, state: dict[str, Any]) -> dict[str, Any]:
@@ -167,7 +192,10 @@ def main() -> None:
     (folder / "cases.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     pictures: dict[str, np.ndarray] = {}
     for label, arguments in PICTURES.items():
-        latents, image = run(arguments)
+        # One at a time: of several, the pipelines that inpaint encode the image with one generator.
+        seeds = range(arguments["seed"], arguments["seed"] + arguments.get("count", 1))
+        drawn = [run(arguments, seed) for seed in seeds]
+        latents, image = (np.concatenate(part) for part in zip(*drawn, strict=True))
         pictures[f"{label}/latents"], pictures[f"{label}/image"] = latents, image
         print(f"{label}: contrast {image.std():.0f}", flush=True)
     np.savez_compressed(folder / "pictures.npz", **pictures)

@@ -1,0 +1,166 @@
+"""IP-Adapter in NumPy (Ye et al. 2023). Mirrors models/ip_adapter.py.
+
+Pictures become tokens beside the text's: a projection of what CLIP says of the picture, and keys
+and values of their own in every layer of the U-Net that attends to the text. Shape letters: B
+batch, F width of CLIP's features, N tokens, D width of the text states.
+Source: diffusers models/embeddings.py and attention_processor.py (IPAdapterAttnProcessor).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mlxdiff.config import IPAdapterConfig
+from mlxdiff.reference.layers import LayerNorm, Linear, Module, attention, gelu
+
+
+class ImageProjection(Module):
+    """One vector as several tokens: (B, F) -> (B, N, D)."""
+
+    def __init__(self, config: IPAdapterConfig) -> None:
+        self.tokens = config.num_tokens
+        width = config.cross_attention_dim
+        self.image_embeds = Linear(config.feature_dim, config.num_tokens * width)
+        self.norm = LayerNorm(width)
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        tokens = self.image_embeds(features).reshape(len(features), self.tokens, -1)
+        return self.norm(tokens)
+
+
+class GELU(Module):
+    """A linear map, then gelu."""
+
+    def __init__(self, dim_in: int, dim_out: int, bias: bool) -> None:
+        self.proj = Linear(dim_in, dim_out, bias)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        return gelu(self.proj(x))
+
+
+class FeedForward(Module):
+    """Two linear maps with gelu between them."""
+
+    def __init__(self, dim_in: int, dim_inner: int, dim_out: int, bias: bool = True) -> None:
+        # The second entry is dropout's place in the parameter names: net.0.proj, net.2.
+        self.net: list[Any] = [
+            GELU(dim_in, dim_inner, bias),
+            Module(),
+            Linear(dim_inner, dim_out, bias),
+        ]
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        return self.net[2](self.net[0](x))
+
+
+class IPAdapterFullImageProjection(Module):
+    """Every vector of a picture as a token: (B, N, F) -> (B, N, D)."""
+
+    def __init__(self, config: IPAdapterConfig) -> None:
+        width = config.cross_attention_dim
+        self.ff = FeedForward(config.feature_dim, config.feature_dim, width)
+        self.norm = LayerNorm(width)
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        return self.norm(self.ff(features))
+
+
+class PerceiverAttention(Module):
+    """Latents attend to a picture's vectors and themselves: (B, N, H), (B, M, H) -> (B, N, H)."""
+
+    def __init__(self, dim: int, inner: int, heads: int) -> None:
+        self.heads = heads
+        self.to_q = Linear(dim, inner, bias=False)
+        self.to_k = Linear(dim, inner, bias=False)
+        self.to_v = Linear(dim, inner, bias=False)
+        self.to_out = [Linear(inner, dim, bias=False)]
+
+    def __call__(self, latents: np.ndarray, context: np.ndarray) -> np.ndarray:
+        q, k, v = self.to_q(latents), self.to_k(context), self.to_v(context)
+        return self.to_out[0](attention(q, k, v, self.heads))
+
+
+class IPAdapterPlusImageProjectionBlock(Module):
+    """A layer of the resampler: attention and feed-forward, each normalized first and added."""
+
+    def __init__(self, config: IPAdapterConfig) -> None:
+        dim = config.hidden_dim
+        self.ln0 = LayerNorm(dim)
+        self.ln1 = LayerNorm(dim)
+        self.attn = PerceiverAttention(dim, config.inner_dim, config.num_attention_heads)
+        self.ff: list[Any] = [LayerNorm(dim), FeedForward(dim, config.ff_dim, dim, bias=False)]
+
+    def __call__(self, x: np.ndarray, latents: np.ndarray) -> np.ndarray:
+        queries = self.ln1(latents)
+        context = np.concatenate([self.ln0(x), queries], axis=1)
+        latents = self.attn(queries, context) + latents
+        norm, feed_forward = self.ff
+        return feed_forward(norm(latents)) + latents
+
+
+class IPAdapterPlusImageProjection(Module):
+    """A picture's vectors, resampled: (B, M, F) -> (B, N, D)."""
+
+    def __init__(self, config: IPAdapterConfig) -> None:
+        dim, width = config.hidden_dim, config.cross_attention_dim
+        self.latents = np.zeros((1, config.num_tokens, dim), np.float32)
+        self.proj_in = Linear(config.feature_dim, dim)
+        self.layers = [IPAdapterPlusImageProjectionBlock(config) for _ in range(config.depth)]
+        self.proj_out = Linear(dim, width)
+        self.norm_out = LayerNorm(width)
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        x = self.proj_in(features)
+        latents = np.broadcast_to(self.latents, (len(x), *self.latents.shape[1:]))
+        for layer in self.layers:
+            latents = layer(x, latents)
+        return self.norm_out(self.proj_out(latents))
+
+
+class ImageKeysValues(Module):
+    """Keys and values of image tokens for one layer of the U-Net."""
+
+    def __init__(self, width: int, out: int) -> None:
+        self.to_k_ip = Linear(width, out, bias=False)
+        self.to_v_ip = Linear(width, out, bias=False)
+
+    def __call__(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.to_k_ip(tokens), self.to_v_ip(tokens)
+
+
+class IPAdapterModel(Module):
+    """What an IP-Adapter makes of pictures.
+
+    Args:
+        features: what CLIP says of B pictures: (B, F), or (B, M, F) where the config's kind is not
+            "image".
+    Returns: for each layer of the U-Net that attends to the text (the way down, the way up, the
+        middle), keys and values (B, N, width).
+    """
+
+    def __init__(self, config: IPAdapterConfig) -> None:
+        self.image_proj = _PROJECTIONS[config.kind](config)
+        # Files count every attention of the U-Net; those without text, the even ones, have none.
+        self.ip_adapter: list[Any] = []
+        for width in config.layer_widths:
+            self.ip_adapter += [Module(), ImageKeysValues(config.cross_attention_dim, width)]
+
+    def tokens(self, features: np.ndarray) -> np.ndarray:
+        """The pictures as tokens: (B, N, D)."""
+        return self.image_proj(features)
+
+    def keys_values(self, tokens: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Tokens (B, N, D) -> the result."""
+        return [layer(tokens) for layer in self.ip_adapter[1::2]]
+
+    def __call__(self, features: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        return self.keys_values(self.tokens(features))
+
+
+_PROJECTIONS: dict[str, Any] = {
+    "image": ImageProjection,
+    "plus": IPAdapterPlusImageProjection,
+    "full": IPAdapterFullImageProjection,
+}
