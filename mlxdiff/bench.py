@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import date
 from statistics import median
 from typing import Any
+
+import numpy as np
 
 from mlxdiff import machine
 from mlxdiff.convert.report import human_bytes as human
@@ -20,6 +22,7 @@ from mlxdiff.cost import multiply_adds
 from mlxdiff.errors import UsageError
 from mlxdiff.model import Model
 from mlxdiff.pipeline import Pipeline, Result, Step, make_backend
+from mlxdiff.pixels import PixelModel
 from mlxdiff.recipes import recipe_of
 from mlxdiff.settings import Settings, resolve
 from mlxdiff.weights import ModelSource
@@ -55,8 +58,7 @@ def bench(
     start = time.perf_counter()
     pipe = open_pipeline()
     opened = time.perf_counter() - start
-    if isinstance(pipe.model, Model):
-        arguments = {"prompt": PROMPT} | arguments
+    arguments = needed(pipe.model, arguments) | arguments
     arguments |= {"steps": steps, "seed": 0, "on_step": on_step}
     pipe.backend.reset_peak_memory()
     cold, cold_total = _timed(pipe, arguments)
@@ -106,6 +108,20 @@ def bench(
     return record
 
 
+def needed(model: Model | PixelModel, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model cannot do without: a prompt or a class, a picture, a mask."""
+    if isinstance(model, PixelModel):
+        return {"label": 0} if model.unet_config.takes_label else {}
+    found: dict[str, Any] = {"prompt": PROMPT}
+    if model.edits or model.inpaints:
+        height, width = model.default_size
+        sides = arguments.get("height") or height, arguments.get("width") or width
+        found["image"] = np.full((*sides, 3), 128, np.uint8)
+    if model.inpaints:
+        found["mask"] = np.full(found["image"].shape[:2], 255, np.uint8)
+    return found
+
+
 def measured_ceiling(backend: Any) -> dict[str, Any]:
     """What the backend reaches on this machine: matrix products by type, and copying."""
     types = ["float32"] if backend.name == "numpy" else ["float32", "float16"]
@@ -141,14 +157,11 @@ def arithmetic(pipe: Pipeline, settings: Settings) -> dict[str, Any]:
 def expected_memory(source: ModelSource) -> dict[str, Any] | None:
     """What a picture of a model's own size takes, as this machine would draw it.
 
-    None where that cannot be told: no size in its config, or an image that it starts from.
+    None where that cannot be told: a config without a size, for one.
     """
     pipe = Pipeline(source, make_backend())
-    model = pipe.model
-    text = isinstance(model, Model)
-    label = None if isinstance(model, Model) or not model.unet_config.takes_label else 0
     try:
-        settings = resolve(model, None, "" if text else None, label=label)
+        settings = resolve(pipe.model, None, **needed(pipe.model, {}))
     except UsageError:
         return None
     return {

@@ -11,8 +11,9 @@ from click.testing import CliRunner, Result
 from golden_data import checkpoint
 
 from mlxdiff import machine
-from mlxdiff.bench import SCHEMA, bench
+from mlxdiff.bench import SCHEMA, bench, expected_memory
 from mlxdiff.cli import main
+from mlxdiff.convert import open_source
 from mlxdiff.pipeline import load, make_backend
 
 
@@ -148,12 +149,26 @@ def test_quantized_weights_are_named(backend: str) -> None:
     assert "builtin" in record["model"]["name"]
 
 
-def test_a_model_without_text() -> None:
+@pytest.mark.parametrize(
+    "name", ["ddpm-labels", "sdxl", "lcm", "sd15-inpainting", "sdxl-pix2pix", "sd-turbo"]
+)
+def test_every_kind_of_model(name: str) -> None:
+    size = {} if name.startswith("ddpm") else {"width": 32, "height": 32}
     record = bench(
-        lambda: load(checkpoint("ddpm"), backend="numpy"), pictures=1, steps=2, sampler="ddim"
+        lambda: load(checkpoint(name), backend="numpy"), pictures=1, steps=2, on_step=None, **size
     )
-    assert "text_encoder" not in record["work"]["multiply_adds"]
-    assert record["work"]["batch"] == 1
+    pixels = name.startswith("ddpm")
+    assert ("text_encoder" in record["work"]["multiply_adds"]) is not pixels
+    batches = {"sdxl-pix2pix": 3, "lcm": 1, "sd-turbo": 1, "ddpm-labels": 1}
+    assert record["work"]["batch"] == batches.get(name, 2)
+    assert ("image" in record["seconds"]["cold"]) is (name in ("sd15-inpainting", "sdxl-pix2pix"))
+
+
+@pytest.mark.parametrize("name", ["ddpm-labels", "sdxl", "sd15-inpainting", "sdxl-pix2pix"])
+def test_info_tells_the_memory_to_expect(name: str) -> None:
+    expected = expected_memory(open_source(checkpoint(name)))
+    assert expected is not None
+    assert 0 < expected["peak_bytes_low_memory"] <= expected["peak_bytes"]
 
 
 def test_what_cannot_be_timed_is_said() -> None:
