@@ -273,3 +273,25 @@ def test_timestep_embedding(dim: int, flip: bool, shift: float) -> None:
     assert got.dtype == mx.float32
     # A frequency near 1 is known to half a unit in the last place, 3e-8; times 999.
     np.testing.assert_allclose(got, expected, atol=2e-4)
+
+
+def test_group_norm_in_few_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU; here its element-wise kernels are compiled for the CPU or not at all."""
+    norm = layers.GroupNorm(4, 24)
+    norm.weight, norm.bias = mx.array(normal(24)), mx.array(normal(24))
+    x = mx.array(3 + normal(2, 9, 7, 24))
+    plain, with_silu = np.array(norm(x)), np.array(norm.silu(x))
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    np.testing.assert_allclose(norm(x), plain, rtol=1e-6, atol=2e-6)
+    np.testing.assert_allclose(norm.silu(x), with_silu, rtol=1e-6, atol=2e-6)
+    half = norm.silu(x.astype(mx.float16))
+    assert half.dtype == mx.float16
+    # x is up to 6, its rounding up to 3e-3, and the norm makes it at most three times as large.
+    np.testing.assert_allclose(half.astype(mx.float32), with_silu, atol=9e-3)
+
+
+def test_geglu_in_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = mx.array(normal(3, 5, 16))
+    plain = np.array(layers.geglu(x))
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    np.testing.assert_allclose(layers.geglu(x), plain, atol=1e-6)

@@ -78,16 +78,16 @@ class ResnetBlock2D(Module):
             self.conv_shortcut = Conv2d(in_channels, out_channels, 1)
 
     def __call__(self, x: mx.array, temb: Condition | None = None) -> mx.array:
-        h = self.conv1(silu(self.norm1(x)))
+        h = self.conv1(self.norm1.silu(x))
         shift = None
         if temb is not None:
             (shift,) = temb.made_by(self, self._shift)
         if self.scale_shift and shift is not None:
             scale, shift = mx.split(shift, 2, axis=-1)
-            h = self.norm2(h) * (1 + scale) + shift
+            h = silu(self.norm2(h) * (1 + scale) + shift)
         else:
-            h = self.norm2(h if shift is None else h + shift)
-        h = self.conv2(silu(h))
+            h = self.norm2.silu(h if shift is None else h + shift)
+        h = self.conv2(h)
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
     def _shift(self, temb: mx.array) -> tuple[mx.array]:
@@ -167,7 +167,8 @@ class Attention(Module):
 
     def __call__(self, x: mx.array, encoder_hidden_states: Condition | None = None) -> mx.array:
         tokens = x if self.group_norm is None else self.group_norm(x)
-        tokens = tokens.reshape(x.shape[0], -1, x.shape[-1])
+        if x.ndim == 4:
+            tokens = tokens.reshape(x.shape[0], -1, x.shape[-1])
         if encoder_hidden_states is None:
             k, v = self._keys_values(tokens)
         else:

@@ -30,8 +30,7 @@ from mlxdiff.models.layers import (
     LayerNorm,
     Linear,
     Module,
-    gelu,
-    silu,
+    geglu,
     timestep_embedding,
 )
 
@@ -46,8 +45,7 @@ class GEGLU(Module):
         self.proj = Linear(dim_in, 2 * dim_out)
 
     def __call__(self, x: mx.array) -> mx.array:
-        x, gate = mx.split(self.proj(x), 2, axis=-1)
-        return x * gelu(gate)
+        return geglu(self.proj(x))
 
 
 class FeedForward(Module):
@@ -445,7 +443,7 @@ class UNet2DConditionModel(UNetEncoder):
             if deep is not None:
                 deep.append(x)
         x = last(x, temb, text, skips, LAST)
-        return self.conv_out(silu(self.conv_norm_out(x))).astype(mx.float32)
+        return self.conv_out(self.conv_norm_out.silu(x)).astype(mx.float32)
 
 
 _BLOCKS: dict[str, Any] = {

@@ -21,7 +21,6 @@ from mlxdiff.models.layers import (
     Embedding,
     GroupNorm,
     Module,
-    silu,
     timestep_embedding,
 )
 from mlxdiff.models.unet import (
@@ -125,7 +124,7 @@ class UNet2DModel(Module):
             x = self.mid_block(x, temb, None)
         for block in self.up_blocks:
             x = block(x, temb, None, skips)
-        return self.conv_out(silu(self.conv_norm_out(x))).astype(mx.float32)
+        return self.conv_out(self.conv_norm_out.silu(x)).astype(mx.float32)
 
     def _embed(self, numbers: mx.array) -> mx.array:
         """Timesteps, or labels as such, (B,) -> (B, C)."""

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from mlxdiff.config import AutoencoderKLConfig
 from mlxdiff.models.blocks import Attention, Downsample2D, ResnetBlock2D, Upsample2D
-from mlxdiff.models.layers import Conv2d, GroupNorm, Module, silu
+from mlxdiff.models.layers import Conv2d, GroupNorm, Module
 
 _EPS = 1e-6
 
@@ -88,7 +88,7 @@ class Encoder(Module):
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)
-        return self.conv_out(silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out.silu(x))
 
 
 class Decoder(Module):
@@ -113,7 +113,7 @@ class Decoder(Module):
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out.silu(x))
 
 
 class AutoencoderKL(Module):

@@ -79,7 +79,7 @@ class ResnetBlock2D(Module):
             self.conv_shortcut = Conv2d(in_channels, out_channels, 1)
 
     def __call__(self, x: np.ndarray, temb: Condition | None = None) -> np.ndarray:
-        h = self.conv1(silu(self.norm1(x)))
+        h = self.conv1(self.norm1.silu(x))
         shift = None
         if temb is not None:
             (shift,) = temb.made_by(self, self._shift)
@@ -88,11 +88,12 @@ class ResnetBlock2D(Module):
             h = self.norm2(h)
             h *= 1 + scale
             h += shift
+            h = silu(h)
         else:
             if shift is not None:
                 h += shift
-            h = self.norm2(h)
-        h = self.conv2(silu(h))
+            h = self.norm2.silu(h)
+        h = self.conv2(h)
         h += x if self.conv_shortcut is None else self.conv_shortcut(x)
         return h
 
@@ -170,7 +171,8 @@ class Attention(Module):
 
     def __call__(self, x: np.ndarray, encoder_hidden_states: Condition | None = None) -> np.ndarray:
         tokens = x if self.group_norm is None else self.group_norm(x)
-        tokens = tokens.reshape(x.shape[0], -1, x.shape[-1])
+        if x.ndim == 4:
+            tokens = tokens.reshape(x.shape[0], -1, x.shape[-1])
         if encoder_hidden_states is None:
             k, v = self._keys_values(tokens)
         else:

@@ -273,6 +273,10 @@ class GroupNorm(Module):
     def __call__(self, x: np.ndarray) -> np.ndarray:
         return self.over([x])(x)
 
+    def silu(self, x: np.ndarray) -> np.ndarray:
+        """The silu of the normalized feature map."""
+        return silu(self(x))
+
     def over(self, bands: Sequence[np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
         """What normalizes each part of a feature map that is given as bands of rows."""
         factors = [self._factors([_rows(b[i]) for b in bands]) for i in range(len(bands[0]))]
@@ -353,6 +357,14 @@ class Embedding(Module):
 def silu(x: np.ndarray) -> np.ndarray:
     """x times its logistic sigmoid."""
     return _swish(x, 1.0)
+
+
+def geglu(x: np.ndarray) -> np.ndarray:
+    """One half of the last axis, times the gelu of the other (Shazeer 2020)."""
+    x, gate = np.split(x, 2, axis=-1)
+    out = gelu(gate)
+    out *= x
+    return out
 
 
 def gelu(x: np.ndarray) -> np.ndarray:

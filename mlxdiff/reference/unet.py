@@ -30,8 +30,7 @@ from mlxdiff.reference.layers import (
     LayerNorm,
     Linear,
     Module,
-    gelu,
-    silu,
+    geglu,
     timestep_embedding,
 )
 
@@ -45,10 +44,7 @@ class GEGLU(Module):
         self.proj = Linear(dim_in, 2 * dim_out)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        x, gate = np.split(self.proj(x), 2, axis=-1)
-        out = gelu(gate)
-        out *= x
-        return out
+        return geglu(self.proj(x))
 
 
 class FeedForward(Module):
@@ -437,7 +433,7 @@ class UNet2DConditionModel(UNetEncoder):
             if deep is not None:
                 deep.append(x)
         x = last(x, temb, text, skips, LAST)
-        return self.conv_out(silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out.silu(x))
 
 
 _BLOCKS: dict[str, Any] = {

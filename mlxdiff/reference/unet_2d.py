@@ -21,7 +21,6 @@ from mlxdiff.reference.layers import (
     Embedding,
     GroupNorm,
     Module,
-    silu,
     timestep_embedding,
 )
 from mlxdiff.reference.unet import (
@@ -124,7 +123,7 @@ class UNet2DModel(Module):
             x = self.mid_block(x, temb, None)
         for block in self.up_blocks:
             x = block(x, temb, None, skips)
-        return self.conv_out(silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out.silu(x))
 
     def _embed(self, numbers: np.ndarray) -> np.ndarray:
         """Timesteps, or labels as such, (B,) -> (B, C)."""

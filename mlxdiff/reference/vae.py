@@ -11,7 +11,7 @@ import numpy as np
 
 from mlxdiff.config import AutoencoderKLConfig
 from mlxdiff.reference.blocks import Attention, Downsample2D, ResnetBlock2D, Upsample2D
-from mlxdiff.reference.layers import Conv2d, GroupNorm, Module, silu
+from mlxdiff.reference.layers import Conv2d, GroupNorm, Module
 
 _EPS = 1e-6
 
@@ -84,7 +84,7 @@ class Encoder(Module):
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)
-        return self.conv_out(silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out.silu(x))
 
 
 class Decoder(Module):
@@ -108,7 +108,7 @@ class Decoder(Module):
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out.silu(x))
 
 
 class AutoencoderKL(Module):
