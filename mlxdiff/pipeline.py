@@ -7,6 +7,7 @@ seed gives the same picture.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +24,7 @@ from mlxdiff.adapters import textual_inversion
 from mlxdiff.convert import Component, open_controlnet, open_ip_adapter, open_vae
 from mlxdiff.denoiser import Evaluation, make_denoiser
 from mlxdiff.errors import UsageError
+from mlxdiff.exact import require as require_exact
 from mlxdiff.memory import Device, Estimate, estimate, require
 from mlxdiff.metadata import Metadata
 from mlxdiff.model import Model, PromptEmbeddings, draw_noise
@@ -35,6 +37,8 @@ from mlxdiff.weights import ModelSource
 
 if TYPE_CHECKING:
     import PIL.Image
+
+logger = logging.getLogger("mlxdiff")
 
 BUILTIN = Path(__file__).parent / "builtin"
 BACKENDS = ("auto", "mlx", "numpy")
@@ -134,6 +138,7 @@ def load(
     prediction_type: str | None = None,
     low_memory: bool = False,
     vae_tiling: bool | None = None,
+    exact: bool = False,
     memory_limit: float | None = None,
     progress: Callable[..., None] | None = None,
 ) -> Pipeline:
@@ -169,6 +174,8 @@ def load(
             picture reads them anew, and on a CPU each step expands them anew.
         vae_tiling: decode in bands of rows: the same picture in less memory. None: where it has
             more than 512 x 512 pixels, and always with low_memory.
+        exact: on a GPU, compute as exactly as the type allows, for a price in speed
+            (docs/metal.md). Must be asked for before MLX is imported by anything.
         memory_limit: gigabytes that a run may take; what is expected to take more is refused. None:
             as much as the machine has.
         progress: called while files are fetched, as ``mlxdiff.hub.resolve`` does.
@@ -185,7 +192,11 @@ def load(
         config=config,
         prediction_type=prediction_type,
     )
+    if exact and backend != "numpy":
+        require_exact()
     chosen = make_backend(backend, dtype)
+    if exact and not chosen.has_gpu():
+        logger.warning("exact has no effect: nothing is computed on a GPU here")
     other_vae = None if vae is None else open_vae(vae, progress=progress)
     pipe = Pipeline(source, chosen, vae=other_vae)
     if controlnets:
@@ -207,6 +218,7 @@ def load(
             refiner = Pipeline(second, chosen)
         pipe.refine_with(refiner)
     pipe.save_memory(low_memory, vae_tiling)
+    pipe.exact = exact and chosen.has_gpu()
     return pipe
 
 
@@ -218,12 +230,14 @@ class Pipeline:
         refiner: those of the model that does the last part of the way, if there is one.
         memory_limit: gigabytes that a run may take; None: as much as the machine has. What is
             expected to take more is refused (``mlxdiff.memory``).
+        exact: whether a GPU computes as exactly as the type allows.
     """
 
     def __init__(self, source: ModelSource, backend: Any, vae: Component | None = None) -> None:
         self.model = _open_model(source, backend, vae)
         self.refiner: Model | None = None
         self.memory_limit: float | None = None
+        self.exact = False
 
     def limit_memory(self, gigabytes: float | None) -> None:
         """Refuse runs that are expected to take more than this. Raises: UsageError."""
@@ -231,6 +245,7 @@ class Pipeline:
         if gigabytes is not None and not (number and 0 < gigabytes < 1e6):
             raise UsageError(f"memory_limit is {gigabytes!r}; expected gigabytes, such as 4 or 6.5")
         self.memory_limit = gigabytes
+        self.backend.limit_memory(None if gigabytes is None else int(gigabytes * 1e9))
 
     def refine_with(self, refiner: Pipeline | None) -> None:
         """Let another model do the last part of the way (SDXL's refiner); None: none.
@@ -303,6 +318,7 @@ class Pipeline:
         for model in (self.model, self.refiner):
             if model is not None:
                 model.save_memory(low_memory, vae_tiling)
+        self.backend.limit_cache(low_memory)
 
     @property
     def embeddings(self) -> tuple[textual_inversion.Embedding, ...]:
@@ -651,6 +667,7 @@ class Pipeline:
             {"token": e.token, "name": e.path.name, "sha256": e.sha256} for e in self.embeddings
         ] or None
         values["quantize"] = recipe_of(self.source)
+        values["exact"] = self.exact or None
         provenance = self.source.provenance
         return Metadata(
             **{name: value for name, value in values.items() if name in known},

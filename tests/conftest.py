@@ -35,6 +35,12 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         os.environ.pop(name, None)
+    # The gate of the macOS job: MLX on its CPU device. (Commands that tests start as processes of
+    # their own say --backend numpy, or mean whatever is there.)
+    if os.environ.get("MLXDIFF_TEST_DEVICE") == "cpu" and importlib.util.find_spec("mlx"):
+        import mlx.core as mx
+
+        mx.set_default_device(mx.cpu)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -15,7 +15,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "condition", "tiling"),
     ("machine",),
     ("values",),
-    ("config", "files", "known", "threads", "a1111"),
+    ("config", "files", "known", "threads", "a1111", "exact"),
     ("params", "quantization"),
     (
         "tokenizer",

@@ -31,13 +31,13 @@ _EXTRA |= dict.fromkeys(("guidance_interval", "outpaint"), tuple)
 _EXTRA |= dict.fromkeys(("vae", "refiner", "image", "mask", "quantize", "image_encoder"), str)
 _EXTRA |= {"prompt_syntax": str, "embeddings": list}
 _EXTRA |= {"label": int, "feature_reuse": int}
-_EXTRA |= {"paste_original": bool, "guess_mode": bool}
+_EXTRA |= {"paste_original": bool, "guess_mode": bool, "exact": bool}
 # Those that are given once for each ControlNet or IP-Adapter: lists.
 _EACH: dict[str, Any] = dict.fromkeys(("control_scale", "control_start", "control_end"), float)
 _EACH |= dict.fromkeys(("controlnet", "control_image", "control_preprocess"), str)
 _EACH |= {"ip_adapter": str, "ip_image": str, "ip_scale": float}
 # Not arguments of Pipeline.generate.
-_NAMED = tuple("model vae refiner controlnet ip_adapter image_encoder quantize seed".split())
+_NAMED = tuple("model vae refiner controlnet ip_adapter image_encoder quantize exact seed".split())
 BUILTIN_NAME = "builtin"  # what pictures of the built-in model say that they are made with
 
 
@@ -222,6 +222,11 @@ BORDERS = Numbers(",", "LEFT,TOP,RIGHT,BOTTOM")
     help="Weights in 2, 3, 4, 5, 6 or 8 bits, or mxfp4, nvfp4, mxfp8. Default: as they are.",
 )
 @click.option(
+    "--exact",
+    is_flag=True,
+    help="On a GPU: as exactly as the type allows, slower (no Winograd convolutions, no TF32).",
+)
+@click.option(
     "--low-memory",
     is_flag=True,
     help="One stage of networks at a time, weights as they are stored: slower, the same picture.",
@@ -269,6 +274,7 @@ def generate(
     backend: str,
     dtype: str,
     quantize: str | None,
+    exact: bool,
     low_memory: bool,
     vae_tiling: bool | None,
     memory_limit: float | None,
@@ -299,6 +305,7 @@ def generate(
         refiner = named["refiner"] if refiner is None else refiner
         seed = named["seed"] if seed is None else seed
         quantize = named["quantize"] if quantize is None else quantize
+        exact = exact or bool(named["exact"])
         for name in ("image", "mask"):
             if name in replay and picture[name] is None:
                 raise UsageError(
@@ -333,6 +340,7 @@ def generate(
             backend=backend,
             dtype=dtype,
             quantize=quantize,
+            exact=exact,
             low_memory=low_memory,
             vae_tiling=vae_tiling,
             vae=vae,

@@ -54,6 +54,8 @@ _MODELS: dict[type, Callable[..., Module]] = {
     AutoencoderKLConfig: AutoencoderKL,
     AutoencoderTinyConfig: AutoencoderTiny,
 }
+# Freed buffers that are kept on a GPU: enough for the buffers of some layers in turn.
+_CACHE, _LITTLE_CACHE = 1 << 30, 32 << 20
 _FLOATS = ("float32", "float16", "bfloat16")
 
 
@@ -161,6 +163,16 @@ class Backend:
     def reset_peak_memory(self) -> None:
         """Count the most bytes held at once from here on."""
         mx.reset_peak_memory()
+
+    def limit_memory(self, most: int | None) -> None:
+        """Wait for kernels before more bytes than this are handed out; None: as MLX does."""
+        if most is not None:
+            mx.set_memory_limit(most)
+
+    def limit_cache(self, low_memory: bool) -> None:
+        """Keep few freed buffers for later: MLX's own limit on a GPU is all of its memory."""
+        if self.has_gpu() or low_memory:
+            mx.set_cache_limit(_LITTLE_CACHE if low_memory else _CACHE)
 
     def clear_cache(self) -> None:
         """Give freed buffers back to the system."""

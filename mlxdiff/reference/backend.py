@@ -144,6 +144,12 @@ class Backend:
     def reset_peak_memory(self) -> None:
         """Nothing: the system counts from the start of the process."""
 
+    def limit_memory(self, most: int | None) -> None:
+        """Nothing: what is computed at once is bounded as it is."""
+
+    def limit_cache(self, low_memory: bool) -> None:
+        """Nothing: NumPy keeps none."""
+
     def clear_cache(self) -> None:
         """Nothing: NumPy keeps none."""
 
