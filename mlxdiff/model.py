@@ -7,6 +7,7 @@ scaled, what a U-Net is told.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -133,6 +134,7 @@ class Networks:
         for other in list(self._loaded):
             if other != name and (alone or other.startswith(("text_encoder", "vae"))):
                 del self._loaded[other]
+        gc.collect()  # what a run has left behind may hold its U-Net in a circle of references
         self.backend.clear_cache()
 
 

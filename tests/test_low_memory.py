@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import golden_data
 import numpy as np
@@ -111,3 +112,20 @@ def test_float16_draws_the_same_and_not_black(name: str) -> None:
     one, other = (np.asarray(r.images[0], np.float32) for r in (whole, half))
     assert np.abs(one - other).mean() < 2.0
     assert other.std() > 0.5 * one.std()
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_the_unet_is_gone_before_the_vae_comes(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = load("builtin", side, low_memory=True)
+    live: list[weakref.ref] = []
+    read = pipe.backend.load
+
+    def spy(*args):
+        assert [ref() for ref in live if ref() is not None] == []
+        network = read(*args)
+        live.append(weakref.ref(network))
+        return network
+
+    monkeypatch.setattr(pipe.backend, "load", spy)
+    pipe.generate("a circle", seed=0, steps=1, guidance=4.0)
+    assert len(live) == 3

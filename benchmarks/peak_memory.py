@@ -1,0 +1,81 @@
+"""Peak memory of a whole picture with low_memory, on MLX's own counter: full size, random weights.
+
+    python benchmarks/peak_memory.py sd15 [-q 4] [--size 512] [--steps 1] [--folder FOLDER]
+
+The model is made first (random_model.py) where FOLDER is not there. The peak of a run does not
+depend on the number of steps. Prints a table by stage, as far as it got, and a line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from numpy_unet_step import processor
+from random_model import MODELS, make
+
+import mlxdiff
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", choices=list(MODELS))
+    parser.add_argument("-q", "--quantize")
+    parser.add_argument("--size", type=int, help="pixels (default: the model's own)")
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--dtype", help="computed in (default: float16 on a GPU, else float32)")
+    options = parser.parse_args()
+    import mlx.core as mx
+
+    name = f"mlxdiff-random-{options.model}-{options.quantize or 'float16'}"
+    folder = options.folder or Path(tempfile.gettempdir()) / name
+    make(options.model, folder, quantize=options.quantize)
+    pipe = mlxdiff.load(folder, backend="mlx", dtype=options.dtype, low_memory=True)
+    peaks: dict[str, int] = {}
+
+    def note(stage: str) -> None:
+        peaks[stage] = max(peaks.get(stage, 0), mx.get_peak_memory())
+        print(f"{stage:14}{peaks[stage] / 2**30:8.3f} GiB", flush=True)
+        mx.reset_peak_memory()
+
+    mx.reset_peak_memory()
+    start = time.perf_counter()
+    size = {} if options.size is None else {"width": options.size, "height": options.size}
+    result = pipe.generate(
+        "a red circle",
+        seed=0,
+        steps=options.steps,
+        guidance=7.5,
+        **size,
+        on_step=lambda step: note("text and U-Net"),
+    )
+    note("VAE")
+    record = {
+        "benchmark": "peak_memory",
+        "model": options.model,
+        "quantize": options.quantize,
+        "size": [result.settings.width, result.settings.height],
+        "dtype": pipe.backend.dtype,
+        "steps": options.steps,
+        "peak_bytes": max(peaks.values()),
+        "stages": peaks,
+        "seconds": time.perf_counter() - start,
+        "machine": {
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "system": platform.platform(),
+        },
+        "versions": {name: version(name) for name in ("mlxdiff", "mlx")},
+    }
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

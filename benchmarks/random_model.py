@@ -1,0 +1,186 @@
+"""A full-size model with random weights, as a converted folder: what sizes and memory need.
+
+    python benchmarks/random_model.py sd15|sdxl DEST [--dtype float16] [-q BITS]
+
+Nothing is downloaded: the configs are those that the published models have, the tokenizer is the
+built-in model's. The pictures are noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import mlxdiff
+from mlxdiff.config import (
+    AutoencoderKLConfig,
+    CLIPTextConfig,
+    ComponentConfig,
+    UNet2DConditionConfig,
+)
+from mlxdiff.params import expected_parameters
+from mlxdiff.recipes import find_recipe, quantized_model
+from mlxdiff.weights import LazyTensor, ModelSource, open_folder, write_folder
+
+_SDXL_UNET = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "projection_class_embeddings_input_dim": 2816,
+    "sample_size": 128,
+    "transformer_layers_per_block": [1, 2, 10],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "use_linear_projection": True,
+}
+_VAE = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+_CLIP = {
+    "hidden_act": "quick_gelu",
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 77,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "vocab_size": 49408,
+}
+_CLIP_2 = _CLIP | {
+    "hidden_act": "gelu",
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_attention_heads": 20,
+    "num_hidden_layers": 32,
+    "projection_dim": 1280,
+}
+# What differs from diffusers' and transformers' defaults in the published configs.
+MODELS: dict[str, dict[str, dict[str, Any]]] = {
+    "sd15": {
+        "text_encoder": _CLIP,
+        "unet": {"cross_attention_dim": 768, "sample_size": 64},
+        "vae": _VAE | {"scaling_factor": 0.18215, "force_upcast": False},
+    },
+    "sdxl": {
+        "text_encoder": _CLIP,
+        "text_encoder_2": _CLIP_2,
+        "unet": _SDXL_UNET,
+        "vae": _VAE | {"scaling_factor": 0.13025, "force_upcast": True},
+    },
+}
+_BUILTIN = Path(mlxdiff.__file__).parent / "builtin"
+
+
+def config(model: str, component: str) -> ComponentConfig:
+    """The config of a component of a model."""
+    data = MODELS[model][component]
+    if component == "unet":
+        return UNet2DConditionConfig.from_dict(data)
+    if component == "vae":
+        return AutoencoderKLConfig.from_dict(data)
+    return CLIPTextConfig.from_dict(data, with_projection=component == "text_encoder_2")
+
+
+def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Values in our layout that keep activations near unit size; the same at every call."""
+    random = np.random.default_rng(zlib.crc32(name.encode()))
+    values = random.standard_normal(shape, np.float32)
+    if len(shape) == 1:
+        values *= 0.1
+        values += float("norm" in name and name.endswith("weight"))
+    elif "embedding" in name and "time" not in name and "add" not in name:
+        values *= 0.02
+    else:
+        values *= float(np.prod(shape[1:])) ** -0.5
+    return values
+
+
+class RandomModel:
+    """A ModelSource (see mlxdiff.weights)."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.path = Path(f"random-{model}")
+        self.family = {"sd15": "sd1"}.get(model, model)
+        self.components = tuple(MODELS[model])
+        self.provenance: dict[str, Any] = {"source": f"random weights, {model}"}
+        self.scheduler_config = {
+            "_class_name": "PNDMScheduler",
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "beta_start": 0.00085,
+            "num_train_timesteps": 1000,
+            "steps_offset": 1,
+        }
+        kind = "StableDiffusionXLPipeline" if model == "sdxl" else "StableDiffusionPipeline"
+        classes = {
+            "scheduler": ["diffusers", "PNDMScheduler"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+        }
+        if model == "sdxl":
+            classes["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
+            classes["tokenizer_2"] = ["transformers", "CLIPTokenizer"]
+        self.model_index: dict[str, Any] = {"_class_name": kind, **classes}
+
+    def config(self, component: str) -> ComponentConfig:
+        return config(self.model, component)
+
+    def tensors(self, component: str) -> dict[str, LazyTensor]:
+        shapes = expected_parameters(self.config(component))
+        return {
+            name: LazyTensor(shape, "F32", lambda n=name, s=shape: random_tensor(n, s))
+            for name, shape in shapes.items()
+        }
+
+    def tokenizer(self, name: str = "tokenizer") -> Any:
+        raise NotImplementedError
+
+    def documents(self) -> dict[str, bytes]:
+        files = {
+            f"{name}/config.json": json.dumps(data).encode()
+            for name, data in MODELS[self.model].items()
+        }
+        files["model_index.json"] = json.dumps(self.model_index).encode()
+        files["scheduler/scheduler_config.json"] = json.dumps(self.scheduler_config).encode()
+        for name in (n for n in self.model_index if n.startswith("tokenizer")):
+            for file in (_BUILTIN / "tokenizer").iterdir():
+                files[f"{name}/{file.name}"] = file.read_bytes()
+        return files
+
+
+def make(model: str, dest: Path, dtype: str = "float16", quantize: str | None = None) -> Path:
+    """The folder of this model; made where it is not there yet."""
+    if not dest.is_dir():
+        source: ModelSource = RandomModel(model)
+        recipe = None if quantize is None else find_recipe(quantize)
+        if recipe is not None:
+            source = quantized_model(source, recipe)
+        write_folder(source, dest, dtype, recipe=None if recipe is None else recipe.name)
+    open_folder(dest)
+    return dest
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", choices=list(MODELS))
+    parser.add_argument("dest", type=Path)
+    parser.add_argument("--dtype", default="float16")
+    parser.add_argument("-q", "--quantize")
+    options = parser.parse_args()
+    print(make(options.model, options.dest, options.dtype, options.quantize))
+
+
+if __name__ == "__main__":
+    main()
