@@ -264,7 +264,7 @@ def unet_structure(shapes: Shapes) -> Config:
         len({*d, *u}) == 1 or not (low.depths[0] or high.depths[0])
         for d, u, low, high in zip(reversed(depths), up_depths, reversed(down), up, strict=True)
     )
-    contexts = {s[-1] for name, s in shapes.items() if name.endswith(".attn2.to_k.weight")}
+    contexts = {s[-1] for name, s in shapes.items() if name.endswith(".attn2.to_k.weight") and s}
     if len(contexts) != 1:
         raise Unrepresentable(f"the text is {sorted(contexts) or 'nowhere'} wide")
     projections = {len(s) for name, s in shapes.items() if name.endswith(".1.proj_in.weight")}
@@ -317,7 +317,7 @@ def controlnet_structure(shapes: Shapes) -> Config:
         raise Unrepresentable("the middle block is not as deep as the level above it")
     if any(len(set(d)) > 1 for d in depths):
         raise Unrepresentable("the depth of its transformers differs inside a level")
-    contexts = {s[-1] for name, s in shapes.items() if name.endswith(".attn2.to_k.weight")}
+    contexts = {s[-1] for name, s in shapes.items() if name.endswith(".attn2.to_k.weight") and s}
     if len(contexts) != 1:
         raise Unrepresentable(f"the text is {sorted(contexts) or 'nowhere'} wide")
     # The picture's convolutions: one, then by turns one that keeps the width, one that widens it.

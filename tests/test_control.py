@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from control_files import NETS, controlnet_config, controlnet_tensors, write_controlnet
+from fake_hub import serve
 from folders import write_json
 from golden_data import (
     assert_latents_close,
@@ -169,6 +170,20 @@ def test_files_that_hold_something_else(tmp_path: Path, names: list[str], says: 
         open_controlnet(path, unet_of("sd15"))
 
 
+@pytest.mark.parametrize("shape", [(), (2, 2), (0, 8, 3, 3), (7, 9, 3, 3)])
+def test_files_that_are_damaged(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """Whatever tensor has another shape, or is not there, it is named or the structure refused."""
+    tensors = ldm_names(controlnet_config("sdxl"), 1)
+    path, unet = tmp_path / "net.safetensors", unet_of("sdxl")
+    for name in list(tensors)[::9]:
+        save_file(tensors | {name: np.zeros(shape, np.float16)}, path)
+        with pytest.raises((CheckpointError, ConfigError)):
+            open_controlnet(path, unet)
+        save_file({k: v for k, v in tensors.items() if k != name}, path)
+        with pytest.raises((CheckpointError, ConfigError)):
+            open_controlnet(path, unet)
+
+
 @pytest.mark.parametrize("form", ["folder", "file"])
 @pytest.mark.parametrize(
     ("made_for", "used_with", "says"),
@@ -230,6 +245,32 @@ def test_configs_that_are_refused(tmp_path: Path, changes: dict[str, Any], says:
     write_json(path / "config.json", controlnet_config("sd15", **changes))
     with pytest.raises((ConfigError, CheckpointError), match=says):
         open_controlnet(path, unet_of("sd15"))
+
+
+def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repository of its own, a folder of a model's, a file (as the original ones are called)."""
+    folder = write_controlnet(tmp_path / "net", "sd15")
+    unet = unet_of("sd15")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    original = tmp_path / "control.pth"
+    save_file(ldm_names(controlnet_config("sd15"), 0), original)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    expected = open_controlnet(folder, unet)
+    for i, (there, path) in enumerate(
+        (
+            (files, "org/name"),
+            ({f"controlnet/{name}": data for name, data in files.items()}, "org/name"),
+            ({"a/control_sd15.pth": original.read_bytes()}, "org/name/a/control_sd15.pth"),
+        )
+    ):
+        with serve(there, monkeypatch) as server:
+            server.commit = f"{i}" * 40
+            found = open_controlnet(f"{path}@{server.commit}", unet)
+        assert found.provenance == {"source": path, "revision": server.commit}
+        assert found.config.down_blocks == expected.config.down_blocks
+        ours, theirs = found.tensors(), expected.tensors()
+        assert all(np.array_equal(t.read(), theirs[name].read()) for name, t in ours.items())
 
 
 def test_paths_that_hold_no_controlnet(tmp_path: Path) -> None:
