@@ -155,6 +155,7 @@ def save_png(
     path: str | os.PathLike[str],
     text: Mapping[str, str] | None = None,
     overwrite: bool = False,
+    compress_level: int = 6,
 ) -> None:
     """Writes a PNG: whole, or not at all, whatever interrupts.
 
@@ -163,6 +164,7 @@ def save_png(
         path: the file to be; its folder must exist.
         text: text chunks by keyword (tEXt, or iTXt where the text is not Latin-1).
         overwrite: whether an existing file may be replaced.
+        compress_level: zlib's, 0 to 9; 1 takes a third of the time.
 
     Raises:
         UsageError: the file exists and `overwrite` is False, its folder is missing, or it cannot be
@@ -180,7 +182,7 @@ def save_png(
         chunks.add_text(key, value)
     try:
         with _replacing(path, overwrite) as file:
-            image.save(file, format="PNG", pnginfo=chunks)
+            image.save(file, format="PNG", pnginfo=chunks, compress_level=compress_level)
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({_reason(error)})") from error
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mlxdiff import samplers, tiling
+from mlxdiff import preview, samplers, tiling
 from mlxdiff.config import AutoencoderKLConfig, UNet2DConditionConfig, VAEConfig
 from mlxdiff.convert import Component
 from mlxdiff.errors import ConfigError, UsageError
@@ -153,6 +153,7 @@ class Model(Networks):
         self.unet_config: UNet2DConditionConfig = source.config("unet")
         self.vae_config: VAEConfig = source.config("vae") if vae is None else vae.config
         self.texts = TextEncoders(source, self.component, backend, penultimate=self.is_sdxl)
+        self._linear: np.ndarray | None = None  # from latents to colours
         own = source.config("vae")
         for name in ("latent_channels", "factor"):
             expected, found = getattr(own, name), getattr(self.vae_config, name)
@@ -403,6 +404,18 @@ class Model(Networks):
         if self.vae_tiling is not None:
             return self.vae_tiling
         return low_memory or height * width > TILE_PIXELS
+
+    def sketch(self, latents: np.ndarray) -> PIL.Image.Image:
+        """A small picture of latents (H/f, W/f, C), one pixel each, by a linear map (``preview``).
+
+        The first call fits the map to the VAE.
+        """
+        if self._linear is None:
+            pixels = preview.chart(self.vae_config.factor)
+            self._linear = preview.fit(self.image_latents(pixels).mean[0], pixels)
+            if self.low_memory:
+                self._loaded.pop("vae", None)
+        return to_pil(preview.colours(self._linear, latents))
 
     def _latent_scale(self) -> tuple[np.ndarray, np.ndarray]:
         """``scale, shift`` with latents of the U-Net = (latents of the VAE - shift) * scale."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import mlxdiff
-from mlxdiff import control, image_prompt, library
+from mlxdiff import control, image_prompt, library, preview, samplers
 from mlxdiff.adapters import textual_inversion
 from mlxdiff.convert import Component, open_controlnet, open_ip_adapter, open_vae
 from mlxdiff.denoiser import Evaluation, make_denoiser
@@ -65,6 +65,17 @@ class Step:
     seconds: float
     latents: np.ndarray
     _decode: Callable[[np.ndarray], list[PIL.Image.Image]] = field(repr=False)
+    _sketch: Callable[[np.ndarray], PIL.Image.Image] = field(repr=False)
+    _denoised: Callable[[], np.ndarray] = field(repr=False)
+
+    @property
+    def denoised(self) -> np.ndarray:
+        """What the model takes the latents for, without noise: (H/f, W/f, C) float32."""
+        return self._denoised()
+
+    def sketch(self) -> PIL.Image.Image:
+        """What the model takes the picture for, at once: by a linear map, one pixel a latent."""
+        return self._sketch(self.denoised)
 
     def preview(self) -> PIL.Image.Image:
         """The latents as they are after this step, decoded: noisy until the last steps."""
@@ -506,6 +517,7 @@ class Pipeline:
                     elapsed = time.perf_counter() - start - (self._load_seconds - loaded)
                     timings["text_encoder"] = timings.get("text_encoder", 0.0) + elapsed
                 denoise = denoisers[part]
+                prediction = one.source.scheduler_config.get("prediction_type", "epsilon")
                 if index > 0:
                     begun = inputs.refine(begun, draw)
                 beside = None if begun.beside is None else backend.asarray(begun.beside)
@@ -515,6 +527,7 @@ class Pipeline:
                     start = time.perf_counter()
                     evaluation = Evaluation(t, i, len(plan), beside)
                     output = denoise(plan.scale_model_input(x, state), evaluation)
+                    clean = partial(_denoised, backend, plan, i, prediction, x, output)
                     x, state = plan.step(x, output, state, noise=fresh_noise)
                     if kept is not None:
                         x = kept(x, plan, i + 1)
@@ -528,6 +541,8 @@ class Pipeline:
                         seconds=seconds[-1],
                         latents=backend.to_numpy(x)[0],
                         _decode=model.decode,
+                        _sketch=model.sketch,
+                        _denoised=clean,
                     )
                     index += 1
             backend.clear_cache()
@@ -704,6 +719,13 @@ def _only_sdxl(model: Model | PixelModel) -> Model:
             f"{model.source.path}: is no SDXL model; a refiner is one, and works on one"
         )
     return model
+
+
+def _denoised(
+    backend: Any, plan: samplers.Plan, index: int, prediction: str, x: Any, output: Any
+) -> np.ndarray:
+    clean: np.ndarray = backend.to_numpy(preview.denoised(plan, index, prediction, x, output))[0]
+    return clean
 
 
 def _on_backend(backend: Any, draw: Callable[[], np.ndarray]) -> Any:

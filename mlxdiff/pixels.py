@@ -111,3 +111,7 @@ class PixelModel(Networks):
     def decode(self, latents: np.ndarray) -> list[PIL.Image.Image]:
         """Pictures of pixels (B, H, W, 1 or 3) in [-1, 1]; values outside are clipped."""
         return [to_pil(one) for one in latents]
+
+    def sketch(self, latents: np.ndarray) -> PIL.Image.Image:
+        """A picture of pixels (H, W, 1 or 3) in [-1, 1]."""
+        return to_pil(latents)

@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("inpainting",),
     ("reference", "models", "convert"),
     ("adapters",),
-    ("library", "texts"),
+    ("library", "texts", "preview"),
     ("model",),
     ("pixels", "control", "image_prompt"),
     ("settings",),

@@ -13,6 +13,7 @@ import click
 
 from mlxdiff.cli import ProgressBar, common_options, show_notes
 from mlxdiff.cli.embeddings import EmbeddingParam, replayed
+from mlxdiff.cli.preview import Preview
 from mlxdiff.errors import UsageError
 
 # Options that make up the picture, and the models beside the main one: what --from-image can bring
@@ -254,6 +255,16 @@ BORDERS = Numbers(",", "LEFT,TOP,RIGHT,BOTTOM")
     type=click.Path(dir_okay=False),
     help="Take the settings of a picture that mlxdiff (or A1111) drew; options override them.",
 )
+@click.option(
+    "--preview",
+    is_flag=True,
+    help="Show the picture while it is drawn: in the terminal where it can, else in a file.",
+)
+@click.option(
+    "--preview-file",
+    help="Previews as PNG: {seed}, {index} and {step} are filled in. They stay.",
+)
+@click.option("--preview-every", type=int, help="Steps from one preview to the next. Default: 1.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a picture on stdout.")
 @common_options
 def generate(
@@ -282,6 +293,9 @@ def generate(
     force: bool,
     no_metadata: bool,
     from_image: str | None,
+    preview: bool,
+    preview_file: str | None,
+    preview_every: int | None,
     as_json: bool,
     quiet: bool,
     **picture: Any,
@@ -358,11 +372,18 @@ def generate(
         for word in pipe.embeddings:
             many = "1 vector" if word.count == 1 else f"{word.count} vectors"
             click.echo(f"Embedding {word.path.name}: {word.token!r} stands for {many}", err=True)
+    shown = None
+    if preview or preview_file is not None:
+        shown = Preview(preview_file, 1 if preview_every is None else preview_every, force)
+    elif preview_every is not None:
+        raise UsageError("--preview-every needs --preview or --preview-file")
     # What can be refused is refused before anything is drawn.
     pipe.settings(prompts[0], **arguments)
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         check_writable(path, overwrite=force)
+    if shown is not None:
+        shown.check(paths, seeds)
     for index, one in enumerate(prompts):
         _draw(
             pipe,
@@ -372,6 +393,8 @@ def generate(
             arguments,
             {"force": force, "metadata": not no_metadata, "json": as_json, "quiet": quiet},
             start,
+            shown,
+            index * count,
         )
         start = time.perf_counter()
 
@@ -471,14 +494,25 @@ def _draw(
     arguments: dict[str, Any],
     options: dict[str, bool],
     start: float,
+    shown: Preview | None,
+    before: int,
 ) -> None:
-    """Draw the pictures of one prompt, write and report them."""
+    """Draw the pictures of one prompt, write and report them.
+
+    Args:
+        shown: what becomes of previews, if there are any.
+        before: pictures of the prompts before this one.
+    """
     from mlxdiff.image import save_png
 
     bar: Any = None
 
     def on_step(step: Any) -> None:
         nonlocal bar
+        if shown is not None:
+            shown.show(pipe, step, paths[step.picture], before + step.picture)
+        if options["quiet"]:
+            return
         if bar is None or step.index == 0:
             if bar is not None:
                 bar.render_finish()
@@ -495,9 +529,13 @@ def _draw(
             prompt,
             seed=seeds[0],
             count=len(seeds),
-            on_step=None if options["quiet"] else on_step,
+            on_step=on_step,
             **arguments,
         )
+    except KeyboardInterrupt:
+        if shown is not None and (kept := shown.keep()) is not None:
+            click.echo(f"\nThe last preview is in {kept}", err=True)
+        raise
     finally:
         if bar is not None:
             bar.render_finish()
@@ -509,6 +547,8 @@ def _draw(
             click.echo(json.dumps(_record(result, i, path, seconds)))
         else:
             click.echo(f"{path}  seed {seed}  {seconds:.1f} s")
+    if shown is not None:
+        shown.done()
 
 
 def _record(result: Any, picture: int, path: Path, seconds: float) -> dict[str, Any]:

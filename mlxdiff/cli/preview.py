@@ -1,0 +1,195 @@
+"""``--preview``: the picture while it is drawn, in the terminal or as a file.
+
+Terminals that show pictures are told by their environment; no escape code goes anywhere else, and
+never into a pipe or a file. Sources: the Kitty graphics protocol; iTerm2's inline images protocol.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import string
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import click
+
+from mlxdiff.errors import UsageError
+
+ROWS = 12  # of text that a preview in the terminal takes
+_PIXELS = 4  # a latent along a side, at most, in a file: to write a PNG takes time
+_KITTY_CHUNK = 4096
+_KITTY_ID = 1112  # a picture that comes again replaces the one before
+
+
+def terminal_protocol(environment: Mapping[str, str], stream: TextIO) -> str | None:
+    """How a terminal shows pictures: "kitty", "iterm2" or, where it does not or nobody knows, None.
+
+    Args:
+        environment: of the process.
+        stream: what would be written to.
+    """
+    term, program = environment.get("TERM", ""), environment.get("TERM_PROGRAM", "")
+    if not stream.isatty() or term == "dumb":
+        return None
+    if "TMUX" in environment or term.startswith(("screen", "tmux")):
+        return None  # these do not pass it on unless they are told to
+    if "KITTY_WINDOW_ID" in environment or term in ("xterm-kitty", "xterm-ghostty"):
+        return "kitty"
+    if program in ("iTerm.app", "WezTerm", "mintty") or "ITERM_SESSION_ID" in environment:
+        return "iterm2"
+    return None
+
+
+def kitty(png: bytes) -> str:
+    """Escape codes that show a picture at the cursor, ROWS high, and leave the cursor there."""
+    data = base64.standard_b64encode(png).decode()
+    pieces = [data[i : i + _KITTY_CHUNK] for i in range(0, len(data), _KITTY_CHUNK)]
+    head = f"a=T,f=100,q=2,C=1,i={_KITTY_ID},r={ROWS},"
+    return "".join(
+        f"\x1b_G{head if i == 0 else ''}m={int(i < len(pieces) - 1)};{piece}\x1b\\"
+        for i, piece in enumerate(pieces)
+    )
+
+
+def iterm2(png: bytes) -> str:
+    """The same for iTerm2 and those that follow it."""
+    data = base64.standard_b64encode(png).decode()
+    options = f"inline=1;size={len(png)};height={ROWS};preserveAspectRatio=1"
+    return f"\x1b]1337;File={options}:{data}\x07"
+
+
+class Preview:
+    """What becomes of the previews of a run.
+
+    Args:
+        file: where they go, with {seed}, {index} and {step}; None: into the terminal, or beside
+            the pictures where it shows none.
+        every: steps from one to the next.
+        force: whether files may be replaced that were there before.
+    Raises: UsageError.
+    """
+
+    def __init__(self, file: str | None, every: int, force: bool) -> None:
+        self.file, self.every, self.force = file, every, force
+        self.protocol = None if file else terminal_protocol(os.environ, sys.stderr)
+        self.last: Any = (
+            None  # the last one: picture, its size in a file, the file of what it becomes
+        )
+        self.path: Path | None = None  # where the last one is
+        self._ours: set[Path] = set()
+        self._begun = False
+        if every < 1:
+            raise UsageError(f"--preview-every is {every}; expected at least 1")
+        if file is not None:
+            _check_template(file)
+
+    def check(self, outputs: list[Path], seeds: list[int]) -> None:
+        """Raise UsageError where a preview cannot be written, or is the file of a picture."""
+        from mlxdiff.image import check_writable
+
+        if self.protocol is not None:
+            return
+        for index, output in enumerate(outputs):
+            path = self._path(seeds[index % len(seeds)], index, 1, output)
+            if path.absolute() in [other.absolute() for other in outputs]:
+                raise UsageError(f"{path}: is the file of a picture; name another for its preview")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            check_writable(path, overwrite=self.force)
+
+    def show(self, pipe: Any, step: Any, output: Path, index: int) -> None:
+        """Show how far a picture is, if it is the turn of this step.
+
+        Args:
+            pipe: what draws it.
+            step: the Step.
+            output: the picture's file.
+            index: which picture of all prompts.
+        """
+        if step.index % self.every and step.index != step.total - 1:
+            return
+        config = getattr(pipe.model, "vae_config", None)
+        factor = min(getattr(config, "factor", 1), _PIXELS)
+        height, width, _ = step.latents.shape
+        tiny = type(config).__name__ == "AutoencoderTinyConfig"  # a TAESD is quick enough
+        image = pipe.decode(step.denoised[None])[0] if tiny else step.sketch()
+        self.last = image, (width * factor, height * factor), output
+        if self.protocol is not None:
+            self._draw(image)
+            return
+        path = self._path(step.seed, index, step.index + 1, output)
+        if not self._begun and self.file is None:
+            click.echo(
+                "Note: this terminal shows no pictures (Kitty, Ghostty, iTerm2, WezTerm and mintty "
+                f"do); the preview is in {path} until the picture is there",
+                err=True,
+            )
+        self._begun = True
+        self._write(path)
+
+    def _path(self, seed: int, index: int, step: int, output: Path) -> Path:
+        if self.file is None:
+            return _beside(output)
+        return Path(self.file.format(seed=seed, index=index, step=step)).expanduser()
+
+    def _draw(self, image: Any) -> None:
+        data = io.BytesIO()
+        image.save(data, format="PNG", compress_level=1)
+        codes = {"kitty": kitty, "iterm2": iterm2}[str(self.protocol)](data.getvalue())
+        if not self._begun:  # room above the line of the progress bar
+            sys.stderr.write("\r" + "\n" * ROWS)
+        self._begun = True
+        sys.stderr.write(f"\x1b7\r\x1b[{ROWS}A{codes}\x1b8")
+        sys.stderr.flush()
+
+    def _write(self, path: Path) -> None:
+        import numpy as np
+
+        from mlxdiff.image import resize, save_png
+
+        image, size, _ = self.last
+        if image.width < size[0]:
+            image = resize(np.asarray(image), *size)
+        ours = self.force or path in self._ours
+        save_png(image, path, overwrite=ours, compress_level=1)
+        self._ours.add(path)
+        self.path = path
+
+    def keep(self) -> Path | None:
+        """The file with the last preview, written now if it was in the terminal alone."""
+        if self.path is None and self.last is not None:
+            self._write(_unused(_beside(self.last[2])))
+        return self.path
+
+    def done(self) -> None:
+        """The pictures are there: previews beside them that nobody asked for by name go."""
+        if self.file is None and self.protocol is None:
+            for path in self._ours:
+                path.unlink(missing_ok=True)
+        self.last, self.path = None, None
+
+
+def _beside(output: Path) -> Path:
+    return output.with_name(f"{output.stem}-preview.png")
+
+
+def _unused(path: Path) -> Path:
+    """The path, or one like it that does not exist."""
+    names = [path] + [path.with_name(f"{path.stem}-{i}.png") for i in range(2, 1000)]
+    return next((name for name in names if not name.exists()), path)
+
+
+def _check_template(file: str) -> None:
+    try:
+        fields = {name for _, name, _, _ in string.Formatter().parse(file) if name is not None}
+    except ValueError as error:
+        raise UsageError(f"--preview-file {file!r}: {error}; write {{{{ for a brace") from None
+    if fields - {"seed", "index", "step"}:
+        raise UsageError(
+            f"--preview-file {file!r}: only {{seed}}, {{index}} and {{step}} are filled in"
+        )
+    if not file.lower().endswith(".png"):
+        raise UsageError(f"--preview-file {file!r}: previews are written as PNG; end it in .png")
