@@ -216,7 +216,7 @@ def tiled_bytes(config: ComponentConfig, device: Device, height: int, width: int
     """The same of a VAE that decodes in bands: what a layer keeps, and what it replaces."""
     size = SIZES[device.dtype]
     work = [op for op in operations(config, height, width) if op.kind == "convolution"]
-    return max(size * (op.held + min(op.inputs, op.outputs)) for op in work) + 3 * _MLX_WORK
+    return max(size * (op.held + min(op.inputs, op.outputs)) for op in work) + 2 * _MLX_WORK
 
 
 def _numpy_bytes(op: Operation) -> int:
