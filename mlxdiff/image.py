@@ -150,6 +150,20 @@ def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
     return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
 
 
+def resize_values(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    """float32 (H, W, C) in [-1, 1] -> (height, width, C), the same filter, unrounded."""
+    from PIL import Image
+
+    planes = np.moveaxis(np.asarray(image, np.float32), -1, 0)
+    filtered = [
+        Image.fromarray(np.ascontiguousarray(plane)).resize(
+            (width, height), Image.Resampling.LANCZOS
+        )
+        for plane in planes
+    ]
+    return np.clip(np.stack([np.asarray(plane) for plane in filtered], axis=-1), -1.0, 1.0)
+
+
 def save_png(
     image: Image.Image | np.ndarray,
     path: str | os.PathLike[str],

@@ -65,6 +65,13 @@ SCHEDULE_NAMES = {
 }
 """Our schedule ids -> A1111's "Schedule type"."""
 
+UPSCALER_NAMES = {
+    "lanczos": "Lanczos",
+    "latent-nearest": "Latent (nearest)",
+    "latent-bilinear": "Latent",
+}
+"""Our ids of what enlarges a picture -> A1111's "Hires upscaler"."""
+
 _SAMPLER_IDS = {name.lower(): key for key, name in SAMPLER_NAMES.items()}
 _SCHEDULE_IDS = {name.lower(): key for key, name in SCHEDULE_NAMES.items()}
 _SCHEDULE_IDS |= {"simple": "trailing"}
@@ -145,6 +152,9 @@ class Metadata:
             "CFG scale": _number(self.guidance),
             "Seed": self.seed,
             "Size": f"{self.width}x{self.height}" if self.width and self.height else None,
+            "Denoising strength": self._extra_number("hires_strength", "strength"),
+            "Hires upscale": self._extra_number("hires"),
+            "Hires upscaler": UPSCALER_NAMES.get(str(self.extra.get("hires_upscaler"))),
             "Model": _stem(self.model),
             "RNG": "CPU" if self.version else None,
             "TI hashes": _ti_hashes(self.extra.get("embeddings")),
@@ -155,6 +165,11 @@ class Metadata:
         negative = f"\n{_NEGATIVE} {self.negative_prompt}" if self.negative_prompt else ""
         # PNG text cannot hold NUL; the JSON chunk keeps it, escaped.
         return f"{self.prompt}{negative}\n{line}".strip().replace("\0", "")
+
+    def _extra_number(self, *names: str) -> str | None:
+        """The first of these in `extra` that is a number, as A1111 writes it."""
+        found = (self.extra.get(name) for name in names)
+        return _number(next((v for v in found if type(v) in (int, float)), None))
 
     # In
 

@@ -385,17 +385,19 @@ class Model(Networks):
 
     def decode(self, latents: np.ndarray) -> list[PIL.Image.Image]:
         """Pictures of latents (B, H/f, W/f, C) as the U-Net sees them."""
+        return [to_pil(self.decode_pixels(one)) for one in np.asarray(latents, np.float32)]
+
+    def decode_pixels(self, latents: np.ndarray) -> np.ndarray:
+        """What the VAE makes of latents (H/f, W/f, C): (H, W, 3) float32, about [-1, 1]."""
         scale, shift = self._latent_scale()
-        vae, images = self.component("vae"), []
-        for one in np.asarray(latents, np.float32):
-            z = self.backend.asarray((one / scale + shift)[None].astype(np.float32))
-            factor = self.vae_config.factor
-            if self.tiles(factor * len(one), factor * len(one[0]), self.low_memory):
-                pixels = tiling.decode(self.backend, vae, z)
-            else:
-                pixels = vae.decode(z)
-            images.append(to_pil(self.backend.to_numpy(pixels)[0]))
-        return images
+        z = self.backend.asarray((latents / scale + shift)[None].astype(np.float32))
+        vae, factor = self.component("vae"), self.vae_config.factor
+        if self.tiles(factor * len(latents), factor * len(latents[0]), self.low_memory):
+            pixels = tiling.decode(self.backend, vae, z)
+        else:
+            pixels = vae.decode(z)
+        found: np.ndarray = self.backend.to_numpy(pixels)[0]
+        return found
 
     def tiles(self, height: int, width: int, low_memory: bool) -> bool:
         """Whether a picture of this size is decoded in bands."""

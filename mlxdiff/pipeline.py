@@ -31,8 +31,8 @@ from mlxdiff.model import Model, PromptEmbeddings, draw_noise
 from mlxdiff.noise import Generator
 from mlxdiff.pixels import PixelModel
 from mlxdiff.recipes import find_recipe, recipe_of
-from mlxdiff.settings import Settings, make_plans, pick_seeds, resolve
-from mlxdiff.start import Inputs
+from mlxdiff.settings import Settings, pick_seeds, resolve
+from mlxdiff.start import Inputs, make_stages
 from mlxdiff.weights import ModelSource
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ class Result:
         settings: what was drawn, with every default filled in.
         metadata: what a PNG of each picture says of itself (``chunks()`` gives its text chunks).
         timings: seconds by stage: load, text_encoder, image (encoding the one that was given),
+            hires (enlarging),
             unet, vae; and steps, the seconds of each evaluation.
         peak_memory: bytes, as the backend counts them.
     """
@@ -411,7 +412,8 @@ class Pipeline:
             low_memory, quantize: as if the model were loaded so.
         """
         backend, model = self.backend, self.model
-        height, width = settings.height // scale, settings.width // scale
+        largest = settings.enlarged or settings
+        height, width = largest.height // scale, largest.width // scale
         low_memory = low_memory or model.low_memory
         return estimate(
             model,
@@ -419,7 +421,7 @@ class Pipeline:
             height,
             width,
             batch=settings.batch(model) if isinstance(model, Model) else 1,
-            image=settings.image is not None,
+            image=settings.image is not None or settings.hires is not None,
             refiner=self.refiner,
             low_memory=low_memory,
             tiled=isinstance(model, Model) and model.tiles(height, width, low_memory),
@@ -486,40 +488,46 @@ class Pipeline:
         timings: dict[str, Any],
     ) -> Iterator[Step]:
         model, backend = self.model, self.backend
-        models = [model] if self.refiner is None else [model, self.refiner]
-        plans = make_plans(settings, model, self.refiner)
+        stages = make_stages(settings, model, self.refiner)
         if settings.image is not None:
             model.component("vae")
         start = time.perf_counter()
         inputs = Inputs(model, settings)
         if settings.image is not None:
             timings["image"] = time.perf_counter() - start
-        before = [0, len(plans[0])]
         denoisers: dict[int, Any] = {}
         seconds = timings["steps"] = []
-        total = sum(map(len, plans))
+        if settings.hires is not None:
+            timings["hires"] = 0.0
+        total = sum(len(stage.plan) for stage in stages)
         # One picture after the other: each is then exactly what it is when asked for alone.
         for picture, seed in enumerate(seeds):
-            draw = partial(
-                draw_noise, Generator(seed), model.latent_shape(settings.height, settings.width)
-            )
-            fresh_noise = partial(_on_backend, backend, draw)
+            generator, index, x = Generator(seed), 0, None
             given = None if noise is None else noise[picture][None]
-            begun = inputs.begin(plans[0], draw, given)
-            x = backend.asarray(begun.x)
-            index = 0
-            for part, (one, plan) in enumerate(zip(models, plans, strict=True)):
+            for part, stage in enumerate(stages):
+                plan, size = stage.plan, (stage.settings.height, stage.settings.width)
+                draw = partial(draw_noise, generator, model.latent_shape(*size))
+                fresh_noise = partial(_on_backend, backend, draw)
+                if part not in denoisers and stage.model.low_memory:
+                    denoisers.clear()
+                    denoise = None
+                if x is None:
+                    begun = inputs.begin(plan, draw, given)
+                else:
+                    start = time.perf_counter()
+                    begun = inputs.go_on(stage, begun, backend.to_numpy(x), draw)
+                    if settings.hires is not None:
+                        timings["hires"] += time.perf_counter() - start
+                x = backend.asarray(begun.x)
                 if part not in denoisers:
-                    if one.low_memory:
-                        denoisers.clear()
                     loaded, start = self._load_seconds, time.perf_counter()
-                    denoisers[part] = make_denoiser(one, settings, plan.timesteps, before[part])
+                    denoisers[part] = make_denoiser(
+                        stage.model, stage.settings, plan.timesteps, stage.before
+                    )
                     elapsed = time.perf_counter() - start - (self._load_seconds - loaded)
                     timings["text_encoder"] = timings.get("text_encoder", 0.0) + elapsed
                 denoise = denoisers[part]
-                prediction = one.source.scheduler_config.get("prediction_type", "epsilon")
-                if index > 0:
-                    begun = inputs.refine(begun, draw)
+                prediction = stage.model.source.scheduler_config.get("prediction_type", "epsilon")
                 beside = None if begun.beside is None else backend.asarray(begun.beside)
                 kept = None if begun.kept is None else begun.kept.on(backend)
                 state = plan.start()
@@ -595,6 +603,9 @@ class Pipeline:
             image: a picture to start from: path, Pillow image or array; it is resized.
             strength: 0 to 1, how far from it. None: the reference pipeline's default; 1 with a
                 mask, which means pure noise there.
+            hires: draw the picture over at this many times its size: enlarged, then image to image.
+            hires_upscaler: "lanczos" (the picture; default), "latent-nearest", "latent-bilinear".
+            hires_strength: 0 to 1, how far from the enlarged picture. None: 0.5.
             image_guidance: how closely a model that edits (instruct-pix2pix) keeps to the image;
                 below 1 it has no guidance at all. None: 1.5.
             mask: what to repaint of it (white): path, Pillow image or array, resized, grey, cut at
@@ -659,8 +670,9 @@ class Pipeline:
     def _metadata(self, settings: Settings, seed: int) -> Metadata:
         known = {f.name for f in fields(Metadata)}
         values = {f.name: getattr(settings, f.name) for f in fields(settings)}
-        for name in ("image", "refined", "canvas"):
+        for name in ("image", "refined", "canvas", "hires_controls"):
             del values[name]
+        values |= {} if settings.hires is None else settings.hires.describe()
         controls, prompts = values.pop("controls"), values.pop("image_prompts")
         guess_mode = values.pop("guess_mode")
         if isinstance(self.model, Model):

@@ -15,6 +15,7 @@ import numpy as np
 from mlxdiff import a1111, samplers
 from mlxdiff.control import Control, resolve_controls
 from mlxdiff.errors import UsageError
+from mlxdiff.hires import Hires, resolve_hires
 from mlxdiff.image import load_image, resize
 from mlxdiff.image_prompt import ImagePrompt, resolve_image_prompts
 from mlxdiff.inpainting import Borders, Canvas, check_borders, load_mask, make_canvas
@@ -41,6 +42,7 @@ class Settings:
         image_name: the name of its file, or what it was given as.
         strength: how far from it; None where it does not count.
         canvas: the picture and what of it is repainted; else None.
+        hires: what is done to the picture when it is drawn, and the controls at its larger size.
         image_guidance: how closely a model that edits keeps to its picture; else None.
         mask_name: of the mask, as ``image_name`` is of the image.
         outpaint: pixels that were added to the left, top, right and bottom of the image.
@@ -90,6 +92,8 @@ class Settings:
     refined: bool = False
     prompt_syntax: str = "plain"
     clip_skip: int | None = None
+    hires: Hires | None = None
+    hires_controls: tuple[Control, ...] = ()
     image_guidance: float | None = None
     mask_name: str | None = None
     outpaint: Borders | None = None
@@ -110,6 +114,25 @@ class Settings:
         """Whether the run begins with noise: alone, or added to the image."""
         return self.refined or self.denoising_start is None
 
+    @property
+    def enlarged(self) -> Settings | None:
+        """Those of the second pass of a hires run; None where there is none."""
+        if self.hires is None:
+            return None
+        size, larger = (self.height, self.width), (self.hires.height, self.hires.width)
+        return replace(
+            self,
+            width=self.hires.width,
+            height=self.hires.height,
+            strength=self.hires.strength,
+            # What was the picture's size is its size again.
+            original_size=larger if self.original_size == size else self.original_size,
+            target_size=larger if self.target_size == size else self.target_size,
+            controls=self.hires_controls,
+            hires=None,
+            image=None,
+        )
+
     def guides(self, model: Model) -> bool:
         """Whether a model of the run takes several predictions an evaluation."""
         return model.is_guided(self.guidance, self.image_guidance if model.edits else None)
@@ -117,6 +140,12 @@ class Settings:
     def batch(self, model: Model) -> int:
         """Predictions of an evaluation, guidance included."""
         return 1 if not self.guides(model) else 3 if model.edits else 2
+
+    @property
+    def altered(self) -> bool:
+        """Whether it is not one whole run of the whole network, guided in all steps."""
+        parts = self.guidance_interval, self.feature_reuse, self.hires
+        return any(part is not None for part in parts)
 
     def time_ids(self, model: Model) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """The numbers that an SDXL U-Net is told beside the negative and the positive prompt."""
@@ -221,6 +250,9 @@ def _resolve_text(
     eta: float | None = None,
     image: Any = None,
     strength: float | None = None,
+    hires: float | None = None,
+    hires_upscaler: str | None = None,
+    hires_strength: float | None = None,
     image_guidance: float | None = None,
     mask: Any = None,
     outpaint: Any = None,
@@ -262,6 +294,7 @@ def _resolve_text(
         guidance_rescale=guidance_rescale,
         eta=eta,
         strength=strength,
+        hires_strength=hires_strength,
         denoising_start=denoising_start,
         denoising_end=denoising_end,
     )
@@ -302,6 +335,17 @@ def _resolve_text(
     height = default_height if height is None else height
     model.check_size(width=width, height=height)
 
+    larger = resolve_hires(
+        hires,
+        hires_upscaler,
+        hires_strength,
+        width=width,
+        height=height,
+        factor=model.vae_config.factor,
+    )
+    if larger is not None:
+        _check_hires(model, repaints, refiner, denoising_start, denoising_end)
+
     if refiner is not None:
         denoising_end = DEFAULT_SPLIT if denoising_end is None else denoising_end
         denoising_start = denoising_end if denoising_start is None else denoising_start
@@ -333,6 +377,12 @@ def _resolve_text(
         prompt_syntax=prompt_syntax,
         clip_skip=clip_skip,
         controls=resolve_controls(len(model.controlnets), width, height, **control),
+        hires=larger,
+        hires_controls=(
+            ()
+            if larger is None
+            else resolve_controls(len(model.controlnets), larger.width, larger.height, **control)
+        ),
         guess_mode=_flag("guess_mode", guess_mode),
         image_prompts=resolve_image_prompts(len(model.ip_adapters), ip_image, ip_scale),
     )
@@ -392,7 +442,7 @@ def _resolve_text(
 def make_plans(
     settings: Settings, model: Model | PixelModel, refiner: Model | None = None
 ) -> tuple[samplers.Plan, ...]:
-    """The sampler's plan for the model and, where there is one, for the refiner."""
+    """The sampler's plan for the model, and for what comes after: a refiner, or a hires pass."""
     source = model.source
     own_strength = (
         isinstance(model, Model)
@@ -412,8 +462,14 @@ def make_plans(
         denoising_start=None if settings.refined else settings.denoising_start,
         denoising_end=settings.denoising_end,
         guidance=settings.guidance,
-        altered=settings.guidance_interval is not None or settings.feature_reuse is not None,
+        altered=settings.altered,
     )
+    if (enlarged := settings.enlarged) is not None:
+        enlarged = replace(enlarged, sampler=plan.sampler, schedule=plan.schedule)
+        try:
+            return plan, *make_plans(enlarged, model)
+        except UsageError as error:
+            raise UsageError(f"hires: {error}") from None
     if refiner is None:
         return (plan,)
     second = samplers.plan(
@@ -583,8 +639,12 @@ def _check_task(
         )
         if repaints:
             raise UsageError(f"{edits}; it has no part for a mask (--mask) or borders (--outpaint)")
-        if model.controlnets:
-            raise UsageError(f"{edits}; it does not go together with a ControlNet (--controlnet)")
+        for kind, found in (
+            ("a ControlNet (--controlnet)", model.controlnets),
+            ("an IP-Adapter (--ip-adapter)", model.ip_adapters),
+        ):
+            if found:
+                raise UsageError(f"{edits}; it does not go together with {kind}")
         if model.ip_adapters:
             raise UsageError(f"{edits}; it does not go together with an IP-Adapter (--ip-adapter)")
         if image is None:
@@ -611,6 +671,28 @@ def _check_task(
         for name, value in (("strength", strength), ("denoising_start", denoising_start)):
             if value is not None:
                 raise UsageError(f"{name} needs an image to start from (--image)")
+
+
+def _check_hires(
+    model: Model,
+    repaints: bool,
+    refiner: Model | None,
+    denoising_start: float | None,
+    denoising_end: float | None,
+) -> None:
+    """Refuse a hires pass where there is none."""
+    other = {
+        "a mask (--mask) or borders (--outpaint)": repaints,
+        "a model that edits a picture by instruction": model.edits,
+        "a refiner (--refiner)": refiner is not None,
+        "denoising_start (--denoising-start)": denoising_start is not None,
+        "denoising_end (--denoising-end)": denoising_end is not None,
+    }
+    if found := [name for name, given in other.items() if given]:
+        raise UsageError(
+            f"hires does not go together with {found[0]}; draw that first, and start a hires run "
+            "from the result (--image)"
+        )
 
 
 def _named(picture: Any) -> str:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlxdiff.image import to_model
+from mlxdiff.hires import Hires, enlarge_latents
+from mlxdiff.image import resize_values, to_model
 from mlxdiff.model import ImageLatents, Model
 from mlxdiff.pixels import PixelModel
 from mlxdiff.samplers import Plan
-from mlxdiff.settings import Settings
+from mlxdiff.settings import Settings, make_plans
 
 Draw = Callable[[], np.ndarray]
 """The next noise of a picture, (1, h, w, C)."""
@@ -60,6 +61,34 @@ class Start:
     x: np.ndarray
     beside: np.ndarray | None = None
     kept: Kept | None = None
+
+
+class Stage(NamedTuple):
+    """A part of a run: a model on a plan.
+
+    Attributes:
+        model, settings, plan: of this part.
+        before: evaluations of the run that another model makes before.
+    """
+
+    model: Model | PixelModel
+    settings: Settings
+    plan: Plan
+    before: int = 0
+
+
+def make_stages(
+    settings: Settings, model: Model | PixelModel, refiner: Model | None = None
+) -> list[Stage]:
+    """The parts of a run: the model's, then that of a refiner or of a hires pass."""
+    first, *others = make_plans(settings, model, refiner)
+    stages = [Stage(model, settings, first)]
+    for plan in others:
+        if settings.enlarged is not None:
+            stages.append(Stage(model, settings.enlarged, plan))
+        elif refiner is not None:
+            stages.append(Stage(refiner, settings, plan, len(first)))
+    return stages
 
 
 class Inputs:
@@ -118,8 +147,31 @@ class Inputs:
             return Start(x, kept=Kept(self.mask, clean, noise))
         return Start(x, beside=np.concatenate([self.mask, masked], axis=-1))
 
-    def refine(self, start: Start, draw: Draw) -> Start:
-        """What is different where a refiner goes on: new noise for what is kept, nothing beside."""
+    def go_on(self, stage: Stage, start: Start, latents: np.ndarray, draw: Draw) -> Start:
+        """What the next part of a run starts from.
+
+        Args:
+            stage: that part.
+            start: what the part before started from.
+            latents: what it ended with, (1, h, w, C).
+            draw: noise of the picture's own generator, of the size of the next part.
+        """
+        if self.settings.hires is not None:
+            return self._enlarge(stage, self.settings.hires, latents, draw)
         if start.kept is None:
-            return Start(start.x)
-        return Start(start.x, kept=Kept(start.kept.mask, start.kept.clean, draw()))
+            return Start(latents)
+        # A refiner keeps the same picture with new noise.
+        return Start(latents, kept=Kept(start.kept.mask, start.kept.clean, draw()))
+
+    def _enlarge(self, stage: Stage, hires: Hires, latents: np.ndarray, draw: Draw) -> Start:
+        model = stage.model
+        assert isinstance(model, Model), "only these are enlarged"
+        if hires.upscaler == "lanczos":
+            # Not rounded to 8 bits on the way: the second pass would make much of the last bit.
+            picture = np.clip(model.decode_pixels(latents[0]), -1.0, 1.0)
+            pixels = resize_values(picture, hires.width, hires.height)[None]
+            clean = model.encode_pixels(pixels).draw(draw)
+        else:
+            height, width, _ = model.latent_shape(hires.height, hires.width)
+            clean = enlarge_latents(latents, height, width, hires.upscaler)
+        return Start(np.asarray(stage.plan.add_noise(clean, draw()), np.float32))

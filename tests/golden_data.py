@@ -34,7 +34,7 @@ FAMILIES = (
 INPAINTING = ("inpainting", "sd15-inpainting", "sdxl-inpainting")
 """What make_image_goldens.py writes: with a mask; the first has no model of its own."""
 EDITING = ("pix2pix", "sdxl-pix2pix")
-"""What it writes of models that edit a picture by instruction."""
+"""What it writes of models that edit a picture by instruction; beside these, hires."""
 
 
 @lru_cache

@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "recipes",
         "hub",
     ),
-    ("inpainting",),
+    ("inpainting", "hires"),
     ("reference", "models", "convert"),
     ("adapters",),
     ("library", "texts", "preview"),

@@ -14,7 +14,15 @@ from PIL import Image, PngImagePlugin
 
 from mlxdiff import image as image_module
 from mlxdiff.errors import MlxdiffError, UsageError
-from mlxdiff.image import check_writable, load_image, resize, save_png, to_model, to_pil
+from mlxdiff.image import (
+    check_writable,
+    load_image,
+    resize,
+    resize_values,
+    save_png,
+    to_model,
+    to_pil,
+)
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
 
@@ -60,6 +68,13 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif[0x0112] = 6  # turn by 90 degrees clockwise to show
     Image.fromarray(PICTURE).save(path, exif=exif)
     np.testing.assert_array_equal(load_image(path), np.rot90(PICTURE, -1))
+
+
+def test_values_are_resized_as_pictures_are() -> None:
+    values = to_model(PICTURE)[0]
+    found = resize_values(values, 20, 11)
+    assert found.dtype == np.float32 and found.shape == (11, 20, 3)
+    assert np.abs((found + 1) * 127.5 - resize(PICTURE, 20, 11)).max() < 1.0
 
 
 def test_grey_arrays() -> None:

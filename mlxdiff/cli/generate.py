@@ -24,12 +24,13 @@ _FIELDS = (
 ).split()
 _EXTRA: dict[str, Any] = dict.fromkeys(
     "eta strength denoising_start denoising_end aesthetic_score negative_aesthetic_score "
-    "image_guidance".split(),
+    "image_guidance hires hires_strength".split(),
     float,
 )
 _EXTRA |= dict.fromkeys(("original_size", "target_size", "crop"), tuple)
 _EXTRA |= dict.fromkeys(("guidance_interval", "outpaint"), tuple)
 _EXTRA |= dict.fromkeys(("vae", "refiner", "image", "mask", "quantize", "image_encoder"), str)
+_EXTRA |= {"hires_upscaler": str}
 _EXTRA |= {"prompt_syntax": str, "embeddings": list}
 _EXTRA |= {"label": int, "feature_reuse": int}
 _EXTRA |= {"paste_original": bool, "guess_mode": bool, "exact": bool}
@@ -149,6 +150,19 @@ BORDERS = Numbers(",", "LEFT,TOP,RIGHT,BOTTOM")
     "--strength",
     type=float,
     help="How far from the image, 0 to 1. Default: 0.8, SDXL 0.3, with a mask 1.",
+)
+@click.option(
+    "--hires",
+    type=float,
+    metavar="SCALE",
+    help="Then enlarge the picture, and draw over it at that size.",
+)
+@click.option(
+    "--hires-upscaler",
+    help="lanczos (of the picture; default), latent-nearest or latent-bilinear.",
+)
+@click.option(
+    "--hires-strength", type=float, help="How far from the enlarged picture, 0 to 1. Default: 0.5."
 )
 @click.option(
     "--image-guidance",
@@ -558,8 +572,8 @@ def _record(result: Any, picture: int, path: Path, seconds: float) -> dict[str, 
     return {
         "path": str(path),
         "seed": metadata.seed,
-        "width": s.width,
-        "height": s.height,
+        "width": result.images[picture].width,
+        "height": result.images[picture].height,
         "steps": s.steps,
         "guidance": s.guidance,
         "sampler": s.sampler,

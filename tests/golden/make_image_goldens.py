@@ -42,6 +42,7 @@ from make_family_goldens import (
     DOWN,
     OWN,
     SDXL,
+    TO_IMAGE,
     UP,
     WORDS,
 )
@@ -121,6 +122,11 @@ def case(prompt: str = CIRCLE, **arguments: Any) -> dict[str, Any]:
 def edit(prompt: str = CIRCLE, **arguments: Any) -> dict[str, Any]:
     """The same for a model that edits: no mask, the image's own size."""
     return plain_case(prompt, **{"image": [64, 64]} | arguments)
+
+
+def hires(prompt: str = CIRCLE, **arguments: Any) -> dict[str, Any]:
+    """The same for a run in two passes."""
+    return plain_case(prompt, **{"width": 64, "height": 64, "hires": 2.0} | arguments)
 
 
 SPLIT = {"refiner": "sdxl-refiner", "steps": 10, "denoising_end": 0.7, "guidance": 5.0}
@@ -234,6 +240,38 @@ EDITS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 PICTURES |= EDITS
+PICTURES["hires"] = {
+    "sd15-checkpoint": hires(sampler="checkpoint", negative_prompt="blurry"),
+    "sd15-nearest": hires(
+        TREE,
+        width=72,
+        height=56,
+        hires=1.5,
+        hires_upscaler="latent-nearest",
+        hires_strength=0.7,
+        sampler="dpmpp-2m",
+        schedule="karras",
+    ),
+    "sd15-bilinear-two": hires(
+        sampler="euler-a", hires=1.25, hires_upscaler="latent-bilinear", count=2, seed=6
+    ),
+    "sd15-image": hires(image=[64, 48], width=48, strength=0.7, sampler="dpmpp-2m-sde", hires=1.5),
+    "sd15-taesd": hires(sampler="heun", vae="taesd", hires=1.5),
+    "sdxl-checkpoint": hires(model="segmind-vega", sampler="checkpoint", **FIVE),
+    "sdxl-bilinear": hires(
+        model="segmind-vega",
+        sampler="dpmpp-2m",
+        hires=1.6,
+        hires_upscaler="latent-bilinear",
+        hires_strength=0.6,
+        original_size=[100, 100],
+        crop=[8, 4],
+        **FIVE,
+    ),
+    "lcm": hires(model="lcm", sampler="checkpoint", steps=4, guidance=8.5, hires=1.5),
+}
+for arguments in PICTURES["hires"].values():
+    arguments.setdefault("model", "bk-sdm-tiny")
 for arguments in PICTURES["inpainting"].values():
     arguments.setdefault("model", "sd15")
 KINDS = {
@@ -344,6 +382,54 @@ def run(family: str, arguments: dict[str, Any], seed: int) -> tuple[np.ndarray, 
     return nhwc(last["latents"]), (images * 255).round().astype(np.uint8)
 
 
+UPSCALERS = {"latent-nearest": "nearest", "latent-bilinear": "bilinear"}
+
+
+def run_hires(arguments: dict[str, Any], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same for two passes: text or image to image, then image to image on the larger result."""
+    name = arguments["model"]
+    plain = type(opened(name))
+    second = load(name, arguments, TO_IMAGE[plain])
+    first = second if "image" in arguments else load(name, arguments, plain)
+    words = {k: v for k, v in WORDS.items() if k not in ("count", "strength")}
+    given = {theirs: arguments[ours] for ours, theirs in words.items() if ours in arguments}
+    if "crop" in arguments:
+        given["original_size"] = tuple(arguments["original_size"])
+        given["crops_coords_top_left"] = tuple(arguments["crop"])
+    given["generator"] = torch.Generator("cpu").manual_seed(seed)
+    prompt, size = arguments["prompt"], (arguments["width"], arguments["height"])
+    width, height = (int(side * arguments["hires"] / 8 + 0.5) * 8 for side in size)
+    upscaler = UPSCALERS.get(arguments.get("hires_upscaler", ""))
+    start: dict[str, Any] = dict(zip(("width", "height"), size, strict=True))
+    if "image" in arguments:
+        picture = Image.fromarray(photo(*arguments["image"]))
+        assert picture.size == size
+        start = {"image": picture, "strength": arguments["strength"]}
+    half = first(prompt, output_type="latent" if upscaler else "np", **start, **given).images
+    if upscaler:
+        shape = height // 8, width // 8
+        larger: Any = torch.nn.functional.interpolate(half, shape, mode=upscaler)
+    else:
+        planes = [Image.fromarray(half[0, :, :, i]) for i in range(3)]
+        planes = [p.resize((width, height), Image.Resampling.LANCZOS) for p in planes]
+        larger = np.clip(np.stack([np.asarray(p) for p in planes], axis=-1), 0, 1)[None]
+    last: dict[str, torch.Tensor] = {}
+
+    def keep(pipe: Any, step: int, time: Any, state: dict[str, Any]) -> dict[str, Any]:
+        last.update(state)
+        return state
+
+    images = second(
+        prompt,
+        image=larger,
+        strength=arguments.get("hires_strength", 0.5),
+        output_type="np",
+        callback_on_step_end=keep,
+        **given,
+    ).images
+    return nhwc(last["latents"]), (images * 255).round().astype(np.uint8)
+
+
 @torch.no_grad()
 def main(names: list[str]) -> None:
     """Write each model's checkpoint, pictures.npz and cases.json."""
@@ -361,7 +447,10 @@ def main(names: list[str]) -> None:
         pictures: dict[str, np.ndarray] = {}
         for label, arguments in PICTURES[name].items():
             seeds = range(arguments["seed"], arguments["seed"] + arguments.get("count", 1))
-            drawn = [run(name, arguments, seed) for seed in seeds]
+            drawn = [
+                run_hires(arguments, seed) if name == "hires" else run(name, arguments, seed)
+                for seed in seeds
+            ]
             latents, image = (np.concatenate(part) for part in zip(*drawn, strict=True))
             pictures[f"{label}/latents"], pictures[f"{label}/image"] = latents, image
             clipped = np.isin(image, (0, 255)).mean()
