@@ -152,7 +152,7 @@ class Metadata:
             "CFG scale": _number(self.guidance),
             "Seed": self.seed,
             "Size": f"{self.width}x{self.height}" if self.width and self.height else None,
-            "Denoising strength": self._extra_number("hires_strength", "strength"),
+            "Denoising strength": self._extra_number("hires_strength"),
             "Hires upscale": self._extra_number("hires"),
             "Hires upscaler": UPSCALER_NAMES.get(str(self.extra.get("hires_upscaler"))),
             "Model": _stem(self.model),
@@ -166,10 +166,10 @@ class Metadata:
         # PNG text cannot hold NUL; the JSON chunk keeps it, escaped.
         return f"{self.prompt}{negative}\n{line}".strip().replace("\0", "")
 
-    def _extra_number(self, *names: str) -> str | None:
-        """The first of these in `extra` that is a number, as A1111 writes it."""
-        found = (self.extra.get(name) for name in names)
-        return _number(next((v for v in found if type(v) in (int, float)), None))
+    def _extra_number(self, name: str) -> str | None:
+        """A number of `extra` as A1111 writes it; None where it is absent or no number."""
+        value = self.extra.get(name)
+        return _number(value) if type(value) in (int, float) else None
 
     # In
 
