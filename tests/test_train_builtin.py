@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from examples.train_builtin import checker, data, evaluate, tokens, uses
+from examples.train_builtin import checker, data, evaluate, rectify, tokens, uses
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = [(1, "train"), (1, "pair"), (2, "train"), (2, "pair"), (2, "combination")]
@@ -148,3 +148,17 @@ def test_a_drawer_that_does_what_is_asked_gets_full_marks(capsys):
     assert len(lines) == 3 and all("| 100.0" in line for line in lines)
     uses.negative(draw, 12)
     assert "of 12 | 0.0" in capsys.readouterr().out
+
+
+def test_the_true_picture_beside_a_wobbly_one():
+    rng = np.random.default_rng(13)
+    for i in range(6):
+        spec = data.random_spec(rng, 1 + i % 2)
+        picture = data.render(spec).astype(float)
+        wobbly = (
+            picture + 0.35 * (np.roll(picture, 1, i % 2) - picture) + rng.normal(0, 4, (64, 64, 1))
+        )
+        found = rectify.nearest(np.clip(wobbly, 0, 255).astype(np.uint8), spec)
+        for a, b in zip(found.things, spec.things, strict=True):
+            assert max(abs(a.x - b.x), abs(a.y - b.y), abs(a.r - b.r)) < 0.012
+    assert rectify.nearest(picture.astype(np.uint8), data.random_spec(rng, 1)) is None

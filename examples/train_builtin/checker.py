@@ -214,14 +214,20 @@ def _judge(seen: Seen, asked: data.Asked, objects: list[Object]) -> Verdict:
     return verdict
 
 
-def judge(seen: Seen, asked: data.Asked) -> Verdict:
-    """Compare what was seen with what was asked for.
+def match(seen: Seen, asked: data.Asked) -> tuple[Verdict, list[Object]]:
+    """The verdict, and the objects seen in the order in which they were asked for.
 
     With two objects, whichever way of telling them apart gets more attributes right is taken.
     """
     objects = sorted(seen.objects, key=lambda o: -o.r)[: len(asked.things)]
     orders = [objects, objects[::-1]] if len(objects) == 2 else [objects]
-    return max((_judge(seen, asked, order) for order in orders), key=lambda v: sum(v.values()))
+    judged = [(_judge(seen, asked, order), order) for order in orders]
+    return max(judged, key=lambda pair: sum(pair[0].values()))
+
+
+def judge(seen: Seen, asked: data.Asked) -> Verdict:
+    """Compare what was seen with what was asked for."""
+    return match(seen, asked)[0]
 
 
 def check(picture, asked: str | data.Spec | data.Asked) -> Verdict:

@@ -95,7 +95,11 @@ def worker(rank: int, processes: int, args) -> None:
             z = mean + spread * torch.randn_like(mean)
             if args.redrawn:
                 rows = rng.integers(0, len(redrawn), args.batch - fresh)
-                z = torch.cat([z, torch.from_numpy(redrawn[rows].astype(np.float32))])
+                drawn = torch.from_numpy(redrawn[rows].astype(np.float32))
+                drawn = drawn + args.noise / 3 * torch.rand(len(drawn), 1, 1, 1) * torch.randn_like(
+                    drawn
+                )
+                z = torch.cat([z, drawn])
                 truth = torch.from_numpy(pictures[rows].astype(np.float32) / 127.5 - 1)
                 x = torch.cat([x, truth.permute(0, 3, 1, 2)])
             y = vae.decode(z).sample
