@@ -158,6 +158,7 @@ class Metadata:
             "Model": _stem(self.model),
             "RNG": "CPU" if self.version else None,
             "TI hashes": _ti_hashes(self.extra.get("embeddings")),
+            "Lora hashes": _lora_hashes(self.extra.get("loras")),
             "Clip skip": self.clip_skip + 1 if self.clip_skip else None,
             "Version": f"mlxdiff {self.version}" if self.version else None,
         }
@@ -326,6 +327,16 @@ def _ti_hashes(embeddings: Any) -> str | None:
         f"{PurePosixPath(one['name']).stem}: {one['sha256'][:12]}"
         for one in (embeddings if isinstance(embeddings, list) else [])
         if isinstance(one, dict) and {"name", "sha256"} <= set(one)
+    ]
+    return ", ".join(pairs) or None
+
+
+def _lora_hashes(loras: Any) -> str | None:
+    """A1111's ``name: hash, name: hash``, by which it and Civitai find LoRAs."""
+    pairs = [
+        f"{PurePosixPath(one['name']).stem}: {one['short_hash']}"
+        for one in (loras if isinstance(loras, list) else [])
+        if isinstance(one, dict) and {"name", "short_hash"} <= set(one)
     ]
     return ", ".join(pairs) or None
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from mlxdiff import preview, samplers, tiling
+from mlxdiff.adapters import lora
 from mlxdiff.config import AutoencoderKLConfig, UNet2DConditionConfig, VAEConfig
 from mlxdiff.convert import Component
 from mlxdiff.errors import ConfigError, UsageError
@@ -73,6 +74,7 @@ class Networks:
         backend: what it computes on (reference.backend.Backend or models.backend.Backend).
         vae: where its VAE comes from, if from elsewhere.
         added: networks beside the model's own, by name.
+        loras: what its weights are changed by.
         load_seconds: time spent on reading weights so far.
         low_memory: keep one stage's networks at a time (one text encoder, too), and their weights
             as they are stored.
@@ -85,6 +87,7 @@ class Networks:
         self.backend = backend
         self.vae = vae
         self.added: dict[str, Component] = {}
+        self.loras: tuple[lora.Lora, ...] = ()
         self.load_seconds = 0.0
         self.low_memory = False
         self.vae_tiling: bool | None = None
@@ -102,6 +105,7 @@ class Networks:
                 config, tensors = other.config, other.tensors()
             else:
                 config, tensors = self.source.config(name), self.source.tensors(name)
+            tensors = lora.changed(self.loras, name, tensors)
             dtype = "float32" if name == "vae" and config.force_upcast else None
             stored = True if self.low_memory else None
             self._loaded[name] = self.backend.load(config, tensors, dtype, stored)
@@ -260,6 +264,23 @@ class Model(Networks):
     def takes_scaled_picture(self) -> bool:
         """Whether a model that edits sees the picture's latents scaled, as CosXL Edit does."""
         return bool(self.source.model_index.get("is_cosxl_edit", False))
+
+    def set_loras(self, loras: Iterable[lora.Given]) -> None:
+        """Let the weights be changed by these LoRAs, and by no others.
+
+        Networks that they or those before change are read again when next needed, so that every bit
+        of what is removed is gone.
+
+        Raises: UsageError, CheckpointError; nothing is changed then.
+        """
+        names = [name for name in self.source.components if name != "vae"]
+        configs = {name: self.source.config(name) for name in names}
+        opened = lora.open_all(loras, configs, self.source.family)
+        for one in (*self.loras, *opened):
+            for name, deltas in one.deltas.items():
+                if deltas:
+                    self._loaded.pop(name, None)
+        self.loras = opened
 
     def is_guided(self, scale: float, image_scale: float | None = None) -> bool:
         """Whether this scale takes several predictions a step.

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import mlxdiff
-from mlxdiff import control, image_prompt, library, preview, samplers
-from mlxdiff.adapters import textual_inversion
+from mlxdiff import a1111, control, image_prompt, library, preview, samplers
+from mlxdiff.adapters import lora, textual_inversion
 from mlxdiff.convert import Component, open_controlnet, open_ip_adapter, open_vae
 from mlxdiff.denoiser import Evaluation, make_denoiser
 from mlxdiff.errors import UsageError
@@ -144,6 +144,8 @@ def load(
     ip_adapters: Sequence[str | os.PathLike[str]] = (),
     image_encoder: str | os.PathLike[str] | None = None,
     embeddings: Iterable[textual_inversion.Given] = (),
+    loras: Iterable[lora.Given] = (),
+    lora_folder: str | os.PathLike[str] = ".",
     revision: str | None = None,
     variant: str | None = None,
     config: str | os.PathLike[str] | None = None,
@@ -177,6 +179,9 @@ def load(
             image_encoder beside the file.
         embeddings: textual inversions, words with vectors of their own: each a file or
             (file, word).
+        loras: files (or folders) that change the model's weights: each a path, or (path, scale).
+        lora_folder: where the LoRAs lie that a prompt in a1111 syntax calls by name
+            (``<lora:name:0.8>``).
         revision, variant: for a hub id: branch, tag or commit; for either: "fp16" and such.
         config: for a single file: a folder whose configs, scheduler and tokenizer count, and whose
             weights stand in for parts that the file does not have.
@@ -219,6 +224,8 @@ def load(
         )
     elif image_encoder is not None:
         raise UsageError("image_encoder: there is no IP-Adapter; give one (--ip-adapter)")
+    pipe.set_loras(loras)
+    pipe.lora_folder = Path(lora_folder)
     pipe.set_embeddings(embeddings)
     if memory_limit is not None:
         pipe.limit_memory(memory_limit)
@@ -240,6 +247,7 @@ class Pipeline:
     Attributes:
         model: its networks, stage by stage.
         refiner: those of the model that does the last part of the way, if there is one.
+        lora_folder: where the LoRAs lie that a prompt calls by name.
         memory_limit: gigabytes that a run may take; None: as much as the machine has. What is
             expected to take more is refused (``mlxdiff.memory``).
         exact: whether a GPU computes as exactly as the type allows.
@@ -250,6 +258,8 @@ class Pipeline:
         self.refiner: Model | None = None
         self.memory_limit: float | None = None
         self.exact = False
+        self.lora_folder = Path()
+        self._asked: tuple[lora.Given, ...] = ()  # the LoRAs that the last prompt asked for
 
     def limit_memory(self, gigabytes: float | None) -> None:
         """Refuse runs that are expected to take more than this. Raises: UsageError."""
@@ -354,6 +364,41 @@ class Pipeline:
             self.refiner.texts.set_embeddings([e for e in opened if "clip_g" in e.vectors])
 
     @property
+    def loras(self) -> tuple[lora.Lora, ...]:
+        """What the model's weights are changed by, beside what a prompt asks for."""
+        return self.model.loras[: len(self.model.loras) - len(self._asked)]
+
+    def set_loras(self, loras: Iterable[lora.Given]) -> None:
+        """Change the model's weights by these LoRAs and by no others; by none where there are none.
+
+        Args:
+            loras: each a path or (path, scale), or one of ``Pipeline.loras``.
+        Raises: UsageError, CheckpointError; nothing is changed then.
+        """
+        if isinstance(self.model, PixelModel):
+            if next(iter(loras), None) is not None:
+                raise UsageError(f"{self.source.path}: this model has no part for a LoRA")
+            return
+        self.model.set_loras(loras)
+        self._asked = ()
+
+    def _asked_for(self, settings: Settings) -> tuple[lora.Given, ...]:
+        """The LoRAs that a prompt asks for (``<lora:name:0.8>``)."""
+        if settings.prompt_syntax == "plain":
+            return ()
+        return tuple(
+            (lora.find(one.name, self.lora_folder), (one.unet, one.text_encoder))
+            for one in a1111.networks(settings.prompt)[1]
+        )
+
+    def _change_for(self, settings: Settings) -> None:
+        """Let the model be changed by what this prompt asks for, and not by what the last did."""
+        asked = self._asked_for(settings)
+        if asked != self._asked and isinstance(self.model, Model):
+            self.model.set_loras((*self.loras, *asked))
+            self._asked = asked
+
+    @property
     def source(self) -> ModelSource:
         """The opened model."""
         return self.model.source
@@ -394,6 +439,7 @@ class Pipeline:
     def settings(self, prompt: str | None = None, **arguments: Any) -> Settings:
         """Arguments of ``generate``, checked, with the defaults filled in. Raises: UsageError."""
         settings = resolve(self.model, self.refiner, prompt, **arguments)
+        self._asked_for(settings)  # they must be there
         self._require_memory(settings)
         return settings
 
@@ -488,6 +534,7 @@ class Pipeline:
         timings: dict[str, Any],
     ) -> Iterator[Step]:
         model, backend = self.model, self.backend
+        self._change_for(settings)
         stages = make_stages(settings, model, self.refiner)
         if settings.image is not None:
             model.component("vae")
@@ -695,6 +742,18 @@ class Pipeline:
         ] or None
         values["quantize"] = recipe_of(self.source)
         values["exact"] = self.exact or None
+        given = len(self.loras)
+        values["loras"] = [
+            {
+                "name": one.name,
+                "scale": one.scale,
+                **({"text_scale": one.text_scale} if one.text_scale != one.scale else {}),
+                **({"in_prompt": True} if i >= given else {}),
+                "sha256": one.file.sha256,
+                "short_hash": one.file.short_hash,
+            }
+            for i, one in enumerate(self.model.loras)
+        ] or None
         provenance = self.source.provenance
         return Metadata(
             **{name: value for name, value in values.items() if name in known},

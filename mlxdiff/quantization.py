@@ -109,6 +109,21 @@ class Packed(NamedTuple):
         return self.weight.nbytes + self.scales.nbytes + biases
 
 
+class Beside(NamedTuple):
+    """What is added beside a weight that stays packed: ``gain * weight + up @ down``.
+
+    Attributes:
+        down: (R, ...), each row of the shape of a row of the weight; without ``up`` all that is
+            added, (out, ...).
+        up: (out, R), or None.
+        gain: (out,), or None for 1.
+    """
+
+    down: np.ndarray
+    up: np.ndarray | None = None
+    gain: np.ndarray | None = None
+
+
 def packed_shapes(shape: tuple[int, ...], how: Quantization) -> dict[str, tuple[int, ...]]:
     """Shapes of the stored arrays of a tensor of this shape: weight, scales and, affine, biases."""
     *rows, width = shape

@@ -518,10 +518,11 @@ def _check_syntax(
         return
     for text in (prompt, prompt_2 or "", negative_prompt or "", negative_prompt_2 or ""):
         a1111.weigh(text)
+    for text in (prompt_2 or "", negative_prompt or "", negative_prompt_2 or ""):
         if found := a1111.networks(text)[1]:
             raise UsageError(
-                f"the prompt asks for the LoRA {found[0].name!r} (<lora:...>), which this version "
-                "of mlxdiff cannot take yet"
+                f"<lora:{found[0].name}:...> stands in the negative or the second prompt; it "
+                "changes the model for the whole picture: put it into the prompt"
             )
     for text in (prompt, prompt_2 or ""):
         a1111.refuse_composition(text)

@@ -36,7 +36,15 @@ from mlxdiff.config import (
 )
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
 from mlxdiff.params import Shape, expected_parameters
-from mlxdiff.quantization import E4M3, Packed, Quantization, dequantize, packed_shapes, quantize
+from mlxdiff.quantization import (
+    E4M3,
+    Beside,
+    Packed,
+    Quantization,
+    dequantize,
+    packed_shapes,
+    quantize,
+)
 
 if TYPE_CHECKING:
     from mlxdiff.tokenizer import Tokenizer
@@ -147,6 +155,19 @@ class QuantizedTensor(LazyTensor):
             part: (shape, "U32" if part == "weight" else scales)
             for part, shape in packed_shapes(self.shape, self.quantization).items()
         }
+
+
+@dataclass(frozen=True)
+class AdaptedTensor(QuantizedTensor):
+    """A tensor that is stored in few bits, with something beside it that is not.
+
+    ``read`` gives all of it, ``read_packed`` what is stored.
+
+    Attributes:
+        read_beside: reads what is beside it. Raises: CheckpointError.
+    """
+
+    read_beside: Callable[[], Beside] = field(repr=False, compare=False)
 
 
 def quantized(

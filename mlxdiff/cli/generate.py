@@ -12,7 +12,8 @@ from typing import Any
 import click
 
 from mlxdiff.cli import ProgressBar, common_options, show_notes
-from mlxdiff.cli.embeddings import EmbeddingParam, replayed
+from mlxdiff.cli import embeddings as embedding_options
+from mlxdiff.cli import loras as lora_options
 from mlxdiff.cli.preview import Preview
 from mlxdiff.errors import UsageError
 
@@ -34,6 +35,7 @@ _EXTRA |= {"hires_upscaler": str}
 _EXTRA |= {"prompt_syntax": str, "embeddings": list}
 _EXTRA |= {"label": int, "feature_reuse": int}
 _EXTRA |= {"paste_original": bool, "guess_mode": bool, "exact": bool}
+_EXTRA |= {"loras": list}
 # Those that are given once for each ControlNet or IP-Adapter: lists.
 _EACH: dict[str, Any] = dict.fromkeys(("control_scale", "control_start", "control_end"), float)
 _EACH |= dict.fromkeys(("controlnet", "control_image", "control_preprocess"), str)
@@ -126,7 +128,7 @@ BORDERS = Numbers(",", "LEFT,TOP,RIGHT,BOTTOM")
 @click.option(
     "--embedding",
     "embeddings",
-    type=EmbeddingParam(),
+    type=embedding_options.EmbeddingParam(),
     multiple=True,
     help="A textual inversion, and the word that stands for it in the prompt; repeatable. "
     "Default: the word that the file tells, or its name.",
@@ -141,6 +143,18 @@ BORDERS = Numbers(",", "LEFT,TOP,RIGHT,BOTTOM")
 @click.option(
     "--image-encoder",
     help="Its CLIP image encoder: a folder or hub id. Default: image_encoder beside the file.",
+)
+@click.option(
+    "--lora",
+    "loras",
+    type=lora_options.LoraParam(),
+    multiple=True,
+    help="A LoRA (or LoCon, LoHa, LoKr, DoRA) and its scale, 1 by default; repeatable.",
+)
+@click.option(
+    "--lora-folder",
+    default=".",
+    help="Where <lora:name:scale> of a prompt in a1111 syntax is looked for. Default: here.",
 )
 @click.option("--label", type=int, help="A model without text: the class to draw, 0, 1, ...")
 @click.option("-W", "--width", type=int, help="Pixels. Default: the image's, or the model's own.")
@@ -294,6 +308,8 @@ def generate(
     embeddings: tuple[tuple[str, str | None], ...],
     ip_adapter: tuple[str, ...],
     image_encoder: str | None,
+    loras: tuple[lora_options.Asked, ...],
+    lora_folder: str,
     seed: int | None,
     count: int,
     backend: str,
@@ -349,7 +365,8 @@ def generate(
                     f"{from_image}: was drawn with the {option.replace('-', ' ')} "
                     f"{' and '.join(replay[name])}: give it with --{option}"
                 )
-    words = replayed(embeddings, replay.pop("embeddings", None), from_image)
+    words = embedding_options.replayed(embeddings, replay.pop("embeddings", None), from_image)
+    chosen = lora_options.replayed(loras, replay.pop("loras", None), from_image)
     prompts = _prompts(text, prompt, prompt_file, replay.pop("prompt", None))
     if prompts == [None] and model is None:  # a model of one's own may draw without
         raise UsageError(
@@ -377,6 +394,8 @@ def generate(
             embeddings=words,
             ip_adapters=ip_adapter,
             image_encoder=image_encoder,
+            loras=chosen,
+            lora_folder=lora_folder,
             config=config,
             prediction_type=prediction_type,
             memory_limit=memory_limit,
@@ -386,6 +405,7 @@ def generate(
         for word in pipe.embeddings:
             many = "1 vector" if word.count == 1 else f"{word.count} vectors"
             click.echo(f"Embedding {word.path.name}: {word.token!r} stands for {many}", err=True)
+        lora_options.report(pipe.loras)
     shown = None
     if preview or preview_file is not None:
         shown = Preview(preview_file, 1 if preview_every is None else preview_every, force)

@@ -17,13 +17,19 @@ from mlxdiff.cli import common_options, show_notes
 @click.option("--json", "as_json", is_flag=True, help="As JSON on stdout.")
 @common_options
 def info(path: str | None, config: str | None, as_json: bool, quiet: bool) -> None:
-    """Tell what PATH is: a picture, or a model (folder, single file or hub id; default: the
-    built-in one)."""
+    """Tell what PATH is: a picture, a LoRA, or a model (folder, single file or hub id; default:
+    the built-in one)."""
+    from mlxdiff.adapters import lora
     from mlxdiff.convert.detect import is_weights
 
     show_notes(quiet)
     is_picture = path is not None and Path(path).is_file() and not is_weights(Path(path))
-    facts = _picture(str(path)) if is_picture else _model(path, config)
+    if is_picture:
+        facts = _picture(str(path))
+    elif path is not None and lora.is_lora(path):
+        facts = lora.describe(path)
+    else:
+        facts = _model(path, config)
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False))
     else:

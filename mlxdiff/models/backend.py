@@ -24,7 +24,7 @@ from mlxdiff.config import (
 )
 from mlxdiff.errors import UsageError
 from mlxdiff.machine import memory_bytes
-from mlxdiff.weights import LazyTensor, QuantizedTensor, check_parameters
+from mlxdiff.weights import AdaptedTensor, LazyTensor, QuantizedTensor, check_parameters
 
 try:
     import mlx.core as mx
@@ -184,7 +184,8 @@ def _weight(
 ) -> mx.array | StoredWeight:
     if isinstance(tensor, QuantizedTensor):
         if Backend.has_gpu() if keep_stored is None else keep_stored:
-            return StoredWeight(tensor.read_packed(), dtype)
+            beside = tensor.read_beside() if isinstance(tensor, AdaptedTensor) else None
+            return StoredWeight(tensor.read_packed(), dtype, beside)
     elif keep_stored and len(tensor.shape) in (2, 4):
         values = tensor.read()
         if values.itemsize < dtype.size:

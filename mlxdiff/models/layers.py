@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxdiff.quantization import Packed, Quantization
+from mlxdiff.quantization import Beside, Packed, Quantization
 
 # Attention without a fused kernel holds its scores, a convolution on the CPU its unfolded input;
 # what would need more than this many bytes is computed in parts. Each part is evaluated before the
@@ -57,10 +57,17 @@ class StoredWeight(Module):
     Args:
         stored: quantized, or in another dtype.
         dtype: what it is expanded to.
+        beside: what is added to it, never rounded to its bits (a LoRA).
     """
 
-    def __init__(self, stored: Packed | np.ndarray, dtype: mx.Dtype) -> None:
+    def __init__(
+        self, stored: Packed | np.ndarray, dtype: mx.Dtype, beside: Beside | None = None
+    ) -> None:
         super().__init__()
+        parts = (None, None, None) if beside is None else beside
+        self.down, self.up, self.gain = (
+            None if part is None else mx.array(part).astype(dtype) for part in parts
+        )
         self.dtype = dtype
         self.shape = tuple(stored.shape)
         self.quantization: Quantization | None = None
@@ -78,7 +85,13 @@ class StoredWeight(Module):
 
     def expand(self) -> mx.array:
         """The whole weight."""
-        return self._expand(lambda part: part)
+        weight, down = self._expand(lambda part: part), self.down
+        if self.gain is not None:
+            weight = weight * self.gain.reshape(-1, *(1,) * (weight.ndim - 1))
+        if down is None:
+            return weight
+        added = down if self.up is None else self.up @ down.reshape(len(down), -1)
+        return weight + added.reshape(weight.shape)
 
     def take(self, ids: mx.array) -> mx.array:
         """Rows of the weight by their number."""
@@ -274,7 +287,7 @@ def _affine(x: mx.array, weight: mx.array | StoredWeight, bias: mx.array | None)
     stored = isinstance(weight, StoredWeight)
     if isinstance(weight, StoredWeight):
         if weight.quantization is not None and mx.default_device() == mx.gpu:
-            out = _quantized_product(x, weight, weight.quantization)
+            out = _add_beside(x, weight, _quantized_product(x, weight, weight.quantization))
             return out if bias is None else out + bias
         weight = weight.expand()
     if weight.ndim > 2:
@@ -304,6 +317,17 @@ def _quantized_product(x: mx.array, weight: StoredWeight, how: Quantization) -> 
         how.bits,
         how.mode,
     )
+
+
+def _add_beside(x: mx.array, weight: StoredWeight, out: mx.array) -> mx.array:
+    """What x gives with the whole weight; ``out`` is what it gives with the packed one."""
+    down, up = weight.down, weight.up
+    if weight.gain is not None:
+        out = out * weight.gain
+    if down is None:
+        return out
+    added = x @ down.reshape(len(down), -1).T
+    return out + (added if up is None else added @ up.T)
 
 
 def _conv_by_rows(x: mx.array, weight: mx.array, stride: int, padding: int) -> mx.array:

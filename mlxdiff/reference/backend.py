@@ -34,7 +34,7 @@ from mlxdiff.reference.taesd import AutoencoderTiny
 from mlxdiff.reference.unet import UNet2DConditionModel
 from mlxdiff.reference.unet_2d import UNet2DModel
 from mlxdiff.reference.vae import AutoencoderKL
-from mlxdiff.weights import LazyTensor, QuantizedTensor, check_parameters
+from mlxdiff.weights import AdaptedTensor, LazyTensor, QuantizedTensor, check_parameters
 
 _MODELS: dict[type, Callable[..., Module]] = {
     CLIPTextConfig: CLIPTextModel,
@@ -158,7 +158,8 @@ def _weight(tensor: LazyTensor, dtype: type, keep_stored: bool) -> np.ndarray | 
     if keep_stored and isinstance(tensor, QuantizedTensor):
         weight, scales, biases, how = tensor.read_packed()
         biases = None if biases is None else np.array(biases)
-        return StoredWeight(Packed(np.array(weight), np.array(scales), biases, how), dtype)
+        beside = tensor.read_beside() if isinstance(tensor, AdaptedTensor) else None
+        return StoredWeight(Packed(np.array(weight), np.array(scales), biases, how), dtype, beside)
     values = tensor.read()
     if keep_stored and len(tensor.shape) in (2, 4) and values.itemsize < np.dtype(dtype).itemsize:
         return StoredWeight(np.array(values), dtype)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from mlxdiff import threads
-from mlxdiff.quantization import Packed, dequantize
+from mlxdiff.quantization import Beside, Packed, dequantize
 from mlxdiff.weights import raise_faults
 
 _BLOCK = 1 << 16  # values in a block of element-wise work: 256 KB
@@ -133,16 +133,30 @@ class StoredWeight(Module):
     Args:
         stored: quantized, or in another dtype.
         dtype: what it is expanded to.
+        beside: what is added to it, never rounded to its bits (a LoRA).
     """
 
-    def __init__(self, stored: Packed | np.ndarray, dtype: type = np.float32) -> None:
+    def __init__(
+        self,
+        stored: Packed | np.ndarray,
+        dtype: type = np.float32,
+        beside: Beside | None = None,
+    ) -> None:
+        self.beside = beside
         self.stored = stored
         self.dtype = dtype
         self.shape = tuple(stored.shape)
 
     def expand(self) -> np.ndarray:
         """The whole weight."""
-        return _expand(self.stored, self.dtype)
+        weight = _expand(self.stored, self.dtype)
+        if self.beside is None:
+            return weight
+        down, up, gain = self.beside
+        if gain is not None:
+            weight *= gain.reshape(-1, *(1,) * (weight.ndim - 1))
+        weight += (down if up is None else up @ down.reshape(len(down), -1)).reshape(weight.shape)
+        return weight
 
     def take(self, ids: np.ndarray) -> np.ndarray:
         """Rows of the weight by their number."""

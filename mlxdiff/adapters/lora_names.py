@@ -1,0 +1,252 @@
+"""Which weight a name in a LoRA file means: a table of whole-name rules by spelling.
+
+A name is a module and a part. Parts are told apart by PARTS, each a rule for a whole name. Modules
+are looked up in a table that holds, for each weight of the model at hand, every spelling that the
+tools of the field have used for it; nothing is replaced within a name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlxdiff.convert.keymap import Ignored, Layout, ldm_unet, openclip_text
+from mlxdiff.convert.transforms import thirds
+from mlxdiff.params import Shape, expected_parameters
+
+
+@dataclass(frozen=True)
+class Part:
+    """A rule: a name that matches ``pattern`` as a whole is this part of the module in it."""
+
+    pattern: str
+    part: str
+
+
+def _lora(down: str, up: str) -> tuple[Part, Part]:
+    return Part(down, "down"), Part(up, "up")
+
+
+PARTS: tuple[Part, ...] = (
+    # PEFT, with or without the adapter's name
+    *_lora(r"(.+)\.lora_A(?:\.\w+)?\.weight", r"(.+)\.lora_B(?:\.\w+)?\.weight"),
+    Part(r"(.+)\.lora_magnitude_vector(?:\.\w+)?(?:\.weight)?", "magnitude"),
+    # diffusers before PEFT, and its attention processors before that
+    *_lora(
+        r"(.+)\.lora(?:_linear_layer)?\.down\.weight", r"(.+)\.lora(?:_linear_layer)?\.up\.weight"
+    ),
+    *_lora(r"(.+_lora)\.down\.weight", r"(.+_lora)\.up\.weight"),
+    # kohya and LyCORIS
+    *_lora(r"(.+)\.lora_down\.weight", r"(.+)\.lora_up\.weight"),
+    Part(r"(.+)\.lora_mid\.weight", "mid"),
+    *(Part(rf"(.+)\.hada_{part}", part) for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
+    *(
+        Part(rf"(.+)\.lokr_{written}", part)
+        for written, part in (
+            ("w1", "k1"),
+            ("w1_a", "k1_a"),
+            ("w1_b", "k1_b"),
+            ("w2", "k2"),
+            ("w2_a", "k2_a"),
+            ("w2_b", "k2_b"),
+            ("t2", "kt2"),
+        )
+    ),
+    Part(r"(.+)\.diff", "diff"),
+    Part(r"(.+)\.dora_scale", "dora_scale"),
+    Part(r"(.+)\.alpha", "alpha"),
+)
+
+IGNORED: tuple[Ignored, ...] = (
+    Ignored(
+        r"bundle_emb\..+",
+        "a textual inversion beside the LoRA; save it as a file of its own to use it (--embedding)",
+    ),
+    Ignored(
+        r"lora_te2?_transformer_resblocks_(?:23|31)_.+",
+        "the last layer: the model reads the output of the one before",
+    ),
+)
+"""Names that may be left over."""
+
+# What is known of other models' names, for messages.
+_FOREIGN = (
+    (r"(?:transformer\.|lora_transformer_|diffusion_model\.|base_model\.model\.)?"
+     r"(?:single_transformer_blocks|double_blocks|single_blocks)[._].+", "Flux"),
+    (r"lora_unet_(?:double_blocks|single_blocks)_.+", "Flux"),
+    (r"(?:transformer|lora_transformer|lora_unet|diffusion_model)[._]"
+     r"(?:joint_blocks|transformer_blocks|layers|blocks)[._].+", "a diffusion transformer"),
+    (r"lora_prior_.+", "Stable Cascade"),
+    (r"(?:unet\.)?.*(?:motion_modules|temporal_transformer_blocks)[._].+", "AnimateDiff"),
+    (r"lora_controlnet|(?:input_blocks|time_embed)\..+\.(?:down|up)", "ControlNet (Control-LoRA)"),
+)  # fmt: skip
+_WIDTHS = {
+    768: "Stable Diffusion 1.x",
+    1024: "Stable Diffusion 2.x",
+    2048: "SDXL",
+    1280: "SDXL's refiner",
+}
+_FAMILIES = {
+    "sd1": _WIDTHS[768],
+    "sd2": _WIDTHS[1024],
+    "sdxl": _WIDTHS[2048],
+    "sdxl-refiner": _WIDTHS[1280],
+}
+_CROSS_ATTENTION = re.compile(r".+attn2[._](?:processor\.)?to_[kv](?:_lora)?")
+_SECOND_ENCODER = re.compile(r"(?:text_encoder_2\.|lora_te2_).+")
+
+
+def split(name: str) -> tuple[str, str] | None:
+    """(module as it is spelled, part) of a tensor's name; None where no rule knows it."""
+    for rule in PARTS:
+        if match := re.fullmatch(rule.pattern, name):
+            return match[1], rule.part
+    return None
+
+
+@dataclass(frozen=True)
+class Target:
+    """The weight that a spelling means.
+
+    Attributes:
+        component: "unet", "text_encoder" or "text_encoder_2".
+        parameter: its name there.
+        shape: its shape in our layout.
+        third: which third of a fused tensor it is (OpenCLIP's queries, keys, values); None: whole.
+    """
+
+    component: str
+    parameter: str
+    shape: Shape
+    third: int | None = None
+
+    @property
+    def inputs(self) -> int:
+        """Input channels."""
+        return self.shape[-1]
+
+    @property
+    def matrix(self) -> Shape:
+        """(out, in * kH * kW)."""
+        out, *kernel = self.shape
+        size = 1
+        for side in kernel:
+            size *= side
+        return out, size
+
+
+def spellings(configs: Mapping[str, Any]) -> dict[str, tuple[Target, ...]]:
+    """Every spelling of every weight that a LoRA can change -> what it means.
+
+    Args:
+        configs: component -> its config.
+    """
+    table: dict[str, tuple[Target, ...]] = {}
+    for component, config in configs.items():
+        names = _unet if component == "unet" else _text_encoder
+        weights = {
+            name.removesuffix(".weight"): Target(component, name, shape)
+            for name, shape in expected_parameters(config).items()
+            if len(shape) in (2, 4) and "embedding.weight" not in name
+        }
+        for spelled, module, third in names(component, config, weights):
+            target = weights[module]
+            if third is not None:
+                target = Target(component, target.parameter, target.shape, third)
+            if target not in table.get(spelled, ()):
+                table[spelled] = (*table.get(spelled, ()), target)
+    return table
+
+
+Spelled = tuple[str, str, int | None]
+
+
+def _unet(component: str, config: Any, weights: Iterable[str]) -> Iterator[Spelled]:
+    weights = set(weights)
+    for module in weights:
+        flat = module.replace(".", "_")
+        yield f"lora_unet_{flat}", module, None  # kohya, LyCORIS
+        yield f"lycoris_{flat}", module, None  # LyCORIS without kohya
+        for prefix in ("unet.", "", "base_model.model.", "unet.base_model.model."):
+            yield prefix + module, module, None  # diffusers, PEFT
+        if match := re.fullmatch(r"(.+\.attn[12])\.(to_[qkv]|to_out)(?:\.0)?", module):
+            for prefix in ("unet.", ""):  # diffusers' attention processors
+                yield f"{prefix}{match[1]}.processor.{match[2]}_lora", module, None
+                yield f"{prefix}{match[1]}.{match[2]}_lora", module, None
+    for place, module, _ in _places(ldm_unet(config), weights):
+        yield f"lora_unet_{place.replace('.', '_')}", module, None  # kohya's SDXL
+        yield f"diffusion_model.{place}", module, None  # ComfyUI
+
+
+def _text_encoder(component: str, config: Any, weights: Iterable[str]) -> Iterator[Spelled]:
+    weights = set(weights)
+    kohya = ("lora_te2_",) if component == "text_encoder_2" else ("lora_te_", "lora_te1_")
+    for module in weights:
+        short = module.removeprefix("text_model.")
+        for prefix in kohya:
+            yield prefix + module.replace(".", "_"), module, None
+        for name in dict.fromkeys((module, short)):  # transformers >= 5.6 has no text_model
+            yield f"{component}.{name}", module, None
+            if match := re.fullmatch(r"(.+\.self_attn)\.(q|k|v|out)_proj", name):
+                yield f"{component}.{match[1]}.to_{match[2]}_lora", module, None  # old diffusers
+    # OpenCLIP's names; kohya calls the only encoder of SD 2 lora_te_.
+    for place, module, third in _places(openclip_text(config), weights):
+        for prefix in kohya:
+            yield prefix + place.replace(".", "_"), module, third
+
+
+def _places(layout: Layout, weights: Iterable[str]) -> Iterator[Spelled]:
+    """(place, module, third) of each weight in a layout of single files."""
+    known = set(weights)
+    for place, pieces in (layout.names or {}).items():
+        for piece in pieces:
+            module = piece.target.removesuffix(".weight")
+            if piece.target.endswith(".weight") and module in known and piece.transform is None:
+                yield place.removesuffix(".weight"), module, None
+            elif module in known and piece.transform in thirds:
+                place = re.sub(r"in_proj_weight$", "in_proj", place)
+                yield place, module, thirds.index(piece.transform)
+
+
+def place(module: str) -> str:
+    """The component that a module belongs to, as its spelling says without a model at hand."""
+    if _SECOND_ENCODER.fullmatch(f"{module}."):
+        return "text_encoder_2"
+    if re.fullmatch(r"(?:text_encoder[._]|lora_te1?_|text_model\.).+", module):
+        return "text_encoder"
+    return "unet"
+
+
+def ignored(name: str) -> str | None:
+    """Why a name may be left over; None where it may not."""
+    return next((entry.reason for entry in IGNORED if re.fullmatch(entry.source, name)), None)
+
+
+def made_for(shapes: Mapping[str, Shape]) -> str | None:
+    """What a file was made for, in words, by its names and shapes; None where they do not say.
+
+    Args:
+        shapes: tensor -> shape.
+    """
+    for pattern, words in _FOREIGN:
+        if any(re.fullmatch(pattern, name) for name in shapes):
+            return words
+    widths = set()
+    for name, shape in shapes.items():
+        module, part = split(name) or ("", "")
+        if part == "down" and _CROSS_ATTENTION.fullmatch(module) and len(shape) > 1:
+            widths.add(shape[1])
+    if len(widths) == 1:
+        width = widths.pop()
+        return f"{_WIDTHS.get(width, 'a model')} (text {width} wide)"
+    if any(_SECOND_ENCODER.fullmatch(name) for name in shapes):
+        return "SDXL (it changes a second text encoder)"
+    return None
+
+
+def family_words(family: str, unet: Any) -> str:
+    """What a model is, in words: its family (``detect.family``) and the width of its text."""
+    widths = "/".join(map(str, sorted(set(unet.cross_attention_dim))))
+    return f"{_FAMILIES.get(family, family)} (text {widths} wide)"

@@ -1,0 +1,105 @@
+"""``--lora PATH[:SCALE]``, and the LoRAs that a picture says it was drawn with."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+from mlxdiff.errors import UsageError
+
+
+class Asked(NamedTuple):
+    """A LoRA as it is asked for; the scale is None where none was given."""
+
+    path: str
+    scale: float | None
+
+
+class LoraParam(click.ParamType):
+    """PATH or PATH:SCALE. A path that exists is never cut."""
+
+    name = "PATH[:SCALE]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Asked:
+        if isinstance(value, Asked):
+            return value
+        path, colon, scale = value.rpartition(":")
+        if not colon or not path or Path(value).expanduser().exists():
+            return Asked(value, None)
+        try:
+            number = float(scale)
+        except ValueError:
+            if not Path(path).expanduser().exists():  # the colon is one of the path
+                return Asked(value, None)
+            number = math.nan
+        if not math.isfinite(number):
+            self.fail(f"{value!r}: its scale {scale!r} is not a number", param, ctx)
+        return Asked(path, number)
+
+
+def report(loras: tuple[Any, ...]) -> None:
+    """Say on stderr what each LoRA changes."""
+    for lora in loras:
+        click.echo(f"LoRA {lora.report()}", err=True)
+
+
+def replayed(
+    asked: tuple[Asked, ...], found: Any, picture: str | None
+) -> list[tuple[str, float | tuple[float, float]]]:
+    """The LoRAs to load: those asked for, else those of the picture.
+
+    Args:
+        asked: by the command line; a scale that is missing is the picture's for a file of the same
+            name, else 1.
+        found: ``loras`` of the picture's metadata, if there is any.
+        picture: its path, for messages.
+    Raises: UsageError where the picture was drawn with LoRAs that are not at hand.
+    """
+    recorded = _recorded(found, picture)
+    if asked:
+        scales = {name: scale for name, scale, _ in recorded}
+        return [
+            (path, scales.get(Path(path).name, (1.0, 1.0)) if scale is None else scale)
+            for path, scale in asked
+        ]
+    from mlxdiff.weights import sha256
+
+    loras: list[tuple[str, float | tuple[float, float]]] = []
+    missing = []
+    for name, scale, digest in recorded:
+        here = Path(name)
+        if here.is_file() and (digest is None or sha256(here) == digest):
+            loras.append((name, scale))
+        else:
+            missing.append(f"{name}:{scale[0]:g}")
+    if missing:
+        raise UsageError(
+            f"{picture}: was drawn with the LoRA {' and '.join(missing)}: give all of its LoRAs "
+            "with --lora PATH:SCALE"
+        )
+    return loras
+
+
+def _recorded(found: Any, picture: str | None) -> list[tuple[str, tuple[float, float], str | None]]:
+    """(name, scales, sha256) of each; the file may come from anyone."""
+    result = []
+    for one in found or ():
+        if isinstance(one, dict) and one.get("in_prompt"):
+            continue  # the prompt asks for it
+        values = one if isinstance(one, dict) else {}
+        scale: Any = values.get("scale")
+        text: Any = values.get("text_scale", scale)
+        good = all(type(number) in (int, float) for number in (scale, text))
+        if not good or not isinstance(values.get("name"), str):
+            raise UsageError(f"{picture}: loras in its mlxdiff metadata holds {one!r}")
+        digest = one.get("sha256")
+        name = Path(one["name"]).name  # never a place of its own choosing
+        result.append(
+            (name, (float(scale), float(text)), digest if isinstance(digest, str) else None)
+        )
+    return result
