@@ -457,3 +457,36 @@ def test_a_preprocessor_is_used(folder: Path, pipes: dict[Any, Pipeline]) -> Non
     ready = pipe.generate("a", control_image=edges(disc(32)), **SMALL)
     assert np.array_equal(drawn.latents, ready.latents)
     assert drawn.metadata[0].extra["control_preprocess"] == ["edges"]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cross_attention_dim": 768},
+        {
+            "cross_attention_dim": 1024,
+            "attention_head_dim": [5, 10, 20, 20],
+            "use_linear_projection": True,
+        },
+    ],
+    ids=["sd1", "sd2"],
+)
+def test_original_names_go_where_diffusers_puts_them(changes: dict[str, Any]) -> None:
+    """Full size, by its own conversion: every name of the original code, to the same place."""
+    import torch
+    from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
+
+    config = {
+        "layers_per_block": 2,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        "conditioning_embedding_out_channels": [16, 32, 96, 256],
+        **changes,
+    }
+    names = ldm_controlnet(ControlNetConfig.from_dict(config)).names
+    assert names is not None
+    numbered = {f"control_model.{n}": torch.tensor(float(i)) for i, n in enumerate(names)}
+    converted = convert_controlnet_checkpoint(numbered, config)
+    ours = {piece.target: float(i) for i, (piece,) in enumerate(names.values())}
+    assert ours == {name: float(number) for name, number in converted.items()}
