@@ -70,6 +70,37 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     np.testing.assert_array_equal(load_image(path), np.rot90(PICTURE, -1))
 
 
+FILES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> mode, how it is saved
+    **{f"{mode}.png": (mode, {}) for mode in ("1", "L", "LA", "P", "RGB", "RGBA")},
+    "one-transparent.png": ("P", {"transparency": 3}),
+    "a-colour-transparent.png": ("RGB", {"transparency": (1, 2, 3)}),
+    **{f"{mode}.jpg": (mode, {}) for mode in ("L", "RGB", "CMYK")},
+    **{f"{mode}.tif": (mode, {}) for mode in ("CMYK", "LAB", "F")},
+    **{f"moving.{kind}": ("RGB", {"save_all": True}) for kind in ("gif", "webp", "png")},
+    **{f"a.{kind}": ("RGB", {}) for kind in ("bmp", "ppm", "tga")},
+    **{f"turned-{o}.{kind}": ("RGB", {}) for o in range(1, 9) for kind in ("jpg", "png", "webp")},
+}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", FILES)
+def test_any_picture_is_read_as_diffusers_reads_it(name: str, tmp_path: Path) -> None:
+    from diffusers.utils import load_image as reference
+
+    mode, options = FILES[name]
+    picture = Image.fromarray(PICTURE).convert("L" if mode in ("LA", "F") else "RGB").convert(mode)
+    if "save_all" in options:
+        options = options | {"append_images": [Image.fromarray(255 - PICTURE)]}
+    if name.startswith("turned"):
+        exif = Image.Exif()
+        exif[0x0112] = int(name[7])
+        options = {"exif": exif}
+    picture.save(tmp_path / name, **options)
+    np.testing.assert_array_equal(
+        load_image(tmp_path / name), np.asarray(reference(str(tmp_path / name)))
+    )
+
+
 def test_values_are_resized_as_pictures_are() -> None:
     values = to_model(PICTURE)[0]
     found = resize_values(values, 20, 11)
