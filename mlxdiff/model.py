@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import PIL.Image
 
 
-TILE_PIXELS = 512 * 512
+TILE_PIXELS = 256 * 256
 """A picture of more pixels is decoded in bands."""
 
 
@@ -78,7 +78,7 @@ class Networks:
         load_seconds: time spent on reading weights so far.
         low_memory: keep one stage's networks at a time (one text encoder, too), and their weights
             as they are stored.
-        vae_tiling: decode in bands of rows; None: pictures of more than 512 x 512 pixels, and all
+        vae_tiling: decode in bands of rows; None: pictures of more than 256 x 256 pixels, and all
             with low_memory.
     """
 

@@ -190,7 +190,7 @@ def load(
         low_memory: hold one stage's networks at a time, and weights as they are stored: each
             picture reads them anew, and on a CPU each step expands them anew.
         vae_tiling: decode in bands of rows: the same picture in less memory. None: where it has
-            more than 512 x 512 pixels, and always with low_memory.
+            more than 256 x 256 pixels, and always with low_memory.
         exact: on a GPU, compute as exactly as the type allows, for a price in speed
             (docs/metal.md). Must be asked for before MLX is imported by anything.
         memory_limit: gigabytes that a run may take; what is expected to take more is refused. None:

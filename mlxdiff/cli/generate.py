@@ -263,7 +263,7 @@ BORDERS = Numbers(",", "LEFT,TOP,RIGHT,BOTTOM")
 @click.option(
     "--vae-tiling/--no-vae-tiling",
     default=None,
-    help="Decode in bands of rows: less memory, the same picture. Default: above 512x512 pixels.",
+    help="Decode in bands of rows: less memory, the same picture. Default: above 256x256 pixels.",
 )
 @click.option(
     "--memory-limit",
