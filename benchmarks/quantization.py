@@ -57,7 +57,6 @@ class Bench:
             evaluate.prompts_of(rows[i % len(rows)], i // len(rows) + 1)[-1] for i in range(prompts)
         ]
         self.noise = self.network.noise(range(prompts))
-        self.scales = np.full(prompts, GUIDANCE)
         config = self.network.config
         self.plan = samplers.plan(config, "auto", "auto", steps, family="sd1", guidance=GUIDANCE)
         self.parameters = {
@@ -76,7 +75,7 @@ class Bench:
         x, state = np.float32(plan.init_noise_sigma) * self.noise, plan.start()
         first = None
         for t in plan.timesteps:
-            output = network(plan.scale_model_input(x, state), t, self.prompts, self.scales)
+            output = network(plan.scale_model_input(x, state), t, self.prompts, GUIDANCE)
             x, state = plan.step(x, output, state)
             first = x if first is None else first
         return first, x

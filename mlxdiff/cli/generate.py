@@ -15,6 +15,7 @@ from mlxdiff.cli import ProgressBar, common_options, show_notes
 from mlxdiff.cli import embeddings as embedding_options
 from mlxdiff.cli import loras as lora_options
 from mlxdiff.cli.preview import Preview
+from mlxdiff.cli.sections import SectionedCommand
 from mlxdiff.errors import UsageError
 
 # Options that make up the picture, and the models beside the main one: what --from-image can bring
@@ -72,7 +73,24 @@ INTERVAL = Numbers(",", "START,END", float)
 BORDERS = Numbers(",", "LEFT,TOP,RIGHT,BOTTOM")
 
 
-@click.command(context_settings={"show_default": False})
+SECTIONS = {
+    "Prompt": "prompt prompt_file negative_prompt prompt_2 negative_prompt_2 prompt_syntax "
+    "clip_skip embedding embeddings label",
+    "Model": "model vae refiner lora loras controlnet controlnets ip_adapter image_encoder "
+    "quantize config prediction_type",
+    "Picture": "width height seed count steps guidance guidance_rescale guidance_interval "
+    "feature_reuse sampler schedule eta hires hires_upscaler hires_strength hires_steps",
+    "From a picture": "image strength image_guidance mask outpaint paste_original",
+    "Control": "control_image control_scale control_start control_end control_preprocess "
+    "guess_mode ip_image ip_scale",
+    "SDXL": "denoising_end denoising_start aesthetic_score negative_aesthetic_score original_size "
+    "target_size crop",
+    "Machine": "backend dtype low_memory vae_tiling memory_limit exact",
+    "Output": "output force no_metadata from_image preview as_json quiet debug help",
+}
+
+
+@click.command(cls=SectionedCommand, sections=SECTIONS, context_settings={"show_default": False})
 @click.argument("text", metavar="[PROMPT]", required=False)
 @click.option("-p", "--prompt", help="What to draw, in place of PROMPT; may be empty.")
 @click.option(
