@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -375,3 +376,16 @@ def test_help_names_the_commands_and_imports_nothing_heavy(here: Path) -> None:
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "generate" in out.stdout and "convert" in out.stdout
     assert out.stdout.splitlines()[-1] == "[]"
+
+
+def test_every_option_of_generate_stands_in_one_section() -> None:
+    from mlxdiff.cli.generate import SECTIONS, generate
+
+    listed = [name for names in generate.sections.values() for name in names]
+    options = {p.name for p in generate.params if isinstance(p, click.Option)} | {"help"}
+    assert sorted(listed) == sorted(options)
+    text = run("generate", "--help").output
+    assert "Others:" not in text
+    assert [line[:-1] for line in text.splitlines() if line in {f"{s}:" for s in SECTIONS}] == list(
+        SECTIONS
+    )

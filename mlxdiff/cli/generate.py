@@ -75,18 +75,19 @@ BORDERS = Numbers(",", "LEFT,TOP,RIGHT,BOTTOM")
 
 SECTIONS = {
     "Prompt": "prompt prompt_file negative_prompt prompt_2 negative_prompt_2 prompt_syntax "
-    "clip_skip embedding embeddings label",
-    "Model": "model vae refiner lora loras controlnet controlnets ip_adapter image_encoder "
-    "quantize config prediction_type",
+    "clip_skip embeddings label",
+    "Model": "model vae refiner loras lora_folder controlnet ip_adapter image_encoder quantize "
+    "config prediction_type",
     "Picture": "width height seed count steps guidance guidance_rescale guidance_interval "
-    "feature_reuse sampler schedule eta hires hires_upscaler hires_strength hires_steps",
+    "feature_reuse sampler schedule eta hires hires_upscaler hires_strength",
     "From a picture": "image strength image_guidance mask outpaint paste_original",
     "Control": "control_image control_scale control_start control_end control_preprocess "
     "guess_mode ip_image ip_scale",
     "SDXL": "denoising_end denoising_start aesthetic_score negative_aesthetic_score original_size "
     "target_size crop",
     "Machine": "backend dtype low_memory vae_tiling memory_limit exact",
-    "Output": "output force no_metadata from_image preview as_json quiet debug help",
+    "Output": "output force no_metadata from_image preview preview_every preview_file as_json "
+    "quiet debug help",
 }
 
 
