@@ -21,7 +21,12 @@ class SectionedCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, section by section."""
         options = [p for p in self.get_params(ctx) if isinstance(p, click.Option)]
-        left = {o.name: record for o in options if (record := o.get_help_record(ctx))}
+        helps = set(ctx.help_option_names)  # click's own name for that option is not to rely on
+        left = {
+            "help" if helps & set(o.opts) else o.name: record
+            for o in options
+            if (record := o.get_help_record(ctx))
+        }
         for title, names in self.sections.items():
             records = [left.pop(name) for name in names if name in left]
             if records:
