@@ -96,16 +96,19 @@ def test_any_picture_is_read_as_diffusers_reads_it(name: str, tmp_path: Path) ->
         exif[0x0112] = int(name[7])
         options = {"exif": exif}
     picture.save(tmp_path / name, **options)
-    np.testing.assert_array_equal(
-        load_image(tmp_path / name), np.asarray(reference(str(tmp_path / name)))
-    )
+    with Image.open(tmp_path / name) as opened:  # diffusers would leave the file open
+        expected = np.asarray(reference(opened))
+    np.testing.assert_array_equal(load_image(tmp_path / name), expected)
 
 
 def test_values_are_resized_as_pictures_are() -> None:
-    values = to_model(PICTURE)[0]
-    found = resize_values(values, 20, 11)
+    # Quiet ones: 8 bits clip what overshoots between the two directions, values do not. What 8 bits
+    # round there (half a level, up to 1.3 times by the filter) and at the end is the difference.
+    picture = (PICTURE // 4 + 96).astype(np.uint8)
+    found = resize_values(to_model(picture)[0], 20, 11)
     assert found.dtype == np.float32 and found.shape == (11, 20, 3)
-    assert np.abs((found + 1) * 127.5 - resize(PICTURE, 20, 11)).max() < 1.0
+    assert np.abs((found + 1) * 127.5 - resize(picture, 20, 11)).max() < 1.2
+    assert np.abs(resize_values(to_model(PICTURE)[0], 20, 11)).max() == 1.0
 
 
 def test_grey_arrays() -> None:
