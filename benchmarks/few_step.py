@@ -59,8 +59,11 @@ OURS, DDIM, FULL = "mlxdiff (auto)", "DDIM", "DPM-Solver++ 2M"
 # What question 2 compares: steps, guidance interval, feature reuse.
 CHEAPER_AT = 4.0
 CHEAPER = (
+    ("auto", 6, None, 1),
     ("auto", 8, None, 1),
     ("auto", 10, None, 1),
+    ("auto", 12, None, 1),
+    ("auto", 15, None, 1),
     ("dpmpp-2m", 20, None, 1),
     ("dpmpp-2m", 20, (0.0, 0.8), 1),
     ("dpmpp-2m", 20, (0.0, 0.6), 1),
@@ -345,16 +348,21 @@ def verdict_on_cost(found: dict[str, Any]) -> list[str]:
     """Where the error of 20 fully guided steps is had for less, in words."""
     lines = []
     for guidance, rows in found["cheaper"].items():
-        full = found["scales"][guidance]["methods"][FULL]["20"]
-        good = [row for row in rows if row["error"] <= full["error"]]
-        best = min(good, key=lambda row: row["cost"])
-        times = 40 / best["cost"]
-        lines.append(
-            f"- Guidance {guidance}: 20 steps of {FULL} (40 U-Net evaluations) have error "
-            f"{full['error']:.4f}; {described(best)} has {best['error']:.4f} for "
-            f"{best['cost']:.1f}: {times:.1f} times cheaper"
-            f"{'' if times >= 2 else ', NOT twice'}."
-        )
+        methods = found["scales"][guidance]["methods"]
+        twenty = {name: cells["20"]["error"] for name, cells in methods.items() if name != OURS}
+        for name in dict.fromkeys((FULL, min(twenty, key=lambda name: twenty[name]))):
+            known = f"- Guidance {guidance}: 20 steps of {name} (40 evaluations) have error "
+            known += f"{twenty[name]:.4f}"
+            good = [row for row in rows if row["error"] <= twenty[name] and row["cost"] < 40]
+            if not good:
+                lines.append(f"{known}; nothing below is as good for less.")
+                continue
+            best = min(good, key=lambda row: row["cost"])
+            times = 40 / best["cost"]
+            lines.append(
+                f"{known}; `{described(best)}` has {best['error']:.4f} for {best['cost']:.1f}: "
+                f"{times:.1f} times cheaper{'' if times >= 2 else ', NOT twice'}."
+            )
     return lines
 
 
