@@ -185,9 +185,9 @@ def test_auto(config: dict[str, Any], asked: tuple[str, str], chosen: tuple[str,
 @pytest.mark.parametrize(
     ("steps", "guidance", "schedule"),
     [
-        (14, 7.5, "trailing"),
-        (15, 7.5, "karras"),
-        (14, None, "trailing"),
+        (19, 7.5, "trailing"),
+        (20, 7.5, "karras"),
+        (19, None, "trailing"),
         (7, 1.0, "trailing"),
         (8, 1.0, "karras"),
         (8, 0.0, "karras"),
