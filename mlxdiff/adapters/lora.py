@@ -153,7 +153,7 @@ def _open(path: Path) -> tuple[Path, str, PickleFile | TensorFile]:
             raise UsageError(f"{path}: has no LoRA in it (looked for {', '.join(_FILES)})")
         path, name = found[0], path.resolve().name
     elif not path.is_file():
-        raise UsageError(f"{path}: no such LoRA file or folder")
+        raise UsageError(f"{path}: no such LoRA file or folder (--lora PATH[:SCALE])")
     return path, name, open_tensors(path)
 
 
