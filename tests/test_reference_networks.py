@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_models as tiny
 
+from mlxdiff import threads
 from mlxdiff.config import CLIPTextConfig, ComponentConfig, UNet2DConditionConfig
 from mlxdiff.errors import CheckpointError, UsageError
 from mlxdiff.params import expected_parameters
@@ -62,7 +63,7 @@ def test_small_workspaces_and_threads_change_nothing(
     expected = results(kind, name)
     for constant in ("_BLOCK", "_SCORES", "_COLUMNS"):
         monkeypatch.setattr(layers, constant, 500)
-    monkeypatch.setattr(layers, "_threads", lambda: 2)
+    monkeypatch.setattr(threads, "count", lambda: 2)
     for got, wanted in zip(results(kind, name), expected, strict=True):
         assert got.dtype == np.float32
         assert tiny.difference(got, wanted) < 2e-6

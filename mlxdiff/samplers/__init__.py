@@ -216,7 +216,8 @@ def automatic(
         wanted = "karras" if steps >= few else "trailing"
         if config.get("timestep_spacing") == "trailing" or config.get("rescale_betas_zero_snr"):
             wanted = "trailing"
-        if distilled or sampler == "checkpoint":
+        # Models that draw pixels: nothing was measured, so the reference's own.
+        if distilled or sampler == "checkpoint" or family == "ddpm":
             wanted = "normal"
         schedule = wanted if _exists(_family(config, sampler)[0], wanted) else "normal"
     return sampler, schedule
