@@ -80,15 +80,23 @@ def through_diffusers(
     return generate
 
 
-def through_mlxdiff(folder: str | None, steps: int = 12, guidance: float = 4.0, **load) -> Generate:
+def through_mlxdiff(
+    folder: str | None,
+    steps: int = 12,
+    guidance: float = 4.0,
+    sampler: str = "auto",
+    schedule: str = "auto",
+    **load,
+) -> Generate:
     """Generate with this package; `load` goes to `mlxdiff.load` (backend, quantize, ...)."""
     import mlxdiff
 
     pipe = mlxdiff.load(folder or None, **load)
+    options = {"steps": steps, "guidance": guidance, "sampler": sampler, "schedule": schedule}
 
     def generate(prompts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray]:
         return [
-            np.asarray(pipe.generate(p, seed=s, steps=steps, guidance=guidance).images[0])
+            np.asarray(pipe.generate(p, seed=s, **options).images[0])
             for p, s in zip(prompts, seeds, strict=True)
         ]
 
@@ -185,6 +193,8 @@ def main() -> None:
     parser.add_argument(
         "--demo", type=int, metavar="N", help="score the documented prompts, N seeds"
     )
+    parser.add_argument("--sampler", default="auto", help="mlxdiff only; diffusers: dpmpp-2m")
+    parser.add_argument("--schedule", default="auto", help="mlxdiff only")
     parser.add_argument("--quantize", type=int, help="bits (mlxdiff only)")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -196,6 +206,7 @@ def main() -> None:
     def generator(steps: int, guidance: float) -> Generate:
         if args.through == "mlxdiff":
             more = {"quantize": args.quantize} if args.quantize else {}
+            more |= {"sampler": args.sampler, "schedule": args.schedule}
             return through_mlxdiff(args.model, steps, guidance, backend="numpy", **more)
         return through_diffusers(args.model, steps, guidance, args.spacing)
 
