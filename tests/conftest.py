@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-# Where a change is gated, the same examples every time; on a developer's machine, new ones.
-settings.register_profile("ci", derandomize=True)
+# Where a change is gated, the same examples every time, however slow the machine is just then; on
+# a developer's machine, new ones.
+settings.register_profile("ci", derandomize=True, deadline=None)
 if os.environ.get("CI"):
     settings.load_profile("ci")
 
