@@ -188,8 +188,8 @@ def dequantize(packed: Packed, dtype: Any = np.float32) -> np.ndarray:
             np.multiply(codes[part], scales[part].astype(dtype), out=out[part], casting="unsafe")
             out[part] += biases.reshape(-1, 1)[part].astype(dtype)
         else:
-            values = (_E2M1 if how.bits == 4 else _E4M3)[codes[part]]
-            factor = _E4M3[scales[part]] if how.mode == "nvfp4" else _e8m0(scales[part])
+            values = (_E2M1 if how.bits == 4 else E4M3)[codes[part]]
+            factor = E4M3[scales[part]] if how.mode == "nvfp4" else _e8m0(scales[part])
             np.multiply(values, factor, out=out[part], casting="unsafe")
 
     _for_each(work, _parts(len(codes), how.group_size))
@@ -283,7 +283,7 @@ def _round_float(w: np.ndarray, how: Quantization) -> tuple[np.ndarray, np.ndarr
     largest = np.abs(w).max(axis=1, keepdims=True) / kind(6.0 if how.bits == 4 else 448.0)
     if how.mode == "nvfp4":
         scales = _to_e4m3(largest.astype(np.float32))
-        factor = _E4M3[scales].astype(kind)
+        factor = E4M3[scales].astype(kind)
         with np.errstate(divide="ignore", invalid="ignore"):
             w = w / factor
     else:
@@ -358,15 +358,14 @@ def _e4m3_values() -> np.ndarray:
     return np.where(byte & 127 == 127, np.nan, values).astype(np.float32)
 
 
-_E4M3 = _e4m3_values()
-E4M3 = _E4M3
+E4M3 = _e4m3_values()
 """The value of each byte of the 8-bit float e4m3."""
 
 
 @cache
 def _e4m3_borders() -> np.ndarray:
     """Half way between neighbours of the values 0 ... 448."""
-    values = _E4M3[:127].astype(np.float64)
+    values = E4M3[:127].astype(np.float64)
     return (values[1:] + values[:-1]) / 2
 
 

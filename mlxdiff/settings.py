@@ -99,15 +99,14 @@ class Settings:
     outpaint: Borders | None = None
     paste_original: bool = False
     canvas: Canvas | None = field(default=None, repr=False, compare=False)
+    controls: tuple[Control, ...] = ()
+    guess_mode: bool = False
+    image_prompts: tuple[ImagePrompt, ...] = ()
 
     @property
     def evaluations(self) -> int:
         """Evaluations of a whole run by A1111's count, on which prompt editing is based."""
         return self.steps * (2 if self.sampler == "heun" else 1)
-
-    controls: tuple[Control, ...] = ()
-    guess_mode: bool = False
-    image_prompts: tuple[ImagePrompt, ...] = ()
 
     @property
     def adds_noise(self) -> bool:
