@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
+from golden_runs import Opened
 from hypothesis import settings
 
 # Where a change is gated, the same examples every time, however slow the machine is just then; on
@@ -62,3 +63,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of each backend in turn."""
     yield str(request.param)
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    """Tiny models, each opened once for the tests of a file."""
+    return Opened(tmp_path_factory.mktemp("additions"))

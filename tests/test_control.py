@@ -9,17 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from control_files import NETS, controlnet_config, controlnet_tensors, write_controlnet
+from control_files import controlnet_config, controlnet_tensors, write_controlnet
 from fake_hub import serve
 from folders import write_json
-from golden_data import (
-    assert_latents_close,
-    assert_picture_close,
-    cases,
-    checkpoint,
-    mask,
-    photo,
-)
+from golden_data import cases, checkpoint, photo
+from golden_runs import Opened, assert_drawn_again
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -30,55 +24,15 @@ from mlxdiff.control import Control
 from mlxdiff.convert import open_controlnet
 from mlxdiff.convert.keymap import ldm_controlnet
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
-from mlxdiff.pipeline import Pipeline
 from mlxdiff.preprocess import PREPROCESSORS, edges
 
 CASES = cases("control")
 SMALL: dict[str, Any] = {"seed": 0, "width": 32, "height": 32, "steps": 2}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MODEL/NET for every net that the cases name."""
-    path = tmp_path_factory.mktemp("controlnets")
-    for case in CASES:
-        model = case["arguments"]["model"]
-        for name in case["arguments"]["controlnets"]:
-            seed, changes = NETS[name]
-            if not (path / model / name).exists():
-                write_controlnet(path / model / name, model, seed, **changes)
-    return path
-
-
-@pytest.fixture(scope="module")
-def pipes() -> dict[Any, Pipeline]:
-    return {}
-
-
-def opened(pipes: dict[Any, Pipeline], model: str, backend: str, nets: list[Path]) -> Pipeline:
-    if (model, backend) not in pipes:
-        pipes[model, backend] = mlxdiff.load(checkpoint(model), backend=backend, dtype="float32")
-    pipe = pipes[model, backend]
-    pipe.control_with(*nets)
-    return pipe
-
-
 @pytest.mark.parametrize("case", CASES, ids=[c["case"] for c in CASES])
-def test_pictures_equal_diffusers(
-    case: dict[str, Any], backend: str, folder: Path, pipes: dict[Any, Pipeline]
-) -> None:
-    arguments = dict(case["arguments"])
-    model = arguments.pop("model")
-    nets = [folder / model / name for name in arguments.pop("controlnets")]
-    shown = [Image.fromarray(photo(*size)) for size in arguments["control_image"]]
-    arguments["control_image"] = [shown[0], *(p.rotate(180) for p in shown[1:])]
-    if "image" in arguments:
-        arguments["image"] = photo(*arguments["image"])
-    if "mask" in arguments:
-        arguments["mask"] = mask(*arguments["mask"])
-    result = opened(pipes, model, backend, nets).generate(**arguments)
-    assert_latents_close(result.latents, case["latents"])
-    assert_picture_close(np.stack([np.asarray(i) for i in result.images]), case["image"])
+def test_pictures_equal_diffusers(case: dict[str, Any], backend: str, opened: Opened) -> None:
+    assert_drawn_again(opened, case, backend)
 
 
 # ---------------------------------------------------------------------------------------- the files
@@ -311,19 +265,18 @@ def test_paths_that_hold_no_controlnet(tmp_path: Path) -> None:
     ],
 )
 def test_arguments_that_are_refused(
-    count: int, arguments: dict[str, Any], says: str, folder: Path, pipes: dict[Any, Pipeline]
+    count: int, arguments: dict[str, Any], says: str, opened: Opened
 ) -> None:
-    pipe = opened(pipes, "sd15", "numpy", [folder / "sd15/first"] * count)
+    pipe = opened("sd15", controlnets=["first"] * count)
     if count and "control image" not in says:
         arguments = {"control_image": [photo(8, 8)] * count} | arguments
     with pytest.raises(UsageError, match=says):
         pipe.settings("a", **arguments)
 
 
-def test_a_net_of_no_scale_changes_nothing(folder: Path, pipes: dict[Any, Pipeline]) -> None:
-    net = folder / "sd15/first"
-    without = opened(pipes, "sd15", "numpy", []).generate("a", **SMALL)
-    pipe = opened(pipes, "sd15", "numpy", [net])
+def test_a_net_of_no_scale_changes_nothing(opened: Opened) -> None:
+    without = opened("sd15").generate("a", **SMALL)
+    pipe = opened("sd15", controlnets=["first"])
     off = pipe.generate("a", control_image=photo(32, 32), control_scale=0, **SMALL)
     assert np.array_equal(off.latents, without.latents)
     assert not np.array_equal(
@@ -337,12 +290,11 @@ def test_which_evaluations_count() -> None:
 
 
 def test_metadata_and_files(
-    tmp_path: Path, folder: Path, pipes: dict[Any, Pipeline], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, opened: Opened, caplog: pytest.LogCaptureFixture
 ) -> None:
-    nets = [folder / "sd15/first", folder / "sd15/second"]
     path = tmp_path / "shown.png"
     Image.fromarray(photo(40, 90)).save(path)
-    pipe = opened(pipes, "sd15", "numpy", nets)
+    pipe = opened("sd15", controlnets=["first", "second"])
     result = pipe.generate(
         "a", control_image=[path, photo(32, 32)], control_scale=[1, 0.5], guess_mode=True, **SMALL
     )
@@ -358,10 +310,10 @@ def test_metadata_and_files(
 
 
 def test_the_command_line_and_back_from_a_picture(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: Opened
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(folder / "sd15/first", "first")
+    shutil.copytree(opened.controlnet("sd15", "first"), "first")
     Image.fromarray(photo(40, 90)).save("shown.png")
 
     def run(*arguments: str) -> Result:
@@ -384,11 +336,10 @@ def test_the_command_line_and_back_from_a_picture(
 
 @pytest.mark.mlx
 @pytest.mark.parametrize("model", ["sd15", "sdxl"])
-def test_half_precision_is_finite_and_near(model: str, folder: Path) -> None:
+def test_half_precision_is_finite_and_near(model: str, opened: Opened) -> None:
+    net = opened.controlnet(model, "first")
     drawn = [
-        mlxdiff.load(
-            checkpoint(model), backend="mlx", dtype=dtype, controlnets=[folder / model / "first"]
-        )
+        mlxdiff.load(checkpoint(model), backend="mlx", dtype=dtype, controlnets=[net])
         .generate("a", control_image=photo(32, 32), **SMALL)
         .latents
         for dtype in ("float32", "float16")
@@ -451,8 +402,8 @@ def test_grey_and_tile() -> None:
     assert PREPROCESSORS["tile"](picture[:5, :3]).shape == (5, 3, 3)
 
 
-def test_a_preprocessor_is_used(folder: Path, pipes: dict[Any, Pipeline]) -> None:
-    pipe = opened(pipes, "sd15", "numpy", [folder / "sd15/first"])
+def test_a_preprocessor_is_used(opened: Opened) -> None:
+    pipe = opened("sd15", controlnets=["first"])
     drawn = pipe.generate("a", control_image=disc(32), control_preprocess="edges", **SMALL)
     ready = pipe.generate("a", control_image=edges(disc(32)), **SMALL)
     assert np.array_equal(drawn.latents, ready.latents)

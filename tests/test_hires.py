@@ -9,50 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from golden_data import (
-    assert_latents_close,
-    assert_picture_close,
-    cases,
-    checkpoint,
-    mask,
-    photo,
-)
+from golden_data import cases, checkpoint, mask, photo
+from golden_runs import Opened, assert_drawn_again
 from PIL import Image
 
-import mlxdiff
 from mlxdiff.cli import main
 from mlxdiff.errors import UsageError
 from mlxdiff.hires import enlarge_latents
-from mlxdiff.pipeline import Pipeline
 
 CASES = cases("hires")
 SMALL = {"width": 32, "height": 32, "steps": 4, "seed": 0, "hires": 2}
 
 
-@pytest.fixture(scope="module")
-def pipes() -> dict[Any, Pipeline]:
-    return {}
-
-
-def opened(pipes: dict[Any, Pipeline], name: str, backend: str = "numpy", **parts: str) -> Pipeline:
-    key = name, backend, *parts.items()
-    if key not in pipes:
-        folders = {part: checkpoint(of) for part, of in parts.items()}
-        pipes[key] = mlxdiff.load(checkpoint(name), backend=backend, dtype="float32", **folders)
-    return pipes[key]
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["case"])
-def test_pictures_equal_diffusers(
-    case: dict[str, Any], backend: str, pipes: dict[Any, Pipeline]
-) -> None:
-    arguments = dict(case["arguments"])
-    parts = {"vae": arguments.pop("vae")} if "vae" in arguments else {}
-    if "image" in arguments:
-        arguments["image"] = photo(*arguments["image"])
-    result = opened(pipes, arguments.pop("model"), backend, **parts).generate(**arguments)
-    assert_latents_close(result.latents, case["latents"])
-    assert_picture_close(np.stack([np.asarray(i) for i in result.images]), case["image"])
+def test_pictures_equal_diffusers(case: dict[str, Any], backend: str, opened: Opened) -> None:
+    assert_drawn_again(opened, case, backend)
 
 
 @pytest.mark.parity
@@ -69,8 +40,8 @@ def test_latents_are_enlarged_as_torch_does(mode: str) -> None:
         np.testing.assert_allclose(found, expected.permute(0, 2, 3, 1).numpy(), atol=1e-6)
 
 
-def test_sizes_and_steps(pipes: dict[Any, Pipeline]) -> None:
-    pipe = opened(pipes, "bk-sdm-tiny")
+def test_sizes_and_steps(opened: Opened) -> None:
+    pipe = opened("bk-sdm-tiny")
     steps = list(pipe.stream("a", **SMALL | {"hires": 1.6, "sampler": "euler"}))
     assert [s.index for s in steps] == list(range(4 + 2))
     assert {s.total for s in steps} == {6}
@@ -78,8 +49,8 @@ def test_sizes_and_steps(pipes: dict[Any, Pipeline]) -> None:
     assert steps[-1].preview().size == (48, 48)
 
 
-def test_what_is_said_of_it(pipes: dict[Any, Pipeline]) -> None:
-    result = opened(pipes, "sdxl").generate("a", **SMALL, hires_strength=0.6)
+def test_what_is_said_of_it(opened: Opened) -> None:
+    result = opened("sdxl").generate("a", **SMALL, hires_strength=0.6)
     assert result.images[0].size == (64, 64)
     metadata = result.metadata[0]
     assert (metadata.width, metadata.height) == (32, 32)
@@ -97,8 +68,8 @@ def test_what_is_said_of_it(pipes: dict[Any, Pipeline]) -> None:
     assert result.timings["hires"] > 0
 
 
-def test_each_picture_is_what_it_is_alone(pipes: dict[Any, Pipeline]) -> None:
-    pipe, given = opened(pipes, "bk-sdm-tiny"), {**SMALL, "sampler": "euler-a"}
+def test_each_picture_is_what_it_is_alone(opened: Opened) -> None:
+    pipe, given = opened("bk-sdm-tiny"), {**SMALL, "sampler": "euler-a"}
     both = pipe.generate("a", **given | {"seed": 3}, count=2)
     alone = pipe.generate("a", **given | {"seed": 4})
     assert np.array_equal(both.latents[1], alone.latents[0])
@@ -142,7 +113,7 @@ def test_the_command_line_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_what_cannot_be_honoured_is_refused(
-    name: str, arguments: dict[str, Any], says: str, pipes: dict[Any, Pipeline]
+    name: str, arguments: dict[str, Any], says: str, opened: Opened
 ) -> None:
     with pytest.raises(UsageError, match=says):
-        opened(pipes, name).generate("a", **SMALL | arguments)
+        opened(name).generate("a", **SMALL | arguments)

@@ -9,60 +9,30 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from golden_data import (
-    INPAINTING,
-    assert_latents_close,
-    assert_picture_close,
-    cases,
-    checkpoint,
-    mask,
-    photo,
-)
+from golden_data import INPAINTING, cases, checkpoint, mask, photo
+from golden_runs import Opened, assert_drawn_again
 from PIL import Image
 
-import mlxdiff
 from mlxdiff.cli import main
 from mlxdiff.errors import UsageError
 from mlxdiff.inpainting import make_canvas
-from mlxdiff.pipeline import Pipeline
 
 CASES = [(name, case) for name in INPAINTING for case in cases(name)]
 SMALL = {"width": 64, "height": 64, "steps": 2, "seed": 0}
 DISC = {"image": photo(64, 64), "mask": mask("disc", 64, 64)}
 
 
-@pytest.fixture(scope="module")
-def pipes() -> dict[Any, Pipeline]:
-    return {}
-
-
-def opened(pipes: dict[Any, Pipeline], name: str, backend: str = "numpy", **parts: str) -> Pipeline:
-    key = name, backend, *parts.items()
-    if key not in pipes:
-        folders = {part: checkpoint(of) for part, of in parts.items()}
-        pipes[key] = mlxdiff.load(checkpoint(name), backend=backend, dtype="float32", **folders)
-    return pipes[key]
-
-
 @pytest.mark.parametrize(("name", "case"), CASES, ids=[f"{n}-{c['case']}" for n, c in CASES])
 def test_pictures_equal_diffusers(
-    name: str, case: dict[str, Any], backend: str, pipes: dict[Any, Pipeline]
+    name: str, case: dict[str, Any], backend: str, opened: Opened
 ) -> None:
-    arguments = dict(case["arguments"])
-    parts = {part: arguments.pop(part) for part in ("vae", "refiner") if part in arguments}
-    pipe = opened(pipes, arguments.pop("model", name), backend, **parts)
-    arguments["image"] = photo(*arguments["image"])
-    if "mask" in arguments:
-        arguments["mask"] = mask(*arguments["mask"])
-    result = pipe.generate(**arguments)
-    assert_latents_close(result.latents, case["latents"])
-    assert_picture_close(np.stack([np.asarray(i) for i in result.images]), case["image"])
+    assert_drawn_again(opened, case, backend, name)
 
 
 # -------------------------------------------------------------------------------------------- masks
 
 
-def test_a_mask_of_any_kind_is_the_same_mask(tmp_path: Path, pipes: dict[Any, Pipeline]) -> None:
+def test_a_mask_of_any_kind_is_the_same_mask(tmp_path: Path, opened: Opened) -> None:
     """Grey, black and white, palette, with alpha, 16 bits, bools, turned by EXIF."""
     grey = Image.fromarray(mask("disc", 64, 64)).convert("L")
     exif = Image.Exif()
@@ -83,7 +53,7 @@ def test_a_mask_of_any_kind_is_the_same_mask(tmp_path: Path, pipes: dict[Any, Pi
         picture.save(sources[kind], **options, **({"quality": 100} if kind == "cmyk" else {}))
     array = np.asarray(grey) > 0
     sources |= {"bools": array, "floats": array.astype(np.float32), "image": grey}
-    pipe = opened(pipes, "sd15")
+    pipe = opened("sd15")
     for kind, source in sources.items():
         canvas = pipe.settings("a", image=photo(64, 64), mask=source).canvas
         assert canvas is not None
@@ -100,8 +70,8 @@ def test_one_half_is_repainted() -> None:
     assert (canvas.masked_image[0, :, 8:] == 0).all()
 
 
-def test_the_original_is_pasted_back_exactly(backend: str, pipes: dict[Any, Pipeline]) -> None:
-    pipe = opened(pipes, "sd15", backend)
+def test_the_original_is_pasted_back_exactly(backend: str, opened: Opened) -> None:
+    pipe = opened("sd15", backend)
     given = {**DISC, "sampler": "euler", **SMALL}
     plain = np.asarray(pipe.generate("a", **given).images[0])
     result = pipe.generate("a", paste_original=True, **given)
@@ -167,15 +137,15 @@ def test_a_wider_canvas() -> None:
     np.testing.assert_array_equal(canvas.mask, ~whole)
 
 
-def test_outpainting_keeps_the_picture(pipes: dict[Any, Pipeline]) -> None:
+def test_outpainting_keeps_the_picture(opened: Opened) -> None:
     image = photo(40, 48)
     for name in ("sd15", "sd15-inpainting"):
-        result = opened(pipes, name).generate(
+        result = opened(name).generate(
             "a", image=image, outpaint=(8, 4, 9, 21), paste_original=True, steps=2, seed=0
         )
         drawn = np.asarray(result.images[0])
         assert drawn.shape == (64, 64, 3), "65x65, rounded down"
-    result = opened(pipes, "sd15").generate(
+    result = opened("sd15").generate(
         "a", image=image, outpaint=[8, 4, 8, 20], paste_original=True, steps=2, seed=0
     )
     np.testing.assert_array_equal(np.asarray(result.images[0])[4:44, 8:56], image)
@@ -183,8 +153,8 @@ def test_outpainting_keeps_the_picture(pipes: dict[Any, Pipeline]) -> None:
     assert "mask" not in result.metadata[0].extra
 
 
-def test_outpainting_with_a_mask(pipes: dict[Any, Pipeline]) -> None:
-    settings = opened(pipes, "sd15").settings(
+def test_outpainting_with_a_mask(opened: Opened) -> None:
+    settings = opened("sd15").settings(
         "a", image=photo(32, 32), mask=mask("half", 32, 32), outpaint=(0, 0, 0, 32)
     )
     canvas = settings.canvas
@@ -197,31 +167,31 @@ def test_outpainting_with_a_mask(pipes: dict[Any, Pipeline]) -> None:
 # --------------------------------------------------------------------------------- what is promised
 
 
-def test_defaults(pipes: dict[Any, Pipeline]) -> None:
+def test_defaults(opened: Opened) -> None:
     """Strength 1, and the model's own size, whatever the image's."""
     for name, side in (("sd15", 64), ("sdxl", 64), ("sd15-inpainting", 64)):
-        settings = opened(pipes, name).settings("a", image=photo(40, 48), mask=mask("disc", 9, 9))
+        settings = opened(name).settings("a", image=photo(40, 48), mask=mask("disc", 9, 9))
         assert settings.strength == 1.0
-        own = opened(pipes, name).model.default_size
+        own = opened(name).model.default_size
         assert (settings.height, settings.width) == own
         assert side <= own[0]
 
 
-def test_each_picture_is_what_it_is_alone(pipes: dict[Any, Pipeline]) -> None:
+def test_each_picture_is_what_it_is_alone(opened: Opened) -> None:
     for name in ("sd15", "sd15-inpainting"):
-        pipe, arguments = opened(pipes, name), {**DISC, **SMALL, "sampler": "euler-a"}
+        pipe, arguments = opened(name), {**DISC, **SMALL, "sampler": "euler-a"}
         both = pipe.generate("a", **arguments | {"seed": 3}, count=2)
         alone = pipe.generate("a", **arguments | {"seed": 4})
         assert np.array_equal(both.latents[1], alone.latents[0])
         assert both.metadata[0].extra["mask"] == "(pixels)"
 
 
-def test_given_noise_is_the_noise_of_the_seed(pipes: dict[Any, Pipeline]) -> None:
+def test_given_noise_is_the_noise_of_the_seed(opened: Opened) -> None:
     """It takes the place of the second draw; the others stay."""
     from mlxdiff.model import draw_noise
     from mlxdiff.noise import Generator
 
-    pipe, arguments = opened(pipes, "sd15"), {**DISC, **SMALL, "sampler": "euler"}
+    pipe, arguments = opened("sd15"), {**DISC, **SMALL, "sampler": "euler"}
     generator = Generator(0)
     noise = [draw_noise(generator, (8, 8, 4)) for _ in range(2)][1]
     expected = pipe.generate("a", **arguments)
@@ -251,10 +221,10 @@ def test_given_noise_is_the_noise_of_the_seed(pipes: dict[Any, Pipeline]) -> Non
     ],
 )
 def test_what_cannot_be_honoured_is_refused(
-    name: str, arguments: dict[str, Any], says: str, pipes: dict[Any, Pipeline]
+    name: str, arguments: dict[str, Any], says: str, opened: Opened
 ) -> None:
     with pytest.raises(UsageError, match=says):
-        opened(pipes, name).generate("a", **{**DISC, **SMALL, **arguments})
+        opened(name).generate("a", **{**DISC, **SMALL, **arguments})
 
 
 def test_the_command_line_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,9 +254,9 @@ def test_the_command_line_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert wrong.exit_code == 2 and "LEFT,TOP,RIGHT,BOTTOM" in wrong.stderr
 
 
-def test_notes(pipes: dict[Any, Pipeline], caplog: pytest.LogCaptureFixture) -> None:
-    opened(pipes, "sd15").settings("a", image=photo(32, 64), mask=mask("disc", 64, 64))
+def test_notes(opened: Opened, caplog: pytest.LogCaptureFixture) -> None:
+    opened("sd15").settings("a", image=photo(32, 64), mask=mask("disc", 64, 64))
     assert "the mask is 64x64 pixels and the image 64x32" in caplog.text
     caplog.clear()
-    opened(pipes, "sd15").settings("a", image=photo(32, 64), mask=mask("disc", 64, 128))
+    opened("sd15").settings("a", image=photo(32, 64), mask=mask("disc", 64, 128))
     assert not caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import shutil
 from pathlib import Path
@@ -10,20 +11,12 @@ from typing import Any
 import numpy as np
 import pickle_files
 import pytest
-from adapter_files import ADAPTERS, ENCODER, adapter_tensors, write_adapter, write_encoder
+from adapter_files import ADAPTERS, ENCODER, adapter_tensors, write_encoder
 from click.testing import CliRunner, Result
-from control_files import NETS, write_controlnet
 from fake_hub import serve
 from folders import write_json
-from golden_data import (
-    GOLDEN,
-    assert_component_close,
-    assert_latents_close,
-    assert_picture_close,
-    cases,
-    checkpoint,
-    photo,
-)
+from golden_data import GOLDEN, assert_component_close, cases, checkpoint, photo
+from golden_runs import Opened, assert_drawn_again
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -33,25 +26,22 @@ from mlxdiff.config import CLIPVisionConfig, UNet2DConditionConfig, read_json
 from mlxdiff.convert import open_ip_adapter
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
 from mlxdiff.image import to_clip
-from mlxdiff.pipeline import Pipeline, make_backend
+from mlxdiff.pipeline import make_backend
 
 CASES = cases("ip-adapter")
 SMALL: dict[str, Any] = {"seed": 0, "width": 32, "height": 32, "steps": 2}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MODEL/NAME.safetensors for every adapter that the cases name, MODEL/image_encoder."""
-    path = tmp_path_factory.mktemp("adapters")
-    for case in CASES:
-        model = case["arguments"]["model"]
-        if not (path / model).exists():
-            write_encoder(path / model / "image_encoder")
-        for name in case["arguments"]["ip_adapters"]:
-            write_adapter(path / model / f"{name}.safetensors", *_of(name, model))
-    seed, changes = NETS["first"]
-    write_controlnet(path / "sd15/first", "sd15", seed, **changes)
-    return path
+def folder(opened: Opened) -> Path:
+    """MODEL/NAME.safetensors for every adapter that the tests name, MODEL/image_encoder."""
+    for model, name in (
+        *itertools.product(["sd15"], ADAPTERS),
+        ("sdxl", "image"),
+        ("sdxl", "plus"),
+    ):
+        opened.adapter(model, name)
+    return opened.folder
 
 
 def _of(name: str, model: str) -> tuple[str, Path, int]:
@@ -59,41 +49,13 @@ def _of(name: str, model: str) -> tuple[str, Path, int]:
     return kind, checkpoint(model), seed
 
 
-@pytest.fixture(scope="module")
-def pipes() -> dict[Any, Pipeline]:
-    return {}
-
-
-def opened(pipes: dict[Any, Pipeline], model: str, backend: str, adapters: list[Path]) -> Pipeline:
-    if (model, backend) not in pipes:
-        pipes[model, backend] = mlxdiff.load(checkpoint(model), backend=backend, dtype="float32")
-    pipe = pipes[model, backend]
-    pipe.show_with(*adapters)
-    return pipe
-
-
 def unet_of(model: str) -> UNet2DConditionConfig:
     return UNet2DConditionConfig.from_dict(read_json(checkpoint(model) / "unet/config.json"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=[c["case"] for c in CASES])
-def test_pictures_equal_diffusers(
-    case: dict[str, Any], backend: str, folder: Path, pipes: dict[Any, Pipeline]
-) -> None:
-    arguments = dict(case["arguments"])
-    model = arguments.pop("model")
-    names = arguments.pop("ip_adapters")
-    pipe = opened(pipes, model, backend, [folder / model / f"{n}.safetensors" for n in names])
-    pipe.control_with(*(folder / model / net for net in arguments.pop("controlnets", [])))
-    arguments["ip_image"] = [photo(*size) for size in arguments["ip_image"]]
-    if "control_image" in arguments:
-        arguments["control_image"] = [photo(*size) for size in arguments["control_image"]]
-    if "image" in arguments:
-        arguments["image"] = photo(*arguments["image"])
-    result = pipe.generate(**arguments)
-    pipe.control_with()
-    assert_latents_close(result.latents, case["latents"])
-    assert_picture_close(np.stack([np.asarray(i) for i in result.images]), case["image"])
+def test_pictures_equal_diffusers(case: dict[str, Any], backend: str, opened: Opened) -> None:
+    assert_drawn_again(opened, case, backend)
 
 
 def test_the_image_encoder_equals_transformers(backend: str, folder: Path) -> None:
@@ -271,43 +233,19 @@ def test_paths_that_hold_no_adapter(tmp_path: Path, folder: Path) -> None:
     ],
 )
 def test_arguments_that_are_refused(
-    names: list[str],
-    arguments: dict[str, Any],
-    says: str,
-    folder: Path,
-    pipes: dict[Any, Pipeline],
+    names: list[str], arguments: dict[str, Any], says: str, opened: Opened
 ) -> None:
-    adapters = [folder / f"sd15/{name}.safetensors" for name in names]
     with pytest.raises(UsageError, match=says):
-        opened(pipes, "sd15", "numpy", adapters).settings("a", **arguments)
+        opened("sd15", ip_adapters=names).settings("a", **arguments)
 
 
-def test_an_adapter_of_no_scale_changes_nothing(folder: Path, pipes: dict[Any, Pipeline]) -> None:
-    without = opened(pipes, "sd15", "numpy", []).generate("a", **SMALL)
-    pipe = opened(pipes, "sd15", "numpy", [folder / "sd15/image.safetensors"])
+def test_an_adapter_of_no_scale_changes_nothing(opened: Opened) -> None:
+    without = opened("sd15").generate("a", **SMALL)
+    pipe = opened("sd15", ip_adapters=["image"])
     off = pipe.generate("a", ip_image=photo(32, 32), ip_scale=0, **SMALL)
     assert np.array_equal(off.latents, without.latents)
     on = pipe.generate("a", ip_image=photo(32, 32), **SMALL)
     assert not np.array_equal(on.latents, without.latents)
-    # Where guidance is left out for a while, the prompt's picture counts alone.
-    part = pipe.generate("a", ip_image=photo(32, 32), guidance_interval=(0.0, 0.5), **SMALL)
-    assert np.isfinite(part.latents).all() and not np.array_equal(part.latents, on.latents)
-
-
-def test_low_memory_draws_the_same(backend: str, folder: Path) -> None:
-    """Networks leave memory after they are used; what they made stays."""
-    drawn = [
-        mlxdiff.load(
-            checkpoint("sd15"),
-            backend=backend,
-            dtype="float32",
-            ip_adapters=folder / "sd15/plus.safetensors",
-            controlnets=folder / "sd15/first",
-            low_memory=low,
-        ).generate("a", ip_image=photo(32, 32), control_image=photo(32, 32), **SMALL)
-        for low in (False, True)
-    ]
-    assert np.abs(drawn[0].latents - drawn[1].latents).max() < 1e-3 * drawn[0].latents.std()
 
 
 def test_the_command_line_and_back_from_a_picture(

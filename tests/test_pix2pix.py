@@ -9,58 +9,33 @@ from typing import Any
 
 import numpy as np
 import pytest
-from golden_data import (
-    EDITING,
-    assert_latents_close,
-    assert_picture_close,
-    cases,
-    checkpoint,
-    photo,
-)
+from golden_data import EDITING, cases, checkpoint, photo
+from golden_runs import Opened, assert_drawn_again
 
 import mlxdiff
 from mlxdiff.errors import UsageError
-from mlxdiff.pipeline import Pipeline
 
 CASES = [(name, case) for name in EDITING for case in cases(name)]
 SMALL = {"image": photo(32, 32), "steps": 2, "seed": 0}
 
 
-@pytest.fixture(scope="module")
-def pipes() -> dict[Any, Pipeline]:
-    return {}
-
-
-def opened(pipes: dict[Any, Pipeline], name: str, backend: str = "numpy", **parts: str) -> Pipeline:
-    key = name, backend, *parts.items()
-    if key not in pipes:
-        folders = {part: checkpoint(of) for part, of in parts.items()}
-        pipes[key] = mlxdiff.load(checkpoint(name), backend=backend, dtype="float32", **folders)
-    return pipes[key]
-
-
 @pytest.mark.parametrize(("name", "case"), CASES, ids=[f"{n}-{c['case']}" for n, c in CASES])
 def test_pictures_equal_diffusers(
-    name: str, case: dict[str, Any], backend: str, pipes: dict[Any, Pipeline]
+    name: str, case: dict[str, Any], backend: str, opened: Opened
 ) -> None:
-    arguments = dict(case["arguments"])
-    parts = {part: arguments.pop(part) for part in ("vae", "refiner") if part in arguments}
-    arguments["image"] = photo(*arguments["image"])
-    result = opened(pipes, name, backend, **parts).generate(**arguments)
-    assert_latents_close(result.latents, case["latents"])
-    assert_picture_close(np.stack([np.asarray(i) for i in result.images]), case["image"])
+    assert_drawn_again(opened, case, backend, name)
 
 
-def test_what_stands_in_the_metadata(pipes: dict[Any, Pipeline]) -> None:
-    result = opened(pipes, "pix2pix").generate("a", **SMALL)
+def test_what_stands_in_the_metadata(opened: Opened) -> None:
+    result = opened("pix2pix").generate("a", **SMALL)
     assert result.metadata[0].extra == {"image": "(pixels)", "image_guidance": 1.5}
     assert (result.settings.width, result.settings.height) == (32, 32)
     assert result.settings.strength is None
 
 
-def test_the_interval_and_deep_features_work_as_elsewhere(pipes: dict[Any, Pipeline]) -> None:
+def test_the_interval_and_deep_features_work_as_elsewhere(opened: Opened) -> None:
     """Guidance everywhere is no interval; features that are made anew every step change nothing."""
-    pipe, given = opened(pipes, "pix2pix"), {**SMALL, "steps": 4, "sampler": "euler"}
+    pipe, given = opened("pix2pix"), {**SMALL, "steps": 4, "sampler": "euler"}
     expected = pipe.generate("a", **given).latents
     for more in ({"guidance_interval": (0.0, 1.0)}, {"feature_reuse": 1}):
         np.testing.assert_allclose(pipe.generate("a", **given, **more).latents, expected, atol=1e-5)
@@ -68,14 +43,14 @@ def test_the_interval_and_deep_features_work_as_elsewhere(pipes: dict[Any, Pipel
     assert np.isfinite(part).all() and np.abs(part - expected).max() > 0.01
 
 
-def test_cosxl_edit_sees_scaled_latents(tmp_path: Path, pipes: dict[Any, Pipeline]) -> None:
+def test_cosxl_edit_sees_scaled_latents(tmp_path: Path, opened: Opened) -> None:
     folder = tmp_path / "model"
     shutil.copytree(checkpoint("sdxl-pix2pix"), folder)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"is_cosxl_edit": True}))
     given = {**SMALL, "sampler": "euler", "guidance": 1.0}
     scaled = mlxdiff.load(folder, backend="numpy").generate("a", **given).latents
-    plain = opened(pipes, "sdxl-pix2pix").generate("a", **given).latents
+    plain = opened("sdxl-pix2pix").generate("a", **given).latents
     assert np.abs(scaled - plain).max() > 0.1 * plain.std()
 
 
@@ -94,16 +69,14 @@ def test_cosxl_edit_sees_scaled_latents(tmp_path: Path, pipes: dict[Any, Pipelin
     ],
 )
 def test_what_cannot_be_honoured_is_refused(
-    name: str, arguments: dict[str, Any], says: str, pipes: dict[Any, Pipeline]
+    name: str, arguments: dict[str, Any], says: str, opened: Opened
 ) -> None:
     with pytest.raises(UsageError, match=says):
-        opened(pipes, name).generate("a", **{**SMALL, **arguments})
+        opened(name).generate("a", **{**SMALL, **arguments})
 
 
-def test_notes_on_what_has_no_effect(
-    pipes: dict[Any, Pipeline], caplog: pytest.LogCaptureFixture
-) -> None:
-    pipe = opened(pipes, "pix2pix")
+def test_notes_on_what_has_no_effect(opened: Opened, caplog: pytest.LogCaptureFixture) -> None:
+    pipe = opened("pix2pix")
     pipe.settings("a", image=photo(32, 32))
     assert not caplog.text
     pipe.settings("a", image=photo(32, 32), guidance=1.0, image_guidance=2.0)

@@ -50,9 +50,6 @@ PICTURES: dict[str, dict[str, Any]] = {
     "sd15-two": case(
         **SQUARE, ip_adapters=["image", "plus"], ip_image=[[40, 90], [61, 33]], ip_scale=[0.7, 0.3]
     ),
-    "sd15-controlnet": case(
-        **SQUARE, **SEEN, controlnets=["first"], control_image=[[64, 64]], ip_scale=0.6
-    ),
     "sd21v": case(**SQUARE, **SEEN, model="sd21v"),
     "sdxl": case(**WIDE, **SEEN, model="sdxl"),
     "sdxl-plus": case(TREE, **SQUARE, **SEEN, model="sdxl", ip_adapters=["plus"], count=2),

@@ -70,13 +70,9 @@ PICTURES: dict[str, dict[str, Any]] = {
     ),
     "sd15-two-guess": case(**SQUARE, **TWO, sampler="dpmpp-2m", guess_mode=True, guidance=4.0),
     "sd15-image": case(**PHOTO, **SHOWN, sampler="checkpoint", strength=0.7, control_end=0.6),
-    "sd15-image-two": case(**PHOTO, **TWO, sampler="euler-a", strength=0.8, count=2),
     "sd15-inpaint": case(**PHOTO, **SQUARE, **DISC, **SHOWN, sampler="dpmpp-2m", control_scale=0.7),
     "sd15-inpaint-two": case(
         **PHOTO, **SQUARE, **DISC, **TWO, sampler="euler-a", strength=0.7, count=2
-    ),
-    "sd15-inpainting": case(
-        **PHOTO, **SQUARE, **DISC, **SHOWN, model="sd15-inpainting", sampler="ddim"
     ),
     "sdxl-inpaint": case(
         **PHOTO,
