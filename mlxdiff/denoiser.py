@@ -105,7 +105,7 @@ class Denoiser:
         states = self._both(text.negative_prompt_embeds, text.prompt_embeds)
         self.text = self.unet.read(states)
         if model.ip_adapters:
-            put_beside(self.text, self.unet, model, settings.image_prompts, self.guided)
+            put_beside(self.text, self.unet, model, settings.image_prompts, self.batch)
         # What the U-Net is told beside text and timestep, (B, ...) each.
         self.conditions: dict[str, Any] = {}
         if (time_ids := settings.time_ids(model)) is not None:

@@ -97,16 +97,16 @@ def describe(prompts: Sequence[ImagePrompt], names: Sequence[str], encoder: str)
 
 
 def put_beside(
-    text: Condition, unet: Any, model: Model, prompts: Sequence[ImagePrompt], guided: bool
+    text: Condition, unet: Any, model: Model, prompts: Sequence[ImagePrompt], batch: int
 ) -> None:
     """Let the U-Net's layers that read the text see the pictures beside it.
 
     Args:
-        text: by the U-Net's ``read``; under guidance the negative prompt's states first.
+        text: by the U-Net's ``read``; the prompt's states last.
         unet: the U-Net.
         model: whose IP-Adapters they are.
         prompts: what each adapter is shown.
-        guided: whether there is a negative prompt.
+        batch: rows of the text; all but the last see no picture.
     """
     backend = model.backend
     encoder = model.take("image_encoder_0")
@@ -122,12 +122,12 @@ def put_beside(
         adapter, kind = model.take(name), model.added[name].config.kind
         pixels = np.concatenate([to_clip(image, size) for image in prompt.images])
         found = features(pixels, kind)
-        if guided:
+        if batch > 1:
             blank = 0 * found if kind == "image" else features(np.zeros_like(pixels), kind)
-            found = backend.concatenate([blank, found], 0)
+            found = backend.concatenate([blank] * (batch - 1) + [found], 0)
         tokens = adapter.tokens(found)
         # The tokens of all pictures stand in one row.
-        tokens = tokens.reshape(1 + guided, -1, tokens.shape[-1])
+        tokens = tokens.reshape(batch, -1, tokens.shape[-1])
         made = adapter.keys_values(tokens)
         for layer, (keys, values) in zip(unet.cross_attentions(), made, strict=True):
             backend.evaluate(keys, values)

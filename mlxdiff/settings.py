@@ -639,14 +639,8 @@ def _check_task(
         )
         if repaints:
             raise UsageError(f"{edits}; it has no part for a mask (--mask) or borders (--outpaint)")
-        for kind, found in (
-            ("a ControlNet (--controlnet)", model.controlnets),
-            ("an IP-Adapter (--ip-adapter)", model.ip_adapters),
-        ):
-            if found:
-                raise UsageError(f"{edits}; it does not go together with {kind}")
-        if model.ip_adapters:
-            raise UsageError(f"{edits}; it does not go together with an IP-Adapter (--ip-adapter)")
+        if model.controlnets:
+            raise UsageError(f"{edits}; it does not go together with a ControlNet (--controlnet)")
         if image is None:
             raise UsageError(f"{edits}: it needs one (--image)")
         for name, value in (("strength", strength), ("denoising_start", denoising_start)):
