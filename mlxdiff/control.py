@@ -180,13 +180,21 @@ class ControlNets:
             self.conditions.append(net.embed_image(self.backend.asarray(pixels)))
         self.backend.evaluate(*self.conditions)
 
-    def __call__(self, x: Any, t: float, index: int, total: int, guided: bool) -> list[Any] | None:
+    def counting(self, index: int, total: int) -> list[int]:
+        """Which of them have a part in an evaluation."""
+        return [i for i, control in enumerate(self.controls) if control.counts(index, total)]
+
+    def __call__(
+        self, x: Any, t: float, index: int, total: int, guided: bool, shallow: bool = False
+    ) -> list[Any] | None:
         """What they add to the U-Net's way down, the mid block last; None: nothing.
 
         Args:
             x: latents (1, h, w, C), as the U-Net is given them.
             t, index, total: the evaluation.
             guided: whether there is a prediction for the negative prompt, too.
+            shallow: whether no more of the U-Net runs than takes the first of what they add: then
+                that alone.
         """
         both = guided and not self.guess_mode
         start = 0 if both else self.rows - 1  # the prompt comes last
@@ -194,17 +202,13 @@ class ControlNets:
         timesteps = self.backend.asarray(np.full(len(sample), t, np.float32))
         told = {name: values[start:] for name, values in self.added.items()}
         sums: list[Any] | None = None
-        for i, net in enumerate(self.nets):
-            if not self.controls[i].counts(index, total):
-                continue
-            more = net.predict(
-                sample,
-                Condition(net.embed(timesteps, **told)),
-                self.texts[i].rows(start, self.rows),
-                self.conditions[i],
-                self.controls[i].scale,
-                self.guess_mode,
-            )
+        for i in self.counting(index, total):
+            net, last = self.nets[i], (self.conditions[i], self.controls[i].scale, self.guess_mode)
+            if shallow:
+                more = [net.predict_first(sample, *last)]
+            else:
+                temb = Condition(net.embed(timesteps, **told))
+                more = net.predict(sample, temb, self.texts[i].rows(start, self.rows), *last)
             sums = more if sums is None else [a + b for a, b in zip(sums, more, strict=True)]
         if sums is not None and guided and not both:
             return [self.backend.concatenate([0 * a, a], 0) for a in sums]

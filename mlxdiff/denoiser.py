@@ -124,6 +124,7 @@ class Denoiser:
                 model, settings.controls, settings.guess_mode, states, self.conditions
             )
         self._deep: list[Any] = []
+        self._counting: list[int] = []  # the ControlNets that had a part in these features
 
     def _embed(self, timesteps: np.ndarray) -> Any:
         """Time embeddings of the batches of these evaluations."""
@@ -156,11 +157,10 @@ class Denoiser:
         if self.guided and not guided:  # the prompt alone
             last = self.batch - 1, self.batch
             temb, text = temb.rows(*last), text.rows(*last)
-        residuals = None
+        deep, residuals = self._features(evaluation, len(sample)), None
         if self.controlnets is not None:
             index, total = evaluation.index, evaluation.total
-            residuals = self.controlnets(x, evaluation.t, index, total, guided)
-        deep = self._features(evaluation, len(sample))
+            residuals = self.controlnets(x, evaluation.t, index, total, guided, bool(deep))
         out = self.unet.predict(sample, temb, text, deep, residuals)
         if not guided:
             return out
@@ -182,8 +182,11 @@ class Denoiser:
         every = self.settings.feature_reuse
         if every is None:
             return None
-        if evaluation.index % every == 0 or not self._deep or len(self._deep[0]) < batch:
-            self._deep = []
+        index, nets = evaluation.index, self.controlnets
+        counting = [] if nets is None else nets.counting(index, evaluation.total)
+        due = index % every == 0 or counting != self._counting
+        if due or not self._deep or len(self._deep[0]) < batch:
+            self._deep, self._counting = [], counting
         else:
             self._deep = [features[-batch:] for features in self._deep]  # the prompt's come last
         return self._deep

@@ -6,14 +6,15 @@ import argparse
 import importlib
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny_models as tiny
-from golden_data import checkpoint
+from golden_data import checkpoint, photo
+from golden_runs import Opened
 
 import mlxdiff
 from mlxdiff import samplers
@@ -24,19 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RUN = {"width": 32, "height": 32, "seed": 3, "steps": 6, "guidance": 4.0, "sampler": "dpmpp-2m"}
 
 
-@pytest.fixture(scope="module")
-def pipes() -> dict[tuple[str, str], Pipeline]:
-    return {}
-
-
 @pytest.fixture(params=["sd15", "sdxl"])
-def pipe(
-    request: pytest.FixtureRequest, backend: str, pipes: dict[tuple[str, str], Pipeline]
-) -> Pipeline:
-    key = request.param, backend
-    if key not in pipes:
-        pipes[key] = mlxdiff.load(checkpoint(key[0]), backend=backend, dtype="float32")
-    return pipes[key]
+def pipe(request: pytest.FixtureRequest, backend: str, opened: Opened) -> Pipeline:
+    return opened(request.param, backend)
 
 
 @contextmanager
@@ -51,8 +42,8 @@ def watched(holder: Any, index: int, around: Any) -> Iterator[None]:
 
 
 @contextmanager
-def calls_of(unet: Any) -> Iterator[dict[str, list[int]]]:
-    """Batch sizes with which the first and the last layer of the U-Net run."""
+def calls_of(*networks: Any) -> Iterator[dict[str, list[int]]]:
+    """Batch sizes with which the first and the last layer of a U-Net, the first of others run."""
     found: dict[str, list[int]] = {"first": [], "last": []}
 
     def counted(name: str) -> Any:
@@ -62,10 +53,11 @@ def calls_of(unet: Any) -> Iterator[dict[str, list[int]]]:
 
         return call
 
-    with (
-        watched(unet.down_blocks[0].resnets, 0, counted("first")),
-        watched(unet.up_blocks[-1].resnets, -1, counted("last")),
-    ):
+    with ExitStack() as stack:
+        for network in networks:
+            stack.enter_context(watched(network.down_blocks[0].resnets, 0, counted("first")))
+            for block in getattr(network, "up_blocks", [])[-1:]:
+                stack.enter_context(watched(block.resnets, -1, counted("last")))
         yield found
 
 
@@ -158,23 +150,50 @@ def test_deep_features_are_computed_in_every_nth_evaluation(pipe: Pipeline) -> N
     assert found.metadata[0].extra["feature_reuse"] == 3
     assert not np.array_equal(found.latents[:1], whole)
     assert np.array_equal(pipe.generate("a", **RUN).latents, whole)  # nothing is left behind
+    near(found.latents[:1], with_old_features(pipe, {0, 3}, RUN))
 
-    # The same by the whole network in every evaluation, its last layer given what is old.
-    on, kept = pipe.backend, []
+
+def with_old_features(pipe: Pipeline, whole: set[int], run: dict[str, Any]) -> np.ndarray:
+    """A run with the whole network in every evaluation, its last layer given what is old in all
+    but these."""
+    unet, on, kept = pipe.model.component("unet"), pipe.backend, []
 
     def forgetful(layer: Any, x: Any, *others: Any) -> Any:
         now = on.to_numpy(x)
         width = now.shape[-1] - unet.config.block_out_channels[0]  # beside the skip of conv_in
-        if len(kept) % 3 == 0:
-            kept.append(now[..., :width])
-        else:
-            kept.append(kept[-1])
+        kept.append(now[..., :width] if len(kept) in whole else kept[-1][-len(now) :])
         both = np.concatenate([kept[-1], now[..., width:]], axis=-1)
         return layer(on.asarray(both), *others)
 
     with watched(unet.up_blocks[-1].resnets, -1, forgetful):
-        expected = pipe.generate("a", **RUN)
-    near(found.latents[:1], expected.latents)
+        return pipe.generate("a", **run).latents
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "whole"),
+    [
+        ("sd15", {}, {0, 3, 4}),
+        ("sd15", {"guess_mode": True}, {0, 3, 4}),
+        ("sd15", {"guidance_interval": (0.4, 1.0)}, {0, 2, 3, 4}),  # two predictions from 2 on
+        ("sdxl", {}, {0, 3, 4}),
+    ],
+)
+def test_deep_features_and_what_is_added(
+    name: str, more: dict[str, Any], whole: set[int], backend: str, opened: Opened
+) -> None:
+    """Two ControlNets, one of which has no part from evaluation 4 on, and an IP-Adapter: skips have
+    what the nets add now, old features what they added then; of the nets no more runs than counts.
+    """
+    pipe = opened(name, backend, controlnets=["first", "second"], ip_adapters=["image"])
+    run = RUN | more | {"ip_image": photo(40, 40), "control_image": [photo(32, 32)] * 2}
+    run |= {"control_scale": [0.8, 0.6], "control_end": [1.0, 0.7]}
+    expected = with_old_features(pipe, whole, run)
+    nets = [pipe.model.component(f"controlnet_{i}") for i in (0, 1)]
+    with calls_of(pipe.model.component("unet")) as calls, calls_of(*nets) as of_nets:
+        found = pipe.generate("a", feature_reuse=3, **run).latents
+    near(found, expected)
+    assert len(calls["first"]) == len(whole) and len(calls["last"]) == 6
+    assert len(of_nets["first"]) == 2 * len(whole) - 1
 
 
 def test_both(pipe: Pipeline) -> None:
@@ -202,10 +221,8 @@ def test_both(pipe: Pipeline) -> None:
         ({"feature_reuse": True}, "whole number"),
     ],
 )
-def test_wrong_values(
-    arguments: dict[str, Any], says: str, pipes: dict[tuple[str, str], Pipeline]
-) -> None:
-    pipe = mlxdiff.load(checkpoint("sd15"), backend="numpy")
+def test_wrong_values(arguments: dict[str, Any], says: str, opened: Opened) -> None:
+    pipe = opened("sd15")
     with pytest.raises(UsageError, match=says):
         pipe.settings("a", **{k: v for k, v in RUN.items() if k != "seed"}, **arguments)
 

@@ -87,11 +87,27 @@ class ControlNetModel(UNetEncoder):
             conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)
         ]
         outputs.append(self.controlnet_mid_block(x))
+        return self._scaled(outputs, scale, guess_mode)
+
+    def predict_first(
+        self,
+        sample: mx.array,
+        condition: mx.array,
+        scale: float = 1.0,
+        guess_mode: bool = False,
+    ) -> mx.array:
+        """The first of what ``predict`` returns, for which no more than the first layer runs."""
+        x = self.conv_in(sample.astype(self.dtype)) + condition
+        return self._scaled([self.controlnet_down_blocks[0](x)], scale, guess_mode)[0]
+
+    def _scaled(self, outputs: list[mx.array], scale: float, guess_mode: bool) -> list[mx.array]:
+        """All outputs, or the first of them, as they are to be added."""
         if self.config.global_pool_conditions:
             outputs = [x.mean(axis=(1, 2), keepdims=True) for x in outputs]
             guess_mode = False
-        scales = guess_scales(len(outputs)) if guess_mode else [1.0] * len(outputs)
-        return [x * (scale * s) for x, s in zip(outputs, scales, strict=True)]
+        count = len(self.controlnet_down_blocks) + 1
+        scales = guess_scales(count) if guess_mode else [1.0] * count
+        return [x * (scale * s) for x, s in zip(outputs, scales, strict=False)]
 
 
 def guess_scales(count: int) -> list[float]:

@@ -86,11 +86,29 @@ class ControlNetModel(UNetEncoder):
             conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)
         ]
         outputs.append(self.controlnet_mid_block(x))
+        return self._scaled(outputs, scale, guess_mode)
+
+    def predict_first(
+        self,
+        sample: np.ndarray,
+        condition: np.ndarray,
+        scale: float = 1.0,
+        guess_mode: bool = False,
+    ) -> np.ndarray:
+        """The first of what ``predict`` returns, for which no more than the first layer runs."""
+        x = self.conv_in(sample) + condition
+        return self._scaled([self.controlnet_down_blocks[0](x)], scale, guess_mode)[0]
+
+    def _scaled(
+        self, outputs: list[np.ndarray], scale: float, guess_mode: bool
+    ) -> list[np.ndarray]:
+        """All outputs, or the first of them, as they are to be added."""
         if self.config.global_pool_conditions:
             outputs = [x.mean(axis=(1, 2), keepdims=True) for x in outputs]
             guess_mode = False
-        scales = guess_scales(len(outputs)) if guess_mode else [1.0] * len(outputs)
-        return [x * np.float32(scale * s) for x, s in zip(outputs, scales, strict=True)]
+        count = len(self.controlnet_down_blocks) + 1
+        scales = guess_scales(count) if guess_mode else [1.0] * count
+        return [x * np.float32(scale * s) for x, s in zip(outputs, scales, strict=False)]
 
 
 def guess_scales(count: int) -> list[float]:
