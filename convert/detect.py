@@ -10,13 +10,20 @@ from typing import Any
 from mlxdiff import known
 from mlxdiff.config import ComponentConfig, UNet2DConfig, read_json
 from mlxdiff.errors import CheckpointError, ConfigError
-from mlxdiff.weights import COMPONENTS, TOKENIZERS, LazyTensor, open_weights
+from mlxdiff.weights import (
+    COMPONENTS,
+    LOW_RES_SCHEDULER,
+    TOKENIZERS,
+    LazyTensor,
+    open_weights,
+)
 
 PIPELINES = (
     "StableDiffusionPipeline",
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
     "StableDiffusionInstructPix2PixPipeline",
+    "StableDiffusionUpscalePipeline",
     "StableDiffusionXLPipeline",
     "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusionXLInpaintPipeline",
@@ -29,11 +36,23 @@ PIPELINES = (
 )
 """Pipeline classes (``_class_name`` of model_index.json) whose weights can be opened."""
 
+_UPSCALE = "StableDiffusionUpscalePipeline"
+
+_REFUSED_PIPELINES = {
+    "StableDiffusionLatentUpscalePipeline": (
+        "the latent upscaler (sd-x2-latent-upscaler) is a U-Net of another kind, K-diffusion's, "
+        "which is not supported; for a larger picture take the x4 upscaler (-m x4-upscaler) or "
+        "--hires 2"
+    ),
+}
+"""Pipeline classes that are near to ours, and what is said of them."""
+
 CLASSES: dict[str, tuple[str, ...]] = {
     "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
     "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
     "unet": ("UNet2DConditionModel", "UNet2DModel"),
     "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    LOW_RES_SCHEDULER: ("DDPMScheduler",),
 }
 """Classes that each component may have."""
 
@@ -110,10 +129,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     (r"(?:model\.1\.sub|body)\.\d+\.(?:RDB|rdb)\d\..+", "an ESRGAN upscaler"),
 )
 # The same, by the channels that an LDM U-Net takes.
-_CHANNELS = {
-    7: "the Stable Diffusion x4 upscaler",
-    5: "a depth-to-image model",
-}
+_CHANNELS = {5: "a depth-to-image model"}
 # Parts of models.
 _PARTS: tuple[tuple[str, str], ...] = (
     (r"model\.diffusion_model\..+", "a whole model in one file (LDM naming)"),
@@ -148,6 +164,8 @@ def check_model_index(index: Mapping[str, Any], path: Path) -> tuple[str, ...]:
         missing.
     """
     pipeline = index.get("_class_name")
+    if words := _REFUSED_PIPELINES.get(str(pipeline)):
+        raise CheckpointError(f"{path}: is a {pipeline}: {words}")
     if pipeline not in PIPELINES:
         what = f"is a {pipeline}" if pipeline else "names no pipeline class in model_index.json"
         raise CheckpointError(f"{path}: {what}; supported: {', '.join(PIPELINES)}")
@@ -165,7 +183,8 @@ def check_model_index(index: Mapping[str, Any], path: Path) -> tuple[str, ...]:
         if part in SKIPPED:
             notes.append(f"{part} left out: {SKIPPED[part]}")
             continue
-        if part not in (*COMPONENTS, *TOKENIZERS, "scheduler"):
+        known = (*COMPONENTS, *TOKENIZERS, "scheduler")
+        if part not in known and (part, pipeline) != (LOW_RES_SCHEDULER, _UPSCALE):
             raise CheckpointError(
                 f"{path}: has a part that is not supported: {part} ({class_name})"
             )
@@ -181,6 +200,8 @@ def check_model_index(index: Mapping[str, Any], path: Path) -> tuple[str, ...]:
             )
     present = {part for part, entry in parts.items() if entry[1] is not None}
     needed = {"unet", "scheduler"}
+    if pipeline == _UPSCALE:
+        needed.add(LOW_RES_SCHEDULER)
     if not pixels:
         needed.add("vae")
         if not present & {"text_encoder", "text_encoder_2"}:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlxdiff.errors import CheckpointError
@@ -79,6 +79,8 @@ class Family:
         v_scheduler: the same where it predicts v.
         pipeline: the class without "Pipeline", "StableDiffusion" for example.
         index: settings in model_index.json.
+        prediction: what it predicts, where nothing in a file says otherwise.
+        low_res_scheduler: of an upscaler, as ModelSource.low_res_scheduler_config.
     """
 
     name: str
@@ -92,6 +94,8 @@ class Family:
     v_scheduler: Config
     pipeline: str
     index: Config = field(default_factory=dict)
+    prediction: str = "epsilon"
+    low_res_scheduler: Config = field(default_factory=dict)
 
 
 FAMILIES: dict[str, Family] = {
@@ -151,6 +155,36 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+_UPSCALER_BETAS: Config = {
+    "beta_end": 0.02,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.0001,
+    "num_train_timesteps": 1000,
+    "trained_betas": None,
+}
+_UPSCALER_DDIM = _DDIM | _UPSCALER_BETAS
+UPSCALER = replace(
+    FAMILIES["sd2"],
+    words="the Stable Diffusion x4 upscaler",
+    # Where text and layer are of the same width, shapes do not tell which attention is to the text.
+    unet={"only_cross_attention": [True, True, True, False]},
+    vae=_VAE | {"scaling_factor": 0.08333},
+    head_width=None,
+    scheduler=_UPSCALER_DDIM,
+    v_scheduler=_UPSCALER_DDIM,
+    index={"max_noise_level": 350},
+    prediction="v_prediction",
+    low_res_scheduler=_UPSCALER_BETAS
+    | {
+        "_class_name": "DDPMScheduler",
+        "clip_sample": True,
+        "prediction_type": "epsilon",
+        "variance_type": "fixed_small",
+    },
+)
+"""An SD 2 with a U-Net of its own; what shares its text encoder shares its family's name."""
+
+
 class Unrepresentable(Exception):
     """Names and shapes that no config describes; the text says which."""
 
@@ -161,6 +195,8 @@ def pipeline_class(family: Family, unet: Mapping[str, Any]) -> str:
         return "LatentConsistencyModelPipeline"
     if family.name == "sdxl-refiner":
         return f"{family.pipeline}Img2ImgPipeline"
+    if family is UPSCALER:
+        return f"{family.pipeline}UpscalePipeline"
     return family.pipeline + {9: "InpaintPipeline", 8: "InstructPix2PixPipeline"}.get(
         unet.get("in_channels", 4), "Pipeline"
     )
@@ -288,6 +324,8 @@ def unet_structure(shapes: Shapes) -> Config:
     if "label_emb.0.0.weight" in shapes:
         width = _shape(shapes, "label_emb.0.0.weight", 2)[1]
         config["projection_class_embeddings_input_dim"] = width
+    if "label_emb.weight" in shapes:
+        config["num_class_embeds"] = _shape(shapes, "label_emb.weight", 2)[0]
     if "time_embed.cond_proj.weight" in shapes:
         config["time_cond_proj_dim"] = _shape(shapes, "time_embed.cond_proj.weight", 2)[1]
     return config
@@ -447,6 +485,8 @@ def guess(structure: Config, text: str | None) -> Family:
     if "projection_class_embeddings_input_dim" in structure:
         refiner = text == "openclip" or (text is None and structure["cross_attention_dim"] == 1280)
         return FAMILIES["sdxl-refiner" if refiner else "sdxl"]
+    if "num_class_embeds" in structure and structure["in_channels"] == 7:
+        return UPSCALER
     width = structure["cross_attention_dim"]
     if width in (768, 1024):
         return FAMILIES["sd1" if width == 768 else "sd2"]

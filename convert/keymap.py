@@ -156,6 +156,7 @@ def _ldm_down(config: UNet2DConditionConfig) -> dict[str, str]:
         "time_embedding.cond_proj": "time_embed.cond_proj",
         "add_embedding.linear_1": "label_emb.0.0",
         "add_embedding.linear_2": "label_emb.0.2",
+        "class_embedding": "label_emb",
         "mid_block.attentions.0": "middle_block.1",
     }
     n = 1
@@ -333,8 +334,9 @@ def ema_names(names: Iterable[str]) -> dict[str, str]:
 
 FILE_IGNORED: tuple[Ignored, ...] = (
     Ignored(
-        r"(?:sqrt_|log_)?(?:one_minus_)?(?:betas|alphas_cumprod(?:_prev)?)"
-        r"|sqrt_recipm?1?_alphas_cumprod|posterior_(?:variance|log_variance_clipped|mean_coef[12])"
+        r"(?:low_scale_model\.)?(?:sqrt_|log_)?(?:one_minus_)?(?:betas|alphas_cumprod(?:_prev)?)"
+        r"|(?:low_scale_model\.)?sqrt_recipm?1?_alphas_cumprod"
+        r"|posterior_(?:variance|log_variance_clipped|mean_coef[12])"
         r"|lvlb_weights|logvar|denoiser\.(?:sigmas|log_sigmas)",
         "the noise schedule, worked out from the scheduler's config",
     ),

@@ -51,6 +51,7 @@ from mlxdiff.convert.pickles import PickleFile, open_tensors
 from mlxdiff.errors import CheckpointError, HubError, UsageError
 from mlxdiff.weights import (
     COMPONENTS,
+    LOW_RES_SCHEDULER,
     MANIFEST,
     TOKENIZER_FILES,
     ConvertedFolder,
@@ -252,6 +253,7 @@ class SingleFile:
         self.components = base.components
         self.model_index = dict(base.model_index)
         self.scheduler_config = dict(base.scheduler_config)
+        self.low_res_scheduler_config = dict(base.low_res_scheduler_config)
         if prediction_type is not None:
             self.scheduler_config["prediction_type"] = prediction_type
         self._configs: dict[str, ComponentConfig] = {c: base.config(c) for c in base.components}
@@ -293,6 +295,7 @@ class SingleFile:
         prediction, zero_snr = self._prediction(family, structure, file, prediction_type)
         scheduler = family.scheduler if prediction != "v_prediction" else family.v_scheduler
         self.scheduler_config = scheduler | {"prediction_type": prediction}
+        self.low_res_scheduler_config = dict(family.low_res_scheduler)
         if zero_snr:
             if scheduler["_class_name"] == "PNDMScheduler":
                 self.scheduler_config["_class_name"] = "DDIMScheduler"
@@ -325,10 +328,13 @@ class SingleFile:
                 )
             else:
                 self.model_index[name] = ["diffusers", data[name]["_class_name"]]
-        self._documents = {
-            "model_index.json": _json(self.model_index),
-            "scheduler/scheduler_config.json": _json(self.scheduler_config),
-        } | {f"{name}/config.json": _json(one) for name, one in data.items()}
+        schedulers = {"scheduler": self.scheduler_config}
+        if low_res := self.low_res_scheduler_config:
+            self.model_index[LOW_RES_SCHEDULER] = ["diffusers", low_res["_class_name"]]
+            schedulers[LOW_RES_SCHEDULER] = low_res
+        self._documents = {"model_index.json": _json(self.model_index)}
+        self._documents |= {f"{n}/scheduler_config.json": _json(c) for n, c in schedulers.items()}
+        self._documents |= {f"{name}/config.json": _json(one) for name, one in data.items()}
 
     def _infer(self, family: Family, structure: Config, size: int) -> dict[str, Config]:
         """The config of each component, as config.json would have it."""
@@ -356,7 +362,7 @@ class SingleFile:
 
         The first of these that says something: the caller; the marks v_pred and ztsnr that
         ComfyUI knows; the file's metadata (modelspec.prediction_type); for SD 2, the spread of one
-        bias, which is above 0.09 in the published v models (ComfyUI's rule); else epsilon.
+        bias, which is above 0.09 in the published v models (ComfyUI's rule); else the family.
         """
         tensors, metadata = file.tensors, getattr(file, "metadata", {})
         zero_snr = "ztsnr" in tensors
@@ -381,7 +387,7 @@ class SingleFile:
                 "are noise or flat, give the other with --prediction-type",
             )
             return found, zero_snr
-        return "epsilon", zero_snr
+        return family.prediction, zero_snr
 
     # ------------------------------------------------------------------------------------- weights
 
@@ -528,7 +534,7 @@ def _size(family: Family, prediction: str, structure: Config, file: Any) -> int:
     said = getattr(file, "metadata", {}).get("modelspec.resolution", "").split("x")[0]
     if said.isdecimal() and 64 <= int(said) <= 4096 and int(said) % 64 == 0:
         return int(said)
-    if family.name == "sd2" and prediction == "v_prediction":
+    if family is FAMILIES["sd2"] and prediction == "v_prediction":
         return 768
     return family.size
 

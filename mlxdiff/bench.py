@@ -113,9 +113,11 @@ def needed(model: Model | PixelModel, arguments: Mapping[str, Any]) -> dict[str,
     if isinstance(model, PixelModel):
         return {"label": 0} if model.unet_config.takes_label else {}
     found: dict[str, Any] = {"prompt": PROMPT}
-    if model.edits or model.inpaints:
+    if model.edits or model.inpaints or model.upscales:
         height, width = model.default_size
         sides = arguments.get("height") or height, arguments.get("width") or width
+        if model.upscales:
+            sides = model.latent_shape(*sides)[:2]
         found["image"] = np.full((*sides, 3), 128, np.uint8)
     if model.inpaints:
         found["mask"] = np.full(found["image"].shape[:2], 255, np.uint8)

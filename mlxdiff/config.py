@@ -378,6 +378,8 @@ class UNet2DConditionConfig:
     ``num_attention_heads``. ``transformer_layers_per_block`` has for each block one entry for each
     resnet; the up path's are in ``up_transformer_layers_per_block``, in the order of the up blocks.
 
+    ``num_class_embeds`` counts the classes that it can be told: an upscaler's levels of noise.
+
     Source: Rombach et al. 2022 (SD 1.x, 2.x); Podell et al. 2023 (SDXL).
     """
 
@@ -405,6 +407,7 @@ class UNet2DConditionConfig:
     addition_time_embed_dim: int | None
     projection_class_embeddings_input_dim: int | None
     time_cond_proj_dim: int | None
+    num_class_embeds: int | None
     conv_in_kernel: int
     conv_out_kernel: int
     # What UNet2DConfig has beside these, at what it means here.
@@ -504,8 +507,8 @@ class UNet2DConditionConfig:
         only("class_embeddings_concat", False, False)
         only("mid_block_only_cross_attention", None, None, False)
         for key in (
-            "encoder_hid_dim encoder_hid_dim_type class_embed_type num_class_embeds "
-            "time_embedding_dim time_embedding_act_fn timestep_post_act cross_attention_norm"
+            "encoder_hid_dim encoder_hid_dim_type class_embed_type time_embedding_dim "
+            "time_embedding_act_fn timestep_post_act cross_attention_norm"
         ).split():
             only(key, None, None)
 
@@ -584,6 +587,7 @@ class UNet2DConditionConfig:
             addition_time_embed_dim=embed_dim,
             projection_class_embeddings_input_dim=embed_in,
             time_cond_proj_dim=reader.integer("time_cond_proj_dim", None),
+            num_class_embeds=reader.integer("num_class_embeds", None),
             conv_in_kernel=kernels[0],
             conv_out_kernel=kernels[1],
         )
@@ -649,6 +653,7 @@ class ControlNetConfig(UNet2DConditionConfig):
             ),
             "global_pool_conditions": reader.flag("global_pool_conditions", False),
         }
+        reader.only("num_class_embeds", None, None)
         down = reader.left.get("down_block_types")
         if isinstance(down, (list, tuple)):
             mirrored = [str(kind).replace("Down", "Up") for kind in reversed(down)]

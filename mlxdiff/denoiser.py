@@ -117,6 +117,9 @@ class Denoiser:
         if (dim := model.unet_config.time_cond_proj_dim) is not None:
             embedding = guidance_scale_embedding(settings.guidance, dim)
             self.conditions["timestep_cond"] = self.backend.asarray(embedding)
+        if settings.noise_level is not None:
+            levels = np.full(self.batch, settings.noise_level, np.int32)
+            self.conditions["class_labels"] = self.backend.asarray(levels)
         self.times = TimeEmbeddings(timesteps, self._embed, self.batch)
         self.controlnets = None
         if model.controlnets:

@@ -31,6 +31,7 @@ logger = logging.getLogger("mlxdiff")
 
 COMPONENTS = (
     "scheduler",
+    "low_res_scheduler",
     "tokenizer",
     "tokenizer_2",
     "text_encoder",
@@ -48,6 +49,7 @@ CHECK_SECONDS = 24 * 60 * 60
 _INDEX = "model_index.json"
 _WITHOUT_WEIGHTS: dict[str, tuple[set[str], ...]] = {
     "scheduler": ({"scheduler_config.json"},),
+    "low_res_scheduler": ({"scheduler_config.json"},),
     "tokenizer": ({"tokenizer.json"}, {"vocab.json", "merges.txt"}),
     "tokenizer_2": ({"tokenizer.json"}, {"vocab.json", "merges.txt"}),
 }

@@ -141,13 +141,18 @@ def to_clip(image: np.ndarray, size: int) -> np.ndarray:
     return ((pixels * np.float32(1 / 255) - _CLIP_MEAN) / _CLIP_STD)[None]
 
 
-def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    """uint8 (H, W, 3) -> uint8 (height, width, 3), Pillow's Lanczos filter as diffusers has it."""
+def resize(image: np.ndarray, width: int, height: int, *, bicubic: bool = False) -> np.ndarray:
+    """uint8 (H, W, 3) -> uint8 (height, width, 3).
+
+    Args:
+        bicubic: by Pillow's bicubic filter (diffusers' upscaler), not by Lanczos (all others).
+    """
     from PIL import Image
 
     if image.shape[:2] == (height, width):
         return image
-    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
+    way = Image.Resampling.BICUBIC if bicubic else Image.Resampling.LANCZOS
+    return np.array(Image.fromarray(image).resize((width, height), way))
 
 
 def resize_values(image: np.ndarray, width: int, height: int) -> np.ndarray:

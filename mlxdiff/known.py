@@ -64,6 +64,8 @@ KNOWN: tuple[Known, ...] = (
           "512x512; a community mirror (withdrawn by its publisher)"),
     Known("sd-turbo", "stabilityai/sd-turbo", "sd2", 2580, _SAI,
           "512x512 in 1 to 4 steps, without guidance"),
+    Known("x4-upscaler", "stabilityai/stable-diffusion-x4-upscaler", "sd2", 1738, _RAIL_PP,
+          "enlarges a picture four times (--image)"),
     Known("sdxl", "stabilityai/stable-diffusion-xl-base-1.0", "sdxl", 6939, _RAIL_PP,
           "1024x1024; the best pictures here"),
     Known("sdxl-refiner", "stabilityai/stable-diffusion-xl-refiner-1.0", "sdxl-refiner", 6076,

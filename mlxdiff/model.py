@@ -8,8 +8,10 @@ scaled, what a U-Net is told.
 from __future__ import annotations
 
 import gc
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +31,13 @@ from mlxdiff.weights import ModelSource
 if TYPE_CHECKING:
     import PIL.Image
 
+
+logger = logging.getLogger("mlxdiff")
+
+UPSCALER_SCALE = 0.08333
+"""scaling_factor of an upscaler's VAE, whatever its config says (as in diffusers' pipeline)."""
+MAX_NOISE_LEVEL = 350
+"""Of an upscaler whose model_index.json gives none."""
 
 TILE_PIXELS = 256 * 256
 """A picture of more pixels is decoded in bands."""
@@ -156,6 +165,15 @@ class Model(Networks):
         super().__init__(source, backend, vae)
         self.unet_config: UNet2DConditionConfig = source.config("unet")
         self.vae_config: VAEConfig = source.config("vae") if vae is None else vae.config
+        if self.upscales and self.vae_config.scaling_factor != UPSCALER_SCALE:
+            logger.warning(
+                "%s: scaling_factor of the VAE is taken for %g, not %g, as the reference does for "
+                "upscalers",
+                source.path,
+                UPSCALER_SCALE,
+                self.vae_config.scaling_factor,
+            )
+            self.vae_config = replace(self.vae_config, scaling_factor=UPSCALER_SCALE)
         self.texts = TextEncoders(source, self.component, backend, penultimate=self.is_sdxl)
         self._linear: np.ndarray | None = None  # from latents to colours
         own = source.config("vae")
@@ -237,6 +255,8 @@ class Model(Networks):
             return 8.5
         if samplers.distilled_for(self.source.scheduler_config) in ("euler", "euler-a"):
             return 0.0
+        if self.upscales:
+            return 9.0
         return 5.0 if self.is_sdxl else 7.5
 
     @property
@@ -258,7 +278,39 @@ class Model(Networks):
     @property
     def edits(self) -> bool:
         """Whether the U-Net sees a picture beside the latents: InstructPix2Pix."""
-        return self.unet_config.in_channels == 2 * self.vae_config.latent_channels
+        unet, latent = self.unet_config, self.vae_config.latent_channels
+        return unet.in_channels == 2 * latent and unet.num_class_embeds is None
+
+    @property
+    def upscales(self) -> bool:
+        """Whether the U-Net sees a small picture, noised, and is told how much: the x4 upscaler."""
+        unet, latent = self.unet_config, self.vae_config.latent_channels
+        return unet.in_channels == latent + 3 and unet.num_class_embeds is not None
+
+    def check_noise_level(self, noise_level: Any) -> None:
+        """Raise UsageError unless an upscaler's small picture can be noised so much."""
+        most = min(
+            self.source.model_index.get("max_noise_level", MAX_NOISE_LEVEL),
+            (self.unet_config.num_class_embeds or 0) - 1,
+            len(self.low_res_process) - 1,
+        )
+        whole = isinstance(noise_level, int) and not isinstance(noise_level, bool)
+        if not whole or not 0 <= noise_level <= most:
+            raise UsageError(
+                f"noise_level is {noise_level!r}; expected a whole number, 0 to {most} (how much "
+                "noise is added to the picture before it is enlarged)"
+            )
+
+    @property
+    def low_res_process(self) -> np.ndarray:
+        """alphas_cumprod by which an upscaler's small picture is noised, by noise level.
+
+        Raises: ConfigError.
+        """
+        try:
+            return samplers.forward_process(self.source.low_res_scheduler_config)
+        except ConfigError as error:
+            raise ConfigError(f"{self.source.path}/low_res_scheduler: {error}") from None
 
     @property
     def takes_scaled_picture(self) -> bool:
@@ -478,7 +530,15 @@ class Model(Networks):
         return height // f, width // f, self.vae_config.latent_channels
 
 
-def draw_noise(generator: Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """The next noise of a picture: (1, H, W, C), drawn in the reference's order (1, C, H, W)."""
+def draw_noise(
+    generator: Generator, shape: tuple[int, ...], channels: int | None = None
+) -> np.ndarray:
+    """The next noise of a picture: (1, H, W, C), drawn in the reference's order (1, C, H, W).
+
+    Args:
+        shape: (H, W, C).
+        channels: in place of C.
+    """
     h, w, c = shape
+    c = c if channels is None else channels
     return np.ascontiguousarray(generator.randn((1, c, h, w)).transpose(0, 2, 3, 1))

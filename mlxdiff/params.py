@@ -198,6 +198,8 @@ def _unet_with_text(config: UNet2DConditionConfig) -> _Names:
     if config.projection_class_embeddings_input_dim is not None and config.addition_embed_type:
         names.linear("add_embedding.linear_1", config.projection_class_embeddings_input_dim, temb)
         names.linear("add_embedding.linear_2", temb, temb)
+    if config.num_class_embeds is not None:
+        names.shapes["class_embedding.weight"] = (config.num_class_embeds, temb)
 
     def add_attentions(name: str, block: BlockSpec) -> None:
         for i, layers in enumerate(block.transformer_layers):

@@ -467,7 +467,7 @@ class Pipeline:
             height,
             width,
             batch=settings.batch(model) if isinstance(model, Model) else 1,
-            image=settings.image is not None or settings.hires is not None,
+            image=settings.encodes or settings.hires is not None,
             refiner=self.refiner,
             low_memory=low_memory,
             tiled=isinstance(model, Model) and model.tiles(height, width, low_memory),
@@ -536,11 +536,11 @@ class Pipeline:
         model, backend = self.model, self.backend
         self._change_for(settings)
         stages = make_stages(settings, model, self.refiner)
-        if settings.image is not None:
+        if settings.encodes:
             model.component("vae")
         start = time.perf_counter()
         inputs = Inputs(model, settings)
-        if settings.image is not None:
+        if settings.encodes:
             timings["image"] = time.perf_counter() - start
         denoisers: dict[int, Any] = {}
         seconds = timings["steps"] = []
@@ -633,8 +633,8 @@ class Pipeline:
                 (weights, BREAK, long prompts, prompt editing; docs/prompts.md).
             clip_skip: layers left out at the end of the text encoders, as diffusers counts them
                 (A1111 counts from 1).
-            width, height: pixels, multiples of the VAE factor; None: the image's, rounded down,
-                else the model's own.
+            width, height: pixels, multiples of the VAE factor; None: the image's, rounded down
+                (of an upscaler four times that), else the model's own.
             steps: of the sampler, from pure noise; a run that starts from an image does the last
                 of them. None: 20, or 4 for a model that was distilled to need few; for one without
                 text 1000 with ddpm, else 50.
@@ -655,6 +655,8 @@ class Pipeline:
             hires_strength: 0 to 1, how far from the enlarged picture. None: 0.5.
             image_guidance: how closely a model that edits (instruct-pix2pix) keeps to the image;
                 below 1 it has no guidance at all. None: 1.5.
+            noise_level: how much noise is added to the image that an upscaler enlarges, a whole
+                number: the more, the more it makes up. None: 20.
             mask: what to repaint of it (white): path, Pillow image or array, resized, grey, cut at
                 one half. The size is then the model's own unless given.
             outpaint: (left, top, right, bottom), pixels to add around the image and to paint,

@@ -27,6 +27,7 @@ from mlxdiff.samplers.guidance import guided_evaluations
 logger = logging.getLogger("mlxdiff")
 
 IMAGE_GUIDANCE = 1.5  # of models that edit a picture, as diffusers' pipelines have it
+NOISE_LEVEL = 20  # of the picture that is enlarged, as diffusers' pipeline has it
 DEFAULT_SPLIT = 0.8  # of the way, where a refiner takes over; as diffusers' guide to SDXL has it
 AESTHETIC_SCORES = 6.0, 2.5  # for the prompt and the negative prompt
 
@@ -44,6 +45,7 @@ class Settings:
         canvas: the picture and what of it is repainted; else None.
         hires: what is done to the picture when it is drawn, and the controls at its larger size.
         image_guidance: how closely a model that edits keeps to its picture; else None.
+        noise_level: how much noise an upscaler's picture gets first; else None.
         mask_name: of the mask, as ``image_name`` is of the image.
         outpaint: pixels that were added to the left, top, right and bottom of the image.
         paste_original: whether what is not repainted is put back, to the bit, in the end.
@@ -95,6 +97,7 @@ class Settings:
     hires: Hires | None = None
     hires_controls: tuple[Control, ...] = ()
     image_guidance: float | None = None
+    noise_level: int | None = None
     mask_name: str | None = None
     outpaint: Borders | None = None
     paste_original: bool = False
@@ -107,6 +110,11 @@ class Settings:
     def evaluations(self) -> int:
         """Evaluations of a whole run by A1111's count, on which prompt editing is based."""
         return self.steps * (2 if self.sampler == "heun" else 1)
+
+    @property
+    def encodes(self) -> bool:
+        """Whether the VAE encodes the image; an upscaler sees it as it is."""
+        return self.image is not None and self.noise_level is None
 
     @property
     def adds_noise(self) -> bool:
@@ -253,6 +261,7 @@ def _resolve_text(
     hires_upscaler: str | None = None,
     hires_strength: float | None = None,
     image_guidance: float | None = None,
+    noise_level: int | None = None,
     mask: Any = None,
     outpaint: Any = None,
     paste_original: bool = False,
@@ -320,6 +329,14 @@ def _resolve_text(
         raise UsageError(
             "image_guidance: only models that edit a picture by instruction have that "
             "(instruct-pix2pix, whose U-Net takes 8 channels); this model has not"
+        )
+    if model.upscales:
+        noise_level = NOISE_LEVEL if noise_level is None else noise_level
+        model.check_noise_level(noise_level)
+    elif noise_level is not None:
+        raise UsageError(
+            "noise_level: only models that enlarge a picture have that (the x4 upscaler); this "
+            "model has not"
         )
     if paste_original and not repaints:
         raise UsageError("paste_original needs a mask (--mask) or borders (--outpaint)")
@@ -403,8 +420,10 @@ def _resolve_text(
                 paste_original=paste_original,
             )
         else:
-            settings = replace(settings, image=resize(pixels, width, height))
-        if model.edits:
+            settings = replace(settings, image=_resized(model, pixels, width, height))
+        if model.upscales:
+            settings = replace(settings, noise_level=noise_level)
+        elif model.edits:
             scale = IMAGE_GUIDANCE if image_guidance is None else image_guidance
             settings = replace(settings, image_guidance=scale)
         elif settings.adds_noise:
@@ -633,23 +652,31 @@ def _check_task(
             f"{model.source.path}: this is an inpainting model ({takes}): it needs an image "
             "(--image) and a mask (--mask), or borders to add to the image (--outpaint)"
         )
-    if model.edits:
-        edits = (
-            f"{model.source.path}: this is a model that edits a picture by instruction ({takes})"
-        )
+    if model.edits or model.upscales:
+        does, keeps = "edits a picture by instruction", "image guidance (--image-guidance)"
+        if model.upscales:
+            does, keeps = "enlarges a picture", "noise level (--noise-level)"
+        what = f"{model.source.path}: this is a model that {does} ({takes})"
         if repaints:
-            raise UsageError(f"{edits}; it has no part for a mask (--mask) or borders (--outpaint)")
+            raise UsageError(f"{what}; it has no part for a mask (--mask) or borders (--outpaint)")
         if model.controlnets:
-            raise UsageError(f"{edits}; it does not go together with a ControlNet (--controlnet)")
+            raise UsageError(f"{what}; it does not go together with a ControlNet (--controlnet)")
+        if model.upscales and model.ip_adapters:
+            raise UsageError(f"{what}; it does not go together with an IP-Adapter (--ip-adapter)")
         if image is None:
-            raise UsageError(f"{edits}: it needs one (--image)")
+            raise UsageError(f"{what}: it needs one (--image)")
         for name, value in (("strength", strength), ("denoising_start", denoising_start)):
             if value is not None:
                 raise UsageError(
-                    f"{name}: {edits}, and starts from noise; image guidance (--image-guidance) "
-                    "says how closely it keeps to the picture"
+                    f"{name}: {what}, and starts from noise; {keeps} says how closely it keeps to "
+                    "the picture"
                 )
-    if channels != latent and not (model.inpaints or model.edits):
+    elif model.unet_config.num_class_embeds is not None:
+        raise UsageError(
+            f"{model.source.path}: its U-Net is told a class (num_class_embeds), and it is no x4 "
+            f"upscaler ({takes}); this version of mlxdiff knows no such model"
+        )
+    elif channels != latent and not model.inpaints:
         raise UsageError(
             f"{model.source.path}: this is no text-to-image model ({takes}), and none that this "
             "version of mlxdiff knows"
@@ -678,6 +705,7 @@ def _check_hires(
     other = {
         "a mask (--mask) or borders (--outpaint)": repaints,
         "a model that edits a picture by instruction": model.edits,
+        "a model that enlarges a picture": model.upscales,
         "a refiner (--refiner)": refiner is not None,
         "denoising_start (--denoising-start)": denoising_start is not None,
         "denoising_end (--denoising-end)": denoising_end is not None,
@@ -731,7 +759,18 @@ def _default_size(
         raise UsageError(
             f"the image is {columns}x{rows} pixels, too small for this model; say width and height"
         )
-    return rows // factor * factor, columns // factor * factor
+    # An upscaler's picture has the size of the latents, and is rounded down all the same, as in the
+    # reference.
+    scale = factor if model.upscales else 1
+    return rows // factor * factor * scale, columns // factor * factor * scale
+
+
+def _resized(model: Model, pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    """The picture as the model takes it for a result of this size."""
+    if not model.upscales:
+        return resize(pixels, width, height)
+    rows, columns, _ = model.latent_shape(height, width)
+    return resize(pixels, columns, rows, bicubic=True)
 
 
 def _note_unused_words(model: Model, settings: Settings) -> None:

@@ -2,7 +2,8 @@
 
 The order of the draws from a picture's generator is that of diffusers' pipelines: the VAE's sample
 of the image, the noise, the VAE's sample of the masked image. A model that edits takes the mean of
-the image instead, and starts from noise alone.
+the image instead, and starts from noise alone. So does an upscaler, which sees the image itself;
+the noise that is added to that is drawn first.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import numpy as np
 from mlxdiff.hires import Hires, enlarge_latents
 from mlxdiff.image import resize_values, to_model
 from mlxdiff.model import ImageLatents, Model
+from mlxdiff.noise import add_noise
 from mlxdiff.pixels import PixelModel
 from mlxdiff.samplers import Plan
 from mlxdiff.settings import Settings, make_plans
 
-Draw = Callable[[], np.ndarray]
-"""The next noise of a picture, (1, h, w, C)."""
+Draw = Callable[..., np.ndarray]
+"""The next noise of a picture, (1, h, w, C); given ``channels``, of so many."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,14 @@ class Inputs:
         self.masked: ImageLatents | None = None
         self.mask: np.ndarray | None = None
         self.edited: np.ndarray | None = None
+        self.small: np.ndarray | None = None
+        self.signal = 1.0
         self.blends = False
         if not isinstance(model, Model) or settings.image is None:
+            return
+        if settings.noise_level is not None:
+            self.small = to_model(settings.image)
+            self.signal = float(model.low_res_process[settings.noise_level])
             return
         if model.edits:
             scaled = model.takes_scaled_picture
@@ -131,6 +139,11 @@ class Inputs:
             noise: takes the place of the first noise.
         """
         settings, repaints = self.settings, self.mask is not None
+        if self.small is not None:
+            small = add_noise(self.small, draw(channels=self.small.shape[-1]), self.signal)
+            noise = draw() if noise is None else noise
+            noise = np.asarray(noise * plan.init_noise_sigma, np.float32)
+            return Start(noise, beside=np.asarray(small, np.float32))
         clean = None if self.image is None else self.image.draw(draw)
         if clean is not None and not settings.adds_noise and not repaints:
             return Start(clean)

@@ -58,6 +58,8 @@ QUANTIZED_VERSION = 2
 MANIFEST = "mlxdiff.json"
 COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
+LOW_RES_SCHEDULER = "low_res_scheduler"
+"""The part of an upscaler that says what noise is added to the picture it is shown."""
 TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
@@ -658,6 +660,10 @@ class ModelSource(Protocol):
         """scheduler_config.json."""
 
     @property
+    def low_res_scheduler_config(self) -> dict[str, Any]:
+        """The same of an upscaler's low_res_scheduler; empty for all other models."""
+
+    @property
     def provenance(self) -> dict[str, Any]:
         """Origin of the weights: source, revision and, once converted, sha256 of each file."""
 
@@ -699,6 +705,10 @@ class ModelFolder:
         self.scheduler_config: dict[str, Any] = read_json(
             self.place("scheduler") / "scheduler_config.json"
         )
+        self.low_res_scheduler_config: dict[str, Any] = {}
+        if self.class_name(LOW_RES_SCHEDULER):
+            where = self.path / LOW_RES_SCHEDULER / "scheduler_config.json"
+            self.low_res_scheduler_config = read_json(where)
 
     def class_name(self, part: str) -> str | None:
         """Class that model_index.json gives for a part; None where the model does not have it."""
@@ -737,6 +747,8 @@ class ModelFolder:
     def document_paths(self) -> dict[str, Path]:
         """What ``documents`` holds: relative path there -> where the file lies."""
         files = [("scheduler", "scheduler_config.json")]
+        if self.low_res_scheduler_config:
+            files.append((LOW_RES_SCHEDULER, "scheduler_config.json"))
         files += [(name, "config.json") for name in self.components]
         files += [(name, file) for name in TOKENIZERS for file in TOKENIZER_FILES]
         paths = {f"{part}/{file}": self.place(part) / file for part, file in files}

@@ -60,6 +60,8 @@ UNETS: dict[str, dict[str, Any]] = {
         "pix2pix": {"in_channels": 8},
         "inpainting": {"in_channels": 9},
         "guidance-distilled": {"time_cond_proj_dim": 12},
+        "upscaler": _ATTENTION_BELOW
+        | {"in_channels": 7, "num_class_embeds": 40, "only_cross_attention": [False, True]},
         "unusual": {
             "only_cross_attention": [True, False],
             "num_attention_heads": [2, 4],
@@ -149,7 +151,10 @@ def unet_inputs(
         inputs["time_ids"] = np.array([[64, 64, 0, 0, 64, 64], [1024, 768, 10, 20, 512, 512]])
     if config.time_cond_proj_dim is not None:
         inputs["timestep_cond"] = random.standard_normal((2, config.time_cond_proj_dim))
-    return {name: value.astype(np.float32) for name, value in inputs.items()}
+    inputs = {name: value.astype(np.float32) for name, value in inputs.items()}
+    if config.num_class_embeds is not None:
+        inputs["class_labels"] = np.array([0, config.num_class_embeds - 1], np.int32)
+    return inputs
 
 
 # A start, words, the end, padding; the second row has no padding, and ids above its end.

@@ -34,7 +34,7 @@ _EXTRA |= dict.fromkeys(("guidance_interval", "outpaint"), tuple)
 _EXTRA |= dict.fromkeys(("vae", "refiner", "image", "mask", "quantize", "image_encoder"), str)
 _EXTRA |= {"hires_upscaler": str}
 _EXTRA |= {"prompt_syntax": str, "embeddings": list}
-_EXTRA |= {"label": int, "feature_reuse": int}
+_EXTRA |= {"label": int, "feature_reuse": int, "noise_level": int}
 _EXTRA |= {"paste_original": bool, "guess_mode": bool, "exact": bool}
 _EXTRA |= {"loras": list}
 # Those that are given once for each ControlNet or IP-Adapter: lists.
@@ -80,7 +80,7 @@ SECTIONS = {
     "config prediction_type",
     "Picture": "width height seed count steps guidance guidance_rescale guidance_interval "
     "feature_reuse sampler schedule eta hires hires_upscaler hires_strength",
-    "From a picture": "image strength image_guidance mask outpaint paste_original",
+    "From a picture": "image strength image_guidance noise_level mask outpaint paste_original",
     "Control": "control_image control_scale control_start control_end control_preprocess "
     "guess_mode ip_image ip_scale",
     "SDXL": "denoising_end denoising_start aesthetic_score negative_aesthetic_score original_size "
@@ -202,6 +202,11 @@ SECTIONS = {
     type=float,
     help="instruct-pix2pix: how closely to keep to the image; below 1: no guidance. Default: 1.5.",
 )
+@click.option(
+    "--noise-level",
+    type=int,
+    help="x4 upscaler: noise added to the image first; more of it, more is made up. Default: 20.",
+)
 @click.option("--mask", help="With --image: what to repaint of it, in white; it is resized.")
 @click.option(
     "--outpaint",
@@ -224,7 +229,7 @@ SECTIONS = {
     "--cfg-scale",
     type=float,
     help="Classifier-free guidance scale; none at 1 and below. "
-    "Default: 7.5, SDXL 5, LCM 8.5, Turbo 0.",
+    "Default: 7.5, SDXL 5, LCM 8.5, x4 upscaler 9, Turbo 0.",
 )
 @click.option("--guidance-rescale", type=float, help="Rescale of the guided prediction, 0 to 1.")
 @click.option(

@@ -26,6 +26,7 @@ from mlxdiff.models.blocks import (
 )
 from mlxdiff.models.layers import (
     Conv2d,
+    Embedding,
     GroupNorm,
     LayerNorm,
     Linear,
@@ -285,6 +286,9 @@ class UNetEncoder(Module):
         embed_in = config.projection_class_embeddings_input_dim
         if config.addition_embed_type is not None and embed_in is not None:
             self.add_embedding = TimestepEmbedding(embed_in, temb)
+        self.class_embedding = None
+        if config.num_class_embeds is not None:
+            self.class_embedding = Embedding(config.num_class_embeds, temb)
         self.down_blocks = [_BLOCKS[block.type](block, config) for block in config.down_blocks]
         self.mid_block = None
         if config.mid_block is not None:
@@ -296,6 +300,7 @@ class UNetEncoder(Module):
         text_embeds: mx.array | None = None,
         time_ids: mx.array | None = None,
         timestep_cond: mx.array | None = None,
+        class_labels: mx.array | None = None,
     ) -> mx.array:
         """The timestep embedding with all that is added to it.
 
@@ -321,6 +326,11 @@ class UNetEncoder(Module):
             ).reshape(len(time_ids), -1)
             added = mx.concatenate([text_embeds.astype(mx.float32), ids], axis=-1)
             temb = temb + self.add_embedding(added.astype(dtype))
+        if (self.class_embedding is None) != (class_labels is None):
+            needs = "needs class_labels" if class_labels is None else "takes no class_labels"
+            raise UsageError(f"this U-Net {needs} (num_class_embeds)")
+        if self.class_embedding is not None and class_labels is not None:
+            temb = temb + self.class_embedding(class_labels).astype(dtype)
         return temb
 
     def read(self, encoder_hidden_states: mx.array) -> Condition:
@@ -355,12 +365,14 @@ class UNet2DConditionModel(UNetEncoder):
         text_embeds: pooled text, (B, P); SDXL only.
         time_ids: sizes and crop, (B, 6); (B, 5) for the refiner; SDXL only.
         timestep_cond: (B, time_cond_proj_dim); models distilled over the guidance scale only.
+        class_labels: (B,) numbers below num_class_embeds, int32; upscalers only.
         deep: what the last layer of the way up is given, by all the layers below it. An empty list
             is filled with it; a filled one is used in its place, and only that last layer runs (Ma
             et al. 2023, "DeepCache": it changes little from one timestep to the next).
         residuals: what ControlNets add to each output of the way down, the mid block's last.
     Returns: (B, H, W, out_channels), float32 whatever the weights are: sampling goes on in float32.
-    Raises: UsageError where the model needs text_embeds and time_ids and does not get them.
+    Raises: UsageError where the model needs text_embeds and time_ids, or class_labels, and does not
+        get them.
     """
 
     def __init__(self, config: UNet2DConditionConfig) -> None:
@@ -378,11 +390,12 @@ class UNet2DConditionModel(UNetEncoder):
         text_embeds: mx.array | None = None,
         time_ids: mx.array | None = None,
         timestep_cond: mx.array | None = None,
+        class_labels: mx.array | None = None,
         deep: list[mx.array] | None = None,
         residuals: list[mx.array] | None = None,
     ) -> mx.array:
         timesteps = mx.broadcast_to(mx.array(timesteps, dtype=mx.float32), (sample.shape[0],))
-        temb = self.embed(timesteps, text_embeds, time_ids, timestep_cond)
+        temb = self.embed(timesteps, text_embeds, time_ids, timestep_cond, class_labels)
         text = self.read(encoder_hidden_states)
         return self.predict(sample, Condition(temb), text, deep, residuals)
 

@@ -25,7 +25,7 @@ from mlxdiff.errors import ConfigError, UsageError
 from mlxdiff.samplers import ddim, deis, dpm_solver, euler, fitted, lcm, lms, pndm, unipc
 from mlxdiff.samplers.family import Family, Grid
 from mlxdiff.samplers.plan import Plan, Row, State
-from mlxdiff.samplers.schedule import ays, check_steps
+from mlxdiff.samplers.schedule import NoiseSchedule, ays, check_steps
 from mlxdiff.samplers.settings import Settings
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "State",
     "automatic",
     "distilled_for",
+    "forward_process",
     "plan",
     "timesteps",
 ]
@@ -184,6 +185,20 @@ def distilled_for(config: Mapping[str, Any]) -> str | None:
         )
         return euler_like[name] if turbo else None
     return {"LCMScheduler": "lcm", "TCDScheduler": "tcd"}.get(name)
+
+
+def forward_process(scheduler_config: Mapping[str, Any]) -> np.ndarray:
+    """alphas_cumprod of the forward process q(x_t | x_0), for each timestep t: (T,) float32.
+
+    Args:
+        scheduler_config: of a DDPMScheduler.
+    Raises: ConfigError for one that is not understood, or of another class.
+    """
+    name, ddpm = scheduler_config.get("_class_name"), ddim.DDPM
+    if name != ddpm.name:
+        raise ConfigError(f"scheduler_config.json: _class_name is {name!r}, expected {ddpm.name!r}")
+    settings = Settings(scheduler_config, ddpm.name, ddpm.defaults, choices=ddpm.choices)
+    return NoiseSchedule.from_settings(settings).alphas_cumprod
 
 
 def automatic(

@@ -146,18 +146,19 @@ def make_unet(seed: int, cross_attention_dim: int, **config: Any) -> UNet2DCondi
         width -= 6 * unet.config.addition_time_embed_dim
         added = {"text_embeds": torch.randn((2, width), generator=generator)}
         added["time_ids"] = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
-    out = unet(sample, 500, text, added_cond_kwargs=added).sample
+    labels = torch.tensor([0, 20]) if unet.config.num_class_embeds else None
+    out = unet(sample, 500, text, class_labels=labels, added_cond_kwargs=added).sample
     unet.conv_out.weight.data /= out.std()
     return unet
 
 
 @torch.no_grad()
 def make_vae(seed: int, **config: Any) -> AutoencoderKL:
-    """A VAE (8 pixels to a latent) with latents and pictures of the usual size."""
+    """A VAE (8 pixels to a latent, unless told) with latents and pictures of the usual size."""
     kinds = {"down_block_types": ["DownEncoderBlock2D"] * 4}
     kinds["up_block_types"] = ["UpDecoderBlock2D"] * 4
     widths = {"block_out_channels": [16, 16, 32, 32], "layers_per_block": 2, "norm_num_groups": 8}
-    vae = AutoencoderKL(latent_channels=4, **kinds, **(widths | config)).eval()
+    vae = AutoencoderKL(latent_channels=4, **(kinds | widths | config)).eval()
     enliven(vae, seed)
     generator = torch.Generator().manual_seed(seed)
     scale = vae.config.scaling_factor

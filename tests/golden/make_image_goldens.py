@@ -27,12 +27,13 @@ from diffusers import (
     LMSDiscreteScheduler,
     StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionUpscalePipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLInstructPix2PixPipeline,
     TCDScheduler,
 )
-from make_checkpoints import make_unet, write_json
+from make_checkpoints import make_unet, make_vae, write_json
 from make_family_goldens import (
     CLASSES,
     CROSS_DOWN,
@@ -84,11 +85,38 @@ BASES = {
     "sdxl-inpainting": "segmind-vega",
     "pix2pix": "bk-sdm-tiny",
     "sdxl-pix2pix": "segmind-vega",
+    "x4-upscaler": "sd21v",
+}
+# As published: stabilityai/stable-diffusion-x4-upscaler, scheduler and low_res_scheduler.
+UPSCALER_BETAS = {
+    "_diffusers_version": "0.9.0.dev0",
+    "beta_end": 0.02,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.0001,
+    "num_train_timesteps": 1000,
+    "trained_betas": None,
+}
+UPSCALER_DDIM = UPSCALER_BETAS | {
+    "_class_name": "DDIMScheduler",
+    "clip_sample": False,
+    "prediction_type": "v_prediction",
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+}
+UPSCALER_DDPM = UPSCALER_BETAS | {
+    "_class_name": "DDPMScheduler",
+    "clip_sample": True,
+    "prediction_type": "epsilon",
+    "variance_type": "fixed_small",
 }
 
 
 def make_model(name: str, folder: Path) -> None:
     """The files in which a model differs from its base: U-Net and pipeline class."""
+    if name == "x4-upscaler":
+        make_upscaler(folder)
+        return
     sdxl = name.startswith("sdxl")
     unet = make_unet(
         200 + list(BASES).index(name),
@@ -99,6 +127,50 @@ def make_model(name: str, folder: Path) -> None:
     unet.to(torch.float16).save_pretrained(folder / "unet")
     index = json.loads((checkpoint(BASES[name]) / "model_index.json").read_text())
     write_json(folder / "model_index.json", index | {"_class_name": KINDS[name].__name__})
+
+
+def make_upscaler(folder: Path) -> None:
+    """stabilityai/stable-diffusion-x4-upscaler: SD 2's text encoder, the rest its own."""
+    unet = make_unet(
+        210,
+        64,
+        in_channels=7,
+        sample_size=16,
+        block_out_channels=(8, 16, 16, 16),
+        down_block_types=[DOWN, CROSS_DOWN, CROSS_DOWN, CROSS_DOWN],
+        up_block_types=[CROSS_UP, CROSS_UP, CROSS_UP, UP],
+        layers_per_block=1,
+        attention_head_dim=8,
+        only_cross_attention=[True, True, True, False],
+        use_linear_projection=True,
+        num_class_embeds=1000,
+    )
+    unet.to(torch.float16).save_pretrained(folder / "unet")
+    vae = make_vae(
+        211,
+        block_out_channels=[8, 8, 16],
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        layers_per_block=1,
+        sample_size=64,
+        scaling_factor=0.08333,
+    )
+    vae.to(torch.float16).save_pretrained(folder / "vae")
+    for part, config in (("scheduler", UPSCALER_DDIM), ("low_res_scheduler", UPSCALER_DDPM)):
+        (folder / part).mkdir()
+        write_json(folder / part / "scheduler_config.json", config)
+    index = {
+        "_class_name": "StableDiffusionUpscalePipeline",
+        "_diffusers_version": "0.9.0.dev0",
+        "low_res_scheduler": ["diffusers", "DDPMScheduler"],
+        "max_noise_level": 350,
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    write_json(folder / "model_index.json", index)
 
 
 # ------------------------------------------------------------------------------------- the pictures
@@ -117,6 +189,11 @@ def case(prompt: str = CIRCLE, **arguments: Any) -> dict[str, Any]:
 def edit(prompt: str = CIRCLE, **arguments: Any) -> dict[str, Any]:
     """The same for a model that edits: no mask, the image's own size."""
     return plain_case(prompt, **{"image": [64, 64]} | arguments)
+
+
+def upscale(prompt: str = CIRCLE, **arguments: Any) -> dict[str, Any]:
+    """The same for the upscaler: the picture is small."""
+    return plain_case(prompt, **{"image": [16, 16]} | arguments)
 
 
 def hires(prompt: str = CIRCLE, **arguments: Any) -> dict[str, Any]:
@@ -234,6 +311,18 @@ EDITS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 PICTURES |= EDITS
+PICTURES["x4-upscaler"] = {
+    "checkpoint": upscale(sampler="checkpoint", negative_prompt="blurry"),
+    "ddim-clean": upscale(TREE, image=[16, 24], sampler="ddim", noise_level=0, guidance=4.0),
+    "karras-two": upscale(
+        sampler="dpmpp-2m", schedule="karras", noise_level=100, count=2, seed=4, guidance=5.0
+    ),
+    "ancestral-rounded": upscale(
+        TREE, image=[22, 19], sampler="euler-a", negative_prompt="blurry", guidance=3.0
+    ),
+    "no-guidance": upscale(image=[20, 12], sampler="dpmpp-2m", noise_level=350, guidance=1.0),
+    "sized": upscale(TREE, image=[40, 30], width=64, height=80, sampler="dpmpp-2m", guidance=3.0),
+}
 PICTURES["hires"] = {
     "sd15-checkpoint": hires(sampler="checkpoint", negative_prompt="blurry"),
     "sd15-nearest": hires(
@@ -273,8 +362,9 @@ KINDS = {
     "sdxl-inpainting": StableDiffusionXLInpaintPipeline,
     "pix2pix": StableDiffusionInstructPix2PixPipeline,
     "sdxl-pix2pix": StableDiffusionXLInstructPix2PixPipeline,
+    "x4-upscaler": StableDiffusionUpscalePipeline,
 }
-WORDS = WORDS | {"image_guidance": "image_guidance_scale"}
+WORDS = WORDS | {"image_guidance": "image_guidance_scale", "noise_level": "noise_level"}
 
 
 @lru_cache
@@ -332,7 +422,10 @@ def run(family: str, arguments: dict[str, Any], seed: int) -> tuple[np.ndarray, 
     words = {k: v for k, v in WORDS.items() if k != "count"}
     given = {theirs: arguments[ours] for ours, theirs in words.items() if ours in arguments}
     image = Image.fromarray(photo(*arguments["image"]))
-    repaints = family not in EDITS
+    repaints = family not in (*EDITS, "x4-upscaler")
+    if family == "x4-upscaler" and "width" in arguments:
+        size = arguments["width"] // 4, arguments["height"] // 4
+        image = image.resize(size, Image.Resampling.BICUBIC)
     if "outpaint" in arguments:
         image, given["mask_image"] = outpainted(arguments)
     elif repaints:
@@ -354,7 +447,7 @@ def run(family: str, arguments: dict[str, Any], seed: int) -> tuple[np.ndarray, 
     def draw(pipe: Any, **given: Any) -> Any:
         if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
             given["callback_on_step_end"] = keep
-        else:  # the SDXL class that edits has the older kind
+        else:  # the SDXL class that edits and the upscaler have the older kind
             given |= {"callback": lambda step, time, x: last.update(latents=x), "callback_steps": 1}
         return pipe(arguments["prompt"], **given).images
 

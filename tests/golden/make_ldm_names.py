@@ -50,7 +50,13 @@ def res_block(names: Names, name: str, inputs: int, outputs: int, embedding: int
 
 
 def transformer(
-    names: Names, name: str, width: int, context: int, depth: int, is_linear: bool
+    names: Names,
+    name: str,
+    width: int,
+    context: int,
+    depth: int,
+    is_linear: bool,
+    only_cross: bool = False,
 ) -> None:
     norm(names, f"{name}.norm", width)
     for place in ("proj_in", "proj_out"):
@@ -60,7 +66,7 @@ def transformer(
             conv(names, f"{name}.{place}", width, width, 1)
     for i in range(depth):
         block = f"{name}.transformer_blocks.{i}"
-        for attention, source in (("attn1", width), ("attn2", context)):
+        for attention, source in (("attn1", context if only_cross else width), ("attn2", context)):
             linear(names, f"{block}.{attention}.to_q", width, width, False)
             linear(names, f"{block}.{attention}.to_k", source, width, False)
             linear(names, f"{block}.{attention}.to_v", source, width, False)
@@ -81,9 +87,11 @@ def unet(
     is_linear: bool,
     inputs: int = 4,
     labels: int | None = None,
+    classes: int | None = None,
+    only_cross: tuple[int, ...] = (),
 ) -> Names:
     """UNetModel. Depths: one for each res block, 0 for no transformer; of the middle block None
-    where it is one res block alone."""
+    where it is one res block alone. only_cross: levels without self-attention."""
     names: Names = {}
     embedding = 4 * channels
     linear(names, "time_embed.0", channels, embedding)
@@ -91,6 +99,8 @@ def unet(
     if labels is not None:
         linear(names, "label_emb.0.0", labels, embedding)
         linear(names, "label_emb.0.2", embedding, embedding)
+    if classes is not None:
+        names["label_emb.weight"] = [classes, embedding]
     conv(names, "input_blocks.0.0", inputs, channels)
     skips, width, place = [channels], channels, 1
     depths = iter(depth_in)
@@ -99,7 +109,8 @@ def unet(
             res_block(names, f"input_blocks.{place}.0", width, multiple * channels, embedding)
             width = multiple * channels
             if depth := next(depths):
-                transformer(names, f"input_blocks.{place}.1", width, context, depth, is_linear)
+                block, cross = f"input_blocks.{place}.1", level in only_cross
+                transformer(names, block, width, context, depth, is_linear, cross)
             skips.append(width)
             place += 1
         if level < len(multiples) - 1:
@@ -118,7 +129,8 @@ def unet(
             width = multiple * channels
             nth = 1
             if depth := next(depths):
-                transformer(names, f"{inner}.1", width, context, depth, is_linear)
+                cross = level in only_cross
+                transformer(names, f"{inner}.1", width, context, depth, is_linear, cross)
                 nth = 2
             if level and i == 2:
                 conv(names, f"{inner}.{nth}.conv", width, width)
@@ -128,10 +140,10 @@ def unet(
     return names
 
 
-def vae() -> Names:
-    """AutoencoderKL: 128 channels, multiples 1 2 4 4, two res blocks, 4 latent channels."""
+def vae(levels: int = 4) -> Names:
+    """AutoencoderKL: 128 channels, multiples 1 2 4 (4), two res blocks, 4 latent channels."""
     names: Names = {}
-    widths = [128, 256, 512, 512]
+    widths = [128, 256, 512, 512][:levels]
 
     def block(name: str, inputs: int, outputs: int) -> None:
         norm(names, f"{name}.norm1", inputs)
@@ -154,7 +166,7 @@ def vae() -> Names:
         for j in range(2):
             block(f"encoder.down.{i}.block.{j}", width, out)
             width = out
-        if i < 3:
+        if i < levels - 1:
             conv(names, f"encoder.down.{i}.downsample.conv", out, out)
     middle("encoder")
     norm(names, "encoder.norm_out", 512)
@@ -212,6 +224,11 @@ def schedule() -> Names:
     return {name: [1000] for name in names}
 
 
+def low_scale_schedule() -> Names:
+    """The buffers of AbstractLowScaleModel, by which an upscaler's picture is noised."""
+    return {name: shape for name, shape in schedule().items() if not name.startswith("posterior")}
+
+
 def put(prefix: str, names: Names) -> Names:
     return {f"{prefix}{name}": shape for name, shape in names.items()}
 
@@ -225,6 +242,18 @@ SD = {
 }
 SD1 = SD | {"context": 768, "is_linear": False}
 SD2 = SD | {"context": 1024, "is_linear": True}
+UPSCALER = {
+    "channels": 256,
+    "multiples": [1, 2, 2, 4],
+    "depth_in": [0] * 2 + [1] * 6,
+    "depth_out": [1] * 9 + [0] * 3,
+    "depth_middle": 1,
+    "context": 1024,
+    "is_linear": True,
+    "inputs": 7,
+    "classes": 1000,
+    "only_cross": (0, 1, 2),
+}
 XL = {
     "channels": 320,
     "multiples": [1, 2, 4],
@@ -264,6 +293,7 @@ def models() -> dict[str, Names]:
         "instruct-pix2pix": (SD1 | {"inputs": 8}, "sd15"),
         "sd21": (SD2, "sd2"),
         "sd2-inpainting": (SD2 | {"inputs": 9}, "sd2"),
+        "x4-upscaler": (UPSCALER, "sd2"),
         "sdxl": (XL, "sdxl"),
         "sdxl-inpainting": (XL | {"inputs": 9}, "sdxl"),
         "sdxl-refiner": (REFINER, "refiner"),
@@ -273,8 +303,10 @@ def models() -> dict[str, Names]:
     result = {}
     for name, (numbers, text) in which.items():
         names = put("model.diffusion_model.", unet(**numbers)) | texts[text]
-        names |= put("first_stage_model.", vae())
-        result[name] = names | (schedule() if text in ("sd15", "sd2") else {})
+        upscaler = name == "x4-upscaler"
+        names |= put("first_stage_model.", vae(3 if upscaler else 4))
+        names |= schedule() if text in ("sd15", "sd2") else {}
+        result[name] = names | (put("low_scale_model.", low_scale_schedule()) if upscaler else {})
     return result
 
 
@@ -287,8 +319,9 @@ def check(model: str, names: Names) -> None:
     data = gzip.decompress((HERE / "names" / f"unet.{model}.json.gz").read_bytes())
     config = json.loads(data)["config"]
     same(reference.convert_ldm_unet_checkpoint(dict(tensors), config), f"unet.{model}")
-    blocks = {"down_block_types": [0] * 4, "up_block_types": [0] * 4}
-    same(reference.convert_ldm_vae_checkpoint(dict(tensors), blocks), "vae.sd15")
+    kind, levels = ("x4-upscaler", 3) if model == "x4-upscaler" else ("sd15", 4)
+    blocks = {"down_block_types": [0] * levels, "up_block_types": [0] * levels}
+    same(reference.convert_ldm_vae_checkpoint(dict(tensors), blocks), f"vae.{kind}")
     for prefix, text in (
         ("cond_stage_model.model.", "text_encoder.sd21"),
         ("conditioner.embedders.0.model.", "text_encoder.sdxl-2"),

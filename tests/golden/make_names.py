@@ -41,6 +41,17 @@ SD21 = SD15 | {
     "upcast_attention": True,
     "use_linear_projection": True,
 }
+UPSCALER = SD15 | {
+    "block_out_channels": [256, 512, 512, 1024],
+    "cross_attention_dim": 1024,
+    "down_block_types": [DOWN, CROSS_DOWN, CROSS_DOWN, CROSS_DOWN],
+    "in_channels": 7,
+    "num_class_embeds": 1000,
+    "only_cross_attention": [True, True, True, False],
+    "sample_size": 128,
+    "up_block_types": [CROSS_UP, CROSS_UP, CROSS_UP, UP],
+    "use_linear_projection": True,
+}
 SDXL = {
     "_class_name": "UNet2DConditionModel",
     "addition_embed_type": "text_time",
@@ -123,6 +134,7 @@ UNETS: dict[str, dict[str, Any]] = {
     },
     "sd21": SD21,
     "sd2-inpainting": SD21 | {"in_channels": 9},
+    "x4-upscaler": UPSCALER,
     "sdxl": SDXL,
     "sdxl-inpainting": SDXL | {"in_channels": 9},
     "sdxl-refiner": REFINER,
@@ -141,6 +153,13 @@ VAES: dict[str, dict[str, Any]] = {
     }
 }
 VAES["sdxl"] = VAES["sd15"] | {"sample_size": 1024, "scaling_factor": 0.13025}
+VAES["x4-upscaler"] = VAES["sd15"] | {
+    "block_out_channels": [128, 256, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "sample_size": 256,
+    "scaling_factor": 0.08333,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+}
 CLIP_L = {
     "architectures": ["CLIPTextModel"],
     "hidden_size": 768,
@@ -180,6 +199,7 @@ PUBLISHED = {  # millions of parameters: papers (DDPM, SD, SDXL, BK-SDM, SSD-1B 
     "unet bk-sdm-small": 490,
     "unet bk-sdm-tiny": 330,
     "unet sd21": 866,
+    "unet x4-upscaler": 473,
     "unet sdxl": 2570,
     "unet ssd-1b": 1300,
     "unet segmind-vega": 740,

@@ -60,6 +60,8 @@ def test_unets(name: str, side: tuple[int, int]) -> None:
             }
         if config.time_cond_proj_dim is not None:
             given["timestep_cond"] = torch.zeros(BATCH, config.time_cond_proj_dim)
+        if config.num_class_embeds is not None:
+            given["class_labels"] = torch.zeros(BATCH, dtype=torch.int64)
         sample = torch.zeros(BATCH, config.in_channels, *side)
         time = torch.zeros(BATCH)
         expected = counted(lambda: unet(sample, time, text, **given))
