@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import re
 
 import numpy as np
 import pytest
@@ -295,3 +297,46 @@ def test_geglu_in_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = np.array(layers.geglu(x))
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     np.testing.assert_allclose(layers.geglu(x), plain, atol=1e-6)
+
+
+def test_attention_of_all_samples_in_one_matrix() -> None:
+    q, k, v = (mx.array(normal(2, length, 40)) for length in (33, 7, 7))
+    got = layers.attention(*(x.reshape(-1, 40) for x in (q, k, v)), 5, batch=2)
+    np.testing.assert_array_equal(got, layers.attention(q, k, v, 5).reshape(-1, 40))
+
+
+def operations(x: mx.array) -> list[str]:
+    """Names of the operations that lead to an array from what is computed already."""
+    text = io.StringIO()
+    mx.export_to_dot(text, x)
+    return sorted(re.findall(r'label ?="([A-Za-z]\w*)[^"]*", shape=rectangle', text.getvalue()))
+
+
+def test_a_weight_is_transposed_once() -> None:
+    layer, x = layers.Linear(64, 50), mx.array(normal(3, 64))
+    layer.load_weights([("weight", mx.array(normal(50, 64))), ("bias", mx.array(normal(50)))])
+    mx.eval(layer(x))
+    before = mx.get_active_memory()
+    assert operations(layer(x)) == ["AddMM", "Broadcast"]
+    assert set(layer.parameters()) == {"weight", "bias"}
+    # A new weight is seen, and the old one's memory given back.
+    weight = mx.array(normal(50, 64))
+    layer.put("weight", weight)
+    expected = np.array(x) @ np.array(weight).T + np.array(layer.bias)
+    np.testing.assert_allclose(layer(x), expected, atol=1e-4)
+    assert mx.get_active_memory() < before + weight.nbytes // 2
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("shape", [(2, 5, 6, 7), (2, 1, 1, 7)])
+def test_a_convolution_with_more_added(
+    monkeypatch: pytest.MonkeyPatch, kernel: int, shape: tuple[int, ...]
+) -> None:
+    x, more = mx.array(normal(2, 5, 6, 8)), mx.array(normal(*shape))
+    conv = layers.Conv2d(8, 7, kernel, padding=kernel // 2)
+    weight, bias = normal(7, kernel, kernel, 8), normal(7)
+    conv.load_weights([("weight", mx.array(weight)), ("bias", mx.array(bias))])
+    expected = np.array(conv(x)) + np.array(more)
+    np.testing.assert_allclose(conv(x, more), expected, atol=1e-6)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    np.testing.assert_allclose(conv(x, more), expected, atol=1e-6)

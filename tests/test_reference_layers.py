@@ -62,6 +62,7 @@ def test_convolution(
     got = conv(x)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, expected, atol=2e-5)
+    np.testing.assert_allclose(conv(x, got), 2 * expected, atol=4e-5)
 
 
 def test_convolution_of_a_view() -> None:
@@ -184,7 +185,11 @@ def test_attention(
 
 def test_attention_to_another_length() -> None:
     q, k, v = normal(2, 33, 40), normal(2, 7, 40, seed=1), normal(2, 7, 40, seed=2)
-    np.testing.assert_allclose(layers.attention(q, k, v, 5), plain_attention(q, k, v, 5), atol=2e-6)
+    expected = plain_attention(q, k, v, 5)
+    np.testing.assert_allclose(layers.attention(q, k, v, 5), expected, atol=2e-6)
+    # The vectors of both samples as one matrix.
+    got = layers.attention(*(x.reshape(-1, 40) for x in (q, k, v)), 5, batch=2)
+    np.testing.assert_allclose(got, expected.reshape(-1, 40), atol=2e-6)
 
 
 def test_attention_leaves_its_inputs_alone() -> None:

@@ -78,17 +78,16 @@ class ResnetBlock2D(Module):
             self.conv_shortcut = Conv2d(in_channels, out_channels, 1)
 
     def __call__(self, x: mx.array, temb: Condition | None = None) -> mx.array:
-        h = self.conv1(self.norm1.silu(x))
+        h = self.norm1.silu(x)
         shift = None
         if temb is not None:
             (shift,) = temb.made_by(self, self._shift)
         if self.scale_shift and shift is not None:
             scale, shift = mx.split(shift, 2, axis=-1)
-            h = silu(self.norm2(h) * (1 + scale) + shift)
+            h = silu(self.norm2(self.conv1(h)) * (1 + scale) + shift)
         else:
-            h = self.norm2.silu(h if shift is None else h + shift)
-        h = self.conv2(h)
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+            h = self.norm2.silu(self.conv1(h, shift))
+        return self.conv2(h, x if self.conv_shortcut is None else self.conv_shortcut(x))
 
     def _shift(self, temb: mx.array) -> tuple[mx.array]:
         """What is added to each channel: (B, temb_channels) -> (B, 1, 1, C)."""
@@ -139,8 +138,9 @@ class Attention(Module):
     there are ``norm_num_groups``, attends to itself, and is added to the result.
 
     Args:
-        x: tokens (B, L, query_dim), or a feature map.
+        x: tokens, the rows of all samples in one matrix (B * L, query_dim), or a feature map.
         encoder_hidden_states: what x attends to, of (B, S, context_dim); None: x itself.
+        batch: B; None where x is a feature map.
     Returns: the shape of x.
     Source: diffusers models/attention_processor.py Attention.
     """
@@ -165,21 +165,26 @@ class Attention(Module):
         self.to_v = Linear(context_dim, query_dim, bias)
         self.to_out = [Linear(query_dim, query_dim)]
 
-    def __call__(self, x: mx.array, encoder_hidden_states: Condition | None = None) -> mx.array:
+    def __call__(
+        self,
+        x: mx.array,
+        encoder_hidden_states: Condition | None = None,
+        batch: int | None = None,
+    ) -> mx.array:
         tokens = x if self.group_norm is None else self.group_norm(x)
-        if x.ndim == 4:
-            tokens = tokens.reshape(x.shape[0], -1, x.shape[-1])
+        if batch is None:
+            batch, tokens = len(x), tokens.reshape(-1, x.shape[-1])
         if encoder_hidden_states is None:
             k, v = self._keys_values(tokens)
         else:
             k, v = encoder_hidden_states.made_by(self, self._keys_values)
         q = self.to_q(tokens)
-        out = attention(q, k, v, self.heads)
+        out = attention(q, k, v, self.heads, batch=batch)
         if encoder_hidden_states is not None:
             for k, v, scale in encoder_hidden_states.beside(self):
-                out = out + scale * attention(q, k, v, self.heads)
+                out = out + scale * attention(q, k, v, self.heads, batch=batch)
         out = self.to_out[0](out)
-        return out if x.ndim == 3 else x + out.reshape(x.shape)
+        return out if x.ndim == 2 else x + out.reshape(x.shape)
 
     def _keys_values(self, context: mx.array) -> tuple[mx.array, mx.array]:
         return self.to_k(context), self.to_v(context)

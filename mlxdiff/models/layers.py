@@ -50,6 +50,21 @@ class Module(nn.Module):
             owner = owner[int(part)] if isinstance(owner, list) else owner[part]
         owner[key] = weight
 
+    def view(self, name: str, make: Callable[[mx.array], mx.array]) -> mx.array:
+        """A parameter as it is computed with: the same memory in another shape.
+
+        Made once, or every evaluation would make it anew, a node of its graph each time.
+        """
+        kept = f"_{name}"  # MLX takes such a name for no parameter's
+        if kept not in self:
+            self[kept] = make(self[name])
+            mx.eval(self[kept])
+        return self[kept]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.pop(f"_{name}", None)
+        super().__setitem__(name, value)
+
 
 class StoredWeight(Module):
     """A weight that is kept smaller than it is computed with, and expanded whenever it is used.
@@ -129,7 +144,7 @@ class Linear(Module):
             self.bias = mx.zeros((out_features,))
 
     def __call__(self, x: mx.array) -> mx.array:
-        return _affine(x, self.weight, self.get("bias"))
+        return _affine(self, x)
 
 
 class Conv2d(Module):
@@ -137,6 +152,7 @@ class Conv2d(Module):
 
     Args:
         x: (B, H, W, in_channels).
+        more: added to the result: a feature map, or (B, 1, 1, out_channels); None: nothing.
     Returns: (B, H', W', out_channels).
     """
 
@@ -156,10 +172,11 @@ class Conv2d(Module):
         if bias:
             self.bias = mx.zeros((out_channels,))
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, more: mx.array | None = None) -> mx.array:
         weight, bias = self.weight, self.get("bias")
         if weight.shape[1] == 1 and self.stride == 1 and self.padding == 0:
-            return _affine(x, weight, bias)
+            x = _affine(self, x)
+            return x if more is None else x + more
         stored = isinstance(weight, StoredWeight)
         if isinstance(weight, StoredWeight):
             weight = weight.expand()
@@ -167,7 +184,7 @@ class Conv2d(Module):
             x = mx.conv2d(x, weight, self.stride, self.padding)
         else:
             x = _conv_by_rows(x, weight, self.stride, self.padding)
-        x = x if bias is None else x + bias
+        x = _sum(x, *(part for part in (bias, more) if part is not None))
         return _before_the_next(x) if stored else x
 
 
@@ -205,8 +222,11 @@ class GroupNorm(Module):
         total = grouped.astype(mx.float32).sum(1, keepdims=True).sum(-1, keepdims=True)
         square = _squared_distance(grouped, total, count)
         square = square.sum(1, keepdims=True).sum(-1, keepdims=True)
-        weight, bias = (v.reshape(self.num_groups, -1) for v in (self.weight, self.bias))
+        weight, bias = (self.view(name, self._by_group) for name in ("weight", "bias"))
         return apply(grouped, total, square, count, self.eps, weight, bias).reshape(x.shape)
+
+    def _by_group(self, values: mx.array) -> mx.array:
+        return values.reshape(self.num_groups, -1)
 
     def over(self, bands: Sequence[mx.array]) -> Callable[[mx.array], mx.array]:
         """What normalizes each part of a feature map that is given as bands of rows."""
@@ -282,18 +302,24 @@ class Embedding(Module):
         return weight.take(ids) if isinstance(weight, StoredWeight) else weight[ids]
 
 
-def _affine(x: mx.array, weight: mx.array | StoredWeight, bias: mx.array | None) -> mx.array:
-    """Affine map of the last axis by a linear weight or one of a 1x1 convolution."""
+def _affine(layer: Linear | Conv2d, x: mx.array) -> mx.array:
+    """Affine map of the last axis by a linear layer or a 1x1 convolution."""
+    weight, bias = layer.weight, layer.get("bias")
     stored = isinstance(weight, StoredWeight)
     if isinstance(weight, StoredWeight):
         if weight.quantization is not None and mx.default_device() == mx.gpu:
             out = _add_beside(x, weight, _quantized_product(x, weight, weight.quantization))
             return out if bias is None else out + bias
-        weight = weight.expand()
-    if weight.ndim > 2:
-        weight = weight.reshape(weight.shape[0], -1)
-    out = x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+        matrix = _matrix(weight.expand())
+    else:
+        matrix = layer.view("weight", _matrix)
+    out = x @ matrix if bias is None else mx.addmm(bias, x, matrix)
     return _before_the_next(out) if stored else out
+
+
+def _matrix(weight: mx.array) -> mx.array:
+    """The weight of a linear layer or of a 1x1 convolution as (in, out)."""
+    return weight.reshape(len(weight), -1).T
 
 
 def _before_the_next(out: mx.array) -> mx.array:
@@ -439,13 +465,23 @@ def _in_blocks(function: Callable[[mx.array], mx.array], x: mx.array) -> mx.arra
     return mx.concatenate(parts).reshape(x.shape)
 
 
+def _sum(x: mx.array, *others: mx.array) -> mx.array:
+    if len(others) > 1 and mx.default_device() == mx.gpu:
+        return _sum_of_three(x, *others)
+    return sum(others, x)
+
+
+def _sum_of_three(x: mx.array, y: mx.array, z: mx.array) -> mx.array:
+    return x + y + z
+
+
 def _gated(x: mx.array, gate: mx.array) -> mx.array:
     return x * (gate * (0.5 * (1 + mx.erf(gate * math.sqrt(0.5)))))
 
 
 # On a GPU each of these is one kernel. They are called nowhere else: to compile for a CPU runs g++.
-_squared_distance, _normalized, _normalized_silu, _gated = (
-    mx.compile(f) for f in (_squared_distance, _normalized, _normalized_silu, _gated)
+_squared_distance, _normalized, _normalized_silu, _gated, _sum_of_three = (
+    mx.compile(f) for f in (_squared_distance, _normalized, _normalized_silu, _gated, _sum_of_three)
 )
 
 
@@ -459,7 +495,12 @@ _METAL_HEAD_DIMS = (64, 80, 128)
 
 
 def attention(
-    q: mx.array, k: mx.array, v: mx.array, heads: int, mask: mx.array | None = None
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    heads: int,
+    mask: mx.array | None = None,
+    batch: int | None = None,
 ) -> mx.array:
     """Scaled dot-product attention (Vaswani et al. 2017).
 
@@ -473,10 +514,11 @@ def attention(
         k, v: keys and values, (B, Lk, heads * D).
         heads: number of heads.
         mask: bool (Lq, Lk), true where a query sees a key; None: everywhere.
-    Returns: (B, Lq, heads * D), dtype of q.
+        batch: B, where the vectors of all samples are the rows of one matrix, (B * L, heads * D).
+    Returns: the shape and the dtype of q.
     """
-    batch, length, width = q.shape
-    head_dim = width // heads
+    batch, shape = len(q) if batch is None else batch, q.shape
+    head_dim = shape[-1] // heads
     scale = head_dim**-0.5
     q, k, v = (x.reshape(batch, -1, heads, head_dim).transpose(0, 2, 1, 3) for x in (q, k, v))
     fused_dim = _fused_head_dim(head_dim, q.dtype)
@@ -490,7 +532,7 @@ def attention(
             q, k, v = (mx.pad(x, padding) for x in (q, k, v))
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
         out = out[..., :head_dim]
-    return out.transpose(0, 2, 1, 3).reshape(batch, length, width)
+    return out.transpose(0, 2, 1, 3).reshape(shape)
 
 
 def _fused_head_dim(head_dim: int, dtype: mx.Dtype) -> int | None:

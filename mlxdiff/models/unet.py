@@ -65,9 +65,10 @@ class BasicTransformerBlock(Module):
     """Self-attention, attention to the text, feed-forward; each normalized first and added.
 
     Args:
-        x: (B, H * W, C).
+        x: (B * H * W, C), the rows of all samples in one matrix.
         encoder_hidden_states: of (B, L, D).
-    Returns: (B, H * W, C).
+        batch: B.
+    Returns: the shape of x.
     """
 
     def __init__(self, block: BlockSpec) -> None:
@@ -85,10 +86,10 @@ class BasicTransformerBlock(Module):
         self.norm3 = LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def __call__(self, x: mx.array, encoder_hidden_states: Condition) -> mx.array:
+    def __call__(self, x: mx.array, encoder_hidden_states: Condition, batch: int) -> mx.array:
         context = encoder_hidden_states if self.only_cross_attention else None
-        x = x + self.attn1(self.norm1(x), context)
-        x = x + self.attn2(self.norm2(x), encoder_hidden_states)
+        x = x + self.attn1(self.norm1(x), context, batch)
+        x = x + self.attn2(self.norm2(x), encoder_hidden_states, batch)
         return x + self.ff(self.norm3(x))
 
 
@@ -112,11 +113,10 @@ class Transformer2DModel(Module):
         self.proj_out = project(width, width)
 
     def __call__(self, x: mx.array, encoder_hidden_states: Condition) -> mx.array:
-        h = self.proj_in(self.norm(x))
-        h = h.reshape(x.shape[0], -1, x.shape[-1])
+        h = self.proj_in(self.norm(x).reshape(-1, x.shape[-1]))
         for block in self.transformer_blocks:
-            h = block(h, encoder_hidden_states)
-        return x + self.proj_out(h.reshape(x.shape))
+            h = block(h, encoder_hidden_states, len(x))
+        return x + self.proj_out(h).reshape(x.shape)
 
 
 class DownBlock2D(Module):

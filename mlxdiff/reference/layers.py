@@ -198,6 +198,7 @@ class Conv2d(Module):
 
     Args:
         x: (B, H, W, in_channels).
+        more: added to the result: a feature map, or (B, 1, 1, out_channels); None: nothing.
     Returns: (B, H', W', out_channels).
     """
 
@@ -215,7 +216,13 @@ class Conv2d(Module):
         self.weight = _zeros(out_channels, kernel_size, kernel_size, in_channels)
         self.bias = _zeros(out_channels) if bias else None
 
-    def __call__(self, x: np.ndarray) -> np.ndarray:
+    def __call__(self, x: np.ndarray, more: np.ndarray | None = None) -> np.ndarray:
+        out = self._convolve(x)
+        if more is not None:
+            out += more
+        return out
+
+    def _convolve(self, x: np.ndarray) -> np.ndarray:
         outputs, size, _, inputs = self.weight.shape
         kernel = _value(self.weight).reshape(outputs, -1).T
         if size == 1 and self.stride == 1 and self.padding == 0:
@@ -451,7 +458,12 @@ def activation(name: str) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def attention(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, heads: int, mask: np.ndarray | None = None
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    heads: int,
+    mask: np.ndarray | None = None,
+    batch: int | None = None,
 ) -> np.ndarray:
     """Scaled dot-product attention (Vaswani et al. 2017): softmax(q k^T / sqrt(D)) v for each head.
 
@@ -463,10 +475,12 @@ def attention(
         k, v: keys and values, (B, Lk, heads * D).
         heads: number of heads.
         mask: bool (Lq, Lk), true where a query sees a key; None: everywhere.
-    Returns: (B, Lq, heads * D).
+        batch: B, where the vectors of all samples are the rows of one matrix, (B * L, heads * D).
+    Returns: the shape of q.
     """
-    (batch, length, width), keys_length = q.shape, k.shape[1]
-    head_dim = width // heads
+    batch, shape = len(q) if batch is None else batch, q.shape
+    q, k, v = (x.reshape(batch, -1, shape[-1]) for x in (q, k, v))
+    length, keys_length, head_dim = q.shape[1], k.shape[1], shape[-1] // heads
     q = q * head_dim**-0.5
     out = np.empty(q.shape, np.float32)
     values = np.ones((keys_length, head_dim + 1), np.float32)
@@ -484,7 +498,7 @@ def attention(
                 _exponentials(scores, _longest(queries) * _longest(keys))
                 sums = scores @ values
                 np.divide(sums[:, :-1], sums[:, -1:], out=out[b, start : start + step, head])
-    return out
+    return out.reshape(shape)
 
 
 def _longest(vectors: np.ndarray) -> float:
