@@ -2,7 +2,7 @@
 
     git clone https://github.com/ml-explore/mlx-examples
     python benchmarks/peers.py mlx-examples/stable_diffusion [--parts unet graph picture decode]
-        [--threads 1] [--rounds 2]
+        [--threads 1] [--rounds 2] [--sizes 256 512]
 
 Stable Diffusion 1.5 at full size, random weights, float32; nothing is downloaded. The two take
 turns, each in a process of its own.
@@ -10,7 +10,8 @@ turns, each in a process of its own.
 unet     seconds of a step (64x64 latents, batch 2): wall and CPU, after one to warm up
 graph    nodes of a step's graph as a GPU would be given it: attention and layer norm one node each
 picture  peak memory above the weights of a whole picture, 512x512, one step
-decode   peak memory above the weights of the VAE's decoder, 1024x1024
+decode   peak memory above the weights of the VAE's decoder, at each of --sizes; then mlxdiff's
+         alone at 1024x1024, beside the other's derived from the size before, by pixels
 
 On Linux, preload a BLAS (LD_PRELOAD=libopenblas.so.0): the one in MLX's wheel is slow, and the
 figures would be its alone. Prints a table and a line of JSON.
@@ -138,7 +139,7 @@ def their_step(size: int = 64) -> Callable[[], Any]:
 # ------------------------------------------------------------------------------------- the parts
 
 
-def measure_unet(side: str, file: str) -> dict[str, Any]:
+def measure_unet(side: str, file: str, size: int) -> dict[str, Any]:
     import mlx.core as mx
 
     step = {"mlxdiff": our_step, "mlx-examples": their_step}[side]()
@@ -157,7 +158,7 @@ def measure_unet(side: str, file: str) -> dict[str, Any]:
     }
 
 
-def measure_graph(side: str, file: str) -> dict[str, Any]:
+def measure_graph(side: str, file: str, size: int) -> dict[str, Any]:
     import mlx.core as mx
 
     def one_node(first: Any, *others: Any, **options: Any) -> Any:
@@ -182,7 +183,7 @@ def measure_graph(side: str, file: str) -> dict[str, Any]:
     }
 
 
-def measure_picture(side: str, file: str) -> dict[str, Any]:
+def measure_picture(side: str, file: str, size: int) -> dict[str, Any]:
     import mlx.core as mx
 
     weights = []
@@ -224,10 +225,10 @@ def measure_picture(side: str, file: str) -> dict[str, Any]:
     return {"weights": weights, "peak": mx.get_peak_memory() - weights}
 
 
-def measure_decode(side: str, file: str) -> dict[str, Any]:
+def measure_decode(side: str, file: str, size: int) -> dict[str, Any]:
     import mlx.core as mx
 
-    z = mx.array(np.random.default_rng(1).standard_normal((1, 128, 128, 4), np.float32))
+    z = mx.array(np.random.default_rng(1).standard_normal((1, size // 8, size // 8, 4), np.float32))
     if side == "mlxdiff":
         from mlxdiff.models.backend import Backend
         from mlxdiff.tiling import decode
@@ -260,23 +261,27 @@ def take_turns(options: argparse.Namespace) -> dict[str, Any]:
     paths = [str(options.checkout.resolve()), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     results: dict[str, Any] = {}
+    turns = [(part, 512, SIDES) for part in options.parts if part != "decode"]
+    if "decode" in options.parts:
+        turns += [("decode", size, SIDES) for size in options.sizes] + [("decode", 1024, SIDES[:1])]
     with tempfile.TemporaryDirectory() as folder:
-        for part in options.parts:
-            sides = results[part] = {side: [] for side in SIDES}
+        for part, size, chosen in turns:
+            name = f"decode {size}" if part == "decode" else part
+            sides = results[name] = {side: [] for side in SIDES}
             for number in range(options.rounds if part == "unet" else 1):
-                for side in SIDES:
-                    print(f"{part}, turn {number + 1}: {side}", file=sys.stderr)
-                    file = str(Path(folder) / f"{part}-{side}.npy")
+                for side in chosen:
+                    print(f"{name}, turn {number + 1}: {side}", file=sys.stderr)
+                    file = str(Path(folder) / f"{side}.npy")
                     command = [sys.executable, __file__, str(options.checkout)]
-                    command += ["--measure", part, side, file]
+                    command += ["--measure", part, side, file, str(size)]
                     done = subprocess.run(
                         command, env=environment, check=True, stdout=subprocess.PIPE
                     )
                     sides[side].append(json.loads(done.stdout.splitlines()[-1]))
-            if part in ("unet", "decode"):
-                ours, theirs = (np.load(Path(folder) / f"{part}-{side}.npy") for side in SIDES)
+            if part in ("unet", "decode") and chosen == SIDES:
+                ours, theirs = (np.load(Path(folder) / f"{side}.npy") for side in SIDES)
                 difference = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
-                results[part]["largest_difference"] = difference
+                results[name]["largest_difference"] = difference
     return {
         "benchmark": "peers",
         "threads": options.threads,
@@ -296,6 +301,9 @@ def report(result: dict[str, Any]) -> None:
     machine = result["machine"]
     print(f"{machine['processor']}, {result['threads']} thread(s), mlx {result['versions']['mlx']}")
     for part, sides in result["results"].items():
+        if not sides[SIDES[1]]:
+            by_pixels(result["results"])
+            continue
         for key in sides[SIDES[0]][0]:
             values = [
                 statistics.median(turn[key] for turn in sides[side])
@@ -312,17 +320,27 @@ def report(result: dict[str, Any]) -> None:
     print(json.dumps(result))
 
 
+def by_pixels(results: dict[str, Any]) -> None:
+    """The last decode's peak beside what the one before says of the other side's."""
+    (small, before), (large, last) = [x for x in results.items() if x[0].startswith("decode")][-2:]
+    pixels = [int(name.split()[1]) ** 2 for name in (small, large)]
+    theirs = before[SIDES[1]][0]["peak"] * pixels[1] / pixels[0] / 2**20
+    ours = last[SIDES[0]][0]["peak"] / 2**20
+    print(f"{large + ', peak (MiB)':24}{ours:12.2f}{theirs:12.2f}{ours / theirs:8.2f}x (derived)")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkout", type=Path, help="mlx-examples' folder stable_diffusion")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512])
+    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        part, side, file = options.measure
-        print(json.dumps(globals()[f"measure_{part}"](side, file)))
+        part, side, file, size = options.measure
+        print(json.dumps(globals()[f"measure_{part}"](side, file, int(size))))
     else:
         report(take_turns(options))
 
