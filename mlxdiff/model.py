@@ -19,7 +19,12 @@ import numpy as np
 
 from mlxdiff import preview, samplers, tiling
 from mlxdiff.adapters import lora
-from mlxdiff.config import AutoencoderKLConfig, UNet2DConditionConfig, VAEConfig
+from mlxdiff.config import (
+    AutoencoderKLConfig,
+    AutoencoderTinyConfig,
+    UNet2DConditionConfig,
+    VAEConfig,
+)
 from mlxdiff.convert import Component
 from mlxdiff.errors import ConfigError, UsageError
 from mlxdiff.image import load_image, to_model, to_pil
@@ -481,16 +486,21 @@ class Model(Networks):
         return low_memory or height * width > TILE_PIXELS
 
     def sketch(self, latents: np.ndarray) -> PIL.Image.Image:
-        """A small picture of latents (H/f, W/f, C), one pixel each, by a linear map (``preview``).
+        """A quick picture of latents (H/f, W/f, C): by the VAE where that is a TAESD, else a small
+        one, of a pixel each, by a linear map (``preview``).
 
         The first call fits the map to the VAE.
         """
-        if self._linear is None:
-            pixels = preview.chart(self.vae_config.factor)
-            self._linear = preview.fit(self.image_latents(pixels).mean[0], pixels)
-            if self.low_memory:
-                self._loaded.pop("vae", None)
-        return to_pil(preview.colours(self._linear, latents))
+        if isinstance(self.vae_config, AutoencoderTinyConfig):
+            pixels = self.decode_pixels(np.asarray(latents, np.float32))
+        else:
+            if self._linear is None:
+                chart = preview.chart(self.vae_config.factor)
+                self._linear = preview.fit(self.image_latents(chart).mean[0], chart)
+            pixels = preview.colours(self._linear, latents)
+        if self.low_memory:
+            self._loaded.pop("vae", None)
+        return to_pil(pixels)
 
     def _latent_scale(self) -> tuple[np.ndarray, np.ndarray]:
         """``scale, shift`` with latents of the U-Net = (latents of the VAE - shift) * scale."""

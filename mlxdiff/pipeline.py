@@ -74,7 +74,8 @@ class Step:
         return self._denoised()
 
     def sketch(self) -> PIL.Image.Image:
-        """What the model takes the picture for, at once: by a linear map, one pixel a latent."""
+        """What the model takes the picture for, at once: decoded where the VAE is a TAESD, else by
+        a linear map, one pixel a latent."""
         return self._sketch(self.denoised)
 
     def preview(self) -> PIL.Image.Image:

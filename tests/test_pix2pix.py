@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from golden_data import EDITING, cases, checkpoint, photo
 from golden_runs import Opened, assert_drawn_again
+from PIL import Image
 
 import mlxdiff
+from mlxdiff.cli import main
 from mlxdiff.errors import UsageError
 
 CASES = [(name, case) for name in EDITING for case in cases(name)]
@@ -31,6 +34,40 @@ def test_what_stands_in_the_metadata(opened: Opened) -> None:
     assert result.metadata[0].extra == {"image": "(pixels)", "image_guidance": 1.5}
     assert (result.settings.width, result.settings.height) == (32, 32)
     assert result.settings.strength is None
+
+
+def test_the_command_line_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(photo(41, 50)).save("photo.png")
+
+    def run(*arguments: str) -> None:
+        model = ["generate", "-m", str(checkpoint("pix2pix")), "--backend", "numpy"]
+        done = CliRunner().invoke(main, [*model, *arguments, "-i", "photo.png"])
+        assert done.exit_code == 0, done.output
+
+    run(
+        "make it red",
+        "-s",
+        "1",
+        "--steps",
+        "2",
+        "--image-guidance",
+        "1.8",
+        "-g",
+        "7",
+        "-o",
+        "1.png",
+    )
+    run("--from-image", "1.png", "-o", "2.png")
+    assert Path("1.png").read_bytes() == Path("2.png").read_bytes()
+    with Image.open("1.png") as picture:
+        assert picture.size == (48, 40)
+
+
+def test_a_controlnet_is_refused(opened: Opened) -> None:
+    pipe = opened("pix2pix", controlnets=["first"])
+    with pytest.raises(UsageError, match="does not go together with a ControlNet"):
+        pipe.settings("a", image=photo(32, 32), control_image=photo(32, 32))
 
 
 def test_the_interval_and_deep_features_work_as_elsewhere(opened: Opened) -> None:

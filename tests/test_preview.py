@@ -15,11 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden_data import checkpoint
+from click.testing import CliRunner
+from golden_data import arrays, assert_picture_close, checkpoint
+from golden_runs import Opened
 from PIL import Image
 
 import mlxdiff
 from mlxdiff import preview, samplers
+from mlxdiff.cli import main
 from mlxdiff.cli.preview import iterm2, kitty, terminal_protocol
 
 QUICK = ("-s", "0", "--steps", "3", "-W", "32", "-H", "32", "--backend", "numpy")
@@ -61,6 +64,32 @@ def test_a_sketch_is_near_the_picture(backend: str) -> None:
         assert np.sqrt(((sketch - small) ** 2).mean()) < most
     plain = np.asarray(steps[2].preview().resize((16, 16), Image.Resampling.BOX), float)
     assert np.sqrt(((plain - small) ** 2).mean()) > 70  # latents with their noise show nothing yet
+
+
+def test_a_taesd_decodes_previews(backend: str, opened: Opened) -> None:
+    """As diffusers' AutoencoderTiny does; its last preview is the picture."""
+    pipe = opened("sd15", backend, vae="taesd")
+    golden = arrays("taesd")
+    found = np.stack([np.asarray(pipe.model.sketch(x)) for x in golden["vae/latents"]])
+    expected = np.clip(golden["vae/decoded"] * 127.5 + 127.5, 0, 255).round().astype(np.uint8)
+    assert_picture_close(found, expected)
+    run = {"seed": 0, "steps": 3, "width": 32, "height": 40, "sampler": "euler"}
+    steps = list(pipe.stream("a", **run))
+    assert [step.sketch().size for step in steps] == [(32, 40)] * 3
+    assert np.array_equal(steps[-1].sketch(), pipe.decode(steps[-1].denoised[None])[0])
+
+
+def test_previews_by_a_taesd_on_the_command_line(tmp_path: Path) -> None:
+    vae, model = str(checkpoint("taesd")), str(checkpoint("sd15"))
+    command = "generate", "a", "-m", model, "--vae", vae, *QUICK, "--sampler", "euler"
+    files = "--preview-file", str(tmp_path / "{step}.png"), "-o", str(tmp_path / "x.png")
+    done = CliRunner().invoke(main, [*command, *files])
+    assert done.exit_code == 0, done.output
+    first, last, picture = (Image.open(tmp_path / f"{name}.png") for name in ("1", "3", "x"))
+    assert first.size == last.size == picture.size == (32, 32)
+    difference = np.abs(np.asarray(last, np.int16) - np.asarray(picture, np.int16))
+    assert difference.max() <= 1  # x_0 at the last step is what is left
+    assert not np.array_equal(first, last)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])

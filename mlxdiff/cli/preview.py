@@ -114,8 +114,7 @@ class Preview:
         config = getattr(pipe.model, "vae_config", None)
         factor = min(getattr(config, "factor", 1), _PIXELS)
         height, width, _ = step.latents.shape
-        tiny = type(config).__name__ == "AutoencoderTinyConfig"  # a TAESD is quick enough
-        image = pipe.decode(step.denoised[None])[0] if tiny else step.sketch()
+        image = step.sketch()
         self.last = image, (width * factor, height * factor), output
         if self.protocol is not None:
             self._draw(image)

@@ -14,6 +14,7 @@ import json
 import shutil
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,8 @@ import numpy as np
 import torch
 from diffusers import (
     AutoencoderTiny,
-    DDIMScheduler,
-    DDPMScheduler,
     DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
     LatentConsistencyModelImg2ImgPipeline,
     LatentConsistencyModelPipeline,
     LCMScheduler,
@@ -36,8 +32,22 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
-    UniPCMultistepScheduler,
 )
+from drawing import (
+    HERE,
+    TREE,
+    Drawn,
+    case,
+    draw,
+    generator,
+    nhwc,
+    opened,
+    pictures,
+    prepare,
+    words,
+    write_pictures,
+)
+from golden_data import checkpoint, photo
 from make_checkpoints import (
     BETAS,
     END,
@@ -48,13 +58,7 @@ from make_checkpoints import (
     write_json,
     write_tokenizer,
 )
-from make_goldens import CIRCLE, TREE, nhwc
-from PIL import Image
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-from golden_data import checkpoint, photo  # noqa: E402
 
 DOWN, CROSS_DOWN = "DownBlock2D", "CrossAttnDownBlock2D"
 UP, CROSS_UP = "UpBlock2D", "CrossAttnUpBlock2D"
@@ -275,14 +279,6 @@ BASES = {"sd-turbo": "sd21v", "sdxl-turbo": "sdxl"}
 # ------------------------------------------------------------------------------------- the pictures
 
 
-def case(prompt: str = CIRCLE, **arguments: Any) -> dict[str, Any]:
-    """Arguments of Pipeline.generate, and beside them: model, vae and refiner (names of this
-    folder), image (height and width of golden_data.photo)."""
-    named = "sampler" in arguments and arguments["sampler"] != "checkpoint"
-    schedule = {"schedule": "normal"} if named else {}
-    return {"prompt": prompt, "seed": 0, "steps": 6} | schedule | arguments
-
-
 SQUARE = {"width": 64, "height": 64}
 PHOTO = {"image": [64, 64]}
 SPLIT = {"refiner": "sdxl-refiner", "steps": 10, "denoising_end": 0.7, "model": "sdxl"}
@@ -363,31 +359,6 @@ PICTURES: dict[str, dict[str, dict[str, Any]]] = {
 }
 for name in ("img2img", "taesd"):
     PICTURES[name] = {k: {"model": "sd15"} | v for k, v in PICTURES[name].items()}
-OWN: dict[str, Any] = {"clip_sample": False}  # of a latent model, whatever the class's default
-CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "dpmpp-2m": (DPMSolverMultistepScheduler, {}),
-    "dpmpp-2m-sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
-    "euler": (EulerDiscreteScheduler, {}),
-    "euler-a": (EulerAncestralDiscreteScheduler, {}),
-    "heun": (HeunDiscreteScheduler, {}),
-    "ddim": (DDIMScheduler, OWN),
-    "ddpm": (DDPMScheduler, OWN),
-    "unipc": (UniPCMultistepScheduler, {}),
-    "lcm": (LCMScheduler, {}),
-}
-WORDS = {  # ours -> diffusers'
-    "negative_prompt": "negative_prompt",
-    "steps": "num_inference_steps",
-    "guidance": "guidance_scale",
-    "guidance_rescale": "guidance_rescale",
-    "strength": "strength",
-    "eta": "eta",
-    "count": "num_images_per_prompt",
-    "aesthetic_score": "aesthetic_score",
-    "negative_aesthetic_score": "negative_aesthetic_score",
-    "denoising_start": "denoising_start",
-    "denoising_end": "denoising_end",
-}
 TO_IMAGE = {
     StableDiffusionPipeline: StableDiffusionImg2ImgPipeline,
     StableDiffusionXLPipeline: StableDiffusionXLImg2ImgPipeline,
@@ -398,52 +369,29 @@ TO_IMAGE = {
 
 def load(name: str, arguments: dict[str, Any]) -> Any:
     """diffusers' pipeline for a case: the class for its task, with its sampler."""
-    pipe = DiffusionPipeline.from_pretrained(checkpoint(name), dtype=torch.float32)
+    pipe = opened(name)
     if "image" in arguments:
         pipe = TO_IMAGE[type(pipe)].from_pipe(pipe)
-    if "vae" in arguments:
-        pipe.vae = AutoencoderTiny.from_pretrained(checkpoint("taesd"), dtype=torch.float32)
-    sampler = arguments.get("sampler", "checkpoint")
-    if sampler != "checkpoint":
-        kind, settings = CLASSES[sampler]
-        if arguments.get("schedule") == "karras":
-            settings = settings | {"use_karras_sigmas": True}
-        pipe.scheduler = kind.from_config(pipe.scheduler.config, **settings)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return prepare(pipe, arguments)
 
 
-def run(family: str, arguments: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Latents (B, h, w, C) and uint8 pictures (B, H, W, 3) as diffusers' pipeline makes them."""
-    pipe = load(arguments.get("model", family), arguments)
-    given = {theirs: arguments[ours] for ours, theirs in WORDS.items() if ours in arguments}
+def run(family: str, arguments: dict[str, Any], seed: int) -> Drawn:
+    """One picture, as diffusers' pipeline makes it."""
+    pipe, prompt = load(arguments.get("model", family), arguments), arguments["prompt"]
+    given = words(arguments) | {"generator": generator(seed)}
     if "image" in arguments:
-        given["image"] = Image.fromarray(photo(*arguments["image"]))
+        (given["image"],) = pictures(photo, [arguments["image"]])
     else:
         given |= {side: arguments[side] for side in ("width", "height")}
-    seeds = range(arguments["seed"], arguments["seed"] + arguments.get("count", 1))
-    given["generator"] = [torch.Generator("cpu").manual_seed(s) for s in seeds]
-    last: dict[str, torch.Tensor] = {}
-
-    def keep(pipe: Any, step: int, time: Any, state: dict[str, Any]) -> dict[str, Any]:
-        last.update(state)
-        return state
-
-    def draw(pipe: Any, **given: Any) -> Any:
-        return pipe(arguments["prompt"], callback_on_step_end=keep, **given).images
-
     if "refiner" not in arguments:
-        images = draw(pipe, output_type="np", **given)
-    else:
-        half = draw(pipe, output_type="latent", **given)
-        refiner = load(arguments["refiner"], {**arguments, "image": True})
-        refiner.vae = pipe.vae
-        for name in ("width", "height", "strength", "denoising_end"):
-            given.pop(name, None)
-        start = arguments["denoising_end"]
-        given |= {"image": half, "denoising_start": start}
-        images = draw(refiner, output_type="np", **given)
-    return nhwc(last["latents"]), (images * 255).round().astype(np.uint8)
+        return draw(pipe, prompt, **given)
+    half = draw(pipe, prompt, output_type="latent", **given)
+    refiner = load(arguments["refiner"], {**arguments, "image": True})
+    refiner.vae = pipe.vae
+    for name in ("width", "height", "strength", "denoising_end"):
+        given.pop(name, None)
+    given |= {"image": half, "denoising_start": arguments["denoising_end"]}
+    return draw(refiner, prompt, **given)
 
 
 def taesd_arrays() -> dict[str, np.ndarray]:
@@ -498,12 +446,6 @@ def main(names: list[str]) -> None:
     """Write each family's checkpoint, components.npz, pictures.npz and cases.json."""
     for name in names or list(PICTURES):
         folder = HERE / name
-        folder.mkdir(exist_ok=True)
-        document: dict[str, Any] = {"prompts": [CIRCLE, TREE], "pictures": PICTURES[name]}
-        if name in BASES:
-            document["base"] = BASES[name]
-        text = json.dumps(document, indent=1)
-        (folder / "cases.json").write_text(text + "\n", encoding="utf-8")
         if name in MAKERS:
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
             MAKERS[name](folder / "checkpoint")
@@ -511,13 +453,8 @@ def main(names: list[str]) -> None:
             np.savez_compressed(folder / "components.npz", **taesd_arrays())
         elif name in MAKERS and name not in BASES:
             np.savez_compressed(folder / "components.npz", **unet_arrays(name))
-        pictures: dict[str, np.ndarray] = {}
-        for label, arguments in PICTURES[name].items():
-            latents, image = run(name, arguments)
-            pictures[f"{label}/latents"], pictures[f"{label}/image"] = latents, image
-            clipped = np.isin(image, (0, 255)).mean()
-            print(f"{name} {label}: contrast {image.std():.0f}, clipped {clipped:.1%}", flush=True)
-        np.savez_compressed(folder / "pictures.npz", **pictures)
+        more = {"base": BASES[name]} if name in BASES else {}
+        write_pictures(folder, PICTURES[name], partial(run, name), **more)
 
 
 if __name__ == "__main__":

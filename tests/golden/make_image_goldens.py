@@ -8,60 +8,42 @@ picture at a time here: of several it encodes the image with the first one's gen
 
 from __future__ import annotations
 
-import inspect
 import json
 import shutil
 import sys
 import warnings
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import (
-    AutoencoderTiny,
-    DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    DPMSolverSinglestepScheduler,
-    LMSDiscreteScheduler,
     StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionUpscalePipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLInstructPix2PixPipeline,
-    TCDScheduler,
 )
+from drawing import (
+    CIRCLE,
+    HERE,
+    TREE,
+    Drawn,
+    draw,
+    generator,
+    opened,
+    pictures,
+    prepare,
+    words,
+    write_pictures,
+)
+from drawing import case as plain_case
+from golden_data import checkpoint, mask, photo
 from make_checkpoints import make_unet, make_vae, write_json
-from make_family_goldens import (
-    CLASSES,
-    CROSS_DOWN,
-    CROSS_UP,
-    DOWN,
-    OWN,
-    SDXL,
-    TO_IMAGE,
-    UP,
-    WORDS,
-)
-from make_family_goldens import case as plain_case
-from make_goldens import CIRCLE, TREE, nhwc
+from make_family_goldens import CROSS_DOWN, CROSS_UP, DOWN, SDXL, TO_IMAGE, UP
 from PIL import Image
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-from golden_data import checkpoint, mask, photo  # noqa: E402
-
-CLASSES = CLASSES | {
-    "dpm-2m": (
-        DPMSolverMultistepScheduler,
-        {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
-    ),
-    "dpmpp-2s": (DPMSolverSinglestepScheduler, {}),
-    "lms": (LMSDiscreteScheduler, {}),
-    "tcd": (TCDScheduler, OWN),
-}
 
 # -------------------------------------------------------------------------------------- checkpoints
 
@@ -364,33 +346,15 @@ KINDS = {
     "sdxl-pix2pix": StableDiffusionXLInstructPix2PixPipeline,
     "x4-upscaler": StableDiffusionUpscalePipeline,
 }
-WORDS = WORDS | {"image_guidance": "image_guidance_scale", "noise_level": "noise_level"}
-
-
-@lru_cache
-def opened(name: str) -> Any:
-    """A model as its folder says."""
-    return DiffusionPipeline.from_pretrained(checkpoint(name), dtype=torch.float32)
 
 
 def load(name: str, arguments: dict[str, Any], kind: Any = None) -> Any:
     """diffusers' pipeline for a case: of this class, or the model's own, or one that inpaints."""
     pipe, kind = opened(name), kind or KINDS.get(name)
     if kind is None:
-        kind = StableDiffusionXLInpaintPipeline
-        if not hasattr(pipe, "text_encoder_2"):
-            kind = StableDiffusionInpaintPipeline
-    pipe = kind.from_pipe(pipe)
-    if "vae" in arguments:
-        pipe.vae = AutoencoderTiny.from_pretrained(checkpoint("taesd"), dtype=torch.float32)
-    sampler = arguments["sampler"]
-    if sampler != "checkpoint":
-        scheduler, settings = CLASSES[sampler]
-        if arguments["schedule"] == "karras":
-            settings = settings | {"use_karras_sigmas": True}
-        pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **settings)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+        xl = hasattr(pipe, "text_encoder_2")
+        kind = StableDiffusionXLInpaintPipeline if xl else StableDiffusionInpaintPipeline
+    return prepare(kind.from_pipe(pipe), arguments)
 
 
 def outpainted(arguments: dict[str, Any]) -> tuple[Image.Image, Image.Image]:
@@ -415,13 +379,11 @@ def outpainted(arguments: dict[str, Any]) -> tuple[Image.Image, Image.Image]:
     return Image.fromarray(image), Image.fromarray(repaint)
 
 
-def run(family: str, arguments: dict[str, Any], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Latents (1, h, w, C) and uint8 picture (1, H, W, 3) as diffusers' pipeline makes them."""
-    name = arguments.get("model", family)
-    pipe = load(name, arguments)
-    words = {k: v for k, v in WORDS.items() if k != "count"}
-    given = {theirs: arguments[ours] for ours, theirs in words.items() if ours in arguments}
-    image = Image.fromarray(photo(*arguments["image"]))
+def run(family: str, arguments: dict[str, Any], seed: int) -> Drawn:
+    """One picture, as diffusers' pipeline makes it."""
+    pipe, prompt = load(arguments.get("model", family), arguments), arguments["prompt"]
+    given = words(arguments) | {"generator": generator(seed)}
+    (image,) = pictures(photo, [arguments["image"]])
     repaints = family not in (*EDITS, "x4-upscaler")
     if family == "x4-upscaler" and "width" in arguments:
         size = arguments["width"] // 4, arguments["height"] // 4
@@ -429,7 +391,7 @@ def run(family: str, arguments: dict[str, Any], seed: int) -> tuple[np.ndarray, 
     if "outpaint" in arguments:
         image, given["mask_image"] = outpainted(arguments)
     elif repaints:
-        given["mask_image"] = Image.fromarray(mask(*arguments["mask"]))
+        (given["mask_image"],) = pictures(mask, [arguments["mask"]])
     given["image"] = image
     if repaints:
         given |= {side: arguments[side] for side in ("width", "height")}
@@ -437,112 +399,67 @@ def run(family: str, arguments: dict[str, Any], seed: int) -> tuple[np.ndarray, 
         given.setdefault("strength", 0.9999 if "denoising_start" in arguments else 1.0)
     elif family.startswith("sdxl"):
         given |= {"width": image.width, "height": image.height}
-    given["generator"] = torch.Generator("cpu").manual_seed(seed)
-    last: dict[str, torch.Tensor] = {}
-
-    def keep(pipe: Any, step: int, time: Any, state: dict[str, Any]) -> dict[str, Any]:
-        last.update(state)
-        return state
-
-    def draw(pipe: Any, **given: Any) -> Any:
-        if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
-            given["callback_on_step_end"] = keep
-        else:  # the SDXL class that edits and the upscaler have the older kind
-            given |= {"callback": lambda step, time, x: last.update(latents=x), "callback_steps": 1}
-        return pipe(arguments["prompt"], **given).images
-
     if "refiner" not in arguments:
-        images = draw(pipe, output_type="np", **given)
-    else:
-        half = draw(pipe, output_type="latent", **given)
-        # A plain model's kept part is put back by the refiner too; an inpainting model's is not.
-        plain = pipe.unet.config.in_channels == 4
-        kind = StableDiffusionXLInpaintPipeline if plain else StableDiffusionXLImg2ImgPipeline
-        refiner = load(arguments["refiner"], arguments, kind)
-        refiner.vae = pipe.vae
-        start = given.pop("denoising_end")
-        given |= {"image": half, "denoising_start": start, "strength": 0.9999}
-        if not plain:
-            for word in ("mask_image", "width", "height", "image_guidance_scale"):
-                given.pop(word, None)
-        images = draw(refiner, output_type="np", **given)
-    return nhwc(last["latents"]), (images * 255).round().astype(np.uint8)
+        return draw(pipe, prompt, **given)
+    half = draw(pipe, prompt, output_type="latent", **given)
+    # A plain model's kept part is put back by the refiner too; an inpainting model's is not.
+    plain = pipe.unet.config.in_channels == 4
+    kind = StableDiffusionXLInpaintPipeline if plain else StableDiffusionXLImg2ImgPipeline
+    refiner = load(arguments["refiner"], arguments, kind)
+    refiner.vae = pipe.vae
+    start = given.pop("denoising_end")
+    given |= {"image": half, "denoising_start": start, "strength": 0.9999}
+    if not plain:
+        for word in ("mask_image", "width", "height", "image_guidance_scale"):
+            given.pop(word, None)
+    return draw(refiner, prompt, **given)
 
 
 UPSCALERS = {"latent-nearest": "nearest", "latent-bilinear": "bilinear"}
 
 
-def run_hires(arguments: dict[str, Any], seed: int) -> tuple[np.ndarray, np.ndarray]:
+def run_hires(arguments: dict[str, Any], seed: int) -> Drawn:
     """The same for two passes: text or image to image, then image to image on the larger result."""
     name = arguments["model"]
     plain = type(opened(name))
     second = load(name, arguments, TO_IMAGE[plain])
     first = second if "image" in arguments else load(name, arguments, plain)
-    words = {k: v for k, v in WORDS.items() if k not in ("count", "strength")}
-    given = {theirs: arguments[ours] for ours, theirs in words.items() if ours in arguments}
+    given = words(arguments, "strength") | {"generator": generator(seed)}
     if "crop" in arguments:
         given["original_size"] = tuple(arguments["original_size"])
         given["crops_coords_top_left"] = tuple(arguments["crop"])
-    given["generator"] = torch.Generator("cpu").manual_seed(seed)
     prompt, size = arguments["prompt"], (arguments["width"], arguments["height"])
     width, height = (int(side * arguments["hires"] / 8 + 0.5) * 8 for side in size)
     upscaler = UPSCALERS.get(arguments.get("hires_upscaler", ""))
     start: dict[str, Any] = dict(zip(("width", "height"), size, strict=True))
     if "image" in arguments:
-        picture = Image.fromarray(photo(*arguments["image"]))
+        (picture,) = pictures(photo, [arguments["image"]])
         assert picture.size == size
         start = {"image": picture, "strength": arguments["strength"]}
-    half = first(prompt, output_type="latent" if upscaler else "np", **start, **given).images
     if upscaler:
+        half = draw(first, prompt, output_type="latent", **start, **given)
         shape = height // 8, width // 8
         larger: Any = torch.nn.functional.interpolate(half, shape, mode=upscaler)
-    else:
+    else:  # not rounded to 8 bits
+        half = first(prompt, output_type="np", **start, **given).images
         planes = [Image.fromarray(half[0, :, :, i]) for i in range(3)]
         planes = [p.resize((width, height), Image.Resampling.LANCZOS) for p in planes]
         larger = np.clip(np.stack([np.asarray(p) for p in planes], axis=-1), 0, 1)[None]
-    last: dict[str, torch.Tensor] = {}
-
-    def keep(pipe: Any, step: int, time: Any, state: dict[str, Any]) -> dict[str, Any]:
-        last.update(state)
-        return state
-
-    images = second(
-        prompt,
-        image=larger,
-        strength=arguments.get("hires_strength", 0.5),
-        output_type="np",
-        callback_on_step_end=keep,
-        **given,
-    ).images
-    return nhwc(last["latents"]), (images * 255).round().astype(np.uint8)
+    strength = arguments.get("hires_strength", 0.5)
+    return draw(second, prompt, image=larger, strength=strength, **given)
 
 
 @torch.no_grad()
 def main(names: list[str]) -> None:
     """Write each model's checkpoint, pictures.npz and cases.json."""
     for name in names or list(PICTURES):
-        folder = HERE / name
-        folder.mkdir(exist_ok=True)
-        document: dict[str, Any] = {"prompts": [CIRCLE, TREE], "pictures": PICTURES[name]}
+        folder, more = HERE / name, {}
         if name in BASES:
-            document["base"] = BASES[name]
-        text = json.dumps(document, indent=1)
-        (folder / "cases.json").write_text(text + "\n", encoding="utf-8")
-        if name in BASES:
+            more = {"base": BASES[name]}
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
             make_model(name, folder / "checkpoint")
-        pictures: dict[str, np.ndarray] = {}
-        for label, arguments in PICTURES[name].items():
-            seeds = range(arguments["seed"], arguments["seed"] + arguments.get("count", 1))
-            drawn = [
-                run_hires(arguments, seed) if name == "hires" else run(name, arguments, seed)
-                for seed in seeds
-            ]
-            latents, image = (np.concatenate(part) for part in zip(*drawn, strict=True))
-            pictures[f"{label}/latents"], pictures[f"{label}/image"] = latents, image
-            clipped = np.isin(image, (0, 255)).mean()
-            print(f"{name} {label}: contrast {image.std():.0f}, clipped {clipped:.1%}", flush=True)
-        np.savez_compressed(folder / "pictures.npz", **pictures)
+        one = run_hires if name == "hires" else partial(run, name)
+        write_pictures(folder, PICTURES[name], one, **more)
 
 
 if __name__ == "__main__":
