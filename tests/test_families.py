@@ -16,66 +16,34 @@ from golden_data import (
     FAMILIES,
     arrays,
     assert_component_close,
-    assert_latents_close,
-    assert_picture_close,
     cases,
     checkpoint,
     photo,
 )
+from golden_runs import Opened, assert_drawn_again
 from PIL import Image
 from safetensors.numpy import save_file
 
 import mlxdiff
 from mlxdiff.convert import convert, describe, open_vae
 from mlxdiff.errors import CheckpointError, UsageError
-from mlxdiff.pipeline import Pipeline, make_backend
+from mlxdiff.pipeline import make_backend
 
 CASES = [(name, case) for name in FAMILIES for case in cases(name)]
 NETWORKS = ("sdxl-refiner", "lcm", "ssd-1b", "segmind-vega", "bk-sdm-small", "bk-sdm-tiny")
 SMALL = {"width": 32, "height": 32, "steps": 2}
 
 
-@pytest.fixture(scope="module")
-def pipes() -> dict[Any, Pipeline]:
-    return {}
-
-
-def opened(
-    pipes: dict[Any, Pipeline],
-    name: str,
-    backend: str,
-    vae: str | None = None,
-    refiner: str | None = None,
-) -> Pipeline:
-    key = name, backend, vae, refiner
-    if key not in pipes:
-        pipes[key] = mlxdiff.load(
-            checkpoint(name),
-            backend=backend,
-            dtype="float32",
-            vae=None if vae is None else checkpoint(vae),
-            refiner=None if refiner is None else opened(pipes, refiner, backend),
-        )
-    return pipes[key]
-
-
 @pytest.mark.parametrize(("name", "case"), CASES, ids=[f"{n}-{c['case']}" for n, c in CASES])
 def test_pictures_equal_diffusers(
-    name: str, case: dict[str, Any], backend: str, pipes: dict[Any, Pipeline]
+    name: str, case: dict[str, Any], backend: str, opened: Opened
 ) -> None:
-    arguments = dict(case["arguments"])
-    parts = {part: arguments.pop(part, None) for part in ("vae", "refiner")}
-    pipe = opened(pipes, arguments.pop("model", name), backend, **parts)
-    if "image" in arguments:
-        arguments["image"] = photo(*arguments["image"])
-    result = pipe.generate(**arguments)
-    assert_latents_close(result.latents, case["latents"])
-    assert_picture_close(np.stack([np.asarray(i) for i in result.images]), case["image"])
+    assert_drawn_again(opened, case, backend, name)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_unet_equals_diffusers(name: str, backend: str, pipes: dict[Any, Pipeline]) -> None:
-    model, to = opened(pipes, name, backend).model, make_backend(backend, "float32").asarray
+def test_the_unet_equals_diffusers(name: str, backend: str, opened: Opened) -> None:
+    model, to = opened(name, backend).model, make_backend(backend, "float32").asarray
     given = {k.removeprefix("unet/"): v for k, v in arrays(name).items()}
     expected = given.pop("output")
     output = model.component("unet")(**{name: to(value) for name, value in given.items()})
@@ -96,12 +64,12 @@ def test_taesd_equals_diffusers(backend: str) -> None:
 # --------------------------------------------------------------------------------- what is promised
 
 
-def test_defaults_by_family(pipes: dict[Any, Pipeline]) -> None:
+def test_defaults_by_family(opened: Opened) -> None:
     """Guidance, steps, sampler and strength where nothing is said."""
     image = photo(64, 64)
     found = {}
     for name in ("sd15", "sdxl", "sdxl-refiner", "lcm", "sd-turbo", "sdxl-turbo", "ssd-1b"):
-        s = opened(pipes, name, "numpy").settings("a", image=image)
+        s = opened(name).settings("a", image=image)
         found[name] = s.guidance, s.steps, s.sampler, s.schedule, s.strength
     assert found == {
         "sd15": (7.5, 20, "dpmpp-2m", "karras", 0.8),
@@ -112,14 +80,14 @@ def test_defaults_by_family(pipes: dict[Any, Pipeline]) -> None:
         "sdxl-turbo": (0.0, 4, "euler-a", "normal", 0.3),
         "ssd-1b": (5.0, 20, "dpmpp-2m", "karras", 0.3),
     }
-    scores = opened(pipes, "sdxl-refiner", "numpy").settings("a", image=image)
+    scores = opened("sdxl-refiner").settings("a", image=image)
     assert (scores.aesthetic_score, scores.negative_aesthetic_score) == (6.0, 2.5)
-    split = opened(pipes, "sdxl", "numpy", refiner="sdxl-refiner").settings("a")
+    split = opened("sdxl", refiner="sdxl-refiner").settings("a")
     assert (split.denoising_end, split.denoising_start) == (0.8, 0.8)
 
 
-def test_an_image_gives_the_size(tmp_path: Path, pipes: dict[Any, Pipeline]) -> None:
-    pipe = opened(pipes, "sd15", "numpy")
+def test_an_image_gives_the_size(tmp_path: Path, opened: Opened) -> None:
+    pipe = opened("sd15")
     path = tmp_path / "photo.png"
     Image.fromarray(photo(70, 101)).save(path)
     settings = pipe.settings("a", image=path)
@@ -131,8 +99,8 @@ def test_an_image_gives_the_size(tmp_path: Path, pipes: dict[Any, Pipeline]) -> 
         pipe.settings("a", image=photo(7, 64))
 
 
-def test_each_picture_is_what_it_is_alone(pipes: dict[Any, Pipeline]) -> None:
-    pipe = opened(pipes, "sd15", "numpy")
+def test_each_picture_is_what_it_is_alone(opened: Opened) -> None:
+    pipe = opened("sd15")
     arguments = {"image": photo(32, 32), "steps": 4, "sampler": "euler-a"}
     both = pipe.generate("a", seed=3, count=2, **arguments)
     assert np.array_equal(both.latents[1], pipe.generate("a", seed=4, **arguments).latents[0])
@@ -140,8 +108,8 @@ def test_each_picture_is_what_it_is_alone(pipes: dict[Any, Pipeline]) -> None:
     assert both.timings["image"] > 0
 
 
-def test_a_stream_counts_the_refiners_steps(pipes: dict[Any, Pipeline]) -> None:
-    pipe = opened(pipes, "sdxl", "numpy", refiner="sdxl-refiner")
+def test_a_stream_counts_the_refiners_steps(opened: Opened) -> None:
+    pipe = opened("sdxl", refiner="sdxl-refiner")
     steps = list(pipe.stream("a", seed=0, width=32, height=32, steps=5, sampler="euler"))
     assert [s.index for s in steps] == list(range(5))
     assert {s.total for s in steps} == {5}
@@ -149,9 +117,7 @@ def test_a_stream_counts_the_refiners_steps(pipes: dict[Any, Pipeline]) -> None:
     assert extra["refiner"] == "checkpoint" and extra["denoising_end"] == 0.8
 
 
-def test_a_model_with_a_tiny_vae_of_its_own(
-    tmp_path: Path, backend: str, pipes: dict[Any, Pipeline]
-) -> None:
+def test_a_model_with_a_tiny_vae_of_its_own(tmp_path: Path, backend: str, opened: Opened) -> None:
     """TAESD in the model's own folder, and that folder converted, draw what --vae draws."""
     model = tmp_path / "model"
     shutil.copytree(checkpoint("sd15"), model)
@@ -161,7 +127,7 @@ def test_a_model_with_a_tiny_vae_of_its_own(
     index["vae"] = ["diffusers", "AutoencoderTiny"]
     (model / "model_index.json").write_text(json.dumps(index))
     convert(model, tmp_path / "converted", dtype="float32")
-    expected = opened(pipes, "sd15", backend, vae="taesd").generate("a", seed=0, **SMALL)
+    expected = opened("sd15", backend, vae="taesd").generate("a", seed=0, **SMALL)
     assert expected.metadata[0].extra == {"vae": "checkpoint"}
     for path in (model, tmp_path / "converted"):
         for options in ({}, {"vae": tmp_path / "converted"}):
@@ -171,7 +137,7 @@ def test_a_model_with_a_tiny_vae_of_its_own(
             assert np.array_equal(np.asarray(result.images[0]), np.asarray(expected.images[0]))
 
 
-def test_another_autoencoder(pipes: dict[Any, Pipeline]) -> None:
+def test_another_autoencoder(opened: Opened) -> None:
     """The VAE folder of another model, given alone, is that model's."""
     alone = open_vae(checkpoint("sd21v") / "vae")
     assert alone.config == open_vae(checkpoint("sd21v")).config
@@ -259,25 +225,21 @@ def test_models_that_need_more_open_and_say_so(tmp_path: Path, channels: int, sa
     ],
 )
 def test_what_cannot_be_honoured_is_refused(
-    name: str, arguments: dict[str, Any], says: str, pipes: dict[Any, Pipeline]
+    name: str, arguments: dict[str, Any], says: str, opened: Opened
 ) -> None:
     if isinstance(arguments.get("image"), tuple):
         arguments = arguments | {"image": photo(*arguments["image"])}
     with pytest.raises(UsageError, match=says):
-        opened(pipes, name, "numpy").generate(**{"prompt": "a"} | arguments)
+        opened(name).generate(**{"prompt": "a"} | arguments)
 
 
-def test_parts_that_do_not_go_together(pipes: dict[Any, Pipeline]) -> None:
+def test_parts_that_do_not_go_together(opened: Opened) -> None:
     with pytest.raises(UsageError, match="no SDXL model"):
-        opened(pipes, "sd15", "numpy").refine_with(opened(pipes, "sdxl-refiner", "numpy"))
+        opened("sd15").refine_with(opened("sdxl-refiner"))
 
 
-def test_notes_on_what_has_no_effect(
-    pipes: dict[Any, Pipeline], caplog: pytest.LogCaptureFixture
-) -> None:
-    opened(pipes, "lcm", "numpy").settings("a", negative_prompt="b")
+def test_notes_on_what_has_no_effect(opened: Opened, caplog: pytest.LogCaptureFixture) -> None:
+    opened("lcm").settings("a", negative_prompt="b")
     assert "told the guidance scale" in caplog.text
-    opened(pipes, "sdxl", "numpy").settings(
-        "a", image=photo(32, 32), denoising_start=0.5, strength=0.5
-    )
+    opened("sdxl").settings("a", image=photo(32, 32), denoising_start=0.5, strength=0.5)
     assert "strength has no effect" in caplog.text

@@ -10,7 +10,8 @@ from typing import Any
 import lora_files
 import numpy as np
 import pytest
-from golden_data import assert_latents_close, assert_picture_close, cases, checkpoint
+from golden_data import assert_latents_close, cases, checkpoint
+from golden_runs import Opened, assert_drawn_again
 from lora_files import KOHYA_PARTS, PEFT_PARTS, kohya, kohya_sgm, lora, modules, read_weights
 from safetensors.numpy import load_file, save_file
 
@@ -19,7 +20,6 @@ from mlxdiff.adapters import lora_names
 from mlxdiff.adapters.lora import changed, match, open_lora
 from mlxdiff.convert import open_source
 from mlxdiff.errors import CheckpointError, UsageError
-from mlxdiff.pipeline import Pipeline
 from mlxdiff.quantization import Quantization
 from mlxdiff.reference import backend as reference_backend
 from mlxdiff.weights import AdaptedTensor, LazyTensor, quantize_tensor
@@ -29,37 +29,18 @@ SMALL = {"width": 32, "height": 32, "steps": 2, "seed": 0}
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("loras")
-
-
-@pytest.fixture(scope="module")
-def pipes() -> dict[Any, Pipeline]:
-    return {}
-
-
-def opened(pipes: dict[Any, Pipeline], model: str, backend: str) -> Pipeline:
-    if (model, backend) not in pipes:
-        pipes[model, backend] = mlxdiff.load(checkpoint(model), backend=backend, dtype="float32")
-    return pipes[model, backend]
+def files(opened: Opened) -> Path:
+    return opened.folder
 
 
 @pytest.mark.parametrize("case", CASES, ids=[c["case"] for c in CASES])
-def test_pictures_equal_diffusers(
-    case: dict[str, Any], backend: str, pipes: dict[Any, Pipeline], files: Path
-) -> None:
-    arguments = dict(case["arguments"])
-    pipe = opened(pipes, arguments.pop("model"), backend)
-    loras = arguments.pop("loras")
-    pipe.set_loras([(lora_files.write(name, files), scale) for name, scale in loras])
-    result = pipe.generate(**arguments)
-    assert_latents_close(result.latents, case["latents"])
-    assert_picture_close(np.stack([np.asarray(i) for i in result.images]), case["image"])
+def test_pictures_equal_diffusers(case: dict[str, Any], backend: str, opened: Opened) -> None:
+    assert_drawn_again(opened, case, backend)
 
 
-def test_what_is_removed_is_gone(backend: str, pipes: dict[Any, Pipeline], files: Path) -> None:
+def test_what_is_removed_is_gone(backend: str, opened: Opened, files: Path) -> None:
     path = lora_files.write("sd15-kohya", files)
-    pipe = opened(pipes, "sd15", backend)
+    pipe = opened("sd15", backend)
     pipe.set_loras([])
     plain = pipe.generate("a", **SMALL).latents
     pipe.set_loras([path])
@@ -675,8 +656,8 @@ def test_what_is_known_to_be_harmless_is_noted(
     assert not matched(one(LINEAR) | alone, tmp_path).ignored
 
 
-def test_wrong_arguments(pipes: dict[Any, Pipeline], files: Path, tmp_path: Path) -> None:
-    pipe = opened(pipes, "sd15", "numpy")
+def test_wrong_arguments(opened: Opened, files: Path, tmp_path: Path) -> None:
+    pipe = opened("sd15")
     path = lora_files.write("sd15-kohya", files)
     before = pipe.loras
     for bad, words in (
@@ -695,8 +676,8 @@ def test_wrong_arguments(pipes: dict[Any, Pipeline], files: Path, tmp_path: Path
         mlxdiff.load(checkpoint("ddpm"), backend="numpy", loras=[path])
 
 
-def test_report_and_metadata(pipes: dict[Any, Pipeline], files: Path) -> None:
-    pipe = opened(pipes, "sd15", "numpy")
+def test_report_and_metadata(opened: Opened, files: Path) -> None:
+    pipe = opened("sd15")
     path = lora_files.write("sd15-kohya", files)
     pipe.set_loras([(path, -0.5)])
     report = pipe.loras[0].report()

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from golden_data import GOLDEN, assert_latents_close, assert_picture_close, cases, checkpoint
+from golden_data import GOLDEN, cases, checkpoint
+from golden_runs import Opened, assert_drawn_again
 from safetensors.numpy import save_file
 
-import mlxdiff
 from mlxdiff import a1111
 from mlxdiff.adapters.textual_inversion import open_embedding
 from mlxdiff.errors import CheckpointError, UsageError
-from mlxdiff.pipeline import Pipeline
 from mlxdiff.prompt import Vocabulary
 from mlxdiff.tokenizer import Tokenizer
 
@@ -26,33 +24,11 @@ WORDS = GOLDEN / "prompts"
 SMALL = {"width": 32, "height": 32, "steps": 2, "seed": 0}
 
 
-@pytest.fixture(scope="module")
-def pipes() -> dict[tuple[str, str], Pipeline]:
-    return {}
-
-
-def opened(
-    pipes: dict[tuple[str, str], Pipeline],
-    name: str,
-    backend: str,
-    embeddings: Sequence[str] = (),
-) -> Pipeline:
-    if (name, backend) not in pipes:
-        pipes[name, backend] = mlxdiff.load(checkpoint(name), backend=backend, dtype="float32")
-    given = [one.partition(":") for one in embeddings]
-    pipes[name, backend].set_embeddings([(WORDS / file, word or None) for file, _, word in given])
-    return pipes[name, backend]
-
-
 @pytest.mark.parametrize("case", CASES, ids=[case["case"] for case in CASES])
 def test_pictures_equal_the_reference_tools(
-    case: dict[str, Any], backend: str, pipes: dict[tuple[str, str], Pipeline]
+    case: dict[str, Any], backend: str, opened: Opened
 ) -> None:
-    arguments = dict(case["arguments"])
-    embeddings = arguments.pop("embeddings", ())
-    result = opened(pipes, arguments.pop("model"), backend, embeddings).generate(**arguments)
-    assert_latents_close(result.latents, case["latents"])
-    assert_picture_close(np.stack([np.asarray(i) for i in result.images]), case["image"])
+    assert_drawn_again(opened, case, backend)
 
 
 # ------------------------------------------------------------------ the web UI's published examples
@@ -179,22 +155,18 @@ def test_padding_follows_the_first_end() -> None:
         ({"prompt_syntax": "a1111", "prompt": "<hypernet:a:1> cat"}, "hypernet"),
     ],
 )
-def test_clear_errors(
-    arguments: dict[str, Any], words: str, pipes: dict[tuple[str, str], Pipeline]
-) -> None:
+def test_clear_errors(arguments: dict[str, Any], words: str, opened: Opened) -> None:
     with pytest.raises(UsageError, match=words):
-        opened(pipes, "sd15", "numpy").generate(**{"prompt": "a cat", **arguments}, **SMALL)
+        opened("sd15").generate(**{"prompt": "a cat", **arguments}, **SMALL)
 
 
-def test_a_changing_prompt_has_no_one_embedding(pipes: dict[tuple[str, str], Pipeline]) -> None:
+def test_a_changing_prompt_has_no_one_embedding(opened: Opened) -> None:
     with pytest.raises(UsageError, match="step to step"):
-        opened(pipes, "sd15", "numpy").encode_prompt("a [cat|dog]", prompt_syntax="a1111")
+        opened("sd15").encode_prompt("a [cat|dog]", prompt_syntax="a1111")
 
 
-def test_plain_text_is_plain(
-    pipes: dict[tuple[str, str], Pipeline], caplog: pytest.LogCaptureFixture
-) -> None:
-    pipe = opened(pipes, "sd15", "numpy")
+def test_plain_text_is_plain(opened: Opened, caplog: pytest.LogCaptureFixture) -> None:
+    pipe = opened("sd15")
     plain = pipe.generate("a (red:1.5) [cat:dog:0.5] BREAK", **SMALL)
     assert plain.settings.prompt_syntax == "plain"
     with caplog.at_level(logging.WARNING, logger="mlxdiff"):
@@ -202,8 +174,8 @@ def test_plain_text_is_plain(
     assert "this part is cut" in caplog.text
 
 
-def test_metadata(pipes: dict[tuple[str, str], Pipeline]) -> None:
-    pipe = opened(pipes, "sd15", "numpy")
+def test_metadata(opened: Opened) -> None:
+    pipe = opened("sd15")
     made = pipe.generate("a (red:1.5) cat", prompt_syntax="a1111", clip_skip=1, **SMALL)
     metadata = made.metadata[0]
     assert metadata.clip_skip == 1 and "Clip skip: 2" in metadata.to_parameters()
@@ -240,8 +212,8 @@ def test_an_embedding_in_a_folder(tmp_path: Path) -> None:
     assert open_embedding(tmp_path).names == ()
 
 
-def test_wrong_embeddings(tmp_path: Path, pipes: dict[tuple[str, str], Pipeline]) -> None:
-    pipe = opened(pipes, "sd15", "numpy")
+def test_wrong_embeddings(tmp_path: Path, opened: Opened) -> None:
+    pipe = opened("sd15")
     several, bad = tmp_path / "several.safetensors", tmp_path / "bad.safetensors"
     save_file({"a": np.ones((1, 32)), "b": np.ones((1, 32))}, several)
     save_file({"a": np.full((1, 32), np.nan, np.float32)}, bad)
@@ -264,27 +236,25 @@ def test_wrong_embeddings(tmp_path: Path, pipes: dict[tuple[str, str], Pipeline]
     with pytest.raises(UsageError, match="both the word"):
         pipe.set_embeddings([cat, (WORDS / "ink.pt", "<cat-toy>")])
     with pytest.raises(UsageError, match="width 32, for one text encoder"):
-        opened(pipes, "sdxl", "numpy").set_embeddings([cat])
+        opened("sdxl").set_embeddings([cat])
     assert pipe.embeddings == ()
 
 
-def test_a_word_that_is_not_in_the_prompt(
-    pipes: dict[tuple[str, str], Pipeline], caplog: pytest.LogCaptureFixture
-) -> None:
-    pipe = opened(pipes, "sd15", "numpy", ["ink.pt", "cat-toy.safetensors"])
+def test_a_word_that_is_not_in_the_prompt(opened: Opened, caplog: pytest.LogCaptureFixture) -> None:
+    pipe = opened("sd15", embeddings=["ink.pt", "cat-toy.safetensors"])
     with caplog.at_level(logging.WARNING, logger="mlxdiff"):
         pipe.settings("a <cat-toy>")
         pipe.settings("a (cat-toy:1.2)", prompt_syntax="a1111")
     assert [record.args for record in caplog.records] == [("<ink>",), ("<ink>",)]
 
 
-def test_embeddings_go_again(pipes: dict[tuple[str, str], Pipeline]) -> None:
-    without = opened(pipes, "sd15", "numpy").generate("a <cat-toy>", **SMALL)
-    pipe = opened(pipes, "sd15", "numpy", ["cat-toy.safetensors"])
+def test_embeddings_go_again(opened: Opened) -> None:
+    without = opened("sd15").generate("a <cat-toy>", **SMALL)
+    pipe = opened("sd15", embeddings=["cat-toy.safetensors"])
     having = pipe.generate("a <cat-toy>", **SMALL)
     assert not np.array_equal(having.latents, without.latents)
     (recorded,) = having.metadata[0].extra["embeddings"]
     assert recorded["name"] == "cat-toy.safetensors"
     assert f'TI hashes: "cat-toy: {recorded["sha256"][:12]}"' in having.metadata[0].to_parameters()
-    again = opened(pipes, "sd15", "numpy").generate("a <cat-toy>", **SMALL)
+    again = opened("sd15").generate("a <cat-toy>", **SMALL)
     assert np.array_equal(again.latents, without.latents)
