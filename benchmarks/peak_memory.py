@@ -21,6 +21,7 @@ from numpy_unet_step import processor
 from random_model import MODELS, make
 
 import mlxdiff
+from mlxdiff.bench import needed
 
 
 def main() -> None:
@@ -49,7 +50,7 @@ def main() -> None:
     start = time.perf_counter()
     size = {} if options.size is None else {"width": options.size, "height": options.size}
     result = pipe.generate(
-        "a red circle",
+        **needed(pipe.model, size),
         seed=0,
         steps=options.steps,
         guidance=7.5,

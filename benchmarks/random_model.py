@@ -1,6 +1,6 @@
 """A full-size model with random weights, as a converted folder: what sizes and memory need.
 
-    python benchmarks/random_model.py sd15|sdxl DEST [--dtype float16] [-q BITS]
+    python benchmarks/random_model.py sd15|sdxl|x4-upscaler DEST [--dtype float16] [-q BITS]
 
 Nothing is downloaded: the configs are those that the published models have, the tokenizer is the
 built-in model's. The pictures are noise.
@@ -63,6 +63,32 @@ _CLIP_2 = _CLIP | {
     "num_hidden_layers": 32,
     "projection_dim": 1280,
 }
+_CLIP_H = _CLIP | {
+    "hidden_act": "gelu",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 23,
+}
+_UPSCALER_UNET = {
+    "attention_head_dim": 8,
+    "block_out_channels": [256, 512, 512, 1024],
+    "cross_attention_dim": 1024,
+    "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 3,
+    "in_channels": 7,
+    "num_class_embeds": 1000,
+    "only_cross_attention": [True, True, True, False],
+    "sample_size": 128,
+    "up_block_types": ["CrossAttnUpBlock2D"] * 3 + ["UpBlock2D"],
+    "use_linear_projection": True,
+}
+_UPSCALER_VAE = {
+    "block_out_channels": [128, 256, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "layers_per_block": 2,
+    "scaling_factor": 0.08333,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+}
 # What differs from diffusers' and transformers' defaults in the published configs.
 MODELS: dict[str, dict[str, dict[str, Any]]] = {
     "sd15": {
@@ -75,6 +101,11 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
         "text_encoder_2": _CLIP_2,
         "unet": _SDXL_UNET,
         "vae": _VAE | {"scaling_factor": 0.13025, "force_upcast": True},
+    },
+    "x4-upscaler": {
+        "text_encoder": _CLIP_H,
+        "unet": _UPSCALER_UNET,
+        "vae": _UPSCALER_VAE,
     },
 }
 _BUILTIN = Path(mlxdiff.__file__).parent / "builtin"
@@ -110,7 +141,7 @@ class RandomModel:
     def __init__(self, model: str) -> None:
         self.model = model
         self.path = Path(f"random-{model}")
-        self.family = {"sd15": "sd1"}.get(model, model)
+        self.family = {"sd15": "sd1", "x4-upscaler": "sd2"}.get(model, model)
         self.components = tuple(MODELS[model])
         self.provenance: dict[str, Any] = {"source": f"random weights, {model}"}
         self.scheduler_config = {
@@ -121,7 +152,8 @@ class RandomModel:
             "num_train_timesteps": 1000,
             "steps_offset": 1,
         }
-        kind = "StableDiffusionXLPipeline" if model == "sdxl" else "StableDiffusionPipeline"
+        self.low_res_scheduler_config: dict[str, Any] = {}
+        kind = {"sdxl": "XL", "x4-upscaler": "Upscale"}.get(model, "")
         classes = {
             "scheduler": ["diffusers", "PNDMScheduler"],
             "unet": ["diffusers", "UNet2DConditionModel"],
@@ -132,7 +164,12 @@ class RandomModel:
         if model == "sdxl":
             classes["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
             classes["tokenizer_2"] = ["transformers", "CLIPTokenizer"]
-        self.model_index: dict[str, Any] = {"_class_name": kind, **classes}
+        if model == "x4-upscaler":
+            betas = {"beta_end": 0.02, "beta_schedule": "scaled_linear", "beta_start": 0.0001}
+            self.low_res_scheduler_config = {"_class_name": "DDPMScheduler", **betas}
+            classes["low_res_scheduler"] = ["diffusers", "DDPMScheduler"]
+        pipeline = f"StableDiffusion{kind}Pipeline"
+        self.model_index: dict[str, Any] = {"_class_name": pipeline, **classes}
 
     def config(self, component: str) -> ComponentConfig:
         return config(self.model, component)
@@ -154,6 +191,8 @@ class RandomModel:
         }
         files["model_index.json"] = json.dumps(self.model_index).encode()
         files["scheduler/scheduler_config.json"] = json.dumps(self.scheduler_config).encode()
+        if low_res := self.low_res_scheduler_config:
+            files["low_res_scheduler/scheduler_config.json"] = json.dumps(low_res).encode()
         for name in (n for n in self.model_index if n.startswith("tokenizer")):
             for file in (_BUILTIN / "tokenizer").iterdir():
                 files[f"{name}/{file.name}"] = file.read_bytes()

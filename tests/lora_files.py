@@ -211,6 +211,7 @@ _MAKERS: dict[str, Callable[[], tuple[Tensors, dict[str, str] | None]]] = {
         None,
     ),
     "sd21v-kohya": lambda: (lora("sd21v", kohya, KOHYA_PARTS, 6, alpha=2.0), None),
+    "x4-upscaler-peft": lambda: (lora("x4-upscaler", peft, PEFT_PARTS, 10), None),
     "sdxl-peft": lambda: (lora("sdxl", peft, PEFT_PARTS, 7), None),
     # diffusers misreads kohya's names for add_embedding, but not Stability's (label_emb), and gives
     # text_projection the rank and alpha of the rest.

@@ -21,6 +21,7 @@ from golden_data import (
     photo,
     picture_difference,
 )
+from golden_runs import Opened, assert_drawn_again
 from PIL import Image
 from safetensors.numpy import save_file
 from single_files import real_names, single_file, sparse_file
@@ -31,17 +32,11 @@ from mlxdiff.cli import main
 from mlxdiff.config import UNet2DConditionConfig
 from mlxdiff.convert import convert, describe, open_source
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
-from mlxdiff.pipeline import Pipeline
 from mlxdiff.weights import open_folder
 
 NAME = "x4-upscaler"
 CASES = cases(NAME)
 RUN = {"image": photo(16, 12), "steps": 3, "seed": 5, "sampler": "ddim", "schedule": "normal"}
-
-
-@pytest.fixture(scope="module")
-def pipes() -> dict[str, Pipeline]:
-    return {}
 
 
 @pytest.fixture
@@ -50,31 +45,18 @@ def model(tmp_path: Path) -> Path:
     return Path(shutil.copytree(checkpoint(NAME), tmp_path / "model"))
 
 
-def opened(pipes: dict[str, Pipeline], backend: str = "numpy", name: str = NAME) -> Pipeline:
-    key = f"{name} {backend}"
-    if key not in pipes:
-        pipes[key] = mlxdiff.load(checkpoint(name), backend=backend, dtype="float32")
-    return pipes[key]
-
-
 def edit(path: Path, **changes: Any) -> None:
     write_json(path, json.loads(path.read_text()) | changes)
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case["case"] for case in CASES])
-def test_pictures_equal_diffusers(
-    case: dict[str, Any], backend: str, pipes: dict[str, Pipeline]
-) -> None:
-    arguments = dict(case["arguments"])
-    arguments["image"] = photo(*arguments["image"])
-    result = opened(pipes, backend).generate(**arguments)
-    assert_latents_close(result.latents, case["latents"])
-    assert_picture_close(np.stack([np.asarray(i) for i in result.images]), case["image"])
+def test_pictures_equal_diffusers(case: dict[str, Any], backend: str, opened: Opened) -> None:
+    assert_drawn_again(opened, case, backend, NAME)
 
 
-def test_every_input_shows_in_the_picture(pipes: dict[str, Pipeline]) -> None:
+def test_every_input_shows_in_the_picture(opened: Opened) -> None:
     """Or the goldens would prove nothing: each of these is far beyond the picture bound."""
-    pipe = opened(pipes)
+    pipe = opened(NAME)
     expected = np.asarray(pipe.generate("a", **RUN).images[0])
     other = photo(16, 12)[::-1]
     for change in ({"noise_level": 21}, {"image": other}, {"guidance": 8.0}, {"seed": 6}):
@@ -82,12 +64,12 @@ def test_every_input_shows_in_the_picture(pipes: dict[str, Pipeline]) -> None:
         assert picture_difference(got, expected)[1] > 0.25, change
 
 
-def test_defaults_and_what_stands_in_the_metadata(pipes: dict[str, Pipeline]) -> None:
-    result = opened(pipes).generate("a", image=photo(13, 18), seed=0, steps=1)
+def test_defaults_and_what_stands_in_the_metadata(opened: Opened) -> None:
+    result = opened(NAME).generate("a", image=photo(13, 18), seed=0, steps=1)
     settings = result.settings
     assert result.images[0].size == (settings.width, settings.height) == (64, 48)
     assert (settings.guidance, settings.noise_level, settings.strength) == (9.0, 20, None)
-    assert opened(pipes).settings("a", image=photo(8, 8)).steps == 20
+    assert opened(NAME).settings("a", image=photo(8, 8)).steps == 20
     assert result.metadata[0].extra == {"image": "(pixels)", "noise_level": 20}
     assert "image" not in result.timings  # the VAE encodes nothing
 
@@ -132,10 +114,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("name", "arguments", "says"), REFUSED)
 def test_what_cannot_be_honoured_is_refused(
-    name: str, arguments: dict[str, Any], says: str, pipes: dict[str, Pipeline]
+    name: str, arguments: dict[str, Any], says: str, opened: Opened
 ) -> None:
     with pytest.raises(UsageError, match=says) as caught:
-        opened(pipes, name=name).settings("a", **{"image": photo(16, 16), **arguments})
+        opened(name).settings("a", **{"image": photo(16, 16), **arguments})
     assert "\n" not in str(caught.value)
 
 
@@ -150,37 +132,29 @@ def test_networks_beside_it_are_refused() -> None:
 # -------------------------------------------------------------------------- forms, memory, previews
 
 
-def test_after_conversion(tmp_path: Path, pipes: dict[str, Pipeline]) -> None:
+def test_after_conversion(tmp_path: Path, opened: Opened) -> None:
     convert(checkpoint(NAME), tmp_path / "out", dtype="float32")
     folder = open_folder(tmp_path / "out")
     assert folder.low_res_scheduler_config["_class_name"] == "DDPMScheduler"
     assert describe(tmp_path / "out")["resolution"] == [64, 64]
     got = mlxdiff.load(tmp_path / "out", backend="numpy").generate("a", **RUN).latents
-    np.testing.assert_array_equal(got, opened(pipes).generate("a", **RUN).latents)
+    np.testing.assert_array_equal(got, opened(NAME).generate("a", **RUN).latents)
 
 
-@pytest.mark.parametrize("size", [(64, 48), (80, 64)])
-def test_quantized_and_with_low_memory(
-    size: tuple[int, int], backend: str, tmp_path: Path, pipes: dict[str, Pipeline]
-) -> None:
-    run = RUN | {"width": size[0], "height": size[1]}
-    plain = opened(pipes, backend)
-    expected = plain.generate("a", **run)
+def test_quantized_and_with_low_memory(backend: str, tmp_path: Path, opened: Opened) -> None:
+    plain = opened(NAME, backend)
+    expected = plain.generate("a", **RUN)
     low = mlxdiff.load(checkpoint(NAME), backend=backend, dtype="float32", low_memory=True)
-    got = low.generate("a", **run)
+    got = low.generate("a", **RUN)
     assert np.abs(got.latents - expected.latents).max() < 1e-4 * expected.latents.std()
-    assert low.model.tiles(size[1], size[0], True) and not plain.model.tiles(
-        size[1], size[0], False
-    )
+    assert low.model.tiles(64, 48, True) and not plain.model.tiles(64, 48, False)
     assert_picture_close(np.asarray(got.images[0]), np.asarray(expected.images[0]))
-    if size == (80, 64):
-        return
     convert(checkpoint(NAME), tmp_path / "q", quantize=8)
     packed = open_folder(tmp_path / "q").quantization["tensors"]["unet"]
     assert "class_embedding.weight" in {name for names in packed.values() for name in names}
     rounded = [
         mlxdiff.load(tmp_path / "q", backend=backend, dtype="float32", low_memory=memory)
-        .generate("a", **run)
+        .generate("a", **RUN)
         .latents
         for memory in (False, True)
     ]
@@ -188,35 +162,37 @@ def test_quantized_and_with_low_memory(
     assert 0 < (rounded[0] - expected.latents).std() < 0.1 * expected.latents.std()
 
 
-def test_the_memory_is_that_of_its_vae(pipes: dict[str, Pipeline]) -> None:
+def test_the_memory_is_that_of_its_vae(opened: Opened) -> None:
     """No encoder; four pixels to a latent: a result of 64 pixels has 16 latents a side."""
-    pipe = opened(pipes)
+    pipe = opened(NAME)
     needed = pipe.memory(pipe.settings("a", image=photo(16, 16)))
     assert "image" not in needed.work
     larger = pipe.memory(pipe.settings("a", image=photo(32, 32)))
     assert 3.5 < larger.work["vae"] / needed.work["vae"] < 4.5
-    with pytest.raises(UsageError, match="GB of memory"):
-        pipe.settings("a", image=photo(2048, 2048)[:2044, :2044], width=65536, height=65536)
+    small = mlxdiff.load(checkpoint(NAME), backend="numpy", memory_limit=0.105)
+    small.settings("a", image=photo(16, 16))
+    with pytest.raises(UsageError, match=r"GB of memory .*half the size .64x64"):
+        small.settings("a", image=photo(32, 32))
 
 
-def test_previews(pipes: dict[str, Pipeline]) -> None:
-    *_, last = opened(pipes).stream("a", **RUN)
+def test_previews(opened: Opened) -> None:
+    *_, last = opened(NAME).stream("a", **RUN)
     assert last.sketch().size == (12, 16)
     assert last.preview().size == (48, 64)
 
 
-def test_feature_reuse_and_intervals(pipes: dict[str, Pipeline]) -> None:
-    pipe = opened(pipes)
+def test_feature_reuse_and_intervals(opened: Opened) -> None:
+    pipe = opened(NAME)
     expected = pipe.generate("a", **RUN).latents
     part = pipe.generate("a", **RUN, guidance_interval=(0.0, 0.5), feature_reuse=2).latents
     assert np.isfinite(part).all() and np.abs(part - expected).max() > 0.01
 
 
-def test_a_single_file_draws_the_same(tmp_path: Path, pipes: dict[str, Pipeline]) -> None:
+def test_a_single_file_draws_the_same(tmp_path: Path, opened: Opened) -> None:
     path = single_file(checkpoint(NAME), tmp_path / "x.safetensors")
     pipe = mlxdiff.load(path, config=checkpoint(NAME), backend="numpy")
     got = pipe.generate("a", **RUN).latents
-    np.testing.assert_array_equal(got, opened(pipes).generate("a", **RUN).latents)
+    np.testing.assert_array_equal(got, opened(NAME).generate("a", **RUN).latents)
 
 
 def test_a_real_single_file_tells_all_that_a_folder_does(tmp_path: Path) -> None:
@@ -242,8 +218,8 @@ def test_the_hub_gives_its_second_scheduler() -> None:
     assert schedulers <= set(hub._select(files | schedulers, None, hub.COMPONENTS))
 
 
-def test_a_bench_run_gives_it_a_picture(pipes: dict[str, Pipeline]) -> None:
-    model = opened(pipes).model
+def test_a_bench_run_gives_it_a_picture(opened: Opened) -> None:
+    model = opened(NAME).model
     assert bench.needed(model, {})["image"].shape == (16, 16, 3)
     assert bench.needed(model, {"width": 32})["image"].shape == (16, 8, 3)
 
@@ -252,13 +228,13 @@ def test_a_bench_run_gives_it_a_picture(pipes: dict[str, Pipeline]) -> None:
 
 
 def test_the_scale_of_its_latents_is_its_own(
-    model: Path, pipes: dict[str, Pipeline], caplog: pytest.LogCaptureFixture
+    model: Path, opened: Opened, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As in the reference, whose files of 2022 gave none."""
     edit(model / "vae/config.json", scaling_factor=0.18215)
     pipe = mlxdiff.load(model, backend="numpy")
     assert "is taken for 0.08333, not 0.18215" in caplog.text
-    got, expected = (p.generate("a", **RUN).images[0] for p in (pipe, opened(pipes)))
+    got, expected = (p.generate("a", **RUN).images[0] for p in (pipe, opened(NAME)))
     np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))
 
 

@@ -22,6 +22,7 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
+    StableDiffusionUpscalePipeline,
     StableDiffusionXLControlNetImg2ImgPipeline,
     StableDiffusionXLControlNetInpaintPipeline,
     StableDiffusionXLControlNetPipeline,
@@ -41,6 +42,7 @@ from control_files import NETS, controlnet_config, controlnet_tensors
 from golden_data import checkpoint, mask, photo
 from lora_files import write as write_lora
 
+OWN_TASK = StableDiffusionInstructPix2PixPipeline, StableDiffusionUpscalePipeline
 LORAS = tempfile.TemporaryDirectory(prefix="mlxdiff-golden-")
 KINDS = {  # (task, whether there is a ControlNet): for Stable Diffusion, for SDXL
     ("text", False): (StableDiffusionPipeline, StableDiffusionXLPipeline),
@@ -92,7 +94,7 @@ def pipeline(arguments: dict[str, Any], task: str) -> Any:
     pipe = opened(arguments["model"])
     xl = hasattr(pipe, "text_encoder_2")
     kind = KINDS[task, "controlnets" in arguments][xl]
-    if isinstance(pipe, StableDiffusionInstructPix2PixPipeline):
+    if isinstance(pipe, OWN_TASK):
         pass
     elif "controlnets" in arguments:
         nets = [controlnet(arguments["model"], name) for name in arguments["controlnets"]]

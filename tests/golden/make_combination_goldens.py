@@ -58,6 +58,13 @@ PICTURES: dict[str, dict[str, Any]] = {
     "edit-adapter-plus": case(
         TREE, image=[40, 64], **PLUS, model="pix2pix", sampler="dpmpp-2m", image_guidance=1.2
     ),
+    "upscale-lora": case(
+        image=[16, 20],
+        model="x4-upscaler",
+        sampler="dpmpp-2m",
+        loras=[["x4-upscaler-peft", 0.8]],
+        guidance=3.0,
+    ),
     "sdxl-lora-control-image": case(
         image=[40, 56], **XL_STYLE, **CONTROL, sampler="dpmpp-2m", strength=0.6
     ),
