@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import io
 import math
+import re
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ mx = pytest.importorskip("mlx.core")
 
 from mlx.utils import tree_flatten  # noqa: E402
 
+from mlxdiff.condition import Condition  # noqa: E402
 from mlxdiff.config import (  # noqa: E402
     AutoencoderKLConfig,
     CLIPTextConfig,
@@ -230,3 +234,41 @@ def test_full_size_names_and_shapes_without_memory(name: str) -> None:
     if name in MILLIONS:
         count = sum(math.prod(shape) for shape in built.values())
         assert count / 1e6 == pytest.approx(MILLIONS[name], abs=0.05)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a GPU would be given, for the CPU; nothing is compiled, that takes seconds here."""
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "unusual"])
+def test_unet_as_on_a_gpu_equals_the_reference(name: str) -> None:
+    config = tiny.config("unet", name)
+    inputs = tiny.unet_inputs(config)
+    got = load(config)(**to_mlx(inputs))
+    assert tiny.difference(got, load_reference(config)(**inputs)) < TOLERANCE
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_step_makes_no_views_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do products reshape what they are given: a step's graph on a GPU is as small as that."""
+    unet = load(tiny.config("unet", "sd1"))
+    inputs = to_mlx(tiny.unet_inputs(unet.config))
+    temb = Condition(unet.embed(inputs["timesteps"]))
+    text = unet.read(inputs["encoder_hidden_states"])
+    mx.eval(unet.predict(inputs["sample"], temb, text))
+    monkeypatch.setattr(
+        mx.fast, "scaled_dot_product_attention", lambda q, k, v, **_: mx.depends([q], [k, v])[0]
+    )
+    graph = io.StringIO()
+    mx.export_to_dot(graph, unet.predict(inputs["sample"], temb, text))
+    kinds = re.findall(r'label ?="([A-Za-z]\w*)', graph.getvalue())
+    assert {"AddMM", "Convolution", "Matmul", "Sum"} < set(kinds)
+    assert not {"Flatten", "Unflatten"} & set(kinds)
+    assert kinds.count("Transpose") == 4 * 2 * len(unet.cross_attentions())  # q, k, v, the result
