@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -27,34 +25,15 @@ from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors.numpy import load_file, save_file
-
-import mlxdiff
+from safetensors.numpy import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train_builtin"))
 import data
+from builtin import open_builtin, text_of
 
 HOLE = 0.62  # of a shape's size
 EMPTY = 0.12  # this share of the captions is replaced by the empty one, for guidance
 LAYERS = r".*\.(to_[qkv]|to_out\.0|ff\.net\.(0\.proj|2)|proj_(in|out)|conv[12]?|time_emb_proj)"
-
-
-def open_builtin() -> StableDiffusionPipeline:
-    """The built-in model by diffusers: its convolutions get torch's layout back."""
-    source = Path(mlxdiff.__file__).parent / "builtin"
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "model"
-        shutil.copytree(source, folder)
-        for part in ("unet", "vae", "text_encoder"):
-            path = folder / part / "model.safetensors"
-            weights = {
-                key: np.ascontiguousarray(value.transpose(0, 3, 1, 2)) if value.ndim == 4 else value
-                for key, value in load_file(path).items()
-            }
-            path.unlink()
-            name = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-            save_file(weights, folder / part / f"{name}.safetensors", {"format": "pt"})
-        return StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
 
 
 def outlines(spec: data.Spec) -> np.ndarray:
@@ -86,13 +65,6 @@ def encode(pipe: StableDiffusionPipeline, count: int, seed: int) -> tuple[torch.
         deviations.append(code.std * factor)
         texts.append(text_of(pipe, [data.caption(spec, rng) for spec in specs]))
     return torch.cat(means), torch.cat(deviations), torch.cat(texts), text_of(pipe, [""])[0]
-
-
-def text_of(pipe: StableDiffusionPipeline, captions: list[str]) -> torch.Tensor:
-    ids = pipe.tokenizer(
-        captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
-    ).input_ids
-    return pipe.text_encoder(ids).last_hidden_state
 
 
 def train(pipe: StableDiffusionPipeline, args: argparse.Namespace) -> None:
