@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from examples.train_control import judge
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -19,3 +23,10 @@ def test_example(example: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert len(example.read_text(encoding="utf-8").splitlines()) <= 45
+    if example.stem == "follow_edges":
+        given, _, *drawn = np.split(
+            np.asarray(Image.open(tmp_path / "follow_edges.png")), 4, axis=1
+        )
+        for picture in drawn:
+            found = judge.follows(picture, given)
+            assert min(found["edges found"], found["edges that belong"]) > 0.9
