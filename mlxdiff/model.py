@@ -170,15 +170,6 @@ class Model(Networks):
         super().__init__(source, backend, vae)
         self.unet_config: UNet2DConditionConfig = source.config("unet")
         self.vae_config: VAEConfig = source.config("vae") if vae is None else vae.config
-        if self.upscales and self.vae_config.scaling_factor != UPSCALER_SCALE:
-            logger.warning(
-                "%s: scaling_factor of the VAE is taken for %g, not %g, as the reference does for "
-                "upscalers",
-                source.path,
-                UPSCALER_SCALE,
-                self.vae_config.scaling_factor,
-            )
-            self.vae_config = replace(self.vae_config, scaling_factor=UPSCALER_SCALE)
         self.texts = TextEncoders(source, self.component, backend, penultimate=self.is_sdxl)
         self._linear: np.ndarray | None = None  # from latents to colours
         own = source.config("vae")
@@ -189,6 +180,15 @@ class Model(Networks):
                     f"{vae.provenance['source']}: this VAE has {name.replace('_', ' ')} {found}, "
                     f"the model's own {expected}; use one made for this model"
                 )
+        if self.upscales and self.vae_config.scaling_factor != UPSCALER_SCALE:
+            logger.warning(
+                "%s: scaling_factor of the VAE is taken for %g, not %g, as the reference does for "
+                "upscalers",
+                source.path,
+                UPSCALER_SCALE,
+                self.vae_config.scaling_factor,
+            )
+            self.vae_config = replace(self.vae_config, scaling_factor=UPSCALER_SCALE)
 
     @property
     def controlnets(self) -> list[str]:

@@ -122,6 +122,8 @@ def test_what_cannot_be_honoured_is_refused(
 
 
 def test_networks_beside_it_are_refused() -> None:
+    with pytest.raises(UsageError, match="this VAE has factor 8, the model's own 4"):
+        mlxdiff.load(checkpoint(NAME), vae=checkpoint("taesd"), backend="numpy")
     pipe = mlxdiff.load(checkpoint(NAME), backend="numpy")
     for kind, says in (("controlnet", "a ControlNet"), ("ip_adapter", "an IP-Adapter")):
         pipe.model.added = {f"{kind}_0": None}  # type: ignore[dict-item]
