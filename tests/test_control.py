@@ -124,16 +124,14 @@ def test_files_that_hold_something_else(tmp_path: Path, names: list[str], says: 
         open_controlnet(path, unet_of("sd15"))
 
 
-@pytest.mark.parametrize("shape", [(), (2, 2), (0, 8, 3, 3), (7, 9, 3, 3)])
-def test_files_that_are_damaged(tmp_path: Path, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("shape", [None, (), (2, 2), (0, 8, 3, 3), (7, 9, 3, 3)])
+def test_files_that_are_damaged(tmp_path: Path, shape: tuple[int, ...] | None) -> None:
     """Whatever tensor has another shape, or is not there, it is named or the structure refused."""
     tensors = ldm_names(controlnet_config("sdxl"), 1)
     path, unet = tmp_path / "net.safetensors", unet_of("sdxl")
     for name in list(tensors)[::9]:
-        save_file(tensors | {name: np.zeros(shape, np.float16)}, path)
-        with pytest.raises((CheckpointError, ConfigError)):
-            open_controlnet(path, unet)
-        save_file({k: v for k, v in tensors.items() if k != name}, path)
+        other = {} if shape is None else {name: np.zeros(shape, np.float16)}
+        save_file({k: v for k, v in tensors.items() if k != name} | other, path)
         with pytest.raises((CheckpointError, ConfigError)):
             open_controlnet(path, unet)
 
