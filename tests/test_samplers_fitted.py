@@ -175,6 +175,18 @@ class _TwoHills:
         return ((alpha * x - x0) / sigma).astype(np.float32)
 
 
+def _moved(runs: fit_sampler.Runs, path: tuple[int, ...]) -> tuple[int, ...]:
+    """A path that ends nearer than the given one, and begins and grows as it must."""
+
+    def error(path: tuple[int, ...]) -> float:
+        return float(runs.errors(path).mean())
+
+    found = fit_sampler.nearest(error, [path], move=True)
+    assert error(found) < error(path) == error(fit_sampler.nearest(error, [path], move=False))
+    assert found[0] == 0 and len(found) == len(path) and list(found) == sorted(set(found))
+    return found
+
+
 def test_fitting_lands_nearer_and_is_written_as_it_is_read(tmp_path: Path) -> None:
     network = _TwoHills()
     rng = np.random.default_rng(0)
@@ -190,11 +202,12 @@ def test_fitting_lands_nearer_and_is_written_as_it_is_read(tmp_path: Path) -> No
     for scales in ([1.0], [2.0], [1.0, 2.0]):
         runs = {}
         for steps in (2, 4):
-            path = fit_sampler.choose_levels(sum(errors[scale] for scale in scales), steps)
-            assert path[0] == 0 and len(path) == steps and path == sorted(set(path))
-            runs[str(steps)] = [
-                fit_sampler.fit(network, fine[scale]["x"], path, [], scale)[1] for scale in scales
-            ]
+            path = fit_sampler.choose_levels(sum(errors[scale] for scale in scales), steps, 0.5)
+            assert path[0] == 0 and len(path) == steps and list(path) == sorted(set(path))
+            fitted = [fit_sampler.Runs(network, fine[scale]["x"], [], scale) for scale in scales]
+            if len(scales) == 1:
+                path = _moved(fitted[0], path)
+            runs[str(steps)] = [each.run(path) for each in fitted]
         fits.append({"guidance": scales, "runs": runs})
     folder = tmp_path / "scheduler"
     folder.mkdir()
