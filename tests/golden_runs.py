@@ -20,7 +20,7 @@ from golden_data import (
 )
 
 import mlxdiff
-from mlxdiff.pipeline import Pipeline
+from mlxdiff.pipeline import Pipeline, Result
 
 NAMED = "controlnets", "ip_adapters", "loras", "embeddings", "vae", "refiner"
 """What a case names beside arguments of ``generate``."""
@@ -42,6 +42,7 @@ class Opened:
         name: str,
         backend: str = "numpy",
         *,
+        quantize: int | None = None,
         controlnets: Sequence[str] = (),
         ip_adapters: Sequence[str] = (),
         loras: Sequence[tuple[str, float]] = (),
@@ -51,13 +52,14 @@ class Opened:
         """A model with these additions, by the names that cases have for them, and no others.
 
         Args:
+            quantize: bits; None: as it is.
             parts: other models by what they are to it (vae, refiner).
         """
-        key = name, backend, *parts.items()
+        key = name, backend, quantize, *parts.items()
         if key not in self._pipes:
             given = {part: checkpoint(of) for part, of in parts.items()}
             self._pipes[key] = mlxdiff.load(
-                checkpoint(name), backend=backend, dtype="float32", **given
+                checkpoint(name), backend=backend, dtype="float32", quantize=quantize, **given
             )
         pipe = self._pipes[key]
         pipe.control_with(*(self.controlnet(name, net) for net in controlnets))
@@ -66,6 +68,23 @@ class Opened:
         words = [one.partition(":") for one in embeddings]
         pipe.set_embeddings([(GOLDEN / "prompts" / file, word or None) for file, _, word in words])
         return pipe
+
+    def draw(
+        self,
+        case: dict[str, Any],
+        backend: str,
+        model: str | None = None,
+        quantize: int | None = None,
+    ) -> Result:
+        """A case's pictures.
+
+        Args:
+            model: that of a case which names none.
+        """
+        arguments = with_pictures(case["arguments"])
+        name: str = arguments.pop("model", model)
+        named = {part: arguments.pop(part) for part in NAMED if part in arguments}
+        return self(name, backend, quantize=quantize, **named).generate(**arguments)
 
     def controlnet(self, model: str, name: str) -> Path:
         """One of control_files.NETS, as a folder."""
@@ -108,14 +127,7 @@ def with_pictures(arguments: dict[str, Any]) -> dict[str, Any]:
 def assert_drawn_again(
     opened: Opened, case: dict[str, Any], backend: str, model: str | None = None
 ) -> None:
-    """A golden picture within its bounds.
-
-    Args:
-        model: that of a case which names none.
-    """
-    arguments = with_pictures(case["arguments"])
-    name: str = arguments.pop("model", model)
-    named = {part: arguments.pop(part) for part in NAMED if part in arguments}
-    result = opened(name, backend, **named).generate(**arguments)
+    """A golden picture within its bounds; for the arguments see `Opened.draw`."""
+    result = opened.draw(case, backend, model)
     assert_latents_close(result.latents, case["latents"])
     assert_picture_close(np.stack([np.asarray(i) for i in result.images]), case["image"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
-from golden_data import cases
+from golden_data import assert_latents_close, cases
 from golden_runs import Opened, assert_drawn_again
 
 CASES = {case["case"]: case for case in cases("combinations")}
@@ -24,3 +25,14 @@ def test_they_are_the_same_in_low_memory(model: str, backend: str, opened: Opene
     )
     assert set(pipe.model._loaded) == {"vae"}
     pipe.save_memory(False)
+
+
+@pytest.mark.mlx
+@pytest.mark.parametrize("case", ["everything", "sdxl-everything"])
+def test_they_go_with_a_quantized_model(case: str, opened: Opened) -> None:
+    """The same on both backends, and near the picture of the whole model."""
+    pytest.importorskip("mlx.core")
+    drawn = [opened.draw(CASES[case], backend, quantize=8) for backend in ("numpy", "mlx")]
+    assert_latents_close(drawn[1].latents, drawn[0].latents)
+    exact = opened.draw(CASES[case], "numpy").latents
+    assert 0.001 < np.std(drawn[0].latents - exact) / np.std(exact) < 0.05
