@@ -202,9 +202,9 @@ def multiply_adds(network: fit_sampler.Network, deep: list[np.ndarray] | None) -
 
         return counting
 
-    def attention(q: np.ndarray, k: np.ndarray, *others: Any) -> np.ndarray:
-        counted[0] += 2 * q.size * k.shape[-2]
-        return old_attention(q, k, *others)
+    def attention(q: np.ndarray, k: np.ndarray, *others: Any, batch: int) -> np.ndarray:
+        counted[0] += 2 * q.size * (k.size // k.shape[-1] // batch)
+        return old_attention(q, k, *others, batch=batch)
 
     pipe, text = network.pipe, network.text("")  # the text encoder does not count
     height, width, channels = pipe.model.latent_shape(*pipe.model.default_size)
