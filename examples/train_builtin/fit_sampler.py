@@ -44,7 +44,7 @@ from mlxdiff.noise import Generator
 from mlxdiff.samplers.dpm_solver import MULTISTEP
 from mlxdiff.samplers.family import to_x0
 from mlxdiff.samplers.fitted import KEY
-from mlxdiff.samplers.plan import Plan
+from mlxdiff.samplers.plan import Plan, Row
 from mlxdiff.samplers.settings import Settings
 
 try:
@@ -256,8 +256,8 @@ class Runs:
     ) -> None:
         self.network, self.x, self.prompts, self.scale = network, x, prompts, scale
         self.prediction = network.config.get("prediction_type", "epsilon")
-        self._arrived: dict[tuple[int, ...], tuple[np.ndarray, list[np.ndarray], list[Any]]] = {}
-        self._predicted: dict[tuple[int, ...], np.ndarray] = {}
+        self._arrived: dict[tuple[int, ...], tuple[np.ndarray, list[Any]]] = {}
+        self._predicted: dict[tuple[int, ...], list[np.ndarray]] = {}
 
     def run(self, levels: tuple[int, ...]) -> list[Any]:
         """As it stands in the file."""
@@ -269,33 +269,43 @@ class Runs:
         missed = self._arrive((*levels, len(LEVELS)))[0] - end
         return np.sqrt((missed**2).mean((1, 2, 3))) / end.std()
 
-    def _arrive(self, path: tuple[int, ...]) -> tuple[np.ndarray, list[np.ndarray], list[Any]]:
-        """At the last level of `path`: the pictures, the latest predictions of x_0, the run."""
+    def forget(self) -> None:
+        """Let go of the beginnings: runs of another number of steps share hardly any."""
+        self._arrived.clear()
+        self._predicted.clear()
+
+    def _arrive(self, path: tuple[int, ...]) -> tuple[np.ndarray, list[Any]]:
+        """At the last level of `path`: the pictures, and the run so far."""
         if len(path) == 1:
-            return self.x[0], [], []
+            return self.x[0], []
         if path not in self._arrived:
-            *begun, target = path
-            current, history, run = self._arrive(tuple(begun))
-            times = [LEVELS[level] for level in path if level < len(LEVELS)]
-            row = solver(self.network.config, times).rows[len(begun) - 1]
-            of_x, of_output = to_x0(self.prediction, *row.level)
-            output = self._predict(tuple(begun), current)
-            history = [of_x * current + of_output * output, *history][:HISTORY]
-            features = np.stack([current, *history])
+            begun, target = path[:-1], path[-1]
+            current, run = self._arrive(begun)
+            features = np.stack([current, *self._predict(begun)])
+            row = self._row(path)
             flat = features.reshape(len(features), -1).astype(np.float64)
             usually = np.zeros(len(features))
             usually[: 1 + len(row.weights)] = row.scale, *row.weights
             missed = self.x[target].reshape(-1) - usually @ flat
             numbers = [float(f"{value:.6g}") for value in _solve(flat @ flat.T, flat @ missed)]
             current = np.tensordot(usually + numbers, features, 1).astype(np.float32)
-            self._arrived[path] = current, history, [*run, [LEVELS[begun[-1]], numbers]]
+            self._arrived[path] = current, [*run, [LEVELS[begun[-1]], numbers]]
         return self._arrived[path]
 
-    def _predict(self, path: tuple[int, ...], current: np.ndarray) -> np.ndarray:
+    def _predict(self, path: tuple[int, ...]) -> list[np.ndarray]:
+        """The predictions of x_0 at the last level of `path` and before it, latest first."""
         if path not in self._predicted:
-            time = LEVELS[path[-1]]
-            self._predicted[path] = self.network(current, time, self.prompts, self.scale)
+            current, time = self._arrive(path)[0], LEVELS[path[-1]]
+            output = self.network(current, time, self.prompts, self.scale)
+            of_x, of_output = to_x0(self.prediction, *self._row((*path, len(LEVELS))).level)
+            before = self._predict(path[:-1]) if len(path) > 1 else []
+            self._predicted[path] = [of_x * current + of_output * output, *before][:HISTORY]
         return self._predicted[path]
+
+    def _row(self, path: tuple[int, ...]) -> Row:
+        """The step of DPM-Solver++ 2M to the last level of `path`."""
+        times = [LEVELS[level] for level in path if level < len(LEVELS)]
+        return solver(self.network.config, times).rows[len(path) - 2]
 
 
 def nearest(
@@ -403,6 +413,8 @@ class Fitting:
                 for scale, each in runs.items()
             )
             print(f"{steps:2d} steps, {told}; timesteps", [LEVELS[i] for i in path], flush=True)
+            for each in runs.values():
+                each.forget()
         return {"guidance": list(runs), "runs": found}
 
 
