@@ -27,7 +27,8 @@ from mlxdiff.memory import PROCESS
 from mlxdiff.params import Shape, expected_parameters
 from mlxdiff.pipeline import BUILTIN, Pipeline, make_backend
 from mlxdiff.recipes import find_recipe, quantized_model
-from mlxdiff.weights import LazyTensor, open_folder
+from mlxdiff.tensors import LazyTensor
+from mlxdiff.weights import open_folder
 
 CLIP_L: dict[str, Any] = {
     "hidden_size": 768,

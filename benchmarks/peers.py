@@ -62,7 +62,7 @@ def inputs(size: int) -> tuple[Any, Any]:
 
 def our_network(component: str) -> Any:
     from mlxdiff.models.backend import Backend
-    from mlxdiff.weights import LazyTensor
+    from mlxdiff.tensors import LazyTensor
 
     chosen = config(MODEL, component)
     tensors = {

@@ -25,7 +25,8 @@ from mlxdiff.config import (
 )
 from mlxdiff.params import expected_parameters
 from mlxdiff.recipes import find_recipe, quantized_model
-from mlxdiff.weights import LazyTensor, ModelSource, open_folder, write_folder
+from mlxdiff.tensors import LazyTensor
+from mlxdiff.weights import ModelSource, open_folder, write_folder
 
 _SDXL_UNET = {
     "addition_embed_type": "text_time",

@@ -28,19 +28,10 @@ from mlxdiff.convert.report import ComponentReport, Report
 from mlxdiff.convert.singlefile import SingleFile
 from mlxdiff.convert.sources import Model, open_source
 from mlxdiff.errors import UsageError
+from mlxdiff.files import sha256
 from mlxdiff.recipes import find_recipe, is_quantized, quantized_model, recipe_of
-from mlxdiff.weights import (
-    DTYPES,
-    ConvertedFolder,
-    LazyTensor,
-    ModelSource,
-    Progress,
-    QuantizedTensor,
-    check_dest,
-    sha256,
-    stored_bytes,
-    write_folder,
-)
+from mlxdiff.tensors import DTYPES, LazyTensor, QuantizedTensor, stored_bytes
+from mlxdiff.weights import ConvertedFolder, ModelSource, Progress, check_dest, write_folder
 
 __all__ = [
     "Component",

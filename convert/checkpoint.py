@@ -18,14 +18,8 @@ from mlxdiff.convert.keymap import DIFFUSERS, Layout, Mapped, Use, map_names, ta
 from mlxdiff.convert.pickles import SUFFIXES, PickleFile, open_tensors
 from mlxdiff.errors import CheckpointError
 from mlxdiff.params import Shape, expected_parameters
-from mlxdiff.weights import (
-    READABLE,
-    LazyTensor,
-    ModelFolder,
-    open_weights,
-    raise_faults,
-    shard_files,
-)
+from mlxdiff.tensors import READABLE, LazyTensor, open_weights, raise_faults, shard_files
+from mlxdiff.weights import ModelFolder
 
 # Names that diffusers and transformers give to weights: stem, variant and index in all the orders
 # that their versions have used ("x.fp16.safetensors", "x.safetensors.index.fp16.json", ...).

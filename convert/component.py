@@ -13,7 +13,8 @@ from mlxdiff.config import ComponentConfig, read_json, read_vae
 from mlxdiff.convert.checkpoint import find_weights, open_component
 from mlxdiff.convert.sources import open_source
 from mlxdiff.errors import CheckpointError
-from mlxdiff.weights import LazyTensor, Progress
+from mlxdiff.tensors import LazyTensor
+from mlxdiff.weights import Progress
 
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 

@@ -22,7 +22,8 @@ from mlxdiff.convert.families import Unrepresentable, controlnet_structure
 from mlxdiff.convert.keymap import Layout, ldm_controlnet
 from mlxdiff.convert.pickles import PickleFile, open_tensors
 from mlxdiff.errors import CheckpointError
-from mlxdiff.weights import LazyTensor, Progress
+from mlxdiff.tensors import LazyTensor
+from mlxdiff.weights import Progress
 
 logger = logging.getLogger("mlxdiff")
 

@@ -10,13 +10,8 @@ from typing import Any
 from mlxdiff import known
 from mlxdiff.config import ComponentConfig, UNet2DConfig, read_json
 from mlxdiff.errors import CheckpointError, ConfigError
-from mlxdiff.weights import (
-    COMPONENTS,
-    LOW_RES_SCHEDULER,
-    TOKENIZERS,
-    LazyTensor,
-    open_weights,
-)
+from mlxdiff.tensors import LazyTensor, open_weights
+from mlxdiff.weights import COMPONENTS, LOW_RES_SCHEDULER, TOKENIZERS
 
 PIPELINES = (
     "StableDiffusionPipeline",

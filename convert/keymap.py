@@ -20,7 +20,7 @@ from mlxdiff.config import (
 )
 from mlxdiff.convert.transforms import Transform, choose, halves, thirds, transpose
 from mlxdiff.params import Shape, expected_parameters
-from mlxdiff.weights import raise_faults
+from mlxdiff.tensors import raise_faults
 
 
 @dataclass(frozen=True)

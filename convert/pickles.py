@@ -31,7 +31,7 @@ from typing import Any, BinaryIO, ClassVar
 
 from mlxdiff.errors import CheckpointError
 from mlxdiff.params import Shape
-from mlxdiff.weights import MAX_NAME, LazyTensor, TensorFile, foreign, read_values, shown
+from mlxdiff.tensors import MAX_NAME, LazyTensor, TensorFile, foreign, read_values, shown
 
 SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
 """Names that such files go by."""

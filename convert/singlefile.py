@@ -49,18 +49,16 @@ from mlxdiff.convert.keymap import (
 )
 from mlxdiff.convert.pickles import PickleFile, open_tensors
 from mlxdiff.errors import CheckpointError, HubError, UsageError
+from mlxdiff.tensors import LazyTensor, raise_faults, shard_files
 from mlxdiff.weights import (
     COMPONENTS,
     LOW_RES_SCHEDULER,
     MANIFEST,
     TOKENIZER_FILES,
     ConvertedFolder,
-    LazyTensor,
     Progress,
     open_folder,
     pad_token,
-    raise_faults,
-    shard_files,
 )
 
 if TYPE_CHECKING:

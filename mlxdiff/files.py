@@ -1,7 +1,8 @@
-"""Files that several processes share: one at a time, and only where there is room."""
+"""Files: their digests; sharing them between processes, only where there is room."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import time
@@ -92,3 +93,13 @@ def require_space(needs: dict[Path, int], what: str, advice: str) -> None:
                 f"{what} needs {size / 1e9:.2f} GB at {folder}, where {free / 1e9:.2f} GB are "
                 f"free; {advice}"
             )
+
+
+def sha256(path: Path, on_bytes: Callable[[int], None] = lambda size: None) -> str:
+    """sha256 of a file, in hex. ``on_bytes`` is called with the size of each piece read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+            on_bytes(len(piece))
+    return digest.hexdigest()

@@ -18,7 +18,7 @@ from mlxdiff.config import AutoencoderKLConfig, ComponentConfig
 from mlxdiff.cost import Operation, operations
 from mlxdiff.errors import UsageError
 from mlxdiff.recipes import Recipe, quantized_model
-from mlxdiff.weights import LazyTensor, QuantizedTensor
+from mlxdiff.tensors import LazyTensor, QuantizedTensor
 
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 PROCESS = 100_000_000

@@ -14,13 +14,8 @@ import numpy as np
 from mlxdiff.errors import UsageError
 from mlxdiff.params import Shape
 from mlxdiff.quantization import AFFINE_BITS, FLOAT_MODES, Quantization, fits
-from mlxdiff.weights import (
-    ConvertedFolder,
-    LazyTensor,
-    ModelSource,
-    QuantizedTensor,
-    quantize_tensor,
-)
+from mlxdiff.tensors import LazyTensor, QuantizedTensor, quantize_tensor
+from mlxdiff.weights import ConvertedFolder, ModelSource
 
 Shapes = Mapping[str, Shape]
 

@@ -17,6 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("values",),
     ("config", "files", "known", "threads", "a1111", "exact"),
     ("params", "quantization"),
+    ("tensors",),
     (
         "tokenizer",
         "prompt",

@@ -30,7 +30,8 @@ from mlxdiff import hub
 from mlxdiff.config import UNet2DConditionConfig
 from mlxdiff.convert import DiffusersFolder, convert, describe, detect, open_source
 from mlxdiff.errors import CheckpointError, ConfigError, HubError, MlxdiffError, UsageError
-from mlxdiff.weights import DTYPES, cast, open_folder
+from mlxdiff.tensors import DTYPES, cast
+from mlxdiff.weights import open_folder
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("sd1", "sd2", "sdxl")

@@ -22,7 +22,7 @@ from mlxdiff.convert import open_source
 from mlxdiff.errors import CheckpointError, UsageError
 from mlxdiff.quantization import Quantization
 from mlxdiff.reference import backend as reference_backend
-from mlxdiff.weights import AdaptedTensor, LazyTensor, quantize_tensor
+from mlxdiff.tensors import AdaptedTensor, LazyTensor, quantize_tensor
 
 CASES = cases("lora")
 SMALL = {"width": 32, "height": 32, "steps": 2, "seed": 0}

@@ -19,7 +19,7 @@ from mlxdiff.memory import Device, Estimate, activation_bytes, require, weight_b
 from mlxdiff.params import expected_parameters
 from mlxdiff.pipeline import make_backend
 from mlxdiff.quantization import Quantization
-from mlxdiff.weights import LazyTensor, quantize_tensor
+from mlxdiff.tensors import LazyTensor, quantize_tensor
 
 # As deep as Stable Diffusion's, a fifth to a quarter as wide.
 UNET: dict[str, Any] = tiny_models.UNETS["sd1"] | {

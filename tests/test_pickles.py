@@ -38,7 +38,7 @@ from pickle_files import (
 from mlxdiff.convert import pickles
 from mlxdiff.convert.pickles import BESIDE, OBJECT, PROGRAM, PickleFile, is_pickle, open_tensors
 from mlxdiff.errors import CheckpointError
-from mlxdiff.weights import TensorFile
+from mlxdiff.tensors import TensorFile
 
 GOLDEN = Path(__file__).parent / "golden" / "pickles"
 EXPECTED: dict[str, dict[str, tuple[str, list[int]]]] = json.loads(

@@ -29,7 +29,8 @@ from mlxdiff.quantization import (
     quantize,
 )
 from mlxdiff.recipes import find_recipe, quantized_model
-from mlxdiff.weights import QuantizedTensor, open_folder, quantize_tensor
+from mlxdiff.tensors import QuantizedTensor, quantize_tensor
+from mlxdiff.weights import open_folder
 
 WAYS = [Quantization(bits, group) for bits in AFFINE_BITS for group in AFFINE_GROUPS]
 WAYS += [Quantization(bits, group, mode) for mode, (bits, group) in FLOAT_MODES.items()]

@@ -18,7 +18,7 @@ from mlxdiff.params import expected_parameters
 from mlxdiff.reference import layers
 from mlxdiff.reference.backend import Backend
 from mlxdiff.reference.unet import UNet2DConditionModel
-from mlxdiff.weights import LazyTensor
+from mlxdiff.tensors import LazyTensor
 
 ALL = [
     (kind, name)

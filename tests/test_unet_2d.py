@@ -30,7 +30,7 @@ from mlxdiff.convert import convert, describe, open_source
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
 from mlxdiff.params import expected_parameters
 from mlxdiff.pipeline import Pipeline
-from mlxdiff.weights import LazyTensor
+from mlxdiff.tensors import LazyTensor
 
 NAMES = ("ddpm", "ddpm-labels", "ddim-numbers")
 CASES = [(name, case) for name in NAMES for case in cases(name)]

@@ -15,7 +15,7 @@ from mlxdiff.config import (
     UNet2DConditionConfig,
 )
 from mlxdiff.params import expected_parameters
-from mlxdiff.weights import LazyTensor
+from mlxdiff.tensors import LazyTensor
 
 _UNET = {
     "block_out_channels": [32, 64],

@@ -34,7 +34,7 @@ from mlxdiff.convert.checkpoint import all_finite
 from mlxdiff.convert.pickles import PickleFile, open_tensors
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
 from mlxdiff.quantization import Beside
-from mlxdiff.weights import READABLE, AdaptedTensor, LazyTensor, QuantizedTensor, TensorFile, shown
+from mlxdiff.tensors import READABLE, AdaptedTensor, LazyTensor, QuantizedTensor, TensorFile, shown
 
 logger = logging.getLogger("mlxdiff")
 

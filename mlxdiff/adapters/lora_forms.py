@@ -14,7 +14,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from mlxdiff.params import Shape
-from mlxdiff.weights import LazyTensor
+from mlxdiff.tensors import LazyTensor
 
 Tensors = Mapping[str, LazyTensor]
 

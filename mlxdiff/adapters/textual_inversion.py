@@ -23,7 +23,7 @@ from mlxdiff.config import CLIPTextConfig
 from mlxdiff.convert.checkpoint import all_finite
 from mlxdiff.convert.pickles import SUFFIXES, PickleFile, open_tensors
 from mlxdiff.errors import CheckpointError, UsageError
-from mlxdiff.weights import READABLE, LazyTensor
+from mlxdiff.tensors import READABLE, LazyTensor
 
 FILES = ("learned_embeds.safetensors", "learned_embeds.bin")
 """What diffusers calls them in a folder."""

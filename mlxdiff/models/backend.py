@@ -24,7 +24,7 @@ from mlxdiff.config import (
 )
 from mlxdiff.errors import UsageError
 from mlxdiff.machine import memory_bytes
-from mlxdiff.weights import AdaptedTensor, LazyTensor, QuantizedTensor, check_parameters
+from mlxdiff.tensors import AdaptedTensor, LazyTensor, QuantizedTensor, check_parameters
 
 try:
     import mlx.core as mx

@@ -34,7 +34,7 @@ from mlxdiff.reference.taesd import AutoencoderTiny
 from mlxdiff.reference.unet import UNet2DConditionModel
 from mlxdiff.reference.unet_2d import UNet2DModel
 from mlxdiff.reference.vae import AutoencoderKL
-from mlxdiff.weights import AdaptedTensor, LazyTensor, QuantizedTensor, check_parameters
+from mlxdiff.tensors import AdaptedTensor, LazyTensor, QuantizedTensor, check_parameters
 
 _MODELS: dict[type, Callable[..., Module]] = {
     CLIPTextConfig: CLIPTextModel,

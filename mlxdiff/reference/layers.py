@@ -17,7 +17,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from mlxdiff import threads
 from mlxdiff.quantization import Beside, Packed, dequantize
-from mlxdiff.weights import raise_faults
+from mlxdiff.tensors import raise_faults
 
 _BLOCK = 1 << 16  # values in a block of element-wise work: 256 KB
 _SCORES = 1 << 20  # attention scores held at a time: 4 MB
