@@ -1,9 +1,8 @@
-"""The arguments of a run: checked, and with the model's defaults filled in."""
+"""What decides a picture: the arguments of a run, with the model's defaults filled in."""
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import secrets
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,15 @@ from typing import Any
 import numpy as np
 
 from mlxdiff import a1111, samplers
+from mlxdiff.arguments import (
+    Arguments,
+    check,
+    check_numbers,
+    checked_flag,
+    checked_interval,
+    checked_reuse,
+    is_scored,
+)
 from mlxdiff.control import Control, resolve_controls
 from mlxdiff.errors import UsageError
 from mlxdiff.hires import Hires, resolve_hires
@@ -21,7 +29,6 @@ from mlxdiff.image_prompt import ImagePrompt, resolve_image_prompts
 from mlxdiff.inpainting import Borders, Canvas, check_borders, load_mask, make_canvas
 from mlxdiff.model import Model
 from mlxdiff.pixels import PixelModel
-from mlxdiff.prompt import SYNTAXES
 from mlxdiff.samplers.guidance import guided_evaluations
 
 logger = logging.getLogger("mlxdiff")
@@ -183,7 +190,7 @@ def resolve(
         raise UsageError(
             'no prompt is given; for example: mlxdiff generate "a red circle on a blue background"'
         )
-    return _resolve_text(model, refiner, prompt, **arguments)
+    return _resolve_text(model, refiner, Arguments(prompt, **arguments))
 
 
 def _resolve_pixels(
@@ -210,7 +217,7 @@ def _resolve_pixels(
         raise UsageError(
             f"{', '.join(given)}: this model draws from noise alone; it has no part for that"
         )
-    _check_numbers(1.0, eta=eta)
+    check_numbers(1.0, eta=eta)
     model.check_label(label)
     if width is None or height is None:
         own_height, own_width = model.default_size
@@ -237,224 +244,142 @@ def _resolve_pixels(
     return replace(settings, sampler=plan.sampler, schedule=plan.schedule)
 
 
-def _resolve_text(
-    model: Model,
-    refiner: Model | None,
-    prompt: str,
-    *,
-    negative_prompt: str | None = None,
-    prompt_2: str | None = None,
-    negative_prompt_2: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
-    guidance_rescale: float = 0.0,
-    guidance_interval: tuple[float, float] | None = None,
-    feature_reuse: int | None = None,
-    sampler: str = "auto",
-    schedule: str = "auto",
-    eta: float | None = None,
-    image: Any = None,
-    strength: float | None = None,
-    hires: float | None = None,
-    hires_upscaler: str | None = None,
-    hires_strength: float | None = None,
-    image_guidance: float | None = None,
-    noise_level: int | None = None,
-    mask: Any = None,
-    outpaint: Any = None,
-    paste_original: bool = False,
-    denoising_start: float | None = None,
-    denoising_end: float | None = None,
-    original_size: tuple[int, int] | None = None,
-    target_size: tuple[int, int] | None = None,
-    crop: tuple[int, int] | None = None,
-    aesthetic_score: float | None = None,
-    negative_aesthetic_score: float | None = None,
-    prompt_syntax: str = "plain",
-    clip_skip: int | None = None,
-    guess_mode: bool | None = None,
-    ip_image: Any = None,
-    ip_scale: Any = None,
-    **control: Any,
-) -> Settings:
-    """Settings of a model that draws from text; ``control`` as ``resolve_controls`` takes it."""
-    _check_texts(
-        prompt=prompt,
-        negative_prompt=negative_prompt,
-        prompt_2=prompt_2,
-        negative_prompt_2=negative_prompt_2,
-    )
-    _check_syntax(prompt_syntax, prompt, prompt_2, negative_prompt, negative_prompt_2)
-    model.texts.check_clip_skip(clip_skip)
-    if guidance is None:
-        guidance = model.default_guidance
-    _check_numbers(
-        math.inf,
-        guidance=guidance,
-        image_guidance=image_guidance,
-        aesthetic_score=aesthetic_score,
-        negative_aesthetic_score=negative_aesthetic_score,
-    )
-    _check_numbers(
-        1.0,
-        guidance_rescale=guidance_rescale,
-        eta=eta,
-        strength=strength,
-        hires_strength=hires_strength,
-        denoising_start=denoising_start,
-        denoising_end=denoising_end,
-    )
-    guidance_interval = _checked_interval(guidance_interval)
-    feature_reuse = _checked_reuse(feature_reuse)
-    _check_parts(
-        model,
-        refiner,
-        {
-            "prompt_2": prompt_2,
-            "negative_prompt_2": negative_prompt_2,
-            "original_size": original_size,
-            "target_size": target_size,
-            "crop": crop,
-            "denoising_start": denoising_start,
-            "denoising_end": denoising_end,
-            "aesthetic_score": aesthetic_score,
-            "negative_aesthetic_score": negative_aesthetic_score,
-        },
-    )
-    repaints = mask is not None or outpaint is not None
-    _check_task(model, image, repaints, strength, None if refiner is not None else denoising_start)
-    if image_guidance is not None and not model.edits:
-        raise UsageError(
-            "image_guidance: only models that edit a picture by instruction have that "
-            "(instruct-pix2pix, whose U-Net takes 8 channels); this model has not"
-        )
-    if model.upscales:
-        noise_level = NOISE_LEVEL if noise_level is None else noise_level
-        model.check_noise_level(noise_level)
-    elif noise_level is not None:
-        raise UsageError(
-            "noise_level: only models that enlarge a picture have that (the x4 upscaler); this "
-            "model has not"
-        )
-    if paste_original and not repaints:
-        raise UsageError("paste_original needs a mask (--mask) or borders (--outpaint)")
-
-    pixels = None if image is None else load_image(image)
-    outpaint = None if outpaint is None else check_borders(outpaint)
-    given = None if pixels is None else _given_size(pixels, outpaint)
-    default_height, default_width = _default_size(
-        model, None if outpaint is None and mask is not None else given, width, height
-    )
-    width = default_width if width is None else width
-    height = default_height if height is None else height
-    model.check_size(width=width, height=height)
-
+def _resolve_text(model: Model, refiner: Model | None, asked: Arguments) -> Settings:
+    """Settings of a model that draws from text."""
+    check(model, refiner, asked)
+    pixels = None if asked.image is None else load_image(asked.image)
+    outpaint = None if asked.outpaint is None else check_borders(asked.outpaint)
+    height, width = _size(model, asked, pixels, outpaint)
+    factor, nets = model.vae_config.factor, len(model.controlnets)
     larger = resolve_hires(
-        hires,
-        hires_upscaler,
-        hires_strength,
+        asked.hires,
+        asked.hires_upscaler,
+        asked.hires_strength,
         width=width,
         height=height,
-        factor=model.vae_config.factor,
+        factor=factor,
     )
+    hires_controls: tuple[Control, ...] = ()
     if larger is not None:
-        _check_hires(model, repaints, refiner, denoising_start, denoising_end)
-
+        hires_controls = resolve_controls(nets, larger.width, larger.height, **asked.control)
+    start, end = asked.denoising_start, asked.denoising_end
     if refiner is not None:
-        denoising_end = DEFAULT_SPLIT if denoising_end is None else denoising_end
-        denoising_start = denoising_end if denoising_start is None else denoising_start
-    if denoising_start in (0.0, 1.0):
-        raise UsageError(f"denoising_start is {denoising_start}; expected between 0 and 1")
-    if refiner is None and denoising_start is not None and denoising_end is not None:
-        if denoising_start >= denoising_end:
-            raise UsageError(
-                f"denoising_start {denoising_start} must be less than denoising_end {denoising_end}"
-            )
+        end = DEFAULT_SPLIT if end is None else end
+        start = end if start is None else start
+    guidance = model.default_guidance if asked.guidance is None else asked.guidance
     settings = Settings(
-        prompt=prompt,
-        negative_prompt=negative_prompt,
-        prompt_2=prompt_2,
-        negative_prompt_2=negative_prompt_2,
+        prompt=asked.prompt,
+        negative_prompt=asked.negative_prompt,
+        prompt_2=asked.prompt_2,
+        negative_prompt_2=asked.negative_prompt_2,
         width=width,
         height=height,
-        steps=model.default_steps if steps is None else steps,
+        steps=model.default_steps if asked.steps is None else asked.steps,
         guidance=float(guidance),
-        guidance_rescale=float(guidance_rescale),
-        guidance_interval=guidance_interval,
-        feature_reuse=feature_reuse,
-        sampler=sampler,
-        schedule=schedule,
-        eta=eta,
-        denoising_start=denoising_start,
-        denoising_end=denoising_end,
+        guidance_rescale=float(asked.guidance_rescale),
+        guidance_interval=checked_interval(asked.guidance_interval),
+        feature_reuse=checked_reuse(asked.feature_reuse),
+        sampler=asked.sampler,
+        schedule=asked.schedule,
+        eta=asked.eta,
+        denoising_start=start,
+        denoising_end=end,
         refined=refiner is not None,
-        prompt_syntax=prompt_syntax,
-        clip_skip=clip_skip,
-        controls=resolve_controls(len(model.controlnets), width, height, **control),
+        prompt_syntax=asked.prompt_syntax,
+        clip_skip=asked.clip_skip,
+        controls=resolve_controls(nets, width, height, **asked.control),
         hires=larger,
-        hires_controls=(
-            ()
-            if larger is None
-            else resolve_controls(len(model.controlnets), larger.width, larger.height, **control)
-        ),
-        guess_mode=_flag("guess_mode", guess_mode),
-        image_prompts=resolve_image_prompts(len(model.ip_adapters), ip_image, ip_scale),
+        hires_controls=hires_controls,
+        guess_mode=checked_flag("guess_mode", asked.guess_mode),
+        image_prompts=resolve_image_prompts(len(model.ip_adapters), asked.ip_image, asked.ip_scale),
     )
     if settings.guess_mode and not settings.controls:
         raise UsageError("guess_mode: there is no ControlNet; give one (--controlnet)")
     if pixels is not None:
-        settings = replace(settings, image_name=_named(image))
-        if repaints:
-            greys = None if mask is None else load_mask(mask)
-            factor = model.vae_config.factor
-            canvas = make_canvas(pixels, greys, width, height, factor, outpaint)
-            _note_other_shape(pixels, greys)
-            settings = replace(
-                settings,
-                canvas=canvas,
-                image=canvas.image,
-                mask_name=None if mask is None else _named(mask),
-                outpaint=outpaint,
-                paste_original=paste_original,
-            )
-        else:
-            settings = replace(settings, image=_resized(model, pixels, width, height))
-        if model.upscales:
-            settings = replace(settings, noise_level=noise_level)
-        elif model.edits:
-            scale = IMAGE_GUIDANCE if image_guidance is None else image_guidance
-            settings = replace(settings, image_guidance=scale)
-        elif settings.adds_noise:
-            default = 1.0 if repaints else model.default_strength
-            settings = replace(settings, strength=default if strength is None else strength)
-        elif strength is not None:
-            logger.warning("strength has no effect: denoising_start says where the run begins")
+        settings = _with_image(settings, model, asked, pixels, outpaint)
     if model.is_sdxl:
-        settings = replace(
-            settings,
-            original_size=original_size or (height, width),
-            crop=crop or (0, 0),
-        )
-    if model.is_sdxl and not model.takes_aesthetic_score:
-        settings = replace(settings, target_size=target_size or (height, width))
-    if _scored(model, refiner):
-        high, low = AESTHETIC_SCORES
-        settings = replace(
-            settings,
-            aesthetic_score=high if aesthetic_score is None else aesthetic_score,
-            negative_aesthetic_score=(
-                low if negative_aesthetic_score is None else negative_aesthetic_score
-            ),
-        )
+        settings = _with_conditioning(settings, model, refiner, asked)
     _check_editing(settings)
     _note_unused_words(model, settings)
-    _note_what_has_no_effect(model, settings, negative_aesthetic_score, image_guidance)
+    _note_what_has_no_effect(model, settings, asked)
     plans = make_plans(settings, model, refiner)
     _check_some_guidance(settings, plans)
     plan = plans[0]
     return replace(settings, sampler=plan.sampler, schedule=plan.schedule)
+
+
+def _size(
+    model: Model, asked: Arguments, pixels: np.ndarray | None, outpaint: Borders | None
+) -> tuple[int, int]:
+    """(height, width): what is asked for, else the image's, else the model's own."""
+    if pixels is None or (asked.mask is not None and outpaint is None):
+        given = None
+    else:
+        given = _given_size(pixels, outpaint)
+    default_height, default_width = _default_size(model, given, asked.width, asked.height)
+    width = default_width if asked.width is None else asked.width
+    height = default_height if asked.height is None else asked.height
+    model.check_size(width=width, height=height)
+    return height, width
+
+
+def _with_image(
+    settings: Settings,
+    model: Model,
+    asked: Arguments,
+    pixels: np.ndarray,
+    outpaint: Borders | None,
+) -> Settings:
+    """With the picture that the run starts from, and how far from it."""
+    width, height = settings.width, settings.height
+    settings = replace(settings, image_name=_named(asked.image))
+    if asked.repaints:
+        greys = None if asked.mask is None else load_mask(asked.mask)
+        canvas = make_canvas(pixels, greys, width, height, model.vae_config.factor, outpaint)
+        _note_other_shape(pixels, greys)
+        settings = replace(
+            settings,
+            canvas=canvas,
+            image=canvas.image,
+            mask_name=None if asked.mask is None else _named(asked.mask),
+            outpaint=outpaint,
+            paste_original=asked.paste_original,
+        )
+    else:
+        settings = replace(settings, image=_resized(model, pixels, width, height))
+    if model.upscales:
+        level = NOISE_LEVEL if asked.noise_level is None else asked.noise_level
+        model.check_noise_level(level)
+        return replace(settings, noise_level=level)
+    if model.edits:
+        scale = IMAGE_GUIDANCE if asked.image_guidance is None else asked.image_guidance
+        return replace(settings, image_guidance=scale)
+    if settings.adds_noise:
+        default = 1.0 if asked.repaints else model.default_strength
+        return replace(settings, strength=default if asked.strength is None else asked.strength)
+    if asked.strength is not None:
+        logger.warning("strength has no effect: denoising_start says where the run begins")
+    return settings
+
+
+def _with_conditioning(
+    settings: Settings, model: Model, refiner: Model | None, asked: Arguments
+) -> Settings:
+    """With the numbers that SDXL's U-Nets are told beside the prompt."""
+    size = settings.height, settings.width
+    settings = replace(
+        settings, original_size=asked.original_size or size, crop=asked.crop or (0, 0)
+    )
+    if not model.takes_aesthetic_score:
+        settings = replace(settings, target_size=asked.target_size or size)
+    if not is_scored(model, refiner):
+        return settings
+    high, low = AESTHETIC_SCORES
+    if asked.aesthetic_score is not None:
+        high = asked.aesthetic_score
+    if asked.negative_aesthetic_score is not None:
+        low = asked.negative_aesthetic_score
+    return replace(settings, aesthetic_score=high, negative_aesthetic_score=low)
 
 
 def make_plans(
@@ -509,43 +434,6 @@ def _samples_with_lcm(settings: Settings, model: Model) -> bool:
     )
 
 
-def _scored(model: Model, refiner: Model | None) -> bool:
-    """Whether a model of the run is told an aesthetic score."""
-    return any(m is not None and m.takes_aesthetic_score for m in (model, refiner))
-
-
-def _check_texts(**texts: Any) -> None:
-    for name, text in texts.items():
-        if not isinstance(text, str) and (text is not None or name == "prompt"):
-            raise UsageError(f"{name} must be a text, not {type(text).__name__}")
-
-
-def _check_syntax(
-    syntax: str,
-    prompt: str,
-    prompt_2: str | None,
-    negative_prompt: str | None,
-    negative_prompt_2: str | None,
-) -> None:
-    """Refuse a syntax that does not exist, and what we do not have of A1111's."""
-    if syntax not in SYNTAXES:
-        raise UsageError(
-            f"prompt_syntax {syntax!r} does not exist; there are {', '.join(SYNTAXES)}"
-        )
-    if syntax == "plain":
-        return
-    for text in (prompt, prompt_2 or "", negative_prompt or "", negative_prompt_2 or ""):
-        a1111.weigh(text)
-    for text in (prompt_2 or "", negative_prompt or "", negative_prompt_2 or ""):
-        if found := a1111.networks(text)[1]:
-            raise UsageError(
-                f"<lora:{found[0].name}:...> stands in the negative or the second prompt; it "
-                "changes the model for the whole picture: put it into the prompt"
-            )
-    for text in (prompt, prompt_2 or ""):
-        a1111.refuse_composition(text)
-
-
 def _check_editing(settings: Settings) -> None:
     """Refuse a prompt that changes from step to step together with what holds on to one."""
     if settings.prompt_syntax == "plain" or settings.feature_reuse is None:
@@ -563,45 +451,6 @@ def _check_editing(settings: Settings) -> None:
         )
 
 
-def _flag(name: str, value: Any) -> bool:
-    if value is not None and not isinstance(value, bool):
-        raise UsageError(f"{name} is {value!r}; expected true or false")
-    return bool(value)
-
-
-def _check_numbers(most: float, **numbers: Any) -> None:
-    """Refuse what is not a number from 0 to ``most``."""
-    for name, number in numbers.items():
-        if number is None:
-            continue
-        known = isinstance(number, (int, float)) and not isinstance(number, bool)
-        if not known or not math.isfinite(number) or not 0.0 <= number <= most:
-            expected = "at least 0" if most == math.inf else f"0 to {most:g}"
-            raise UsageError(f"{name} is {number!r}; expected a number, {expected}")
-
-
-def _checked_interval(interval: Any) -> tuple[float, float] | None:
-    """Two shares of a run; None where it is all of it."""
-    if interval is None:
-        return None
-    if not isinstance(interval, (tuple, list)) or len(interval) != 2:
-        raise UsageError(f"guidance_interval is {interval!r}; expected two numbers, start and end")
-    start, end = interval
-    _check_numbers(1.0, **{"start of guidance_interval": start, "end of guidance_interval": end})
-    if start >= end:
-        raise UsageError(f"guidance_interval is {start:g} to {end:g}; its start must be less")
-    return None if (start, end) == (0, 1) else (float(start), float(end))
-
-
-def _checked_reuse(every: Any) -> int | None:
-    """How many evaluations share deep features; None where each has its own."""
-    if every is None:
-        return None
-    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-        raise UsageError(f"feature_reuse is {every!r}; expected a whole number, at least 1 (none)")
-    return None if every == 1 else every
-
-
 def _check_some_guidance(settings: Settings, plans: tuple[samplers.Plan, ...]) -> None:
     """Refuse a guidance interval that no evaluation lies in."""
     if settings.guidance_interval is None:
@@ -614,107 +463,6 @@ def _check_some_guidance(settings: Settings, plans: tuple[samplers.Plan, ...]) -
                 f"guidance_interval {start:g} to {stop:g} holds none of the run's {len(plan)} "
                 "evaluations; take a wider one, or guidance 1 for none"
             )
-
-
-def _check_parts(model: Model, refiner: Model | None, given: dict[str, Any]) -> None:
-    """Refuse arguments that the models have no part for."""
-
-    def refuse(names: tuple[str, ...], why: str) -> None:
-        found = [name for name in names if given[name] is not None]
-        if found:
-            raise UsageError(f"{', '.join(found)}: {why}")
-
-    if not model.is_sdxl:
-        refuse(tuple(given), "only SDXL models have that; this model has not")
-    if not model.takes_prompt_2:
-        refuse(("prompt_2", "negative_prompt_2"), "this model has no second text encoder")
-    if model.takes_aesthetic_score:
-        refuse(("target_size",), "a refiner is told an aesthetic score instead")
-    if not _scored(model, refiner):
-        refuse(
-            ("aesthetic_score", "negative_aesthetic_score"),
-            "only SDXL's refiner is told that; give one as refiner (--refiner)",
-        )
-
-
-def _check_task(
-    model: Model,
-    image: Any,
-    repaints: bool,
-    strength: float | None,
-    denoising_start: float | None,
-) -> None:
-    """Refuse what the model cannot draw from what is given."""
-    channels, latent = model.unet_config.in_channels, model.vae_config.latent_channels
-    takes = f"its U-Net takes {channels} channels, the latents have {latent}"
-    if model.inpaints and not (repaints and image is not None):
-        raise UsageError(
-            f"{model.source.path}: this is an inpainting model ({takes}): it needs an image "
-            "(--image) and a mask (--mask), or borders to add to the image (--outpaint)"
-        )
-    if model.edits or model.upscales:
-        does, keeps = "edits a picture by instruction", "image guidance (--image-guidance)"
-        if model.upscales:
-            does, keeps = "enlarges a picture", "noise level (--noise-level)"
-        what = f"{model.source.path}: this is a model that {does} ({takes})"
-        if repaints:
-            raise UsageError(f"{what}; it has no part for a mask (--mask) or borders (--outpaint)")
-        if model.controlnets:
-            raise UsageError(f"{what}; it does not go together with a ControlNet (--controlnet)")
-        if model.upscales and model.ip_adapters:
-            raise UsageError(f"{what}; it does not go together with an IP-Adapter (--ip-adapter)")
-        if image is None:
-            raise UsageError(f"{what}: it needs one (--image)")
-        for name, value in (("strength", strength), ("denoising_start", denoising_start)):
-            if value is not None:
-                raise UsageError(
-                    f"{name}: {what}, and starts from noise; {keeps} says how closely it keeps to "
-                    "the picture"
-                )
-    elif model.unet_config.num_class_embeds is not None:
-        raise UsageError(
-            f"{model.source.path}: its U-Net is told a class (num_class_embeds), and it is no x4 "
-            f"upscaler ({takes}); this version of mlxdiff knows no such model"
-        )
-    elif channels != latent and not model.inpaints:
-        raise UsageError(
-            f"{model.source.path}: this is no text-to-image model ({takes}), and none that this "
-            "version of mlxdiff knows"
-        )
-    if repaints and image is None:
-        raise UsageError("a mask (--mask) or borders (--outpaint) need an image (--image)")
-    if image is None:
-        if model.takes_aesthetic_score:
-            raise UsageError(
-                f"{model.source.path}: this is an SDXL refiner, which starts from an image: give "
-                "one (--image), or an SDXL base model with this one as its refiner (--refiner)"
-            )
-        for name, value in (("strength", strength), ("denoising_start", denoising_start)):
-            if value is not None:
-                raise UsageError(f"{name} needs an image to start from (--image)")
-
-
-def _check_hires(
-    model: Model,
-    repaints: bool,
-    refiner: Model | None,
-    denoising_start: float | None,
-    denoising_end: float | None,
-) -> None:
-    """Refuse a hires pass where there is none."""
-    other = {
-        "a mask (--mask) or borders (--outpaint)": repaints,
-        "a model that edits a picture by instruction": model.edits,
-        "a model that enlarges a picture": model.upscales,
-        "a refiner (--refiner)": refiner is not None,
-        "denoising_start (--denoising-start)": denoising_start is not None,
-        "denoising_end (--denoising-end)": denoising_end is not None,
-    }
-    if found := [name for name, given in other.items() if given]:
-        raise UsageError(
-            f"hires does not go together with {found[0]}; draw that first, and start a hires run "
-            "from the result (--image)"
-        )
 
 
 def _named(picture: Any) -> str:
@@ -784,16 +532,13 @@ def _note_unused_words(model: Model, settings: Settings) -> None:
         logger.warning("an embedding has no effect: its word %r is not in the prompt", word)
 
 
-def _note_what_has_no_effect(
-    model: Model,
-    settings: Settings,
-    negative_aesthetic_score: float | None,
-    image_guidance: float | None,
-) -> None:
+def _note_what_has_no_effect(model: Model, settings: Settings, asked: Arguments) -> None:
+    """Warn of arguments that change nothing at the values of others."""
+    image_guidance = asked.image_guidance
     without_guidance = {
         "negative_prompt": settings.negative_prompt,
         "negative_prompt_2": settings.negative_prompt_2,
-        "negative_aesthetic_score": negative_aesthetic_score,
+        "negative_aesthetic_score": asked.negative_aesthetic_score,
         "guidance_rescale": settings.guidance_rescale or None,
         "guidance_interval": settings.guidance_interval,
         "image_guidance": image_guidance,

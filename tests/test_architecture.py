@@ -36,6 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("library", "texts", "preview"),
     ("model",),
     ("pixels", "control", "image_prompt"),
+    ("arguments",),
     ("settings",),
     ("cost",),
     ("memory",),
