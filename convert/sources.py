@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TypeAlias
 
 from mlxdiff import hub, known
+from mlxdiff.config import read_json
 from mlxdiff.convert import detect
 from mlxdiff.convert.checkpoint import DiffusersFolder
 from mlxdiff.convert.singlefile import SingleFile
 from mlxdiff.errors import UsageError
-from mlxdiff.weights import MANIFEST, ConvertedFolder, Progress, open_folder
+from mlxdiff.weights import MANIFEST, ConvertedFolder, ModelFolder, Progress, open_folder
 
 Model: TypeAlias = DiffusersFolder | SingleFile | ConvertedFolder
 
@@ -85,6 +86,7 @@ def _open_hub(
     listing: hub.Listing, variant: str | None, progress: Progress | None
 ) -> DiffusersFolder | ConvertedFolder:
     """A folder of the hub: what ``hub.find`` chose is opened, whatever else is cached."""
+    check_published(listing)
     folder = hub.fetch(listing, progress)
     if (folder / MANIFEST).is_file():
         return open_folder(folder)
@@ -96,3 +98,15 @@ def _open_hub(
         variant=variant or None,
         prefer=prefer,
     )
+
+
+def check_published(listing: hub.Listing) -> None:
+    """Refuse a model of the hub that we cannot open, before its weights are fetched.
+
+    A single file cannot be told from outside. Raises: CheckpointError, ConfigError, HubError.
+    """
+    if listing.entry not in listing.files and MANIFEST not in listing.files:
+        folder = hub.fetch_documents(listing)
+        if (folder / "model_index.json").is_file():
+            detect.check_model_index(read_json(folder / "model_index.json"), folder)
+            ModelFolder(folder)  # reads the configs

@@ -684,6 +684,17 @@ def fetch(listing: Listing, progress: Progress | None = None) -> Path:
     return snapshot / listing.entry
 
 
+def fetch_documents(listing: Listing) -> Path:
+    """Bring all files of a listing but the weights into the cache: what a model says of itself.
+
+    Returns: the snapshot folder. Raises: as `resolve`.
+    """
+    documents = {n: f for n, f in _missing(listing).items() if not n.endswith(_FILES)}
+    if not is_offline():  # then `fetch` says what is missing
+        _fetch(listing, documents, None)
+    return _snapshot(listing.reference, listing.commit)
+
+
 def missing_bytes(listing: Listing) -> int:
     """Bytes of a listing that the cache does not hold yet, under any commit."""
     blobs = _repo_folder(listing.reference) / "blobs"

@@ -27,6 +27,7 @@ from typing import Any
 from mlxdiff import hub, known
 from mlxdiff.convert import convert, open_source
 from mlxdiff.convert.report import human_bytes
+from mlxdiff.convert.sources import check_published
 from mlxdiff.errors import CheckpointError, ConfigError, HubError, UsageError
 from mlxdiff.files import exclusive, require_space
 from mlxdiff.recipes import find_recipe, quantized_model
@@ -219,6 +220,7 @@ class _Shelf:
                 f"{listing.reference}: download and conversion",
                 "make room, or set MLXDIFF_HOME or HF_HOME to a folder on another disk",
             )
+            check_published(listing)
             logger.warning(
                 "%s: %s to fetch, then it is converted, once, into %s",
                 listing.reference,

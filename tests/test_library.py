@@ -22,7 +22,7 @@ from single_files import ldm_tensors
 
 from mlxdiff import convert, files, library
 from mlxdiff.cli import main
-from mlxdiff.errors import HubError, UsageError
+from mlxdiff.errors import HubError, MlxdiffError, UsageError
 from mlxdiff.weights import ConvertedFolder
 
 DAY = 24 * 3600 + 1
@@ -214,6 +214,32 @@ def test_a_failure_leaves_nothing(server: type[Hub], home: Path, repo: dict[str,
     server.files, server.commit = dict(repo), OTHER
     later(home)
     assert open_model().path.is_dir()
+
+
+@pytest.mark.parametrize(
+    "file, old, new, says",
+    [
+        ("model_index.json", b"StableDiffusionPipeline", b"FluxPipeline", "is a FluxPipeline"),
+        ("unet/config.json", b'"layers_per_block"', b'"dual_cross_attention": true, "l"', "dual_"),
+    ],
+    ids=["pipeline", "config"],
+)
+@pytest.mark.parametrize("opened", [open_model, convert.open_source], ids=["kept", "not kept"])
+def test_what_cannot_be_opened_is_refused_before_its_weights_are_fetched(
+    server: type[Hub],
+    repo: dict[str, bytes],
+    opened: Any,
+    file: str,
+    old: bytes,
+    new: bytes,
+    says: str,
+) -> None:
+    server.files = {**repo, file: repo[file].replace(old, new)}
+    assert server.files[file] != repo[file]
+    server.got.clear()
+    with pytest.raises(MlxdiffError, match=says):
+        opened("org/name")
+    assert server.got and not any(name.endswith(".safetensors") for name in server.got)
 
 
 def test_a_disk_without_room(
