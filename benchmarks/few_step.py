@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples" / "train_builtin"))
 import checker  # noqa: E402
 import evaluate  # noqa: E402
-import fit_sampler  # noqa: E402
+import teacher  # noqa: E402
 
 COUNTS = (4, 5, 6, 8, 10, 12, 15, 20, 25)
 GUIDANCE = (1.0, 4.0, 7.5)
@@ -99,7 +99,7 @@ class Runs:
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.network = fit_sampler.Network(args.model, torch=args.torch, backend=args.backend)
+        self.network = teacher.Network(args.model, torch=args.torch, backend=args.backend)
         self.cache = args.cache
         rows = list(evaluate.ROWS)
         self.prompts = [
@@ -141,7 +141,7 @@ class Runs:
                     x, state = plan.step(x, output, state)
                 return {"x": x}
 
-            found.append(fit_sampler.cached(self.cache, f"run-{key}", draw)["x"])
+            found.append(teacher.cached(self.cache, f"run-{key}", draw)["x"])
         return np.concatenate(found)
 
     def _whole(self, prompts: Sequence[str], guidance: float) -> Callable[..., np.ndarray]:
@@ -187,7 +187,7 @@ class Runs:
         return ask
 
 
-def multiply_adds(network: fit_sampler.Network, deep: list[np.ndarray] | None) -> int:
+def multiply_adds(network: teacher.Network, deep: list[np.ndarray] | None) -> int:
     """Of one evaluation of the NumPy U-Net, in convolutions, linear maps and attention."""
     counted = [0]
     layers: list[tuple[Any, str]] = [(Conv2d, "__call__"), (Linear, "__call__")]
@@ -288,7 +288,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def part_of_a_shallow_one(network: fit_sampler.Network) -> float:
+def part_of_a_shallow_one(network: teacher.Network) -> float:
     """What an evaluation on old deep features costs, a whole one being 1."""
     if network.pipe.backend.name != "numpy":
         raise SystemExit("few_step: counts the work of the NumPy network; take --backend numpy")

@@ -63,7 +63,6 @@ class RandomModel:
         self.family = "sdxl" if name == "sdxl" else "sd1"
         base = open_folder(BUILTIN)
         self.model_index, self.scheduler_config = {}, base.scheduler_config
-        self.scheduler_config = {k: v for k, v in self.scheduler_config.items() if k != "fitted"}
         self._tokenizer = base.tokenizer
         unet = MODELS["sdxl" if name == "sdxl" else "sd15"] | (SMALL if name == "small" else {})
         vae, clip = VAE, CLIP_L

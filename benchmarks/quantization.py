@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "examples" / "train_builtin"), str(ROOT / "benchmarks")]
 import checker  # noqa: E402
 import evaluate  # noqa: E402
-import fit_sampler  # noqa: E402
+import teacher  # noqa: E402
 import numpy_unet_step  # noqa: E402
 
 DOCS = ROOT / "docs" / "quantization.md"
@@ -51,7 +51,7 @@ class Bench:
     """The built-in model in float32, its pictures, and what becomes of them under other weights."""
 
     def __init__(self, model: str | None, prompts: int, steps: int = STEPS) -> None:
-        self.network = fit_sampler.Network(model, backend="numpy")
+        self.network = teacher.Network(model, backend="numpy")
         rows = list(evaluate.ROWS)
         self.prompts = [
             evaluate.prompts_of(rows[i % len(rows)], i // len(rows) + 1)[-1] for i in range(prompts)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from sampler_cases import CONFIGS, fake_network, start_noise
 
-from examples.train_builtin import fit_sampler
+from examples.train_builtin import fit_sampler, refine, teacher
 from mlxdiff import samplers
 from mlxdiff.errors import ConfigError, UsageError
 from mlxdiff.pipeline import BUILTIN
@@ -86,7 +86,7 @@ def test_the_narrowest_fit_that_covers_the_scale_is_taken() -> None:
     for guidance, last in ((1.0, 1), (3.9, 1), (4.0, 4), (4.1, 8), (8.0, 8)):
         plan = samplers.plan(config, steps=2, guidance=guidance)
         assert (plan.sampler, plan.timesteps) == ("fitted", (999, last))
-        usual = fit_sampler.solver(V, plan.timesteps).rows  # the numbers are zero
+        usual = teacher.solver(V, plan.timesteps).rows  # the numbers are zero
         for row, same in zip(plan.rows, usual, strict=True):
             assert row.scale == pytest.approx(same.scale, rel=1e-6)
             weights = row.weights[: len(same.weights)]
@@ -168,7 +168,7 @@ class _TwoHills:
     config = V
 
     def __call__(self, x: np.ndarray, t: float, prompts: Sequence[str], scale: float) -> np.ndarray:
-        alpha, sigma = fit_sampler.solver(V, [int(t)]).rows[0].level
+        alpha, sigma = teacher.solver(V, [int(t)]).rows[0].level
         spread = (alpha * 0.5) ** 2 + sigma**2
         point = np.tanh(scale * alpha / spread * x)
         x0 = point + alpha * 0.25 / spread * (x - alpha * point)
@@ -191,11 +191,11 @@ def test_fitting_lands_nearer_and_is_written_as_it_is_read(tmp_path: Path) -> No
     network = _TwoHills()
     rng = np.random.default_rng(0)
     noise = rng.standard_normal((64, 4, 4, 4)).astype(np.float32)
-    fine = {scale: fit_sampler.fine_solution(network, noise, [], scale) for scale in (1.0, 2.0)}
+    fine = {scale: teacher.fine_solution(network, noise, [], scale) for scale in (1.0, 2.0)}
     errors = {}
     for scale, solution in fine.items():
         x, x0 = solution["x"], solution["x0"]
-        assert len(x) == len(x0) + 1 == len(fit_sampler.LEVELS) + 1
+        assert len(x) == len(x0) + 1 == len(teacher.LEVELS) + 1
         assert 0.9 < np.abs(x[-1]).mean() < 1.3
         errors[scale] = fit_sampler.step_errors(x, x0)
     fits: list[Any] = []
@@ -219,18 +219,44 @@ def test_fitting_lands_nearer_and_is_written_as_it_is_read(tmp_path: Path) -> No
 
     fresh = rng.standard_normal((64, 4, 4, 4)).astype(np.float32)
     for guidance in (1.0, 1.4, 2.0):
-        exact = fit_sampler.fine_solution(network, fresh, [], guidance)["x"][-1]
+        exact = teacher.fine_solution(network, fresh, [], guidance)["x"][-1]
         found = {}
         plan = samplers.plan(config, steps=4, guidance=guidance)
         assert plan.sampler == "fitted"
-        times = [fit_sampler.LEVELS[i] for i in (0, 16, 33, 49)]
-        for name, one in (("fitted", plan), ("2m", fit_sampler.solver(V, times))):
+        times = [teacher.LEVELS[i] for i in (0, 16, 33, 49)]
+        for name, one in (("fitted", plan), ("2m", teacher.solver(V, times))):
             now, state = fresh, one.start()
             for t in one.timesteps:
                 now, state = one.step(now, network(now, t, [], guidance), state)
             # Not the square: a value whose sign turned would weigh more than all others.
             found[name] = float(np.abs(now - exact).mean())
         assert found["fitted"] < found["2m"], (guidance, found)
+
+
+def test_refining_brings_the_end_nearer() -> None:
+    network, scale = _TwoHills(), 1.0
+    rng = np.random.default_rng(1)
+    pictures = []
+    for _ in range(4):
+        noise = rng.standard_normal((16, 4, 4, 4)).astype(np.float32)
+        ends = teacher.fine_solution(network, noise, [], scale)["x"][-1]
+        pictures.append(refine.Pictures([], noise, ends))
+    usual = [[time, [0.0, 0.0]] for time in (999, 700, 400, 100)]
+    run = refine.refine(network, usual, pictures[:3] * 2, scale)
+    times = [time for time, _ in run]
+    assert len(run) == 4 and times[0] == 999 and times == sorted(set(times), reverse=True)
+    assert [len(numbers) for _, numbers in run] == [2, 3, 4, 5]
+    for seen in pictures:  # the last one is new
+        before, after = (refine.missed(network, one, seen, scale).mean() for one in (usual, run))
+        assert after < before / 3
+    # It is what the sampler does with these numbers.
+    config = {**V, KEY: [{"guidance": [scale], "runs": {"4": [run]}}]}
+    plan, now = samplers.plan(config, "fitted", steps=4), pictures[3].noise
+    state = plan.start()
+    for t in plan.timesteps:
+        now, state = plan.step(now, network(now, t, [], scale), state)
+    miss = np.sqrt(((now - pictures[3].ends) ** 2).mean((1, 2, 3))) / pictures[3].ends.std()
+    np.testing.assert_allclose(miss, refine.missed(network, run, pictures[3], scale), rtol=1e-3)
 
 
 def test_a_converted_folder_stays_whole(tmp_path: Path) -> None:
@@ -251,7 +277,7 @@ def test_runs_are_kept(tmp_path: Path) -> None:
         return {"x": np.arange(3.0)}
 
     for _ in range(2):
-        assert fit_sampler.cached(tmp_path / "new", "one", make)["x"].tolist() == [0.0, 1.0, 2.0]
+        assert teacher.cached(tmp_path / "new", "one", make)["x"].tolist() == [0.0, 1.0, 2.0]
     assert len(calls) == 1
-    fit_sampler.cached(None, "one", make)
+    teacher.cached(None, "one", make)
     assert len(calls) == 2

@@ -20,6 +20,8 @@ same call gives the same numbers. For each guidance scale:
 4. Of the sequences the one whose run ends nearest to the fine solution is taken, and its levels are
    moved one at a time as long as that brings the end nearer. What is compared is the mean over the
    pictures, not the mean square: a picture that turned into another one says little about the rest.
+5. Short runs without guidance are then bettered as a whole, by the ends of many more pictures
+   (`refine.py`).
 """
 
 from __future__ import annotations
@@ -38,160 +40,30 @@ from typing import Any
 
 import numpy as np
 
-import mlxdiff
-from mlxdiff.model import draw_noise
-from mlxdiff.noise import Generator
-from mlxdiff.samplers.dpm_solver import MULTISTEP
 from mlxdiff.samplers.family import to_x0
 from mlxdiff.samplers.fitted import KEY
-from mlxdiff.samplers.plan import Plan, Row
-from mlxdiff.samplers.settings import Settings
+from mlxdiff.samplers.plan import Row
 
 try:
     from . import data
+    from .refine import Pictures, missed, refine
+    from .teacher import LEVELS, PARTS, Network, cached, fine_solution, solver
 except ImportError:  # run as a script: the folder itself is on the path
     import data
+    from teacher import LEVELS, PARTS, Network, cached, fine_solution, solver
 
 COUNTS = (4, 5, 6, 7, 8, 10, 12, 15, 20, 25)
 GUIDANCE = (1.0, 4.0, 7.5)
-LEVELS = (*np.linspace(999, 40, 57).round().astype(int).tolist(), 33, 27, 21, 16, 12, 8, 5, 2, 0)
-PARTS = 2  # steps of the fine solution from one level to the next
 FIRST_SEED = 10_000  # far from the seeds that a benchmark would take
 EARLY = 0.05, 0.5, 1.5, 4.0  # the square of an error at pure noise counts so much of one at the end
 STRIDES = 2, 1  # by how many levels one is moved,
 MOVED = 12  # in runs of up to so many steps; more of them leave nothing to gain
+REFINED = 8  # up to so many steps; under guidance it gains nothing (docs/samplers.md)
+REFINED_WITH = 32  # pictures at a time
+PASSES = 2  # over all of them
 RANGE_PICTURES = 12  # of the pictures, for a range of scales
 HISTORY = 3  # predictions of x_0 in a step
 RIDGE = 1e-5
-BATCH = 16
-
-
-class Network:
-    """A model's U-Net, asked for many pictures at once: (x, t, prompts, scales) -> output.
-
-    Args:
-        folder: the model.
-        torch: compute with diffusers' U-Net of the same weights; a third faster on a CPU.
-        load: for `mlxdiff.load` (backend).
-    """
-
-    def __init__(self, folder: str | None, torch: bool = False, **load: Any) -> None:
-        self.pipe = mlxdiff.load(folder, dtype="float32", **load)
-        if self.pipe.model.is_sdxl:
-            raise SystemExit("fit_sampler: SDXL is not supported yet")
-        self.config = self.pipe.source.scheduler_config
-        self.embeddings: dict[str, np.ndarray] = {}
-        self.unet = self._through_torch() if torch else self._through_mlxdiff()
-
-    def _through_mlxdiff(self) -> Any:
-        backend, unet = self.pipe.backend, self.pipe.model.component("unet")
-
-        def run(x: np.ndarray, t: float, text: np.ndarray) -> np.ndarray:
-            out = unet(backend.asarray(x), t, encoder_hidden_states=backend.asarray(text))
-            return backend.to_numpy(out)
-
-        return run
-
-    def _through_torch(self) -> Any:
-        import torch
-        from diffusers import UNet2DConditionModel
-
-        torch.set_num_threads(1)
-        config = json.loads((self.pipe.source.path / "unet" / "config.json").read_text())
-        unet = UNet2DConditionModel.from_config(config).eval().to(memory_format=torch.channels_last)
-        weights = {}
-        for name, tensor in self.pipe.source.tensors("unet").items():
-            value = np.array(tensor.read(), np.float32)
-            weights[name] = torch.from_numpy(
-                value.transpose(0, 3, 1, 2) if value.ndim == 4 else value
-            )
-        unet.load_state_dict(weights)
-
-        def run(x: np.ndarray, t: float, text: np.ndarray) -> np.ndarray:
-            with torch.inference_mode():
-                sample = torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2)
-                out = unet(sample, t, torch.from_numpy(text)).sample
-            return out.permute(0, 2, 3, 1).contiguous().numpy()
-
-        return run
-
-    def fingerprint(self) -> str:
-        """Differs where another model would answer otherwise."""
-        found = hashlib.sha256()
-        for part in ("unet", "text_encoder"):
-            for name, tensor in sorted(self.pipe.source.tensors(part).items()):
-                found.update(name.encode() + np.ascontiguousarray(tensor.read()).tobytes())
-        return found.hexdigest()[:12]
-
-    def text(self, prompt: str) -> np.ndarray:
-        if prompt not in self.embeddings:
-            self.embeddings[prompt] = self.pipe.encode_prompt(prompt).prompt_embeds
-        return self.embeddings[prompt]
-
-    def noise(self, seeds: Sequence[int]) -> np.ndarray:
-        shape = self.pipe.model.latent_shape(*self.pipe.model.default_size)
-        return np.concatenate([draw_noise(Generator(seed), shape) for seed in seeds])
-
-    def __call__(self, x: np.ndarray, t: float, prompts: Sequence[str], scale: float) -> np.ndarray:
-        """What the sampler asks: (B, h, w, C) float32, after guidance."""
-        texts = np.concatenate([self.text(prompt) for prompt in prompts])
-        if scale <= 1.0:
-            return self._batches(x, t, texts)
-        negative = np.repeat(self.text(""), len(x), axis=0)
-        both = self._batches(np.concatenate([x, x]), t, np.concatenate([texts, negative]))
-        output, without = both[: len(x)], both[len(x) :]
-        return without + np.float32(scale) * (output - without)
-
-    def _batches(self, x: np.ndarray, t: float, text: np.ndarray) -> np.ndarray:
-        parts = [slice(i, i + BATCH) for i in range(0, len(x), BATCH)]
-        return np.concatenate([self.unet(x[part], t, text[part]) for part in parts])
-
-
-def cached(
-    folder: Path | None, name: str, make: Callable[[], dict[str, np.ndarray]]
-) -> dict[str, np.ndarray]:
-    """What `make` gives, from a file of an earlier call where there is one."""
-    path = None if folder is None else folder / f"{name}.npz"
-    if path is not None and path.exists():
-        with np.load(path) as file:
-            return dict(file)
-    made = make()
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".part.npz")
-        np.savez(partial, **made)
-        partial.replace(path)
-    return made
-
-
-def solver(config: dict[str, Any], times: Sequence[int]) -> Plan:
-    """DPM-Solver++ 2M over given timesteps."""
-    spacings = ("karras_sigmas", "exponential_sigmas", "beta_sigmas", "lu_lambdas")
-    fixed: dict[str, Any] = {f"use_{name}": False for name in spacings}
-    fixed |= {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "heun"}
-    settings = Settings(config, MULTISTEP.name, MULTISTEP.defaults, fixed, MULTISTEP.choices)
-    grid = MULTISTEP.grid(settings, len(times), times)
-    return Plan("dpmpp-2m", "custom", tuple(MULTISTEP.rows(settings, grid, 0, 0.0)), 1.0)
-
-
-def fine_solution(
-    network: Network, noise: np.ndarray, prompts: Sequence[str], scale: float
-) -> dict[str, np.ndarray]:
-    """x at LEVELS and at the end, (L + 1, B, ...), and the predicted x_0 at LEVELS, (L, B, ...)."""
-    times = {
-        round(first + (second - first) * part / PARTS)
-        for first, second in zip(LEVELS, (*LEVELS[1:], LEVELS[-1]), strict=True)
-        for part in range(PARTS)
-    }
-    plan = solver(network.config, sorted(times, reverse=True))
-    x, state, found, predicted = noise, plan.start(), [], []
-    for t in plan.timesteps:
-        output, before = network(x, t, prompts, scale), x
-        x, state = plan.step(x, output, state)
-        if t in LEVELS:
-            found.append(before)
-            predicted.append(state.data[0])
-    return {"x": np.stack([*found, x]), "x0": np.stack(predicted)}
 
 
 def step_errors(x: np.ndarray, x0: np.ndarray) -> np.ndarray:
@@ -367,25 +239,60 @@ class Fitting:
         self.args = args
         self.network = Network(str(args.model), torch=args.torch, backend=args.backend)
         self.prompts = calibration_prompts(args.count)
+        self.many = calibration_prompts(args.refine)  # they begin with the same
         if args.prompts:
             listed = args.prompts.read_text(encoding="utf-8").splitlines()
             self.prompts = [line for line in listed if line.strip()]
+            self.many = [self.prompts[i % len(self.prompts)] for i in range(args.refine)]
 
     def solution(self, scale: float) -> tuple[np.ndarray, np.ndarray]:
         """x of the fine solution, and the errors of the steps between its levels."""
         seeds = range(FIRST_SEED, FIRST_SEED + len(self.prompts))
-        told = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()[:8]
         fine = cached(
             self.args.cache,
-            f"fine-{self.network.fingerprint()}-{told}-{PARTS}-{scale:g}",
+            f"fine-{self._name(self.prompts, scale)}",
             lambda: fine_solution(self.network, self.network.noise(seeds), self.prompts, scale),
         )
         return fine["x"], step_errors(fine["x"], fine["x0"])
+
+    def pictures(self, scale: float) -> list[Pictures]:
+        """Those that runs are refined with."""
+        batches = []
+        for start in range(0, len(self.many), REFINED_WITH):
+            prompts = self.many[start : start + REFINED_WITH]
+            noise = self.network.noise(range(FIRST_SEED + start, FIRST_SEED + start + len(prompts)))
+            ends = cached(
+                self.args.cache,
+                f"ends-{self._name(prompts, scale)}-{start}",
+                lambda noise=noise, prompts=prompts: {  # type: ignore[misc]
+                    "x": fine_solution(self.network, noise, prompts, scale)["x"][-1]
+                },
+            )
+            batches.append(Pictures(prompts, noise, ends["x"]))
+        return batches
+
+    def _name(self, prompts: Sequence[str], scale: float) -> str:
+        told = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:8]
+        return f"{self.network.fingerprint()}-{told}-{PARTS}-{scale:g}"
 
     def one(self, scale: float) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
         """The fit for a scale, and its fine solution."""
         x, errors = self.solution(scale)
         return self._fit({scale: Runs(self.network, x, self.prompts, scale)}, errors), x, errors
+
+    def refined(self, scale: float, run: list[Any]) -> list[Any]:
+        """A run of this scale, bettered by the pictures for that."""
+        batches = self.pictures(scale)
+        if not batches:
+            return run
+        found = refine(self.network, run, batches * PASSES, scale)
+        ends = []
+        for one in (run, found):
+            each = np.concatenate([missed(self.network, one, batch, scale) for batch in batches])
+            ends.append(f"{np.mean(each):.4f} (median {np.median(each):.4f})")
+        told = f"{len(run):2d} steps, guidance {scale:g}, refined: {ends[0]} to {ends[1]}"
+        print(f"{told}; timesteps", [time for time, _ in found], flush=True)
+        return found
 
     def between(self, ends: dict[float, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
         """The fit for a range, from the fine solutions of its ends."""
@@ -418,9 +325,9 @@ class Fitting:
         return {"guidance": list(runs), "runs": found}
 
 
-def _call(args: argparse.Namespace, method: str, argument: Any) -> Any:
+def _call(args: argparse.Namespace, method: str, *arguments: Any) -> Any:
     """In a process of its own."""
-    return getattr(Fitting(args), method)(argument)
+    return getattr(Fitting(args), method)(*arguments)
 
 
 def main() -> None:
@@ -428,6 +335,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="a folder; its scheduler_config.json is changed")
     parser.add_argument("--prompts", type=Path, help="a file with one prompt a line")
     parser.add_argument("--count", type=int, default=32, help="prompts of the built-in world")
+    parser.add_argument("--refine", type=int, default=256, help="pictures for that; 0: none")
     parser.add_argument("--guidance", type=float, nargs="+", default=GUIDANCE)
     parser.add_argument("--steps", type=int, nargs="+", default=COUNTS)
     parser.add_argument("--backend", default="auto")
@@ -440,7 +348,14 @@ def main() -> None:
         alone = list(pool.map(_call, repeat(args), repeat("one"), scales))
         fine = {scale: solution for scale, (_, *solution) in zip(scales, alone, strict=True)}
         pairs = [{low: fine[low], high: fine[high]} for low, high in itertools.pairwise(scales)]
-        ranges = list(pool.map(_call, repeat(args), repeat("between"), pairs))
+        ranges = pool.map(_call, repeat(args), repeat("between"), pairs)
+        for entry, *_ in alone:
+            scale, runs = entry["guidance"][0], entry["runs"]
+            if scale <= 1.0:
+                short = [steps for steps in runs if int(steps) <= REFINED]
+                old = [runs[steps][0] for steps in short]
+                new = pool.map(_call, repeat(args), repeat("refined"), repeat(scale), old)
+                runs |= {steps: [run] for steps, run in zip(short, new, strict=True)}
     write(args.model, [*(entry for entry, *_ in alone), *ranges])
     print(f"{args.model}: fitted, {time.time() - started:.0f} s")
 

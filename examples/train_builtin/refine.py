@@ -1,0 +1,247 @@
+"""Better a fitted run by what its end misses: all its numbers and timesteps at once.
+
+`fit_sampler` fits step after step, each as near to the fine solution as it comes; what a step does
+to those after it is not seen there. Here the end alone counts: Gauss-Newton, with derivatives by
+finite differences, over batches of pictures. The normal equations of the batches before stay and
+fade (recursive least squares), so that each batch is asked once a pass. Pictures far off, which
+have turned into others, count little: no derivative says how to turn them back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mlxdiff.samplers.family import to_x0
+from mlxdiff.samplers.plan import Row
+
+try:
+    from .teacher import Network, solver
+except ImportError:  # run as a script: the folder itself is on the path
+    from teacher import Network, solver
+
+HISTORY = 5  # predictions of x_0 in a step
+BY = 0.01  # finite differences: of a whitened number,
+TIME_UNIT = 10.0  # and of a timestep, by a fiftieth; it is solved for in tens
+SMALLEST = 1e-5  # share of the largest variance below which a direction is left as it is
+FADE = 0.95
+PRIOR = 3e-3  # weight of the run as it came, in batches
+DAMPING = 0.3, 1e-4  # for the first batch, falling with its square, and at least
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Some pictures: their prompts, their noise and the ends of the fine solution, (B, h, w, C)."""
+
+    prompts: Sequence[str]
+    noise: np.ndarray
+    ends: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Timesteps, and the numbers of each step."""
+
+    times: tuple[int, ...]
+    numbers: tuple[np.ndarray, ...]
+
+
+_Kept = list[tuple[np.ndarray, list[np.ndarray]]]  # x at each step, and the latest x_0 there
+
+
+class Walk:
+    """Runs of some pictures, whole or from a step on."""
+
+    def __init__(self, network: Network, pictures: Pictures, scale: float) -> None:
+        self.network, self.pictures, self.scale = network, pictures, scale
+        self.prediction = network.config.get("prediction_type", "epsilon")
+
+    def end(self, run: Run, kept: _Kept | None = None) -> np.ndarray:
+        """Where the run ends, (B, h, w, C); ``kept`` is filled on the way."""
+        return self._finish(run, 0, self.pictures.noise, [], kept)
+
+    def step(self, run: Run, i: int, x: np.ndarray, x0s: list[np.ndarray]) -> np.ndarray:
+        """Where the run ends that does step i from x with these predictions."""
+        row, numbers = self._rows(run)[i], run.numbers[i]
+        return self._finish(run, i + 1, _stepped(row, numbers, x, x0s), x0s)
+
+    def _finish(
+        self,
+        run: Run,
+        begin: int,
+        x: np.ndarray,
+        x0s: list[np.ndarray],
+        kept: _Kept | None = None,
+    ) -> np.ndarray:
+        rows = self._rows(run)
+        for i in range(begin, len(rows)):
+            of_x, of_output = map(np.float32, to_x0(self.prediction, *rows[i].level))
+            output = self.network(x, run.times[i], self.pictures.prompts, self.scale)
+            x0s = [of_x * x + of_output * output, *x0s][:HISTORY]
+            if kept is not None:
+                kept.append((x, x0s))
+            x = _stepped(rows[i], run.numbers[i], x, x0s)
+        return x
+
+    def _rows(self, run: Run) -> tuple[Row, ...]:
+        return solver(self.network.config, run.times).rows
+
+
+def _stepped(row: Row, numbers: np.ndarray, x: np.ndarray, x0s: Sequence[np.ndarray]) -> np.ndarray:
+    usual = np.zeros(len(numbers))
+    usual[: 1 + len(row.weights)] = row.scale, *row.weights
+    terms = zip(usual + numbers, (x, *x0s), strict=True)
+    return sum(np.float32(weight) * values for weight, values in terms)
+
+
+def whitened(kept: _Kept, unit: float) -> list[np.ndarray]:
+    """For each step the directions of its numbers that move x by a deviation, as columns."""
+    found = []
+    for x, x0s in kept:
+        features = np.stack([x, *x0s]).reshape(1 + len(x0s), -1).astype(np.float64)
+        products = features @ features.T / features.shape[1]
+        sizes = np.sqrt(np.diagonal(products))
+        variances, vectors = np.linalg.eigh(products / sizes[:, None] / sizes)
+        large = variances > SMALLEST * variances[-1]
+        columns = vectors[:, large] / np.sqrt(variances[large])
+        found.append(unit * columns / sizes[:, None])
+    return found
+
+
+def refine(
+    network: Network,
+    run: Sequence[Any],
+    batches: Sequence[Pictures],
+    scale: float,
+) -> list[Any]:
+    """The run, bettered.
+
+    Args:
+        network: as `teacher.Network`.
+        run: [[timestep, numbers], ...], as it stands in the file.
+        batches: pictures, in the order in which they are learned from; one may come again.
+        scale: of guidance.
+    Returns: as ``run``.
+    """
+    start = _read(run)
+    unit = float(np.concatenate([batch.ends for batch in batches]).std())
+    kept: _Kept = []
+    Walk(network, batches[0], scale).end(start, kept)
+    learned = _Learned(start, whitened(kept, unit))
+    for batch in batches:
+        learned.learn(Walk(network, batch, scale), unit)
+    return [
+        [time, [float(f"{value:.6g}") for value in values]]
+        for time, values in zip(learned.run.times, learned.run.numbers, strict=True)
+    ]
+
+
+def missed(network: Network, run: Sequence[Any], pictures: Pictures, scale: float) -> np.ndarray:
+    """How far each picture's end is off, (B,), in standard deviations of the latents."""
+    end = Walk(network, pictures, scale).end(_read(run))
+    return np.sqrt(((end - pictures.ends) ** 2).mean((1, 2, 3))) / pictures.ends.std()
+
+
+def _read(run: Sequence[Any]) -> Run:
+    """From the form that it has in the file, with a number for each x_0 of the history."""
+    wide = [min(1 + HISTORY, 2 + i) for i in range(len(run))]
+    return Run(
+        tuple(time for time, _ in run),
+        tuple(
+            np.pad(np.array(numbers, float), (0, width - len(numbers)))
+            for width, (_, numbers) in zip(wide, run, strict=True)
+        ),
+    )
+
+
+class _Learned:
+    """The run as far as it is known, and the normal equations that it comes from.
+
+    Args:
+        start: the run as it came.
+        directions: by `whitened`; the unknowns are how far each step's numbers go along them, and
+            all timesteps but the first.
+    """
+
+    def __init__(self, start: Run, directions: Sequence[np.ndarray]) -> None:
+        self.start, self.directions, self.run = start, directions, start
+        self.split = np.cumsum([part.shape[1] for part in directions])
+        self.prior = self.now = np.append(
+            np.zeros(self.split[-1]), np.array(start.times[1:]) / TIME_UNIT
+        )
+        self.matrix = np.zeros((len(self.now), len(self.now)))
+        self.right = np.zeros(len(self.now))
+        self.batches = 0
+
+    def learn(self, walk: Walk, unit: float) -> None:
+        """Take a batch in."""
+        kept: _Kept = []
+        end = walk.end(self.run, kept)
+        slopes = np.stack(self._slopes(walk, end, kept))
+        missed = walk.pictures.ends - end
+        each = np.sqrt((missed**2).mean((1, 2, 3)))
+        weight = (1.0 / (1.0 + (each / (2.0 * np.median(each))) ** 2)).astype(np.float32)
+        per_value = np.broadcast_to(weight[:, None, None, None], missed.shape).reshape(-1)
+        flat = slopes.reshape(len(slopes), -1)
+        weighted = flat * (per_value / (per_value.sum() * unit**2))
+        matrix = (weighted @ flat.T).astype(np.float64)
+        right = (weighted @ missed.reshape(-1)).astype(np.float64) + matrix @ self.now
+        fade = min(FADE, self.batches / (self.batches + 1))
+        self.matrix = fade * self.matrix + (1.0 - fade) * matrix
+        self.right = fade * self.right + (1.0 - fade) * right
+        self.batches += 1
+        self._solve()
+
+    def _slopes(self, walk: Walk, end: np.ndarray, kept: _Kept) -> list[np.ndarray]:
+        """How the end moves with each unknown."""
+        run, of_numbers, of_times = self.run, [], []
+        for i, (x, x0s) in enumerate(kept):
+            for direction in self.directions[i].T:
+                numbers = list(run.numbers)
+                numbers[i] = numbers[i] + BY * direction
+                moved = dataclasses.replace(run, numbers=tuple(numbers))
+                of_numbers.append((walk.step(moved, i, x, x0s) - end) / BY)
+        for i in range(1, len(kept)):
+            times = list(run.times)
+            times[i] = _beside(run.times, i)
+            moved = dataclasses.replace(run, times=tuple(times))
+            change = (times[i] - run.times[i]) / TIME_UNIT
+            of_times.append((walk.step(moved, i - 1, *kept[i - 1]) - end) / change)
+        return [*of_numbers, *of_times]
+
+    def _solve(self) -> None:
+        """The run that the normal equations say; whole timesteps first, then the numbers."""
+        scale = np.diagonal(self.matrix) + 1e-3
+        most, least = DAMPING
+        damping = max(most / self.batches**2, least) * scale
+        prior = PRIOR / self.batches * scale
+        matrix = self.matrix + np.diag(prior + damping)
+        right = self.right + prior * self.prior + damping * self.now
+        free = self.split[-1]
+        times = _whole(np.linalg.solve(matrix, right)[free:] * TIME_UNIT, self.run.times)
+        fixed = np.array(times[1:]) / TIME_UNIT
+        along = np.linalg.solve(matrix[:free, :free], right[:free] - matrix[:free, free:] @ fixed)
+        self.now = np.append(along, fixed)
+        steps = zip(
+            self.start.numbers, self.directions, np.split(along, self.split[:-1]), strict=True
+        )
+        self.run = Run(times, tuple(before + part @ much for before, part, much in steps))
+
+
+def _beside(times: Sequence[int], i: int) -> int:
+    """A timestep near the i-th one that keeps the order."""
+    by = max(1, round(0.02 * times[i]))
+    below = times[i + 1] if i + 1 < len(times) else -1
+    return times[i] - by if times[i] - by > below else times[i] + by
+
+
+def _whole(times: np.ndarray, before: tuple[int, ...]) -> tuple[int, ...]:
+    """Whole timesteps that fall, beginning with the first of those before; else those."""
+    found = [round(float(time)) for time in times]
+    for i in range(len(found) - 2, -1, -1):
+        found[i] = max(found[i], found[i + 1] + 1)
+    falls = not found or (before[0] > found[0] and found[-1] >= 0)
+    return (before[0], *found) if falls else before
