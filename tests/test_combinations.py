@@ -36,3 +36,23 @@ def test_they_go_with_a_quantized_model(case: str, opened: Opened) -> None:
     assert_latents_close(drawn[1].latents, drawn[0].latents)
     exact = opened.draw(CASES[case], "numpy").latents
     assert 0.001 < np.std(drawn[0].latents - exact) / np.std(exact) < 0.05
+
+
+@pytest.mark.mlx
+@pytest.mark.parametrize("case", ["everything", "sdxl-everything"])
+def test_they_go_with_the_a1111_syntax(case: str, opened: Opened) -> None:
+    """The same picture where a prompt has none of it; long, changing prompts on both backends."""
+    pytest.importorskip("mlx.core")
+
+    def draw(prompt: str, syntax: str, backend: str = "numpy") -> np.ndarray:
+        changed = {"prompt": prompt, "negative_prompt": "", "prompt_syntax": syntax}
+        arguments = CASES[case]["arguments"] | changed
+        return opened.draw(CASES[case] | {"arguments": arguments}, backend).latents
+
+    prompt = "a photo, on a yellow background"
+    plain = draw(prompt, "plain")
+    np.testing.assert_array_equal(draw(prompt, "a1111"), plain)
+    for text in (f"({prompt}:1.3) BREAK a lake", f"[{prompt}:a lake:0.5]"):
+        drawn = draw(text, "a1111")
+        assert_latents_close(draw(text, "a1111", "mlx"), drawn)
+        assert np.std(drawn - plain) / np.std(plain) > 0.01
