@@ -28,8 +28,8 @@ BY = 0.01  # finite differences: of a whitened number,
 TIME_UNIT = 10.0  # and of a timestep, by a fiftieth; it is solved for in tens
 SMALLEST = 1e-5  # share of the largest variance below which a direction is left as it is
 FADE = 0.95
-PRIOR = 3e-3  # weight of the run as it came, in batches
-DAMPING = 0.3, 1e-4  # for the first batch, falling with its square, and at least
+PRIOR = 3e-3  # weight of the run as it came, falling with the square of the batches seen
+DAMPING = 0.3, 1e-5  # falling with their cube, and at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,8 +216,8 @@ class _Learned:
         """The run that the normal equations say; whole timesteps first, then the numbers."""
         scale = np.diagonal(self.matrix) + 1e-3
         most, least = DAMPING
-        damping = max(most / self.batches**2, least) * scale
-        prior = PRIOR / self.batches * scale
+        damping = max(most / self.batches**3, least) * scale
+        prior = PRIOR / self.batches**2 * scale
         matrix = self.matrix + np.diag(prior + damping)
         right = self.right + prior * self.prior + damping * self.now
         free = self.split[-1]
