@@ -23,9 +23,10 @@ from numpy_unet_step import MODELS
 
 from mlxdiff import machine
 from mlxdiff.config import AutoencoderKLConfig, CLIPTextConfig, UNet2DConditionConfig
+from mlxdiff.loading import BUILTIN, make_backend
 from mlxdiff.memory import PROCESS
 from mlxdiff.params import Shape, expected_parameters
-from mlxdiff.pipeline import BUILTIN, Pipeline, make_backend
+from mlxdiff.pipeline import Pipeline
 from mlxdiff.recipes import find_recipe, quantized_model
 from mlxdiff.tensors import LazyTensor
 from mlxdiff.weights import open_folder

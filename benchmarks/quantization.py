@@ -26,8 +26,8 @@ import numpy as np
 
 from mlxdiff import convert, samplers
 from mlxdiff.config import CLIPTextConfig, UNet2DConditionConfig, read_vae
+from mlxdiff.loading import BUILTIN
 from mlxdiff.params import expected_parameters
-from mlxdiff.pipeline import BUILTIN
 from mlxdiff.quantization import Quantization, dequantize, fits, packed_shapes, quantize
 from mlxdiff.recipes import Recipe, find_recipe, quantized_model
 
@@ -35,8 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "examples" / "train_builtin"), str(ROOT / "benchmarks")]
 import checker  # noqa: E402
 import evaluate  # noqa: E402
-import teacher  # noqa: E402
 import numpy_unet_step  # noqa: E402
+import teacher  # noqa: E402
 
 DOCS = ROOT / "docs" / "quantization.md"
 RECIPES = (

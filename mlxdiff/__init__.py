@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from mlxdiff.errors import CheckpointError, ConfigError, HubError, MlxdiffError, UsageError
 
 if TYPE_CHECKING:
-    from mlxdiff.pipeline import Pipeline, Result, Step, load
+    from mlxdiff.loading import load
+    from mlxdiff.pipeline import Pipeline, Result, Step
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,7 +35,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Pipeline", "Result", "Step", "load"):
+    if name == "load":
+        from mlxdiff.loading import load
+
+        return load
+    if name in ("Pipeline", "Result", "Step"):
         from mlxdiff import pipeline
 
         return getattr(pipeline, name)

@@ -20,8 +20,9 @@ from mlxdiff import machine
 from mlxdiff.convert.report import human_bytes as human
 from mlxdiff.cost import multiply_adds
 from mlxdiff.errors import UsageError
+from mlxdiff.loading import make_backend
 from mlxdiff.model import Model
-from mlxdiff.pipeline import Pipeline, Result, Step, make_backend
+from mlxdiff.pipeline import Pipeline, Result, Step
 from mlxdiff.pixels import PixelModel
 from mlxdiff.recipes import recipe_of
 from mlxdiff.settings import Settings, resolve

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxdiff import hub, library, machine, pipeline
+from mlxdiff import hub, library, loading, machine
 from mlxdiff.convert.report import human_bytes
 from mlxdiff.errors import MlxdiffError, UsageError
 from mlxdiff.files import free_space
@@ -101,7 +101,7 @@ def _python() -> Iterator[Finding]:
 
 def _builtin() -> Iterator[Finding]:
     try:
-        pipe = pipeline.load(backend="numpy")
+        pipe = loading.load(backend="numpy")
         for name in pipe.source.components:
             pipe.model.component(name)
     except (MlxdiffError, OSError) as error:
@@ -130,13 +130,13 @@ def _numpy() -> Iterator[Finding]:
 
 
 def _numpy_rate() -> float:
-    backend = pipeline.make_backend("numpy")
+    backend = loading.make_backend("numpy")
     return machine.matmul_rate(backend, "float32", _MATRIX_SECONDS)
 
 
 def _mlx() -> Iterator[Finding]:
     try:
-        backend = pipeline.make_backend("mlx")
+        backend = loading.make_backend("mlx")
     except UsageError as error:
         yield from _without_mlx(str(error))
         return

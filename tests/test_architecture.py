@@ -42,6 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("memory",),
     ("denoiser", "start"),
     ("pipeline",),
+    ("loading",),
     ("bench", "doctor"),
     ("cli",),
 )

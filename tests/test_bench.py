@@ -14,7 +14,7 @@ from mlxdiff import machine
 from mlxdiff.bench import SCHEMA, bench, expected_memory
 from mlxdiff.cli import main
 from mlxdiff.convert import open_source
-from mlxdiff.pipeline import load, make_backend
+from mlxdiff.loading import load, make_backend
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import pytest
 from golden_data import GOLDEN, assert_latents_close, assert_picture_close
 
 import mlxdiff
-from mlxdiff.pipeline import BUILTIN
+from mlxdiff.loading import BUILTIN
 
 CASES = json.loads((GOLDEN / "builtin" / "cases.json").read_text(encoding="utf-8"))
 DEMO = "a small red circle left of a large blue square on a yellow background"

@@ -19,7 +19,8 @@ from golden_runs import Opened
 import mlxdiff
 from mlxdiff import samplers
 from mlxdiff.errors import UsageError
-from mlxdiff.pipeline import Pipeline, make_backend
+from mlxdiff.loading import make_backend
+from mlxdiff.pipeline import Pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = {"width": 32, "height": 32, "seed": 3, "steps": 6, "guidance": 4.0, "sampler": "dpmpp-2m"}

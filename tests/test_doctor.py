@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from mlxdiff import doctor, hub, machine, pipeline
+from mlxdiff import doctor, hub, loading, machine
 from mlxdiff.cli import main
 from mlxdiff.errors import CheckpointError, UsageError
 
@@ -60,7 +60,7 @@ def test_findings_are_stable_for_programs() -> None:
 
 @pytest.mark.mlx
 def test_a_slow_blas_in_mlx(rates: dict[str, float]) -> None:
-    if pipeline.make_backend("mlx").has_gpu():
+    if loading.make_backend("mlx").has_gpu():
         pytest.skip("MLX computes on a GPU here")
     assert found()["mlx-blas"]["state"] == "ok"
     rates["mlx"] = 5e9
@@ -81,8 +81,8 @@ def test_no_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
             raise UsageError("MLX cannot be imported (no libcuda)")
         return real(name, dtype)
 
-    real = pipeline.make_backend
-    monkeypatch.setattr(pipeline, "make_backend", make)
+    real = loading.make_backend
+    monkeypatch.setattr(loading, "make_backend", make)
     monkeypatch.setattr("platform.machine", lambda: "arm64")
     monkeypatch.setattr("sys.platform", "darwin")
     monkeypatch.setattr(machine, "system", lambda: "macOS 15")
@@ -137,7 +137,7 @@ def test_a_broken_installation_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> No
     def load(*args: Any, **kwargs: Any) -> Any:
         raise CheckpointError("builtin/unet: truncated")
 
-    monkeypatch.setattr(pipeline, "load", load)
+    monkeypatch.setattr(loading, "load", load)
     result = run()
     assert result.exit_code == 2
     assert "fault" in result.stdout and "install mlxdiff again" in " ".join(result.stdout.split())

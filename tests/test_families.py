@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 import mlxdiff
 from mlxdiff.convert import convert, describe, open_vae
 from mlxdiff.errors import CheckpointError, UsageError
-from mlxdiff.pipeline import make_backend
+from mlxdiff.loading import make_backend
 
 CASES = [(name, case) for name in FAMILIES for case in cases(name)]
 NETWORKS = ("sdxl-refiner", "lcm", "ssd-1b", "segmind-vega", "bk-sdm-small", "bk-sdm-tiny")

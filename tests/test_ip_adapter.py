@@ -26,7 +26,7 @@ from mlxdiff.config import CLIPVisionConfig, UNet2DConditionConfig, read_json
 from mlxdiff.convert import open_ip_adapter
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
 from mlxdiff.image import to_clip
-from mlxdiff.pipeline import make_backend
+from mlxdiff.loading import make_backend
 
 CASES = cases("ip-adapter")
 SMALL: dict[str, Any] = {"seed": 0, "width": 32, "height": 32, "steps": 2}

@@ -400,8 +400,8 @@ def test_the_known_ones() -> None:
 
 
 def test_models_are_drawn_with(server: type[Hub], conversions: list[str]) -> None:
-    from mlxdiff import pipeline
+    from mlxdiff import loading
 
-    pipe = pipeline.load("org/name", backend="numpy")
+    pipe = loading.load("org/name", backend="numpy")
     assert isinstance(pipe.source, ConvertedFolder) and len(conversions) == 1
     assert np.isfinite(pipe.model.source.tensors("vae")["decoder.conv_in.bias"].read()).all()

@@ -15,9 +15,9 @@ from golden_data import checkpoint
 import mlxdiff
 from mlxdiff.config import AutoencoderKLConfig, ComponentConfig, UNet2DConditionConfig
 from mlxdiff.errors import UsageError
+from mlxdiff.loading import make_backend
 from mlxdiff.memory import Device, Estimate, activation_bytes, require, weight_bytes
 from mlxdiff.params import expected_parameters
-from mlxdiff.pipeline import make_backend
 from mlxdiff.quantization import Quantization
 from mlxdiff.tensors import LazyTensor, quantize_tensor
 

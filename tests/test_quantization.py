@@ -18,8 +18,8 @@ from mlxdiff import quantization
 from mlxdiff.config import UNet2DConditionConfig
 from mlxdiff.convert import convert, describe
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
+from mlxdiff.loading import BUILTIN, make_backend
 from mlxdiff.params import expected_parameters
-from mlxdiff.pipeline import BUILTIN, make_backend
 from mlxdiff.quantization import (
     AFFINE_BITS,
     AFFINE_GROUPS,

@@ -15,7 +15,7 @@ from sampler_cases import CONFIGS, fake_network, start_noise
 from examples.train_builtin import fit_sampler, refine, teacher
 from mlxdiff import samplers
 from mlxdiff.errors import ConfigError, UsageError
-from mlxdiff.pipeline import BUILTIN
+from mlxdiff.loading import BUILTIN
 from mlxdiff.samplers.fitted import KEY
 from mlxdiff.weights import open_folder
 

@@ -56,7 +56,7 @@ def bench(
     """
     from mlxdiff.bench import bench as run
     from mlxdiff.bench import table
-    from mlxdiff.pipeline import load
+    from mlxdiff.loading import load
 
     show_notes(quiet)
     with ProgressBar("fetching", quiet) as progress:

@@ -399,7 +399,8 @@ def generate(
     arguments = replay | {k: v for k, v in picture.items() if v not in (None, ())}
 
     from mlxdiff.image import check_writable
-    from mlxdiff.pipeline import load, pick_seeds
+    from mlxdiff.loading import load
+    from mlxdiff.pipeline import pick_seeds
 
     seeds = pick_seeds(seed, count)
     paths = _paths(output, len(prompts), seeds)

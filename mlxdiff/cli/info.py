@@ -47,7 +47,7 @@ def _model(path: str | None, config: str | None) -> dict[str, Any]:
     from mlxdiff import library
     from mlxdiff.bench import expected_memory
     from mlxdiff.convert import describe, open_source
-    from mlxdiff.pipeline import BUILTIN
+    from mlxdiff.loading import BUILTIN
 
     place = BUILTIN if path is None else library.local_path(path) or path
     facts = describe(place, config)
