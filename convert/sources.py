@@ -11,7 +11,7 @@ from mlxdiff.config import read_json
 from mlxdiff.convert import detect
 from mlxdiff.convert.checkpoint import DiffusersFolder
 from mlxdiff.convert.singlefile import SingleFile
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import CheckpointError, ConfigError, UsageError
 from mlxdiff.weights import MANIFEST, ConvertedFolder, ModelFolder, Progress, open_folder
 
 Model: TypeAlias = DiffusersFolder | SingleFile | ConvertedFolder
@@ -105,8 +105,16 @@ def check_published(listing: hub.Listing) -> None:
 
     A single file cannot be told from outside. Raises: CheckpointError, ConfigError, HubError.
     """
-    if listing.entry not in listing.files and MANIFEST not in listing.files:
-        folder = hub.fetch_documents(listing)
-        if (folder / "model_index.json").is_file():
-            detect.check_model_index(read_json(folder / "model_index.json"), folder)
-            ModelFolder(folder)  # reads the configs
+    if listing.entry in listing.files or MANIFEST in listing.files:
+        return
+    folder = hub.fetch_documents(listing)
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return
+    try:
+        detect.check_model_index(read_json(index), folder)
+        ModelFolder(folder)  # reads the configs
+    except (CheckpointError, ConfigError) as error:
+        # Nobody knows a model by its folder in the cache.
+        said = str(error).replace(str(folder), str(listing.reference))
+        raise type(error)(said) from None

@@ -219,8 +219,18 @@ def test_a_failure_leaves_nothing(server: type[Hub], home: Path, repo: dict[str,
 @pytest.mark.parametrize(
     "file, old, new, says",
     [
-        ("model_index.json", b"StableDiffusionPipeline", b"FluxPipeline", "is a FluxPipeline"),
-        ("unet/config.json", b'"layers_per_block"', b'"dual_cross_attention": true, "l"', "dual_"),
+        (
+            "model_index.json",
+            b"StableDiffusionPipeline",
+            b"FluxPipeline",
+            "^org/name: is a FluxPipeline",
+        ),
+        (
+            "unet/config.json",
+            b'"layers_per_block"',
+            b'"dual_cross_attention": true, "l"',
+            "^org/name/unet/.*dual_",
+        ),
     ],
     ids=["pipeline", "config"],
 )
