@@ -28,6 +28,7 @@ BY = 0.01  # finite differences: of a whitened number,
 TIME_UNIT = 10.0  # and of a timestep, by a fiftieth; it is solved for in tens
 SMALLEST = 1e-5  # share of the largest variance below which a direction is left as it is
 FADE = 0.95
+TURNED = 5.0  # medians off, a picture counts half
 PRIOR = 3e-3  # weight of the run as it came, falling with the square of the batches seen
 DAMPING = 0.3, 1e-5  # falling with their cube, and at least
 
@@ -183,7 +184,7 @@ class _Learned:
         slopes = np.stack(self._slopes(walk, end, kept))
         missed = walk.pictures.ends - end
         each = np.sqrt((missed**2).mean((1, 2, 3)))
-        weight = (1.0 / (1.0 + (each / (2.0 * np.median(each))) ** 2)).astype(np.float32)
+        weight = (1.0 / (1.0 + (each / (TURNED * np.median(each))) ** 2)).astype(np.float32)
         per_value = np.broadcast_to(weight[:, None, None, None], missed.shape).reshape(-1)
         flat = slopes.reshape(len(slopes), -1)
         weighted = flat * (per_value / (per_value.sum() * unit**2))
