@@ -511,8 +511,8 @@ def plot(found: dict[str, Any], path: Path) -> None:
         axis.set_title(f"guidance {guidance}")
         axis.set_xlabel("evaluations")
     axes[0][0].set_ylabel("error / deviation of the latents")
-    axes[0][0].legend(fontsize=7)
-    figure.tight_layout()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=len(METHODS))
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
     figure.savefig(path, dpi=110)
 
 
