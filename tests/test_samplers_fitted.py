@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -267,6 +268,13 @@ def test_a_converted_folder_stays_whole(tmp_path: Path) -> None:
     folder = open_folder(model)
     folder.verify()
     assert folder.scheduler_config == config
+
+
+@pytest.mark.parametrize("module", [fit_sampler, refine, teacher], ids=lambda m: m.__name__)
+def test_a_script_has_all_that_the_module_has(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is imported in two ways."""
+    monkeypatch.syspath_prepend(str(Path(module.__file__).parent))
+    assert set(vars(module)) <= set(runpy.run_path(module.__file__)) | {"__builtins__"}
 
 
 def test_runs_are_kept(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ try:
     from .teacher import LEVELS, PARTS, Network, cached, fine_solution, solver
 except ImportError:  # run as a script: the folder itself is on the path
     import data
+    from refine import Pictures, missed, refine
     from teacher import LEVELS, PARTS, Network, cached, fine_solution, solver
 
 COUNTS = (4, 5, 6, 7, 8, 10, 12, 15, 20, 25)
