@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 
@@ -37,6 +38,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         os.environ.pop(name, None)
+    # A shell starts a background job with interrupts ignored; what the tests start inherits that.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # The gate of the macOS job: MLX on its CPU device. (Commands that tests start as processes of
     # their own say --backend numpy, or mean whatever is there.)
     if os.environ.get("MLXDIFF_TEST_DEVICE") == "cpu" and importlib.util.find_spec("mlx"):
