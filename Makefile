@@ -10,8 +10,10 @@ demo: $(STAMP)  ## Draw a picture with the built-in model, offline.
 	$(BIN)/mlxdiff generate "a small red circle left of a large blue square on a yellow background" \
 	  --seed 0 --guidance 4 --steps 12 --output outputs/demo.png --force
 
+# Files side by side, each test on one thread: twice as fast as one after the other on all of them.
 test: $(STAMP)  ## The whole test suite; needs no torch.
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 VECLIB_MAXIMUM_THREADS=1 \
+	  $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 parity: $(STAMP)  ## The comparisons with an installed diffusers (installs torch: large).
 	$(BIN)/python -m pip install -q -e '.[dev,parity]'
