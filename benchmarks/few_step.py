@@ -224,7 +224,7 @@ def multiply_adds(network: teacher.Network, deep: list[np.ndarray] | None) -> in
 
 def error(latents: np.ndarray, reference: np.ndarray) -> dict[str, float]:
     """Root mean square over all pictures and of the middle picture, in the latents' deviation."""
-    each = np.sqrt(((latents - reference) ** 2).mean((1, 2, 3))) / float(reference.std())
+    each = teacher.distances(latents, reference)
     return {"error": float(np.sqrt((each**2).mean())), "median": float(np.median(each))}
 
 

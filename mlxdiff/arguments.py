@@ -113,9 +113,6 @@ def check(model: Model, refiner: Model | None, asked: Arguments) -> None:
             "denoising_end",
         ),
     )
-    checked_interval(asked.guidance_interval)
-    checked_reuse(asked.feature_reuse)
-    checked_flag("guess_mode", asked.guess_mode)
     _check_parts(model, refiner, asked)
     _check_task(model, refiner, asked)
     if asked.image_guidance is not None and not model.edits:

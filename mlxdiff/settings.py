@@ -247,6 +247,9 @@ def _resolve_pixels(
 def _resolve_text(model: Model, refiner: Model | None, asked: Arguments) -> Settings:
     """Settings of a model that draws from text."""
     check(model, refiner, asked)
+    interval = checked_interval(asked.guidance_interval)
+    reuse = checked_reuse(asked.feature_reuse)
+    guess_mode = checked_flag("guess_mode", asked.guess_mode)
     pixels = None if asked.image is None else load_image(asked.image)
     outpaint = None if asked.outpaint is None else check_borders(asked.outpaint)
     height, width = _size(model, asked, pixels, outpaint)
@@ -277,8 +280,8 @@ def _resolve_text(model: Model, refiner: Model | None, asked: Arguments) -> Sett
         steps=model.default_steps if asked.steps is None else asked.steps,
         guidance=float(guidance),
         guidance_rescale=float(asked.guidance_rescale),
-        guidance_interval=checked_interval(asked.guidance_interval),
-        feature_reuse=checked_reuse(asked.feature_reuse),
+        guidance_interval=interval,
+        feature_reuse=reuse,
         sampler=asked.sampler,
         schedule=asked.schedule,
         eta=asked.eta,
@@ -290,7 +293,7 @@ def _resolve_text(model: Model, refiner: Model | None, asked: Arguments) -> Sett
         controls=resolve_controls(nets, width, height, **asked.control),
         hires=larger,
         hires_controls=hires_controls,
-        guess_mode=checked_flag("guess_mode", asked.guess_mode),
+        guess_mode=guess_mode,
         image_prompts=resolve_image_prompts(len(model.ip_adapters), asked.ip_image, asked.ip_scale),
     )
     if settings.guess_mode and not settings.controls:

@@ -47,11 +47,29 @@ from mlxdiff.samplers.plan import Row
 try:
     from . import data
     from .refine import Pictures, missed, refine
-    from .teacher import LEVELS, PARTS, Network, cached, fine_solution, solver
+    from .teacher import (
+        LEVELS,
+        PARTS,
+        Network,
+        cached,
+        distances,
+        fine_solution,
+        solver,
+        usual,
+    )
 except ImportError:  # run as a script: the folder itself is on the path
     import data
     from refine import Pictures, missed, refine
-    from teacher import LEVELS, PARTS, Network, cached, fine_solution, solver
+    from teacher import (
+        LEVELS,
+        PARTS,
+        Network,
+        cached,
+        distances,
+        fine_solution,
+        solver,
+        usual,
+    )
 
 COUNTS = (4, 5, 6, 7, 8, 10, 12, 15, 20, 25)
 GUIDANCE = (1.0, 4.0, 7.5)
@@ -138,9 +156,7 @@ class Runs:
 
     def errors(self, levels: tuple[int, ...]) -> np.ndarray:
         """Of each picture's end, (B,), in standard deviations of the latents."""
-        end = self.x[-1]
-        missed = self._arrive((*levels, len(LEVELS)))[0] - end
-        return np.sqrt((missed**2).mean((1, 2, 3))) / end.std()
+        return distances(self._arrive((*levels, len(LEVELS)))[0], self.x[-1])
 
     def forget(self) -> None:
         """Let go of the beginnings: runs of another number of steps share hardly any."""
@@ -157,8 +173,7 @@ class Runs:
             features = np.stack([current, *self._predict(begun)])
             row = self._row(path)
             flat = features.reshape(len(features), -1).astype(np.float64)
-            usually = np.zeros(len(features))
-            usually[: 1 + len(row.weights)] = row.scale, *row.weights
+            usually = usual(row, len(features))
             missed = self.x[target].reshape(-1) - usually @ flat
             numbers = [float(f"{value:.6g}") for value in _solve(flat @ flat.T, flat @ missed)]
             current = np.tensordot(usually + numbers, features, 1).astype(np.float32)

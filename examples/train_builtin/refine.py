@@ -19,9 +19,9 @@ from mlxdiff.samplers.family import to_x0
 from mlxdiff.samplers.plan import Row
 
 try:
-    from .teacher import Network, solver
+    from .teacher import Network, distances, solver, usual
 except ImportError:  # run as a script: the folder itself is on the path
-    from teacher import Network, solver
+    from teacher import Network, distances, solver, usual
 
 HISTORY = 5  # predictions of x_0 in a step
 BY = 0.01  # finite differences: of a whitened number,
@@ -92,9 +92,7 @@ class Walk:
 
 
 def _stepped(row: Row, numbers: np.ndarray, x: np.ndarray, x0s: Sequence[np.ndarray]) -> np.ndarray:
-    usual = np.zeros(len(numbers))
-    usual[: 1 + len(row.weights)] = row.scale, *row.weights
-    terms = zip(usual + numbers, (x, *x0s), strict=True)
+    terms = zip(usual(row, len(numbers)) + numbers, (x, *x0s), strict=True)
     return sum(np.float32(weight) * values for weight, values in terms)
 
 
@@ -142,8 +140,7 @@ def refine(
 
 def missed(network: Network, run: Sequence[Any], pictures: Pictures, scale: float) -> np.ndarray:
     """How far each picture's end is off, (B,), in standard deviations of the latents."""
-    end = Walk(network, pictures, scale).end(_read(run))
-    return np.sqrt(((end - pictures.ends) ** 2).mean((1, 2, 3))) / pictures.ends.std()
+    return distances(Walk(network, pictures, scale).end(_read(run)), pictures.ends)
 
 
 def _read(run: Sequence[Any]) -> Run:
@@ -182,14 +179,14 @@ class _Learned:
         kept: _Kept = []
         end = walk.end(self.run, kept)
         slopes = np.stack(self._slopes(walk, end, kept))
-        missed = walk.pictures.ends - end
-        each = np.sqrt((missed**2).mean((1, 2, 3)))
+        rest = walk.pictures.ends - end
+        each = np.sqrt((rest**2).mean((1, 2, 3)))
         weight = (1.0 / (1.0 + (each / (TURNED * np.median(each))) ** 2)).astype(np.float32)
-        per_value = np.broadcast_to(weight[:, None, None, None], missed.shape).reshape(-1)
+        per_value = np.broadcast_to(weight[:, None, None, None], rest.shape).reshape(-1)
         flat = slopes.reshape(len(slopes), -1)
         weighted = flat * (per_value / (per_value.sum() * unit**2))
         matrix = (weighted @ flat.T).astype(np.float64)
-        right = (weighted @ missed.reshape(-1)).astype(np.float64) + matrix @ self.now
+        right = (weighted @ rest.reshape(-1)).astype(np.float64) + matrix @ self.now
         fade = min(FADE, self.batches / (self.batches + 1))
         self.matrix = fade * self.matrix + (1.0 - fade) * matrix
         self.right = fade * self.right + (1.0 - fade) * right

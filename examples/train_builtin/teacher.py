@@ -14,7 +14,7 @@ import mlxdiff
 from mlxdiff.model import draw_noise
 from mlxdiff.noise import Generator
 from mlxdiff.samplers.dpm_solver import MULTISTEP
-from mlxdiff.samplers.plan import Plan
+from mlxdiff.samplers.plan import Plan, Row
 from mlxdiff.samplers.settings import Settings
 
 LEVELS = (*np.linspace(999, 40, 57).round().astype(int).tolist(), 33, 27, 21, 16, 12, 8, 5, 2, 0)
@@ -128,6 +128,18 @@ def solver(config: dict[str, Any], times: Sequence[int]) -> Plan:
     settings = Settings(config, MULTISTEP.name, MULTISTEP.defaults, fixed, MULTISTEP.choices)
     grid = MULTISTEP.grid(settings, len(times), times)
     return Plan("dpmpp-2m", "custom", tuple(MULTISTEP.rows(settings, grid, 0, 0.0)), 1.0)
+
+
+def usual(row: Row, count: int) -> np.ndarray:
+    """The weights of x and the latest x_0 in a step of a solver, filled up with zeros: (count,)."""
+    found = np.zeros(count)
+    found[: 1 + len(row.weights)] = row.scale, *row.weights
+    return found
+
+
+def distances(x: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """How far each picture is off, root mean square, in deviations of the latents: (B,)."""
+    return np.sqrt(((x - ends) ** 2).mean((1, 2, 3))) / ends.std()
 
 
 def fine_solution(
