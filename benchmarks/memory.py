@@ -21,15 +21,15 @@ from typing import Any
 import numpy as np
 from numpy_unet_step import MODELS
 
-from mlxdiff import machine
-from mlxdiff.config import AutoencoderKLConfig, CLIPTextConfig, UNet2DConditionConfig
 from mlxdiff.loading import BUILTIN, make_backend
-from mlxdiff.memory import PROCESS
-from mlxdiff.params import Shape, expected_parameters
+from mlxdiff.machine import probe
+from mlxdiff.networks.config import AutoencoderKLConfig, CLIPTextConfig, UNet2DConditionConfig
+from mlxdiff.networks.params import expected_parameters
 from mlxdiff.pipeline import Pipeline
-from mlxdiff.recipes import find_recipe, quantized_model
-from mlxdiff.tensors import LazyTensor
-from mlxdiff.weights import open_folder
+from mlxdiff.run.memory import PROCESS
+from mlxdiff.store.folder import open_folder
+from mlxdiff.store.recipes import find_recipe, quantized_model
+from mlxdiff.weights.tensors import LazyTensor, Shape
 
 CLIP_L: dict[str, Any] = {
     "hidden_size": 768,
@@ -57,7 +57,7 @@ SMALL = {"block_out_channels": [64, 128, 256, 256], "cross_attention_dim": 192}
 
 
 class RandomModel:
-    """A model of published sizes with random weights, as ``mlxdiff.weights.ModelSource``."""
+    """A model of published sizes with random weights, as ``mlxdiff.store.folder.ModelSource``."""
 
     def __init__(self, name: str) -> None:
         self.path, self.provenance = Path("random"), {"source": "random weights"}
@@ -143,8 +143,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "stages": estimate.stages,
         "peaks": peaks | {"vae": measured},
         "seconds": {k: v for k, v in result.timings.items() if k != "steps"},
-        "machine": machine.facts(),
-        "versions": machine.versions(),
+        "machine": probe.facts(),
+        "versions": probe.versions(),
     }
 
 

@@ -28,8 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from mlxdiff.config import UNet2DConditionConfig
-from mlxdiff.params import expected_parameters
+from mlxdiff.networks.config import UNet2DConditionConfig
+from mlxdiff.networks.params import expected_parameters
 
 # What differs from diffusers' defaults in the published config of each model.
 MODELS: dict[str, dict[str, Any]] = {

@@ -21,7 +21,7 @@ from numpy_unet_step import processor
 from random_model import MODELS, make
 
 import mlxdiff
-from mlxdiff.bench import needed
+from mlxdiff.report.bench import needed
 
 
 def main() -> None:

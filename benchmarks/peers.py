@@ -38,7 +38,7 @@ import numpy as np
 from numpy_unet_step import processor
 from random_model import config, random_tensor
 
-from mlxdiff.params import expected_parameters
+from mlxdiff.networks.params import expected_parameters
 
 SIDES = ("mlxdiff", "mlx-examples")
 PARTS = ("unet", "graph", "picture", "decode")
@@ -62,7 +62,7 @@ def inputs(size: int) -> tuple[Any, Any]:
 
 def our_network(component: str) -> Any:
     from mlxdiff.models.backend import Backend
-    from mlxdiff.tensors import LazyTensor
+    from mlxdiff.weights.tensors import LazyTensor
 
     chosen = config(MODEL, component)
     tensors = {
@@ -75,7 +75,7 @@ def our_network(component: str) -> Any:
 def our_step(size: int = 64) -> Callable[[], Any]:
     import mlx.core as mx
 
-    from mlxdiff.condition import Condition
+    from mlxdiff.networks.condition import Condition
 
     unet = our_network("unet")
     sample, states = inputs(size)
@@ -231,7 +231,7 @@ def measure_decode(side: str, file: str, size: int) -> dict[str, Any]:
     z = mx.array(np.random.default_rng(1).standard_normal((1, size // 8, size // 8, 4), np.float32))
     if side == "mlxdiff":
         from mlxdiff.models.backend import Backend
-        from mlxdiff.tiling import decode
+        from mlxdiff.networks.tiling import decode
 
         vae = our_network("vae")
         run = lambda: decode(Backend(), vae, z)  # noqa: E731

@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 
 from mlxdiff import convert, samplers
-from mlxdiff.config import CLIPTextConfig, UNet2DConditionConfig, read_vae
 from mlxdiff.loading import BUILTIN
-from mlxdiff.params import expected_parameters
-from mlxdiff.quantization import Quantization, dequantize, fits, packed_shapes, quantize
-from mlxdiff.recipes import Recipe, find_recipe, quantized_model
+from mlxdiff.networks.config import CLIPTextConfig, UNet2DConditionConfig, read_vae
+from mlxdiff.networks.params import expected_parameters
+from mlxdiff.store.recipes import Recipe, find_recipe, quantized_model
+from mlxdiff.weights.quantization import Quantization, dequantize, fits, packed_shapes, quantize
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "examples" / "train_builtin"), str(ROOT / "benchmarks")]

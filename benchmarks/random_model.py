@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 
 import mlxdiff
-from mlxdiff.config import (
+from mlxdiff.networks.config import (
     AutoencoderKLConfig,
     CLIPTextConfig,
     ComponentConfig,
     UNet2DConditionConfig,
 )
-from mlxdiff.params import expected_parameters
-from mlxdiff.recipes import find_recipe, quantized_model
-from mlxdiff.tensors import LazyTensor
-from mlxdiff.weights import ModelSource, open_folder, write_folder
+from mlxdiff.networks.params import expected_parameters
+from mlxdiff.store.folder import ModelSource, open_folder, write_folder
+from mlxdiff.store.recipes import find_recipe, quantized_model
+from mlxdiff.weights.tensors import LazyTensor
 
 _SDXL_UNET = {
     "addition_embed_type": "text_time",
@@ -137,7 +137,7 @@ def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 class RandomModel:
-    """A ModelSource (see mlxdiff.weights)."""
+    """A ModelSource (see mlxdiff.store.folder)."""
 
     def __init__(self, model: str) -> None:
         self.model = model

@@ -3,7 +3,7 @@
     report = mlxdiff.convert.convert("stable-diffusion-v1-5/stable-diffusion-v1-5", "sd15")
 
 Stages: open the files (``checkpoint``), find out what they are (``detect``), give every tensor its
-name (``keymap``) and layout (``transforms``), check and write (``mlxdiff.weights``), say what was
+name (``keymap``) and layout (``transforms``), check and write (``store.folder``), say what was
 done (``report``).
 """
 
@@ -19,7 +19,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from mlxdiff.config import UNetConfig
 from mlxdiff.convert.checkpoint import DiffusersFolder
 from mlxdiff.convert.component import Component, open_vae
 from mlxdiff.convert.controlnet import open_controlnet
@@ -28,10 +27,11 @@ from mlxdiff.convert.report import ComponentReport, Report
 from mlxdiff.convert.singlefile import SingleFile
 from mlxdiff.convert.sources import Model, open_source
 from mlxdiff.errors import UsageError
-from mlxdiff.files import sha256
-from mlxdiff.recipes import find_recipe, is_quantized, quantized_model, recipe_of
-from mlxdiff.tensors import DTYPES, LazyTensor, QuantizedTensor, stored_bytes
-from mlxdiff.weights import ConvertedFolder, ModelSource, Progress, check_dest, write_folder
+from mlxdiff.machine.disk import sha256
+from mlxdiff.networks.config import UNetConfig
+from mlxdiff.store.folder import ConvertedFolder, ModelSource, Progress, check_dest, write_folder
+from mlxdiff.store.recipes import find_recipe, is_quantized, quantized_model, recipe_of
+from mlxdiff.weights.tensors import DTYPES, LazyTensor, QuantizedTensor, stored_bytes
 
 __all__ = [
     "Component",
@@ -82,7 +82,7 @@ def convert(
         prediction_type: for a single file: "epsilon", "v_prediction" or "sample", whatever it looks
             like.
         ema: for a single file: take the moving averages where there are both.
-        quantize: bits of a weight, as ``mlxdiff.recipes.find_recipe`` takes it; None: not.
+        quantize: bits of a weight, as ``mlxdiff.store.recipes.find_recipe`` takes it; None: not.
         group_size, recipe: its group size and kind.
     Returns: what was done with every tensor.
     Raises: UsageError, CheckpointError, ConfigError, HubError.

@@ -12,14 +12,22 @@ from typing import Any
 
 import numpy as np
 
-from mlxdiff.config import ComponentConfig, read_json
 from mlxdiff.convert import detect
 from mlxdiff.convert.keymap import DIFFUSERS, Layout, Mapped, Use, map_names, targets
-from mlxdiff.convert.pickles import SUFFIXES, PickleFile, open_tensors
 from mlxdiff.errors import CheckpointError
-from mlxdiff.params import Shape, expected_parameters
-from mlxdiff.tensors import READABLE, LazyTensor, open_weights, raise_faults, shard_files
-from mlxdiff.weights import ModelFolder
+from mlxdiff.machine.disk import read_json
+from mlxdiff.networks.config import ComponentConfig
+from mlxdiff.networks.params import expected_parameters
+from mlxdiff.store.folder import ModelFolder
+from mlxdiff.weights.pickles import SUFFIXES, PickleFile, open_tensors
+from mlxdiff.weights.tensors import (
+    READABLE,
+    LazyTensor,
+    Shape,
+    open_weights,
+    raise_faults,
+    shard_files,
+)
 
 # Names that diffusers and transformers give to weights: stem, variant and index in all the orders
 # that their versions have used ("x.fp16.safetensors", "x.safetensors.index.fp16.json", ...).

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlxdiff import hub, known
-from mlxdiff.config import ComponentConfig, read_json, read_vae
 from mlxdiff.convert.checkpoint import find_weights, open_component
 from mlxdiff.convert.sources import open_source
 from mlxdiff.errors import CheckpointError
-from mlxdiff.tensors import LazyTensor
-from mlxdiff.weights import Progress
+from mlxdiff.machine.disk import read_json
+from mlxdiff.networks.config import ComponentConfig, read_vae
+from mlxdiff.store import catalogue, hub
+from mlxdiff.store.folder import Progress
+from mlxdiff.weights.tensors import LazyTensor
 
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 
@@ -24,7 +25,7 @@ class Component:
     """A network that can be loaded.
 
     Attributes:
-        config: what it is, a config of mlxdiff.config.
+        config: what it is, a config of mlxdiff.networks.config.
         tensors: gives its tensors, with our names and layout, complete and checked; the caller's to
             pop.
         provenance: source and, from the hub, revision.
@@ -71,7 +72,7 @@ def find_component(
             of a file) or a short name.
         component: name of its folder in a whole model.
     """
-    path = known.expand(path)
+    path = catalogue.expand(path)
     folder = Path(path)
     reference = None if folder.exists() else hub.parse(str(path))
     if reference is None:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlxdiff.config import ControlNetConfig, UNet2DConditionConfig
 from mlxdiff.convert import detect
 from mlxdiff.convert.checkpoint import map_component
 from mlxdiff.convert.component import (
@@ -20,10 +19,11 @@ from mlxdiff.convert.component import (
 )
 from mlxdiff.convert.families import Unrepresentable, controlnet_structure
 from mlxdiff.convert.keymap import Layout, ldm_controlnet
-from mlxdiff.convert.pickles import PickleFile, open_tensors
 from mlxdiff.errors import CheckpointError
-from mlxdiff.tensors import LazyTensor
-from mlxdiff.weights import Progress
+from mlxdiff.networks.config import ControlNetConfig, UNet2DConditionConfig
+from mlxdiff.store.folder import Progress
+from mlxdiff.weights.pickles import PickleFile, open_tensors
+from mlxdiff.weights.tensors import LazyTensor
 
 logger = logging.getLogger("mlxdiff")
 

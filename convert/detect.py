@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlxdiff import known
-from mlxdiff.config import ComponentConfig, UNet2DConfig, read_json
 from mlxdiff.errors import CheckpointError, ConfigError
-from mlxdiff.tensors import LazyTensor, open_weights
-from mlxdiff.weights import COMPONENTS, LOW_RES_SCHEDULER, TOKENIZERS
+from mlxdiff.machine.disk import read_json
+from mlxdiff.networks.config import ComponentConfig, UNet2DConfig
+from mlxdiff.store import catalogue
+from mlxdiff.store.folder import COMPONENTS, LOW_RES_SCHEDULER, TOKENIZERS
+from mlxdiff.weights.tensors import LazyTensor, open_weights
 
 PIPELINES = (
     "StableDiffusionPipeline",
@@ -277,7 +278,7 @@ def not_a_model(path: Path) -> CheckpointError:
         "hub id or a short name (mlxdiff models --known)"
     )
     if not path.exists():
-        near = known.suggestion(str(path))
+        near = catalogue.suggestion(str(path))
         return CheckpointError(
             f"{path}: no such file or folder, and no hub id (org/name){near}; {want}"
         )

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlxdiff.errors import CheckpointError
-from mlxdiff.params import Shape
+from mlxdiff.weights.tensors import Shape
 
 Shapes = Mapping[str, Shape]
 Config = dict[str, Any]

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlxdiff import hub
-from mlxdiff.config import CLIPVisionConfig, IPAdapterConfig, UNet2DConditionConfig
 from mlxdiff.convert import detect
 from mlxdiff.convert.checkpoint import map_component
 from mlxdiff.convert.component import (
@@ -19,10 +17,12 @@ from mlxdiff.convert.component import (
     read_component_config,
 )
 from mlxdiff.convert.keymap import ip_adapter
-from mlxdiff.convert.pickles import PickleFile, open_tensors
 from mlxdiff.errors import CheckpointError, UsageError
-from mlxdiff.params import Shape
-from mlxdiff.weights import Progress
+from mlxdiff.networks.config import CLIPVisionConfig, IPAdapterConfig, UNet2DConditionConfig
+from mlxdiff.store import hub
+from mlxdiff.store.folder import Progress
+from mlxdiff.weights.pickles import PickleFile, open_tensors
+from mlxdiff.weights.tensors import Shape
 
 ENCODER = "image_encoder"
 _TABLES = ("image_proj", "ip_adapter")

@@ -11,16 +11,16 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from mlxdiff.config import (
+from mlxdiff.convert.transforms import Transform, choose, halves, thirds, transpose
+from mlxdiff.networks.config import (
     AutoencoderKLConfig,
     CLIPTextConfig,
     ControlNetConfig,
     IPAdapterConfig,
     UNet2DConditionConfig,
 )
-from mlxdiff.convert.transforms import Transform, choose, halves, thirds, transpose
-from mlxdiff.params import Shape, expected_parameters
-from mlxdiff.tensors import raise_faults
+from mlxdiff.networks.params import expected_parameters
+from mlxdiff.weights.tensors import Shape, raise_faults
 
 
 @dataclass(frozen=True)

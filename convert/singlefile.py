@@ -16,13 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlxdiff import hub
-from mlxdiff.config import (
-    AutoencoderKLConfig,
-    CLIPTextConfig,
-    ComponentConfig,
-    UNet2DConditionConfig,
-)
 from mlxdiff.convert import detect
 from mlxdiff.convert.checkpoint import ComponentFiles, DiffusersFolder, map_component
 from mlxdiff.convert.families import (
@@ -47,10 +40,15 @@ from mlxdiff.convert.keymap import (
     ldm_vae,
     openclip_text,
 )
-from mlxdiff.convert.pickles import PickleFile, open_tensors
 from mlxdiff.errors import CheckpointError, HubError, UsageError
-from mlxdiff.tensors import LazyTensor, raise_faults, shard_files
-from mlxdiff.weights import (
+from mlxdiff.networks.config import (
+    AutoencoderKLConfig,
+    CLIPTextConfig,
+    ComponentConfig,
+    UNet2DConditionConfig,
+)
+from mlxdiff.store import hub
+from mlxdiff.store.folder import (
     COMPONENTS,
     LOW_RES_SCHEDULER,
     MANIFEST,
@@ -60,6 +58,8 @@ from mlxdiff.weights import (
     open_folder,
     pad_token,
 )
+from mlxdiff.weights.pickles import PickleFile, open_tensors
+from mlxdiff.weights.tensors import LazyTensor, raise_faults, shard_files
 
 if TYPE_CHECKING:
     from mlxdiff.tokenizer import Tokenizer

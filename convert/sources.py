@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 from typing import TypeAlias
 
-from mlxdiff import hub, known
-from mlxdiff.config import read_json
 from mlxdiff.convert import detect
 from mlxdiff.convert.checkpoint import DiffusersFolder
 from mlxdiff.convert.singlefile import SingleFile
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
-from mlxdiff.weights import MANIFEST, ConvertedFolder, ModelFolder, Progress, open_folder
+from mlxdiff.machine.disk import read_json
+from mlxdiff.store import catalogue, hub
+from mlxdiff.store.folder import MANIFEST, ConvertedFolder, ModelFolder, Progress, open_folder
 
 Model: TypeAlias = DiffusersFolder | SingleFile | ConvertedFolder
 
@@ -31,7 +31,7 @@ def open_source(
 
     Args:
         path: a diffusers folder, a converted folder, a single file, a hub id
-            ``org/name[/FILE][@revision]`` or a short name (``mlxdiff.known``).
+            ``org/name[/FILE][@revision]`` or a short name (``mlxdiff.store.catalogue``).
         revision: for a hub id, the branch, tag or commit.
         variant: weights variant, "fp16" for example, "" for the plain files; default: of a folder
             the plain files, of the hub fp16 (half the bytes), each where there are any.
@@ -40,7 +40,7 @@ def open_source(
     Returns: the model, everything checked that can be without reading the weights.
     Raises: CheckpointError, ConfigError, HubError, UsageError.
     """
-    path = known.expand(path)
+    path = catalogue.expand(path)
     folder = Path(path)
     if isinstance(path, str) and not folder.exists() and (reference := hub.parse(path, revision)):
         listing = hub.find(reference, variant)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlxdiff.params import Shape
+from mlxdiff.weights.tensors import Shape
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 import mlxdiff
-from mlxdiff.preprocess import edges
+from mlxdiff.pictures.preprocess import edges
 
 if len(sys.argv) > 1:
     model, controlnet, picture, prompt = sys.argv[1:]

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mlxdiff._version import __version__
 from mlxdiff.errors import CheckpointError, ConfigError, HubError, MlxdiffError, UsageError
 
 if TYPE_CHECKING:
     from mlxdiff.loading import load
     from mlxdiff.pipeline import Pipeline, Result, Step
 
-__version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "ConfigError",

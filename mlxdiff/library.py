@@ -24,14 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxdiff import hub, known
 from mlxdiff.convert import convert, open_source
 from mlxdiff.convert.report import human_bytes
 from mlxdiff.convert.sources import check_published
 from mlxdiff.errors import CheckpointError, ConfigError, HubError, UsageError
-from mlxdiff.files import exclusive, require_space
-from mlxdiff.recipes import find_recipe, quantized_model
-from mlxdiff.weights import (
+from mlxdiff.machine.disk import exclusive, require_space
+from mlxdiff.store import catalogue, hub
+from mlxdiff.store.folder import (
     FORMAT_VERSION,
     MANIFEST,
     QUANTIZED_VERSION,
@@ -40,6 +39,7 @@ from mlxdiff.weights import (
     Progress,
     open_folder,
 )
+from mlxdiff.store.recipes import find_recipe, quantized_model
 
 logger = logging.getLogger("mlxdiff")
 
@@ -79,7 +79,7 @@ def open_model(
     recipe = None if quantize is None else find_recipe(quantize)
     reference = None
     if isinstance(model, str) and not Path(model).exists():
-        model = str(known.expand(model))
+        model = str(catalogue.expand(model))
         reference = hub.parse(model, revision)
     if reference is None or any(single_file.values()):
         opened = open_source(model, revision, variant, progress, **single_file)
@@ -378,7 +378,7 @@ def _read_entry(path: Path) -> Entry:
     files = [file.stat() for file in path.rglob("*") if file.is_file()]
     return Entry(
         name=name,
-        short=next((k.name for k in known.KNOWN if k.repo == name), None),
+        short=next((k.name for k in catalogue.KNOWN if k.repo == name), None),
         family=family,
         dtype=dtype,
         revision=revision,
@@ -400,7 +400,7 @@ def local_path(model: str) -> Path | None:
 
 
 def _called(name: str, there: list[Entry]) -> list[Entry]:
-    wanted, _, revision = str(known.expand(name)).partition("@")
+    wanted, _, revision = str(catalogue.expand(name)).partition("@")
     return [e for e in there if e.name == wanted and e.revision.startswith(revision)]
 
 

@@ -12,7 +12,7 @@ from mlxdiff import library
 from mlxdiff.adapters import lora, textual_inversion
 from mlxdiff.convert import open_vae
 from mlxdiff.errors import UsageError
-from mlxdiff.exact import require as require_exact
+from mlxdiff.machine.exact import require as require_exact
 from mlxdiff.pipeline import Pipeline
 
 logger = logging.getLogger("mlxdiff")
@@ -110,7 +110,7 @@ def load(
             (docs/metal.md). Must be asked for before MLX is imported by anything.
         memory_limit: gigabytes that a run may take; what is expected to take more is refused. None:
             as much as the machine has.
-        progress: called while files are fetched, as ``mlxdiff.hub.resolve`` does.
+        progress: called while files are fetched, as ``mlxdiff.store.hub.resolve`` does.
     Returns: a Pipeline; its weights are read when they are first needed.
     Raises: UsageError, ConfigError, CheckpointError, HubError.
     """

@@ -18,21 +18,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import mlxdiff
-from mlxdiff import a1111, control, image_prompt, preview, samplers
+from mlxdiff import samplers
+from mlxdiff._version import __version__
 from mlxdiff.adapters import lora, textual_inversion
 from mlxdiff.convert import Component, open_controlnet, open_ip_adapter
-from mlxdiff.denoiser import Evaluation, make_denoiser
 from mlxdiff.errors import UsageError
-from mlxdiff.memory import Device, Estimate, estimate, require
-from mlxdiff.metadata import Metadata
-from mlxdiff.model import Model, PromptEmbeddings, draw_noise
 from mlxdiff.noise import Generator
-from mlxdiff.pixels import PixelModel
-from mlxdiff.recipes import find_recipe, recipe_of
-from mlxdiff.settings import Settings, pick_seeds, resolve
-from mlxdiff.start import Inputs, make_stages
-from mlxdiff.weights import ModelSource
+from mlxdiff.pictures import preview
+from mlxdiff.pictures.metadata import Metadata
+from mlxdiff.run import control, image_prompt
+from mlxdiff.run.denoiser import Evaluation, make_denoiser
+from mlxdiff.run.inputs import Inputs, make_stages
+from mlxdiff.run.memory import Device, Estimate, estimate, require
+from mlxdiff.run.model import Model, PromptEmbeddings, draw_noise
+from mlxdiff.run.pixel_model import PixelModel
+from mlxdiff.run.settings import Settings, pick_seeds, resolve
+from mlxdiff.store.folder import ModelSource
+from mlxdiff.store.recipes import find_recipe, recipe_of
+from mlxdiff.text import a1111
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -111,7 +114,7 @@ class Pipeline:
         refiner: those of the model that does the last part of the way, if there is one.
         lora_folder: where the LoRAs lie that a prompt calls by name.
         memory_limit: gigabytes that a run may take; None: as much as the machine has. What is
-            expected to take more is refused (``mlxdiff.memory``).
+            expected to take more is refused (``mlxdiff.run.memory``).
         exact: whether a GPU computes as exactly as the type allows.
     """
 
@@ -626,7 +629,7 @@ class Pipeline:
             revision=provenance.get("revision"),
             dtype=self.backend.dtype,
             backend=self.backend.name,
-            version=mlxdiff.__version__,
+            version=__version__,
             extra={
                 name: list(value) if isinstance(value, tuple) else value
                 for name, value in values.items()

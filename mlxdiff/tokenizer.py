@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointError, UsageError
+from mlxdiff.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     import os

@@ -13,8 +13,9 @@ import numpy as np
 from folders import stored, write_json
 from safetensors.numpy import save_file
 
-from mlxdiff.config import CLIPVisionConfig, UNet2DConditionConfig, read_json
-from mlxdiff.params import expected_parameters
+from mlxdiff.machine.disk import read_json
+from mlxdiff.networks.config import CLIPVisionConfig, UNet2DConditionConfig
+from mlxdiff.networks.params import expected_parameters
 
 ENCODER: dict[str, Any] = {
     "architectures": ["CLIPVisionModelWithProjection"],

@@ -15,8 +15,8 @@ from folders import stored, write_json
 from golden_data import checkpoint
 from safetensors.numpy import save_file
 
-from mlxdiff.config import ControlNetConfig
-from mlxdiff.params import expected_parameters
+from mlxdiff.networks.config import ControlNetConfig
+from mlxdiff.networks.params import expected_parameters
 
 # What a ControlNet's config has of the U-Net's.
 _SHARED = """in_channels flip_sin_to_cos freq_shift down_block_types block_out_channels

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from mlxdiff.config import AutoencoderKLConfig, CLIPTextConfig, UNet2DConditionConfig
-from mlxdiff.params import expected_parameters
+from mlxdiff.networks.config import AutoencoderKLConfig, CLIPTextConfig, UNet2DConditionConfig
+from mlxdiff.networks.params import expected_parameters
 
 TEXT: dict[str, Any] = {
     "architectures": ["CLIPTextModel"],

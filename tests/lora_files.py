@@ -18,7 +18,7 @@ from golden_data import checkpoint
 from safetensors.numpy import save_file
 
 from mlxdiff.convert import open_source
-from mlxdiff.params import expected_parameters
+from mlxdiff.networks.params import expected_parameters
 
 Tensors = dict[str, np.ndarray]
 ATTENTION = r".+attn[12]\.to_(?:q|k|v|out\.0)|.+self_attn\.\w+_proj"

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from mlxdiff.config import AutoencoderKLConfig, UNet2DConditionConfig
 from mlxdiff.convert import open_source
 from mlxdiff.convert.keymap import ldm_unet, ldm_vae, openclip_text
 from mlxdiff.convert.transforms import thirds
+from mlxdiff.networks.config import AutoencoderKLConfig, UNet2DConditionConfig
 
 Tensors = dict[str, np.ndarray]
 LDM_NAMES = sorted((Path(__file__).parent / "golden" / "ldm-names").glob("*.json.gz"))

@@ -10,19 +10,19 @@ import pytest
 from click.testing import CliRunner, Result
 from golden_data import checkpoint
 
-from mlxdiff import machine
-from mlxdiff.bench import SCHEMA, bench, expected_memory
 from mlxdiff.cli import main
 from mlxdiff.convert import open_source
 from mlxdiff.loading import load, make_backend
+from mlxdiff.machine import probe
+from mlxdiff.report.bench import SCHEMA, bench, expected_memory
 
 
 @pytest.fixture(autouse=True)
 def quick_probes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A slow BLAS would take seconds; the probes have a test of their own."""
     if "probe" not in request.node.name:
-        monkeypatch.setattr(machine, "matmul_rate", lambda *a, **k: 2e9)
-        monkeypatch.setattr(machine, "copy_rate", lambda *a, **k: 1e9)
+        monkeypatch.setattr(probe, "matmul_rate", lambda *a, **k: 2e9)
+        monkeypatch.setattr(probe, "copy_rate", lambda *a, **k: 1e9)
 
 
 def run(*arguments: str) -> Result:
@@ -180,12 +180,12 @@ def test_what_cannot_be_timed_is_said() -> None:
 
 def test_the_probes_measure(backend: str) -> None:
     chosen = make_backend(backend)
-    assert machine.matmul_rate(chosen, "float32", seconds=0.01) > 1e6
-    assert machine.copy_rate(chosen, seconds=0.01) > 1e6
+    assert probe.matmul_rate(chosen, "float32", seconds=0.01) > 1e6
+    assert probe.copy_rate(chosen, seconds=0.01) > 1e6
 
 
 def test_facts() -> None:
-    facts = machine.facts()
+    facts = probe.facts()
     assert facts["cores"] >= 1 and facts["processor"]
     json.dumps(facts)
-    assert machine.versions()["mlxdiff"]
+    assert probe.versions()["mlxdiff"]

@@ -119,7 +119,7 @@ def by_hand(pipe: Pipeline, guided: set[int]) -> np.ndarray:
             for pooled in (text.pooled_prompt_embeds, text.negative_pooled_prompt_embeds)
         ]
     plan = samplers.plan(pipe.source.scheduler_config, "dpmpp-2m", "auto", 6, guidance=4.0)
-    x = plan.init_noise_sigma * mlxdiff.model.draw_noise(mlxdiff.noise.Generator(3), (4, 4, 4))
+    x = plan.init_noise_sigma * mlxdiff.run.model.draw_noise(mlxdiff.noise.Generator(3), (4, 4, 4))
     x, state, unet = on.asarray(x), plan.start(), pipe.model.component("unet")
     for index, t in enumerate(plan.timesteps):
         output = unet(x, t, on.asarray(text.prompt_embeds), **extra[0])

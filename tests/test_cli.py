@@ -20,8 +20,8 @@ from PIL import Image
 from single_files import single_file
 
 from mlxdiff.cli import ProgressBar, main
-from mlxdiff.image import save_png
-from mlxdiff.metadata import Metadata
+from mlxdiff.pictures.image import save_png
+from mlxdiff.pictures.metadata import Metadata
 
 
 def run(*arguments: str | Path, stdin: str | None = None) -> Result:

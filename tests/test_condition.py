@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import tiny_models as tiny
 
-from mlxdiff.condition import Condition
-from mlxdiff.denoiser import TimeEmbeddings
+from mlxdiff.networks.condition import Condition
 from mlxdiff.reference.backend import Backend as NumPyBackend
+from mlxdiff.run.denoiser import TimeEmbeddings
 
 
 def backend(name: str):

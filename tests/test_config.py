@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from mlxdiff.config import AutoencoderKLConfig, CLIPTextConfig, UNet2DConditionConfig, read_json
 from mlxdiff.errors import ConfigError
+from mlxdiff.machine.disk import read_json
+from mlxdiff.networks.config import AutoencoderKLConfig, CLIPTextConfig, UNet2DConditionConfig
 
 CLASSES = {
     "unet": UNet2DConditionConfig,

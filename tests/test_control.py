@@ -19,12 +19,13 @@ from safetensors.numpy import save_file
 
 import mlxdiff
 from mlxdiff.cli import main
-from mlxdiff.config import ControlNetConfig, UNet2DConditionConfig, read_json
-from mlxdiff.control import Control
 from mlxdiff.convert import open_controlnet
 from mlxdiff.convert.keymap import ldm_controlnet
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
-from mlxdiff.preprocess import PREPROCESSORS, edges
+from mlxdiff.machine.disk import read_json
+from mlxdiff.networks.config import ControlNetConfig, UNet2DConditionConfig
+from mlxdiff.pictures.preprocess import PREPROCESSORS, edges
+from mlxdiff.run.control import Control
 
 CASES = cases("control")
 SMALL: dict[str, Any] = {"seed": 0, "width": 32, "height": 32, "steps": 2}

@@ -26,12 +26,12 @@ from folders import (
 from golden_data import checkpoint
 from safetensors.numpy import load_file, save_file
 
-from mlxdiff import hub
-from mlxdiff.config import UNet2DConditionConfig
 from mlxdiff.convert import DiffusersFolder, convert, describe, detect, open_source
 from mlxdiff.errors import CheckpointError, ConfigError, HubError, MlxdiffError, UsageError
-from mlxdiff.tensors import DTYPES, cast
-from mlxdiff.weights import open_folder
+from mlxdiff.networks.config import UNet2DConditionConfig
+from mlxdiff.store import hub
+from mlxdiff.store.folder import open_folder
+from mlxdiff.weights.tensors import DTYPES, cast
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("sd1", "sd2", "sdxl")

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxdiff.config import AutoencoderKLConfig, CLIPTextConfig, read_unet
 from mlxdiff.convert.keymap import DIFFUSERS, map_names, targets
 from mlxdiff.convert.transforms import (
     TRANSFORMS,
@@ -23,7 +22,8 @@ from mlxdiff.convert.transforms import (
     oihw_to_ohwi,
 )
 from mlxdiff.errors import CheckpointError
-from mlxdiff.params import expected_parameters
+from mlxdiff.networks.config import AutoencoderKLConfig, CLIPTextConfig, read_unet
+from mlxdiff.networks.params import expected_parameters
 
 sizes = st.integers(1, 4)
 shapes = st.one_of(

@@ -14,8 +14,8 @@ from safetensors.numpy import load_file
 
 from mlxdiff.cli import main
 from mlxdiff.convert import convert, describe, open_source
-from mlxdiff.convert.pickles import BESIDE, OBJECT, PROGRAM
 from mlxdiff.errors import CheckpointError
+from mlxdiff.weights.pickles import BESIDE, OBJECT, PROGRAM
 
 SAFE = {
     "text_encoder": "model",

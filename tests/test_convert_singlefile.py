@@ -18,12 +18,12 @@ from safetensors.numpy import save_file
 from single_files import LDM_NAMES, Tensors, ldm_tensors, real_names, single_file, sparse_file
 
 import mlxdiff
-from mlxdiff.config import UNet2DConditionConfig
 from mlxdiff.convert import SingleFile, convert, describe, open_source
 from mlxdiff.convert.keymap import ema_names, ldm_unet
 from mlxdiff.errors import CheckpointError, MlxdiffError, UsageError
-from mlxdiff.params import expected_parameters
-from mlxdiff.weights import ModelSource, open_folder
+from mlxdiff.networks.config import UNet2DConditionConfig
+from mlxdiff.networks.params import expected_parameters
+from mlxdiff.store.folder import ModelSource, open_folder
 
 MODELS = ("sd15", "sd21v", "sdxl", "sdxl-refiner", "ssd-1b", "x4-upscaler")
 FAMILY = {

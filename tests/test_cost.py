@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny_models
 
-from mlxdiff.config import (
+from mlxdiff.networks.config import (
     AutoencoderKLConfig,
     AutoencoderTinyConfig,
     CLIPTextConfig,
@@ -16,8 +16,8 @@ from mlxdiff.config import (
     UNet2DConditionConfig,
     UNet2DConfig,
 )
-from mlxdiff.cost import multiply_adds, operations
-from mlxdiff.params import expected_parameters
+from mlxdiff.networks.cost import multiply_adds, operations
+from mlxdiff.networks.params import expected_parameters
 
 PIXELS: dict[str, dict[str, Any]] = {
     "ddpm": {

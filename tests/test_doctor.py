@@ -10,19 +10,22 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from mlxdiff import doctor, hub, loading, machine
+from mlxdiff import loading
 from mlxdiff.cli import main
 from mlxdiff.errors import CheckpointError, UsageError
+from mlxdiff.machine import probe
+from mlxdiff.report import doctor
+from mlxdiff.store import hub
 
 
 @pytest.fixture(autouse=True)
 def rates(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """What the probes say, by backend; no time is spent on them."""
     said = {"numpy": 100e9, "mlx": 90e9}
-    monkeypatch.setattr(machine, "matmul_rate", lambda backend, *a: said[backend.name])
-    for name in machine.THREAD_VARIABLES:
+    monkeypatch.setattr(probe, "matmul_rate", lambda backend, *a: said[backend.name])
+    for name in probe.THREAD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(machine, "load_average", lambda: 0.1)
+    monkeypatch.setattr(probe, "load_average", lambda: 0.1)
     return said
 
 
@@ -85,9 +88,9 @@ def test_no_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "make_backend", make)
     monkeypatch.setattr("platform.machine", lambda: "arm64")
     monkeypatch.setattr("sys.platform", "darwin")
-    monkeypatch.setattr(machine, "system", lambda: "macOS 15")
-    monkeypatch.setattr(machine, "processor", lambda: "Apple M1")
-    monkeypatch.setattr(machine, "is_translated", lambda: True)
+    monkeypatch.setattr(probe, "system", lambda: "macOS 15")
+    monkeypatch.setattr(probe, "processor", lambda: "Apple M1")
+    monkeypatch.setattr(probe, "is_translated", lambda: True)
     findings = found()
     assert "The GPU is not used: MLX cannot be imported" in findings["mlx"]["text"]
     assert "arm64" in findings["python"]["remedy"]
@@ -97,14 +100,14 @@ def test_no_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
     ("value", "words"), [("1", "fewer threads"), ("64", "more threads"), ("4", "all used")]
 )
 def test_threads(value: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "usable_cores", lambda: 4)
+    monkeypatch.setattr(probe, "usable_cores", lambda: 4)
     monkeypatch.setenv("OMP_NUM_THREADS", value)
     assert words in found()["threads"]["text"]
 
 
 def test_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "load" not in found()
-    monkeypatch.setattr(machine, "load_average", lambda: 1000.0)
+    monkeypatch.setattr(probe, "load_average", lambda: 1000.0)
     assert found()["load"]["state"] == "advice"
 
 
@@ -149,7 +152,7 @@ def test_a_check_that_fails_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> N
     def broken() -> int:
         raise RuntimeError("no such counter")
 
-    monkeypatch.setattr(machine, "memory_bytes", broken)
+    monkeypatch.setattr(probe, "memory_bytes", broken)
     findings = found()
     assert "no such counter" in findings["memory"]["text"]
     assert "hub" in findings

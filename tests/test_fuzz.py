@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from mlxdiff.convert import describe
 from mlxdiff.errors import MlxdiffError
-from mlxdiff.tensors import TensorFile
+from mlxdiff.weights.tensors import TensorFile
 
 STRANGE: list[Any] = [None, True, -1, 0, 1.5, "x", [], {}, [1], 1e308, 10**30, [None], {"a": 1}]
 STRANGE += ["../x", [[[]]], 2**31, "model-00001-of-00002.safetensors", "\x00", "NaN"]

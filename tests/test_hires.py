@@ -15,7 +15,7 @@ from PIL import Image
 
 from mlxdiff.cli import main
 from mlxdiff.errors import UsageError
-from mlxdiff.hires import enlarge_latents
+from mlxdiff.pictures.hires import enlarge_latents
 
 CASES = cases("hires")
 SMALL = {"width": 32, "height": 32, "steps": 4, "seed": 0, "hires": 2}

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from fake_hub import COMMIT, OTHER, Hub, digest_of, serve
 
-from mlxdiff import hub
 from mlxdiff.errors import HubError, UsageError
-from mlxdiff.hub import Reference, is_repo_id, needed_files, parse, resolve
+from mlxdiff.store import hub
+from mlxdiff.store.hub import Reference, is_repo_id, needed_files, parse, resolve
 
 UNET, CLIP = "unet/diffusion_pytorch_model", "text_encoder/model"
 
@@ -398,7 +398,7 @@ def test_files_that_stay_damaged_are_refused(
 def test_a_disk_without_room(
     server: type[Hub], hub_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlxdiff.files.free_space", lambda folder: 100)
+    monkeypatch.setattr("mlxdiff.machine.disk.free_space", lambda folder: 100)
     with pytest.raises(UsageError, match=r"org/name: the download needs .* GB at .*HF_HOME"):
         resolve("org/name")
     assert server.got == []
@@ -564,7 +564,7 @@ def test_a_pixel_space_model_of_the_first_days(server: type[Hub], hub_home: Path
 
 def test_two_processes_fetch_a_file_once(server: type[Hub], hub_home: Path) -> None:
     server.pause = 1.0
-    code = "from mlxdiff.hub import resolve; print(resolve('org/name'))"
+    code = "from mlxdiff.store.hub import resolve; print(resolve('org/name'))"
     started = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         for _ in range(2)
@@ -576,7 +576,7 @@ def test_two_processes_fetch_a_file_once(server: type[Hub], hub_home: Path) -> N
 
 def test_importing_is_cheap() -> None:
     code = (
-        "import sys, mlxdiff.hub, mlxdiff.tokenizer, mlxdiff.metadata\n"
+        "import sys, mlxdiff.store.hub, mlxdiff.tokenizer, mlxdiff.pictures.metadata\n"
         "heavy = {'huggingface_hub', 'tokenizers', 'PIL', 'httpx', 'mlx'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from mlxdiff import image as image_module
 from mlxdiff.errors import MlxdiffError, UsageError
-from mlxdiff.image import (
+from mlxdiff.pictures import image as image_module
+from mlxdiff.pictures.image import (
     check_writable,
     load_image,
     resize,

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mlxdiff.cli import main
 from mlxdiff.errors import UsageError
-from mlxdiff.inpainting import make_canvas
+from mlxdiff.pictures.canvas import make_canvas
 
 CASES = [(name, case) for name in INPAINTING for case in cases(name)]
 SMALL = {"width": 64, "height": 64, "steps": 2, "seed": 0}
@@ -188,8 +188,8 @@ def test_each_picture_is_what_it_is_alone(opened: Opened) -> None:
 
 def test_given_noise_is_the_noise_of_the_seed(opened: Opened) -> None:
     """It takes the place of the second draw; the others stay."""
-    from mlxdiff.model import draw_noise
     from mlxdiff.noise import Generator
+    from mlxdiff.run.model import draw_noise
 
     pipe, arguments = opened("sd15"), {**DISC, **SMALL, "sampler": "euler"}
     generator = Generator(0)

@@ -22,11 +22,12 @@ from safetensors.numpy import save_file
 
 import mlxdiff
 from mlxdiff.cli import main
-from mlxdiff.config import CLIPVisionConfig, UNet2DConditionConfig, read_json
 from mlxdiff.convert import open_ip_adapter
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
-from mlxdiff.image import to_clip
 from mlxdiff.loading import make_backend
+from mlxdiff.machine.disk import read_json
+from mlxdiff.networks.config import CLIPVisionConfig, UNet2DConditionConfig
+from mlxdiff.pictures.image import to_clip
 
 CASES = cases("ip-adapter")
 SMALL: dict[str, Any] = {"seed": 0, "width": 32, "height": 32, "steps": 2}

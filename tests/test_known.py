@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mlxdiff import hub
-from mlxdiff.known import KNOWN, expand, suggestion
+from mlxdiff.store import hub
+from mlxdiff.store.catalogue import KNOWN, expand, suggestion
 
 NAMES = Path(__file__).parent / "golden" / "names"
 TEXT = {"sd1": ["sd15"], "sd2": ["sd21"], "sdxl": ["sd15", "sdxl-2"], "sdxl-refiner": ["sdxl-2"]}

@@ -20,10 +20,11 @@ from folders import diffusers_folder
 from safetensors.numpy import load, save
 from single_files import ldm_tensors
 
-from mlxdiff import convert, files, library
+from mlxdiff import convert, library
 from mlxdiff.cli import main
 from mlxdiff.errors import HubError, MlxdiffError, UsageError
-from mlxdiff.weights import ConvertedFolder
+from mlxdiff.machine import disk
+from mlxdiff.store.folder import ConvertedFolder
 
 DAY = 24 * 3600 + 1
 
@@ -255,7 +256,7 @@ def test_what_cannot_be_opened_is_refused_before_its_weights_are_fetched(
 def test_a_disk_without_room(
     server: type[Hub], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "free_space", lambda folder: 100_000)
+    monkeypatch.setattr(disk, "free_space", lambda folder: 100_000)
     with pytest.raises(UsageError, match=r"org/name: download and conversion needs .*MLXDIFF_HOME"):
         open_model()
     assert server.got == [] and library.entries() == []
@@ -290,7 +291,7 @@ def test_two_processes_make_one(server: type[Hub], home: Path) -> None:
 def test_a_lock_goes_with_its_holder(tmp_path: Path) -> None:
     lock = tmp_path / "locks" / "a.lock"
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom mlxdiff.files import exclusive\n"
+        "import sys, time\nfrom pathlib import Path\nfrom mlxdiff.machine.disk import exclusive\n"
         f"with exclusive(Path({str(lock)!r})): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -301,7 +302,7 @@ def test_a_lock_goes_with_its_holder(tmp_path: Path) -> None:
         waited.append(pid)
         holder.kill()
 
-    with files.exclusive(lock, on_wait) as held:
+    with disk.exclusive(lock, on_wait) as held:
         assert held and lock.read_text() == str(os.getpid())
     holder.wait()
     holder.stdout.close()

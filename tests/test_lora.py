@@ -20,9 +20,9 @@ from mlxdiff.adapters import lora_names
 from mlxdiff.adapters.lora import changed, match, open_lora
 from mlxdiff.convert import open_source
 from mlxdiff.errors import CheckpointError, UsageError
-from mlxdiff.quantization import Quantization
 from mlxdiff.reference import backend as reference_backend
-from mlxdiff.tensors import AdaptedTensor, LazyTensor, quantize_tensor
+from mlxdiff.weights.quantization import Quantization
+from mlxdiff.weights.tensors import AdaptedTensor, LazyTensor, quantize_tensor
 
 CASES = cases("lora")
 SMALL = {"width": 32, "height": 32, "steps": 2, "seed": 0}
@@ -459,7 +459,7 @@ def test_every_name_as_diffusers_reads_it(family: str) -> None:
     utils = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
     from diffusers.utils import convert_unet_state_dict_to_peft
 
-    from mlxdiff.config import UNet2DConditionConfig
+    from mlxdiff.networks.config import UNet2DConditionConfig
 
     table = lora_names.spellings({"unet": UNet2DConditionConfig.from_dict(_unet_config(family))})
     targets = {t.parameter.removesuffix(".weight") for found in table.values() for t in found}

@@ -13,13 +13,13 @@ import tiny_models
 from golden_data import checkpoint
 
 import mlxdiff
-from mlxdiff.config import AutoencoderKLConfig, ComponentConfig, UNet2DConditionConfig
 from mlxdiff.errors import UsageError
 from mlxdiff.loading import make_backend
-from mlxdiff.memory import Device, Estimate, activation_bytes, require, weight_bytes
-from mlxdiff.params import expected_parameters
-from mlxdiff.quantization import Quantization
-from mlxdiff.tensors import LazyTensor, quantize_tensor
+from mlxdiff.networks.config import AutoencoderKLConfig, ComponentConfig, UNet2DConditionConfig
+from mlxdiff.networks.params import expected_parameters
+from mlxdiff.run.memory import Device, Estimate, activation_bytes, require, weight_bytes
+from mlxdiff.weights.quantization import Quantization
+from mlxdiff.weights.tensors import LazyTensor, quantize_tensor
 
 # As deep as Stable Diffusion's, a fifth to a quarter as wide.
 UNET: dict[str, Any] = tiny_models.UNETS["sd1"] | {

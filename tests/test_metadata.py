@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from mlxdiff.errors import UsageError
-from mlxdiff.image import save_png
-from mlxdiff.metadata import SAMPLER_NAMES, SCHEDULE_NAMES, SCHEMA, Metadata, read
+from mlxdiff.pictures.image import save_png
+from mlxdiff.pictures.metadata import SAMPLER_NAMES, SCHEDULE_NAMES, SCHEMA, Metadata, read
 
 # The pattern by which A1111 reads its line of parameters.
 A1111 = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')

@@ -12,11 +12,11 @@ import tiny_models as tiny
 
 mx = pytest.importorskip("mlx.core")
 
-from mlxdiff.config import AutoencoderKLConfig  # noqa: E402
 from mlxdiff.errors import CheckpointError, UsageError  # noqa: E402
 from mlxdiff.models.backend import Backend  # noqa: E402
-from mlxdiff.params import expected_parameters  # noqa: E402
-from mlxdiff.tensors import LazyTensor  # noqa: E402
+from mlxdiff.networks.config import AutoencoderKLConfig  # noqa: E402
+from mlxdiff.networks.params import expected_parameters  # noqa: E402
+from mlxdiff.weights.tensors import LazyTensor  # noqa: E402
 
 pytestmark = pytest.mark.mlx
 VAE = tiny.config("vae", "kl")

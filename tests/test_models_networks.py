@@ -16,19 +16,19 @@ mx = pytest.importorskip("mlx.core")
 
 from mlx.utils import tree_flatten  # noqa: E402
 
-from mlxdiff.condition import Condition  # noqa: E402
-from mlxdiff.config import (  # noqa: E402
-    AutoencoderKLConfig,
-    CLIPTextConfig,
-    ComponentConfig,
-    UNet2DConditionConfig,
-)
 from mlxdiff.errors import UsageError  # noqa: E402
 from mlxdiff.models.backend import Backend  # noqa: E402
 from mlxdiff.models.clip import CLIPTextModel  # noqa: E402
 from mlxdiff.models.unet import UNet2DConditionModel  # noqa: E402
 from mlxdiff.models.vae import AutoencoderKL  # noqa: E402
-from mlxdiff.params import expected_parameters  # noqa: E402
+from mlxdiff.networks.condition import Condition  # noqa: E402
+from mlxdiff.networks.config import (  # noqa: E402
+    AutoencoderKLConfig,
+    CLIPTextConfig,
+    ComponentConfig,
+    UNet2DConditionConfig,
+)
+from mlxdiff.networks.params import expected_parameters  # noqa: E402
 from mlxdiff.reference.backend import Backend as Reference  # noqa: E402
 
 pytestmark = pytest.mark.mlx

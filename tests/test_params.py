@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from golden_data import GOLDEN
 
-from mlxdiff.config import AutoencoderKLConfig, CLIPTextConfig, ComponentConfig, read_unet
-from mlxdiff.params import expected_parameters
+from mlxdiff.networks.config import AutoencoderKLConfig, CLIPTextConfig, ComponentConfig, read_unet
+from mlxdiff.networks.params import expected_parameters
 
 CONFIGS: dict[str, Callable[[dict[str, Any]], ComponentConfig]] = {
     "unet": read_unet,

@@ -35,10 +35,10 @@ from pickle_files import (
     zipped,
 )
 
-from mlxdiff.convert import pickles
-from mlxdiff.convert.pickles import BESIDE, OBJECT, PROGRAM, PickleFile, is_pickle, open_tensors
 from mlxdiff.errors import CheckpointError
-from mlxdiff.tensors import TensorFile
+from mlxdiff.weights import pickles
+from mlxdiff.weights.pickles import BESIDE, OBJECT, PROGRAM, PickleFile, is_pickle, open_tensors
+from mlxdiff.weights.tensors import TensorFile
 
 GOLDEN = Path(__file__).parent / "golden" / "pickles"
 EXPECTED: dict[str, dict[str, tuple[str, list[int]]]] = json.loads(
@@ -573,7 +573,7 @@ def test_every_truncation_is_an_error(data: bytes, tmp_path: Path) -> None:
 WATCHED = """
 import resource, sys, time
 from pathlib import Path
-from mlxdiff.convert.pickles import PickleFile
+from mlxdiff.weights.pickles import PickleFile
 from mlxdiff.errors import CheckpointError
 
 files = sorted(Path(sys.argv[1]).glob("*.ckpt"))

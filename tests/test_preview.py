@@ -21,9 +21,10 @@ from golden_runs import Opened
 from PIL import Image
 
 import mlxdiff
-from mlxdiff import preview, samplers
+from mlxdiff import samplers
 from mlxdiff.cli import main
 from mlxdiff.cli.preview import iterm2, kitty, terminal_protocol
+from mlxdiff.pictures import preview
 
 QUICK = ("-s", "0", "--steps", "3", "-W", "32", "-H", "32", "--backend", "numpy")
 GENERATE = (sys.executable, "-m", "mlxdiff", "generate", "a red circle", *QUICK)

@@ -13,10 +13,10 @@ from golden_data import GOLDEN, cases, checkpoint
 from golden_runs import Opened, assert_drawn_again
 from safetensors.numpy import save_file
 
-from mlxdiff import a1111
 from mlxdiff.adapters.textual_inversion import open_embedding
 from mlxdiff.errors import CheckpointError, UsageError
-from mlxdiff.prompt import Vocabulary
+from mlxdiff.text import a1111
+from mlxdiff.text.prompt import Vocabulary
 from mlxdiff.tokenizer import Tokenizer
 
 CASES = cases("prompts")

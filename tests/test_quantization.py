@@ -14,13 +14,15 @@ from folders import diffusers_folder
 
 import mlxdiff
 from mlxdiff import convert as conversion
-from mlxdiff import quantization
-from mlxdiff.config import UNet2DConditionConfig
 from mlxdiff.convert import convert, describe
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
 from mlxdiff.loading import BUILTIN, make_backend
-from mlxdiff.params import expected_parameters
-from mlxdiff.quantization import (
+from mlxdiff.networks.config import UNet2DConditionConfig
+from mlxdiff.networks.params import expected_parameters
+from mlxdiff.store.folder import open_folder
+from mlxdiff.store.recipes import find_recipe, quantized_model
+from mlxdiff.weights import quantization
+from mlxdiff.weights.quantization import (
     AFFINE_BITS,
     AFFINE_GROUPS,
     FLOAT_MODES,
@@ -28,9 +30,7 @@ from mlxdiff.quantization import (
     dequantize,
     quantize,
 )
-from mlxdiff.recipes import find_recipe, quantized_model
-from mlxdiff.tensors import QuantizedTensor, quantize_tensor
-from mlxdiff.weights import open_folder
+from mlxdiff.weights.tensors import QuantizedTensor, quantize_tensor
 
 WAYS = [Quantization(bits, group) for bits in AFFINE_BITS for group in AFFINE_GROUPS]
 WAYS += [Quantization(bits, group, mode) for mode, (bits, group) in FLOAT_MODES.items()]
@@ -268,7 +268,7 @@ def test_a_folder_holds_what_rounding_gives(
 
 
 def test_shards(source: Path, tmp_path: Path) -> None:
-    from mlxdiff.weights import write_folder
+    from mlxdiff.store.folder import write_folder
 
     model = quantized_model(conversion.open_source(source), find_recipe(8))
     write_folder(model, tmp_path / "q", recipe="uniform-8-64", shard_bytes=50_000)

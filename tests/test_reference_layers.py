@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from mlxdiff import threads
 from mlxdiff.errors import CheckpointError
+from mlxdiff.machine import threads
 from mlxdiff.reference import layers
 
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import tiny_models as tiny
 
-from mlxdiff import threads
-from mlxdiff.config import CLIPTextConfig, ComponentConfig, UNet2DConditionConfig
 from mlxdiff.errors import CheckpointError, UsageError
-from mlxdiff.params import expected_parameters
+from mlxdiff.machine import threads
+from mlxdiff.networks.config import CLIPTextConfig, ComponentConfig, UNet2DConditionConfig
+from mlxdiff.networks.params import expected_parameters
 from mlxdiff.reference import layers
 from mlxdiff.reference.backend import Backend
 from mlxdiff.reference.unet import UNet2DConditionModel
-from mlxdiff.tensors import LazyTensor
+from mlxdiff.weights.tensors import LazyTensor
 
 ALL = [
     (kind, name)

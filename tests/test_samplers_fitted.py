@@ -18,7 +18,7 @@ from mlxdiff import samplers
 from mlxdiff.errors import ConfigError, UsageError
 from mlxdiff.loading import BUILTIN
 from mlxdiff.samplers.fitted import KEY
-from mlxdiff.weights import open_folder
+from mlxdiff.store.folder import open_folder
 
 V = CONFIGS["sd21v"]
 V_HEUN = {**V, "solver_type": "heun"}  # the line integrated exactly, as the fitted runs have it

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from mlxdiff.errors import CheckpointError
-from mlxdiff.files import sha256
-from mlxdiff.tensors import (
+from mlxdiff.machine.disk import sha256
+from mlxdiff.weights.tensors import (
     LazyTensor,
     TensorFile,
     cast,

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tiny_models as tiny
 
-from mlxdiff import tiling
-from mlxdiff.config import AutoencoderKLConfig
+from mlxdiff.networks import tiling
+from mlxdiff.networks.config import AutoencoderKLConfig
 from mlxdiff.reference.backend import Backend as NumPyBackend
 
 SIDES = ["numpy", pytest.param("mlx", marks=pytest.mark.mlx)]

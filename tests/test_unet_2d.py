@@ -25,12 +25,12 @@ from PIL import Image
 import mlxdiff
 from mlxdiff import samplers
 from mlxdiff.cli import main
-from mlxdiff.config import UNet2DConfig
 from mlxdiff.convert import convert, describe, open_source
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
-from mlxdiff.params import expected_parameters
+from mlxdiff.networks.config import UNet2DConfig
+from mlxdiff.networks.params import expected_parameters
 from mlxdiff.pipeline import Pipeline
-from mlxdiff.tensors import LazyTensor
+from mlxdiff.weights.tensors import LazyTensor
 
 NAMES = ("ddpm", "ddpm-labels", "ddim-numbers")
 CASES = [(name, case) for name in NAMES for case in cases(name)]

@@ -27,12 +27,13 @@ from safetensors.numpy import save_file
 from single_files import real_names, single_file, sparse_file
 
 import mlxdiff
-from mlxdiff import bench, hub
 from mlxdiff.cli import main
-from mlxdiff.config import UNet2DConditionConfig
 from mlxdiff.convert import convert, describe, open_source
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
-from mlxdiff.weights import open_folder
+from mlxdiff.networks.config import UNet2DConditionConfig
+from mlxdiff.report import bench
+from mlxdiff.store import hub
+from mlxdiff.store.folder import open_folder
 
 NAME = "x4-upscaler"
 CASES = cases(NAME)

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from mlxdiff.convert import open_source
 from mlxdiff.errors import CheckpointError, ConfigError, MlxdiffError, UsageError
-from mlxdiff.tensors import LazyTensor
-from mlxdiff.weights import open_folder, write_folder
+from mlxdiff.store.folder import open_folder, write_folder
+from mlxdiff.weights.tensors import LazyTensor
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from mlxdiff.config import (
+from mlxdiff.networks.config import (
     AutoencoderKLConfig,
     CLIPTextConfig,
     ComponentConfig,
     UNet2DConditionConfig,
 )
-from mlxdiff.params import expected_parameters
-from mlxdiff.tensors import LazyTensor
+from mlxdiff.networks.params import expected_parameters
+from mlxdiff.weights.tensors import LazyTensor
 
 _UNET = {
     "block_out_channels": [32, 64],

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 import mlxdiff
-from mlxdiff.model import draw_noise
 from mlxdiff.noise import Generator
+from mlxdiff.run.model import draw_noise
 from mlxdiff.samplers.dpm_solver import MULTISTEP
 from mlxdiff.samplers.plan import Plan, Row
 from mlxdiff.samplers.settings import Settings

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 import mlxdiff
-from mlxdiff.preprocess import edges
+from mlxdiff.pictures.preprocess import edges
 
 try:
     from ..train_builtin import checker, data

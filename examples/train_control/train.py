@@ -25,7 +25,7 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, Stable
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 
-from mlxdiff.preprocess import edges
+from mlxdiff.pictures.preprocess import edges
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train_builtin"))
 import common

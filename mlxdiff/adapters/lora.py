@@ -28,13 +28,20 @@ import numpy as np
 from mlxdiff.adapters import lora_names
 from mlxdiff.adapters.lora_forms import Delta, Form, Magnitude, make_form
 from mlxdiff.adapters.lora_names import Target
-from mlxdiff.config import read_json
 from mlxdiff.convert import detect
 from mlxdiff.convert.checkpoint import all_finite
-from mlxdiff.convert.pickles import PickleFile, open_tensors
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
-from mlxdiff.quantization import Beside
-from mlxdiff.tensors import READABLE, AdaptedTensor, LazyTensor, QuantizedTensor, TensorFile, shown
+from mlxdiff.machine.disk import read_json
+from mlxdiff.weights.pickles import PickleFile, open_tensors
+from mlxdiff.weights.quantization import Beside
+from mlxdiff.weights.tensors import (
+    READABLE,
+    AdaptedTensor,
+    LazyTensor,
+    QuantizedTensor,
+    TensorFile,
+    shown,
+)
 
 logger = logging.getLogger("mlxdiff")
 

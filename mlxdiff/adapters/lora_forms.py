@@ -13,8 +13,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from mlxdiff.params import Shape
-from mlxdiff.tensors import LazyTensor
+from mlxdiff.weights.tensors import LazyTensor, Shape
 
 Tensors = Mapping[str, LazyTensor]
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from mlxdiff.convert.keymap import Ignored, Layout, ldm_unet, openclip_text
 from mlxdiff.convert.transforms import thirds
-from mlxdiff.params import Shape, expected_parameters
+from mlxdiff.networks.params import expected_parameters
+from mlxdiff.weights.tensors import Shape
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from typing import TypeAlias
 
 import numpy as np
 
-from mlxdiff.config import CLIPTextConfig
 from mlxdiff.convert.checkpoint import all_finite
-from mlxdiff.convert.pickles import SUFFIXES, PickleFile, open_tensors
 from mlxdiff.errors import CheckpointError, UsageError
-from mlxdiff.tensors import READABLE, LazyTensor
+from mlxdiff.networks.config import CLIPTextConfig
+from mlxdiff.weights.pickles import SUFFIXES, PickleFile, open_tensors
+from mlxdiff.weights.tensors import READABLE, LazyTensor
 
 FILES = ("learned_embeds.safetensors", "learned_embeds.bin")
 """What diffusers calls them in a folder."""

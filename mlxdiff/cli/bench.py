@@ -54,9 +54,9 @@ def bench(
     mlxdiff bench                              the built-in model, seconds
     mlxdiff bench -m sd15 --json >> bench.jsonl
     """
-    from mlxdiff.bench import bench as run
-    from mlxdiff.bench import table
     from mlxdiff.loading import load
+    from mlxdiff.report.bench import bench as run
+    from mlxdiff.report.bench import table
 
     show_notes(quiet)
     with ProgressBar("fetching", quiet) as progress:

@@ -21,7 +21,7 @@ def doctor(ctx: click.Context, online: bool, as_json: bool, quiet: bool) -> None
     Ends with 0 also where there is advice; with 2 where mlxdiff cannot be used. --quiet leaves out
     what is well.
     """
-    from mlxdiff.doctor import FAULT, OK, examine
+    from mlxdiff.report.doctor import FAULT, OK, examine
 
     show_notes(quiet)
     findings = []

@@ -42,7 +42,7 @@ def replayed(asked: tuple[Asked, ...], found: Any, picture: str | None) -> list[
     """
     if asked:
         return list(asked)
-    from mlxdiff.files import sha256
+    from mlxdiff.machine.disk import sha256
 
     here: list[Asked] = []
     missing = []

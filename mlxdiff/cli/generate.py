@@ -398,8 +398,8 @@ def generate(
         )
     arguments = replay | {k: v for k, v in picture.items() if v not in (None, ())}
 
-    from mlxdiff.image import check_writable
     from mlxdiff.loading import load
+    from mlxdiff.pictures.image import check_writable
     from mlxdiff.pipeline import pick_seeds
 
     seeds = pick_seeds(seed, count)
@@ -485,7 +485,7 @@ def _prompts(
 
 def _replay(path: str) -> dict[str, Any]:
     """The settings that a picture carries, as arguments of ``generate``."""
-    from mlxdiff.metadata import read
+    from mlxdiff.pictures.metadata import read
 
     found = read(path)
     replay = {name: getattr(found, name) for name in _FIELDS}
@@ -562,7 +562,7 @@ def _draw(
         shown: what becomes of previews, if there are any.
         before: pictures of the prompts before this one.
     """
-    from mlxdiff.image import save_png
+    from mlxdiff.pictures.image import save_png
 
     bar: Any = None
 

@@ -38,16 +38,16 @@ def info(path: str | None, config: str | None, as_json: bool, quiet: bool) -> No
 
 
 def _picture(path: str) -> dict[str, Any]:
-    from mlxdiff.metadata import read
+    from mlxdiff.pictures.metadata import read
 
     return read(path).to_dict()
 
 
 def _model(path: str | None, config: str | None) -> dict[str, Any]:
     from mlxdiff import library
-    from mlxdiff.bench import expected_memory
     from mlxdiff.convert import describe, open_source
     from mlxdiff.loading import BUILTIN
+    from mlxdiff.report.bench import expected_memory
 
     place = BUILTIN if path is None else library.local_path(path) or path
     facts = describe(place, config)

@@ -67,7 +67,7 @@ def replayed(
             (path, scales.get(Path(path).name, (1.0, 1.0)) if scale is None else scale)
             for path, scale in asked
         ]
-    from mlxdiff.files import sha256
+    from mlxdiff.machine.disk import sha256
 
     loras: list[tuple[str, float | tuple[float, float]]] = []
     missing = []

@@ -43,7 +43,8 @@ def remove(names: tuple[str, ...], as_json: bool, quiet: bool) -> None:
 
     What was downloaded stays in the cache of huggingface_hub, which other programs share.
     """
-    from mlxdiff import hub, library
+    from mlxdiff import library
+    from mlxdiff.store import hub
 
     show_notes(quiet)
     removed = library.remove(*names)
@@ -91,7 +92,7 @@ def _list_kept(as_json: bool) -> None:
 
 
 def _list_known(as_json: bool) -> None:
-    from mlxdiff.known import KNOWN
+    from mlxdiff.store.catalogue import KNOWN
 
     if as_json:
         click.echo(json.dumps([vars(known) for known in KNOWN]))

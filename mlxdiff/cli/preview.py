@@ -89,7 +89,7 @@ class Preview:
 
     def check(self, outputs: list[Path], seeds: list[int]) -> None:
         """Raise UsageError where a preview cannot be written, or is the file of a picture."""
-        from mlxdiff.image import check_writable
+        from mlxdiff.pictures.image import check_writable
 
         if self.protocol is not None:
             return
@@ -147,7 +147,7 @@ class Preview:
     def _write(self, path: Path) -> None:
         import numpy as np
 
-        from mlxdiff.image import resize, save_png
+        from mlxdiff.pictures.image import resize, save_png
 
         image, size, _ = self.last
         if image.width < size[0]:

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from mlxdiff.config import (
+from mlxdiff.errors import UsageError
+from mlxdiff.machine.probe import memory_bytes
+from mlxdiff.networks.config import (
     AutoencoderKLConfig,
     AutoencoderTinyConfig,
     CLIPTextConfig,
@@ -22,9 +24,8 @@ from mlxdiff.config import (
     UNet2DConditionConfig,
     UNet2DConfig,
 )
-from mlxdiff.errors import UsageError
-from mlxdiff.machine import memory_bytes
-from mlxdiff.tensors import AdaptedTensor, LazyTensor, QuantizedTensor, check_parameters
+from mlxdiff.networks.params import check_parameters
+from mlxdiff.weights.tensors import AdaptedTensor, LazyTensor, QuantizedTensor
 
 try:
     import mlx.core as mx

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from mlxdiff.condition import Condition
 from mlxdiff.models.layers import (
     Conv2d,
     GroupNorm,
@@ -16,6 +15,7 @@ from mlxdiff.models.layers import (
     silu,
     upsample_nearest,
 )
+from mlxdiff.networks.condition import Condition
 
 
 class TimestepEmbedding(Module):

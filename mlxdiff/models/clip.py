@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlxdiff.config import CLIPTextConfig, CLIPVisionConfig
 from mlxdiff.models.layers import Embedding, LayerNorm, Linear, Module, activation, attention
+from mlxdiff.networks.config import CLIPTextConfig, CLIPVisionConfig
 
 CLIPConfig = CLIPTextConfig | CLIPVisionConfig
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlxdiff.config import CLIPVisionConfig
 from mlxdiff.models.clip import CLIPEncoder
 from mlxdiff.models.layers import Conv2d, Embedding, LayerNorm, Linear, Module
+from mlxdiff.networks.config import CLIPVisionConfig
 
 
 class CLIPVisionOutput(NamedTuple):
@@ -65,7 +65,7 @@ class CLIPVisionModel(Module):
     """The image encoder with its projection.
 
     Args:
-        pixels: (B, S, S, 3), by ``mlxdiff.image.to_clip``.
+        pixels: (B, S, S, 3), by ``mlxdiff.pictures.image.to_clip``.
     Returns: CLIPVisionOutput, in the dtype of the weights.
     """
 

@@ -11,10 +11,10 @@ from itertools import pairwise
 
 import mlx.core as mx
 
-from mlxdiff.condition import Condition
-from mlxdiff.config import ControlNetConfig
 from mlxdiff.models.layers import Conv2d, Module, silu
 from mlxdiff.models.unet import UNetEncoder
+from mlxdiff.networks.condition import Condition
+from mlxdiff.networks.config import ControlNetConfig
 
 
 class ControlNetConditioningEmbedding(Module):

@@ -12,8 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxdiff.config import IPAdapterConfig
 from mlxdiff.models.layers import LayerNorm, Linear, Module, attention, gelu
+from mlxdiff.networks.config import IPAdapterConfig
 
 
 class ImageProjection(Module):

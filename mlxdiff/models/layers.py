@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxdiff.quantization import Beside, Packed, Quantization
+from mlxdiff.weights.quantization import Beside, Packed, Quantization
 
 # Attention without a fused kernel holds its scores, a convolution on the CPU its unfolded input;
 # what would need more than this many bytes is computed in parts. Each part is evaluated before the

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlxdiff.config import AutoencoderTinyConfig
 from mlxdiff.models.layers import Conv2d, Module, upsample_nearest
+from mlxdiff.networks.config import AutoencoderTinyConfig
 
 
 class ReLU(Module):

@@ -14,8 +14,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxdiff.condition import Condition
-from mlxdiff.config import BlockSpec, UNet2DConditionConfig, UNetConfig
 from mlxdiff.errors import UsageError
 from mlxdiff.models.blocks import (
     Attention,
@@ -34,6 +32,8 @@ from mlxdiff.models.layers import (
     geglu,
     timestep_embedding,
 )
+from mlxdiff.networks.condition import Condition
+from mlxdiff.networks.config import BlockSpec, UNet2DConditionConfig, UNetConfig
 
 ALL, ALL_BUT_LAST, LAST = slice(None), slice(-1), slice(-1, None)  # layers of a block
 

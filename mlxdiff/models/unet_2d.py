@@ -12,8 +12,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxdiff.condition import Condition
-from mlxdiff.config import BlockSpec, UNet2DConfig
 from mlxdiff.errors import UsageError
 from mlxdiff.models.blocks import Attention, TimestepEmbedding
 from mlxdiff.models.layers import (
@@ -31,6 +29,8 @@ from mlxdiff.models.unet import (
     UNetMidBlock2DCrossAttn,
     UpBlock2D,
 )
+from mlxdiff.networks.condition import Condition
+from mlxdiff.networks.config import BlockSpec, UNet2DConfig
 
 
 class AttnDownBlock2D(CrossAttnDownBlock2D):

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlxdiff.config import AutoencoderKLConfig
 from mlxdiff.models.blocks import Attention, Downsample2D, ResnetBlock2D, Upsample2D
 from mlxdiff.models.layers import Conv2d, GroupNorm, Module
+from mlxdiff.networks.config import AutoencoderKLConfig
 
 _EPS = 1e-6
 

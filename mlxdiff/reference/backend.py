@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from mlxdiff.config import (
+from mlxdiff.errors import UsageError
+from mlxdiff.machine.probe import memory_bytes
+from mlxdiff.networks.config import (
     AutoencoderKLConfig,
     AutoencoderTinyConfig,
     CLIPTextConfig,
@@ -22,9 +24,7 @@ from mlxdiff.config import (
     UNet2DConditionConfig,
     UNet2DConfig,
 )
-from mlxdiff.errors import UsageError
-from mlxdiff.machine import memory_bytes
-from mlxdiff.quantization import Packed
+from mlxdiff.networks.params import check_parameters
 from mlxdiff.reference.clip import CLIPTextModel
 from mlxdiff.reference.clip_vision import CLIPVisionModel
 from mlxdiff.reference.controlnet import ControlNetModel
@@ -34,7 +34,8 @@ from mlxdiff.reference.taesd import AutoencoderTiny
 from mlxdiff.reference.unet import UNet2DConditionModel
 from mlxdiff.reference.unet_2d import UNet2DModel
 from mlxdiff.reference.vae import AutoencoderKL
-from mlxdiff.tensors import AdaptedTensor, LazyTensor, QuantizedTensor, check_parameters
+from mlxdiff.weights.quantization import Packed
+from mlxdiff.weights.tensors import AdaptedTensor, LazyTensor, QuantizedTensor
 
 _MODELS: dict[type, Callable[..., Module]] = {
     CLIPTextConfig: CLIPTextModel,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mlxdiff.condition import Condition
+from mlxdiff.networks.condition import Condition
 from mlxdiff.reference.layers import (
     Conv2d,
     GroupNorm,

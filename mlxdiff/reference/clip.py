@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlxdiff.config import CLIPTextConfig, CLIPVisionConfig
+from mlxdiff.networks.config import CLIPTextConfig, CLIPVisionConfig
 from mlxdiff.reference.layers import Embedding, LayerNorm, Linear, Module, activation, attention
 
 CLIPConfig = CLIPTextConfig | CLIPVisionConfig

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlxdiff.config import CLIPVisionConfig
+from mlxdiff.networks.config import CLIPVisionConfig
 from mlxdiff.reference.clip import CLIPEncoder
 from mlxdiff.reference.layers import Conv2d, Embedding, LayerNorm, Linear, Module
 
@@ -63,7 +63,7 @@ class CLIPVisionModel(Module):
     """The image encoder with its projection.
 
     Args:
-        pixels: (B, S, S, 3), by ``mlxdiff.image.to_clip``.
+        pixels: (B, S, S, 3), by ``mlxdiff.pictures.image.to_clip``.
     Returns: CLIPVisionOutput, in the dtype of the weights.
     """
 

@@ -11,8 +11,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from mlxdiff.condition import Condition
-from mlxdiff.config import ControlNetConfig
+from mlxdiff.networks.condition import Condition
+from mlxdiff.networks.config import ControlNetConfig
 from mlxdiff.reference.layers import Conv2d, Module, silu
 from mlxdiff.reference.unet import UNetEncoder
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxdiff.config import IPAdapterConfig
+from mlxdiff.networks.config import IPAdapterConfig
 from mlxdiff.reference.layers import LayerNorm, Linear, Module, attention, gelu
 
 

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from mlxdiff import threads
-from mlxdiff.quantization import Beside, Packed, dequantize
-from mlxdiff.tensors import raise_faults
+from mlxdiff.machine import threads
+from mlxdiff.weights.quantization import Beside, Packed, dequantize
+from mlxdiff.weights.tensors import raise_faults
 
 _BLOCK = 1 << 16  # values in a block of element-wise work: 256 KB
 _SCORES = 1 << 20  # attention scores held at a time: 4 MB

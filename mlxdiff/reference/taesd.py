@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mlxdiff.config import AutoencoderTinyConfig
+from mlxdiff.networks.config import AutoencoderTinyConfig
 from mlxdiff.reference.layers import Conv2d, Module, upsample_nearest
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from mlxdiff.condition import Condition
-from mlxdiff.config import BlockSpec, UNet2DConditionConfig, UNetConfig
 from mlxdiff.errors import UsageError
+from mlxdiff.networks.condition import Condition
+from mlxdiff.networks.config import BlockSpec, UNet2DConditionConfig, UNetConfig
 from mlxdiff.reference.blocks import (
     Attention,
     Downsample2D,

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from mlxdiff.condition import Condition
-from mlxdiff.config import BlockSpec, UNet2DConfig
 from mlxdiff.errors import UsageError
+from mlxdiff.networks.condition import Condition
+from mlxdiff.networks.config import BlockSpec, UNet2DConfig
 from mlxdiff.reference.blocks import Attention, TimestepEmbedding
 from mlxdiff.reference.layers import (
     Conv2d,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mlxdiff.config import AutoencoderKLConfig
+from mlxdiff.networks.config import AutoencoderKLConfig
 from mlxdiff.reference.blocks import Attention, Downsample2D, ResnetBlock2D, Upsample2D
 from mlxdiff.reference.layers import Conv2d, GroupNorm, Module
 

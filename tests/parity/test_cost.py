@@ -8,14 +8,14 @@ import pytest
 from test_cost import PIXELS, SD15, SDXL, TAESD
 from tiny_models import CLIPS, UNETS, VAES
 
-from mlxdiff.config import (
+from mlxdiff.networks.config import (
     AutoencoderKLConfig,
     AutoencoderTinyConfig,
     CLIPTextConfig,
     UNet2DConditionConfig,
     UNet2DConfig,
 )
-from mlxdiff.cost import multiply_adds
+from mlxdiff.networks.cost import multiply_adds
 
 pytestmark = pytest.mark.parity
 BATCH = 2

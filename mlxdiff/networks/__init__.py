@@ -1,0 +1,1 @@
+"""What a network is: its config, its parameters, its cost."""

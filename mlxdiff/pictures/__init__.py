@@ -1,0 +1,1 @@
+"""Pictures as files and arrays: open, save, describe, prepare, preview."""

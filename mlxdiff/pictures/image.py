@@ -1,0 +1,293 @@
+"""Pictures: files and Pillow images <-> arrays, and PNGs written whole or not at all.
+
+A picture is uint8 (H, W, 3) RGB; a network's is float32 (1, H, W, 3) in [-1, 1]. Rounding is that
+of diffusers' image_processor.py, so that equal latents give equal files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Union
+
+import numpy as np
+
+from mlxdiff.errors import MlxdiffError, UsageError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+ImageLike = Union[str, "os.PathLike[str]", "Image.Image", np.ndarray, Any]
+"""What a picture may come as: a path, a Pillow image, or an array (also of MLX)."""
+
+_OTHER_FORMATS = {
+    ".jpg",
+    ".jpeg",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".avif",
+    ".heic",
+    ".jxl",
+}
+
+
+def load_image(source: ImageLike) -> np.ndarray:
+    """A picture as uint8 (H, W, 3) RGB.
+
+    Files and Pillow images: EXIF orientation is applied, then Pillow's `convert("RGB")` (alpha is
+    dropped, not blended); 16-bit grey keeps its high byte, as Pillow does for 16-bit colour, where
+    `convert` would clip everything above 255 to white. Of an animation, the first frame.
+
+    Args:
+        source: a path, a Pillow image, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of
+            uint8, or of floats in [0, 1].
+
+    Raises:
+        UsageError: there is no such file, it is not a picture, or the array is none of the above.
+    """
+    from PIL import Image
+
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, "the image")
+    if isinstance(source, (str, os.PathLike)):
+        with open_picture(source) as picture:
+            return _to_rgb(picture, str(source))
+    return _from_array(source)
+
+
+@contextlib.contextmanager
+def open_picture(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """Opens a picture file with Pillow.
+
+    Raises:
+        UsageError: there is no such file, or it is not a picture that Pillow can read.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    path = Path(path)
+    if os.path.isdir(path):
+        raise UsageError(f"{path}: is a folder, expected a picture file")
+    try:
+        picture = Image.open(path)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such picture file") from None
+    except UnidentifiedImageError:
+        raise UsageError(
+            f"{path}: is not a picture in a format that Pillow reads (PNG, JPEG, WebP, ...)"
+        ) from None
+    except Exception as error:  # whatever a damaged file makes Pillow's many readers raise
+        raise UsageError(f"{path}: cannot be opened as a picture ({_reason(error)})") from error
+    with picture:
+        yield picture
+
+
+def to_model(image: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) -> float32 (1, H, W, 3), 0 -> -1 and 255 -> 1."""
+    return (image.astype(np.float32) / np.float32(255) * 2 - 1)[None]
+
+
+def to_pil(image: np.ndarray) -> Image.Image:
+    """float (H, W, 3), or grey (H, W, 1), in [-1, 1] -> Pillow image; values outside are clipped.
+
+    Raises:
+        MlxdiffError: the picture holds NaN: no picture is better than a black one.
+    """
+    from PIL import Image
+
+    image = np.asarray(image, np.float32)
+    if image.ndim != 3 or image.shape[2] not in (1, 3):
+        raise ValueError(f"expected a picture (H, W, 3) or (H, W, 1), got {image.shape}")
+    if np.isnan(image).any():
+        raise MlxdiffError(
+            "the decoded picture is not a number (NaN): the weights are damaged or the numbers "
+            "overflowed; try dtype float32, or verify the model"
+        )
+    # Half to even, like torch and NumPy both.
+    levels = np.clip(image * np.float32(0.5) + np.float32(0.5), 0, 1) * np.float32(255)
+    values = levels.round().astype(np.uint8)
+    return Image.fromarray(values[:, :, 0] if image.shape[2] == 1 else values)
+
+
+_CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+_CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+def to_clip(image: np.ndarray, size: int) -> np.ndarray:
+    """A picture as CLIP's image encoder sees it.
+
+    The shorter side is resized to ``size`` (Pillow's bicubic filter), the middle cut out, the
+    colours normalized.
+
+    Args:
+        image: uint8 (H, W, 3).
+        size: the side that the encoder takes.
+    Returns: (1, size, size, 3) float32.
+    Source: transformers models/clip/image_processing_clip.py.
+    """
+    from PIL import Image
+
+    rows, columns = image.shape[:2]
+    short = min(rows, columns)
+    height, width = int(size * rows / short), int(size * columns / short)
+    picture = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+    top, left = (height - size) // 2, (width - size) // 2
+    pixels = np.array(picture)[top : top + size, left : left + size].astype(np.float32)
+    return ((pixels * np.float32(1 / 255) - _CLIP_MEAN) / _CLIP_STD)[None]
+
+
+def resize(image: np.ndarray, width: int, height: int, *, bicubic: bool = False) -> np.ndarray:
+    """uint8 (H, W, 3) -> uint8 (height, width, 3).
+
+    Args:
+        bicubic: by Pillow's bicubic filter (diffusers' upscaler), not by Lanczos (all others).
+    """
+    from PIL import Image
+
+    if image.shape[:2] == (height, width):
+        return image
+    way = Image.Resampling.BICUBIC if bicubic else Image.Resampling.LANCZOS
+    return np.array(Image.fromarray(image).resize((width, height), way))
+
+
+def resize_values(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    """float32 (H, W, C) in [-1, 1] -> (height, width, C), the same filter, unrounded."""
+    from PIL import Image
+
+    planes = np.moveaxis(np.asarray(image, np.float32), -1, 0)
+    filtered = [
+        Image.fromarray(np.ascontiguousarray(plane)).resize(
+            (width, height), Image.Resampling.LANCZOS
+        )
+        for plane in planes
+    ]
+    return np.clip(np.stack([np.asarray(plane) for plane in filtered], axis=-1), -1.0, 1.0)
+
+
+def save_png(
+    image: Image.Image | np.ndarray,
+    path: str | os.PathLike[str],
+    text: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    compress_level: int = 6,
+) -> None:
+    """Writes a PNG: whole, or not at all, whatever interrupts.
+
+    Args:
+        image: Pillow image or uint8 (H, W, 3).
+        path: the file to be; its folder must exist.
+        text: text chunks by keyword (tEXt, or iTXt where the text is not Latin-1).
+        overwrite: whether an existing file may be replaced.
+        compress_level: zlib's, 0 to 9; 1 takes a third of the time.
+
+    Raises:
+        UsageError: the file exists and `overwrite` is False, its folder is missing, or it cannot be
+            written.
+    """
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    path = Path(path)
+    check_writable(path, overwrite)
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    chunks = PngInfo()
+    for key, value in (text or {}).items():
+        chunks.add_text(key, value)
+    try:
+        with _replacing(path, overwrite) as file:
+            image.save(file, format="PNG", pnginfo=chunks, compress_level=compress_level)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({_reason(error)})") from error
+
+
+def check_writable(path: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Raises the UsageError that `save_png` would, before the work is done."""
+    path = Path(path)
+    if path.suffix.lower() in _OTHER_FORMATS:
+        raise UsageError(f"{path}: pictures are written as PNG; choose a name that ends in .png")
+    if os.path.isdir(path):
+        raise UsageError(f"{path}: is a folder; name a file in it, such as {path / 'picture.png'}")
+    if not os.path.isdir(path.parent):
+        raise UsageError(f"{path}: the folder {path.parent} does not exist; create it first")
+    if not overwrite and os.path.lexists(path):
+        raise _exists(path)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
+    """A file beside `path` that takes its name when the block ends, and vanishes when it fails."""
+    temporary = path.parent / f".mlxdiff-{secrets.token_hex(8)}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+        if overwrite:
+            os.replace(temporary, path)
+        else:
+            _rename_new(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _rename_new(source: Path, path: Path) -> None:
+    """Gives `source` the name `path` unless that is taken, also by another process just now."""
+    try:
+        os.link(source, path)
+    except FileExistsError:
+        raise _exists(path) from None
+    except OSError:  # a file system without hard links: claim the name, then replace the claim
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            raise _exists(path) from None
+        try:
+            os.replace(source, path)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+
+def _exists(path: Path) -> UsageError:
+    return UsageError(f"{path}: exists already; choose another name, or overwrite it with --force")
+
+
+def _to_rgb(picture: Image.Image, what: str) -> np.ndarray:
+    from PIL import ImageOps
+
+    try:
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I;16"):
+            grey = (np.asarray(picture) >> 8).astype(np.uint8)
+            return np.repeat(grey[..., None], 3, axis=2)
+        return np.array(picture.convert("RGB"))
+    except Exception as error:  # as in open_picture
+        raise UsageError(f"{what}: cannot be decoded ({_reason(error)})") from error
+
+
+def _from_array(source: Any) -> np.ndarray:
+    array = np.asarray(source)
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
+        raise UsageError(
+            "an image array must be (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), "
+            f"not {np.shape(source)}"
+        )
+    if np.issubdtype(array.dtype, np.floating):
+        if not (array.min() >= 0 and array.max() <= 1):
+            raise UsageError("an image array of floats must hold values in [0, 1]; or give uint8")
+        array = (array * 255).round().astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise UsageError(f"an image array must be uint8 or floats in [0, 1], not {array.dtype}")
+    return np.repeat(array, 3, axis=2) if array.shape[2] == 1 else np.array(array[..., :3])
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,387 @@
+"""What a picture says about itself: how it was made, for people, for other programs and for replay.
+
+A PNG of ours carries two text chunks. `parameters` is the text that AUTOMATIC1111's web UI writes
+and most programs and sites read. `mlxdiff` is JSON of a versioned schema with all that is needed to
+make the picture again. Neither names a folder of the machine it was made on.
+
+Source: stable-diffusion-webui, modules/processing.py (create_infotext) and
+modules/infotext_utils.py (parse_generation_parameters, quote); sampler and schedule names:
+modules/sd_samplers_kdiffusion.py, modules/sd_schedulers.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+from mlxdiff.errors import UsageError
+from mlxdiff.pictures.image import open_picture
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SCHEMA = "mlxdiff.image/1"
+PARAMETERS_KEY, JSON_KEY = "parameters", "mlxdiff"
+
+SAMPLER_NAMES = {
+    "dpmpp-2m": "DPM++ 2M",
+    "dpmpp-3m": "DPM++ 3M",
+    "dpmpp-2m-sde": "DPM++ 2M SDE",
+    "dpm-2m": "DPM 2M",  # A1111's "DPM2" is another method
+    "dpmpp-2s": "DPM++ 2S",
+    "unipc": "UniPC",
+    "euler": "Euler",
+    "euler-a": "Euler a",
+    "heun": "Heun",
+    "ddim": "DDIM",
+    "ddpm": "DDPM",
+    "lms": "LMS",
+    "pndm": "PLMS",
+    "lcm": "LCM",
+    "tcd": "TCD",
+    "deis": "DEIS",
+    "fitted": "Fitted",
+}
+"""Our sampler ids -> the names that A1111 shows, or would."""
+
+SCHEDULE_NAMES = {
+    "auto": "Automatic",
+    "normal": "Uniform",
+    "karras": "Karras",
+    "exponential": "Exponential",
+    "beta": "Beta",
+    "lu": "Lu",
+    "trailing": "SGM Uniform",
+    "leading": "DDIM",
+    "linspace": "Linspace",
+    "ays": "Align Your Steps",
+}
+"""Our schedule ids -> A1111's "Schedule type"."""
+
+UPSCALER_NAMES = {
+    "lanczos": "Lanczos",
+    "latent-nearest": "Latent (nearest)",
+    "latent-bilinear": "Latent",
+}
+"""Our ids of what enlarges a picture -> A1111's "Hires upscaler"."""
+
+_SAMPLER_IDS = {name.lower(): key for key, name in SAMPLER_NAMES.items()}
+_SCHEDULE_IDS = {name.lower(): key for key, name in SCHEDULE_NAMES.items()}
+_SCHEDULE_IDS |= {"simple": "trailing"}
+
+_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_SIZE = re.compile(r"(\d{1,9})x(\d{1,9})")
+_NEGATIVE = "Negative prompt:"
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """How one picture was made; None: not used or, in a file from elsewhere, not known.
+
+    Attributes:
+        prompt, negative_prompt: the text; a negative prompt of None and of "" differ where the
+            model's do.
+        prompt_2, negative_prompt_2: for the second text encoder of SDXL.
+        seed: of this picture (not of the batch).
+        width, height: pixels.
+        steps, guidance, guidance_rescale: as given to the pipeline.
+        sampler, schedule: ids, resolved (never "auto" in a file of ours); a name that A1111 has and
+            we have not is kept as it is written.
+        clip_skip: as diffusers counts it: 0 or None takes the last layer (A1111 calls that 1).
+        model: repo id, or name of the file or folder; a path is cut to its last part.
+        revision: commit of the repo.
+        dtype, backend: what computed it.
+        version: of mlxdiff; None in files of other programs.
+        extra: everything else, JSON values by option name.
+    """
+
+    prompt: str = ""
+    negative_prompt: str | None = None
+    prompt_2: str | None = None
+    negative_prompt_2: str | None = None
+    seed: int | None = None
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    guidance_rescale: float | None = None
+    sampler: str | None = None
+    schedule: str | None = None
+    clip_skip: int | None = None
+    model: str | None = None
+    revision: str | None = None
+    dtype: str | None = None
+    backend: str | None = None
+    version: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.model is not None:
+            object.__setattr__(self, "model", _public_name(self.model))
+        clash = sorted({*_FIELDS, "schema"} & set(self.extra))
+        if clash:
+            raise ValueError(f"extra must not repeat a field: {', '.join(clash)}")
+
+    # Out
+
+    def chunks(self) -> dict[str, str]:
+        """The text chunks of a PNG, for `image.save_png`."""
+        return {PARAMETERS_KEY: self.to_parameters(), JSON_KEY: self.to_json()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON values: fields, absent ones as None, and `extra` beside them."""
+        return {"schema": SCHEMA, **{k: getattr(self, k) for k in _FIELDS}, **self.extra}
+
+    def to_json(self) -> str:
+        """The `mlxdiff` chunk: `to_dict` as JSON, in ASCII."""
+        return json.dumps(self.to_dict(), allow_nan=False)
+
+    def to_parameters(self) -> str:
+        """The `parameters` chunk: prompt, negative prompt, and a line of `Key: value, ...`."""
+        pairs = {
+            "Steps": self.steps,
+            "Sampler": SAMPLER_NAMES.get(self.sampler or "", self.sampler),
+            "Schedule type": SCHEDULE_NAMES.get(self.schedule or "", self.schedule),
+            "CFG scale": _number(self.guidance),
+            "Seed": self.seed,
+            "Size": f"{self.width}x{self.height}" if self.width and self.height else None,
+            "Denoising strength": self._extra_number("hires_strength"),
+            "Hires upscale": self._extra_number("hires"),
+            "Hires upscaler": UPSCALER_NAMES.get(str(self.extra.get("hires_upscaler"))),
+            "Model": _stem(self.model),
+            "RNG": "CPU" if self.version else None,
+            "TI hashes": _ti_hashes(self.extra.get("embeddings")),
+            "Lora hashes": _lora_hashes(self.extra.get("loras")),
+            "Clip skip": self.clip_skip + 1 if self.clip_skip else None,
+            "Version": f"mlxdiff {self.version}" if self.version else None,
+        }
+        line = ", ".join(f"{k}: {_quote(v)}" for k, v in pairs.items() if v is not None)
+        negative = f"\n{_NEGATIVE} {self.negative_prompt}" if self.negative_prompt else ""
+        # PNG text cannot hold NUL; the JSON chunk keeps it, escaped.
+        return f"{self.prompt}{negative}\n{line}".strip().replace("\0", "")
+
+    def _extra_number(self, name: str) -> str | None:
+        """A number of `extra` as A1111 writes it; None where it is absent or no number."""
+        value = self.extra.get(name)
+        return _number(value) if type(value) in (int, float) else None
+
+    # In
+
+    @classmethod
+    def from_json(cls, text: str, where: str = JSON_KEY) -> Metadata:
+        """Reads the `mlxdiff` chunk. Keys it does not know go to `extra`.
+
+        Raises:
+            UsageError: not JSON, of another schema, or a value of the wrong type.
+        """
+        try:
+            values = json.loads(text, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{where}: its mlxdiff metadata is not JSON ({error})") from None
+        if not isinstance(values, dict):
+            raise UsageError(f"{where}: its mlxdiff metadata is not a JSON object")
+        schema = values.pop("schema", None)
+        if schema != SCHEMA:
+            raise UsageError(
+                f"{where}: its mlxdiff metadata has schema {schema!r}, "
+                f"this version reads {SCHEMA!r}; upgrade mlxdiff"
+            )
+        known = {name: values.pop(name) for name in _FIELDS if name in values}
+        for name, value in known.items():
+            known[name] = _checked(name, value, where)
+        return cls(**known, extra=values)
+
+    @classmethod
+    def from_parameters(cls, text: str) -> Metadata:
+        """Reads A1111's text, whoever wrote it; what has no field goes to `extra["parameters"]`.
+
+        The last line is taken for parameters only where it holds three pairs, the rule of A1111's
+        own reader. Values that cannot be what their key says are left in `extra`.
+        """
+        lines = text.strip().split("\n")
+        pairs = _PAIR.findall(lines[-1])
+        if len(pairs) < 3:
+            pairs = []
+        else:
+            lines.pop()
+        prompts: tuple[list[str], list[str]] = ([], [])
+        negative = False
+        for line in map(str.strip, lines):
+            if line.startswith(_NEGATIVE):
+                negative, line = True, line[len(_NEGATIVE) :].strip()
+            prompts[negative].append(line)
+        rest = {key: _unquote(value) for key, value in pairs}
+
+        def take(key: str, kind: type) -> Any:
+            try:
+                value = kind(rest[key])
+            except (KeyError, ValueError):
+                return None
+            if kind is float and not math.isfinite(value):
+                return None
+            del rest[key]
+            return value
+
+        size = _SIZE.fullmatch(rest.get("Size", ""))
+        if size:
+            del rest["Size"]
+        sampler, schedule = _sampler_and_schedule(take("Sampler", str), take("Schedule type", str))
+        clip_skip = take("Clip skip", int)
+        version = rest.get("Version", "")
+        rest = {key: value for key, value in rest.items() if value is not None}
+        return cls(
+            # Empty lines at the beginning are lost on A1111's reader, and so here.
+            prompt="\n".join(prompts[0]).lstrip("\n"),
+            negative_prompt="\n".join(prompts[1]).lstrip("\n") if negative else None,
+            seed=take("Seed", int),
+            width=int(size[1]) if size else None,
+            height=int(size[2]) if size else None,
+            steps=take("Steps", int),
+            guidance=take("CFG scale", float),
+            sampler=sampler,
+            schedule=schedule,
+            clip_skip=None if clip_skip is None else max(clip_skip - 1, 0),
+            model=take("Model", str),
+            version=version[8:] if version.startswith("mlxdiff ") else None,
+            extra={"parameters": rest} if rest else {},
+        )
+
+
+def read(path: str | os.PathLike[str]) -> Metadata:
+    """How a picture was made, from our JSON or else from A1111's text.
+
+    A PNG carries them as text chunks, a JPEG or WebP A1111's as an EXIF comment.
+
+    Raises:
+        UsageError: no such picture, no such text in it, or a schema of another version.
+    """
+    with open_picture(path) as picture:
+        try:
+            # Text after the pixels is seen only once they are read.
+            texts: Mapping[Any, Any] = getattr(picture, "text", None) or picture.info
+            comment = _exif_comment(picture)
+        except Exception as error:  # whatever a damaged file makes Pillow's many readers raise
+            raise UsageError(f"{path}: cannot be decoded ({error})") from error
+    if isinstance(texts.get(JSON_KEY), str):
+        return Metadata.from_json(texts[JSON_KEY], where=str(path))
+    parameters = texts.get(PARAMETERS_KEY) or comment
+    if not isinstance(parameters, str) or not parameters.strip():
+        raise UsageError(
+            f"{path}: says nothing about how it was made (neither an mlxdiff nor a parameters text)"
+        )
+    return Metadata.from_parameters(parameters)
+
+
+_FIELDS = tuple(f.name for f in dataclasses.fields(Metadata) if f.name != "extra")
+_INTEGERS = {"seed", "width", "height", "steps", "clip_skip"}
+_FLOATS = {"guidance", "guidance_rescale"}
+
+
+def _checked(name: str, value: Any, where: str) -> Any:
+    """A value of the JSON chunk, if it is of its field's type: the file may come from anyone."""
+    if value is None and name != "prompt":
+        return None
+    if name in _INTEGERS:
+        kind, good = "an integer", type(value) is int
+    elif name in _FLOATS:
+        kind, good = "a number", type(value) in (int, float)
+    else:
+        kind, good = "a text", type(value) is str
+    if not good:
+        raise UsageError(f"{where}: {name} in its mlxdiff metadata is {value!r}, expected {kind}")
+    return float(value) if name in _FLOATS else value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _public_name(model: str) -> str:
+    """A repo id as it is, of a path the last part alone."""
+    is_path = (
+        model.startswith((".", "~", "/", "\\"))
+        or PureWindowsPath(model).drive != ""
+        or model.count("/") > 1
+        or "\\" in model
+    )
+    return (PureWindowsPath(model).name or model.strip("/\\")) if is_path else model
+
+
+def _stem(model: str | None) -> str | None:
+    """A1111 names a checkpoint file without its ending."""
+    if model is not None and model.endswith((".safetensors", ".ckpt")):
+        return PurePosixPath(model).stem
+    return model
+
+
+def _ti_hashes(embeddings: Any) -> str | None:
+    """A1111's ``name: hash, name: hash`` of textual inversions."""
+    pairs = [
+        f"{PurePosixPath(one['name']).stem}: {one['sha256'][:12]}"
+        for one in (embeddings if isinstance(embeddings, list) else [])
+        if isinstance(one, dict) and {"name", "sha256"} <= set(one)
+    ]
+    return ", ".join(pairs) or None
+
+
+def _lora_hashes(loras: Any) -> str | None:
+    """A1111's ``name: hash, name: hash``, by which it and Civitai find LoRAs."""
+    pairs = [
+        f"{PurePosixPath(one['name']).stem}: {one['short_hash']}"
+        for one in (loras if isinstance(loras, list) else [])
+        if isinstance(one, dict) and {"name", "short_hash"} <= set(one)
+    ]
+    return ", ".join(pairs) or None
+
+
+def _number(value: float | None) -> str | None:
+    if value is None:
+        return None
+    return str(int(value)) if float(value).is_integer() else repr(float(value))
+
+
+def _quote(value: object) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if re.search("[,:\n]", text) else text
+
+
+def _unquote(text: str) -> str:
+    if len(text) < 2 or text[0] != '"' or text[-1] != '"':
+        return text
+    try:
+        return str(json.loads(text))
+    except ValueError:
+        return text
+
+
+def _sampler_and_schedule(name: str | None, kind: str | None) -> tuple[str | None, str | None]:
+    """Our ids of A1111's names. Before its version 1.9 the schedule stood in the sampler's name."""
+    if name is not None and kind is None:
+        head, _, tail = name.rpartition(" ")
+        if head.lower() in _SAMPLER_IDS and tail in ("Karras", "Exponential"):
+            name, kind = head, tail
+    if kind is None and name is not None:
+        kind = SCHEDULE_NAMES["auto"]
+    sampler = None if name is None else _SAMPLER_IDS.get(name.lower(), name)
+    return sampler, None if kind is None else _SCHEDULE_IDS.get(kind.lower(), kind)
+
+
+def _exif_comment(picture: Image.Image) -> str | None:
+    """EXIF UserComment: eight bytes name the encoding, then the text."""
+    comment = picture.getexif().get_ifd(0x8769).get(0x9286)
+    if not isinstance(comment, bytes):
+        return comment
+    code, body = comment[:8], comment[8:]
+    if code.startswith(b"UNICODE"):
+        # Written as UTF-16 big-endian by A1111 whatever the file's byte order; by others as they
+        # like.
+        little = body.startswith(b"\xff\xfe") or body[1:2] == b"\0" != body[:1]
+        return body.decode("utf-16-le" if little else "utf-16-be", "replace").lstrip("\ufeff")
+    return body.decode("utf-8", "replace")

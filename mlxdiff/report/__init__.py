@@ -1,0 +1,1 @@
+"""What this machine makes of a model: times, and advice."""

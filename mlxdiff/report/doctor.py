@@ -1,0 +1,367 @@
+"""What is slow or broken on this machine, in plain sentences, and what to do about it.
+
+Each check looks at one thing and says what it found. Nothing is installed or changed, and the
+network is not used unless asked for.
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import glob
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlxdiff import library, loading
+from mlxdiff.convert.report import human_bytes
+from mlxdiff.errors import MlxdiffError, UsageError
+from mlxdiff.machine import probe
+from mlxdiff.machine.disk import free_space
+from mlxdiff.store import hub
+
+OK, ADVICE, FAULT = "ok", "advice", "fault"
+_MATRIX_SECONDS = 0.3
+_SLOW = 4.0  # so many times slower than NumPy's is a matrix product of another make
+_ROOM = 10_000_000_000  # a model of the hub, and its converted copy
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check says.
+
+    Attributes:
+        topic: "mlx", "memory", ...; stable, for programs.
+        state: "ok"; "advice", something can be better; "fault", mlxdiff cannot be used so.
+        text: what was found.
+        remedy: what to do; "" where there is nothing to do.
+    """
+
+    topic: str
+    state: str
+    text: str
+    remedy: str = ""
+
+    def to_dict(self) -> dict[str, str]:
+        """For JSON."""
+        return {"topic": self.topic, "state": self.state, "text": self.text, "remedy": self.remedy}
+
+
+def examine(online: bool = False) -> Iterator[Finding]:
+    """All findings, each as soon as it is known; ``online``: try the hub too."""
+    checks: list[Callable[[], Iterator[Finding]]] = [
+        _versions,
+        _python,
+        _builtin,
+        _numpy,
+        _mlx,
+        _compiler,
+        _temporary_folder,
+        _threads,
+        _busy,
+        _memory,
+        _folders,
+        lambda: _hub(online),
+    ]
+    for check in checks:
+        try:
+            yield from check()
+        except Exception as error:  # a check that fails says so and hides no other
+            topic = getattr(check, "__name__", "hub").strip("_")
+            yield Finding(
+                topic,
+                ADVICE,
+                f"this could not be looked at ({type(error).__name__}: {error})",
+                "please report it",
+            )
+
+
+def _versions() -> Iterator[Finding]:
+    found = probe.versions()
+    names = {"mlxdiff": "mlxdiff", "python": "Python", "numpy": "NumPy", "mlx": "MLX"}
+    listed = ", ".join(f"{label} {found[key] or 'none'}" for key, label in names.items())
+    yield Finding("versions", OK, f"{listed}; {probe.system()}, {probe.processor()}.")
+
+
+def _python() -> Iterator[Finding]:
+    if probe.is_translated():
+        yield Finding(
+            "python",
+            ADVICE,
+            "This Python is made for Intel and runs translated (Rosetta) on Apple silicon; MLX "
+            "cannot be installed into it.",
+            "install a Python for arm64 (python.org, Homebrew in /opt/homebrew) and mlxdiff in it",
+        )
+
+
+def _builtin() -> Iterator[Finding]:
+    try:
+        pipe = loading.load(backend="numpy")
+        for name in pipe.source.components:
+            pipe.model.component(name)
+    except (MlxdiffError, OSError) as error:
+        yield Finding(
+            "installation",
+            FAULT,
+            f"The built-in model cannot be read: {error}",
+            "install mlxdiff again (pip install --force-reinstall --no-deps mlxdiff)",
+        )
+    else:
+        yield Finding("installation", OK, "The built-in model is whole.")
+
+
+def _numpy() -> Iterator[Finding]:
+    rate = _numpy_rate()
+    slow = rate < 4e9 * probe.usable_cores()  # a core with vector units reaches 30 and more
+    yield Finding(
+        "numpy",
+        ADVICE if slow else OK,
+        f"NumPy multiplies matrices with {probe.blas()}, at {_giga(rate)}.",
+        "if the machine is idle otherwise, this NumPy has no fast BLAS: install the wheel of "
+        "PyPI (pip install --force-reinstall numpy)"
+        if slow
+        else "",
+    )
+
+
+def _numpy_rate() -> float:
+    backend = loading.make_backend("numpy")
+    return probe.matmul_rate(backend, "float32", _MATRIX_SECONDS)
+
+
+def _mlx() -> Iterator[Finding]:
+    try:
+        backend = loading.make_backend("mlx")
+    except UsageError as error:
+        yield from _without_mlx(str(error))
+        return
+    device = backend.device()
+    if backend.has_gpu():
+        rate = probe.matmul_rate(backend, backend.dtype, _MATRIX_SECONDS)
+        yield Finding(
+            "mlx", OK, f"MLX computes on {device}, matrices in {backend.dtype} at {_giga(rate)}."
+        )
+        return
+    if sys.platform == "darwin":
+        yield Finding(
+            "mlx",
+            ADVICE,
+            "MLX finds no Metal here (a virtual machine, or a session without the GPU?) and "
+            "computes on the CPU.",
+            "run it on the Mac itself; until then NumPy is used",
+        )
+    else:
+        yield Finding("mlx", OK, "MLX computes on the CPU here; --backend auto takes NumPy.")
+        yield from _nvidia()
+    yield from _mlx_blas(backend)
+
+
+def _without_mlx(error: str) -> Iterator[Finding]:
+    arm_mac = sys.platform == "darwin" and platform.machine() == "arm64"
+    linux = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
+    installed = importlib.util.find_spec("mlx") is not None
+    if not (arm_mac or linux or installed):
+        yield Finding("mlx", OK, "There is no MLX for this platform; NumPy draws the pictures.")
+    elif arm_mac:
+        yield Finding("mlx", ADVICE, f"The GPU is not used: {error}.", "pip install -U mlx")
+    else:
+        yield Finding(
+            "mlx",
+            ADVICE if installed else OK,
+            f"NumPy draws the pictures: {error}.",
+            "pip install -U --force-reinstall 'mlx[cpu]'" if installed else "",
+        )
+        yield from _nvidia()
+
+
+def _nvidia() -> Iterator[Finding]:
+    if Path("/proc/driver/nvidia/version").exists():
+        yield Finding(
+            "gpu",
+            ADVICE,
+            "This machine has an NVIDIA GPU, which this MLX cannot use.",
+            "install MLX for CUDA: pip install 'mlx[cuda13]'",
+        )
+
+
+def _mlx_blas(backend: Any) -> Iterator[Finding]:
+    """Whether MLX's matrix products on the CPU are those of a slow library."""
+    ours, theirs = probe.matmul_rate(backend, "float32", _MATRIX_SECONDS), _numpy_rate()
+    if ours * _SLOW >= theirs:
+        yield Finding("mlx-blas", OK, f"MLX multiplies matrices on the CPU at {_giga(ours)}.")
+        return
+    if (library_ := _openblas()) is None:
+        how = "install OpenBLAS (Debian, Ubuntu: sudo apt install libopenblas0), then run"
+        library_ = "libopenblas.so.0"
+    else:
+        how = "run"
+    yield Finding(
+        "mlx-blas",
+        ADVICE,
+        f"MLX multiplies matrices on the CPU at {_giga(ours)}, NumPy at {_giga(theirs)}: the "
+        "library that MLX's Linux wheel brings is a reference implementation.",
+        f"nothing, if you let mlxdiff choose: it takes NumPy here; for --backend mlx {how} "
+        f"mlxdiff with LD_PRELOAD={library_} before it",
+    )
+
+
+def _openblas() -> str | None:
+    """An OpenBLAS of the system."""
+    patterns = ("/usr/lib/*/openblas-*/libopenblas.so.0", "/usr/lib*/libopenblas*.so.0")
+    found = sorted(path for pattern in patterns for path in glob.glob(pattern))
+    return found[0] if found else ctypes.util.find_library("openblas")
+
+
+def _compiler() -> Iterator[Finding]:
+    """MLX's compiled functions on a Linux CPU need g++, and run uncompiled, silently, without."""
+    if sys.platform != "linux" or importlib.util.find_spec("mlx") is None:
+        return
+    if shutil.which("g++") is None:
+        yield Finding(
+            "compiler",
+            OK,
+            "There is no g++, so mx.compile does nothing on this CPU, without saying so. mlxdiff "
+            "does not need it there; your own MLX code might.",
+        )
+
+
+def _temporary_folder() -> Iterator[Finding]:
+    folder = os.environ.get("TMPDIR") or "/tmp" if os.name == "posix" else tempfile.gettempdir()
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        yield Finding(
+            "temporary-folder",
+            ADVICE,
+            f"The temporary folder {folder} cannot be written to ({error.strerror}); programs that "
+            "use it fail, MLX's compiled functions on a CPU among them.",
+            "set TMPDIR to a folder that you may write to",
+        )
+
+
+def _threads() -> Iterator[Finding]:
+    cores = probe.usable_cores()
+    given = {n: os.environ[n] for n in probe.THREAD_VARIABLES if os.environ.get(n)}
+    said = ", ".join(f"{name}={value}" for name, value in given.items())
+    counts = [int(value) for value in given.values() if value.isdecimal()]
+    if counts and min(counts) < cores:
+        yield Finding(
+            "threads",
+            ADVICE,
+            f"{said}: NumPy uses fewer threads than the {cores} cores there are.",
+            f"unset {' '.join(given)} for full speed",
+        )
+    elif counts and max(counts) > cores:
+        yield Finding(
+            "threads",
+            ADVICE,
+            f"{said}: more threads than the {cores} cores that may be used get in each other's "
+            "way.",
+            f"export {' '.join(f'{name}={cores}' for name in given)}",
+        )
+    elif (os.cpu_count() or 1) > cores and not counts:
+        yield Finding(
+            "threads",
+            ADVICE,
+            f"Of {os.cpu_count()} cores this process may use {cores}; NumPy's BLAS may not know.",
+            f"export OPENBLAS_NUM_THREADS={cores}",
+        )
+    else:
+        yield Finding("threads", OK, f"{cores} cores, all used.")
+
+
+def _busy() -> Iterator[Finding]:
+    load, cores = probe.load_average(), probe.usable_cores()
+    if load is not None and load > 1.5 * cores:
+        yield Finding(
+            "load",
+            ADVICE,
+            f"Other programs keep this machine busy (load {load:.1f} on {cores} cores).",
+            "expect pictures to take longer, and times that you measure to be too long",
+        )
+
+
+def _memory() -> Iterator[Finding]:
+    total, free = probe.memory_bytes(), probe.available_bytes()
+    if total is None:
+        return
+    now = "" if free is None else f", {human_bytes(free)} of it free now"
+    small = total < 4_000_000_000
+    yield Finding(
+        "memory",
+        ADVICE if small else OK,
+        f"{human_bytes(total)} of memory{now}.",
+        "take small models (mlxdiff models --known shows their sizes)" if small else "",
+    )
+
+
+def _folders() -> Iterator[Finding]:
+    for topic, folder, variable in (
+        ("library", library.folder(), "MLXDIFF_HOME"),
+        ("hub-cache", hub.cache_folder(), "HF_HUB_CACHE"),
+    ):
+        existing = next(p for p in (folder, *folder.parents) if p.exists())
+        free, shown = free_space(folder), _from_home(folder)
+        if not os.access(existing, os.W_OK) or not existing.is_dir():
+            yield Finding(
+                topic,
+                ADVICE,
+                f"{shown} cannot be written to, so no model of the hub can be kept there.",
+                f"set {variable} to a folder that you may write to",
+            )
+        elif free < _ROOM:
+            yield Finding(
+                topic,
+                ADVICE,
+                f"{shown} has room for {human_bytes(free)} more; SDXL takes 7 GB, and as much "
+                "again for its converted copy.",
+                f"make room (mlxdiff models remove NAME), or set {variable} to another disk",
+            )
+        else:
+            yield Finding(topic, OK, f"{shown} has room for {human_bytes(free)}.")
+
+
+def _hub(online: bool) -> Iterator[Finding]:
+    if hub.is_offline():
+        yield Finding(
+            "hub",
+            OK,
+            "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set: only models that are here already "
+            "can be used.",
+        )
+    elif not online:
+        yield Finding("hub", OK, "The network was not tried; mlxdiff doctor --online does.")
+    else:
+        start = time.perf_counter()
+        try:
+            hub.reach()
+        except MlxdiffError as error:
+            yield Finding(
+                "hub",
+                ADVICE,
+                f"{error}.",
+                "check the network, and HTTPS_PROXY or HF_ENDPOINT if you need them; models that "
+                "are here already work without",
+            )
+        else:
+            yield Finding("hub", OK, f"The hub answers ({time.perf_counter() - start:.1f} s).")
+
+
+def _from_home(folder: Path) -> str:
+    """A path without the user's name, which is nobody's business where this is posted."""
+    try:
+        return f"~/{folder.relative_to(Path.home()).as_posix()}"
+    except (ValueError, RuntimeError):
+        return str(folder)
+
+
+def _giga(rate: float) -> str:
+    return f"{rate / 1e9:.3g} GFLOP/s"

@@ -1,0 +1,276 @@
+"""What the sampler asks at each evaluation: the U-Net with all that it is told, and guidance.
+
+One object for one prompt: what is the same in every evaluation is put together once, here. Whatever
+takes part in an evaluation (guidance, and later more inputs or networks) has its place here; the
+loop in ``pipeline`` knows nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mlxdiff.networks.condition import Condition
+from mlxdiff.run.control import ControlNets
+from mlxdiff.run.image_prompt import put_beside
+from mlxdiff.run.model import Model, PromptEmbeddings
+from mlxdiff.run.pixel_model import PixelModel
+from mlxdiff.run.settings import Settings
+from mlxdiff.samplers.guidance import (
+    guidance_scale_embedding,
+    guide,
+    guide_edit,
+    guided_evaluations,
+)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Which evaluation of a run this is.
+
+    Attributes:
+        t: the timestep.
+        index: 0 for the first of this model's plan.
+        total: evaluations of the plan.
+        beside: what the U-Net of this picture sees beside x, (1, h, w, C'); None: nothing.
+    """
+
+    t: float
+    index: int
+    total: int
+    beside: Any = None
+
+
+class TimeEmbeddings:
+    """The timestep embeddings of a run, made for many evaluations at once.
+
+    Args:
+        timesteps: of all evaluations.
+        embed: gives the embeddings (N, E) of N samples, for the timesteps of N / batch evaluations.
+        batch: samples in an evaluation.
+    """
+
+    AT_ONCE = 50  # what the layers make of one is some 100 KB; 1000 evaluations are not rare
+
+    def __init__(
+        self, timesteps: Sequence[float], embed: Callable[[np.ndarray], Any], batch: int
+    ) -> None:
+        self._timesteps = np.array(timesteps, np.float32)
+        self._embed = embed
+        self._batch = batch
+        self._first = -1
+        self._made = Condition(None)
+
+    def at(self, index: int) -> Condition:
+        """The embeddings of the batch of an evaluation."""
+        first = index - index % self.AT_ONCE
+        if first != self._first:
+            self._first = first
+            self._made = Condition(self._embed(self._timesteps[first : first + self.AT_ONCE]))
+        row = (index - first) * self._batch
+        return self._made.rows(row, row + self._batch)
+
+
+class Denoiser:
+    """Predictions of a model that draws from text: one, or several and guidance between them.
+
+    A batch holds the predictions for the negative prompt, then for the prompt; of a model that
+    edits a picture, one for the negative prompt without the picture comes first.
+
+    Args:
+        model: whose U-Net is asked.
+        text: the prompts, embedded.
+        settings: of the run.
+        timesteps: of all evaluations of its plan.
+        unet: the model's; None: have it loaded.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        text: PromptEmbeddings,
+        settings: Settings,
+        timesteps: Sequence[float],
+        unet: Any = None,
+    ) -> None:
+        self.backend = model.backend
+        self.unet = model.component("unet") if unet is None else unet
+        self.settings = settings
+        self.guided = settings.guides(model)
+        self.edits = model.edits
+        self.batch = settings.batch(model)
+        states = self._both(text.negative_prompt_embeds, text.prompt_embeds)
+        self.text = self.unet.read(states)
+        if model.ip_adapters:
+            put_beside(self.text, self.unet, model, settings.image_prompts, self.batch)
+        # What the U-Net is told beside text and timestep, (B, ...) each.
+        self.conditions: dict[str, Any] = {}
+        if (time_ids := settings.time_ids(model)) is not None:
+            negative_ids, ids = np.array(time_ids, np.float32)[:, None]
+            self.conditions["text_embeds"] = self._both(
+                text.negative_pooled_prompt_embeds, text.pooled_prompt_embeds
+            )
+            self.conditions["time_ids"] = self._both(negative_ids, ids)
+        if (dim := model.unet_config.time_cond_proj_dim) is not None:
+            embedding = guidance_scale_embedding(settings.guidance, dim)
+            self.conditions["timestep_cond"] = self.backend.asarray(embedding)
+        if settings.noise_level is not None:
+            levels = np.full(self.batch, settings.noise_level, np.int32)
+            self.conditions["class_labels"] = self.backend.asarray(levels)
+        self.times = TimeEmbeddings(timesteps, self._embed, self.batch)
+        self.controlnets = None
+        if model.controlnets:
+            self.controlnets = ControlNets(
+                model, settings.controls, settings.guess_mode, states, self.conditions
+            )
+        self._deep: list[Any] = []
+        self._counting: list[int] = []  # the ControlNets that had a part in these features
+
+    def _embed(self, timesteps: np.ndarray) -> Any:
+        """Time embeddings of the batches of these evaluations."""
+        conditions = {
+            name: self.backend.concatenate([values] * len(timesteps))
+            for name, values in self.conditions.items()
+        }
+        return self.unet.embed(self.backend.asarray(timesteps.repeat(self.batch)), **conditions)
+
+    def _both(self, negative: np.ndarray | None, positive: np.ndarray | None) -> Any:
+        """One batch of what is said beside the negative and the positive prompt."""
+        if positive is None:
+            return None
+        if self.guided and negative is not None:
+            positive = np.concatenate([*[negative] * (self.batch - 1), positive])
+        return self.backend.asarray(positive)
+
+    def __call__(self, x: Any, evaluation: Evaluation) -> Any:
+        """The model's output at x_t, after guidance: (1, h, w, C) float32 -> the same."""
+        guided = self.guided and self._within(evaluation)
+        sample = x
+        if evaluation.beside is not None:
+            sample = self.backend.concatenate([x, evaluation.beside], -1)
+        if guided and self.edits:
+            blank = self.backend.concatenate([x, 0.0 * evaluation.beside], -1)
+            sample = self.backend.concatenate([blank, sample, sample], 0)
+        elif guided:
+            sample = self.backend.concatenate([sample, sample], 0)
+        temb, text = self.times.at(evaluation.index), self.text
+        if self.guided and not guided:  # the prompt alone
+            last = self.batch - 1, self.batch
+            temb, text = temb.rows(*last), text.rows(*last)
+        deep, residuals = self._features(evaluation, len(sample)), None
+        if self.controlnets is not None:
+            index, total = evaluation.index, evaluation.total
+            residuals = self.controlnets(x, evaluation.t, index, total, guided, bool(deep))
+        out = self.unet.predict(sample, temb, text, deep, residuals)
+        if not guided:
+            return out
+        scale, rescale = self.settings.guidance, self.settings.guidance_rescale
+        image_scale = self.settings.image_guidance
+        if self.edits and image_scale is not None:
+            return guide_edit(out[:1], out[1:2], out[2:], scale, image_scale, rescale)
+        return guide(out[:1], out[1:], scale, rescale)
+
+    def _within(self, evaluation: Evaluation) -> bool:
+        """Whether there is guidance in this evaluation."""
+        if self.settings.guidance_interval is None:
+            return True
+        first, end = guided_evaluations(self.settings.guidance_interval, evaluation.total)
+        return first <= evaluation.index < end
+
+    def _features(self, evaluation: Evaluation, batch: int) -> list[Any] | None:
+        """The U-Net's ``deep``: empty where all of it is to run; None: features are not kept."""
+        every = self.settings.feature_reuse
+        if every is None:
+            return None
+        index, nets = evaluation.index, self.controlnets
+        counting = [] if nets is None else nets.counting(index, evaluation.total)
+        due = index % every == 0 or counting != self._counting
+        if due or not self._deep or len(self._deep[0]) < batch:
+            self._deep, self._counting = [], counting
+        else:
+            self._deep = [features[-batch:] for features in self._deep]  # the prompt's come last
+        return self._deep
+
+
+class PixelDenoiser:
+    """Predictions of a model without text.
+
+    Args:
+        model: whose U-Net is asked.
+        label: the class to draw, for a model that has classes.
+        timesteps: of all evaluations.
+    """
+
+    def __init__(self, model: PixelModel, label: int | None, timesteps: Sequence[float]) -> None:
+        self.backend = model.backend
+        self.unet = model.component("unet")
+        self._labels = None if label is None else [label]
+        self._dtype = np.int32 if model.unet_config.class_embed_type is None else np.float32
+        self.times = TimeEmbeddings(timesteps, self._embed, 1)
+
+    def _embed(self, timesteps: np.ndarray) -> Any:
+        labels = None
+        if self._labels is not None:
+            labels = self.backend.asarray(np.array(self._labels * len(timesteps), self._dtype))
+        return self.unet.embed(self.backend.asarray(timesteps), labels)
+
+    def __call__(self, x: Any, evaluation: Evaluation) -> Any:
+        """The model's output at x_t: (1, H, W, C) float32 -> the same."""
+        return self.unet.predict(x, self.times.at(evaluation.index))
+
+
+class EditedDenoiser:
+    """Predictions for a prompt that changes in the course of a run (A1111's prompt editing).
+
+    Args:
+        denoisers: (last, denoiser) in order, as ``Model.prompt_timeline`` gives the prompts.
+        before: evaluations of the run that another model made before this one's first.
+    """
+
+    def __init__(self, denoisers: list[tuple[int, Denoiser]], before: int) -> None:
+        self.denoisers, self.before = denoisers, before
+
+    def __call__(self, x: Any, evaluation: Evaluation) -> Any:
+        """The model's output at x_t, after guidance: (1, h, w, C) float32 -> the same."""
+        index = self.before + evaluation.index
+        found = next((d for last, d in self.denoisers if index <= last), self.denoisers[-1][1])
+        return found(x, evaluation)
+
+
+def make_denoiser(
+    model: Model | PixelModel,
+    settings: Settings,
+    timesteps: Sequence[float],
+    before: int = 0,
+) -> Denoiser | EditedDenoiser | PixelDenoiser:
+    """The denoiser of a run; runs the text encoders.
+
+    Args:
+        timesteps: of all evaluations of the model's plan.
+        before: evaluations of the run that another model makes before this one's first.
+    """
+    if isinstance(model, PixelModel):
+        return PixelDenoiser(model, settings.label, timesteps)
+    timeline = model.prompt_timeline(
+        settings.prompt,
+        settings.negative_prompt,
+        settings.prompt_2,
+        settings.negative_prompt_2,
+        guided=settings.guides(model),
+        clip_skip=settings.clip_skip,
+        prompt_syntax=settings.prompt_syntax,
+        steps=settings.evaluations,
+    )
+    made: dict[tuple[bytes | None, ...], Denoiser] = {}  # what comes back is not made again
+    denoisers, unet = [], model.take("unet")
+    for last, text in timeline:
+        key = tuple(None if array is None else array.tobytes() for array in text)
+        if key not in made:
+            made[key] = Denoiser(model, text, settings, timesteps, unet)
+        denoisers.append((last, made[key]))
+    if model.low_memory:
+        unet.absorb([denoiser.text for denoiser in made.values()])
+    return denoisers[0][1] if len(denoisers) == 1 else EditedDenoiser(denoisers, before)

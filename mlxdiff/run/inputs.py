@@ -1,0 +1,190 @@
+"""What a picture starts from, and what it is held to on the way.
+
+The order of the draws from a picture's generator is that of diffusers' pipelines: the VAE's sample
+of the image, the noise, the VAE's sample of the masked image. A model that edits takes the mean of
+the image instead, and starts from noise alone. So does an upscaler, which sees the image itself;
+the noise that is added to that is drawn first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mlxdiff.noise import add_noise
+from mlxdiff.pictures.hires import Hires, enlarge_latents
+from mlxdiff.pictures.image import resize_values, to_model
+from mlxdiff.run.model import ImageLatents, Model
+from mlxdiff.run.pixel_model import PixelModel
+from mlxdiff.run.settings import Settings, make_plans
+from mlxdiff.samplers import Plan
+
+Draw = Callable[..., np.ndarray]
+"""The next noise of a picture, (1, h, w, C); given ``channels``, of so many."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Puts back, after each step, what a plain model must not repaint.
+
+    Attributes:
+        mask: (1, h, w, 1), 1 where it is repainted.
+        clean: the given picture, (1, h, w, C).
+        noise: what the forward process adds to it.
+    """
+
+    mask: np.ndarray
+    clean: np.ndarray
+    noise: np.ndarray
+
+    def on(self, backend: Any) -> Kept:
+        """The same with arrays of the backend."""
+        return Kept(*map(backend.asarray, (self.mask, self.clean, self.noise)))
+
+    def __call__(self, x: Any, plan: Plan, index: int) -> Any:
+        """`x` at a row of the plan, its kept part as the forward process has it there."""
+        known = plan.add_noise(self.clean, self.noise, index)
+        return (1.0 - self.mask) * known + self.mask * x
+
+
+@dataclass(frozen=True)
+class Start:
+    """What one picture starts from.
+
+    Attributes:
+        x: (1, h, w, C).
+        beside: what the U-Net sees beside it, or None.
+        kept: what is put back after each step, or None.
+    """
+
+    x: np.ndarray
+    beside: np.ndarray | None = None
+    kept: Kept | None = None
+
+
+class Stage(NamedTuple):
+    """A part of a run: a model on a plan.
+
+    Attributes:
+        model, settings, plan: of this part.
+        before: evaluations of the run that another model makes before.
+    """
+
+    model: Model | PixelModel
+    settings: Settings
+    plan: Plan
+    before: int = 0
+
+
+def make_stages(
+    settings: Settings, model: Model | PixelModel, refiner: Model | None = None
+) -> list[Stage]:
+    """The parts of a run: the model's, then that of a refiner or of a hires pass."""
+    first, *others = make_plans(settings, model, refiner)
+    stages = [Stage(model, settings, first)]
+    for plan in others:
+        if settings.enlarged is not None:
+            stages.append(Stage(model, settings.enlarged, plan))
+        elif refiner is not None:
+            stages.append(Stage(refiner, settings, plan, len(first)))
+    return stages
+
+
+class Inputs:
+    """The given picture, encoded once for all pictures of a run.
+
+    Args:
+        model: whose VAE encodes.
+        settings: of the run.
+    """
+
+    def __init__(self, model: Model | PixelModel, settings: Settings) -> None:
+        self.settings = settings
+        self.image: ImageLatents | None = None
+        self.masked: ImageLatents | None = None
+        self.mask: np.ndarray | None = None
+        self.edited: np.ndarray | None = None
+        self.small: np.ndarray | None = None
+        self.signal = 1.0
+        self.blends = False
+        if not isinstance(model, Model) or settings.image is None:
+            return
+        if settings.noise_level is not None:
+            self.small = to_model(settings.image)
+            self.signal = float(model.low_res_process[settings.noise_level])
+            return
+        if model.edits:
+            scaled = model.takes_scaled_picture
+            self.edited = model.encode_pixels(to_model(settings.image), scaled=scaled).mean
+            return
+        canvas = settings.canvas
+        if canvas is not None:
+            self.blends = not model.inpaints
+            self.mask = canvas.latent_mask(model.vae_config.factor)
+        if canvas is None or self.blends or settings.strength != 1.0:
+            self.image = model.image_latents(settings.image)
+        if canvas is not None:
+            # A plain model does not see it; the reference encodes and samples it all the same.
+            self.masked = self.image if self.blends else model.encode_pixels(canvas.masked_image)
+
+    def begin(self, plan: Plan, draw: Draw, noise: np.ndarray | None = None) -> Start:
+        """What a picture starts from.
+
+        Args:
+            plan: of the model that begins.
+            draw: noise of the picture's own generator.
+            noise: takes the place of the first noise.
+        """
+        settings, repaints = self.settings, self.mask is not None
+        if self.small is not None:
+            small = add_noise(self.small, draw(channels=self.small.shape[-1]), self.signal)
+            noise = draw() if noise is None else noise
+            noise = np.asarray(noise * plan.init_noise_sigma, np.float32)
+            return Start(noise, beside=np.asarray(small, np.float32))
+        clean = None if self.image is None else self.image.draw(draw)
+        if clean is not None and not settings.adds_noise and not repaints:
+            return Start(clean)
+        noise = draw() if noise is None else noise
+        if clean is None or (repaints and settings.strength == 1.0):
+            x = noise * plan.init_noise_sigma
+        else:
+            x = plan.add_noise(clean, noise) if settings.adds_noise else clean
+        x = np.asarray(x, np.float32)
+        if self.mask is None or self.masked is None:
+            return Start(x, beside=self.edited)
+        masked = self.masked.draw(draw)
+        if clean is not None and self.blends:
+            return Start(x, kept=Kept(self.mask, clean, noise))
+        return Start(x, beside=np.concatenate([self.mask, masked], axis=-1))
+
+    def go_on(self, stage: Stage, start: Start, latents: np.ndarray, draw: Draw) -> Start:
+        """What the next part of a run starts from.
+
+        Args:
+            stage: that part.
+            start: what the part before started from.
+            latents: what it ended with, (1, h, w, C).
+            draw: noise of the picture's own generator, of the size of the next part.
+        """
+        if self.settings.hires is not None:
+            return self._enlarge(stage, self.settings.hires, latents, draw)
+        if start.kept is None:
+            return Start(latents)
+        # A refiner keeps the same picture with new noise.
+        return Start(latents, kept=Kept(start.kept.mask, start.kept.clean, draw()))
+
+    def _enlarge(self, stage: Stage, hires: Hires, latents: np.ndarray, draw: Draw) -> Start:
+        model = stage.model
+        assert isinstance(model, Model), "only these are enlarged"
+        if hires.upscaler == "lanczos":
+            # Not rounded to 8 bits on the way: the second pass would make much of the last bit.
+            picture = np.clip(model.decode_pixels(latents[0]), -1.0, 1.0)
+            pixels = resize_values(picture, hires.width, hires.height)[None]
+            clean = model.encode_pixels(pixels).draw(draw)
+        else:
+            height, width, _ = model.latent_shape(hires.height, hires.width)
+            clean = enlarge_latents(latents, height, width, hires.upscaler)
+        return Start(np.asarray(stage.plan.add_noise(clean, draw()), np.float32))

@@ -1,0 +1,313 @@
+"""How much memory a run will take, worked out before anything is loaded; and whether it fits.
+
+Weights are counted tensor by tensor, as the backend will keep them. What the networks hold while
+they run follows from ``cost.operations``: at each layer the values that are held for later, its
+inputs and outputs, and its scratch space as the backend bounds it. The constants are those of
+reference/layers.py and models/layers.py; benchmarks/memory.py compares the result with measured
+peaks (docs/performance.md has the table).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from mlxdiff.errors import UsageError
+from mlxdiff.networks.config import AutoencoderKLConfig, ComponentConfig
+from mlxdiff.networks.cost import Operation, operations
+from mlxdiff.store.recipes import Recipe, quantized_model
+from mlxdiff.weights.tensors import LazyTensor, QuantizedTensor
+
+SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+PROCESS = 100_000_000
+"""Bytes of a Python process with the libraries loaded, beside all arrays."""
+
+# Scratch space, in bytes: NumPy's attention and convolutions, MLX's where it has no fused kernel.
+_NUMPY_SCORES, _NUMPY_COLUMNS, _MLX_WORK = 1 << 22, 1 << 25, 64 << 20
+
+
+@dataclass(frozen=True)
+class Device:
+    """What computes, as far as memory depends on it.
+
+    Attributes:
+        backend: "mlx" or "numpy".
+        gpu: whether it is a GPU.
+        dtype: what weights and activations are, the VAE's where its config says so apart.
+    """
+
+    backend: str
+    gpu: bool
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of a run.
+
+    Attributes:
+        weights: of each network, in the order in which they are needed.
+        work: of what each stage holds beside weights: text_encoder, image, unet, vae.
+        low_memory: whether each stage's networks leave memory after it.
+    """
+
+    weights: dict[str, int]
+    work: dict[str, int]
+    low_memory: bool = False
+
+    @property
+    def stages(self) -> dict[str, int]:
+        """The most bytes held in each stage, weights included."""
+        loaded: set[str] = set()
+        totals = {}
+        for stage, work in self.work.items():
+            own = {name for name in self.weights if _stage(name) == _stage(stage)}
+            loaded |= own
+            # With low memory one network after the other, of two text encoders too.
+            sizes = [self.weights[name] for name in (own if self.low_memory else loaded)]
+            totals[stage] = work + (max(sizes, default=0) if self.low_memory else sum(sizes))
+        return totals
+
+    @property
+    def peak(self) -> int:
+        """The most bytes of arrays at once."""
+        return max(self.stages.values())
+
+    @property
+    def stage(self) -> str:
+        """The stage that needs the most."""
+        stages = self.stages
+        return max(stages, key=lambda name: stages[name])
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"peak_bytes": self.peak, "stages": self.stages, "weights": dict(self.weights)}
+
+
+def _stage(name: str) -> str:
+    """The stage that a network belongs to, and a stage as networks have it."""
+    name = name.removeprefix("refiner ").removesuffix("_2")
+    if name not in ("text_encoder", "image", "vae"):
+        return "unet"  # and what is added to it
+    return "vae" if name == "image" else name
+
+
+class Networks(Protocol):
+    """What is asked of a model: its source, another VAE where it has one, and what was added."""
+
+    source: Any
+    vae: Any
+    added: Any
+
+
+def estimate(
+    networks: Networks,
+    device: Device,
+    height: int,
+    width: int,
+    *,
+    batch: int = 1,
+    image: bool = False,
+    refiner: Networks | None = None,
+    low_memory: bool = False,
+    tiled: bool = False,
+    recipe: Recipe | None = None,
+) -> Estimate:
+    """The memory of a run.
+
+    Args:
+        networks: the model.
+        device: what it will run on.
+        height, width: of the picture, in pixels.
+        batch: of the U-Net: 2 under guidance.
+        image: whether a picture is encoded first.
+        refiner: a second model that draws the last part.
+        low_memory: as for ``mlxdiff.load``.
+        tiled: whether the VAE decodes in bands (``mlxdiff.networks.tiling``).
+        recipe: quantize the weights first; None: they are as they are.
+    """
+    weights: dict[str, int] = {}
+    work: dict[str, int] = {}
+    vae, factor = None, 1
+    if "vae" in networks.source.components:
+        vae = networks.vae.config if networks.vae is not None else networks.source.config("vae")
+        factor = vae.factor
+    latent = height // factor, width // factor
+    for prefix, one in (("", networks), ("refiner ", refiner)):
+        if one is None:
+            continue
+        for name in one.source.components:
+            if name == "vae" and prefix:
+                continue  # the model's own decodes
+            config = one.source.config(name)
+            source = one.source if recipe is None else quantized_model(one.source, recipe)
+            tensors = source.tensors(name)
+            if name == "vae" and one.vae is not None:
+                config, tensors = one.vae.config, one.vae.tensors()
+            kind = device_of(device, config)
+            weights[prefix + name] = weight_bytes(tensors, kind, keep_stored=low_memory or None)
+            stage = _stage(name)
+            largest = max(tensor.nbytes for tensor in tensors.values())  # read, then converted
+            if name == "unet":
+                need = activation_bytes(config, kind, *latent, batch=batch)
+            elif name == "vae":
+                need = activation_bytes(config, kind, *latent)
+                if tiled:
+                    need = min(need, tiled_bytes(config, kind, *latent))
+                if image:
+                    encode = activation_bytes(config, kind, height, width, encode=True)
+                    work["image"] = max(encode, largest)
+            else:
+                need = activation_bytes(config, kind)
+            work[stage] = max(work.get(stage, 0), need, largest)
+        for name, part in one.added.items():
+            weights[prefix + name] = weight_bytes(part.tensors(), device, low_memory or None)
+            if name.startswith("controlnet_"):  # what it gives adds to each skip
+                unet = operations(one.source.config("unet"), *latent, batch=batch)
+                work["unet"] += SIZES[device.dtype] * max(op.held for op in unet)
+    order = [s for s in ("text_encoder", "image", "unet", "vae") if s in work]
+    return Estimate(weights, {stage: work[stage] for stage in order}, low_memory)
+
+
+def device_of(device: Device, config: ComponentConfig) -> Device:
+    """The same with the type that this network is computed in."""
+    if isinstance(config, AutoencoderKLConfig) and config.force_upcast:
+        return Device(device.backend, device.gpu, "float32")
+    return device
+
+
+def weight_bytes(
+    tensors: Mapping[str, LazyTensor], device: Device, keep_stored: bool | None = None
+) -> int:
+    """Bytes of a network's weights, as ``Backend.load`` keeps them; ``keep_stored`` as there."""
+    size, total = SIZES[device.dtype], 0
+    for tensor in tensors.values():
+        quantized = isinstance(tensor, QuantizedTensor)
+        kept = (device.gpu and quantized) if keep_stored is None else keep_stored
+        expanded = tensor.size * size
+        kept = kept and (quantized or len(tensor.shape) > 1)
+        total += min(tensor.nbytes, expanded) if kept else expanded
+    return total
+
+
+def activation_bytes(
+    config: ComponentConfig,
+    device: Device,
+    height: int = 1,
+    width: int = 1,
+    *,
+    batch: int = 1,
+    encode: bool = False,
+) -> int:
+    """The most bytes that one evaluation of a network holds beside its weights.
+
+    Args: as for ``cost.operations``, and the device.
+    """
+    work = operations(config, height, width, batch=batch, encode=encode)
+    if device.backend == "numpy":
+        return max(map(_numpy_bytes, work))
+    size = SIZES[device.dtype]
+    return max(_gpu_bytes(op, size) for op in work) if device.gpu else _cpu_bytes(work, size)
+
+
+def tiled_bytes(config: ComponentConfig, device: Device, height: int, width: int) -> int:
+    """The same of a VAE that decodes in bands: what a layer keeps, and what it replaces."""
+    size = SIZES[device.dtype]
+    work = [op for op in operations(config, height, width) if op.kind == "convolution"]
+    return max(size * (op.held + min(op.inputs, op.outputs)) for op in work) + 2 * _MLX_WORK
+
+
+def _numpy_bytes(op: Operation) -> int:
+    values = op.held + op.inputs + op.outputs
+    if op.kind == "convolution" and op.scratch:
+        values += op.inputs + min(op.scratch, max(_NUMPY_COLUMNS // 4, op.row))  # padded; unfolded
+    elif op.kind == "attention":
+        values += op.outputs + min(op.scratch, max(_NUMPY_SCORES // 4, op.row))  # scaled queries
+    return 4 * values
+
+
+def _cpu_bytes(work: Sequence[Operation], size: int) -> int:
+    """MLX on a CPU, which hands out memory to some fifty kernels before the first has run.
+
+    Only what is computed in parts (its scratch space would be larger than _MLX_WORK) waits for all
+    before it. A part's scratch space is still there when the next one gets its own.
+    """
+    most, window = 0, deque[tuple[int, int]]()
+    for op in work:
+        own, in_parts = size * op.outputs, 4 * op.scratch > _MLX_WORK
+        if op.kind == "elementwise":
+            own = 8 * op.inputs  # norms are taken in float32
+        elif op.scratch:
+            own += min(4 * op.scratch, 2 * max(_MLX_WORK, 4 * op.row))
+        if in_parts:
+            window.clear()
+            if op.kind == "convolution":  # padded, and sliced; the parts, and the whole
+                own += size * (2 * op.inputs + op.outputs)
+        window.append((own, _KERNELS[op.kind]))
+        while len(window) > 1 and sum(kernels for _, kernels in window) > _AHEAD:
+            window.popleft()
+        most = max(most, size * (op.held + op.inputs) + sum(bytes_ for bytes_, _ in window))
+        if in_parts:
+            window.clear()
+    return most
+
+
+# Kernels of an operation in MLX, about, and how many get their memory ahead of time.
+_KERNELS = {"convolution": 4, "linear": 2, "attention": 10, "elementwise": 20}
+_AHEAD = 50
+
+
+def _gpu_bytes(op: Operation, size: int) -> int:
+    """MLX on a GPU. Convolutions: the workspace of Winograd's method (docs/performance.md)."""
+    bytes_ = size * (op.held + op.inputs + op.outputs)
+    if op.kind == "convolution" and op.scratch:
+        bytes_ += size * 64 * (op.inputs + op.outputs) // 36
+    elif op.kind == "attention":
+        bytes_ += 2 * size * op.inputs  # heads zero-padded to a dimension that kernels take
+    elif op.kind == "elementwise":
+        bytes_ += 8 * op.inputs
+    return bytes_
+
+
+# ------------------------------------------------------------------------------------ does it fit?
+
+_NAMES = {
+    "text_encoder": "text encoder",
+    "image": "VAE's encoder",
+    "unet": "U-Net",
+    "vae": "VAE's decoder",
+}
+
+
+def fits(needed: Estimate, most: int) -> bool:
+    """Whether a run fits into this many bytes, with the process around it."""
+    return needed.peak + PROCESS <= most
+
+
+def require(
+    needed: Estimate,
+    available: int | None,
+    limit: float | None = None,
+    alternatives: Mapping[str, Callable[[], Estimate]] | None = None,
+) -> None:
+    """Raise UsageError, with advice, where a run will not fit.
+
+    Args:
+        needed: what it takes.
+        available: bytes that the machine has; None: unknown.
+        limit: gigabytes that the user allows; None: what the machine has.
+        alternatives: what could be done instead -> what that takes; the first two that fit are
+            advised.
+    """
+    most = available if limit is None else int(limit * 1e9)
+    if most is None or fits(needed, most):
+        return
+    whose = "this machine has" if limit is None else "memory_limit (--memory-limit) allows"
+    helps = [how for how, make in (alternatives or {}).items() if fits(make(), most)][:2]
+    raise UsageError(
+        f"this would take about {(needed.peak + PROCESS) / 1e9:.2f} GB of memory (the most in the "
+        f"{_NAMES[needed.stage]}), and {whose} {most / 1e9:.2f} GB; "
+        + (f"these fit: {'; '.join(helps)}" if helps else "a smaller model is needed")
+    )

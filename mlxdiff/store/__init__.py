@@ -1,0 +1,1 @@
+"""Where models lie: converted folders, recipes, the hub, the catalogue of short names."""

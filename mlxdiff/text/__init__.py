@@ -1,0 +1,1 @@
+"""Prompts, and the text encoders that read them."""

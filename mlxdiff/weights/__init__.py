@@ -1,0 +1,1 @@
+"""What is in a file: tensors, pickles, quantized forms and their arithmetic."""

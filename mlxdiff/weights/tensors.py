@@ -1,0 +1,552 @@
+"""Tensors in safetensors files: known by their headers, read when asked for, written one by one.
+
+A file is opened by its header alone; a tensor's bytes are mapped only while someone holds the
+array, so that memory depends on the largest tensor, not on the file. The reader is our own because
+safetensors' NumPy reader refuses bfloat16, and because every fault of a file has to be one clear
+CheckpointError. Format: https://github.com/huggingface/safetensors (8 bytes of little-endian header
+length, a JSON header, the tensors).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlxdiff.errors import CheckpointError, ConfigError
+from mlxdiff.machine.disk import read_json
+from mlxdiff.weights.quantization import (
+    E4M3,
+    Beside,
+    Packed,
+    Quantization,
+    dequantize,
+    packed_shapes,
+    quantize,
+)
+
+Shape = tuple[int, ...]
+
+MAX_HEADER_BYTES = 100_000_000  # as the reference implementation of the format
+MAX_NAME = 1000
+
+# Type name in a safetensors header -> bytes a value, NumPy type of the stored bits.
+_STORED: dict[str, tuple[int, str]] = {
+    "F64": (8, "<f8"),
+    "F32": (4, "<f4"),
+    "F16": (2, "<f2"),
+    "BF16": (2, "<u2"),
+    "I64": (8, "<i8"),
+    "I32": (4, "<i4"),
+    "I16": (2, "<i2"),
+    "I8": (1, "|i1"),
+    "U64": (8, "<u8"),
+    "U32": (4, "<u4"),
+    "U16": (2, "<u2"),
+    "U8": (1, "|u1"),
+    "BOOL": (1, "|b1"),
+    "F8_E4M3": (1, "|u1"),
+    "F8_E5M2": (1, "|u1"),
+}
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types that a weight of a converted folder may be stored in."""
+
+READABLE = (*FLOATS, "F8_E4M3", "F8_E5M2")
+"""Types that a weight of a checkpoint may be stored in."""
+
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""Types that we write, by the name that people use."""
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is known by shape and type, and read when it is asked for.
+
+    Attributes:
+        shape: dimensions of what ``read`` returns.
+        dtype: type name of the stored values, as safetensors writes it ("F16", "BF16", ...).
+        read: reads the values; BF16 and the 8-bit floats come as float32, exactly. The array may
+            be a read-only view of the file. Raises: CheckpointError.
+    """
+
+    shape: Shape
+    dtype: str
+    read: Callable[[], np.ndarray] = field(repr=False, compare=False)
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored values."""
+        return self.size * _STORED[self.dtype][0]
+
+
+@dataclass(frozen=True)
+class QuantizedTensor(LazyTensor):
+    """A tensor that is stored in few bits; ``read`` gives the values it stands for, as float32.
+
+    Attributes:
+        dtype: type name of what its scales are stored as (or would be, in the float modes).
+        quantization: how it is stored.
+        read_packed: reads what is stored. Raises: CheckpointError.
+    """
+
+    quantization: Quantization
+    read_packed: Callable[[], Packed] = field(repr=False, compare=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weight, scales and biases."""
+        return sum(math.prod(shape) * _STORED[kind][0] for shape, kind in self.parts().values())
+
+    def parts(self) -> dict[str, tuple[Shape, str]]:
+        """What is stored: "weight", "scales" and, in affine mode, "biases" -> shape, type name."""
+        scales = self.dtype if self.quantization.mode == "affine" else "U8"
+        return {
+            part: (shape, "U32" if part == "weight" else scales)
+            for part, shape in packed_shapes(self.shape, self.quantization).items()
+        }
+
+
+@dataclass(frozen=True)
+class AdaptedTensor(QuantizedTensor):
+    """A tensor that is stored in few bits, with something beside it that is not.
+
+    ``read`` gives all of it, ``read_packed`` what is stored.
+
+    Attributes:
+        read_beside: reads what is beside it. Raises: CheckpointError.
+    """
+
+    read_beside: Callable[[], Beside] = field(repr=False, compare=False)
+
+
+def quantized(
+    shape: Shape, dtype: str, how: Quantization, read_packed: Callable[[], Packed]
+) -> QuantizedTensor:
+    """A tensor of which this function reads what is stored."""
+    return QuantizedTensor(shape, dtype, lambda: dequantize(read_packed()), how, read_packed)
+
+
+def quantize_tensor(
+    name: str, tensor: LazyTensor, how: Quantization, dtype: str, fitted: bool = False
+) -> LazyTensor:
+    """A tensor that is rounded whenever it is read: first to ``dtype``, then to few bits.
+
+    Args:
+        name: for messages.
+        dtype: what the scales are stored as: "float16", "bfloat16" or "float32".
+        fitted: see ``quantize``.
+    """
+
+    def read_packed() -> Packed:
+        values = cast(tensor.read(), dtype, name)
+        if dtype != "bfloat16":
+            return quantize(values, how, fitted)
+        packed = quantize(_decoded(values, "BF16"), how, fitted)
+        if packed.biases is None:
+            return packed
+        return packed._replace(
+            scales=round_to(packed.scales, dtype), biases=round_to(packed.biases, dtype)
+        )
+
+    return quantized(tensor.shape, DTYPES[dtype], how, read_packed)
+
+
+class TensorFile:
+    """A safetensors file whose header has been checked: every byte belongs to exactly one tensor.
+
+    Attributes:
+        path: the file.
+        metadata: the strings under ``__metadata__``.
+        tensors: name -> LazyTensor, in the order of the header.
+    Raises: CheckpointError, for anything that is not a whole and sound safetensors file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        header, start, end = _read_header(self.path)
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            raise self._fault("__metadata__ is not a table of strings")
+        self.metadata: dict[str, str] = metadata
+        self.tensors: dict[str, LazyTensor] = {}
+        spans: list[tuple[int, int, str]] = []
+        for name, entry in header.items():
+            if len(name) > MAX_NAME:
+                raise self._fault(f"a tensor's name has {len(name)} characters")
+            tensor, begin, stop = self._entry(name, entry, start)
+            self.tensors[name] = tensor
+            spans.append((begin, stop, name))
+        place = 0
+        for begin, stop, name in sorted(spans):
+            if begin != place:
+                what = "overlaps another tensor" if begin < place else "leaves a hole before it"
+                raise self._fault(f"tensor {name!r} {what} (offset {begin}, expected {place})")
+            place = stop
+        if place > end - start:
+            raise self._fault(
+                f"truncated: {start + place} bytes expected, {end} found; download it again"
+            )
+        if place < end - start:
+            raise self._fault(f"{end - start - place} bytes at the end belong to no tensor")
+
+    def _fault(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {what}")
+
+    def _entry(self, name: str, entry: Any, start: int) -> tuple[LazyTensor, int, int]:
+        """Check one tensor's entry; the tensor, and its place in the data."""
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise self._fault(
+                f"tensor {name!r}: expected dtype, shape and data_offsets in the header"
+            )
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in _STORED:
+            known = ", ".join(_STORED)
+            raise self._fault(f"tensor {name!r} has type {shown(repr(dtype))}; known: {known}")
+        if not _are_sizes(shape):
+            raise self._fault(f"tensor {name!r} has shape {shown(repr(shape))}")
+        if not _are_sizes(offsets) or len(offsets) != 2:
+            raise self._fault(f"tensor {name!r} has data_offsets {shown(repr(offsets))}")
+        begin, stop = offsets
+        size = math.prod(shape) * _STORED[dtype][0]
+        if stop - begin != size:
+            raise self._fault(
+                f"tensor {name!r} is given {stop - begin} bytes; {dtype} {shape} takes {size}"
+            )
+        path, offset, shape = self.path, start + begin, tuple(shape)
+        return (
+            LazyTensor(shape, dtype, lambda: read_values(path, name, dtype, shape, offset)),
+            begin,
+            stop,
+        )
+
+
+def _are_sizes(values: Any) -> bool:
+    """Whether this is a list of whole numbers that can be sizes or offsets."""
+    return (
+        isinstance(values, list)
+        and len(values) <= 32
+        and all(type(v) is int and 0 <= v < 2**63 for v in values)
+    )
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header of a safetensors file, where the data begins, and the file's length."""
+    try:
+        with path.open("rb") as file:
+            end = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > end - 8 or length > MAX_HEADER_BYTES:
+                raise CheckpointError(f"{path}: {_not_safetensors(prefix, end)}")
+            raw = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: not a safetensors file (its header is no JSON: {error})"
+        ) from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: not a safetensors file (its header is no JSON object)")
+    return header, 8 + length, end
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"{shown(repr(name))} stands there twice")
+        result[name] = value
+    return result
+
+
+def shown(text: str) -> str:
+    """A text of a file as messages show it: one line, not too long, no control characters."""
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def _not_safetensors(prefix: bytes, size: int) -> str:
+    """What a file is whose first bytes are no safetensors header."""
+    if prefix.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return "is a PyTorch pickle, not a safetensors file"
+    return foreign(prefix, size) or f"not a safetensors file, or truncated ({size} bytes)"
+
+
+def foreign(prefix: bytes, size: int) -> str | None:
+    """What a file is that holds no tensors but is often found in their place; None where unknown.
+
+    Args:
+        prefix: its first bytes.
+        size: its length.
+    """
+    if size == 0:
+        return "is empty"
+    if prefix.startswith(b"version "):
+        return "is a Git LFS pointer, not the weights; run `git lfs pull` in its repository"
+    if prefix.startswith(b"GGUF"):
+        return "is a GGUF file, which is not supported; take the safetensors of the same model"
+    if prefix.lstrip().startswith(b"<"):
+        return "is a web page, not the weights; download it again"
+    return None
+
+
+def read_values(
+    path: Path,
+    name: str,
+    dtype: str,
+    shape: Shape,
+    offset: int,
+    strides: tuple[int, ...] | None = None,
+) -> np.ndarray:
+    """Map the bytes of one tensor; they leave memory with the array.
+
+    Args:
+        path: file that holds them.
+        name: of the tensor, for messages.
+        dtype, shape: as LazyTensor has them.
+        offset: of the first value in the file, in bytes.
+        strides: steps from value to value along each dimension, counted in values, not negative;
+            None: contiguous.
+    Returns: as ``LazyTensor.read``; read-only where it is a view of the file.
+    Raises: CheckpointError.
+    """
+    width, stored = _STORED[dtype]
+    if math.prod(shape) == 0:
+        return _decoded(np.empty(shape, stored), dtype)
+    if strides is None:
+        count = math.prod(shape)
+    else:
+        count = 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
+    start = offset - offset % mmap.ALLOCATIONGRANULARITY
+    try:
+        with path.open("rb") as file:
+            data = mmap.mmap(
+                file.fileno(), offset - start + count * width, access=mmap.ACCESS_READ, offset=start
+            )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: tensor {name!r} cannot be read ({error})") from None
+    values = np.frombuffer(data, stored, count, offset - start)
+    if strides is None:
+        values = values.reshape(shape)
+    else:
+        steps = [step * width for step in strides]
+        values = np.lib.stride_tricks.as_strided(values, shape, steps, writeable=False)
+    return _decoded(values, dtype)
+
+
+def _decoded(bits: np.ndarray, dtype: str) -> np.ndarray:
+    """The values of types that NumPy does not have, as float32; others as they are."""
+    if dtype == "BF16":
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+    if dtype == "F8_E5M2":  # the upper half of a float16
+        return (bits.astype(np.uint16) << 8).view(np.float16).astype(np.float32)
+    if dtype == "F8_E4M3":
+        return E4M3[bits]
+    return bits
+
+
+def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
+    return TensorFile(path).tensors
+
+
+def open_weights(
+    path: str | os.PathLike[str],
+    open_file: Callable[[Path], Mapping[str, LazyTensor]] = _open_safetensors,
+) -> dict[str, LazyTensor]:
+    """All tensors of a file, or of the shards that an ``.index.json`` names.
+
+    Args:
+        path: file or index.
+        open_file: opens one file; default: as safetensors, and nothing else.
+    Raises: CheckpointError; for a missing shard, for a tensor that is not where the index says or
+        is in two shards.
+    """
+    path = Path(path)
+    if not path.name.endswith(".json"):
+        return dict(open_file(path))
+    tensors: dict[str, LazyTensor] = {}
+    place: dict[str, str] = {}
+    weight_map = _read_weight_map(path)
+    for shard in sorted(set(weight_map.values())):
+        if not (path.parent / shard).is_file():
+            raise CheckpointError(f"{path}: the shard {shard} is missing from the folder")
+        for name, tensor in open_file(path.parent / shard).items():
+            if name in tensors:
+                raise CheckpointError(f"{path}: tensor {name!r} is in {place[name]} and in {shard}")
+            tensors[name], place[name] = tensor, shard
+    for name, shard in weight_map.items():
+        if place.get(name) != shard:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} is not in {shard}, where the index has it"
+            )
+    return tensors
+
+
+def _read_weight_map(path: Path) -> dict[str, str]:
+    """The ``weight_map`` of an index: tensor name -> file name in the same folder."""
+    try:
+        weight_map = read_json(path).get("weight_map")
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: has no weight_map, so it is no index of shards")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or shard in ("", ".", "..") or set(shard) & set("/\\\0"):
+            raise CheckpointError(
+                f"{path}: {shard!r}, for {name!r}, is no file name in this folder"
+            )
+        if not shard.endswith((".safetensors", ".bin")):
+            raise CheckpointError(f"{path}: names {shard!r}, which is no file of weights")
+    return weight_map
+
+
+def shard_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The files behind what ``open_weights`` takes: the file itself, or index and shards."""
+    path = Path(path)
+    if not path.name.endswith(".json"):
+        return [path]
+    return [path, *(path.parent / name for name in sorted(set(_read_weight_map(path).values())))]
+
+
+def raise_faults(where: str, **faults: list[str]) -> None:
+    """Raise a CheckpointError for these faults (kind -> names); nothing where all are empty."""
+    parts = []
+    for kind, names in faults.items():
+        if names:
+            few = ", ".join(map(shown, names[:10])) + (", ..." if len(names) > 10 else "")
+            parts.append(f"{len(names)} {kind} tensor{'s'[: len(names) > 1]}: {few}")
+    if parts:
+        raise CheckpointError(f"{where}: {'; '.join(parts)}")
+
+
+def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    """Values in the type that is written; bfloat16 as its bits (uint16), rounded to nearest even.
+
+    Args:
+        array: float16, float32 or float64, finite.
+        dtype: "float32", "float16" or "bfloat16".
+        name: the tensor's name, for the message.
+    Raises: CheckpointError where a value is beyond the range of that type.
+    """
+    if dtype == "bfloat16":
+        bits = array.astype(np.float32).view(np.uint32)
+        result = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
+        fits = not ((result & 0x7F80) == 0x7F80).any()
+    else:
+        with np.errstate(over="ignore"):
+            result = array.astype({"float16": "<f2", "float32": "<f4"}[dtype], copy=False)
+        fits = result.dtype == array.dtype or bool(np.isfinite(result).all())
+    if not fits:
+        other = "bfloat16 or float32" if dtype == "float16" else "float32"
+        raise CheckpointError(
+            f"{name}: values up to {np.abs(array).max():.6g} do not fit {dtype}; "
+            f"convert with {other}"
+        )
+    return result
+
+
+def round_to(array: np.ndarray, dtype: str) -> np.ndarray:
+    """The values that ``cast`` would store, as floating-point numbers."""
+    return _decoded(cast(array, dtype, "a value"), DTYPES[dtype])
+
+
+def stored_arrays(
+    name: str, tensor: LazyTensor, dtype: str, label: str = ""
+) -> dict[str, tuple[Shape, str, Callable[[Any], np.ndarray]]]:
+    """What is written for a tensor: name -> shape, type name, and how to get it from what is read.
+
+    Args:
+        label: what messages call the tensor.
+    """
+    if not isinstance(tensor, QuantizedTensor):
+        return {name: (tensor.shape, DTYPES[dtype], lambda values: cast(values, dtype, label))}
+    stem = name.removesuffix("weight")
+
+    def part_of(part: str, kind: str) -> Callable[[Any], np.ndarray]:
+        def get(packed: Packed) -> np.ndarray:
+            values: np.ndarray = getattr(packed, part)
+            return values if kind in ("U32", "U8") else cast(values, dtype, label)
+
+        return get
+
+    return {
+        stem + part: (shape, kind, part_of(part, kind))
+        for part, (shape, kind) in tensor.parts().items()
+    }
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, LazyTensor],
+    dtype: str,
+    on_tensor: Callable[[int, str], None] = lambda size, name: None,
+) -> str:
+    """Write a safetensors file tensor by tensor, in the order given: memory is one tensor's.
+
+    Args:
+        path: file to write.
+        tensors: what to write.
+        dtype: "float32", "float16" or "bfloat16".
+        on_tensor: called with bytes and name after each tensor.
+    Returns: sha256 of the file, in hex.
+    Raises: CheckpointError, from reading or casting a tensor.
+    """
+    folder = path.parent.name
+    arrays = {
+        name: stored_arrays(name, t, dtype, f"{folder}/{name}") for name, t in tensors.items()
+    }
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    place = 0
+    for parts in arrays.values():
+        for name, (shape, kind, _) in parts.items():
+            stop = place + math.prod(shape) * _STORED[kind][0]
+            header[name] = {"dtype": kind, "shape": shape, "data_offsets": (place, stop)}
+            place = stop
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+
+        def put(data: Any) -> None:
+            file.write(data)
+            digest.update(data)
+
+        put(len(raw).to_bytes(8, "little"))
+        put(raw)
+        for name, tensor in tensors.items():
+            loaded: Any
+            if isinstance(tensor, QuantizedTensor):
+                loaded = tensor.read_packed()
+            else:
+                loaded = tensor.read()
+            size = 0
+            for part, (shape, _, get) in arrays[name].items():
+                values = np.ascontiguousarray(get(loaded))
+                if values.shape != shape:
+                    raise AssertionError(f"{part}: read {values.shape}, announced {shape}")
+                put(values.reshape(-1).view(np.uint8).data)
+                size += values.nbytes
+            on_tensor(size, name)
+    return digest.hexdigest()
+
+
+def stored_bytes(tensor: LazyTensor, dtype: str) -> int:
+    """Bytes of a tensor in a converted folder of this type."""
+    if isinstance(tensor, QuantizedTensor):
+        return tensor.nbytes
+    return tensor.size * _STORED[DTYPES[dtype]][0]
