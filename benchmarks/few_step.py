@@ -35,8 +35,8 @@ from typing import Any
 import numpy as np
 
 from mlxdiff import samplers
-from mlxdiff.reference import blocks as reference_blocks
-from mlxdiff.reference.layers import Conv2d, Linear
+from mlxdiff.backends import numpy_layers
+from mlxdiff.backends.numpy_layers import Conv2d, Linear
 from mlxdiff.samplers.guidance import guided_evaluations
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -192,7 +192,7 @@ def multiply_adds(network: teacher.Network, deep: list[np.ndarray] | None) -> in
     counted = [0]
     layers: list[tuple[Any, str]] = [(Conv2d, "__call__"), (Linear, "__call__")]
     old = [getattr(holder, name) for holder, name in layers]
-    old_attention = reference_blocks.attention
+    old_attention = numpy_layers.attention
 
     def layer(call: Any) -> Any:
         def counting(self: Any, x: np.ndarray, *others: Any) -> np.ndarray:
@@ -211,14 +211,14 @@ def multiply_adds(network: teacher.Network, deep: list[np.ndarray] | None) -> in
     try:
         for (holder, name), call in zip(layers, old, strict=True):
             setattr(holder, name, layer(call))
-        reference_blocks.attention = attention
+        numpy_layers.attention = attention
         pipe.model.component("unet")(
             np.zeros((1, height, width, channels), np.float32), 1.0, text, deep=deep
         )
     finally:
         for (holder, name), call in zip(layers, old, strict=True):
             setattr(holder, name, call)
-        reference_blocks.attention = old_attention
+        numpy_layers.attention = old_attention
     return counted[0]
 
 

@@ -82,9 +82,10 @@ def inputs(model: str, size: int, batch: int) -> dict[str, np.ndarray]:
 
 
 def mlxdiff_step(model: str, size: int, batch: int) -> Callable[[], np.ndarray]:
-    from mlxdiff.reference.unet import UNet2DConditionModel
+    from mlxdiff.backends.numpy import nn
+    from mlxdiff.networks.unet import UNet2DConditionModel
 
-    unet = UNet2DConditionModel(UNet2DConditionConfig.from_dict(MODELS[model]))
+    unet = UNet2DConditionModel(nn, UNet2DConditionConfig.from_dict(MODELS[model]))
     unet.load_weights(list(weights(model)))
     given = inputs(model, size, batch)
     sample, text = given.pop("sample"), given.pop("text")

@@ -61,7 +61,7 @@ def inputs(size: int) -> tuple[Any, Any]:
 
 
 def our_network(component: str) -> Any:
-    from mlxdiff.models.backend import Backend
+    from mlxdiff.backends.mlx import MLXBackend
     from mlxdiff.weights.tensors import LazyTensor
 
     chosen = config(MODEL, component)
@@ -69,7 +69,7 @@ def our_network(component: str) -> Any:
         name: LazyTensor(shape, "F32", lambda n=name, s=shape: random_tensor(n, s))
         for name, shape in expected_parameters(chosen).items()
     }
-    return Backend().load(chosen, tensors)
+    return MLXBackend().load(chosen, tensors)
 
 
 def our_step(size: int = 64) -> Callable[[], Any]:
@@ -230,11 +230,11 @@ def measure_decode(side: str, file: str, size: int) -> dict[str, Any]:
 
     z = mx.array(np.random.default_rng(1).standard_normal((1, size // 8, size // 8, 4), np.float32))
     if side == "mlxdiff":
-        from mlxdiff.models.backend import Backend
+        from mlxdiff.backends.mlx import MLXBackend
         from mlxdiff.networks.tiling import decode
 
         vae = our_network("vae")
-        run = lambda: decode(Backend(), vae, z)  # noqa: E731
+        run = lambda: decode(MLXBackend(), vae, z)  # noqa: E731
     else:
         vae = their_network("vae")
         run = lambda: vae.decode(z * vae.scaling_factor)  # noqa: E731

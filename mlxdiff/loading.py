@@ -35,16 +35,16 @@ def make_backend(name: str = "auto", dtype: str | None = None) -> Any:
 def _backend_class(name: str) -> Any:
     if name != "numpy":
         try:
-            from mlxdiff.models.backend import Backend as MLXBackend
+            from mlxdiff.backends.mlx import MLXBackend
         except UsageError:  # no MLX on this machine
             if name == "mlx":
                 raise
         else:
             if name == "mlx" or MLXBackend.has_gpu():
                 return MLXBackend
-    from mlxdiff.reference.backend import Backend
+    from mlxdiff.backends.numpy import NumPyBackend
 
-    return Backend
+    return NumPyBackend
 
 
 def load(

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tiny_models as tiny
 
+from mlxdiff.backends.numpy import NumPyBackend
 from mlxdiff.networks.condition import Condition
-from mlxdiff.reference.backend import Backend as NumPyBackend
 from mlxdiff.run.denoiser import TimeEmbeddings
 
 
@@ -15,9 +15,9 @@ def backend(name: str):
     if name == "numpy":
         return NumPyBackend()
     pytest.importorskip("mlx.core")
-    from mlxdiff.models.backend import Backend
+    from mlxdiff.backends.mlx import MLXBackend
 
-    return Backend()
+    return MLXBackend()
 
 
 def test_a_layer_works_once_for_all_rows() -> None:

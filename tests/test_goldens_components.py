@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ import pytest
 from golden_data import NAMES, arrays, assert_component_close, checkpoint, prompts, respelled
 
 from mlxdiff.convert import convert, open_source
+from mlxdiff.loading import make_backend
 
-MODULES = {"numpy": "mlxdiff.reference.backend", "mlx": "mlxdiff.models.backend"}
 TEXTS = [("sd15", "text_encoder"), ("sd21v", "text_encoder")]
 TEXTS += [("sdxl", "text_encoder"), ("sdxl", "text_encoder_2")]
 
@@ -21,7 +20,7 @@ class Networks:
     """The networks of the tiny models on one backend, loaded when first asked for."""
 
     def __init__(self, backend: str) -> None:
-        self.backend: Any = importlib.import_module(MODULES[backend]).Backend("float32")
+        self.backend: Any = make_backend(backend, "float32")
         self.loaded: dict[tuple[str, str], Any] = {}
 
     def load(self, path: Path, component: str) -> Any:

@@ -18,9 +18,9 @@ from safetensors.numpy import load_file, save_file
 import mlxdiff
 from mlxdiff.adapters import lora_names
 from mlxdiff.adapters.lora import changed, match, open_lora
+from mlxdiff.backends import numpy as reference_backend
 from mlxdiff.convert import open_source
 from mlxdiff.errors import CheckpointError, UsageError
-from mlxdiff.reference import backend as reference_backend
 from mlxdiff.weights.quantization import Quantization
 from mlxdiff.weights.tensors import AdaptedTensor, LazyTensor, quantize_tensor
 
@@ -141,7 +141,7 @@ def test_a_pointwise_convolution_and_a_linear_layer_are_one(tmp_path: Path) -> N
 @pytest.mark.parametrize("module", [CONV3, STRIDED])
 def test_locon_with_a_core(module: str, tmp_path: Path) -> None:
     """up(mid(down(x))), three convolutions one after the other, is the difference's convolution."""
-    from mlxdiff.reference.layers import Conv2d
+    from mlxdiff.backends.numpy_layers import Conv2d
 
     out, _, shape = flat(module)
     down, mid, up = random(3, shape[1], 1, 1), random(2, 3, 3, 3), random(out, 2, 1, 1)
@@ -346,8 +346,8 @@ def test_beside_a_packed_weight(module: str, tmp_path: Path) -> None:
         kept = reference_backend._weight(adapted, np.float32, keep_stored=True)
         close(kept.expand(), expected)
         mlx = pytest.importorskip("mlx.core")
-        from mlxdiff.models import backend as models_backend
-        from mlxdiff.models import layers
+        from mlxdiff.backends import mlx as models_backend
+        from mlxdiff.backends import mlx_layers as layers
 
         kept = models_backend._weight(adapted, mlx.float32, keep_stored=True)
         close(np.array(kept.expand()), expected)

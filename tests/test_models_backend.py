@@ -12,8 +12,8 @@ import tiny_models as tiny
 
 mx = pytest.importorskip("mlx.core")
 
+from mlxdiff.backends.mlx import MLXBackend  # noqa: E402
 from mlxdiff.errors import CheckpointError, UsageError  # noqa: E402
-from mlxdiff.models.backend import Backend  # noqa: E402
 from mlxdiff.networks.config import AutoencoderKLConfig  # noqa: E402
 from mlxdiff.networks.params import expected_parameters  # noqa: E402
 from mlxdiff.weights.tensors import LazyTensor  # noqa: E402
@@ -30,21 +30,21 @@ def test_a_missing_tensor() -> None:
     tensors = vae_tensors()
     del tensors["decoder.conv_in.bias"]
     with pytest.raises(CheckpointError, match=r"AutoencoderKL.*missing.*decoder\.conv_in\.bias"):
-        Backend().load(VAE, tensors)
+        MLXBackend().load(VAE, tensors)
 
 
 def test_an_unknown_tensor() -> None:
     tensors = vae_tensors()
     tensors["decoder.conv_in.scale"] = tensors["decoder.conv_in.bias"]
     with pytest.raises(CheckpointError, match=r"unknown.*decoder\.conv_in\.scale"):
-        Backend().load(VAE, tensors)
+        MLXBackend().load(VAE, tensors)
 
 
 def test_a_misshapen_tensor() -> None:
     tensors = vae_tensors()
     tensors["quant_conv.bias"] = tensors["decoder.conv_in.bias"]
     with pytest.raises(CheckpointError, match=r"quant_conv\.bias is \(32,\), expected \(8,\)"):
-        Backend().load(VAE, tensors)
+        MLXBackend().load(VAE, tensors)
 
 
 def test_many_missing_tensors_are_counted_and_ten_are_named() -> None:
@@ -53,7 +53,7 @@ def test_many_missing_tensors_are_counted_and_ten_are_named() -> None:
     for name in names:
         del tensors[name]
     with pytest.raises(CheckpointError) as caught:
-        Backend().load(VAE, tensors)
+        MLXBackend().load(VAE, tensors)
     message = str(caught.value)
     assert f"{len(names)} missing" in message
     assert sum(name in message for name in names) == 10
@@ -62,9 +62,9 @@ def test_many_missing_tensors_are_counted_and_ten_are_named() -> None:
 
 def test_weights_take_the_asked_dtype() -> None:
     for backend, dtype, expected in (
-        (Backend("float16"), None, mx.float16),
-        (Backend("float16"), "float32", mx.float32),
-        (Backend(), "bfloat16", mx.bfloat16),
+        (MLXBackend("float16"), None, mx.float16),
+        (MLXBackend("float16"), "float32", mx.float32),
+        (MLXBackend(), "bfloat16", mx.bfloat16),
     ):
         vae = backend.load(VAE, vae_tensors(), dtype)
         assert {p.dtype for p in (vae.decoder.conv_in.weight, vae.quant_conv.bias)} == {expected}
@@ -82,10 +82,10 @@ def test_loading_needs_little_more_than_the_result() -> None:
     sizes = [tensor.size for tensor in tensors.values()]
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    vae = Backend().load(config, tensors, "float16")
+    vae = MLXBackend().load(config, tensors, "float16")
     # The result in float16, and one tensor in float32 and float16 beside it.
     bound = 2 * sum(sizes) + 6 * max(sizes)
-    assert Backend().peak_memory() - before < 1.1 * bound
+    assert MLXBackend().peak_memory() - before < 1.1 * bound
     assert bound < 0.75 * 4 * sum(sizes)  # a whole float32 copy would not pass
     del vae
 
@@ -93,11 +93,11 @@ def test_loading_needs_little_more_than_the_result() -> None:
 @pytest.mark.parametrize("dtype", ["float64", "int8", ""])
 def test_an_unknown_dtype(dtype: str) -> None:
     with pytest.raises(UsageError, match="float32, float16, bfloat16"):
-        Backend(dtype)
+        MLXBackend(dtype)
 
 
 def test_arrays_in_and_out() -> None:
-    backend = Backend("float16")
+    backend = MLXBackend("float16")
     x = np.arange(6, dtype=np.float32).reshape(2, 3)
     assert backend.asarray(x).dtype == mx.float32
     half = backend.asarray(x, "float16")
@@ -115,16 +115,16 @@ def test_arrays_in_and_out() -> None:
 
 
 def test_half_precision_only_on_a_gpu() -> None:
-    assert Backend.default_dtype() == ("float16" if Backend.has_gpu() else "float32")
+    assert MLXBackend.default_dtype() == ("float16" if MLXBackend.has_gpu() else "float32")
 
 
 def test_without_mlx_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlx.core", None)
-    monkeypatch.delitem(sys.modules, "mlxdiff.models.backend")
+    monkeypatch.delitem(sys.modules, "mlxdiff.backends.mlx")
     with pytest.raises(UsageError, match=r"MLX cannot be imported.*pip install.*--backend numpy"):
-        importlib.import_module("mlxdiff.models.backend")
+        importlib.import_module("mlxdiff.backends.mlx")
 
 
 def test_importing_the_package_does_not_import_mlx() -> None:
-    check = "import sys, mlxdiff.models; sys.exit('mlx.core' in sys.modules)"
+    check = "import sys, mlxdiff.backends.numpy; sys.exit('mlx.core' in sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True)

@@ -11,7 +11,7 @@ import pytest
 
 mx = pytest.importorskip("mlx.core")
 
-from mlxdiff.models import layers  # noqa: E402
+from mlxdiff.backends import mlx_layers as layers  # noqa: E402
 
 pytestmark = pytest.mark.mlx
 RANDOM = np.random.RandomState(0)

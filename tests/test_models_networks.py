@@ -16,11 +16,10 @@ mx = pytest.importorskip("mlx.core")
 
 from mlx.utils import tree_flatten  # noqa: E402
 
+from mlxdiff.backends.mlx import MLXBackend, nn  # noqa: E402
+from mlxdiff.backends.numpy import NumPyBackend as Reference  # noqa: E402
 from mlxdiff.errors import UsageError  # noqa: E402
-from mlxdiff.models.backend import Backend  # noqa: E402
-from mlxdiff.models.clip import CLIPTextModel  # noqa: E402
-from mlxdiff.models.unet import UNet2DConditionModel  # noqa: E402
-from mlxdiff.models.vae import AutoencoderKL  # noqa: E402
+from mlxdiff.networks.clip import CLIPTextModel  # noqa: E402
 from mlxdiff.networks.condition import Condition  # noqa: E402
 from mlxdiff.networks.config import (  # noqa: E402
     AutoencoderKLConfig,
@@ -29,7 +28,8 @@ from mlxdiff.networks.config import (  # noqa: E402
     UNet2DConditionConfig,
 )
 from mlxdiff.networks.params import expected_parameters  # noqa: E402
-from mlxdiff.reference.backend import Backend as Reference  # noqa: E402
+from mlxdiff.networks.unet import UNet2DConditionModel  # noqa: E402
+from mlxdiff.networks.vae import AutoencoderKL  # noqa: E402
 
 pytestmark = pytest.mark.mlx
 # Rounding differs between two float32 implementations; a wrong layer shows at 1e-2 and more.
@@ -38,7 +38,7 @@ TOLERANCE = 1e-5
 
 @functools.cache
 def load(config: ComponentConfig, dtype: str = "float32"):
-    return Backend(dtype).load(config, tiny.lazy(tiny.random_arrays(config)))
+    return MLXBackend(dtype).load(config, tiny.lazy(tiny.random_arrays(config)))
 
 
 @functools.cache
@@ -228,7 +228,7 @@ MILLIONS = {"sd15 unet": 859.5, "sd21 unet": 865.9, "sdxl unet": 2567.5, "vae": 
 def test_full_size_names_and_shapes_without_memory(name: str) -> None:
     model, config = FULL_SIZE[name]
     before = mx.get_active_memory()
-    built = {key: value.shape for key, value in tree_flatten(model(config).parameters())}
+    built = {key: value.shape for key, value in tree_flatten(model(nn, config).parameters())}
     assert built == expected_parameters(config)
     assert mx.get_active_memory() - before < 1 << 20
     if name in MILLIONS:

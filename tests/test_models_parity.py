@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
-from mlxdiff.models.backend import Backend  # noqa: E402
+from mlxdiff.backends.mlx import MLXBackend  # noqa: E402
 
 pytestmark = [pytest.mark.mlx, pytest.mark.parity]
 TOLERANCE = 2e-5
@@ -36,7 +36,7 @@ def pair(kind: str, name: str, build):
         state = {key.removeprefix("text_model."): value for key, value in state.items()}
     missing, unexpected = theirs.load_state_dict(state, strict=False)
     assert not unexpected and all("position_ids" in key for key in missing)
-    return config, Backend().load(config, tiny.lazy(arrays)), theirs.eval()
+    return config, MLXBackend().load(config, tiny.lazy(arrays)), theirs.eval()
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 7), (5, 12)])

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from mlxdiff.backends import numpy_layers as layers
 from mlxdiff.errors import CheckpointError
 from mlxdiff.machine import threads
-from mlxdiff.reference import layers
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import tiny_models as tiny
 
+from mlxdiff.backends import numpy_layers as layers
+from mlxdiff.backends.numpy import NumPyBackend
 from mlxdiff.errors import CheckpointError, UsageError
 from mlxdiff.machine import threads
 from mlxdiff.networks.config import CLIPTextConfig, ComponentConfig, UNet2DConditionConfig
 from mlxdiff.networks.params import expected_parameters
-from mlxdiff.reference import layers
-from mlxdiff.reference.backend import Backend
-from mlxdiff.reference.unet import UNet2DConditionModel
+from mlxdiff.networks.unet import UNet2DConditionModel
 from mlxdiff.weights.tensors import LazyTensor
 
 ALL = [
@@ -28,7 +28,7 @@ ALL = [
 
 
 def load(config: ComponentConfig) -> Any:
-    return Backend().load(config, tiny.lazy(tiny.random_arrays(config)))
+    return NumPyBackend().load(config, tiny.lazy(tiny.random_arrays(config)))
 
 
 def results(kind: str, name: str) -> list[np.ndarray]:
@@ -124,7 +124,7 @@ def test_sdxl_without_its_conditions(missing: str) -> None:
 
 def test_a_full_size_network_takes_no_memory_before_its_weights() -> None:
     config = UNet2DConditionConfig.from_dict({"cross_attention_dim": 768})
-    parameters = UNet2DConditionModel(config).parameters()
+    parameters = UNet2DConditionModel(layers, config).parameters()
     assert {n: value.shape for n, value in parameters.items()} == expected_parameters(config)
     assert all(not any(value.strides) for value in parameters.values())
 
@@ -141,11 +141,11 @@ def test_weights_are_copied_one_by_one_to_float32() -> None:
         name: LazyTensor(value.shape, "F16", lambda value=value: value)
         for name, value in halves.items()
     }
-    parameters = Backend().load(VAE, tensors).parameters()
+    parameters = NumPyBackend().load(VAE, tensors).parameters()
     for name, value in parameters.items():
         assert value.dtype == np.float32
         np.testing.assert_array_equal(value, halves[name])
-    parameters = Backend().load(VAE, tiny.lazy(arrays)).parameters()
+    parameters = NumPyBackend().load(VAE, tiny.lazy(arrays)).parameters()
     assert not any(np.shares_memory(value, arrays[name]) for name, value in parameters.items())
 
 
@@ -160,7 +160,7 @@ def test_faults_are_named_before_anything_is_read() -> None:
     tensors["decoder.scale"] = LazyTensor((1,), "F32", refuse)
     tensors["quant_conv.bias"] = LazyTensor((4,), "F32", refuse)
     with pytest.raises(CheckpointError, match=r"AutoencoderKL") as caught:
-        Backend().load(VAE, tensors)
+        NumPyBackend().load(VAE, tensors)
     message = str(caught.value)
     for part in ("decoder.conv_in.bias", "decoder.scale", "quant_conv.bias is (4,), expected (8,)"):
         assert part in message
@@ -170,13 +170,13 @@ def test_faults_are_named_before_anything_is_read() -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int32", "float33"])
 def test_only_float32(dtype: str) -> None:
     with pytest.raises(UsageError, match=f"float32 only, not in {dtype}"):
-        Backend(dtype)
+        NumPyBackend(dtype)
     with pytest.raises(UsageError, match="float32 only"):
-        Backend().load(VAE, tiny.lazy(tiny.random_arrays(VAE)), dtype)
+        NumPyBackend().load(VAE, tiny.lazy(tiny.random_arrays(VAE)), dtype)
 
 
 def test_arrays_in_and_out() -> None:
-    backend = Backend()
+    backend = NumPyBackend()
     x = np.arange(6.0).reshape(2, 3)
     assert (backend.name, backend.dtype, backend.default_dtype()) == ("numpy", "float32", "float32")
     assert not backend.has_gpu()

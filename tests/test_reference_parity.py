@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_models as tiny
 
-from mlxdiff.reference.backend import Backend
+from mlxdiff.backends.numpy import NumPyBackend
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -38,7 +38,7 @@ def pair(kind: str, name: str, build: Callable[[], Any]) -> tuple[Any, Any, Any]
         state = {key.removeprefix("text_model."): value for key, value in state.items()}
     missing, unexpected = theirs.load_state_dict(state, strict=False)
     assert not unexpected and all("position_ids" in key for key in missing)
-    return config, Backend().load(config, tiny.lazy(arrays)), theirs.eval()
+    return config, NumPyBackend().load(config, tiny.lazy(arrays)), theirs.eval()
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 7), (5, 12)])

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import tiny_models as tiny
 
+from mlxdiff.backends.numpy import NumPyBackend
 from mlxdiff.networks import tiling
 from mlxdiff.networks.config import AutoencoderKLConfig
-from mlxdiff.reference.backend import Backend as NumPyBackend
 
 SIDES = ["numpy", pytest.param("mlx", marks=pytest.mark.mlx)]
 
@@ -17,9 +17,9 @@ def backend(name: str):
     if name == "numpy":
         return NumPyBackend()
     pytest.importorskip("mlx.core")
-    from mlxdiff.models.backend import Backend
+    from mlxdiff.backends.mlx import MLXBackend
 
-    return Backend()
+    return MLXBackend()
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -43,7 +43,7 @@ def test_bands_give_what_the_whole_gives(
 @pytest.mark.mlx
 def test_bands_take_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     mx = pytest.importorskip("mlx.core")
-    from mlxdiff.models import layers
+    from mlxdiff.backends import mlx_layers as layers
 
     monkeypatch.setattr(layers, "_WORK_BYTES", 1 << 18)
     config = AutoencoderKLConfig.from_dict(tiny.VAES["no attention"] | {"latent_channels": 4})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from pathlib import Path
@@ -27,6 +26,7 @@ from mlxdiff import samplers
 from mlxdiff.cli import main
 from mlxdiff.convert import convert, describe, open_source
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
+from mlxdiff.loading import make_backend
 from mlxdiff.networks.config import UNet2DConfig
 from mlxdiff.networks.params import expected_parameters
 from mlxdiff.pipeline import Pipeline
@@ -34,7 +34,6 @@ from mlxdiff.weights.tensors import LazyTensor
 
 NAMES = ("ddpm", "ddpm-labels", "ddim-numbers")
 CASES = [(name, case) for name in NAMES for case in cases(name)]
-MODULES = {"numpy": "mlxdiff.reference.backend", "mlx": "mlxdiff.models.backend"}
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +282,7 @@ def test_kinds_of_labels(kind: str, backend: str) -> None:
         for name, shape in expected_parameters(config).items()
     }
     tensors = {n: LazyTensor(v.shape, "F32", lambda v=v: v) for n, v in values.items()}
-    ours = importlib.import_module(MODULES[backend]).Backend("float32")
+    ours = make_backend(backend, "float32")
     unet = ours.load(config, tensors)
     x = ours.asarray(np.ones((1, 8, 8, 3), np.float32))
     with pytest.raises(UsageError, match="needs class_labels"):

@@ -1,1 +1,1 @@
-"""What a network is: its config, its parameters, its cost."""
+"""Networks: their configs, the networks themselves, their parameters and their cost."""

@@ -3,7 +3,7 @@
 Weights are counted tensor by tensor, as the backend will keep them. What the networks hold while
 they run follows from ``cost.operations``: at each layer the values that are held for later, its
 inputs and outputs, and its scratch space as the backend bounds it. The constants are those of
-reference/layers.py and models/layers.py; benchmarks/memory.py compares the result with measured
+backends/numpy_layers.py and mlx_layers.py; benchmarks/memory.py compares the result with measured
 peaks (docs/performance.md has the table).
 """
 

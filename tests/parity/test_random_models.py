@@ -6,7 +6,6 @@ installed diffusers still computes them.
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,9 @@ from golden import make_goldens as goldens  # noqa: E402
 
 import mlxdiff  # noqa: E402
 from mlxdiff.convert import open_source  # noqa: E402
+from mlxdiff.loading import make_backend  # noqa: E402
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
-MODULES = {"numpy": "mlxdiff.reference.backend", "mlx": "mlxdiff.models.backend"}
 SEEDS = range(8)
 
 
@@ -131,7 +130,7 @@ def test_networks_of_a_random_model(seed: int, backend: str, tmp_path: Path) -> 
     rng = np.random.default_rng(seed)
     pipe = write_model(rng, tmp_path)
     source = open_source(tmp_path / "model")
-    ours = importlib.import_module(MODULES[backend]).Backend("float32")
+    ours = make_backend(backend, "float32")
     height, width = (int(n) for n in rng.integers(4, 12, 2))
 
     def tensor(*shape: int) -> Any:

@@ -1,4 +1,4 @@
-"""The layers that the networks are made of, in NumPy. Mirrors models/layers.py.
+"""The layers that the networks are made of, in NumPy (``networks.layers.Layers``).
 
 Feature maps are (B, H, W, C), everything is float32. What costs time is a matrix product (BLAS);
 all else is done in blocks that stay in a core's cache, on several threads where the machine has
@@ -69,6 +69,8 @@ class Module:
 
     A parameter is an array. Before ``load_weights`` it is zeros of its shape that take no memory.
     """
+
+    dtype: Any = np.float32
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute; each kind of module says from what."""
@@ -198,7 +200,8 @@ class Conv2d(Module):
 
     Args:
         x: (B, H, W, in_channels).
-        more: added to the result: a feature map, or (B, 1, 1, out_channels); None: nothing.
+        more: added to the result: a feature map, or (B, 1, 1, out_channels), or a function that
+            makes it. None: nothing.
     Returns: (B, H', W', out_channels).
     """
 
@@ -216,10 +219,12 @@ class Conv2d(Module):
         self.weight = _zeros(out_channels, kernel_size, kernel_size, in_channels)
         self.bias = _zeros(out_channels) if bias else None
 
-    def __call__(self, x: np.ndarray, more: np.ndarray | None = None) -> np.ndarray:
+    def __call__(
+        self, x: np.ndarray, more: np.ndarray | Callable[[], np.ndarray] | None = None
+    ) -> np.ndarray:
         out = self._convolve(x)
         if more is not None:
-            out += more
+            out += more() if callable(more) else more
         return out
 
     def _convolve(self, x: np.ndarray) -> np.ndarray:
@@ -559,3 +564,75 @@ def timestep_embedding(
     if embedding_dim % 2:
         parts.append(np.zeros((len(angles), 1), np.float32))
     return np.concatenate(parts, axis=1)
+
+
+# -------------------------------------------------------------------------------------- of arrays
+
+float32 = np.float32
+
+
+def parameter(*shape: int) -> np.ndarray:
+    """Zeros that take no memory; loading replaces them."""
+    return _zeros(*shape)
+
+
+def relu(x: np.ndarray) -> np.ndarray:
+    """max(x, 0)."""
+    out: np.ndarray = np.maximum(x, 0)
+    return out
+
+
+def tanh(x: np.ndarray) -> np.ndarray:
+    """The hyperbolic tangent."""
+    out: np.ndarray = np.tanh(x)
+    return out
+
+
+def asarray(x: Any, dtype: Any) -> np.ndarray:
+    """An array of these numbers; itself if it is one of this dtype."""
+    return np.asarray(x, dtype)
+
+
+def cast(x: np.ndarray, dtype: Any) -> np.ndarray:
+    """The array in this dtype; itself if it has it."""
+    return x.astype(dtype, copy=False)
+
+
+def arange(stop: int) -> np.ndarray:
+    """The integers from 0 to stop - 1."""
+    return np.arange(stop)
+
+
+def where(condition: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Values of x where the condition holds, else of y."""
+    return np.where(condition, x, y)
+
+
+def clip(x: np.ndarray, low: float, high: float) -> np.ndarray:
+    """The values, limited to [low, high]."""
+    out: np.ndarray = np.clip(x, low, high)
+    return out
+
+
+def concatenate(arrays: Sequence[np.ndarray], axis: int = 0) -> np.ndarray:
+    """Join arrays along an axis."""
+    return np.concatenate(arrays, axis=axis)
+
+
+def split(x: np.ndarray, parts: int, axis: int = 0) -> Sequence[np.ndarray]:
+    """Equal parts of an array, along an axis: views of it."""
+    return np.split(x, parts, axis=axis)
+
+
+def pad(x: np.ndarray, widths: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Add zeros before and after: (before, after) for each axis."""
+    return np.pad(x, widths)
+
+
+def broadcast_to(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The array, repeated to this shape: a view of it."""
+    return np.broadcast_to(x, shape)
+
+
+def evaluate(*arrays: Any) -> None:
+    """Do nothing: NumPy computes at once."""

@@ -1,7 +1,4 @@
-"""NumPy as a backend: how the pipeline loads networks and moves arrays.
-
-Mirrors models/backend.py.
-"""
+"""NumPy as a backend: how the pipeline loads networks and moves arrays."""
 
 from __future__ import annotations
 
@@ -11,45 +8,21 @@ from typing import Any
 
 import numpy as np
 
+from mlxdiff.backends import numpy_layers
+from mlxdiff.backends.numpy_layers import StoredWeight
 from mlxdiff.errors import UsageError
 from mlxdiff.machine.probe import memory_bytes
-from mlxdiff.networks.config import (
-    AutoencoderKLConfig,
-    AutoencoderTinyConfig,
-    CLIPTextConfig,
-    CLIPVisionConfig,
-    ComponentConfig,
-    ControlNetConfig,
-    IPAdapterConfig,
-    UNet2DConditionConfig,
-    UNet2DConfig,
-)
+from mlxdiff.networks.config import ComponentConfig
+from mlxdiff.networks.layers import Layers, Module
 from mlxdiff.networks.params import check_parameters
-from mlxdiff.reference.clip import CLIPTextModel
-from mlxdiff.reference.clip_vision import CLIPVisionModel
-from mlxdiff.reference.controlnet import ControlNetModel
-from mlxdiff.reference.ip_adapter import IPAdapterModel
-from mlxdiff.reference.layers import Module, StoredWeight, activation
-from mlxdiff.reference.taesd import AutoencoderTiny
-from mlxdiff.reference.unet import UNet2DConditionModel
-from mlxdiff.reference.unet_2d import UNet2DModel
-from mlxdiff.reference.vae import AutoencoderKL
+from mlxdiff.networks.registry import build
 from mlxdiff.weights.quantization import Packed
 from mlxdiff.weights.tensors import AdaptedTensor, LazyTensor, QuantizedTensor
 
-_MODELS: dict[type, Callable[..., Module]] = {
-    CLIPTextConfig: CLIPTextModel,
-    UNet2DConditionConfig: UNet2DConditionModel,
-    ControlNetConfig: ControlNetModel,
-    CLIPVisionConfig: CLIPVisionModel,
-    IPAdapterConfig: IPAdapterModel,
-    UNet2DConfig: UNet2DModel,
-    AutoencoderKLConfig: AutoencoderKL,
-    AutoencoderTinyConfig: AutoencoderTiny,
-}
+nn: Layers = numpy_layers
 
 
-class Backend:
+class NumPyBackend:
     """Loads networks and converts arrays.
 
     Attributes:
@@ -85,10 +58,10 @@ class Backend:
         Raises: CheckpointError for a missing, unknown or misshapen tensor; UsageError for the
             dtype.
         """
-        kind = _MODELS[type(config)]
+        model = build(nn, config)
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        check_parameters(shapes, config, f"weights for {kind.__name__}")
-        model, target = kind(config), _dtype(dtype or self.dtype)
+        check_parameters(shapes, config, f"weights for {type(model).__name__}")
+        target = _dtype(dtype or self.dtype)
         for name, tensor in tensors.items():
             model.put(name, _weight(tensor, target, bool(keep_stored)))
         return model
@@ -111,7 +84,7 @@ class Backend:
     @staticmethod
     def activation(name: str) -> Callable[[np.ndarray], np.ndarray]:
         """The function that a config calls by this name."""
-        return activation(name)
+        return nn.activation(name)
 
     @staticmethod
     def has_gpu() -> bool:

@@ -1,4 +1,4 @@
-"""CLIP's text encoder in MLX (Radford et al. 2021), OpenCLIP's included. Mirrors reference/clip.py.
+"""CLIP's text encoder (Radford et al. 2021), OpenCLIP's included.
 
 Shape letters: B batch, T tokens, D hidden_size, P projection_dim.
 Source: transformers models/clip/modeling_clip.py.
@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import mlx.core as mx
-
-from mlxdiff.models.layers import Embedding, LayerNorm, Linear, Module, activation, attention
 from mlxdiff.networks.config import CLIPTextConfig, CLIPVisionConfig
+from mlxdiff.networks.layers import Array, Layers, Module
 
 CLIPConfig = CLIPTextConfig | CLIPVisionConfig
 
@@ -27,10 +25,10 @@ class CLIPTextOutput(NamedTuple):
         text_embeds: (B, P), pooled and projected; None where the model has no projection.
     """
 
-    last_hidden_state: mx.array
-    hidden_states: tuple[mx.array, ...]
-    pooled: mx.array
-    text_embeds: mx.array | None
+    last_hidden_state: Array
+    hidden_states: tuple[Array, ...]
+    pooled: Array
+    text_embeds: Array | None
 
 
 class CLIPTextEmbeddings(Module):
@@ -40,65 +38,65 @@ class CLIPTextEmbeddings(Module):
     first on: ``vocab_size + k`` and ``-1 - k`` both take row k (textual inversion).
     """
 
-    def __init__(self, config: CLIPTextConfig) -> None:
-        super().__init__()
+    def __init__(self, nn: Layers, config: CLIPTextConfig) -> None:
+        super().__init__(nn)
         self.vocab_size = config.vocab_size
-        self.token_embedding = Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
-    def __call__(self, input_ids: mx.array, vectors: mx.array | None = None) -> mx.array:
-        positions = self.position_embedding(mx.arange(input_ids.shape[1]))
+    def __call__(self, input_ids: Array, vectors: Array | None = None) -> Array:
+        positions = self.position_embedding(self.nn.arange(input_ids.shape[1]))
         if vectors is None:
             return self.token_embedding(input_ids) + positions
         beyond = input_ids >= self.vocab_size
         beside = beyond | (input_ids < 0)
-        rows = mx.where(beyond, input_ids - self.vocab_size, -1 - input_ids)
-        tokens = self.token_embedding(mx.where(beside, 0, input_ids))
-        own = vectors[mx.where(beside, rows, 0)].astype(tokens.dtype)
-        return mx.where(beside[..., None], own, tokens) + positions
+        rows = self.nn.where(beyond, input_ids - self.vocab_size, -1 - input_ids)
+        tokens = self.token_embedding(self.nn.where(beside, 0, input_ids))
+        own = self.nn.cast(vectors[self.nn.where(beside, rows, 0)], tokens.dtype)
+        return self.nn.where(beside[..., None], own, tokens) + positions
 
 
 class CLIPAttention(Module):
     """Multi-head self-attention: x (B, T, D), mask (T, T) or None -> (B, T, D)."""
 
-    def __init__(self, config: CLIPConfig) -> None:
-        super().__init__()
+    def __init__(self, nn: Layers, config: CLIPConfig) -> None:
+        super().__init__(nn)
         self.heads = config.num_attention_heads
-        self.q_proj = Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
+    def __call__(self, x: Array, mask: Array | None) -> Array:
         return self.out_proj(
-            attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, mask)
+            self.nn.attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, mask)
         )
 
 
 class CLIPMLP(Module):
     """Two linear layers with the config's activation between them."""
 
-    def __init__(self, config: CLIPConfig) -> None:
-        super().__init__()
-        self.activation = activation(config.hidden_act)
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+    def __init__(self, nn: Layers, config: CLIPConfig) -> None:
+        super().__init__(nn)
+        self.activation = nn.activation(config.hidden_act)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: Array) -> Array:
         return self.fc2(self.activation(self.fc1(x)))
 
 
 class CLIPEncoderLayer(Module):
     """A transformer layer, normalized before attention and before the MLP."""
 
-    def __init__(self, config: CLIPConfig) -> None:
-        super().__init__()
-        self.self_attn = CLIPAttention(config)
-        self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.mlp = CLIPMLP(config)
-        self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+    def __init__(self, nn: Layers, config: CLIPConfig) -> None:
+        super().__init__(nn)
+        self.self_attn = CLIPAttention(nn, config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = CLIPMLP(nn, config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
+    def __call__(self, x: Array, mask: Array | None) -> Array:
         x = x + self.self_attn(self.layer_norm1(x), mask)
         return x + self.mlp(self.layer_norm2(x))
 
@@ -106,11 +104,11 @@ class CLIPEncoderLayer(Module):
 class CLIPEncoder(Module):
     """All layers. Returns the input and the output of each layer, num_hidden_layers + 1 arrays."""
 
-    def __init__(self, config: CLIPConfig) -> None:
-        super().__init__()
-        self.layers = [CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers)]
+    def __init__(self, nn: Layers, config: CLIPConfig) -> None:
+        super().__init__(nn)
+        self.layers = [CLIPEncoderLayer(nn, config) for _ in range(config.num_hidden_layers)]
 
-    def __call__(self, x: mx.array, mask: mx.array | None) -> list[mx.array]:
+    def __call__(self, x: Array, mask: Array | None) -> list[Array]:
         hidden_states = [x]
         for layer in self.layers:
             hidden_states.append(layer(hidden_states[-1], mask))
@@ -120,16 +118,16 @@ class CLIPEncoder(Module):
 class CLIPTextTransformer(Module):
     """Embeddings, causal encoder, final layer norm, and the state at the end of the text."""
 
-    def __init__(self, config: CLIPTextConfig) -> None:
-        super().__init__()
+    def __init__(self, nn: Layers, config: CLIPTextConfig) -> None:
+        super().__init__(nn)
         self.eos_token_id = config.eos_token_id
-        self.embeddings = CLIPTextEmbeddings(config)
-        self.encoder = CLIPEncoder(config)
-        self.final_layer_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.embeddings = CLIPTextEmbeddings(nn, config)
+        self.encoder = CLIPEncoder(nn, config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    def __call__(self, input_ids: mx.array, vectors: mx.array | None = None) -> CLIPTextOutput:
+    def __call__(self, input_ids: Array, vectors: Array | None = None) -> CLIPTextOutput:
         length = input_ids.shape[1]
-        positions = mx.arange(length)
+        positions = self.nn.arange(length)
         causal = positions[:, None] >= positions
         hidden_states = self.encoder(self.embeddings(input_ids, vectors), causal)
         last = self.final_layer_norm(hidden_states[-1])
@@ -137,8 +135,8 @@ class CLIPTextTransformer(Module):
         legacy = self.eos_token_id == 2
         end = input_ids.max(axis=1, keepdims=True) if legacy else self.eos_token_id
         # The first such position; 0 where there is none.
-        where = mx.where(input_ids == end, positions, length).min(axis=1) % length
-        pooled = last[mx.arange(len(last)), where]
+        where = self.nn.where(input_ids == end, positions, length).min(axis=1) % length
+        pooled = last[self.nn.arange(len(last)), where]
         return CLIPTextOutput(last, tuple(hidden_states), pooled, None)
 
 
@@ -151,14 +149,14 @@ class CLIPTextModel(Module):
     Returns: CLIPTextOutput, in the dtype of the weights.
     """
 
-    def __init__(self, config: CLIPTextConfig) -> None:
-        super().__init__()
-        self.text_model = CLIPTextTransformer(config)
+    def __init__(self, nn: Layers, config: CLIPTextConfig) -> None:
+        super().__init__(nn)
+        self.text_model = CLIPTextTransformer(nn, config)
         self.text_projection = None
         if config.with_projection:
-            self.text_projection = Linear(config.hidden_size, config.projection_dim, bias=False)
+            self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
-    def __call__(self, input_ids: mx.array, vectors: mx.array | None = None) -> CLIPTextOutput:
+    def __call__(self, input_ids: Array, vectors: Array | None = None) -> CLIPTextOutput:
         output = self.text_model(input_ids, vectors)
         if self.text_projection is None:
             return output

@@ -1,4 +1,4 @@
-"""ControlNet in MLX (Zhang et al. 2023). Mirrors reference/controlnet.py.
+"""ControlNet (Zhang et al. 2023).
 
 A copy of the U-Net's first half that also sees a picture, and adds what it makes of it to the
 outputs of the U-Net's own, through convolutions that were zero when its training began.
@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import mlx.core as mx
-
-from mlxdiff.models.layers import Conv2d, Module, silu
-from mlxdiff.models.unet import UNetEncoder
 from mlxdiff.networks.condition import Condition
 from mlxdiff.networks.config import ControlNetConfig
+from mlxdiff.networks.layers import Array, Layers, Module
+from mlxdiff.networks.unet import UNetEncoder
 
 
 class ControlNetConditioningEmbedding(Module):
@@ -25,20 +23,20 @@ class ControlNetConditioningEmbedding(Module):
     Returns: (B, H / factor, W / factor, channels).
     """
 
-    def __init__(self, config: ControlNetConfig) -> None:
-        super().__init__()
+    def __init__(self, nn: Layers, config: ControlNetConfig) -> None:
+        super().__init__(nn)
         widths = config.conditioning_embedding_out_channels
-        self.conv_in = Conv2d(config.conditioning_channels, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(config.conditioning_channels, widths[0], 3, padding=1)
         self.blocks = []
         for width, out in pairwise(widths):
-            self.blocks.append(Conv2d(width, width, 3, padding=1))
-            self.blocks.append(Conv2d(width, out, 3, stride=2, padding=1))
-        self.conv_out = Conv2d(widths[-1], config.block_out_channels[0], 3, padding=1)
+            self.blocks.append(nn.Conv2d(width, width, 3, padding=1))
+            self.blocks.append(nn.Conv2d(width, out, 3, stride=2, padding=1))
+        self.conv_out = nn.Conv2d(widths[-1], config.block_out_channels[0], 3, padding=1)
 
-    def __call__(self, image: mx.array) -> mx.array:
-        x = silu(self.conv_in(image))
+    def __call__(self, image: Array) -> Array:
+        x = self.nn.silu(self.conv_in(image))
         for block in self.blocks:
-            x = silu(block(x))
+            x = self.nn.silu(block(x))
         return self.conv_out(x)
 
 
@@ -47,28 +45,28 @@ class ControlNetModel(UNetEncoder):
 
     config: ControlNetConfig
 
-    def __init__(self, config: ControlNetConfig) -> None:
-        super().__init__(config)
-        self.controlnet_cond_embedding = ControlNetConditioningEmbedding(config)
-        self.controlnet_down_blocks = [Conv2d(c, c, 1) for c in config.residual_channels]
+    def __init__(self, nn: Layers, config: ControlNetConfig) -> None:
+        super().__init__(nn, config)
+        self.controlnet_cond_embedding = ControlNetConditioningEmbedding(nn, config)
+        self.controlnet_down_blocks = [nn.Conv2d(c, c, 1) for c in config.residual_channels]
         last = config.block_out_channels[-1]
-        self.controlnet_mid_block = Conv2d(last, last, 1)
+        self.controlnet_mid_block = nn.Conv2d(last, last, 1)
 
-    def embed_image(self, image: mx.array) -> mx.array:
+    def embed_image(self, image: Array) -> Array:
         """The picture (B, H, W, 3), RGB in [0, 1], as ``condition``: the same in every step."""
         if self.config.channel_order == "bgr":
             image = image[..., ::-1]
-        return self.controlnet_cond_embedding(image.astype(self.dtype))
+        return self.controlnet_cond_embedding(self.nn.cast(image, self.dtype))
 
     def predict(
         self,
-        sample: mx.array,
+        sample: Array,
         temb: Condition,
         text: Condition,
-        condition: mx.array,
+        condition: Array,
         scale: float = 1.0,
         guess_mode: bool = False,
-    ) -> list[mx.array]:
+    ) -> list[Array]:
         """Run the network.
 
         Args:
@@ -81,7 +79,7 @@ class ControlNetModel(UNetEncoder):
             added: (B, H', W', C'), or (B, 1, 1, C') where the config says
             ``global_pool_conditions``.
         """
-        x = self.conv_in(sample.astype(self.dtype)) + condition
+        x = self.conv_in(self.nn.cast(sample, self.dtype)) + condition
         x, skips = self.encode(x, temb, text)
         outputs = [
             conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)
@@ -91,16 +89,16 @@ class ControlNetModel(UNetEncoder):
 
     def predict_first(
         self,
-        sample: mx.array,
-        condition: mx.array,
+        sample: Array,
+        condition: Array,
         scale: float = 1.0,
         guess_mode: bool = False,
-    ) -> mx.array:
+    ) -> Array:
         """The first of what ``predict`` returns, for which no more than the first layer runs."""
-        x = self.conv_in(sample.astype(self.dtype)) + condition
+        x = self.conv_in(self.nn.cast(sample, self.dtype)) + condition
         return self._scaled([self.controlnet_down_blocks[0](x)], scale, guess_mode)[0]
 
-    def _scaled(self, outputs: list[mx.array], scale: float, guess_mode: bool) -> list[mx.array]:
+    def _scaled(self, outputs: list[Array], scale: float, guess_mode: bool) -> list[Array]:
         """All outputs, or the first of them, as they are to be added."""
         if self.config.global_pool_conditions:
             outputs = [x.mean(axis=(1, 2), keepdims=True) for x in outputs]

@@ -1,4 +1,4 @@
-"""The layers that the networks are made of, in MLX. Mirrors reference/layers.py.
+"""The layers that the networks are made of, in MLX (``networks.layers.Layers``).
 
 Feature maps are (B, H, W, C). Every layer computes in the dtype of its weights, except where a line
 says float32. Activations are written out here instead of taken from mlx.nn: those are compiled
@@ -152,7 +152,8 @@ class Conv2d(Module):
 
     Args:
         x: (B, H, W, in_channels).
-        more: added to the result: a feature map, or (B, 1, 1, out_channels); None: nothing.
+        more: added to the result: a feature map, or (B, 1, 1, out_channels), or a function that
+            makes it. None: nothing.
     Returns: (B, H', W', out_channels).
     """
 
@@ -172,10 +173,13 @@ class Conv2d(Module):
         if bias:
             self.bias = mx.zeros((out_channels,))
 
-    def __call__(self, x: mx.array, more: mx.array | None = None) -> mx.array:
+    def __call__(
+        self, x: mx.array, more: mx.array | Callable[[], mx.array] | None = None
+    ) -> mx.array:
         weight, bias = self.weight, self.get("bias")
         if weight.shape[1] == 1 and self.stride == 1 and self.padding == 0:
             x = _affine(self, x)
+            more = more() if callable(more) else more
             return x if more is None else x + more
         stored = isinstance(weight, StoredWeight)
         if isinstance(weight, StoredWeight):
@@ -184,6 +188,7 @@ class Conv2d(Module):
             x = mx.conv2d(x, weight, self.stride, self.padding)
         else:
             x = _conv_by_rows(x, weight, self.stride, self.padding)
+        more = more() if callable(more) else more
         x = _sum(x, *(part for part in (bias, more) if part is not None))
         return _before_the_next(x) if stored else x
 
@@ -394,7 +399,7 @@ def gelu(x: mx.array) -> mx.array:
 def _gelu_by_tail(x: mx.array) -> mx.array:
     """max(x, 0) - |x| Q(|x|), where Q(a) exp(a^2 / 2) is a rational function of a.
 
-    See reference.layers.gelu. Beyond 13 the tail Q is zero in float32.
+    See numpy_layers.gelu. Beyond 13 the tail Q is zero in float32.
     """
     a = mx.minimum(mx.abs(x), 13)
     over, under = (_polynomial(coefficients, a) for coefficients in _TAIL)
@@ -641,3 +646,73 @@ def timestep_embedding(
     if embedding_dim % 2:
         parts.append(mx.zeros((angles.shape[0], 1)))
     return mx.concatenate(parts, axis=-1)
+
+
+# -------------------------------------------------------------------------------------- of arrays
+
+float32 = mx.float32
+
+
+def parameter(*shape: int) -> mx.array:
+    """Zeros that take no memory: they are never computed, loading replaces them."""
+    return mx.zeros(shape)
+
+
+def relu(x: mx.array) -> mx.array:
+    """max(x, 0)."""
+    return mx.maximum(x, 0)
+
+
+def tanh(x: mx.array) -> mx.array:
+    """The hyperbolic tangent."""
+    return mx.tanh(x)
+
+
+def asarray(x: Any, dtype: mx.Dtype) -> mx.array:
+    """An array of these numbers."""
+    return mx.array(x, dtype)
+
+
+def cast(x: mx.array, dtype: mx.Dtype) -> mx.array:
+    """The array in this dtype; itself if it has it."""
+    return x.astype(dtype)
+
+
+def arange(stop: int) -> mx.array:
+    """The integers from 0 to stop - 1."""
+    return mx.arange(stop)
+
+
+def where(condition: mx.array, x: mx.array, y: mx.array) -> mx.array:
+    """Values of x where the condition holds, else of y."""
+    return mx.where(condition, x, y)
+
+
+def clip(x: mx.array, low: float, high: float) -> mx.array:
+    """The values, limited to [low, high]."""
+    return mx.clip(x, low, high)
+
+
+def concatenate(arrays: Sequence[mx.array], axis: int = 0) -> mx.array:
+    """Join arrays along an axis."""
+    return mx.concatenate(list(arrays), axis=axis)
+
+
+def split(x: mx.array, parts: int, axis: int = 0) -> Sequence[mx.array]:
+    """Equal parts of an array, along an axis."""
+    return tuple(mx.split(x, parts, axis=axis))
+
+
+def pad(x: mx.array, widths: Sequence[tuple[int, int]]) -> mx.array:
+    """Add zeros before and after: (before, after) for each axis."""
+    return mx.pad(x, list(widths))
+
+
+def broadcast_to(x: mx.array, shape: tuple[int, ...]) -> mx.array:
+    """The array, repeated to this shape."""
+    return mx.broadcast_to(x, shape)
+
+
+def evaluate(*arrays: Any) -> None:
+    """Compute arrays (or tuples and lists of them) now."""
+    mx.eval(*arrays)

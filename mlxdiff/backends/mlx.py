@@ -1,7 +1,6 @@
 """MLX as a backend: how the pipeline loads networks and moves arrays without knowing mlx.
 
-Mirrors reference/backend.py. This is the module to import; it says what to do where there is no
-mlx.
+Import this module, not ``mlx_layers``: without mlx it raises an error that says what to do.
 """
 
 from __future__ import annotations
@@ -13,18 +12,10 @@ import numpy as np
 
 from mlxdiff.errors import UsageError
 from mlxdiff.machine.probe import memory_bytes
-from mlxdiff.networks.config import (
-    AutoencoderKLConfig,
-    AutoencoderTinyConfig,
-    CLIPTextConfig,
-    CLIPVisionConfig,
-    ComponentConfig,
-    ControlNetConfig,
-    IPAdapterConfig,
-    UNet2DConditionConfig,
-    UNet2DConfig,
-)
+from mlxdiff.networks.config import ComponentConfig
+from mlxdiff.networks.layers import Layers, Module
 from mlxdiff.networks.params import check_parameters
+from mlxdiff.networks.registry import build
 from mlxdiff.weights.tensors import AdaptedTensor, LazyTensor, QuantizedTensor
 
 try:
@@ -35,32 +26,17 @@ except ImportError as error:
         "`pip install 'mlx[cpu]'` (Linux), or use the NumPy backend (--backend numpy)"
     ) from None
 
-from mlxdiff.models.clip import CLIPTextModel
-from mlxdiff.models.clip_vision import CLIPVisionModel
-from mlxdiff.models.controlnet import ControlNetModel
-from mlxdiff.models.ip_adapter import IPAdapterModel
-from mlxdiff.models.layers import Module, StoredWeight, activation
-from mlxdiff.models.taesd import AutoencoderTiny
-from mlxdiff.models.unet import UNet2DConditionModel
-from mlxdiff.models.unet_2d import UNet2DModel
-from mlxdiff.models.vae import AutoencoderKL
+from mlxdiff.backends import mlx_layers
+from mlxdiff.backends.mlx_layers import StoredWeight
 
-_MODELS: dict[type, Callable[..., Module]] = {
-    CLIPTextConfig: CLIPTextModel,
-    UNet2DConditionConfig: UNet2DConditionModel,
-    ControlNetConfig: ControlNetModel,
-    CLIPVisionConfig: CLIPVisionModel,
-    IPAdapterConfig: IPAdapterModel,
-    UNet2DConfig: UNet2DModel,
-    AutoencoderKLConfig: AutoencoderKL,
-    AutoencoderTinyConfig: AutoencoderTiny,
-}
 # Freed buffers that are kept on a GPU: enough for the buffers of some layers in turn.
 _CACHE, _LITTLE_CACHE = 1 << 30, 32 << 20
 _FLOATS = ("float32", "float16", "bfloat16")
 
+nn: Layers = mlx_layers
 
-class Backend:
+
+class MLXBackend:
     """Loads networks and converts arrays.
 
     Attributes:
@@ -98,14 +74,14 @@ class Backend:
         Raises: CheckpointError for a missing, unknown or misshapen tensor; UsageError for the
             dtype.
         """
-        kind = _MODELS[type(config)]
+        model = build(nn, config)
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        check_parameters(shapes, config, f"weights for {kind.__name__}")
-        model, target = kind(config), _dtype(dtype or self.dtype)
+        check_parameters(shapes, config, f"weights for {type(model).__name__}")
+        target = _dtype(dtype or self.dtype)
         model.dtype = target
         for name, tensor in tensors.items():
             weight = _weight(tensor, target, keep_stored)
-            mx.eval(weight.parameters() if isinstance(weight, Module) else weight)
+            mx.eval(weight.parameters() if isinstance(weight, StoredWeight) else weight)
             model.put(name, weight)
         return model
 
@@ -128,7 +104,7 @@ class Backend:
     @staticmethod
     def activation(name: str) -> Callable[[mx.array], mx.array]:
         """The function that a config calls by this name."""
-        return activation(name)
+        return nn.activation(name)
 
     @staticmethod
     def has_gpu() -> bool:
@@ -138,7 +114,7 @@ class Backend:
     @staticmethod
     def device() -> str:
         """What computes: "CPU", or "Metal" or "CUDA" with the name of the GPU."""
-        if not Backend.has_gpu():
+        if not MLXBackend.has_gpu():
             return "CPU"
         kind = "Metal" if mx.metal.is_available() else "CUDA"
         name = _device_info().get("device_name")
@@ -150,12 +126,12 @@ class Backend:
         info, machine = _device_info(), memory_bytes()
         # On a Mac the GPU shares the machine's memory, all but a part that the system keeps.
         size = info.get("max_recommended_working_set_size") or info.get("memory_size")
-        return int(size) if Backend.has_gpu() and size else machine
+        return int(size) if MLXBackend.has_gpu() and size else machine
 
     @staticmethod
     def default_dtype() -> str:
         """float16 on a GPU; float32 on a CPU, where half precision is far slower."""
-        return "float16" if Backend.has_gpu() else "float32"
+        return "float16" if MLXBackend.has_gpu() else "float32"
 
     def peak_memory(self) -> int:
         """The most bytes that MLX held at once so far."""
@@ -184,7 +160,7 @@ def _weight(
     tensor: LazyTensor, dtype: mx.Dtype, keep_stored: bool | None
 ) -> mx.array | StoredWeight:
     if isinstance(tensor, QuantizedTensor):
-        if Backend.has_gpu() if keep_stored is None else keep_stored:
+        if MLXBackend.has_gpu() if keep_stored is None else keep_stored:
             beside = tensor.read_beside() if isinstance(tensor, AdaptedTensor) else None
             return StoredWeight(tensor.read_packed(), dtype, beside)
     elif keep_stored and len(tensor.shape) in (2, 4):

@@ -1,4 +1,4 @@
-"""The denoising U-Net in NumPy (Rombach et al. 2022, Podell et al. 2023). Mirrors models/unet.py.
+"""The denoising U-Net (Rombach et al. 2022, Podell et al. 2023).
 
 Everything follows from the config, through ``config.BlockSpec``: one class for SD 1.x, 2.x, SDXL
 and their distilled and inpainting variants. Shape letters: B batch, H W sides of the feature map, C
@@ -12,28 +12,17 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from mlxdiff.errors import UsageError
-from mlxdiff.networks.condition import Condition
-from mlxdiff.networks.config import BlockSpec, UNet2DConditionConfig, UNetConfig
-from mlxdiff.reference.blocks import (
+from mlxdiff.networks.blocks import (
     Attention,
     Downsample2D,
     ResnetBlock2D,
     TimestepEmbedding,
     Upsample2D,
 )
-from mlxdiff.reference.layers import (
-    Conv2d,
-    Embedding,
-    GroupNorm,
-    LayerNorm,
-    Linear,
-    Module,
-    geglu,
-    timestep_embedding,
-)
+from mlxdiff.networks.condition import Condition
+from mlxdiff.networks.config import BlockSpec, UNet2DConditionConfig, UNetConfig
+from mlxdiff.networks.layers import Array, Layers, Module
 
 ALL, ALL_BUT_LAST, LAST = slice(None), slice(-1), slice(-1, None)  # layers of a block
 
@@ -41,21 +30,23 @@ ALL, ALL_BUT_LAST, LAST = slice(None), slice(-1), slice(-1, None)  # layers of a
 class GEGLU(Module):
     """One half of a linear map, gated by the gelu of the other (Shazeer 2020)."""
 
-    def __init__(self, dim_in: int, dim_out: int) -> None:
-        self.proj = Linear(dim_in, 2 * dim_out)
+    def __init__(self, nn: Layers, dim_in: int, dim_out: int) -> None:
+        super().__init__(nn)
+        self.proj = nn.Linear(dim_in, 2 * dim_out)
 
-    def __call__(self, x: np.ndarray) -> np.ndarray:
-        return geglu(self.proj(x))
+    def __call__(self, x: Array) -> Array:
+        return self.nn.geglu(self.proj(x))
 
 
 class FeedForward(Module):
     """GEGLU to four times the width and back."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, nn: Layers, dim: int) -> None:
+        super().__init__(nn)
         # The second entry is dropout's place in the parameter names: net.0.proj, net.2.
-        self.net: list[Any] = [GEGLU(dim, 4 * dim), Module(), Linear(4 * dim, dim)]
+        self.net = [GEGLU(nn, dim, 4 * dim), nn.Module(), nn.Linear(4 * dim, dim)]
 
-    def __call__(self, x: np.ndarray) -> np.ndarray:
+    def __call__(self, x: Array) -> Array:
         return self.net[2](self.net[0](x))
 
 
@@ -69,21 +60,22 @@ class BasicTransformerBlock(Module):
     Returns: the shape of x.
     """
 
-    def __init__(self, block: BlockSpec) -> None:
+    def __init__(self, nn: Layers, block: BlockSpec) -> None:
+        super().__init__(nn)
         width, heads, text = (
             block.out_channels,
             block.num_attention_heads,
             block.cross_attention_dim,
         )
         self.only_cross_attention = block.only_cross_attention
-        self.norm1 = LayerNorm(width)
-        self.attn1 = Attention(width, heads, text if block.only_cross_attention else None)
-        self.norm2 = LayerNorm(width)
-        self.attn2 = Attention(width, heads, text)
-        self.norm3 = LayerNorm(width)
-        self.ff = FeedForward(width)
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = Attention(nn, width, heads, text if block.only_cross_attention else None)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = Attention(nn, width, heads, text)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(nn, width)
 
-    def __call__(self, x: np.ndarray, encoder_hidden_states: Condition, batch: int) -> np.ndarray:
+    def __call__(self, x: Array, encoder_hidden_states: Condition, batch: int) -> Array:
         context = encoder_hidden_states if self.only_cross_attention else None
         x = x + self.attn1(self.norm1(x), context, batch)
         x += self.attn2(self.norm2(x), encoder_hidden_states, batch)
@@ -100,17 +92,20 @@ class Transformer2DModel(Module):
     Returns: (B, H, W, C).
     """
 
-    def __init__(self, block: BlockSpec, num_layers: int, config: UNet2DConditionConfig) -> None:
+    def __init__(
+        self, nn: Layers, block: BlockSpec, num_layers: int, config: UNet2DConditionConfig
+    ) -> None:
+        super().__init__(nn)
         width = block.out_channels
         # eps 1e-6 here whatever norm_eps says, as the reference.
-        self.norm = GroupNorm(config.norm_num_groups, width, eps=1e-6)
+        self.norm = nn.GroupNorm(config.norm_num_groups, width, eps=1e-6)
         # The two kinds of projection differ in the shape of their weight alone.
-        project = Linear if config.use_linear_projection else partial(Conv2d, kernel_size=1)
+        project = nn.Linear if config.use_linear_projection else partial(nn.Conv2d, kernel_size=1)
         self.proj_in = project(width, width)
-        self.transformer_blocks = [BasicTransformerBlock(block) for _ in range(num_layers)]
+        self.transformer_blocks = [BasicTransformerBlock(nn, block) for _ in range(num_layers)]
         self.proj_out = project(width, width)
 
-    def __call__(self, x: np.ndarray, encoder_hidden_states: Condition) -> np.ndarray:
+    def __call__(self, x: Array, encoder_hidden_states: Condition) -> Array:
         h = self.proj_in(self.norm(x).reshape(-1, x.shape[-1]))
         for block in self.transformer_blocks:
             h = block(h, encoder_hidden_states, len(x))
@@ -130,17 +125,18 @@ class DownBlock2D(Module):
     Returns: (B, H', W', out_channels), halved (rounded up) by the downsampler.
     """
 
-    def __init__(self, block: BlockSpec, config: UNetConfig) -> None:
-        self.resnets = _resnets(block, config)
-        self.downsamplers = _downsamplers(block, config)
+    def __init__(self, nn: Layers, block: BlockSpec, config: UNetConfig) -> None:
+        super().__init__(nn)
+        self.resnets = _resnets(nn, block, config)
+        self.downsamplers = _downsamplers(nn, block, config)
 
     def __call__(
         self,
-        x: np.ndarray,
+        x: Array,
         temb: Condition,
         encoder_hidden_states: Condition | None,
-        skips: list[np.ndarray],
-    ) -> np.ndarray:
+        skips: list[Array],
+    ) -> Array:
         for resnet in self.resnets:
             x = resnet(x, temb)
             skips.append(x)
@@ -156,18 +152,19 @@ class CrossAttnDownBlock2D(Module):
     Args and result: as DownBlock2D, with encoder_hidden_states of (B, L, D) attended to.
     """
 
-    def __init__(self, block: BlockSpec, config: UNetConfig) -> None:
-        self.resnets = _resnets(block, config)
-        self.attentions: list[Any] = _transformers(block, config)
-        self.downsamplers = _downsamplers(block, config)
+    def __init__(self, nn: Layers, block: BlockSpec, config: UNetConfig) -> None:
+        super().__init__(nn)
+        self.resnets = _resnets(nn, block, config)
+        self.attentions: list[Any] = _transformers(nn, block, config)
+        self.downsamplers = _downsamplers(nn, block, config)
 
     def __call__(
         self,
-        x: np.ndarray,
+        x: Array,
         temb: Condition,
         encoder_hidden_states: Condition | None,
-        skips: list[np.ndarray],
-    ) -> np.ndarray:
+        skips: list[Array],
+    ) -> Array:
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
             x = attention(resnet(x, temb), encoder_hidden_states)
             skips.append(x)
@@ -180,12 +177,11 @@ class CrossAttnDownBlock2D(Module):
 class UNetMidBlock2D(Module):
     """Resnets at the lowest resolution: (B, H, W, C) -> (B, H, W, C)."""
 
-    def __init__(self, block: BlockSpec, config: UNetConfig) -> None:
-        self.resnets = _resnets(block, config)
+    def __init__(self, nn: Layers, block: BlockSpec, config: UNetConfig) -> None:
+        super().__init__(nn)
+        self.resnets = _resnets(nn, block, config)
 
-    def __call__(
-        self, x: np.ndarray, temb: Condition, encoder_hidden_states: Condition | None
-    ) -> np.ndarray:
+    def __call__(self, x: Array, temb: Condition, encoder_hidden_states: Condition | None) -> Array:
         for resnet in self.resnets:
             x = resnet(x, temb)
         return x
@@ -194,13 +190,12 @@ class UNetMidBlock2D(Module):
 class UNetMidBlock2DCrossAttn(Module):
     """Two resnets with a transformer between them: (B, H, W, C) -> (B, H, W, C)."""
 
-    def __init__(self, block: BlockSpec, config: UNetConfig) -> None:
-        self.resnets = _resnets(block, config)
-        self.attentions: list[Any] = _transformers(block, config)
+    def __init__(self, nn: Layers, block: BlockSpec, config: UNetConfig) -> None:
+        super().__init__(nn)
+        self.resnets = _resnets(nn, block, config)
+        self.attentions: list[Any] = _transformers(nn, block, config)
 
-    def __call__(
-        self, x: np.ndarray, temb: Condition, encoder_hidden_states: Condition | None
-    ) -> np.ndarray:
+    def __call__(self, x: Array, temb: Condition, encoder_hidden_states: Condition | None) -> Array:
         first, *rest = self.resnets
         x = first(x, temb)
         for attention, resnet in zip(self.attentions, rest, strict=True):
@@ -220,20 +215,21 @@ class UpBlock2D(Module):
     Returns: (B, H', W', out_channels), of the size of the next skip where it was upsampled.
     """
 
-    def __init__(self, block: BlockSpec, config: UNetConfig) -> None:
-        self.resnets = _resnets(block, config)
-        self.upsamplers = _upsamplers(block)
+    def __init__(self, nn: Layers, block: BlockSpec, config: UNetConfig) -> None:
+        super().__init__(nn)
+        self.resnets = _resnets(nn, block, config)
+        self.upsamplers = _upsamplers(nn, block)
 
     def __call__(
         self,
-        x: np.ndarray,
+        x: Array,
         temb: Condition,
         encoder_hidden_states: Condition | None,
-        skips: list[np.ndarray],
+        skips: list[Array],
         layers: slice = ALL,
-    ) -> np.ndarray:
+    ) -> Array:
         for resnet in self.resnets[layers]:
-            x = resnet(np.concatenate([x, skips.pop()], axis=-1), temb)
+            x = resnet(self.nn.concatenate([x, skips.pop()], axis=-1), temb)
         for upsampler in self.upsamplers if layers.stop is None else []:
             x = upsampler(x, skips[-1].shape[1:3])
         return x
@@ -245,21 +241,22 @@ class CrossAttnUpBlock2D(Module):
     Args and result: as UpBlock2D, with encoder_hidden_states of (B, L, D) attended to.
     """
 
-    def __init__(self, block: BlockSpec, config: UNetConfig) -> None:
-        self.resnets = _resnets(block, config)
-        self.attentions: list[Any] = _transformers(block, config)
-        self.upsamplers = _upsamplers(block)
+    def __init__(self, nn: Layers, block: BlockSpec, config: UNetConfig) -> None:
+        super().__init__(nn)
+        self.resnets = _resnets(nn, block, config)
+        self.attentions: list[Any] = _transformers(nn, block, config)
+        self.upsamplers = _upsamplers(nn, block)
 
     def __call__(
         self,
-        x: np.ndarray,
+        x: Array,
         temb: Condition,
         encoder_hidden_states: Condition | None,
-        skips: list[np.ndarray],
+        skips: list[Array],
         layers: slice = ALL,
-    ) -> np.ndarray:
+    ) -> Array:
         for resnet, attention in zip(self.resnets[layers], self.attentions[layers], strict=True):
-            x = resnet(np.concatenate([x, skips.pop()], axis=-1), temb)
+            x = resnet(self.nn.concatenate([x, skips.pop()], axis=-1), temb)
             x = attention(x, encoder_hidden_states)
         for upsampler in self.upsamplers if layers.stop is None else []:
             x = upsampler(x, skips[-1].shape[1:3])
@@ -269,44 +266,45 @@ class CrossAttnUpBlock2D(Module):
 class UNetEncoder(Module):
     """The first half of the U-Net, of which a ControlNet is a copy: all but the way up."""
 
-    def __init__(self, config: UNet2DConditionConfig) -> None:
+    def __init__(self, nn: Layers, config: UNet2DConditionConfig) -> None:
+        super().__init__(nn)
         self.config = config
         first, temb = config.block_out_channels[0], config.time_embed_dim
         kernel = config.conv_in_kernel
-        self.conv_in = Conv2d(config.in_channels, first, kernel, padding=kernel // 2)
-        self.time_embedding = TimestepEmbedding(first, temb, config.time_cond_proj_dim)
+        self.conv_in = nn.Conv2d(config.in_channels, first, kernel, padding=kernel // 2)
+        self.time_embedding = TimestepEmbedding(nn, first, temb, config.time_cond_proj_dim)
         self.add_embedding = None
         embed_in = config.projection_class_embeddings_input_dim
         if config.addition_embed_type is not None and embed_in is not None:
-            self.add_embedding = TimestepEmbedding(embed_in, temb)
+            self.add_embedding = TimestepEmbedding(nn, embed_in, temb)
         self.class_embedding = None
         if config.num_class_embeds is not None:
-            self.class_embedding = Embedding(config.num_class_embeds, temb)
-        self.down_blocks = [_BLOCKS[block.type](block, config) for block in config.down_blocks]
+            self.class_embedding = nn.Embedding(config.num_class_embeds, temb)
+        self.down_blocks = [_BLOCKS[block.type](nn, block, config) for block in config.down_blocks]
         self.mid_block = None
         if config.mid_block is not None:
-            self.mid_block = _BLOCKS[config.mid_block.type](config.mid_block, config)
+            self.mid_block = _BLOCKS[config.mid_block.type](nn, config.mid_block, config)
 
     def embed(
         self,
-        timesteps: np.ndarray,
-        text_embeds: np.ndarray | None = None,
-        time_ids: np.ndarray | None = None,
-        timestep_cond: np.ndarray | None = None,
-        class_labels: np.ndarray | None = None,
-    ) -> np.ndarray:
+        timesteps: Array,
+        text_embeds: Array | None = None,
+        time_ids: Array | None = None,
+        timestep_cond: Array | None = None,
+        class_labels: Array | None = None,
+    ) -> Array:
         """The timestep embedding with all that is added to it.
 
         Args: as for UNet2DConditionModel, timesteps (N,); the others of N rows, or of one for all.
         Returns: (N, E).
         """
-        config = self.config
-        embed = partial(
-            timestep_embedding,
-            flip_sin_to_cos=config.flip_sin_to_cos,
-            freq_shift=config.freq_shift,
+        config, dtype = self.config, self.dtype
+        temb = self.nn.timestep_embedding(
+            timesteps, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift
         )
-        temb = self.time_embedding(embed(timesteps, config.block_out_channels[0]), timestep_cond)
+        if timestep_cond is not None:
+            timestep_cond = self.nn.cast(timestep_cond, dtype)
+        temb = self.time_embedding(self.nn.cast(temb, dtype), timestep_cond)
         ids_dim = config.addition_time_embed_dim
         if self.add_embedding is not None and ids_dim is not None:
             if text_embeds is None or time_ids is None:
@@ -314,22 +312,23 @@ class UNetEncoder(Module):
                     "this network is conditioned on pooled text and sizes (addition_embed_type "
                     "text_time): give both text_embeds and time_ids"
                 )
-            ids = embed(time_ids.reshape(-1), ids_dim).reshape(len(time_ids), -1)
-            temb += self.add_embedding(np.concatenate([text_embeds, ids], axis=-1))
+            ids = self.nn.timestep_embedding(
+                time_ids.reshape(-1), ids_dim, config.flip_sin_to_cos, config.freq_shift
+            ).reshape(len(time_ids), -1)
+            added = self.nn.concatenate([self.nn.cast(text_embeds, self.nn.float32), ids], axis=-1)
+            temb = temb + self.add_embedding(self.nn.cast(added, dtype))
         if (self.class_embedding is None) != (class_labels is None):
             needs = "needs class_labels" if class_labels is None else "takes no class_labels"
             raise UsageError(f"this U-Net {needs} (num_class_embeds)")
         if self.class_embedding is not None and class_labels is not None:
-            temb = temb + self.class_embedding(class_labels)
+            temb = temb + self.nn.cast(self.class_embedding(class_labels), dtype)
         return temb
 
-    def read(self, encoder_hidden_states: np.ndarray) -> Condition:
+    def read(self, encoder_hidden_states: Array) -> Condition:
         """Text states (B, L, D) as ``predict`` takes them."""
-        return Condition(encoder_hidden_states)
+        return Condition(self.nn.cast(encoder_hidden_states, self.dtype))
 
-    def encode(
-        self, x: np.ndarray, temb: Condition, text: Condition
-    ) -> tuple[np.ndarray, list[np.ndarray]]:
+    def encode(self, x: Array, temb: Condition, text: Condition) -> tuple[Array, list[Array]]:
         """The way down.
 
         Args:
@@ -360,31 +359,32 @@ class UNet2DConditionModel(UNetEncoder):
             is filled with it; a filled one is used in its place, and only that last layer runs (Ma
             et al. 2023, "DeepCache": it changes little from one timestep to the next).
         residuals: what ControlNets add to each output of the way down, the mid block's last.
-    Returns: (B, H, W, out_channels), float32.
+    Returns: (B, H, W, out_channels), float32 for weights of any dtype: sampling is float32.
     Raises: UsageError where the model needs text_embeds and time_ids, or class_labels, and does not
         get them.
     """
 
-    def __init__(self, config: UNet2DConditionConfig) -> None:
-        super().__init__(config)
-        self.up_blocks = [_BLOCKS[block.type](block, config) for block in config.up_blocks]
+    def __init__(self, nn: Layers, config: UNet2DConditionConfig) -> None:
+        super().__init__(nn, config)
+        self.up_blocks = [_BLOCKS[block.type](nn, block, config) for block in config.up_blocks]
         first, kernel = config.block_out_channels[0], config.conv_out_kernel
-        self.conv_norm_out = GroupNorm(config.norm_num_groups, first, config.norm_eps)
-        self.conv_out = Conv2d(first, config.out_channels, kernel, padding=kernel // 2)
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, first, config.norm_eps)
+        self.conv_out = nn.Conv2d(first, config.out_channels, kernel, padding=kernel // 2)
 
     def __call__(
         self,
-        sample: np.ndarray,
-        timesteps: np.ndarray | float,
-        encoder_hidden_states: np.ndarray,
-        text_embeds: np.ndarray | None = None,
-        time_ids: np.ndarray | None = None,
-        timestep_cond: np.ndarray | None = None,
-        class_labels: np.ndarray | None = None,
-        deep: list[np.ndarray] | None = None,
-        residuals: list[np.ndarray] | None = None,
-    ) -> np.ndarray:
-        timesteps = np.broadcast_to(np.asarray(timesteps, np.float32), len(sample))
+        sample: Array,
+        timesteps: Array | float,
+        encoder_hidden_states: Array,
+        text_embeds: Array | None = None,
+        time_ids: Array | None = None,
+        timestep_cond: Array | None = None,
+        class_labels: Array | None = None,
+        deep: list[Array] | None = None,
+        residuals: list[Array] | None = None,
+    ) -> Array:
+        numbers = self.nn.asarray(timesteps, self.nn.float32)
+        timesteps = self.nn.broadcast_to(numbers, (len(sample),))
         temb = self.embed(timesteps, text_embeds, time_ids, timestep_cond, class_labels)
         text = self.read(encoder_hidden_states)
         return self.predict(sample, Condition(temb), text, deep, residuals)
@@ -414,12 +414,12 @@ class UNet2DConditionModel(UNetEncoder):
 
     def predict(
         self,
-        sample: np.ndarray,
+        sample: Array,
         temb: Condition,
         text: Condition,
-        deep: list[np.ndarray] | None = None,
-        residuals: list[np.ndarray] | None = None,
-    ) -> np.ndarray:
+        deep: list[Array] | None = None,
+        residuals: list[Array] | None = None,
+    ) -> Array:
         """Run the network.
 
         Args:
@@ -429,7 +429,7 @@ class UNet2DConditionModel(UNetEncoder):
             deep, residuals: as when called.
         Returns: as when called.
         """
-        x = self.conv_in(sample)
+        x = self.conv_in(self.nn.cast(sample, self.dtype))
         last = self.up_blocks[-1]
         if deep:
             skips = [x if residuals is None else x + residuals[0]]
@@ -446,7 +446,7 @@ class UNet2DConditionModel(UNetEncoder):
             if deep is not None:
                 deep.append(x)
         x = last(x, temb, text, skips, LAST)
-        return self.conv_out(self.conv_norm_out.silu(x))
+        return self.nn.cast(self.conv_out(self.conv_norm_out.silu(x)), self.nn.float32)
 
 
 _BLOCKS: dict[str, Any] = {
@@ -462,11 +462,12 @@ _BLOCKS: dict[str, Any] = {
 }
 
 
-def _resnets(block: BlockSpec, config: UNetConfig) -> list[ResnetBlock2D]:
+def _resnets(nn: Layers, block: BlockSpec, config: UNetConfig) -> list[ResnetBlock2D]:
     resnets, channels = [], block.in_channels
     for skip in block.skip_channels or (0,) * block.num_layers:
         resnets.append(
             ResnetBlock2D(
+                nn,
                 channels + skip,
                 block.out_channels,
                 config.time_embed_dim,
@@ -479,13 +480,15 @@ def _resnets(block: BlockSpec, config: UNetConfig) -> list[ResnetBlock2D]:
     return resnets
 
 
-def _transformers(block: BlockSpec, config: Any) -> list[Transformer2DModel]:
-    return [Transformer2DModel(block, layers, config) for layers in block.transformer_layers]
+def _transformers(nn: Layers, block: BlockSpec, config: Any) -> list[Transformer2DModel]:
+    return [Transformer2DModel(nn, block, layers, config) for layers in block.transformer_layers]
 
 
-def _downsamplers(block: BlockSpec, config: UNetConfig) -> list[Downsample2D]:
-    return [Downsample2D(block.out_channels, config.downsample_padding)] if block.resample else []
+def _downsamplers(nn: Layers, block: BlockSpec, config: UNetConfig) -> list[Downsample2D]:
+    return (
+        [Downsample2D(nn, block.out_channels, config.downsample_padding)] if block.resample else []
+    )
 
 
-def _upsamplers(block: BlockSpec) -> list[Upsample2D]:
-    return [Upsample2D(block.out_channels)] if block.resample else []
+def _upsamplers(nn: Layers, block: BlockSpec) -> list[Upsample2D]:
+    return [Upsample2D(nn, block.out_channels)] if block.resample else []

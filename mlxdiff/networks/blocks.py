@@ -1,21 +1,15 @@
-"""What the U-Net and the VAE are both built from, in MLX. Mirrors reference/blocks.py."""
+"""The blocks that the U-Net and the VAE share.
+
+A sum is taken in place where its first term is a new array, so that NumPy makes one array less.
+Inputs are never written to.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import mlx.core as mx
-
-from mlxdiff.models.layers import (
-    Conv2d,
-    GroupNorm,
-    Linear,
-    Module,
-    attention,
-    silu,
-    upsample_nearest,
-)
 from mlxdiff.networks.condition import Condition
+from mlxdiff.networks.layers import Array, Layers, Module
 
 
 class TimestepEmbedding(Module):
@@ -29,18 +23,18 @@ class TimestepEmbedding(Module):
     """
 
     def __init__(
-        self, in_channels: int, time_embed_dim: int, cond_proj_dim: int | None = None
+        self, nn: Layers, in_channels: int, time_embed_dim: int, cond_proj_dim: int | None = None
     ) -> None:
-        super().__init__()
-        self.linear_1 = Linear(in_channels, time_embed_dim)
+        super().__init__(nn)
+        self.linear_1 = nn.Linear(in_channels, time_embed_dim)
         if cond_proj_dim is not None:
-            self.cond_proj = Linear(cond_proj_dim, in_channels, bias=False)
-        self.linear_2 = Linear(time_embed_dim, time_embed_dim)
+            self.cond_proj = nn.Linear(cond_proj_dim, in_channels, bias=False)
+        self.linear_2 = nn.Linear(time_embed_dim, time_embed_dim)
 
-    def __call__(self, sample: mx.array, condition: mx.array | None = None) -> mx.array:
+    def __call__(self, sample: Array, condition: Array | None = None) -> Array:
         if condition is not None:
             sample = sample + self.cond_proj(condition)
-        return self.linear_2(silu(self.linear_1(sample)))
+        return self.linear_2(self.nn.silu(self.linear_1(sample)))
 
 
 class ResnetBlock2D(Module):
@@ -58,6 +52,7 @@ class ResnetBlock2D(Module):
 
     def __init__(
         self,
+        nn: Layers,
         in_channels: int,
         out_channels: int,
         temb_channels: int | None,
@@ -65,33 +60,40 @@ class ResnetBlock2D(Module):
         eps: float,
         scale_shift: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(nn)
         self.scale_shift = scale_shift
-        self.norm1 = GroupNorm(groups, in_channels, eps)
-        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         if temb_channels is not None:
-            self.time_emb_proj = Linear(temb_channels, (1 + scale_shift) * out_channels)
-        self.norm2 = GroupNorm(groups, out_channels, eps)
-        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+            self.time_emb_proj = nn.Linear(temb_channels, (1 + scale_shift) * out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = None
         if in_channels != out_channels:
-            self.conv_shortcut = Conv2d(in_channels, out_channels, 1)
+            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
-    def __call__(self, x: mx.array, temb: Condition | None = None) -> mx.array:
+    def __call__(self, x: Array, temb: Condition | None = None) -> Array:
         h = self.norm1.silu(x)
         shift = None
         if temb is not None:
             (shift,) = temb.made_by(self, self._shift)
         if self.scale_shift and shift is not None:
-            scale, shift = mx.split(shift, 2, axis=-1)
-            h = silu(self.norm2(self.conv1(h)) * (1 + scale) + shift)
+            scale, shift = self.nn.split(shift, 2, axis=-1)
+            h = self.norm2(self.conv1(h))
+            h *= 1 + scale
+            h += shift
+            h = self.nn.silu(h)
         else:
             h = self.norm2.silu(self.conv1(h, shift))
-        return self.conv2(h, x if self.conv_shortcut is None else self.conv_shortcut(x))
+        if self.conv_shortcut is None:
+            return self.conv2(h, x)
+        # A function: NumPy makes the shortcut after conv2, and does not hold it meanwhile.
+        shortcut = self.conv_shortcut
+        return self.conv2(h, lambda: shortcut(x))
 
-    def _shift(self, temb: mx.array) -> tuple[mx.array]:
+    def _shift(self, temb: Array) -> tuple[Array]:
         """What is added to each channel: (B, temb_channels) -> (B, 1, 1, C)."""
-        return (self.time_emb_proj(silu(temb))[:, None, None, :],)
+        return (self.time_emb_proj(self.nn.silu(temb))[:, None, None, :],)
 
 
 class Downsample2D(Module):
@@ -102,14 +104,14 @@ class Downsample2D(Module):
             VAE).
     """
 
-    def __init__(self, channels: int, padding: int) -> None:
-        super().__init__()
+    def __init__(self, nn: Layers, channels: int, padding: int) -> None:
+        super().__init__(nn)
         self.padding = padding
-        self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: Array) -> Array:
         if self.padding == 0:
-            x = mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)])
+            x = self.nn.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)])
         return self.conv(x)
 
 
@@ -122,13 +124,13 @@ class Upsample2D(Module):
     Returns: (B, height, width, C).
     """
 
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = Conv2d(channels, channels, 3, padding=1)
+    def __init__(self, nn: Layers, channels: int) -> None:
+        super().__init__(nn)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def __call__(self, x: mx.array, size: tuple[int, ...] | None = None) -> mx.array:
+    def __call__(self, x: Array, size: tuple[int, ...] | None = None) -> Array:
         height, width = (2 * x.shape[1], 2 * x.shape[2]) if size is None else size
-        return self.conv(upsample_nearest(x, height, width))
+        return self.conv(self.nn.upsample_nearest(x, height, width))
 
 
 class Attention(Module):
@@ -147,6 +149,7 @@ class Attention(Module):
 
     def __init__(
         self,
+        nn: Layers,
         query_dim: int,
         heads: int,
         context_dim: int | None = None,
@@ -154,23 +157,23 @@ class Attention(Module):
         norm_num_groups: int | None = None,
         eps: float = 1e-6,
     ) -> None:
-        super().__init__()
+        super().__init__(nn)
         context_dim = query_dim if context_dim is None else context_dim
         self.heads = heads
         self.group_norm = None
         if norm_num_groups is not None:
-            self.group_norm = GroupNorm(norm_num_groups, query_dim, eps)
-        self.to_q = Linear(query_dim, query_dim, bias)
-        self.to_k = Linear(context_dim, query_dim, bias)
-        self.to_v = Linear(context_dim, query_dim, bias)
-        self.to_out = [Linear(query_dim, query_dim)]
+            self.group_norm = nn.GroupNorm(norm_num_groups, query_dim, eps)
+        self.to_q = nn.Linear(query_dim, query_dim, bias)
+        self.to_k = nn.Linear(context_dim, query_dim, bias)
+        self.to_v = nn.Linear(context_dim, query_dim, bias)
+        self.to_out = [nn.Linear(query_dim, query_dim)]
 
     def __call__(
         self,
-        x: mx.array,
+        x: Array,
         encoder_hidden_states: Condition | None = None,
         batch: int | None = None,
-    ) -> mx.array:
+    ) -> Array:
         tokens = x if self.group_norm is None else self.group_norm(x)
         if batch is None:
             batch, tokens = len(x), tokens.reshape(-1, x.shape[-1])
@@ -179,18 +182,21 @@ class Attention(Module):
         else:
             k, v = encoder_hidden_states.made_by(self, self._keys_values)
         q = self.to_q(tokens)
-        out = attention(q, k, v, self.heads, batch=batch)
+        out = self.nn.attention(q, k, v, self.heads, batch=batch)
         if encoder_hidden_states is not None:
             for k, v, scale in encoder_hidden_states.beside(self):
-                out = out + scale * attention(q, k, v, self.heads, batch=batch)
+                out = out + scale * self.nn.attention(q, k, v, self.heads, batch=batch)
         out = self.to_out[0](out)
-        return out if x.ndim == 2 else x + out.reshape(x.shape)
+        if x.ndim == 4:
+            out = out.reshape(x.shape)
+            out += x
+        return out
 
-    def _keys_values(self, context: mx.array) -> tuple[mx.array, mx.array]:
+    def _keys_values(self, context: Array) -> tuple[Array, Array]:
         return self.to_k(context), self.to_v(context)
 
     def absorb(self, texts: Sequence[Condition]) -> None:
         """Make keys and values of all that will be attended to, and give up what makes them."""
         for text in texts:
-            mx.eval(text.made_by(self, self._keys_values))
+            self.nn.evaluate(text.made_by(self, self._keys_values))
         del self.to_k, self.to_v

@@ -1,5 +1,4 @@
-"""The denoising U-Net without text in NumPy (Ho et al. 2020): pixels in, pixels out. Mirrors
-models/unet_2d.py.
+"""The denoising U-Net without text (Ho et al. 2020): pixels in, pixels out.
 
 Its blocks are those of unet.py, with attention of every pixel to all others in place of
 transformers. Shape letters as there.
@@ -10,20 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from mlxdiff.errors import UsageError
+from mlxdiff.networks.blocks import Attention, TimestepEmbedding
 from mlxdiff.networks.condition import Condition
 from mlxdiff.networks.config import BlockSpec, UNet2DConfig
-from mlxdiff.reference.blocks import Attention, TimestepEmbedding
-from mlxdiff.reference.layers import (
-    Conv2d,
-    Embedding,
-    GroupNorm,
-    Module,
-    timestep_embedding,
-)
-from mlxdiff.reference.unet import (
+from mlxdiff.networks.layers import Array, Layer, Layers, Module
+from mlxdiff.networks.unet import (
     CrossAttnDownBlock2D,
     CrossAttnUpBlock2D,
     DownBlock2D,
@@ -36,27 +27,27 @@ from mlxdiff.reference.unet import (
 class AttnDownBlock2D(CrossAttnDownBlock2D):
     """Resnets, each followed by self-attention, then a downsampler where the block has one."""
 
-    def __init__(self, block: BlockSpec, config: UNet2DConfig) -> None:
-        super().__init__(block, config)
+    def __init__(self, nn: Layers, block: BlockSpec, config: UNet2DConfig) -> None:
+        super().__init__(nn, block, config)
         groups = config.norm_num_groups
-        self.attentions = [_attention(block, config, groups) for _ in self.resnets]
+        self.attentions = [_attention(nn, block, config, groups) for _ in self.resnets]
 
 
 class UNetMidBlock2DAttn(UNetMidBlock2DCrossAttn):
     """Two resnets with self-attention between them."""
 
-    def __init__(self, block: BlockSpec, config: UNet2DConfig) -> None:
-        super().__init__(block, config)
-        self.attentions = [_attention(block, config, config.mid_norm_num_groups)]
+    def __init__(self, nn: Layers, block: BlockSpec, config: UNet2DConfig) -> None:
+        super().__init__(nn, block, config)
+        self.attentions = [_attention(nn, block, config, config.mid_norm_num_groups)]
 
 
 class AttnUpBlock2D(CrossAttnUpBlock2D):
     """Resnets that each take a skip and are followed by self-attention, then an upsampler."""
 
-    def __init__(self, block: BlockSpec, config: UNet2DConfig) -> None:
-        super().__init__(block, config)
+    def __init__(self, nn: Layers, block: BlockSpec, config: UNet2DConfig) -> None:
+        super().__init__(nn, block, config)
         groups = config.norm_num_groups
-        self.attentions = [_attention(block, config, groups) for _ in self.resnets]
+        self.attentions = [_attention(nn, block, config, groups) for _ in self.resnets]
 
 
 class UNet2DModel(Module):
@@ -72,34 +63,36 @@ class UNet2DModel(Module):
         round.
     """
 
-    def __init__(self, config: UNet2DConfig) -> None:
+    def __init__(self, nn: Layers, config: UNet2DConfig) -> None:
+        super().__init__(nn)
         self.config = config
         first, temb = config.block_out_channels[0], config.time_embed_dim
-        self.conv_in = Conv2d(config.in_channels, first, 3, padding=1)
-        self.time_embedding = TimestepEmbedding(first, temb)
-        self.class_embedding: Module | None = None
+        self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
+        self.time_embedding = TimestepEmbedding(nn, first, temb)
+        self.class_embedding: Layer | None = None
         if config.class_embed_type == "timestep":
-            self.class_embedding = TimestepEmbedding(first, temb)
+            self.class_embedding = TimestepEmbedding(nn, first, temb)
         elif config.class_embed_type is None and config.num_class_embeds is not None:
-            self.class_embedding = Embedding(config.num_class_embeds, temb)
-        self.down_blocks = [_BLOCKS[block.type](block, config) for block in config.down_blocks]
+            self.class_embedding = nn.Embedding(config.num_class_embeds, temb)
+        self.down_blocks = [_BLOCKS[block.type](nn, block, config) for block in config.down_blocks]
         self.mid_block = None
         if config.mid_block is not None:
-            self.mid_block = _BLOCKS[config.mid_block.type](config.mid_block, config)
-        self.up_blocks = [_BLOCKS[block.type](block, config) for block in config.up_blocks]
-        self.conv_norm_out = GroupNorm(config.norm_num_groups, first, config.norm_eps)
-        self.conv_out = Conv2d(first, config.out_channels, 3, padding=1)
+            self.mid_block = _BLOCKS[config.mid_block.type](nn, config.mid_block, config)
+        self.up_blocks = [_BLOCKS[block.type](nn, block, config) for block in config.up_blocks]
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, first, config.norm_eps)
+        self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
 
     def __call__(
         self,
-        sample: np.ndarray,
-        timesteps: np.ndarray | float,
-        class_labels: np.ndarray | None = None,
-    ) -> np.ndarray:
-        timesteps = np.broadcast_to(np.asarray(timesteps, np.float32), len(sample))
+        sample: Array,
+        timesteps: Array | float,
+        class_labels: Array | None = None,
+    ) -> Array:
+        numbers = self.nn.asarray(timesteps, self.nn.float32)
+        timesteps = self.nn.broadcast_to(numbers, (len(sample),))
         return self.predict(sample, Condition(self.embed(timesteps, class_labels)))
 
-    def embed(self, timesteps: np.ndarray, class_labels: np.ndarray | None = None) -> np.ndarray:
+    def embed(self, timesteps: Array, class_labels: Array | None = None) -> Array:
         """The timestep embedding with that of the class: (N,), (N,) -> (N, E)."""
         if self.config.takes_label != (class_labels is not None):
             needs = "needs class_labels" if class_labels is None else "takes no class_labels"
@@ -110,12 +103,12 @@ class UNet2DModel(Module):
                 class_labels = self._embed(class_labels)
             if self.class_embedding is not None:
                 class_labels = self.class_embedding(class_labels)
-            temb = temb + class_labels
+            temb = temb + self.nn.cast(class_labels, temb.dtype)
         return temb
 
-    def predict(self, sample: np.ndarray, temb: Condition) -> np.ndarray:
+    def predict(self, sample: Array, temb: Condition) -> Array:
         """Run the network, with B rows of what ``embed`` gives."""
-        x = self.conv_in(sample)
+        x = self.conv_in(self.nn.cast(sample, self.dtype))
         skips = [x]
         for block in self.down_blocks:
             x = block(x, temb, None, skips)
@@ -123,14 +116,15 @@ class UNet2DModel(Module):
             x = self.mid_block(x, temb, None)
         for block in self.up_blocks:
             x = block(x, temb, None, skips)
-        return self.conv_out(self.conv_norm_out.silu(x))
+        return self.nn.cast(self.conv_out(self.conv_norm_out.silu(x)), self.nn.float32)
 
-    def _embed(self, numbers: np.ndarray) -> np.ndarray:
+    def _embed(self, numbers: Array) -> Array:
         """Timesteps, or labels as such, (B,) -> (B, C)."""
         config = self.config
-        return timestep_embedding(
+        embedding = self.nn.timestep_embedding(
             numbers, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift
         )
+        return self.nn.cast(embedding, self.dtype)
 
 
 _BLOCKS: dict[str, Any] = {
@@ -146,8 +140,9 @@ _BLOCKS: dict[str, Any] = {
 }
 
 
-def _attention(block: BlockSpec, config: UNet2DConfig, groups: int | None) -> Attention:
+def _attention(nn: Layers, block: BlockSpec, config: UNet2DConfig, groups: int | None) -> Attention:
     return Attention(
+        nn,
         block.out_channels,
         block.num_attention_heads,
         bias=True,

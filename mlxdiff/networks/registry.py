@@ -1,0 +1,42 @@
+"""Every kind of network: which config makes which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mlxdiff.networks.clip import CLIPTextModel
+from mlxdiff.networks.clip_vision import CLIPVisionModel
+from mlxdiff.networks.config import (
+    AutoencoderKLConfig,
+    AutoencoderTinyConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    ComponentConfig,
+    ControlNetConfig,
+    IPAdapterConfig,
+    UNet2DConditionConfig,
+    UNet2DConfig,
+)
+from mlxdiff.networks.controlnet import ControlNetModel
+from mlxdiff.networks.ip_adapter import IPAdapterModel
+from mlxdiff.networks.layers import Layers, Module
+from mlxdiff.networks.taesd import AutoencoderTiny
+from mlxdiff.networks.unet import UNet2DConditionModel
+from mlxdiff.networks.unet_2d import UNet2DModel
+from mlxdiff.networks.vae import AutoencoderKL
+
+NETWORKS: dict[type[ComponentConfig], Callable[..., Module]] = {
+    CLIPTextConfig: CLIPTextModel,
+    CLIPVisionConfig: CLIPVisionModel,
+    UNet2DConditionConfig: UNet2DConditionModel,
+    UNet2DConfig: UNet2DModel,
+    ControlNetConfig: ControlNetModel,
+    IPAdapterConfig: IPAdapterModel,
+    AutoencoderKLConfig: AutoencoderKL,
+    AutoencoderTinyConfig: AutoencoderTiny,
+}
+
+
+def build(nn: Layers, config: ComponentConfig) -> Module:
+    """The network of a config, built from these layers, without weights."""
+    return NETWORKS[type(config)](nn, config)
