@@ -396,6 +396,7 @@ def gelu(x: mx.array) -> mx.array:
     return x * (0.5 * (1 + mx.erf(x * math.sqrt(0.5))))
 
 
+@mx.custom_function
 def _gelu_by_tail(x: mx.array) -> mx.array:
     """max(x, 0) - |x| Q(|x|), where Q(a) exp(a^2 / 2) is a rational function of a.
 
@@ -404,6 +405,13 @@ def _gelu_by_tail(x: mx.array) -> mx.array:
     a = mx.minimum(mx.abs(x), 13)
     over, under = (_polynomial(coefficients, a) for coefficients in _TAIL)
     return mx.maximum(x, 0) - a * over / under * _exp2(a * a * (-0.5 * _LOG2_E))
+
+
+@_gelu_by_tail.vjp
+def _gelu_vjp(x: mx.array, cotangent: mx.array, out: mx.array) -> mx.array:
+    """The derivative; that of the terms above is wrong at 0, where |x| and max(x, 0) bend."""
+    density = mx.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+    return cotangent * (0.5 * (1 + mx.erf(x * math.sqrt(0.5))) + x * density)
 
 
 _TAIL = (
@@ -433,6 +441,7 @@ _ROOT_EXP2 = (1.0, 0.34657277573655787, 0.06005657970042337, 0.00695104394914804
               0.0006018855981155807)  # fmt: skip
 
 
+@mx.custom_function
 def _exp2(x: mx.array) -> mx.array:
     """2 ** x for -126 <= x <= 126 in float32, to a relative error of 4e-7.
 
@@ -444,6 +453,12 @@ def _exp2(x: mx.array) -> mx.array:
     root = _polynomial(_ROOT_EXP2, x - (shifted - 12582912.0))
     power = (root * root).view(mx.int32) + (shifted.view(mx.int32) << 23)
     return power.view(mx.float32)
+
+
+@_exp2.vjp
+def _exp2_vjp(x: mx.array, cotangent: mx.array, power: mx.array) -> mx.array:
+    """The derivative, which MLX cannot take of a view of bits."""
+    return cotangent * power * math.log(2)
 
 
 def _polynomial(coefficients: tuple[float, ...], x: mx.array) -> mx.array:

@@ -1,9 +1,11 @@
-"""The NumPy layers against their formulas, written as plain loops or in float64."""
+"""What is particular to the NumPy layers: work in parts, on threads, and rounding.
+
+The formulas of both sets are in test_layers.py.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -71,28 +73,7 @@ def test_convolution_of_a_view() -> None:
     np.testing.assert_allclose(conv(x), plain_convolution(x, conv), atol=2e-5)
 
 
-def test_linear() -> None:
-    linear, x = load(layers.Linear(5, 3)), normal(2, 4, 5)
-    np.testing.assert_allclose(linear(x), x @ linear.weight.T + linear.bias, atol=1e-5)
-    linear = load(layers.Linear(5, 3, bias=False))
-    np.testing.assert_allclose(linear(x), x @ linear.weight.T, atol=1e-5)
-
-
 # ------------------------------------------------------------------------------------------- norms
-
-
-@pytest.mark.parametrize("offset", [0, 100])
-def test_group_norm(monkeypatch: pytest.MonkeyPatch, offset: int, two_threads: None) -> None:
-    monkeypatch.setattr(layers, "_BLOCK", 12 * 50)
-    norm = load(layers.GroupNorm(3, 12, eps=1e-3))
-    x = normal(2, 30, 20, 12) + np.float32(offset)
-    y = x.astype(np.float64).reshape(2, 600, 3, 4)
-    y = y - y.mean(axis=(1, 3), keepdims=True)
-    y = y / np.sqrt(y.var(axis=(1, 3), keepdims=True) + 1e-3)
-    got = norm(x)
-    assert got.dtype == np.float32
-    expected = y.reshape(x.shape) * norm.weight + norm.bias
-    np.testing.assert_allclose(got, expected, atol=2e-6)
 
 
 def test_group_norm_of_many_pixels_is_accurate() -> None:
@@ -104,36 +85,7 @@ def test_group_norm_of_many_pixels_is_accurate() -> None:
     np.testing.assert_allclose(norm(x), expected, atol=5e-6)
 
 
-def test_layer_norm() -> None:
-    norm = load(layers.LayerNorm(40, eps=1e-3))
-    x = 5 + normal(2, 7, 40)
-    y = x.astype(np.float64)
-    y = y - y.mean(axis=-1, keepdims=True)
-    y = y / np.sqrt(y.var(axis=-1, keepdims=True) + 1e-3)
-    got = norm(x)
-    assert got.dtype == np.float32
-    np.testing.assert_allclose(got, y * norm.weight + norm.bias, atol=5e-6)
-
-
 # ------------------------------------------------------------------------------------- activations
-
-
-@pytest.mark.parametrize(
-    ("name", "formula"),
-    [
-        ("silu", lambda x: x / (1 + math.exp(-x))),
-        ("gelu", lambda x: x * 0.5 * math.erfc(-x / math.sqrt(2))),
-        ("quick_gelu", lambda x: x / (1 + math.exp(-1.702 * x))),
-    ],
-)
-def test_activations(name: str, formula: Callable[[float], float], two_threads: None) -> None:
-    """To a few units in the last place, in the tails too."""
-    x = np.linspace(-9, 9, 40_001, dtype=np.float32)
-    got = layers.activation(name)(x[None])[0]
-    assert got.dtype == np.float32
-    np.testing.assert_allclose(got, [formula(float(v)) for v in x], rtol=1e-5, atol=1e-9)
-    right = x > 0
-    np.testing.assert_allclose(got[right], [formula(float(v)) for v in x[right]], rtol=6e-7)
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu", "quick_gelu"])
@@ -183,15 +135,6 @@ def test_attention(
     np.testing.assert_allclose(got, plain_attention(q, k, v, 5, mask), atol=2e-6 * factor)
 
 
-def test_attention_to_another_length() -> None:
-    q, k, v = normal(2, 33, 40), normal(2, 7, 40, seed=1), normal(2, 7, 40, seed=2)
-    expected = plain_attention(q, k, v, 5)
-    np.testing.assert_allclose(layers.attention(q, k, v, 5), expected, atol=2e-6)
-    # The vectors of both samples as one matrix.
-    got = layers.attention(*(x.reshape(-1, 40) for x in (q, k, v)), 5, batch=2)
-    np.testing.assert_allclose(got, expected.reshape(-1, 40), atol=2e-6)
-
-
 def test_attention_leaves_its_inputs_alone() -> None:
     arrays = [normal(1, 5, 8, seed=i) for i in range(3)]
     copies = [x.copy() for x in arrays]
@@ -201,31 +144,6 @@ def test_attention_leaves_its_inputs_alone() -> None:
 
 
 # ----------------------------------------------------------------------------------------- the rest
-
-
-@pytest.mark.parametrize("size", [(6, 8), (5, 7), (7, 9), (6, 7), (3, 4), (10, 3)])
-def test_upsample_nearest(size: tuple[int, int]) -> None:
-    x = normal(2, 3, 4, 5)
-    got = layers.upsample_nearest(x, *size)
-    assert got.shape == (2, *size, 5)
-    for row, column in np.ndindex(size):
-        source = x[:, row * 3 // size[0], column * 4 // size[1]]
-        np.testing.assert_array_equal(got[:, row, column], source)
-
-
-@pytest.mark.parametrize(
-    ("dim", "flip", "shift"), [(32, True, 0.0), (320, False, 1.0), (7, True, 0.0)]
-)
-def test_timestep_embedding(dim: int, flip: bool, shift: float) -> None:
-    steps = np.array([0, 1, 501.5, 999], dtype=np.float32)
-    half = dim // 2
-    angles = steps[:, None] * 10000.0 ** (-np.arange(half) / (half - shift))
-    parts = [np.cos(angles), np.sin(angles)] if flip else [np.sin(angles), np.cos(angles)]
-    expected = np.concatenate([*parts, np.zeros((4, dim % 2))], axis=1)
-    got = layers.timestep_embedding(steps, dim, flip, shift)
-    assert got.dtype == np.float32
-    # Frequencies and angles are rounded to float32: a phase of up to 999 * 1e-7.
-    np.testing.assert_allclose(got, expected, atol=2e-4)
 
 
 def test_blocks_and_threads_keep_the_order(two_threads: None) -> None:
