@@ -335,7 +335,8 @@ class Pipeline:
             image=settings.encodes or settings.hires is not None,
             refiner=self.refiner,
             low_memory=low_memory,
-            tiled=isinstance(model, Model) and model.tiles(height, width, low_memory),
+            tiled=isinstance(model, Model)
+            and model.tiles(height, width, low_memory, model.vae_tiling),
             recipe=None if quantize is None else find_recipe(quantize),
         )
 

@@ -86,8 +86,9 @@ def bench(
             "dtype": pipe.backend.dtype,
             "quantization": recipe_of(pipe.source),
             "low_memory": pipe.model.low_memory,
-            "vae_tiling": isinstance(pipe.model, Model)
-            and pipe.model.tiles(settings.height, settings.width, pipe.model.low_memory),
+            "vae_tiling": pipe.model.tiles(
+                settings.height, settings.width, pipe.model.low_memory, pipe.model.vae_tiling
+            ),
             "pictures": pictures,
         },
         "machine": before,

@@ -11,27 +11,20 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mlxdiff import samplers
 from mlxdiff.adapters import lora
 from mlxdiff.convert import Component
-from mlxdiff.errors import ConfigError, UsageError
+from mlxdiff.errors import UsageError
 from mlxdiff.networks import tiling
-from mlxdiff.networks.config import (
-    AutoencoderKLConfig,
-    AutoencoderTinyConfig,
-    UNet2DConditionConfig,
-    VAEConfig,
-)
+from mlxdiff.networks.config import AutoencoderTinyConfig
 from mlxdiff.noise import Generator
 from mlxdiff.pictures import preview
 from mlxdiff.pictures.image import load_image, to_model, to_pil
-from mlxdiff.samplers.guidance import is_guided
+from mlxdiff.run.kind import UPSCALER_SCALE, LatentKind
 from mlxdiff.store.folder import ModelSource
 from mlxdiff.text.encoders import TextEncoders, merged
 
@@ -40,14 +33,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger("mlxdiff")
-
-UPSCALER_SCALE = 0.08333
-"""scaling_factor of an upscaler's VAE, whatever its config says (as in diffusers' pipeline)."""
-MAX_NOISE_LEVEL = 350
-"""Of an upscaler whose model_index.json gives none."""
-
-TILE_PIXELS = 256 * 256
-"""A picture of more pixels is decoded in bands."""
 
 
 class PromptEmbeddings(NamedTuple):
@@ -158,7 +143,7 @@ class Networks:
         self.backend.clear_cache()
 
 
-class Model(Networks):
+class Model(LatentKind, Networks):
     """A model that draws latents of a VAE from text: Stable Diffusion and its kin.
 
     Args:
@@ -169,9 +154,8 @@ class Model(Networks):
     """
 
     def __init__(self, source: ModelSource, backend: Any, vae: Component | None = None) -> None:
-        super().__init__(source, backend, vae)
-        self.unet_config: UNet2DConditionConfig = source.config("unet")
-        self.vae_config: VAEConfig = source.config("vae") if vae is None else vae.config
+        LatentKind.__init__(self, source, None if vae is None else vae.config)
+        Networks.__init__(self, source, backend, vae)
         self.texts = TextEncoders(source, self.component, backend, penultimate=self.is_sdxl)
         self._linear: np.ndarray | None = None  # from latents to colours
         own = source.config("vae")
@@ -182,15 +166,15 @@ class Model(Networks):
                     f"{vae.provenance['source']}: this VAE has {name.replace('_', ' ')} {found}, "
                     f"the model's own {expected}; use one made for this model"
                 )
-        if self.upscales and self.vae_config.scaling_factor != UPSCALER_SCALE:
+        given = own if vae is None else vae.config
+        if self.upscales and given.scaling_factor != UPSCALER_SCALE:
             logger.warning(
                 "%s: scaling_factor of the VAE is taken for %g, not %g, as the reference does for "
                 "upscalers",
                 source.path,
                 UPSCALER_SCALE,
-                self.vae_config.scaling_factor,
+                given.scaling_factor,
             )
-            self.vae_config = replace(self.vae_config, scaling_factor=UPSCALER_SCALE)
 
     @property
     def controlnets(self) -> list[str]:
@@ -201,128 +185,6 @@ class Model(Networks):
     def ip_adapters(self) -> list[str]:
         """Names of the IP-Adapters that were added."""
         return [name for name in self.added if name.startswith("ip_adapter_")]
-
-    @property
-    def is_sdxl(self) -> bool:
-        """Whether the U-Net takes pooled text and sizes beside the prompt."""
-        return self.unet_config.addition_embed_type == "text_time"
-
-    @property
-    def takes_prompt_2(self) -> bool:
-        """Whether there is a second text encoder beside the first."""
-        return len(self.texts.names) > 1
-
-    @property
-    def takes_aesthetic_score(self) -> bool:
-        """Whether the U-Net is told an aesthetic score (SDXL's refiner) in place of a target size.
-
-        Raises: ConfigError where its config fits neither.
-        """
-        if not self.is_sdxl:
-            return False
-        unet = self.unet_config
-        pooled = self.source.config(self.texts.names[-1]).projection_dim
-        # How many numbers fit into what its embedding takes (the reference has a flag beside it).
-        numbers = ((unet.projection_class_embeddings_input_dim or 0) - pooled) / (
-            unet.addition_time_embed_dim or 1
-        )
-        if numbers not in (5, 6):
-            raise ConfigError(
-                f"{self.source.path}: projection_class_embeddings_input_dim of the U-Net is "
-                f"{unet.projection_class_embeddings_input_dim}; expected the text encoder's "
-                f"projection_dim {pooled} and 5 or 6 times {unet.addition_time_embed_dim}"
-            )
-        return numbers == 5
-
-    @property
-    def is_latent_consistency(self) -> bool:
-        """Whether it is a LatentConsistencyModelPipeline, which counts strength its own way."""
-        name = str(self.source.model_index.get("_class_name"))
-        return name.startswith("LatentConsistencyModel")
-
-    @property
-    def zeros_for_empty_prompt(self) -> bool:
-        """Whether an absent negative prompt means zeros (SDXL) instead of the empty text."""
-        return self.is_sdxl and bool(
-            self.source.model_index.get("force_zeros_for_empty_prompt", True)
-        )
-
-    @property
-    def default_size(self) -> tuple[int, int]:
-        """(height, width) in pixels that the model was trained for."""
-        if self.unet_config.sample_size is None:
-            raise UsageError("this model's config gives no sample_size: say width and height")
-        h, w = self.unet_config.sample_size
-        return h * self.vae_config.factor, w * self.vae_config.factor
-
-    @property
-    def default_guidance(self) -> float:
-        """The guidance scale of the reference pipeline for this kind of model; Turbo takes none."""
-        if self.unet_config.time_cond_proj_dim is not None:
-            return 8.5
-        if samplers.distilled_for(self.source.scheduler_config) in ("euler", "euler-a"):
-            return 0.0
-        if self.upscales:
-            return 9.0
-        return 5.0 if self.is_sdxl else 7.5
-
-    @property
-    def default_steps(self) -> int:
-        """4 for models that were distilled to need few steps, else 20."""
-        return 20 if samplers.distilled_for(self.source.scheduler_config) is None else 4
-
-    @property
-    def default_strength(self) -> float:
-        """How far from a given image the reference pipeline goes."""
-        return 0.3 if self.is_sdxl else 0.8
-
-    @property
-    def inpaints(self) -> bool:
-        """Whether the U-Net sees a mask and a masked picture beside the latents."""
-        latent = self.vae_config.latent_channels
-        return self.unet_config.in_channels == 2 * latent + 1
-
-    @property
-    def edits(self) -> bool:
-        """Whether the U-Net sees a picture beside the latents: InstructPix2Pix."""
-        unet, latent = self.unet_config, self.vae_config.latent_channels
-        return unet.in_channels == 2 * latent and unet.num_class_embeds is None
-
-    @property
-    def upscales(self) -> bool:
-        """Whether the U-Net sees a small picture, noised, and is told how much: the x4 upscaler."""
-        unet, latent = self.unet_config, self.vae_config.latent_channels
-        return unet.in_channels == latent + 3 and unet.num_class_embeds is not None
-
-    def check_noise_level(self, noise_level: Any) -> None:
-        """Raise UsageError unless an upscaler's small picture can be noised so much."""
-        most = min(
-            self.source.model_index.get("max_noise_level", MAX_NOISE_LEVEL),
-            (self.unet_config.num_class_embeds or 0) - 1,
-            len(self.low_res_process) - 1,
-        )
-        whole = isinstance(noise_level, int) and not isinstance(noise_level, bool)
-        if not whole or not 0 <= noise_level <= most:
-            raise UsageError(
-                f"noise_level is {noise_level!r}; expected a whole number, 0 to {most} (how much "
-                "noise is added to the picture before it is enlarged)"
-            )
-
-    @property
-    def low_res_process(self) -> np.ndarray:
-        """alphas_cumprod by which an upscaler's small picture is noised, by noise level.
-
-        Raises: ConfigError.
-        """
-        try:
-            return samplers.forward_process(self.source.low_res_scheduler_config)
-        except ConfigError as error:
-            raise ConfigError(f"{self.source.path}/low_res_scheduler: {error}") from None
-
-    @property
-    def takes_scaled_picture(self) -> bool:
-        """Whether a model that edits sees the picture's latents scaled, as CosXL Edit does."""
-        return bool(self.source.model_index.get("is_cosxl_edit", False))
 
     def set_loras(self, loras: Iterable[lora.Given]) -> None:
         """Let the weights be changed by these LoRAs, and by no others.
@@ -340,17 +202,6 @@ class Model(Networks):
                 if deltas:
                     self._loaded.pop(name, None)
         self.loras = opened
-
-    def is_guided(self, scale: float, image_scale: float | None = None) -> bool:
-        """Whether this scale takes several predictions a step.
-
-        Args:
-            image_scale: image guidance of a model that edits; below 1 it has no guidance at all.
-        """
-        if image_scale is not None and image_scale < 1.0:
-            return False
-        # A distilled model is told the scale instead (Meng et al. 2023).
-        return is_guided(scale) and self.unet_config.time_cond_proj_dim is None
 
     def encode_prompt(
         self,
@@ -472,20 +323,13 @@ class Model(Networks):
         scale, shift = self._latent_scale()
         z = self.backend.asarray((latents / scale + shift)[None].astype(np.float32))
         vae, factor = self.component("vae"), self.vae_config.factor
-        if self.tiles(factor * len(latents), factor * len(latents[0]), self.low_memory):
+        height, width = factor * len(latents), factor * len(latents[0])
+        if self.tiles(height, width, self.low_memory, self.vae_tiling):
             pixels = tiling.decode(self.backend, vae, z)
         else:
             pixels = vae.decode(z)
         found: np.ndarray = self.backend.to_numpy(pixels)[0]
         return found
-
-    def tiles(self, height: int, width: int, low_memory: bool) -> bool:
-        """Whether a picture of this size is decoded in bands."""
-        if not isinstance(self.vae_config, AutoencoderKLConfig):
-            return False  # a TAESD's features are small
-        if self.vae_tiling is not None:
-            return self.vae_tiling
-        return low_memory or height * width > TILE_PIXELS
 
     def sketch(self, latents: np.ndarray) -> PIL.Image.Image:
         """A quick picture of latents (H/f, W/f, C): by the VAE where that is a TAESD, else a small
@@ -511,18 +355,6 @@ class Model(Networks):
         shift = c.shift_factor or 0.0 if c.latents_mean is None else np.array(c.latents_mean)
         return np.float32(c.scaling_factor / std), np.float32(shift)
 
-    def check_size(self, *, width: int, height: int) -> None:
-        """Raise UsageError unless the VAE divides both sides."""
-        factor = self.vae_config.factor
-        for name, value in (("width", width), ("height", height)):
-            if value < factor or value % factor:
-                below = max(value // factor, 1) * factor
-                near = f"{below}" if value < factor else f"{below} or {below + factor}"
-                raise UsageError(
-                    f"{name} {value} is not a multiple of {factor}, which this model needs; "
-                    f"nearest: {near}"
-                )
-
     def check_latents_of(self, controlnet: Any, path: Any) -> None:
         """Raise UsageError unless a ControlNet's config has the latents of this model."""
         vae = self.vae_config
@@ -535,11 +367,6 @@ class Model(Networks):
                     f"{path}: this ControlNet is for models with {found} {name}, this model has "
                     f"{expected}; use one made for it"
                 )
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(h, w, C) of the latents of a picture of this size in pixels."""
-        f = self.vae_config.factor
-        return height // f, width // f, self.vae_config.latent_channels
 
 
 def draw_noise(

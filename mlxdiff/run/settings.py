@@ -278,7 +278,7 @@ def _resolve_text(model: Model, refiner: Model | None, asked: Arguments) -> Sett
         negative_prompt_2=asked.negative_prompt_2,
         width=width,
         height=height,
-        steps=model.default_steps if asked.steps is None else asked.steps,
+        steps=model.default_steps(asked.sampler) if asked.steps is None else asked.steps,
         guidance=float(guidance),
         guidance_rescale=float(asked.guidance_rescale),
         guidance_interval=interval,
