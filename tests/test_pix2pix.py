@@ -65,9 +65,7 @@ def test_the_command_line_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_controlnet_is_refused(opened: Opened) -> None:
-    with pytest.raises(
-        UsageError, match=r"edits a picture .* cannot be combined with a ControlNet"
-    ):
+    with pytest.raises(UsageError, match=r"edits .* cannot be combined with a ControlNet"):
         opened("pix2pix", controlnets=["first"])
 
 
