@@ -10,7 +10,6 @@ from typing import Any
 
 from mlxdiff import library
 from mlxdiff.adapters import lora, textual_inversion
-from mlxdiff.convert import open_vae
 from mlxdiff.errors import UsageError
 from mlxdiff.machine.exact import require as require_exact
 from mlxdiff.pipeline import Pipeline
@@ -129,33 +128,18 @@ def load(
     chosen = make_backend(backend, dtype)
     if exact and not chosen.has_gpu():
         logger.warning("exact has no effect: nothing is computed on a GPU here")
-    other_vae = None if vae is None else open_vae(vae, progress=progress)
-    pipe = Pipeline(source, chosen, vae=other_vae)
-    if controlnets:
-        pipe.control_with(*_several(controlnets), variant=variant, progress=progress)
-    if ip_adapters:
-        pipe.show_with(
-            *_several(ip_adapters), image_encoder=image_encoder, variant=variant, progress=progress
-        )
-    elif image_encoder is not None:
-        raise UsageError("image_encoder: there is no IP-Adapter; give one (--ip-adapter)")
-    pipe.set_loras(loras)
+    pipe = Pipeline(source, chosen)
     pipe.lora_folder = Path(lora_folder)
+    pipe.set_vae(vae, progress=progress)
+    pipe.set_controlnets(controlnets, variant=variant, progress=progress)
+    pipe.set_ip_adapters(
+        ip_adapters, image_encoder=image_encoder, variant=variant, progress=progress
+    )
+    pipe.set_loras(loras)
     pipe.set_embeddings(embeddings)
     if memory_limit is not None:
         pipe.limit_memory(memory_limit)
-    if refiner is not None:
-        if not isinstance(refiner, Pipeline):
-            second = library.open_model(
-                refiner, dtype=dtype, quantize=quantize, variant=variant, progress=progress
-            )
-            refiner = Pipeline(second, chosen)
-        pipe.refine_with(refiner)
+    pipe.set_refiner(refiner, dtype=dtype, quantize=quantize, variant=variant, progress=progress)
     pipe.save_memory(low_memory, vae_tiling)
     pipe.exact = exact and chosen.has_gpu()
     return pipe
-
-
-def _several(paths: Any) -> Sequence[str | os.PathLike[str]]:
-    """A list of paths; one alone counts as a list of one."""
-    return [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)

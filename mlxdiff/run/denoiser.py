@@ -14,10 +14,8 @@ from typing import Any
 import numpy as np
 
 from mlxdiff.networks.condition import Condition
-from mlxdiff.run.control import ControlNets
-from mlxdiff.run.image_prompt import put_beside
+from mlxdiff.run.additions import Prompted
 from mlxdiff.run.model import Model, PromptEmbeddings
-from mlxdiff.run.pixel_model import PixelModel
 from mlxdiff.run.settings import Settings
 from mlxdiff.samplers.guidance import (
     guidance_scale_embedding,
@@ -104,8 +102,6 @@ class Denoiser:
         self.batch = settings.batch(model)
         states = self._both(text.negative_prompt_embeds, text.prompt_embeds)
         self.text = self.unet.read(states)
-        if model.ip_adapters:
-            put_beside(self.text, self.unet, model, settings.image_prompts, self.batch)
         # What the U-Net is told beside text and timestep, (B, ...) each.
         self.conditions: dict[str, Any] = {}
         if (time_ids := settings.time_ids(model)) is not None:
@@ -121,13 +117,21 @@ class Denoiser:
             levels = np.full(self.batch, settings.noise_level, np.int32)
             self.conditions["class_labels"] = self.backend.asarray(levels)
         self.times = TimeEmbeddings(timesteps, self._embed, self.batch)
-        self.controlnets = None
-        if model.controlnets:
-            self.controlnets = ControlNets(
-                model, settings.controls, settings.guess_mode, states, self.conditions
+        self.acting = model.additions.act(
+            Prompted(
+                settings=settings,
+                backend=self.backend,
+                component=model.component,
+                take=model.take,
+                unet=self.unet,
+                states=states,
+                text=self.text,
+                conditions=self.conditions,
+                batch=self.batch,
             )
+        )
         self._deep: list[Any] = []
-        self._counting: list[int] = []  # the ControlNets that had a part in these features
+        self._counting: list[list[int]] = []  # the additions that had a part in these features
 
     def _embed(self, timesteps: np.ndarray) -> Any:
         """Time embeddings of the batches of these evaluations."""
@@ -160,10 +164,8 @@ class Denoiser:
         if self.guided and not guided:  # the prompt alone
             last = self.batch - 1, self.batch
             temb, text = temb.rows(*last), text.rows(*last)
-        deep, residuals = self._features(evaluation, len(sample)), None
-        if self.controlnets is not None:
-            index, total = evaluation.index, evaluation.total
-            residuals = self.controlnets(x, evaluation.t, index, total, guided, bool(deep))
+        deep = self._features(evaluation, len(sample))
+        residuals = self._residuals(x, evaluation, guided, shallow=bool(deep))
         out = self.unet.predict(sample, temb, text, deep, residuals)
         if not guided:
             return out
@@ -180,13 +182,25 @@ class Denoiser:
         first, end = guided_evaluations(self.settings.guidance_interval, evaluation.total)
         return first <= evaluation.index < end
 
+    def _residuals(
+        self, x: Any, evaluation: Evaluation, guided: bool, shallow: bool
+    ) -> list[Any] | None:
+        """What the additions add to the U-Net's way down together; None: nothing."""
+        index, total = evaluation.index, evaluation.total
+        sums: list[Any] | None = None
+        for acting in self.acting:
+            more = acting(x, evaluation.t, index, total, guided, shallow)
+            if more is not None:
+                sums = more if sums is None else [a + b for a, b in zip(sums, more, strict=True)]
+        return sums
+
     def _features(self, evaluation: Evaluation, batch: int) -> list[Any] | None:
         """The U-Net's ``deep``: empty where all of it is to run; None: features are not kept."""
         every = self.settings.feature_reuse
         if every is None:
             return None
-        index, nets = evaluation.index, self.controlnets
-        counting = [] if nets is None else nets.counting(index, evaluation.total)
+        index = evaluation.index
+        counting = [acting.counting(index, evaluation.total) for acting in self.acting]
         due = index % every == 0 or counting != self._counting
         if due or not self._deep or len(self._deep[0]) < batch:
             self._deep, self._counting = [], counting
@@ -204,7 +218,7 @@ class PixelDenoiser:
         timesteps: of all evaluations.
     """
 
-    def __init__(self, model: PixelModel, label: int | None, timesteps: Sequence[float]) -> None:
+    def __init__(self, model: Model, label: int | None, timesteps: Sequence[float]) -> None:
         self.backend = model.backend
         self.unet = model.component("unet")
         self._labels = None if label is None else [label]
@@ -241,7 +255,7 @@ class EditedDenoiser:
 
 
 def make_denoiser(
-    model: Model | PixelModel,
+    model: Model,
     settings: Settings,
     timesteps: Sequence[float],
     before: int = 0,
@@ -252,7 +266,7 @@ def make_denoiser(
         timesteps: of all evaluations of the model's plan.
         before: evaluations of the run that another model makes before this one's first.
     """
-    if isinstance(model, PixelModel):
+    if model.lacks("text"):
         return PixelDenoiser(model, settings.label, timesteps)
     timeline = model.prompt_timeline(
         settings.prompt,

@@ -18,7 +18,6 @@ from mlxdiff.noise import add_noise
 from mlxdiff.pictures.hires import Hires, enlarge_latents
 from mlxdiff.pictures.image import resize_values, to_model
 from mlxdiff.run.model import ImageLatents, Model
-from mlxdiff.run.pixel_model import PixelModel
 from mlxdiff.run.settings import Settings, make_plans
 from mlxdiff.samplers import Plan
 
@@ -73,15 +72,13 @@ class Stage(NamedTuple):
         before: evaluations of the run that another model makes before.
     """
 
-    model: Model | PixelModel
+    model: Model
     settings: Settings
     plan: Plan
     before: int = 0
 
 
-def make_stages(
-    settings: Settings, model: Model | PixelModel, refiner: Model | None = None
-) -> list[Stage]:
+def make_stages(settings: Settings, model: Model, refiner: Model | None = None) -> list[Stage]:
     """The parts of a run: the model's, then that of a refiner or of a hires pass."""
     first, *others = make_plans(settings, model, refiner)
     stages = [Stage(model, settings, first)]
@@ -101,7 +98,7 @@ class Inputs:
         settings: of the run.
     """
 
-    def __init__(self, model: Model | PixelModel, settings: Settings) -> None:
+    def __init__(self, model: Model, settings: Settings) -> None:
         self.settings = settings
         self.image: ImageLatents | None = None
         self.masked: ImageLatents | None = None
@@ -110,7 +107,7 @@ class Inputs:
         self.small: np.ndarray | None = None
         self.signal = 1.0
         self.blends = False
-        if not isinstance(model, Model) or settings.image is None:
+        if settings.image is None:
             return
         if settings.noise_level is not None:
             self.small = to_model(settings.image)
@@ -178,7 +175,6 @@ class Inputs:
 
     def _enlarge(self, stage: Stage, hires: Hires, latents: np.ndarray, draw: Draw) -> Start:
         model = stage.model
-        assert isinstance(model, Model), "only these are enlarged"
         if hires.upscaler == "lanczos":
             # Not rounded to 8 bits on the way: the second pass would make much of the last bit.
             picture = np.clip(model.decode_pixels(latents[0]), -1.0, 1.0)

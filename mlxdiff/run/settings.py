@@ -16,6 +16,8 @@ from mlxdiff.errors import UsageError
 from mlxdiff.pictures.canvas import Borders, Canvas, check_borders, load_mask, make_canvas
 from mlxdiff.pictures.hires import Hires, resolve_hires
 from mlxdiff.pictures.image import load_image, resize
+from mlxdiff.run.additions.controlnet import Control, resolve_controls
+from mlxdiff.run.additions.ip_adapter import ImagePrompt, resolve_image_prompts
 from mlxdiff.run.arguments import (
     Arguments,
     check,
@@ -25,10 +27,7 @@ from mlxdiff.run.arguments import (
     checked_reuse,
     is_scored,
 )
-from mlxdiff.run.control import Control, resolve_controls
-from mlxdiff.run.image_prompt import ImagePrompt, resolve_image_prompts
 from mlxdiff.run.model import Model
-from mlxdiff.run.pixel_model import PixelModel
 from mlxdiff.samplers.guidance import guided_evaluations
 from mlxdiff.text import a1111
 
@@ -175,7 +174,7 @@ class Settings:
 
 
 def resolve(
-    model: Model | PixelModel,
+    model: Model,
     refiner: Model | None,
     prompt: str | None = None,
     *,
@@ -183,7 +182,7 @@ def resolve(
     **arguments: Any,
 ) -> Settings:
     """Check the arguments of ``generate`` and fill in the defaults. Raises: UsageError."""
-    if isinstance(model, PixelModel):
+    if model.lacks("text"):
         return _resolve_pixels(model, prompt, label, **arguments)
     if label is not None:
         raise UsageError(f"label {label}: this model draws from a prompt, it has no classes")
@@ -195,7 +194,7 @@ def resolve(
 
 
 def _resolve_pixels(
-    model: PixelModel,
+    model: Model,
     prompt: str | None,
     label: int | None,
     *,
@@ -278,7 +277,7 @@ def _resolve_text(model: Model, refiner: Model | None, asked: Arguments) -> Sett
         negative_prompt_2=asked.negative_prompt_2,
         width=width,
         height=height,
-        steps=model.default_steps if asked.steps is None else asked.steps,
+        steps=model.default_steps(asked.sampler) if asked.steps is None else asked.steps,
         guidance=float(guidance),
         guidance_rescale=float(asked.guidance_rescale),
         guidance_interval=interval,
@@ -387,13 +386,12 @@ def _with_conditioning(
 
 
 def make_plans(
-    settings: Settings, model: Model | PixelModel, refiner: Model | None = None
+    settings: Settings, model: Model, refiner: Model | None = None
 ) -> tuple[samplers.Plan, ...]:
     """The sampler's plan for the model, and for what comes after: a refiner, or a hires pass."""
     source = model.source
     own_strength = (
-        isinstance(model, Model)
-        and model.is_latent_consistency
+        model.is_latent_consistency
         and settings.canvas is None  # its pipelines do not inpaint; the general one does
         and _samples_with_lcm(settings, model)
     )

@@ -1,4 +1,4 @@
-"""ControlNets in a run: what each is shown and told, and what they add to the U-Net together.
+"""ControlNets: networks that see a picture and add to the U-Net what they make of it.
 
 The order of things is that of diffusers' ControlNet pipelines: pictures are resized by Pillow's
 Lanczos filter; the share of the way on which a net counts goes by evaluations; guess mode, under
@@ -10,21 +10,27 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
+from mlxdiff.convert import Component, open_controlnet
 from mlxdiff.errors import UsageError
 from mlxdiff.networks.condition import Condition
+from mlxdiff.networks.cost import operations
 from mlxdiff.pictures.image import load_image, resize
 from mlxdiff.pictures.preprocess import PREPROCESSORS
-from mlxdiff.run.model import Model
+from mlxdiff.run.additions import Acting, Addition, Fetch, Prompted, named
+from mlxdiff.run.kind import Kind
+from mlxdiff.run.memory import SIZES, Run, Work
 from mlxdiff.run.values import finite_number, listed
 
 logger = logging.getLogger("mlxdiff")
+
+NETWORK = "controlnet"
 
 
 @dataclass(frozen=True)
@@ -125,89 +131,107 @@ def resolve_controls(
     return tuple(controls)
 
 
-def describe(controls: Sequence[Control], names: Sequence[str], guess_mode: bool) -> dict[str, Any]:
-    """What a picture's metadata says of its ControlNets: arguments of ``generate`` by name.
+@dataclass(frozen=True, eq=False)
+class ControlNet(Addition):
+    """A network that sees a picture and adds to the U-Net what it makes of it."""
 
-    Args:
-        controls: of the run.
-        names: of the nets.
-        guess_mode: whether it was on.
-    """
-    if not controls:
-        return {}
-    said: dict[str, Any] = {
-        "controlnet": list(names),
-        "control_image": [c.image_name for c in controls],
-        "control_scale": [c.scale for c in controls],
-        "control_start": [c.start for c in controls],
-        "control_end": [c.end for c in controls],
-    }
-    if any(c.preprocess != "none" for c in controls):
-        said["control_preprocess"] = [c.preprocess for c in controls]
-    return said | ({"guess_mode": True} if guess_mode else {})
+    part: ClassVar[str] = "controlnet"
+
+    component: Component = field(repr=False)
+
+    @classmethod
+    def open(
+        cls, paths: Iterable[str | os.PathLike[str]], model: Kind, fetch: Fetch
+    ) -> tuple[ControlNet, ...]:
+        """Open ControlNets for a model.
+
+        Args:
+            paths: as ``convert.open_controlnet`` takes them.
+        Raises: UsageError, CheckpointError, ConfigError, HubError.
+        """
+        opened = []
+        for path in paths:
+            one = open_controlnet(path, model.unet_config, fetch.variant, fetch.progress)
+            _check_latents(one.config, model, path)
+            opened.append(cls(one))
+        return tuple(opened)
+
+    @property
+    def networks(self) -> Mapping[str, Component]:
+        """See ``Addition.networks``."""
+        return {NETWORK: self.component}
+
+    def work(self, run: Run) -> Work:
+        """What it adds to each skip of the U-Net is held until the U-Net takes it."""
+        unet = operations(run.unet, *run.latent, batch=run.batch)
+        return Work(beside=SIZES[run.device.dtype] * max(op.held for op in unet))
+
+    @classmethod
+    def describe(cls, items: Sequence[ControlNet], settings: Any) -> dict[str, Any]:
+        """See ``Addition.describe``."""
+        controls: Sequence[Control] = settings.controls
+        said: dict[str, Any] = {
+            "controlnet": [named(one.component.provenance) for one in items],
+            "control_image": [c.image_name for c in controls],
+            "control_scale": [c.scale for c in controls],
+            "control_start": [c.start for c in controls],
+            "control_end": [c.end for c in controls],
+        }
+        if any(c.preprocess != "none" for c in controls):
+            said["control_preprocess"] = [c.preprocess for c in controls]
+        if settings.guess_mode:
+            said["guess_mode"] = True
+        return said
+
+    @classmethod
+    def act(cls, items: Sequence[ControlNet], prompted: Prompted) -> Acting:
+        """See ``Addition.act``."""
+        return ControlNets(prompted)
 
 
 class ControlNets:
-    """The ControlNets of a model, at work.
+    """The ControlNets of a model, in the evaluations of a prompt.
 
     Args:
-        model: whose ControlNets they are.
-        controls: what each is shown and told.
-        guess_mode: see ``Settings``.
-        text: states of the prompt (1, L, D), or of the negative prompt and the prompt.
-        added: SDXL's text_embeds and time_ids, of as many rows.
+        prompted: the prompt; its settings have a ``Control`` for each net.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        controls: Sequence[Control],
-        guess_mode: bool,
-        text: Any,
-        added: Mapping[str, Any],
-    ) -> None:
-        self.backend = model.backend
-        self.controls = controls
-        self.nets = [model.component(name) for name in model.controlnets]
+    def __init__(self, prompted: Prompted) -> None:
+        settings, conditions = prompted.settings, prompted.conditions
+        self.backend = prompted.backend
+        self.controls: Sequence[Control] = settings.controls
+        self.nets = [prompted.component(NETWORK, i) for i in range(len(self.controls))]
         # A net that adds the same everywhere asks for guess mode; the first decides for all.
-        self.guess_mode = guess_mode or self.nets[0].config.global_pool_conditions
-        self.texts = [net.read(text) for net in self.nets]
-        self.added = {k: v for k, v in added.items() if k in ("text_embeds", "time_ids")}
-        self.rows = len(text)
-        self.conditions = []
-        for net, control in zip(self.nets, controls, strict=True):
+        self.guess_mode = settings.guess_mode or self.nets[0].config.global_pool_conditions
+        self.texts = [net.read(prompted.states) for net in self.nets]
+        self.added = {k: v for k, v in conditions.items() if k in ("text_embeds", "time_ids")}
+        self.rows = prompted.batch
+        self.pictures = []
+        for net, control in zip(self.nets, self.controls, strict=True):
             pixels = (control.image.astype(np.float32) / np.float32(255))[None]
-            self.conditions.append(net.embed_image(self.backend.asarray(pixels)))
-        self.backend.evaluate(*self.conditions)
+            self.pictures.append(net.embed_image(self.backend.asarray(pixels)))
+        self.backend.evaluate(*self.pictures)
 
     def counting(self, index: int, total: int) -> list[int]:
-        """Which of them have a part in an evaluation."""
+        """See ``Acting.counting``."""
         return [i for i, control in enumerate(self.controls) if control.counts(index, total)]
 
     def __call__(
-        self, x: Any, t: float, index: int, total: int, guided: bool, shallow: bool = False
+        self, x: Any, t: float, index: int, total: int, guided: bool, shallow: bool
     ) -> list[Any] | None:
-        """What they add to the U-Net's way down, the mid block last; None: nothing.
-
-        Args:
-            x: latents (1, h, w, C), as the U-Net is given them.
-            t, index, total: the evaluation.
-            guided: whether there is a prediction for the negative prompt, too.
-            shallow: whether no more of the U-Net runs than takes the first of what they add: then
-                that alone.
-        """
+        """See ``Acting``."""
         both = guided and not self.guess_mode
         start = 0 if both else self.rows - 1  # the prompt comes last
         sample = self.backend.concatenate([x, x], 0) if both else x
         timesteps = self.backend.asarray(np.full(len(sample), t, np.float32))
-        told = {name: values[start:] for name, values in self.added.items()}
+        added = {name: values[start:] for name, values in self.added.items()}
         sums: list[Any] | None = None
         for i in self.counting(index, total):
-            net, last = self.nets[i], (self.conditions[i], self.controls[i].scale, self.guess_mode)
+            net, last = self.nets[i], (self.pictures[i], self.controls[i].scale, self.guess_mode)
             if shallow:
                 more = [net.predict_first(sample, *last)]
             else:
-                temb = Condition(net.embed(timesteps, **told))
+                temb = Condition(net.embed(timesteps, **added))
                 more = net.predict(sample, temb, self.texts[i].rows(start, self.rows), *last)
             sums = more if sums is None else [a + b for a, b in zip(sums, more, strict=True)]
         if sums is not None and guided and not both:
@@ -215,11 +239,25 @@ class ControlNets:
         return sums
 
 
+def _check_latents(controlnet: Any, model: Kind, path: Any) -> None:
+    """Raise UsageError unless a ControlNet's config has the latents of this model."""
+    vae = model.vae_config
+    for name, found, expected in (
+        ("latent channels", controlnet.in_channels, vae.latent_channels),
+        ("pixels for each latent", controlnet.factor, vae.factor),
+    ):
+        if found != expected:
+            raise UsageError(
+                f"{path}: this ControlNet is for models with {found} {name}, this model has "
+                f"{expected}; use one made for it"
+            )
+
+
 def _share(name: str, value: Any) -> float:
-    value = finite_number(name, value)
-    if not 0.0 <= value <= 1.0:
-        raise UsageError(f"{name} is {value:g}; expected 0 to 1, a share of the way")
-    return value
+    share = finite_number(name, value)
+    if not 0.0 <= share <= 1.0:
+        raise UsageError(f"{name} is {share:g}; expected 0 to 1, a share of the way")
+    return share
 
 
 def _preprocessor(name: str, value: Any) -> str:

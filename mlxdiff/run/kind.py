@@ -1,0 +1,505 @@
+"""Facts about a model: what it draws, what it has parts for, and its defaults.
+
+A kind is worked out from a model's configs alone; no network is loaded. The defaults are those of
+diffusers' pipeline for the same kind of model.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mlxdiff import samplers
+from mlxdiff.errors import ConfigError, UsageError
+from mlxdiff.networks.config import (
+    AutoencoderKLConfig,
+    UNet2DConditionConfig,
+    UNet2DConfig,
+    VAEConfig,
+)
+from mlxdiff.samplers.guidance import is_guided
+from mlxdiff.store.folder import ModelSource
+
+logger = logging.getLogger("mlxdiff")
+
+UPSCALER_SCALE = 0.08333
+"""scaling_factor of an upscaler's VAE, whatever its config says (as in diffusers' pipeline)."""
+MAX_NOISE_LEVEL = 350
+"""Largest noise level of an upscaler whose model_index.json gives none."""
+
+TILE_PIXELS = 256 * 256
+"""A picture of more pixels is decoded in bands."""
+
+DDPM_STEPS = 1000
+OTHER_STEPS = 50
+
+Reason = str | None
+"""Why a model lacks a part, and the way out; None if it has the part."""
+
+
+class Network(NamedTuple):
+    """Which network of a model.
+
+    Attributes:
+        name: "unet", "vae", "text_encoder", "text_encoder_2", or the name of a kind that was added.
+        position: of one that was added, among those of its name; None: the model's own.
+    """
+
+    name: str
+    position: int | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.position is None else f"{self.name}_{self.position}"
+
+
+class Kind(ABC):
+    """Facts about a model, whichever it is. What only some models have is off here.
+
+    Attributes:
+        source: the opened model.
+        unet_config: config of its U-Net.
+        vae_config: config of the VAE that encodes and decodes; None: there is none.
+        is_sdxl: the U-Net takes pooled text and sizes beside the prompt.
+        is_latent_consistency: a LatentConsistencyModelPipeline, which counts strength its own way.
+        takes_prompt_2: there is a second text encoder.
+        takes_aesthetic_score: the U-Net takes an aesthetic score (SDXL's refiner) in place of a
+            target size.
+        takes_label: the U-Net takes a class.
+        zeros_for_empty_prompt: an absent negative prompt means zeros (SDXL), not the empty text.
+        inpaints: the U-Net sees a mask and a masked picture beside the latents.
+        edits: the U-Net sees a picture beside the latents (InstructPix2Pix).
+        upscales: the U-Net sees a small, noised picture and takes its noise level (x4 upscaler).
+        takes_scaled_picture: a model that edits sees the picture's latents scaled (CosXL Edit).
+    """
+
+    source: ModelSource
+    unet_config: Any
+    vae_config: Any = None
+
+    is_sdxl: bool = False
+    is_latent_consistency: bool = False
+    takes_prompt_2: bool = False
+    takes_aesthetic_score: bool = False
+    takes_label: bool = False
+    zeros_for_empty_prompt: bool = False
+    inpaints: bool = False
+    edits: bool = False
+    upscales: bool = False
+    takes_scaled_picture: bool = False
+
+    @abstractmethod
+    def lacks(self, part: str) -> Reason:
+        """Return why this model has no such part, with the way out; None if it has the part.
+
+        Args:
+            part: "text", "prompt_2", "sdxl", "target_size", "aesthetic_score", "image", "mask",
+                "edits", "upscales", "label", "hires", or an addition: "controlnet", "ip_adapter",
+                "lora", "embedding", "vae", "refiner".
+        Raises: KeyError for another word.
+        """
+
+    def require(self, part: str, subject: str | None = None) -> None:
+        """Raise UsageError if the model lacks a part.
+
+        Args:
+            subject: what the message starts with; None: the model's path.
+        """
+        if (reason := self.lacks(part)) is not None:
+            raise UsageError(f"{self.source.path if subject is None else subject}: {reason}")
+
+    @property
+    @abstractmethod
+    def default_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the model was trained for. Raises: UsageError."""
+
+    @property
+    @abstractmethod
+    def default_guidance(self) -> float:
+        """Guidance scale."""
+
+    @property
+    def default_sampler(self) -> str:
+        """Sampler that "auto" stands for; "auto" where the checkpoint decides."""
+        return "auto"
+
+    @abstractmethod
+    def default_steps(self, sampler: str) -> int:
+        """Number of steps of a sampler."""
+
+    @property
+    def default_strength(self) -> float:
+        """How far a run goes from a given image, 0 to 1."""
+        return 1.0
+
+    @abstractmethod
+    def check_size(self, *, width: int, height: int) -> None:
+        """Raise UsageError unless the model can draw a picture of this size."""
+
+    @abstractmethod
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(h, w, C) of what the U-Net draws, for a picture of this size in pixels."""
+
+    def tiles(self, height: int, width: int, low_memory: bool, tiling: bool | None = None) -> bool:
+        """Whether a picture of this size is decoded in bands.
+
+        Args:
+            tiling: what was asked for; None: the default.
+        """
+        return False
+
+    def is_guided(self, scale: float, image_scale: float | None = None) -> bool:
+        """Whether this guidance scale takes several predictions a step.
+
+        Args:
+            image_scale: image guidance of a model that edits; below 1 there is no guidance.
+        """
+        return False
+
+    def check_noise_level(self, noise_level: Any) -> None:
+        """Raise UsageError unless the picture of an upscaler can be noised this much."""
+        self.require("upscales", "noise_level")
+
+    @property
+    def low_res_process(self) -> np.ndarray:
+        """alphas_cumprod, by noise level, for noising the picture of an upscaler.
+
+        Raises: ConfigError; UsageError if the model is none.
+        """
+        self.require("upscales", "noise_level")
+        raise NotImplementedError
+
+    def check_label(self, label: Any) -> None:
+        """Raise UsageError unless the model takes this label, or None."""
+        if label is not None:
+            self.require("label", f"label {label}")
+
+
+class LatentKind(Kind):
+    """A model that draws latents of a VAE from text: Stable Diffusion and its kin.
+
+    Args:
+        vae: config of an added VAE; None: the model's own.
+    Attributes:
+        vae_config: config of the VAE that decodes.
+        text_encoders: names of the text encoders, in order.
+    Raises: ConfigError if the U-Net fits none of its kind.
+    """
+
+    unet_config: UNet2DConditionConfig
+
+    def __init__(self, source: ModelSource, vae: VAEConfig | None = None) -> None:
+        self.source = source
+        self.unet_config = unet = source.config("unet")
+        self.vae_config: VAEConfig = source.config("vae") if vae is None else vae
+        self.text_encoders = tuple(c for c in source.components if stage_of(c) == "text_encoder")
+        index = source.model_index
+        latent = self.vae_config.latent_channels
+        self.is_sdxl = unet.addition_embed_type == "text_time"
+        self.is_latent_consistency = str(index.get("_class_name")).startswith(
+            "LatentConsistencyModel"
+        )
+        self.takes_prompt_2 = len(self.text_encoders) > 1
+        self.takes_aesthetic_score = self.is_sdxl and self._size_numbers() == 5
+        self.zeros_for_empty_prompt = self.is_sdxl and bool(
+            index.get("force_zeros_for_empty_prompt", True)
+        )
+        self.inpaints = unet.in_channels == 2 * latent + 1
+        self.edits = unet.in_channels == 2 * latent and unet.num_class_embeds is None
+        self.upscales = unet.in_channels == latent + 3 and unet.num_class_embeds is not None
+        self.takes_scaled_picture = bool(index.get("is_cosxl_edit", False))
+        if self.upscales:
+            self.vae_config = replace(self.vae_config, scaling_factor=UPSCALER_SCALE)
+
+    def _size_numbers(self) -> int:
+        """How many numbers the U-Net takes beside the pooled text: 6, or 5 with a score.
+
+        They follow from the width of its embedding (the reference has a flag beside it).
+        """
+        unet = self.unet_config
+        pooled = self.source.config(self.text_encoders[-1]).projection_dim
+        numbers = ((unet.projection_class_embeddings_input_dim or 0) - pooled) / (
+            unet.addition_time_embed_dim or 1
+        )
+        if numbers not in (5, 6):
+            raise ConfigError(
+                f"{self.source.path}: projection_class_embeddings_input_dim of the U-Net is "
+                f"{unet.projection_class_embeddings_input_dim}; expected the text encoder's "
+                f"projection_dim {pooled} and 5 or 6 times {unet.addition_time_embed_dim}"
+            )
+        return int(numbers)
+
+    def lacks(self, part: str) -> Reason:
+        """See ``Kind.lacks``."""
+        has, reason = _LATENT_PARTS[part]
+        return None if has(self) else reason.format(this=self.description)
+
+    @property
+    def description(self) -> str:
+        """What this model does, and how that is known; for messages."""
+        if self.inpaints:
+            does = "an inpainting model"
+        elif self.edits:
+            does = "a model that edits a picture by instruction"
+        elif self.upscales:
+            does = "a model that enlarges a picture"
+        else:
+            does = "a model that draws from text"
+        channels, latent = self.unet_config.in_channels, self.vae_config.latent_channels
+        return f"this is {does} (its U-Net takes {channels} channels, the latents have {latent})"
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the model was trained for. Raises: UsageError."""
+        height, width = _sample_size(self.unet_config.sample_size)
+        return height * self.vae_config.factor, width * self.vae_config.factor
+
+    @property
+    def default_guidance(self) -> float:
+        """Guidance scale of the reference pipeline for this kind of model; 0 for Turbo."""
+        if self.unet_config.time_cond_proj_dim is not None:
+            return 8.5
+        if samplers.distilled_for(self.source.scheduler_config) in ("euler", "euler-a"):
+            return 0.0
+        if self.upscales:
+            return 9.0
+        return 5.0 if self.is_sdxl else 7.5
+
+    def default_steps(self, sampler: str) -> int:
+        """4 for models that were distilled to need few steps, else 20."""
+        return 20 if samplers.distilled_for(self.source.scheduler_config) is None else 4
+
+    @property
+    def default_strength(self) -> float:
+        """How far from a given image the reference pipeline goes."""
+        return 0.3 if self.is_sdxl else 0.8
+
+    def check_noise_level(self, noise_level: Any) -> None:
+        """Raise UsageError unless the picture of an upscaler can be noised this much."""
+        most = min(
+            self.source.model_index.get("max_noise_level", MAX_NOISE_LEVEL),
+            (self.unet_config.num_class_embeds or 0) - 1,
+            len(self.low_res_process) - 1,
+        )
+        whole = isinstance(noise_level, int) and not isinstance(noise_level, bool)
+        if not whole or not 0 <= noise_level <= most:
+            raise UsageError(
+                f"noise_level is {noise_level!r}; expected a whole number, 0 to {most} (how much "
+                "noise is added to the picture before it is enlarged)"
+            )
+
+    @property
+    def low_res_process(self) -> np.ndarray:
+        """See ``Kind.low_res_process``."""
+        try:
+            return samplers.forward_process(self.source.low_res_scheduler_config)
+        except ConfigError as error:
+            raise ConfigError(f"{self.source.path}/low_res_scheduler: {error}") from None
+
+    def is_guided(self, scale: float, image_scale: float | None = None) -> bool:
+        """See ``Kind.is_guided``."""
+        if image_scale is not None and image_scale < 1.0:
+            return False
+        # A distilled model takes the scale as an input instead (Meng et al. 2023).
+        return is_guided(scale) and self.unet_config.time_cond_proj_dim is None
+
+    def tiles(self, height: int, width: int, low_memory: bool, tiling: bool | None = None) -> bool:
+        """See ``Kind.tiles``."""
+        if not isinstance(self.vae_config, AutoencoderKLConfig):
+            return False  # a TAESD's features are small
+        return low_memory or height * width > TILE_PIXELS if tiling is None else tiling
+
+    def check_size(self, *, width: int, height: int) -> None:
+        """Raise UsageError unless the VAE's factor divides both sides."""
+        factor = self.vae_config.factor
+        for name, value in (("width", width), ("height", height)):
+            if value < factor or value % factor:
+                below = max(value // factor, 1) * factor
+                near = f"{below}" if value < factor else f"{below} or {below + factor}"
+                raise UsageError(
+                    f"{name} {value} is not a multiple of {factor}, which this model needs; "
+                    f"nearest: {near}"
+                )
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """See ``Kind.latent_shape``."""
+        f = self.vae_config.factor
+        return height // f, width // f, self.vae_config.latent_channels
+
+
+class PixelKind(Kind):
+    """A model that draws pixels, without text encoder and VAE: a UNet2DModel (Ho et al. 2020).
+
+    The defaults are those of diffusers' DDPMPipeline and DDIMPipeline.
+
+    Raises: UsageError if what it draws is no picture.
+    """
+
+    unet_config: UNet2DConfig
+
+    def __init__(self, source: ModelSource) -> None:
+        self.source = source
+        self.unet_config = source.config("unet")
+        self.takes_label = self.unet_config.takes_label
+        channels = self.unet_config.in_channels, self.unet_config.out_channels
+        if channels not in ((1, 1), (3, 3)):
+            raise UsageError(
+                f"{source.path}: its U-Net takes {channels[0]} channels and gives {channels[1]}; "
+                "a picture has 1 or 3"
+            )
+
+    def lacks(self, part: str) -> Reason:
+        """See ``Kind.lacks``."""
+        what = _PIXEL_PARTS[part]
+        if part == "label":
+            return None if self.takes_label else "this model has no classes"
+        return f"this model draws from noise alone; it has no part for {what}"
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of all pictures of this model. Raises: UsageError."""
+        return _sample_size(self.unet_config.sample_size)
+
+    @property
+    def default_guidance(self) -> float:
+        """1: there is no guidance."""
+        return 1.0
+
+    @property
+    def default_sampler(self) -> str:
+        """The sampler of the model's pipeline class."""
+        if self.source.model_index.get("_class_name") == "DDIMPipeline":
+            return "ddim"
+        name = self.source.scheduler_config.get("_class_name")
+        return {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}.get(str(name), "checkpoint")
+
+    def default_steps(self, sampler: str) -> int:
+        """1000 for ``ddpm``, else 50; never more than the model was trained with."""
+        config = self.source.scheduler_config
+        if sampler == "checkpoint" and config.get("_class_name") == "DDPMScheduler":
+            sampler = "ddpm"
+        trained = config.get("num_train_timesteps", DDPM_STEPS)
+        steps = DDPM_STEPS if sampler == "ddpm" else OTHER_STEPS
+        return min(steps, trained) if isinstance(trained, int) and trained > 0 else steps
+
+    def check_size(self, *, width: int, height: int) -> None:
+        """Raise UsageError unless it is the model's own size, if the model has one."""
+        if min(width, height) < 1 or self.unet_config.sample_size not in (None, (height, width)):
+            own_height, own_width = self.default_size
+            raise UsageError(
+                f"{width}x{height} pixels: this model draws {own_width}x{own_height} only"
+            )
+
+    def check_label(self, label: Any) -> None:
+        """Raise UsageError unless the model takes this label, or None."""
+        config = self.unet_config
+        if not config.takes_label:
+            super().check_label(label)
+        elif config.class_embed_type == "identity":
+            raise UsageError(
+                "the classes of this model are vectors (class_embed_type identity), which have no "
+                "number; call its U-Net with class_labels (pipe.model.component('unet'))"
+            )
+        else:
+            count = config.num_class_embeds if config.class_embed_type is None else None
+            known = "a whole number of at least 0" if count is None else f"0 to {count - 1}"
+            if label is None:
+                raise UsageError(f"this model needs a label (--label), the class to draw: {known}")
+            sound = isinstance(label, int) and not isinstance(label, bool) and label >= 0
+            if not sound or (count is not None and label >= count):
+                raise UsageError(f"label is {label!r}; expected {known}")
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(height, width, channels)."""
+        return height, width, self.unet_config.in_channels
+
+
+def stage_of(network: str) -> str:
+    """The stage of a run that a network works in: text_encoder, unet or vae."""
+    return _STAGES.get(network, "unet")
+
+
+# What is not named here works beside the U-Net.
+_STAGES = {"text_encoder": "text_encoder", "text_encoder_2": "text_encoder", "vae": "vae"}
+
+
+def _sample_size(size: tuple[int, int] | None) -> tuple[int, int]:
+    if size is None:
+        raise UsageError("this model's config gives no sample_size: say width and height")
+    return size
+
+
+def _always(kind: LatentKind) -> bool:
+    return True
+
+
+def _starts_from_noise_alone(kind: LatentKind) -> bool:
+    return kind.edits or kind.upscales
+
+
+# Part -> whether a latent model has it, and the reason if not.
+_LATENT_PARTS: dict[str, tuple[Callable[[LatentKind], bool], str]] = {
+    "text": (_always, ""),
+    "image": (_always, ""),
+    "lora": (_always, ""),
+    "embedding": (_always, ""),
+    "vae": (_always, ""),
+    "label": (lambda kind: False, "this model draws from a prompt; it has no classes"),
+    "sdxl": (lambda kind: kind.is_sdxl, "only SDXL models take that; this model is not one"),
+    "prompt_2": (lambda kind: kind.takes_prompt_2, "this model has no second text encoder"),
+    "target_size": (
+        lambda kind: kind.is_sdxl and not kind.takes_aesthetic_score,
+        "only SDXL base models take that; a refiner takes an aesthetic score instead",
+    ),
+    "aesthetic_score": (
+        lambda kind: kind.takes_aesthetic_score,
+        "only SDXL's refiner takes that; give one as refiner (--refiner)",
+    ),
+    "refiner": (
+        lambda kind: kind.is_sdxl,
+        "this is no SDXL model; a refiner is one, and works on one",
+    ),
+    "mask": (
+        lambda kind: not _starts_from_noise_alone(kind),
+        "{this}; it has no part for a mask (--mask) or borders (--outpaint)",
+    ),
+    "edits": (
+        lambda kind: kind.edits,
+        "only models that edit a picture by instruction take that (instruct-pix2pix, whose U-Net "
+        "takes 8 channels); this model is not one",
+    ),
+    "upscales": (
+        lambda kind: kind.upscales,
+        "only models that enlarge a picture take that (the x4 upscaler); this model is not one",
+    ),
+    "hires": (
+        lambda kind: not _starts_from_noise_alone(kind),
+        "{this}; draw with it first, and start a hires run of another model from the result "
+        "(--image)",
+    ),
+    "controlnet": (
+        lambda kind: not _starts_from_noise_alone(kind),
+        "{this}; it cannot be combined with a ControlNet (--controlnet)",
+    ),
+    "ip_adapter": (
+        lambda kind: not kind.upscales,
+        "{this}; it cannot be combined with an IP-Adapter (--ip-adapter)",
+    ),
+}
+
+# Part -> the words for it.
+_PIXEL_PARTS = dict.fromkeys(_LATENT_PARTS, "that") | {
+    "controlnet": "a ControlNet",
+    "ip_adapter": "an IP-Adapter",
+    "lora": "a LoRA",
+    "embedding": "an embedding",
+    "vae": "a VAE",
+    "refiner": "a refiner",
+}
+
+PARTS = tuple(_LATENT_PARTS)
+"""The parts that a model may lack: arguments of ``Kind.lacks``."""

@@ -1,0 +1,44 @@
+"""Facts about a model are told without loading it, and what it lacks is said with a way out."""
+
+from __future__ import annotations
+
+import pytest
+from golden_data import checkpoint
+
+from mlxdiff.convert import open_source
+from mlxdiff.errors import UsageError
+from mlxdiff.run.kind import PARTS, Kind, LatentKind, PixelKind
+
+# Model -> the parts that it has.
+HAS = {
+    "sd15": "text image mask hires controlnet ip_adapter lora embedding vae",
+    "sdxl": "text prompt_2 sdxl target_size refiner image mask hires controlnet ip_adapter lora "
+    "embedding vae",
+    "sdxl-refiner": "text sdxl aesthetic_score refiner image mask hires controlnet ip_adapter lora "
+    "embedding vae",
+    "sd15-inpainting": "text image mask hires controlnet ip_adapter lora embedding vae",
+    "pix2pix": "text image edits ip_adapter lora embedding vae",
+    "x4-upscaler": "text image upscales lora embedding vae",
+    "ddpm": "",
+    "ddpm-labels": "label",
+}
+
+
+def kind_of(name: str) -> Kind:
+    source = open_source(checkpoint(name))
+    return PixelKind(source) if source.family == "ddpm" else LatentKind(source)
+
+
+@pytest.mark.parametrize("name", HAS)
+def test_every_part_is_there_or_missed_with_a_reason(name: str) -> None:
+    kind = kind_of(name)
+    assert {part for part in PARTS if kind.lacks(part) is None} == set(HAS[name].split())
+    for part in PARTS:
+        reason = kind.lacks(part)
+        assert reason is None or (reason and "{" not in reason and "\n" not in reason)
+        if reason is not None:
+            with pytest.raises(UsageError) as caught:
+                kind.require(part, "a word")
+            assert str(caught.value) == f"a word: {reason}"
+    with pytest.raises(KeyError):
+        kind.lacks("wings")
