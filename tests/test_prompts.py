@@ -233,7 +233,7 @@ def test_wrong_embeddings(tmp_path: Path, opened: Opened) -> None:
     ):
         with pytest.raises(error, match=words):
             pipe.set_embeddings([given])
-    with pytest.raises(UsageError, match="both the word"):
+    with pytest.raises(UsageError, match="have the same word"):
         pipe.set_embeddings([cat, (WORDS / "ink.pt", "<cat-toy>")])
     with pytest.raises(UsageError, match="width 32, for one text encoder"):
         opened("sdxl").set_embeddings([cat])
