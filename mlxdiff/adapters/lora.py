@@ -137,7 +137,9 @@ def open_lora(path: str | os.PathLike[str]) -> LoraFile:
     if isinstance(opened, PickleFile):
         if opened.refused:
             few = ", ".join(f"{shown(n)} is {what}" for n, what in list(opened.refused.items())[:5])
-            raise CheckpointError(f"{path}: contains entries that are not tensors: {few}")
+            raise CheckpointError(
+                f"{path}: contains entries that are not tensors: {few}; save only the tensors"
+            )
     elif _DIFFUSERS_CONFIG in opened.metadata:
         settings = _by_prefix(opened.metadata[_DIFFUSERS_CONFIG], path)
     if path.name.startswith("adapter_model") and (path.parent / _PEFT_CONFIG).is_file():
@@ -175,7 +177,9 @@ def _by_prefix(text: str, path: Path) -> dict[str, dict[str, Any]]:
         for (prefix, name), value in pairs:
             settings.setdefault(prefix, {})[name] = value
     except (ValueError, AttributeError, RecursionError):
-        raise CheckpointError(f"{path}: its {_DIFFUSERS_CONFIG} is malformed") from None
+        raise CheckpointError(
+            f"{path}: its {_DIFFUSERS_CONFIG} is malformed; save the LoRA again"
+        ) from None
     return settings
 
 

@@ -129,7 +129,10 @@ def _vectors(file: Path, name: str, tensor: LazyTensor) -> np.ndarray:
         )
     values = np.asarray(tensor.read(), np.float32).reshape(-1, shape[-1])
     if not all_finite(values):
-        raise CheckpointError(f"{file}: {name!r} holds values that are NaN or infinite")
+        raise CheckpointError(
+            f"{file}: {name!r} holds values that are NaN or infinite; the file is damaged, or its "
+            "training failed; use another file"
+        )
     if len(values) > _MOST:
         raise CheckpointError(
             f"{file}: {name!r} has {len(values)} vectors; a prompt has room for {_MOST}"

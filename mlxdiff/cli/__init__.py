@@ -196,5 +196,7 @@ def show_notes(quiet: bool) -> None:
 def main() -> None:
     """Stable Diffusion on Apple Silicon and other small machines.
 
-    mlxdiff generate "a red circle on a blue background"  draws with the built-in model.
+    Draw with the built-in model:
+
+    mlxdiff generate "a red circle on a blue background"
     """

@@ -20,7 +20,7 @@ from mlxdiff.cli import ProgressBar, common_options, show_notes
     "-b", "--count", type=int, default=3, help="Number of pictures to time warm. Default: 3."
 )
 @click.option(
-    "-g", "--guidance", "--cfg-scale", type=float, help="Guidance. Default: the model's own."
+    "-g", "--guidance", "--cfg-scale", type=float, help="Guidance scale. Default: the model's own."
 )
 @click.option("--sampler", help="Sampler. Default: auto.")
 @click.option("--schedule", help="Noise schedule. Default: auto.")
@@ -53,8 +53,8 @@ def bench(
     No file is written. The JSON line (--json) contains no names of people, computers or folders.
 
     \b
-    mlxdiff bench                              the built-in model, seconds
-    mlxdiff bench -m sd15 --json >> bench.jsonl
+    mlxdiff bench                                  time the built-in model, in seconds
+    mlxdiff bench -m sd15 --json >> bench.jsonl    add a record to a file
     """
     from mlxdiff.loading import load
     from mlxdiff.report.bench import bench as run

@@ -76,7 +76,7 @@ def open_picture(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     try:
         picture = Image.open(path)
     except FileNotFoundError:
-        raise UsageError(f"{path}: no such picture file") from None
+        raise UsageError(f"{path}: no such picture file; check the path") from None
     except UnidentifiedImageError:
         raise UsageError(
             f"{path}: is not a picture in a format that Pillow reads (PNG, JPEG, WebP, ...)"

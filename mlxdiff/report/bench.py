@@ -282,8 +282,8 @@ def table(record: dict[str, Any]) -> list[str]:
         f"{human(work['weight_bytes_per_step'])} of weights",
         f"this machine: matrix products {rates} GFLOP/s, "
         f"copying {ceiling['copy_gb_per_s']:.4g} GB/s",
-        f"a step runs at {share['matmul']:.0%} of the matrix products' speed"
-        f" ({share['weights']:.0%} of copying for the weights alone)",
+        f"a step reaches {share['matmul']:.0%} of the rate of matrix products"
+        f" (and reads its weights at {share['weights']:.0%} of the copying speed)",
         f"memory: peak {human(record['memory']['peak_bytes'])}, "
         + ("arrays only" if record["memory"]["counted"] == "arrays" else "whole process"),
     ]

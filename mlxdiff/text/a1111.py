@@ -275,7 +275,9 @@ def _strength(text: str, where: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise UsageError(f"the prompt has {where!r}: {text!r} is not a number")
+        raise UsageError(
+            f"the prompt has {where!r}: {text!r} is not a number; write <lora:name:0.8>"
+        )
     return value
 
 
