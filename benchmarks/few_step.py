@@ -27,6 +27,7 @@ import argparse
 import hashlib
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -326,7 +327,7 @@ def cheaper(
 
 
 def verdicts(found: dict[str, Any]) -> list[str]:
-    """Whether the goals are met, in words."""
+    """Say if the goals are met."""
     lines = []
     for guidance, entry in found["scales"].items():
         methods = entry["methods"]
@@ -337,31 +338,33 @@ def verdicts(found: dict[str, Any]) -> list[str]:
         at_8, at_6 = methods[OURS]["8"]["error"], methods[OURS]["6"]["error"]
         ddim = methods[DDIM]["25"]["error"]
         lines.append(
-            f"- Guidance {guidance}: at 8 evaluations {at_8:.4f}, the best other at 12 ({best}) "
-            f"{others[best]:.4f}: {'smaller' if at_8 < others[best] else 'NOT smaller'}. At 6 "
-            f"{at_6:.4f}, DDIM at 25 {ddim:.4f}: {'smaller' if at_6 < ddim else 'NOT smaller'}."
+            f"- Guidance {guidance}: error {at_8:.4f} at 8 evaluations against {others[best]:.4f} "
+            f"at 12 ({best}): {'smaller' if at_8 < others[best] else 'NOT smaller'}. Error "
+            f"{at_6:.4f} at 6 against {ddim:.4f} at 25 (DDIM): "
+            f"{'smaller' if at_6 < ddim else 'NOT smaller'}."
         )
     return lines
 
 
 def verdict_on_cost(found: dict[str, Any]) -> list[str]:
-    """Where the error of 20 fully guided steps is had for less, in words."""
+    """Say which cheaper runs reach the error of 20 fully guided steps."""
     lines = []
     for guidance, rows in found["cheaper"].items():
         methods = found["scales"][guidance]["methods"]
         twenty = {name: cells["20"]["error"] for name, cells in methods.items() if name != OURS}
         for name in dict.fromkeys((FULL, min(twenty, key=lambda name: twenty[name]))):
-            known = f"- Guidance {guidance}: 20 steps of {name} (40 evaluations) have error "
+            known = f"- Guidance {guidance}: 20 steps of {name} (40 evaluations) have an error of "
             known += f"{twenty[name]:.4f}"
             good = [row for row in rows if row["error"] <= twenty[name] and row["cost"] < 40]
             if not good:
-                lines.append(f"{known}; nothing below is as good for less.")
+                lines.append(f"{known}; no cheaper run below reaches it.")
                 continue
             best = min(good, key=lambda row: row["cost"])
             times = 40 / best["cost"]
             lines.append(
-                f"{known}; `{described(best)}` has {best['error']:.4f} for {best['cost']:.1f}: "
-                f"{times:.1f} times cheaper{'' if times >= 2 else ', NOT twice'}."
+                f"{known}; `{described(best)}` has {best['error']:.4f} at a cost of "
+                f"{best['cost']:.1f}: {times:.1f} times cheaper"
+                f"{'' if times >= 2 else ', NOT twice'}."
             )
     return lines
 
@@ -418,60 +421,84 @@ def table(found: dict[str, Any], what: str, form: str) -> list[str]:
     return lines
 
 
+def _wrapped(text: str) -> list[str]:
+    """Wrap a paragraph or a list entry as all docs are wrapped."""
+    indent = "  " if text.startswith("- ") else ""
+    return textwrap.wrap(
+        text, 110, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
 def report(found: dict[str, Any]) -> str:
-    """docs/few_step.md."""
+    """The text of docs/few_step.md."""
     size = found["prompts"]
     exact = ", ".join(f"{100 * e['right']:.0f} % at {g}" for g, e in found["scales"].items())
     return "\n".join(
         [
             "# Few steps",
             "",
-            f"Made by `python benchmarks/few_step.py --torch --prompts {size} --cache FOLDER` on "
-            f"the built-in model (U-Net and text encoder {found['model']}); see there for what is "
-            f"measured and how. {size} fixed prompts (some with held-out combinations), one seed "
-            f"each; the reference has {found['reference']} steps. A guided evaluation asks the "
-            "network twice. The fitted numbers (`mlxdiff (auto)`) come from other prompts and "
-            "seeds (`examples/train_builtin/fit_sampler.py`).",
+            *_wrapped(
+                "This page is the output of `python benchmarks/few_step.py --torch --prompts "
+                f"{size} --cache FOLDER` on the built-in model (U-Net and text encoder "
+                f"{found['model']}). The script documents the method. It uses {size} fixed prompts "
+                "(some with held-out combinations) with one seed each; the reference has "
+                f"{found['reference']} steps. A guided evaluation runs the network twice. The "
+                "fitted numbers (`mlxdiff (auto)`) come from other prompts and seeds "
+                "(`examples/train_builtin/fit_sampler.py`)."
+            ),
             "",
             "![error against evaluations](few_step.png)",
             "",
             "## Goals",
             "",
-            "Ours at 8 evaluations is to have a smaller error than each other at 12, and at 6 than "
-            "DDIM at 25; and the error of 20 fully guided steps is to cost at most half.",
+            *_wrapped(
+                "At 8 evaluations, the error of mlxdiff must be smaller than that of every other "
+                "sampler at 12; at 6 evaluations, smaller than that of DDIM at 25. The error of 20 "
+                "fully guided steps must be reached at half the cost or less."
+            ),
             "",
-            *verdicts(found),
-            *verdict_on_cost(found),
+            *(part for line in verdicts(found) for part in _wrapped(line)),
+            *(part for line in verdict_on_cost(found) for part in _wrapped(line)),
             "",
             "## Error of the final latents",
             "",
-            "Root mean square over all pictures, in standard deviations of the latents, by number "
-            "of evaluations. A single picture that turned into another one weighs much in it.",
+            *_wrapped(
+                "Root mean square over all pictures, in standard deviations of the latents, by "
+                "number of evaluations. A single picture that changed into a different one has a "
+                "large effect on it."
+            ),
             "",
             *table(found, "error", "{:.4f}"),
-            "Of the middle picture (median), which such a picture does not move:",
+            "Median over all pictures, which is robust to such a picture:",
             "",
             *table(found, "median", "{:.4f}"),
-            "## Pictures with all that was asked for",
+            "## Pictures that match their prompt completely",
             "",
-            f"Of {size} (so each figure is uncertain by up to {50 / size**0.5:.0f} points, but all "
-            "samplers had the same prompts and seeds), in percent. The reference solution itself "
-            f"has {exact}.",
+            *_wrapped(
+                f"Percentage of {size} pictures. Each figure is uncertain by up to "
+                f"{50 / size**0.5:.0f} points, but all samplers had the same prompts and seeds. "
+                f"The reference solution itself has {exact}."
+            ),
             "",
             *table(_percent(found), "right", "{:.0f}"),
             "## Cheaper evaluations",
             "",
-            "Guidance in an interval and reuse of deep features, counted in whole evaluations of "
-            f"the U-Net: a guided one is two, a shallow one {found['part']:.3f} of one here (by "
-            "multiply-adds; 0.079 in SD 1.5, 0.015 in SDXL). The error is that of the fully guided "
-            "solution. `dpmpp-2m` is in the schedule of the file.",
+            *_wrapped(
+                "Guidance in an interval and reuse of deep features. The unit of cost is one whole "
+                "evaluation of the U-Net: a guided evaluation costs two, a shallow one "
+                f"{found['part']:.3f} here (by multiply-adds; 0.079 in SD 1.5, 0.015 in SDXL). The "
+                "error is measured against the fully guided solution. `dpmpp-2m` uses the schedule "
+                "of the model's file."
+            ),
             "",
             *cost_tables(found),
-            "## Samplers and schedules where nothing was fitted",
+            "## Samplers and schedules without a fit",
             "",
-            "Error by number of steps, of the middle picture in brackets. The built-in model has "
-            "the noise schedule of Stable Diffusion, so its timesteps (and *Align Your Steps*, "
-            "made for SD 1.5) mean the same noise; it is far smaller and predicts v.",
+            *_wrapped(
+                "Error by number of steps, with the median in brackets. The built-in model has the "
+                "noise schedule of Stable Diffusion, so its timesteps (and *Align Your Steps*, "
+                "made for SD 1.5) mean the same noise levels; it is far smaller and predicts v."
+            ),
             "",
             *candidate_tables(found),
         ]
@@ -534,7 +561,7 @@ def main() -> None:
         args.json.write_text(json.dumps(found, indent=1))
     if not set(GUIDANCE) <= set(args.guidance):
         return  # one of several calls that fill the cache
-    (args.out / "few_step.md").write_text(report(found) + "\n", encoding="utf-8")
+    (args.out / "few_step.md").write_text(report(found), encoding="utf-8")
     print("\n".join(verdicts(found) + verdict_on_cost(found)))
     try:
         plot(found, args.out / "few_step.png")

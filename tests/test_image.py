@@ -142,7 +142,7 @@ def test_a_file_that_is_no_picture(tmp_path: Path) -> None:
     for path, message in (
         (text, "is not a picture in a format that Pillow reads"),
         (cut, "cannot be decoded"),
-        (tmp_path, "is a folder, expected a picture file"),
+        (tmp_path, "is a folder; give a picture file"),
         (tmp_path / "none.png", "no such picture file"),
     ):
         with pytest.raises(UsageError) as error:
@@ -239,7 +239,7 @@ def test_a_png_holds_picture_and_text(tmp_path: Path) -> None:
 def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_text("mine")
-    with pytest.raises(UsageError, match=r"a.png: exists already; .* --force"):
+    with pytest.raises(UsageError, match=r"a.png: already exists; .* --force"):
         save_png(PICTURE, path)
     assert path.read_text() == "mine"
     save_png(PICTURE, path, overwrite=True)
@@ -261,7 +261,7 @@ def test_a_file_that_appears_meanwhile_is_kept(
         path.write_text("theirs")
 
     monkeypatch.setattr(Image.Image, "save", slow_save)
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         save_png(PICTURE, path)
     assert path.read_text() == "theirs"
     assert listing(tmp_path) == ["a.png"]

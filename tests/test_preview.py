@@ -194,7 +194,7 @@ def test_into_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (("--preview", "--preview-every", "0"), "at least 1"),
         (("--preview-file", "p/x.jpg"), ".png"),
         (("--preview-file", "p/{size}.png"), "only {seed}"),
-        (("--preview-file", "z.png", "-o", "z.png"), "file of a picture"),
+        (("--preview-file", "z.png", "-o", "z.png"), "is the output file"),
     ):
         refused = CliRunner().invoke(main, [*GENERATE[3:], *wrong])
         assert refused.exit_code == 2 and words in refused.stderr, refused.stderr

@@ -149,7 +149,7 @@ def test_padding_follows_the_first_end() -> None:
         ({"clip_skip": 4}, "expected 0 to 3"),
         ({"clip_skip": -1}, "expected 0 to 3"),
         ({"clip_skip": 1.5}, "whole number"),
-        ({"prompt_syntax": "a1111", "prompt": "a (red:1.2.3) cat"}, "no number"),
+        ({"prompt_syntax": "a1111", "prompt": "a (red:1.2.3) cat"}, "not a number"),
         ({"prompt_syntax": "a1111", "prompt": "a cat AND a dog"}, "AND"),
         ({"prompt_syntax": "a1111", "prompt": "a [b|c]", "feature_reuse": 2}, "feature_reuse"),
         ({"prompt_syntax": "a1111", "prompt": "<hypernet:a:1> cat"}, "hypernet"),
@@ -233,7 +233,7 @@ def test_wrong_embeddings(tmp_path: Path, opened: Opened) -> None:
     ):
         with pytest.raises(error, match=words):
             pipe.set_embeddings([given])
-    with pytest.raises(UsageError, match="both the word"):
+    with pytest.raises(UsageError, match="have the same word"):
         pipe.set_embeddings([cat, (WORDS / "ink.pt", "<cat-toy>")])
     with pytest.raises(UsageError, match="width 32, for one text encoder"):
         opened("sdxl").set_embeddings([cat])

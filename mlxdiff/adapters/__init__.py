@@ -1,4 +1,4 @@
-"""Files that change a model (LoRA) or give it words (textual inversion): read, and matched to it.
+"""Read files that change a model (LoRA) or add words (textual inversion); match them to a model.
 
-No backend is known here: the arithmetic is NumPy's, the networks take the results.
+This part does not depend on a backend: it computes with NumPy, and the networks take the results.
 """

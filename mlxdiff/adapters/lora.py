@@ -1,8 +1,8 @@
-"""LoRA files and their kin, opened, matched to a model, and turned into changes of its weights.
+"""Read LoRA files and related forms, match them to a model, and apply them to its weights.
 
-A file is opened once (``open_lora``) and matched to a model (``match``): every tensor must find its
-weight. ``changed`` gives a model's tensors with the changes in them, or beside them where they are
-packed and must stay as they are.
+Open a file once (``open_lora``), then match it to a model (``match``): every tensor must belong to
+a weight. ``changed`` returns the model's tensors with the changes added. A quantized tensor stays
+packed, and the change is kept beside it.
 
 Sources: Hu et al. 2021 (LoRA), Hyeon-Woo et al. 2021 (LoHa), Yeh et al. 2023 (LoCon, LoKr), Liu et
 al. 2024 (DoRA), Kalajdzievski 2023 (rank-stabilised); the names of PEFT, diffusers, kohya's
@@ -45,7 +45,7 @@ from mlxdiff.weights.tensors import (
 
 logger = logging.getLogger("mlxdiff")
 
-# What a folder is looked through for, in this order.
+# File names to look for in a folder, in this order.
 _FILES = (
     "pytorch_lora_weights.safetensors",
     "adapter_model.safetensors",
@@ -57,22 +57,22 @@ _PEFT_CONFIG = "adapter_config.json"
 _DIFFUSERS_CONFIG = "lora_adapter_metadata"  # in the header of a safetensors file
 
 Scale: TypeAlias = "float | tuple[float, float]"
-"""What changes are multiplied by: all, or those of the U-Net and those of the text encoders."""
+"""Factor for the changes: one for all, or one for the U-Net and one for the text encoders."""
 
 Given: TypeAlias = "str | os.PathLike[str] | tuple[str | os.PathLike[str], Scale] | Lora"
-"""A LoRA as people give it: path, (path, scale), or one that is open."""
+"""A LoRA as users give it: a path, (path, scale), or an open one."""
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A file of adapters, not yet matched to a model.
+    """An open LoRA file, not yet matched to a model.
 
     Attributes:
         path: the file.
-        name: of it, or of the folder that it was found in.
-        tensors: as the file names them.
-        sha256: of the file.
-        short_hash: the first 12 digits of the hash by which A1111 and Civitai know it.
+        name: name of the file, or of the folder that contains it.
+        tensors: the tensors, under the names in the file.
+        sha256: SHA-256 of the file.
+        short_hash: the first 12 digits of the hash that A1111 and Civitai use.
         settings: prefix of module names ("" for all) -> PEFT's config of the adapter.
     """
 
@@ -86,14 +86,14 @@ class LoraFile:
 
 @dataclass(frozen=True)
 class Lora:
-    """A file matched to a model, at a scale.
+    """A LoRA file matched to a model, at a scale.
 
     Attributes:
         file: the file.
-        scale: what its changes are multiplied by; may be negative.
-        text_scale: the same for text encoders.
-        deltas: component -> parameter -> what is added to it.
-        ignored: names that were left over, with the reason.
+        scale: factor for the changes of the U-Net; may be negative.
+        text_scale: factor for the changes of the text encoders; may be negative.
+        deltas: component -> parameter -> the change to add.
+        ignored: unused tensor names, each with the reason.
     """
 
     file: LoraFile
@@ -104,11 +104,11 @@ class Lora:
 
     @property
     def name(self) -> str:
-        """The file's name."""
+        """The name of the file."""
         return self.file.name
 
     def report(self) -> str:
-        """What was matched, in one line."""
+        """Describe the matched weights in one line."""
         parts = [f"{len(found)} weights of {name}" for name, found in self.deltas.items() if found]
         every = [delta for found in self.deltas.values() for delta in found.values()]
         kinds = Counter(("DoRA, " if d.magnitude else "") + d.form.name for d in every)
@@ -128,16 +128,18 @@ class Lora:
 
 
 def open_lora(path: str | os.PathLike[str]) -> LoraFile:
-    """Open a LoRA: a file in safetensors' or PyTorch's format, or a folder of diffusers or PEFT.
+    """Open a LoRA: a safetensors or PyTorch file, or a folder written by diffusers or PEFT.
 
-    Raises: UsageError where nothing is there; CheckpointError for a file that cannot be read.
+    Raises: UsageError if nothing is found; CheckpointError if the file cannot be read.
     """
     path, name, opened = _open(Path(path).expanduser())
     settings: dict[str, dict[str, Any]] = {}
     if isinstance(opened, PickleFile):
         if opened.refused:
             few = ", ".join(f"{shown(n)} is {what}" for n, what in list(opened.refused.items())[:5])
-            raise CheckpointError(f"{path}: holds what is no tensor: {few}")
+            raise CheckpointError(
+                f"{path}: contains entries that are not tensors: {few}; save only the tensors"
+            )
     elif _DIFFUSERS_CONFIG in opened.metadata:
         settings = _by_prefix(opened.metadata[_DIFFUSERS_CONFIG], path)
     if path.name.startswith("adapter_model") and (path.parent / _PEFT_CONFIG).is_file():
@@ -152,12 +154,14 @@ def open_lora(path: str | os.PathLike[str]) -> LoraFile:
 
 
 def _open(path: Path) -> tuple[Path, str, PickleFile | TensorFile]:
-    """The file of a LoRA, its name, and it opened."""
+    """Find and open the file of a LoRA; return its path, its name and the open file."""
     name = path.name
     if path.is_dir():
         found = [path / file for file in _FILES if (path / file).is_file()]
         if not found:
-            raise UsageError(f"{path}: has no LoRA in it (looked for {', '.join(_FILES)})")
+            raise UsageError(
+                f"{path}: this folder contains no LoRA; expected one of {', '.join(_FILES)}"
+            )
         path, name = found[0], path.resolve().name
     elif not path.is_file():
         raise UsageError(f"{path}: no such LoRA file or folder (--lora PATH[:SCALE])")
@@ -165,7 +169,7 @@ def _open(path: Path) -> tuple[Path, str, PickleFile | TensorFile]:
 
 
 def _by_prefix(text: str, path: Path) -> dict[str, dict[str, Any]]:
-    """diffusers' metadata: {"unet.r": 4, ...} -> {"unet": {"r": 4, ...}}."""
+    """Group diffusers' metadata by prefix: {"unet.r": 4, ...} -> {"unet": {"r": 4, ...}}."""
     try:
         flat = json.loads(text)
         pairs = [(key.split(".", 1), value) for key, value in flat.items()]
@@ -173,12 +177,14 @@ def _by_prefix(text: str, path: Path) -> dict[str, dict[str, Any]]:
         for (prefix, name), value in pairs:
             settings.setdefault(prefix, {})[name] = value
     except (ValueError, AttributeError, RecursionError):
-        raise CheckpointError(f"{path}: its {_DIFFUSERS_CONFIG} is malformed") from None
+        raise CheckpointError(
+            f"{path}: its {_DIFFUSERS_CONFIG} is malformed; save the LoRA again"
+        ) from None
     return settings
 
 
 def _hashes(path: Path) -> tuple[str, str]:
-    """sha256 of a file, and of what follows a safetensors header: A1111's hash of a LoRA."""
+    """Hash a file: SHA-256 of the whole, and A1111's hash (without a safetensors header)."""
     whole, rest = hashlib.sha256(), hashlib.sha256()
     with path.open("rb") as file:
         head = file.read(8)
@@ -194,7 +200,7 @@ def _hashes(path: Path) -> tuple[str, str]:
 
 
 def is_lora(path: str | os.PathLike[str]) -> bool:
-    """Whether a file or folder is a LoRA, by what is in it."""
+    """Return True if a file or folder contains a LoRA, by its tensor names."""
     try:
         tensors = _open(Path(path).expanduser())[2].tensors
     except (CheckpointError, UsageError):
@@ -203,7 +209,10 @@ def is_lora(path: str | os.PathLike[str]) -> bool:
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a LoRA is, in plain JSON values; for `mlxdiff info`. Raises: as ``open_lora``."""
+    """Describe a LoRA in plain JSON values, for `mlxdiff info`.
+
+    Raises: the errors of ``open_lora``.
+    """
     file = open_lora(path)
     groups, unknown = _grouped(file)
     forms: Counter[str] = Counter()
@@ -236,14 +245,14 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def match(file: LoraFile, scale: Scale, configs: Mapping[str, Any], family: str) -> Lora:
-    """Find every tensor of a file its weight.
+    """Match each tensor of a file to a weight of the model.
 
     Args:
         file: the file.
-        scale: what its changes are multiplied by.
-        configs: component -> config, of the text encoders and the U-Net.
-        family: of the model, as ``convert.detect.family`` says.
-    Raises: CheckpointError that names what does not fit, and both families where they differ.
+        scale: factor for the changes.
+        configs: component -> config, for the text encoders and the U-Net.
+        family: the model's family, from ``convert.detect.family``.
+    Raises: CheckpointError that names the tensors that do not fit, or both families if they differ.
     """
     groups, unknown = _grouped(file)
     table = lora_names.spellings(configs)
@@ -278,7 +287,7 @@ def match(file: LoraFile, scale: Scale, configs: Mapping[str, Any], family: str)
                 misshapen.append(f"{module}: {error}")
                 continue
             if target.parameter in deltas[target.component]:
-                broken.append(f"{module} (the same weight stands there twice)")
+                broken.append(f"{module} (it changes the same weight twice)")
             deltas[target.component][target.parameter] = Delta(form, strength, magnitude, rows)
     ignored = [(name, reason) for name in left if (reason := lora_names.ignored(name)) is not None]
     left = [name for name in left if lora_names.ignored(name) is None]
@@ -294,7 +303,7 @@ Parts: TypeAlias = "dict[str, tuple[str, LazyTensor]]"
 
 
 def _grouped(file: LoraFile) -> tuple[dict[str, Parts], list[str]]:
-    """Module as it is spelled -> part -> (name, tensor); and the names that no rule knows."""
+    """Group tensors by module; return module -> part -> (name, tensor), and the unknown names."""
     groups: dict[str, Parts] = {}
     unknown = []
     for name, tensor in file.tensors.items():
@@ -306,7 +315,7 @@ def _grouped(file: LoraFile) -> tuple[dict[str, Parts], list[str]]:
         parts = groups.setdefault(module, {})
         if part in parts:
             raise CheckpointError(
-                f"{file.path}: {shown(name)} and {shown(parts[part][0])} are the same"
+                f"{file.path}: {shown(name)} and {shown(parts[part][0])} are the same part"
             )
         if tensor.dtype not in READABLE:
             raise CheckpointError(
@@ -317,7 +326,7 @@ def _grouped(file: LoraFile) -> tuple[dict[str, Parts], list[str]]:
 
 
 def _form(file: LoraFile, module: str, parts: Parts) -> tuple[Form, float]:
-    """The form of a module's parts and alpha / rank. Raises: ValueError."""
+    """Make the form of a module from its parts; return it and alpha / rank. Raises: ValueError."""
     beside = ("alpha", "magnitude", "dora_scale")
     form = make_form({part: t for part, (_, t) in parts.items() if part not in beside})
     rank = form.rank()
@@ -333,7 +342,7 @@ def _form(file: LoraFile, module: str, parts: Parts) -> tuple[Form, float]:
 
 
 def _configured(file: LoraFile, module: str, rank: int | None) -> float:
-    """alpha / rank by PEFT's config of the adapter; 1 where there is none."""
+    """Compute alpha / rank from PEFT's config of the adapter; 1 without a config."""
     prefix = next((p for p in file.settings if p and module.startswith(f"{p}.")), "")
     config = file.settings.get(prefix)
     if config is None:
@@ -357,7 +366,7 @@ def _configured(file: LoraFile, module: str, rank: int | None) -> float:
 
 
 def _magnitude(parts: Parts, target: Target) -> Magnitude | None:
-    """DoRA's norms, if there are any. Raises: ValueError where they fit neither axis."""
+    """Return DoRA's norms, or None without any. Raises: ValueError if they fit neither axis."""
     out, inputs = target.matrix[0], target.inputs
     if "magnitude" in parts:
         tensor = parts["magnitude"][1]
@@ -386,7 +395,7 @@ def _raise_faults(
         return
     where = str(file.path)
     if broken:
-        raise CheckpointError(f"{where}: damaged, or of a form that is unknown: {_few(broken)}")
+        raise CheckpointError(f"{where}: is damaged or has an unknown form: {_few(broken)}")
     theirs = lora_names.made_for({name: tensor.shape for name, tensor in file.tensors.items()})
     ours = lora_names.family_words(family, configs["unet"])
     if theirs is not None and theirs.split(" (text")[-1] != ours.split(" (text")[-1]:
@@ -394,10 +403,10 @@ def _raise_faults(
     if not matched and not misshapen:
         if not any(lora_names.split(name) for name in file.tensors):
             what = detect.looks_like(file.tensors)
-            raise CheckpointError(f"{where}: is no LoRA, but {what}")
+            raise CheckpointError(f"{where}: is not a LoRA but {what}")
         raise CheckpointError(
-            f"{where}: none of its {len(file.tensors)} tensors belongs to a weight of this model, "
-            f"which is {ours}; it has {_few(list(file.tensors), 3)}; expected names such as "
+            f"{where}: none of its {len(file.tensors)} tensors belongs to a weight of this model "
+            f"({ours}); it has {_few(list(file.tensors), 3)}; expected names such as "
             "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight or "
             "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight"
         )
@@ -407,8 +416,8 @@ def _raise_faults(
     if misshapen:
         faults.append(f"{len(misshapen)} have another shape: {_few(misshapen)}")
     raise CheckpointError(
-        f"{where}: fits this model ({ours}) only in part: {'; '.join(faults)}; use a model of the "
-        "kind that it was trained on"
+        f"{where}: fits this model ({ours}) only in part: {'; '.join(faults)}; use the kind of "
+        "model that it was trained on"
     )
 
 
@@ -417,7 +426,7 @@ def _few(names: Sequence[str], count: int = 10) -> str:
 
 
 def open_all(given: Iterable[Given], configs: Mapping[str, Any], family: str) -> tuple[Lora, ...]:
-    """Open and match LoRAs as people give them. Raises: UsageError, CheckpointError."""
+    """Open all given LoRAs and match them to a model. Raises: UsageError, CheckpointError."""
     if isinstance(given, (str, bytes, os.PathLike)):
         raise UsageError(f"loras is {given!r}; expected a list of paths or of (path, scale)")
     opened = []
@@ -431,7 +440,9 @@ def open_all(given: Iterable[Given], configs: Mapping[str, Any], family: str) ->
             raise UsageError(f"a LoRA is given as {one!r}; expected a path or (path, scale)")
         scales = scale if isinstance(scale, tuple) else (scale, scale)
         if len(scales) != 2 or not all(map(_is_number, scales)):
-            raise UsageError(f"{path}: its scale is {scale!r}; expected a number, 1 for all of it")
+            raise UsageError(
+                f"{path}: its scale is {scale!r}; expected a number (1 applies it fully)"
+            )
         if not any(scales):
             logger.warning("%s has no effect: its scale is 0", path)
         own, text = map(float, scales)
@@ -445,9 +456,9 @@ def _is_number(value: Any) -> bool:
 
 
 def find(name: str, folder: Path) -> Path:
-    """The LoRA that a prompt calls by this name, in a folder. Raises: UsageError."""
+    """Find a LoRA in a folder by its name in a prompt. Raises: UsageError."""
     if not name or name != Path(name).name or "\\" in name:
-        raise UsageError(f"the prompt asks for the LoRA {name!r}; expected the name of a file")
+        raise UsageError(f"the prompt asks for the LoRA {name!r}; expected a file name, not a path")
     for ending in _ENDINGS:
         path = folder / f"{name}{ending}"
         if path.is_file() or (ending == "" and path.is_dir()):
@@ -458,7 +469,7 @@ def find(name: str, folder: Path) -> Path:
         raise UsageError(f"{folder}: cannot be read ({error.strerror})") from None
     raise UsageError(
         f"the prompt asks for the LoRA {name!r}, but {folder.resolve()} has no {name}.safetensors; "
-        f"it has {', '.join(there[:10]) or 'none at all'}; say where they are (--lora-folder)"
+        f"it has {', '.join(there[:10]) or 'no LoRA'}; give another folder with --lora-folder"
     )
 
 
@@ -468,11 +479,11 @@ def find(name: str, folder: Path) -> Path:
 def changed(
     loras: Iterable[Lora], component: str, tensors: Mapping[str, LazyTensor]
 ) -> dict[str, LazyTensor]:
-    """The tensors of a component with the changes of all LoRAs in them.
+    """Return the tensors of a component with the changes of all LoRAs added.
 
-    A tensor that is changed is computed when it is read, in float32, from the file's own values, so
-    that the unchanged one can be read again at any time. A quantized one stays as it is stored, and
-    what is added stands beside it.
+    A changed tensor is computed on read, in float32, from the values in the model's file, so the
+    original can be read again at any time. A quantized tensor stays packed; the change is kept
+    beside it.
     """
     result = dict(tensors)
     for name, deltas in _collected(loras, component).items():
@@ -484,7 +495,7 @@ Scaled: TypeAlias = "tuple[Delta, float, LoraFile]"
 
 
 def _collected(loras: Iterable[Lora], component: str) -> dict[str, list[Scaled]]:
-    """Parameter -> all that is added to it."""
+    """Collect the changes of all LoRAs: parameter -> changes."""
     collected: dict[str, list[Scaled]] = {}
     for lora in loras:
         scale = lora.scale if component == "unet" else lora.text_scale
@@ -511,7 +522,7 @@ def _changed(tensor: LazyTensor, deltas: list[Scaled]) -> LazyTensor:
 
 
 def _sum(weight: np.ndarray, deltas: Sequence[Scaled]) -> np.ndarray:
-    """What is added to a weight in our layout, each against the weight as it was."""
+    """Sum the changes to a weight in our layout; compute each from the unchanged weight."""
     flat = _flat(weight)
     total = np.zeros_like(flat)
     for delta, scale, file in deltas:
@@ -522,21 +533,21 @@ def _sum(weight: np.ndarray, deltas: Sequence[Scaled]) -> np.ndarray:
 def _checked(values: np.ndarray, file: LoraFile) -> np.ndarray:
     if not all_finite(values):
         raise CheckpointError(
-            f"{file.path}: holds values that are NaN or infinite; the file is damaged or was saved "
-            "from a failed training"
+            f"{file.path}: holds values that are NaN or infinite; the file is damaged, or its "
+            "training failed; use another file"
         )
     return values
 
 
 def _flat(weight: np.ndarray) -> np.ndarray:
-    """(out, [kH, kW,] in) -> (out, in * kH * kW), PyTorch's order."""
+    """Reshape (out, [kH, kW,] in) to (out, in * kH * kW), in PyTorch's order."""
     if weight.ndim == 4:
         weight = weight.transpose(0, 3, 1, 2)
     return np.ascontiguousarray(weight).reshape(len(weight), -1)
 
 
 def _shaped(flat: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The way back."""
+    """Undo ``_flat``."""
     if len(shape) == 2:
         return flat
     out, height, width, inputs = shape
@@ -547,15 +558,15 @@ def _shaped(flat: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 def beside(
     deltas: Sequence[Scaled], shape: tuple[int, ...], weight: Callable[[], np.ndarray]
 ) -> Beside:
-    """What is added beside a packed weight.
+    """Combine changes into one term beside a packed weight.
 
-    Differences of low rank are put together into one pair of factors; all others (LoHa, LoKr, and
-    DoRA by input channel) into one matrix of the weight's own size.
+    Low-rank differences are concatenated into one pair of factors. If there are others (LoHa, LoKr,
+    DoRA by input channel), the sum is one matrix of the weight's size.
 
     Args:
-        deltas: all that is added to it.
-        shape: of the weight, in our layout.
-        weight: reads its values; asked only where they count (DoRA's norms).
+        deltas: all changes to the weight.
+        shape: shape of the weight, in our layout.
+        weight: reads the values of the weight; called only if they matter (DoRA's norms).
     """
     pairs = [_pair(delta, scale, weight, shape[-1], file) for delta, scale, file in deltas]
     found = [pair for pair in pairs if pair is not None]
@@ -572,7 +583,7 @@ def beside(
 def _pair(
     delta: Delta, scale: float, weight: Callable[[], np.ndarray], inputs: int, file: LoraFile
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None] | None:
-    """(down, up, gain - 1) of a difference; None where it is not of low rank."""
+    """Return (down, up, gain - 1) of a difference, or None if it is not of low rank."""
     factors, magnitude = delta.factors(), delta.magnitude
     if factors is None or (magnitude is not None and not magnitude.by_output):
         return None

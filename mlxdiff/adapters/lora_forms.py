@@ -1,7 +1,8 @@
-"""What an adapter adds to a weight: the arithmetic of LoRA and its kin.
+"""Compute the change of a weight from the tensors of a LoRA or a related form.
 
-Everything is a matrix here: a weight (out, in, kH, kW) in PyTorch's layout is (out, in * kH * kW),
-a linear one (out, in). Tensors are read when a matrix is asked for; shapes are known before.
+All weights are matrices here: a convolution (out, in, kH, kW) in PyTorch's layout becomes
+(out, in * kH * kW); a linear layer is (out, in). Shapes are known without reading; tensors are read
+when a matrix is computed.
 """
 
 from __future__ import annotations
@@ -19,37 +20,39 @@ Tensors = Mapping[str, LazyTensor]
 
 
 class Form(Protocol):
-    """How a difference of weights is written down.
+    """A way to store a weight difference.
 
     Attributes:
-        name: what people call it.
-        parts: names of the tensors that make it up.
+        name: common name of the form.
+        parts: names of its tensors.
     """
 
     name: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]
 
     def rank(self) -> int | None:
-        """What alpha is divided by; None where nothing in the file says it."""
+        """Return the rank that divides alpha, or None if the tensors do not define one."""
 
     def shape(self) -> Shape:
-        """(out, in * kH * kW). Raises: ValueError where the tensors do not go together."""
+        """Return (out, in * kH * kW). Raises: ValueError if the tensor shapes do not match."""
 
     def delta(self) -> np.ndarray:
-        """The difference, float32."""
+        """Compute the difference: float32 (out, in * kH * kW)."""
 
     def factors(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """(down, up), (R, in * kH * kW) and (out, R), whose product up @ down is the difference;
-        None where R would not be small."""
+        """Return (down, up) with difference = up @ down, or None if R would not be small.
+
+        Shapes: down (R, in * kH * kW), up (out, R).
+        """
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """up @ down (Hu et al. 2021); for a convolution up is 1x1 (LoCon), or a core stands between.
+    """up @ down (Hu et al. 2021); a convolution has a 1x1 up (LoCon) and may have a core ``mid``.
 
     Attributes:
-        tensors: down (r, in[, kH, kW]); up (out, r[, 1, 1]); mid (r, r, kH, kW) or none (Tucker or
-            CP decomposition: down is 1x1 then).
+        tensors: down (r, in[, kH, kW]); up (out, r[, 1, 1]); optionally mid (r, r, kH, kW), the
+            core of a Tucker or CP decomposition (down is then 1x1).
     """
 
     tensors: Tensors
@@ -84,10 +87,10 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Hadamard:
-    """(w1_a @ w1_b) * (w2_a @ w2_b), value by value: LoHa (Hyeon-Woo et al. 2021).
+    """LoHa (Hyeon-Woo et al. 2021): the elementwise product (w1_a @ w1_b) * (w2_a @ w2_b).
 
-    With cores t1 and t2 (r, r, kH, kW) each factor is a Tucker decomposition instead; a is (r, out)
-    then, else (out, r).
+    With cores t1 and t2 (r, r, kH, kW), each factor is a Tucker decomposition and its a has the
+    shape (r, out); without, its a has the shape (out, r).
     """
 
     tensors: Tensors
@@ -111,8 +114,10 @@ class Hadamard:
 
 @dataclass(frozen=True)
 class Kronecker:
-    """kron(w1, w2): LoKr (Yeh et al. 2023). Each may be a product of two; w2 of a convolution may
-    have a core t2."""
+    """LoKr (Yeh et al. 2023): kron(w1, w2).
+
+    Each factor may itself be a product of two matrices; w2 of a convolution may have a core t2.
+    """
 
     tensors: Tensors
     name: ClassVar[str] = "LoKr"
@@ -149,7 +154,7 @@ class Kronecker:
 
 @dataclass(frozen=True)
 class Full:
-    """The difference itself."""
+    """The full weight difference."""
 
     tensors: Tensors
     name: ClassVar[str] = "full difference"
@@ -171,7 +176,7 @@ class Full:
 
 
 def make_form(tensors: Tensors) -> Form:
-    """The form that these parts make up. Raises: ValueError where they make up none."""
+    """Make the form that has these parts. Raises: ValueError if no form has them."""
     required: tuple[tuple[type[LowRank | Hadamard | Kronecker | Full], tuple[set[str], ...]], ...]
     required = (
         (LowRank, ({"down", "up"},)),
@@ -191,18 +196,19 @@ def make_form(tensors: Tensors) -> Form:
             form = kind(tensors)
             form.shape()
             return form
-    raise ValueError("they make up none of LoRA, LoHa, LoKr")
+    raise ValueError("these parts are not a complete LoRA, LoHa or LoKr")
 
 
 @dataclass(frozen=True)
 class Magnitude:
-    """DoRA (Liu et al. 2024): each row of the changed weight, or input channel, gets this norm.
+    """DoRA (Liu et al. 2024): set the norm of each row, or input channel, of the changed weight.
 
     Attributes:
         tensor: the norms.
-        by_output: one for each output, else one for each input channel.
-        scale_inside: what a scale multiplies: the low-rank part, before the norms are taken, as
-            PEFT does; else the whole difference, as A1111 and ComfyUI do with LyCORIS' files.
+        by_output: True for one norm per output, False for one per input channel.
+        scale_inside: if True, the scale multiplies the low-rank part before the norms are computed
+            (as PEFT does); if False, the whole difference (as A1111 and ComfyUI do with LyCORIS
+            files).
     """
 
     tensor: LazyTensor
@@ -210,7 +216,7 @@ class Magnitude:
     scale_inside: bool
 
     def gain(self, weight: np.ndarray, inputs: int) -> np.ndarray:
-        """What a changed weight is multiplied by: (out, 1) or (in * kH * kW,)."""
+        """Compute the factor for a changed weight: (out, 1) or (in * kH * kW,)."""
         norms = _values(self.tensor).reshape(-1)
         if self.by_output:
             return (norms / np.linalg.norm(weight, axis=1))[:, None]
@@ -221,13 +227,13 @@ class Magnitude:
 
 @dataclass(frozen=True)
 class Delta:
-    """What a file adds to one weight.
+    """The change of one weight by one file.
 
     Attributes:
         form: the difference.
-        strength: alpha / rank, or what the file says in its place.
-        magnitude: DoRA's norms, if there are any.
-        rows: of the difference that belong to this weight; None: all.
+        strength: alpha / rank, or the equivalent factor from the file's config.
+        magnitude: DoRA's norms, or None.
+        rows: rows of the difference that belong to this weight, or None for all.
     """
 
     form: Form
@@ -236,12 +242,19 @@ class Delta:
     rows: slice | None = None
 
     def difference(self) -> np.ndarray:
-        """At scale 1, without the norms: (out, in * kH * kW)."""
+        """Compute the difference at scale 1, without DoRA's norms: (out, in * kH * kW)."""
         difference = self.form.delta() * np.float32(self.strength)
         return difference if self.rows is None else difference[self.rows]
 
     def added(self, weight: np.ndarray, scale: float, inputs: int) -> np.ndarray:
-        """What is added to a weight, all (out, in * kH * kW) float32; ``inputs`` channels."""
+        """Compute the change of a weight.
+
+        Args:
+            weight: (out, in * kH * kW) float32.
+            scale: factor for the change.
+            inputs: number of input channels.
+        Returns: (out, in * kH * kW) float32, to add to the weight.
+        """
         scale32, difference = np.float32(scale), self.difference()
         if self.magnitude is None:
             return difference * scale32
@@ -252,7 +265,7 @@ class Delta:
         return (changed * self.magnitude.gain(changed, inputs) - weight) * scale32
 
     def factors(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """(down, up) of the difference, if that is of low rank."""
+        """Return (down, up) of the difference, or None if it is not of low rank."""
         factors = self.form.factors()
         if factors is None:
             return None
@@ -262,7 +275,7 @@ class Delta:
 
 def _require(good: bool, what: str) -> None:
     if not good:
-        raise ValueError(f"the shapes of {what} do not go together")
+        raise ValueError(f"the shapes of {what} do not match")
 
 
 def _values(tensor: LazyTensor) -> np.ndarray:
@@ -275,7 +288,7 @@ def _matrix(tensor: LazyTensor) -> np.ndarray:
 
 
 def _tucker(core: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """core (r, s, kH, kW), a (r, out), b (s, in) -> (out, in * kH * kW)."""
+    """Contract core (r, s, kH, kW), a (r, out) and b (s, in) to (out, in * kH * kW)."""
     full = np.einsum("rskl,ro,si->oikl", core, a, b, optimize=True)
     return full.reshape(len(full), -1)
 

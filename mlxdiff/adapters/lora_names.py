@@ -1,8 +1,8 @@
-"""Which weight a name in a LoRA file means: a table of whole-name rules by spelling.
+"""Map the tensor names of LoRA files to weights, by a table of whole names.
 
-A name is a module and a part. Parts are told apart by PARTS, each a rule for a whole name. Modules
-are looked up in a table that holds, for each weight of the model at hand, every spelling that the
-tools of the field have used for it; nothing is replaced within a name.
+A name consists of a module and a part. The rules in PARTS split a name; each rule matches a whole
+name. Modules are looked up in a table made for the model at hand: it lists every spelling that
+known tools use for each weight. Nothing is replaced within a name.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mlxdiff.weights.tensors import Shape
 
 @dataclass(frozen=True)
 class Part:
-    """A rule: a name that matches ``pattern`` as a whole is this part of the module in it."""
+    """A rule: a name that fully matches ``pattern`` is this part; group 1 is the module."""
 
     pattern: str
     part: str
@@ -63,16 +63,16 @@ PARTS: tuple[Part, ...] = (
 IGNORED: tuple[Ignored, ...] = (
     Ignored(
         r"bundle_emb\..+",
-        "a textual inversion beside the LoRA; save it as a file of its own to use it (--embedding)",
+        "a textual inversion in the LoRA file; to use it, save it as a separate file (--embedding)",
     ),
     Ignored(
         r"lora_te2?_transformer_resblocks_(?:23|31)_.+",
-        "the last layer: the model reads the output of the one before",
+        "the last layer of the text encoder, which the model does not use",
     ),
 )
-"""Names that may be left over."""
+"""Names that may stay unused, each with the reason."""
 
-# What is known of other models' names, for messages.
+# Name patterns of other models, for error messages.
 _FOREIGN = (
     (r"(?:transformer\.|lora_transformer_|diffusion_model\.|base_model\.model\.)?"
      r"(?:single_transformer_blocks|double_blocks|single_blocks)[._].+", "Flux"),
@@ -100,7 +100,7 @@ _SECOND_ENCODER = re.compile(r"(?:text_encoder_2\.|lora_te2_).+")
 
 
 def split(name: str) -> tuple[str, str] | None:
-    """(module as it is spelled, part) of a tensor's name; None where no rule knows it."""
+    """Split a tensor's name into (module, part); return None if no rule matches."""
     for rule in PARTS:
         if match := re.fullmatch(rule.pattern, name):
             return match[1], rule.part
@@ -109,13 +109,13 @@ def split(name: str) -> tuple[str, str] | None:
 
 @dataclass(frozen=True)
 class Target:
-    """The weight that a spelling means.
+    """A weight that a module name refers to.
 
     Attributes:
         component: "unet", "text_encoder" or "text_encoder_2".
-        parameter: its name there.
-        shape: its shape in our layout.
-        third: which third of a fused tensor it is (OpenCLIP's queries, keys, values); None: whole.
+        parameter: name of the weight in the component.
+        shape: shape of the weight, in our layout.
+        third: index of its third in a fused tensor (OpenCLIP's queries, keys, values), or None.
     """
 
     component: str
@@ -125,12 +125,12 @@ class Target:
 
     @property
     def inputs(self) -> int:
-        """Input channels."""
+        """The number of input channels."""
         return self.shape[-1]
 
     @property
     def matrix(self) -> Shape:
-        """(out, in * kH * kW)."""
+        """The shape as a matrix: (out, in * kH * kW)."""
         out, *kernel = self.shape
         size = 1
         for side in kernel:
@@ -139,10 +139,11 @@ class Target:
 
 
 def spellings(configs: Mapping[str, Any]) -> dict[str, tuple[Target, ...]]:
-    """Every spelling of every weight that a LoRA can change -> what it means.
+    """Build the table of module names: every spelling of each weight that a LoRA can change.
 
     Args:
-        configs: component -> its config.
+        configs: component -> config.
+    Returns: spelling -> the weights it refers to.
     """
     table: dict[str, tuple[Target, ...]] = {}
     for component, config in configs.items():
@@ -192,14 +193,14 @@ def _text_encoder(component: str, config: Any, weights: Iterable[str]) -> Iterat
             yield f"{component}.{name}", module, None
             if match := re.fullmatch(r"(.+\.self_attn)\.(q|k|v|out)_proj", name):
                 yield f"{component}.{match[1]}.to_{match[2]}_lora", module, None  # old diffusers
-    # OpenCLIP's names; kohya calls the only encoder of SD 2 lora_te_.
+    # OpenCLIP's names. kohya uses lora_te_ for the single encoder of SD 2.
     for place, module, third in _places(openclip_text(config), weights):
         for prefix in kohya:
             yield prefix + place.replace(".", "_"), module, third
 
 
 def _places(layout: Layout, weights: Iterable[str]) -> Iterator[Spelled]:
-    """(place, module, third) of each weight in a layout of single files."""
+    """Yield (name in the layout, module, third) for each weight in a single-file layout."""
     known = set(weights)
     for place, pieces in (layout.names or {}).items():
         for piece in pieces:
@@ -212,7 +213,7 @@ def _places(layout: Layout, weights: Iterable[str]) -> Iterator[Spelled]:
 
 
 def place(module: str) -> str:
-    """The component that a module belongs to, as its spelling says without a model at hand."""
+    """Guess the component of a module from its spelling alone."""
     if _SECOND_ENCODER.fullmatch(f"{module}."):
         return "text_encoder_2"
     if re.fullmatch(r"(?:text_encoder[._]|lora_te1?_|text_model\.).+", module):
@@ -221,15 +222,15 @@ def place(module: str) -> str:
 
 
 def ignored(name: str) -> str | None:
-    """Why a name may be left over; None where it may not."""
+    """Return the reason why a name may stay unused, or None if it must be used."""
     return next((entry.reason for entry in IGNORED if re.fullmatch(entry.source, name)), None)
 
 
 def made_for(shapes: Mapping[str, Shape]) -> str | None:
-    """What a file was made for, in words, by its names and shapes; None where they do not say.
+    """Name the model that a file was made for, or return None if it cannot be recognised.
 
     Args:
-        shapes: tensor -> shape.
+        shapes: tensor name -> shape.
     """
     for pattern, words in _FOREIGN:
         if any(re.fullmatch(pattern, name) for name in shapes):
@@ -248,6 +249,6 @@ def made_for(shapes: Mapping[str, Shape]) -> str | None:
 
 
 def family_words(family: str, unet: Any) -> str:
-    """What a model is, in words: its family (``detect.family``) and the width of its text."""
+    """Describe a model: its family (``detect.family``) and the width of its text embeddings."""
     widths = "/".join(map(str, sorted(set(unet.cross_attention_dim))))
     return f"{_FAMILIES.get(family, family)} (text {widths} wide)"

@@ -1,11 +1,11 @@
-"""Textual inversion files: words with vectors of their own (Gal et al. 2022).
+"""Read textual inversion files: learned vectors for a word (Gal et al. 2022).
 
-A file is opened once (``open_embedding``) and matched to a model (``match``): each text encoder
-gets its vectors, and the words stand for them in both prompt syntaxes (``prompt.Word``).
+Open a file once (``open_embedding``), then match it to a model (``match``): each text encoder gets
+its vectors, and the word stands for them in both prompt syntaxes (``prompt.Word``).
 
 Formats, as diffusers' loaders/textual_inversion.py and A1111's modules/textual_inversion read them:
-one tensor under the word itself (diffusers), or under a name that says nothing; ``string_to_param``
-beside ``name`` (A1111, and the original code, in a pickle); ``clip_l`` and ``clip_g`` (SDXL).
+one tensor named after the word (diffusers) or with a generic name; ``string_to_param`` beside
+``name`` (A1111 and the original code, in a pickle); ``clip_l`` and ``clip_g`` (SDXL).
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from mlxdiff.weights.pickles import SUFFIXES, PickleFile, open_tensors
 from mlxdiff.weights.tensors import READABLE, LazyTensor
 
 FILES = ("learned_embeds.safetensors", "learned_embeds.bin")
-"""What diffusers calls them in a folder."""
+"""File names that diffusers uses in a folder."""
 
 NAMELESS = ("*", "emb_params", "embedding", "weight")
-"""Names under which tools keep the tensor of a word that they do not tell."""
+"""Generic tensor names that do not give the word."""
 
 _SDXL = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 _FAMILIES = {768: "SD 1.x", 1024: "SD 2.x"}
-_MOST = 75  # vectors: a chunk has no more tokens
+_MOST = 75  # maximum number of vectors: a chunk has 75 tokens
 
 Given: TypeAlias = "str | os.PathLike[str] | tuple[str | os.PathLike[str], str | None] | Embedding"
-"""An embedding as people give it: path, (path, word), or one that is open."""
+"""A textual inversion as users give it: a path, (path, word), or an open one."""
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """A word that stands for vectors.
+    """A textual inversion: a word and its vectors.
 
     Attributes:
-        path: its file.
-        token: how it is written in a prompt.
-        names: other ways to write it in A1111's syntax: the file's name.
+        path: the file.
+        token: the word as written in a prompt.
+        names: other spellings in A1111's syntax (the name of the file).
         vectors: "clip_l" and "clip_g", or "" for a model with one text encoder -> (N, D) float32.
-        sha256: of the file.
+        sha256: SHA-256 of the file.
     """
 
     path: Path
@@ -59,16 +59,17 @@ class Embedding:
 
     @property
     def count(self) -> int:
-        """How many vectors it has."""
+        """The number of vectors."""
         return max(len(rows) for rows in self.vectors.values())
 
 
 def open_embedding(path: str | os.PathLike[str], token: str | None = None) -> Embedding:
-    """Open a file of one word.
+    """Open a textual inversion file.
 
     Args:
-        path: a file, or a folder with one.
-        token: the word to write in a prompt; None: the one that the file tells, else its name.
+        path: a file, or a folder that contains one.
+        token: the word to write in a prompt; None takes the word in the file, or else the name of
+            the file.
     Raises: CheckpointError.
     """
     file = _find(Path(path))
@@ -76,7 +77,7 @@ def open_embedding(path: str | os.PathLike[str], token: str | None = None) -> Em
     tensors = opened.tensors
     if isinstance(opened, PickleFile) and opened.refused:
         name, what = next(iter(opened.refused.items()))
-        raise CheckpointError(f"{file}: {name!r} in it is no tensor: it is {what}")
+        raise CheckpointError(f"{file}: its entry {name!r} is not a tensor: it is {what}")
     if set(tensors) <= set(_SDXL):
         told = None
         vectors = {name: _vectors(file, name, tensor) for name, tensor in tensors.items()}
@@ -87,7 +88,7 @@ def open_embedding(path: str | os.PathLike[str], token: str | None = None) -> Em
     else:
         few = ", ".join(map(repr, list(tensors)[:5]))
         raise CheckpointError(
-            f"{file}: is no textual inversion of one word: it holds {len(tensors)} tensors "
+            f"{file}: is not a textual inversion of one word: it holds {len(tensors)} tensors "
             f"({few}{', ...' if len(tensors) > 5 else ''}); expected one, or clip_l and clip_g"
         )
     if isinstance(opened, PickleFile):
@@ -106,29 +107,32 @@ def _find(path: Path) -> Path:
         ]
         if len(there) != 1:
             raise CheckpointError(
-                f"{path}: this folder holds {len(there)} files that may be a textual inversion; "
+                f"{path}: this folder holds {len(there)} files that could be textual inversions; "
                 "give the file itself"
             )
         return there[0]
     if not path.is_file():
         raise CheckpointError(
-            f"{path}: no such textual inversion (expected a .safetensors, .pt or .bin file, and "
-            "after a colon its word)"
+            f"{path}: no such textual inversion; give a .safetensors, .pt or .bin file, "
+            "optionally followed by a colon and the word"
         )
     return path
 
 
 def _vectors(file: Path, name: str, tensor: LazyTensor) -> np.ndarray:
-    """(N, D) of a tensor."""
+    """Read and check a tensor of vectors; return float32 (N, D)."""
     shape, dtype = tensor.shape, tensor.dtype
     if dtype not in READABLE or len(shape) not in (1, 2) or 0 in shape:
         raise CheckpointError(
-            f"{file}: {name!r} is {dtype} of shape {list(shape)}; the vectors of a word are of "
-            "shape [vectors, width]"
+            f"{file}: {name!r} is {dtype} of shape {list(shape)}; expected floating-point vectors "
+            "of shape [vectors, width]"
         )
     values = np.asarray(tensor.read(), np.float32).reshape(-1, shape[-1])
     if not all_finite(values):
-        raise CheckpointError(f"{file}: {name!r} holds values that are NaN or infinite")
+        raise CheckpointError(
+            f"{file}: {name!r} holds values that are NaN or infinite; the file is damaged, or its "
+            "training failed; use another file"
+        )
     if len(values) > _MOST:
         raise CheckpointError(
             f"{file}: {name!r} has {len(values)} vectors; a prompt has room for {_MOST}"
@@ -137,7 +141,7 @@ def _vectors(file: Path, name: str, tensor: LazyTensor) -> np.ndarray:
 
 
 def open_all(given: Iterable[Given]) -> tuple[Embedding, ...]:
-    """Open what people give. Raises: CheckpointError; UsageError where two are the same word."""
+    """Open all given files. Raises: CheckpointError; UsageError if two have the same word."""
     opened = []
     for one in given:
         if isinstance(one, tuple):
@@ -148,19 +152,20 @@ def open_all(given: Iterable[Given]) -> tuple[Embedding, ...]:
         for other in opened[:i]:
             if one.token == other.token:
                 raise UsageError(
-                    f"{other.path} and {one.path} are both the word {one.token!r}; give one of "
-                    "them another (--embedding PATH:WORD)"
+                    f"{other.path} and {one.path} have the same word {one.token!r}; give one of "
+                    "them another word (--embedding PATH:WORD)"
                 )
     return tuple(opened)
 
 
 def match(embedding: Embedding, configs: Mapping[str, CLIPTextConfig]) -> dict[str, np.ndarray]:
-    """The vectors for each text encoder of a model.
+    """Match a textual inversion to the text encoders of a model.
 
     Args:
-        configs: text encoder -> its config.
-    Returns: text encoder -> (N, D), for those that have any.
-    Raises: UsageError where it was made for another kind of model.
+        embedding: the textual inversion.
+        configs: text encoder -> config.
+    Returns: text encoder -> vectors (N, D), for each encoder that has vectors.
+    Raises: UsageError if it was made for another kind of model.
     """
     if "" in embedding.vectors:
         found = {"text_encoder": embedding.vectors[""]} if len(configs) == 1 else {}
@@ -175,7 +180,7 @@ def match(embedding: Embedding, configs: Mapping[str, CLIPTextConfig]) -> dict[s
             break
     if not found:
         raise UsageError(
-            f"{embedding.path}: is made for {_made_for(embedding)}; this model takes "
+            f"{embedding.path}: was made for {_made_for(embedding)}; this model takes "
             + " and ".join(f"{name} {c.hidden_size}" for name, c in configs.items())
         )
     return found

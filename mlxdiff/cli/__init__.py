@@ -1,8 +1,8 @@
-"""The command line: parses and prints, computes nothing.
+"""The command line: parse arguments and print results; compute nothing.
 
-Subcommands are imported when they are used, so that ``mlxdiff --help`` is quick. Exit codes: 0; 2
-for what the user can put right (one line, no traceback); 1 for a fault of ours; 130 when
-interrupted, 143 when told to end (SIGTERM), which cleans up alike.
+Subcommands are imported on use, so that ``mlxdiff --help`` is fast. Exit codes: 0 for success; 2
+for an error that the user can fix (one line, no traceback); 1 for a fault of mlxdiff; 130 for
+Ctrl-C; 143 for SIGTERM. Both signals clean up first.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from mlxdiff.errors import MlxdiffError
 COMMANDS = {
     "generate": ("mlxdiff.cli.generate", "Draw pictures from a prompt."),
     "convert": ("mlxdiff.cli.convert", "Convert a model to a folder that loads fast."),
-    "info": ("mlxdiff.cli.info", "Tell what a model, or a picture that was drawn, is made of."),
-    "bench": ("mlxdiff.cli.bench", "Time a model on this machine; a record to post."),
-    "doctor": ("mlxdiff.cli.doctor", "Say what is slow or broken here, and what to do."),
+    "info": ("mlxdiff.cli.info", "Describe a model, a LoRA or a drawn picture."),
+    "bench": ("mlxdiff.cli.bench", "Time a model on this machine; make a record to post."),
+    "doctor": ("mlxdiff.cli.doctor", "Find what is slow or broken here, and what to do."),
     "models": ("mlxdiff.cli.models", "List and remove converted models; list short names."),
 }
 _DEBUG = "mlxdiff.debug"
@@ -35,7 +35,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _UserError(click.ClickException):
-    """What the user can put right; shown as one line."""
+    """An error that the user can fix; shown as one line."""
 
     exit_code = 2
 
@@ -44,24 +44,24 @@ class _UserError(click.ClickException):
 
 
 class _Fault(click.ClickException):
-    """A fault of ours."""
+    """A fault of mlxdiff."""
 
     exit_code = 1
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
+    """Raised when the process receives SIGTERM."""
 
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that nothing half-written stays behind."""
+    """Turn SIGTERM into an exception, so that no partial file remains."""
 
     def stop(number: int, frame: Any) -> None:
         raise _Terminated
 
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's
+        yield  # only the main thread can handle signals
         return
     before = signal.signal(signal.SIGTERM, stop)
     try:
@@ -71,7 +71,7 @@ def _terminable() -> Iterator[None]:
 
 
 class Main(click.Group):
-    """A group whose commands live in modules of their own, and whose failures are one line."""
+    """A group that imports its commands on use and shows each failure as one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -91,9 +91,9 @@ class Main(click.Group):
             with _terminable():
                 return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
-            raise  # click ends quietly where nobody reads the output any more
+            raise  # on a broken pipe, click exits quietly
         except KeyboardInterrupt as stop:
-            click.echo("Interrupted; nothing half-written is left.", err=True)
+            click.echo("Interrupted; no partial files remain.", err=True)
             code = 143 if isinstance(stop, _Terminated) else 130
             raise click.exceptions.Exit(code) from None
         except Exception as error:
@@ -108,12 +108,12 @@ class Main(click.Group):
                 raise _UserError(f"out of memory ({error}); try a smaller size") from None
             raise _Fault(
                 f"a fault of mlxdiff: {type(error).__name__}: {error}; "
-                "run again with --debug and please report what it prints"
+                "run again with --debug and please report the output"
             ) from None
 
 
 def common_options(command: F) -> F:
-    """``--quiet`` and ``--debug``, for every subcommand."""
+    """Add ``--quiet`` and ``--debug`` to a subcommand."""
 
     def remember(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
         ctx.meta[_DEBUG] = value
@@ -123,19 +123,19 @@ def common_options(command: F) -> F:
         click.option(
             "--debug", is_flag=True, callback=remember, expose_value=False, help="Show tracebacks."
         ),
-        click.option("--quiet", is_flag=True, help="No progress and no notes."),
+        click.option("--quiet", is_flag=True, help="Show no progress and no notes."),
     ):
         command = option(command)
     return command
 
 
 class ProgressBar:
-    """A bar on stderr for work that is counted in bytes, if there is any; nothing where quiet.
+    """A progress bar on stderr, in bytes; shows nothing if quiet or if no work is reported.
 
         with ProgressBar("fetching", quiet) as progress:
             load(..., progress=progress)
 
-    Work with another total gets a new bar.
+    A new total starts a new bar.
     """
 
     def __init__(self, label: str, quiet: bool) -> None:
@@ -147,7 +147,12 @@ class ProgressBar:
         return None if self.quiet else self.advance
 
     def advance(self, done: int, total: int, item: str) -> None:
-        """Told again and again how many bytes are done, of how many, and what is worked on."""
+        """Update the bar.
+
+        Args:
+            done, total: bytes done, and bytes in all.
+            item: name of the current item.
+        """
         if self.bar is None or self.bar.length != max(total, 1):
             self.__exit__()
             self.bar = click.progressbar(
@@ -166,7 +171,7 @@ class ProgressBar:
 
 
 class _Notes(logging.Handler):
-    """Shows what the library warns of on stderr, each thing once."""
+    """Show the library's warnings on stderr; show each text once."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -180,7 +185,7 @@ class _Notes(logging.Handler):
 
 
 def show_notes(quiet: bool) -> None:
-    """Print the library's warnings to stderr, or do not."""
+    """Print the library's warnings to stderr, unless quiet."""
     logger = logging.getLogger("mlxdiff")
     logger.handlers = [logging.NullHandler() if quiet else _Notes()]
     logger.propagate = False
@@ -191,5 +196,7 @@ def show_notes(quiet: bool) -> None:
 def main() -> None:
     """Stable Diffusion on Apple Silicon and other small machines.
 
-    mlxdiff generate "a red circle on a blue background"  draws with the built-in model.
+    Draw with the built-in model:
+
+    mlxdiff generate "a red circle on a blue background"
     """

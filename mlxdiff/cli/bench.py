@@ -1,4 +1,4 @@
-"""``mlxdiff bench``: how fast a model draws on this machine."""
+"""``mlxdiff bench``: time a model on this machine."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ from mlxdiff.cli import ProgressBar, common_options, show_notes
 
 
 @click.command()
-@click.option("-m", "--model", help="As for generate. Default: the built-in model.")
-@click.option("-W", "--width", type=int, help="Pixels. Default: the model's own.")
-@click.option("-H", "--height", type=int, help="Pixels. Default: the model's own.")
-@click.option("--steps", type=int, default=4, help="Of the sampler. Default: 4.")
+@click.option("-m", "--model", help="Same as for generate. Default: the built-in model.")
+@click.option("-W", "--width", type=int, help="Width in pixels. Default: the model's own.")
+@click.option("-H", "--height", type=int, help="Height in pixels. Default: the model's own.")
+@click.option("--steps", type=int, default=4, help="Number of sampling steps. Default: 4.")
 @click.option(
-    "-b", "--count", type=int, default=3, help="Pictures after the first, timed warm. Default: 3."
+    "-b", "--count", type=int, default=3, help="Number of pictures to time warm. Default: 3."
 )
-@click.option("-g", "--guidance", "--cfg-scale", type=float, help="Default: the model's own.")
-@click.option("--sampler", help="Default: auto.")
-@click.option("--schedule", help="Default: auto.")
-@click.option("--label", type=int, help="A model without text: the class to draw.")
-@click.option("--vae", help="Another VAE, or a TAESD, as for generate.")
+@click.option(
+    "-g", "--guidance", "--cfg-scale", type=float, help="Guidance scale. Default: the model's own."
+)
+@click.option("--sampler", help="Sampler. Default: auto.")
+@click.option("--schedule", help="Noise schedule. Default: auto.")
+@click.option("--label", type=int, help="Class to draw, for a model without text.")
+@click.option("--vae", help="Another VAE or a TAESD. Same as for generate.")
 @click.option("--backend", default="auto", help="auto (default), mlx or numpy.")
 @click.option("--dtype", default="auto", help="auto (default), float32, float16 or bfloat16.")
-@click.option("-q", "--quantize", metavar="BITS", help="As for generate.")
-@click.option("--low-memory", is_flag=True, help="As for generate.")
-@click.option("--vae-tiling/--no-vae-tiling", default=None, help="As for generate.")
-@click.option("--json", "as_json", is_flag=True, help="One line of JSON on stdout, to post.")
+@click.option("-q", "--quantize", metavar="BITS", help="Same as for generate.")
+@click.option("--low-memory", is_flag=True, help="Same as for generate.")
+@click.option("--vae-tiling/--no-vae-tiling", default=None, help="Same as for generate.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON, to post.")
 @common_options
 def bench(
     model: str | None,
@@ -45,14 +47,14 @@ def bench(
     quiet: bool,
     **picture: Any,
 ) -> None:
-    """Draw some pictures; say how long each stage takes, cold and warm, how much memory it takes,
-    and what share of this machine's speed that is.
+    """Draw some pictures and time them: seconds of each stage, cold and warm; peak memory; share of
+    this machine's speed.
 
-    Nothing is written. The JSON line (--json) holds no names of people, computers or folders.
+    No file is written. The JSON line (--json) contains no names of people, computers or folders.
 
     \b
-    mlxdiff bench                              the built-in model, seconds
-    mlxdiff bench -m sd15 --json >> bench.jsonl
+    mlxdiff bench                                  time the built-in model, in seconds
+    mlxdiff bench -m sd15 --json >> bench.jsonl    add a record to a file
     """
     from mlxdiff.loading import load
     from mlxdiff.report.bench import bench as run

@@ -1,4 +1,4 @@
-"""``mlxdiff convert``: a checkpoint becomes a folder of MLX arrays."""
+"""``mlxdiff convert``: convert a checkpoint to a folder of MLX arrays."""
 
 from __future__ import annotations
 
@@ -16,26 +16,35 @@ from mlxdiff.cli import ProgressBar, common_options, show_notes
 @click.option(
     "--dtype",
     default="float16",
-    help="float16 (default), float32 or bfloat16: how weights are kept.",
+    help="Type of the stored weights: float16 (default), float32 or bfloat16.",
 )
 @click.option(
     "-q",
     "--quantize",
     metavar="BITS",
-    help="2, 3, 4, 5, 6 or 8 bits a weight, or mxfp4, nvfp4, mxfp8. Default: not.",
+    help="Bits per weight: 2, 3, 4, 5, 6 or 8; or mxfp4, nvfp4, mxfp8. Default: no quantization.",
 )
-@click.option("--group-size", type=int, help="Weights that share a scale: 32, 64 (default), 128.")
-@click.option("--recipe", help="mixed, uniform or linear. Default: the best for these bits.")
-@click.option("--revision", help="Hub id: branch, tag or commit.")
-@click.option("--variant", help="Weight files of this variant, such as fp16.")
-@click.option("--config", help="Single file: a folder with its configs, or the parts it lacks.")
+@click.option(
+    "--group-size",
+    type=int,
+    help="Number of weights that share a scale: 32, 64 (default) or 128.",
+)
+@click.option(
+    "--recipe",
+    help="Which weights get how many bits: mixed, uniform or linear. Default: the best for BITS.",
+)
+@click.option("--revision", help="Branch, tag or commit, for a hub id.")
+@click.option("--variant", help="Use the weight files of this variant, such as fp16.")
+@click.option("--config", help="Folder with the configs or parts that a single file lacks.")
 @click.option(
     "--prediction-type",
-    help="Single file: epsilon, v_prediction or sample, whatever the file looks like.",
+    help="epsilon, v_prediction or sample, for a single file; overrides what was detected.",
 )
-@click.option("--ema", is_flag=True, help="Single file: the moving averages, where it has both.")
+@click.option(
+    "--ema", is_flag=True, help="Use the moving averages, for a single file that has both."
+)
 @click.option("--force", is_flag=True, help="Replace DEST if it exists.")
-@click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @common_options
 def convert(
     source: str,
@@ -53,9 +62,9 @@ def convert(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Convert SOURCE, a diffusers folder, a single file or a hub id, to the new folder DEST.
+    """Convert SOURCE (a diffusers folder, a single file or a hub id) to the new folder DEST.
 
-    Every tensor is accounted for: one that is missing, left over or of a wrong shape is an error.
+    Every tensor is checked: a missing, an extra or a misshapen tensor is an error.
     """
     from mlxdiff.convert import convert as run
 

@@ -1,4 +1,4 @@
-"""``mlxdiff doctor``: what is slow or broken here."""
+"""``mlxdiff doctor``: find what is slow or broken here."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from mlxdiff.cli import common_options, show_notes
 
 
 @click.command()
-@click.option("--online", is_flag=True, help="Try the Hugging Face hub, too.")
-@click.option("--json", "as_json", is_flag=True, help="As JSON on stdout.")
+@click.option("--online", is_flag=True, help="Also try to reach the Hugging Face hub.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @common_options
 @click.pass_context
 def doctor(ctx: click.Context, online: bool, as_json: bool, quiet: bool) -> None:
-    """Look at this machine and say what is slow or broken, and what to do about it.
+    """Find what is slow or broken on this machine, and say what to do about it.
 
-    Ends with 0 also where there is advice; with 2 where mlxdiff cannot be used. --quiet leaves out
-    what is well.
+    The exit code is 0, even if there is advice, or 2 if mlxdiff cannot run. --quiet shows problems
+    only.
     """
     from mlxdiff.report.doctor import FAULT, OK, examine
 
@@ -36,7 +36,7 @@ def doctor(ctx: click.Context, online: bool, as_json: bool, quiet: bool) -> None
 
 
 def _show(state: str, text: str, remedy: str) -> None:
-    """A finding as a paragraph, its state before it."""
+    """Print a finding as a paragraph that starts with its state."""
     indent = " " * 8
     lines = textwrap.wrap(
         text, 92, initial_indent=f"{state:8}", subsequent_indent=indent, break_on_hyphens=False

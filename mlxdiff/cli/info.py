@@ -1,4 +1,4 @@
-"""``mlxdiff info``: what a model or a drawn picture is made of."""
+"""``mlxdiff info``: describe a model, a LoRA or a drawn picture."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from mlxdiff.cli import common_options, show_notes
 
 @click.command()
 @click.argument("path", required=False)
-@click.option("--config", help="Single file: a folder with its configs, or the parts it lacks.")
-@click.option("--json", "as_json", is_flag=True, help="As JSON on stdout.")
+@click.option("--config", help="Folder with the configs or parts that a single file lacks.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @common_options
 def info(path: str | None, config: str | None, as_json: bool, quiet: bool) -> None:
-    """Tell what PATH is: a picture, a LoRA, or a model (folder, single file or hub id; default:
-    the built-in one)."""
+    """Describe PATH: a picture, a LoRA, or a model (a folder, a single file or a hub id).
+
+    Without PATH, describe the built-in model.
+    """
     from mlxdiff.adapters import lora
     from mlxdiff.convert.detect import is_weights
 
@@ -56,10 +58,10 @@ def _model(path: str | None, config: str | None) -> dict[str, Any]:
 
 
 def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
-    """A nested mapping as ``key: value`` lines."""
+    """Format a nested mapping as ``key: value`` lines."""
     lines = []
     for key, value in facts.items():
-        is_file = "." in key  # whose name is not ours to change
+        is_file = "." in key  # keep file names as they are
         label = f"{indent}{key if is_file else key.replace('_', ' ')}:"
         if isinstance(value, dict):
             lines += [label, *_lines(value, indent + "  ")] if value else []

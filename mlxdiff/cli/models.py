@@ -1,4 +1,4 @@
-"""``mlxdiff models``: the converted models that are kept, and the well-known ones."""
+"""``mlxdiff models``: list and remove converted models; list short names."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from mlxdiff.cli import common_options, show_notes
 
 
 @click.group(invoke_without_command=True)
-@click.option("--known", "show_known", is_flag=True, help="The models with a short name, instead.")
-@click.option("--json", "as_json", is_flag=True, help="As JSON on stdout.")
+@click.option("--known", "show_known", is_flag=True, help="List the models with a short name.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @common_options
 @click.pass_context
 def models(ctx: click.Context, show_known: bool, as_json: bool, quiet: bool) -> None:
-    """List the models that were fetched from the hub and converted, with their sizes.
+    """List the models that were downloaded from the hub and converted, with their sizes.
 
-    They are kept in $MLXDIFF_HOME/models (default: ~/.cache/mlxdiff/models).
+    They are stored in $MLXDIFF_HOME/models (default: ~/.cache/mlxdiff/models).
 
     \b
-    mlxdiff models --known         short names for -m, licences, what they are good at
-    mlxdiff models remove sdxl     make room
+    mlxdiff models --known         list short names for -m, licences and strengths
+    mlxdiff models remove sdxl     free disk space
     """
     show_notes(quiet)
     if ctx.invoked_subcommand is not None:
@@ -36,12 +36,13 @@ def models(ctx: click.Context, show_known: bool, as_json: bool, quiet: bool) -> 
 
 @models.command()
 @click.argument("names", nargs=-1, required=True)
-@click.option("--json", "as_json", is_flag=True, help="What was removed, as JSON on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print the removed models as JSON.")
 @common_options
 def remove(names: tuple[str, ...], as_json: bool, quiet: bool) -> None:
-    """Remove the converted copies of NAMES: short names or hub ids, one of several by @COMMIT.
+    """Remove the converted copies of NAMES (short names or hub ids).
 
-    What was downloaded stays in the cache of huggingface_hub, which other programs share.
+    Add @COMMIT to a name to remove one of several revisions. Downloaded files stay in the cache of
+    huggingface_hub, which other programs share.
     """
     from mlxdiff import library
     from mlxdiff.store import hub
@@ -57,8 +58,8 @@ def remove(names: tuple[str, ...], as_json: bool, quiet: bool) -> None:
         for repo in dict.fromkeys("/".join(entry.name.split("/")[:2]) for entry in removed):
             if size := hub.cached_bytes(repo):
                 click.echo(
-                    f"Note: its downloaded files ({_size(size)}) stay in {hub.cache_folder()}; "
-                    f"`hf cache rm model/{repo}` removes them",
+                    f"Note: the downloaded files of {repo} ({_size(size)}) stay in "
+                    f"{hub.cache_folder()}; `hf cache rm model/{repo}` removes them",
                     err=True,
                 )
 
@@ -72,7 +73,7 @@ def _list_kept(as_json: bool) -> None:
         return
     if not entries:
         click.echo(f"No models yet in {library.folder()}.", err=True)
-        click.echo("mlxdiff models --known lists some to begin with.", err=True)
+        click.echo("mlxdiff models --known lists models to start with.", err=True)
         return
     rows = [("NAME", "FAMILY", "SIZE", "TYPE", "REVISION", "DATE")]
     rows += [
@@ -100,7 +101,7 @@ def _list_known(as_json: bool) -> None:
     for known in KNOWN:
         click.echo(f"{known.name:18} {_size(known.megabytes * 10**6):>8}  {known.note}")
         click.echo(f"{'':18} {'':8}  {known.repo}, {known.licence}")
-    click.echo("Sizes are those of the converted copies (float16). Licences: see the model cards.")
+    click.echo("Sizes: converted copies in float16. Licences: see the model cards.")
 
 
 def _table(rows: list[Any]) -> None:

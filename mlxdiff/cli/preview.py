@@ -1,6 +1,6 @@
-"""``--preview``: the picture while it is drawn, in the terminal or as a file.
+"""``--preview``: show the picture while it is drawn, in the terminal or as a file.
 
-Terminals that show pictures are told by their environment; no escape code goes anywhere else, and
+Environment variables identify terminals that can show pictures. Escape codes go only to these,
 never into a pipe or a file. Sources: the Kitty graphics protocol; iTerm2's inline images protocol.
 """
 
@@ -19,24 +19,24 @@ import click
 
 from mlxdiff.errors import UsageError
 
-ROWS = 12  # of text that a preview in the terminal takes
-_PIXELS = 4  # a latent along a side, at most, in a file: to write a PNG takes time
+ROWS = 12  # height of a preview in the terminal, in lines of text
+_PIXELS = 4  # maximum number of pixels per latent along a side, in a file: a PNG takes time
 _KITTY_CHUNK = 4096
-_KITTY_ID = 1112  # a picture that comes again replaces the one before
+_KITTY_ID = 1112  # a new picture with the same id replaces the old one
 
 
 def terminal_protocol(environment: Mapping[str, str], stream: TextIO) -> str | None:
-    """How a terminal shows pictures: "kitty", "iterm2" or, where it does not or nobody knows, None.
+    """Return the terminal's protocol for pictures: "kitty", "iterm2", or None if it has none.
 
     Args:
-        environment: of the process.
-        stream: what would be written to.
+        environment: environment variables of the process.
+        stream: the stream to write to.
     """
     term, program = environment.get("TERM", ""), environment.get("TERM_PROGRAM", "")
     if not stream.isatty() or term == "dumb":
         return None
     if "TMUX" in environment or term.startswith(("screen", "tmux")):
-        return None  # these do not pass it on unless they are told to
+        return None  # by default, these do not pass pictures on
     if "KITTY_WINDOW_ID" in environment or term in ("xterm-kitty", "xterm-ghostty"):
         return "kitty"
     if program in ("iTerm.app", "WezTerm", "mintty") or "ITERM_SESSION_ID" in environment:
@@ -45,7 +45,7 @@ def terminal_protocol(environment: Mapping[str, str], stream: TextIO) -> str | N
 
 
 def kitty(png: bytes) -> str:
-    """Escape codes that show a picture at the cursor, ROWS high, and leave the cursor there."""
+    """Make escape codes that show a picture at the cursor, ROWS high, without moving the cursor."""
     data = base64.standard_b64encode(png).decode()
     pieces = [data[i : i + _KITTY_CHUNK] for i in range(0, len(data), _KITTY_CHUNK)]
     head = f"a=T,f=100,q=2,C=1,i={_KITTY_ID},r={ROWS},"
@@ -56,30 +56,29 @@ def kitty(png: bytes) -> str:
 
 
 def iterm2(png: bytes) -> str:
-    """The same for iTerm2 and those that follow it."""
+    """Make the escape codes for iTerm2 and compatible terminals."""
     data = base64.standard_b64encode(png).decode()
     options = f"inline=1;size={len(png)};height={ROWS};preserveAspectRatio=1"
     return f"\x1b]1337;File={options}:{data}\x07"
 
 
 class Preview:
-    """What becomes of the previews of a run.
+    """Show or write the previews of a run.
 
     Args:
-        file: where they go, with {seed}, {index} and {step}; None: into the terminal, or beside
-            the pictures where it shows none.
-        every: steps from one to the next.
-        force: whether files may be replaced that were there before.
+        file: path template with {seed}, {index} and {step}. None shows previews in the terminal,
+            or writes them beside the pictures if the terminal shows none.
+        every: number of steps between previews.
+        force: replace existing files.
     Raises: UsageError.
     """
 
     def __init__(self, file: str | None, every: int, force: bool) -> None:
         self.file, self.every, self.force = file, every, force
         self.protocol = None if file else terminal_protocol(os.environ, sys.stderr)
-        self.last: Any = (
-            None  # the last one: picture, its size in a file, the file of what it becomes
-        )
-        self.path: Path | None = None  # where the last one is
+        # The last preview: picture, its size in a file, and the path of the final picture.
+        self.last: Any = None
+        self.path: Path | None = None  # file of the last preview
         self._ours: set[Path] = set()
         self._begun = False
         if every < 1:
@@ -88,7 +87,7 @@ class Preview:
             _check_template(file)
 
     def check(self, outputs: list[Path], seeds: list[int]) -> None:
-        """Raise UsageError where a preview cannot be written, or is the file of a picture."""
+        """Raise UsageError if a preview cannot be written or would overwrite a picture."""
         from mlxdiff.pictures.image import check_writable
 
         if self.protocol is not None:
@@ -96,18 +95,18 @@ class Preview:
         for index, output in enumerate(outputs):
             path = self._path(seeds[index % len(seeds)], index, 1, output)
             if path.absolute() in [other.absolute() for other in outputs]:
-                raise UsageError(f"{path}: is the file of a picture; name another for its preview")
+                raise UsageError(f"{path}: is the output file; give another name for the preview")
             path.parent.mkdir(parents=True, exist_ok=True)
             check_writable(path, overwrite=self.force)
 
     def show(self, pipe: Any, step: Any, output: Path, index: int) -> None:
-        """Show how far a picture is, if it is the turn of this step.
+        """Show a preview, if one is due at this step.
 
         Args:
-            pipe: what draws it.
+            pipe: the Pipeline.
             step: the Step.
-            output: the picture's file.
-            index: which picture of all prompts.
+            output: file of the final picture.
+            index: index of the picture among all prompts.
         """
         if step.index % self.every and step.index != step.total - 1:
             return
@@ -122,8 +121,8 @@ class Preview:
         path = self._path(step.seed, index, step.index + 1, output)
         if not self._begun and self.file is None:
             click.echo(
-                "Note: this terminal shows no pictures (Kitty, Ghostty, iTerm2, WezTerm and mintty "
-                f"do); the preview is in {path} until the picture is there",
+                "Note: this terminal cannot show pictures (Kitty, Ghostty, iTerm2, WezTerm and "
+                f"mintty can); the preview is in {path} until the picture is finished",
                 err=True,
             )
         self._begun = True
@@ -138,7 +137,7 @@ class Preview:
         data = io.BytesIO()
         image.save(data, format="PNG", compress_level=1)
         codes = {"kitty": kitty, "iterm2": iterm2}[str(self.protocol)](data.getvalue())
-        if not self._begun:  # room above the line of the progress bar
+        if not self._begun:  # make room above the progress bar
             sys.stderr.write("\r" + "\n" * ROWS)
         self._begun = True
         sys.stderr.write(f"\x1b7\r\x1b[{ROWS}A{codes}\x1b8")
@@ -158,13 +157,13 @@ class Preview:
         self.path = path
 
     def keep(self) -> Path | None:
-        """The file with the last preview, written now if it was in the terminal alone."""
+        """Return the file of the last preview; write it now if it was only in the terminal."""
         if self.path is None and self.last is not None:
             self._write(_unused(_beside(self.last[2])))
         return self.path
 
     def done(self) -> None:
-        """The pictures are there: previews beside them that nobody asked for by name go."""
+        """Finish: delete the previews beside the pictures, unless the user named their file."""
         if self.file is None and self.protocol is None:
             for path in self._ours:
                 path.unlink(missing_ok=True)
@@ -176,7 +175,7 @@ def _beside(output: Path) -> Path:
 
 
 def _unused(path: Path) -> Path:
-    """The path, or one like it that does not exist."""
+    """Return the path, or a numbered variant that does not exist."""
     names = [path] + [path.with_name(f"{path.stem}-{i}.png") for i in range(2, 1000)]
     return next((name for name in names if not name.exists()), path)
 
@@ -188,7 +187,7 @@ def _check_template(file: str) -> None:
         raise UsageError(f"--preview-file {file!r}: {error}; write {{{{ for a brace") from None
     if fields - {"seed", "index", "step"}:
         raise UsageError(
-            f"--preview-file {file!r}: only {{seed}}, {{index}} and {{step}} are filled in"
+            f"--preview-file {file!r}: unknown field; use only {{seed}}, {{index}} and {{step}}"
         )
     if not file.lower().endswith(".png"):
-        raise UsageError(f"--preview-file {file!r}: previews are written as PNG; end it in .png")
+        raise UsageError(f"--preview-file {file!r}: previews are PNG files; end it in .png")

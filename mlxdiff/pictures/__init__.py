@@ -1,1 +1,1 @@
-"""Pictures as files and arrays: open, save, describe, prepare, preview."""
+"""Open, save, describe, prepare and preview pictures, as files and arrays."""

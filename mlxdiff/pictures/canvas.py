@@ -1,10 +1,10 @@
-"""What is repainted of a picture and what is kept: masks, wider canvases, the way back.
+"""Prepare pictures for inpainting and outpainting: masks, larger canvases, pasting back.
 
-Mask and picture are prepared as diffusers' VaeImageProcessor does: resized by Pillow's Lanczos
-filter, the mask made grey and cut at one half; white is repainted. A plain model repaints by
-blending: after every step the kept part is put back as the forward process has it there (Lugmayr et
-al. 2022, equation 8, without their resampling); an inpainting model sees mask and masked picture
-beside the latents (Rombach et al. 2022, section 4.5).
+Mask and picture are prepared as in diffusers' VaeImageProcessor: resized with Pillow's Lanczos
+filter; the mask is converted to grey and thresholded at one half; white is repainted. A plain model
+repaints by blending: after every step, the kept part is replaced by the noised original (Lugmayr et
+al. 2022, equation 8, without their resampling). An inpainting model receives the mask and the
+masked picture beside the latents (Rombach et al. 2022, section 4.5).
 """
 
 from __future__ import annotations
@@ -21,19 +21,18 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Borders = tuple[int, int, int, int]
-"""Pixels to the left, top, right and bottom."""
-HALF = 128  # the lowest 8-bit grey that is not below one half
+"""Left, top, right and bottom, in pixels."""
+HALF = 128  # the lowest 8-bit grey level that counts as white
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """A picture and what of it is repainted, both at the size of the run.
+    """A picture and its repaint mask, both at the size of the run.
 
     Attributes:
         image: uint8 (H, W, 3).
-        mask: bool (H, W), true where it is repainted.
-        cover: uint8 (H, W), 255 where the drawn picture is wanted and 0 where the given one is:
-            the mask in greys.
+        mask: bool (H, W), True where the picture is repainted.
+        cover: uint8 (H, W), the mask in grey levels: 255 shows the drawn picture, 0 the original.
     """
 
     image: np.ndarray
@@ -42,15 +41,20 @@ class Canvas:
 
     @property
     def masked_image(self) -> np.ndarray:
-        """float32 (1, H, W, 3) in [-1, 1]: mid-grey where it is repainted."""
+        """The picture, float32 (1, H, W, 3) in [-1, 1]; mid-grey where it is repainted."""
         return to_model(self.image) * ~self.mask[None, ..., None]
 
     def latent_mask(self, factor: int) -> np.ndarray:
-        """float32 (1, H/f, W/f, 1), 1 where it is repainted: of each latent its first pixel."""
+        """Sample the mask at the first pixel of each latent.
+
+        Args:
+            factor: pixels per latent along a side.
+        Returns: float32 (1, H/f, W/f, 1), 1 where the latent is repainted.
+        """
         return self.mask[None, ::factor, ::factor, None].astype(np.float32)
 
     def paste_original(self, drawn: Image.Image) -> Image.Image:
-        """The drawn picture with the kept part as it was, to the bit; greys blend.
+        """Restore the kept part of the drawn picture exactly; grey parts of the mask blend.
 
         Source: diffusers' VaeImageProcessor.apply_overlay.
         """
@@ -65,9 +69,9 @@ class Canvas:
 
 
 def load_mask(source: ImageLike) -> np.ndarray:
-    """A mask as uint8 (H, W, 3): read as pictures are; an array may also be of bools.
+    """Load a mask as uint8 (H, W, 3), in the way of ``image.load_image``; accept bool arrays too.
 
-    Raises: UsageError as ``image.load_image`` does.
+    Raises: UsageError in the same cases as ``image.load_image``.
     """
     if getattr(source, "dtype", None) == np.bool_:
         source = np.asarray(source).astype(np.uint8) * 255
@@ -78,23 +82,25 @@ def load_mask(source: ImageLike) -> np.ndarray:
 
 
 def check_borders(borders: Any) -> Borders:
-    """The borders of ``outpaint``. Raises: UsageError."""
+    """Check and return the borders of ``outpaint``. Raises: UsageError."""
     try:
         left, top, right, bottom = borders
     except (TypeError, ValueError):
         raise UsageError(
-            f"outpaint is {borders!r}; expected four numbers of pixels: left, top, right, bottom"
+            f"outpaint is {borders!r}; expected four numbers in pixels: left, top, right, bottom"
         ) from None
     for value in (left, top, right, bottom):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise UsageError(f"outpaint is {borders!r}; expected whole numbers of at least 0")
     if not any((left, top, right, bottom)):
-        raise UsageError("outpaint is 0 on all sides: it adds nothing to the picture")
+        raise UsageError(
+            "outpaint is 0 on all sides and adds nothing; give at least one side a size above 0"
+        )
     return left, top, right, bottom
 
 
 def extend(image: np.ndarray, borders: Borders) -> np.ndarray:
-    """uint8 (H, W, 3) on a canvas that is wider by the borders; its edge pixels fill these."""
+    """Extend a picture, uint8 (H, W, 3), by the borders; fill them with its edge pixels."""
     left, top, right, bottom = borders
     return np.pad(image, ((top, bottom), (left, right), (0, 0)), mode="edge")
 
@@ -107,16 +113,17 @@ def make_canvas(
     factor: int,
     borders: Borders | None = None,
 ) -> Canvas:
-    """Picture and mask at the size of the run.
+    """Bring picture and mask to the size of the run.
 
     Args:
         image: uint8 (H, W, 3).
-        mask: uint8 (H', W', 3), as ``load_mask`` gives it; None: nothing but the borders.
-        width, height: of the run, in pixels.
-        factor: pixels to a latent.
-        borders: what is added around image and mask. As latents are repainted whole, so is the edge
-            of the picture up to the next latent (not in ``cover``).
-    Raises: UsageError where nothing would be repainted.
+        mask: uint8 (H', W', 3) from ``load_mask``, or None to repaint only the borders.
+        width, height: size of the run, in pixels.
+        factor: pixels per latent along a side.
+        borders: pixels to add around image and mask, or None. Latents are repainted whole, so the
+            repainted area also covers the edge of the picture up to the next latent (``cover``
+            does not).
+    Raises: UsageError if nothing would be repainted.
     """
     from PIL import Image
 
@@ -126,8 +133,8 @@ def make_canvas(
         cover = np.array(Image.fromarray(resize(mask, width, height)).convert("L"))
         if cover.max() < HALF:
             raise UsageError(
-                "the mask is black: nothing would be repainted. White is repainted; transparency "
-                "does not count"
+                "the mask is black, so nothing would be repainted; paint the area to repaint white "
+                "(transparency is ignored)"
             )
         repainted = cover >= HALF
     else:
@@ -152,14 +159,14 @@ def make_canvas(
     canvas = Canvas(resize(image, width, height), repainted, cover)
     if not canvas.latent_mask(factor).any():
         raise UsageError(
-            f"the mask is too fine: one pixel of each {factor}x{factor} (its first) says whether "
-            "that latent is repainted, and none of these is white; widen the strokes"
+            f"the mask is too fine: the first pixel of each {factor}x{factor} block decides "
+            "whether that latent is repainted, and none of these is white; widen the strokes"
         )
     return canvas
 
 
 def _inner(image: np.ndarray, borders: Borders, width: int, height: int) -> Borders:
-    """Where the picture lies on its canvas at the size of the run: left, top, right, bottom."""
+    """Return the box of the picture on the canvas at the size of the run."""
     rows, columns = image.shape[:2]
     across = width / (columns + borders[0] + borders[2])
     down = height / (rows + borders[1] + borders[3])
@@ -172,7 +179,7 @@ def _inner(image: np.ndarray, borders: Borders, width: int, height: int) -> Bord
 
 
 def _outside(values: np.ndarray, box: Borders, value: Any) -> np.ndarray:
-    """`values` (H, W) with `value` outside the box left, top, right, bottom."""
+    """Return `values` (H, W) with `value` outside the box (left, top, right, bottom)."""
     left, top, right, bottom = box
     result = np.full_like(values, value)
     result[top:bottom, left:right] = values[top:bottom, left:right]

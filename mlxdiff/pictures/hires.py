@@ -1,9 +1,9 @@
-"""Hires fix: a picture drawn at the model's own size, enlarged, and drawn over at that size.
+"""Hires fix: draw a picture at the model's native size, enlarge it, and draw over it.
 
-A model draws well at about the size that it was trained for, and repeats itself beyond it. So the
-composition is drawn there; then the picture (Pillow's Lanczos filter) or its latents are enlarged,
-noised, and denoised again. Equal to diffusers' text-to-image and image-to-image pipelines one after
-the other, with one generator of noise; the idea and the word are AUTOMATIC1111's.
+A model draws well near its training size and repeats itself at larger sizes. So the first pass
+draws the composition at the native size. Then the picture (Pillow's Lanczos filter) or its latents
+are enlarged, noised and denoised again. The result equals that of diffusers' text-to-image and
+image-to-image pipelines in sequence, with one noise generator. Idea and name: AUTOMATIC1111.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import numpy as np
 from mlxdiff.errors import UsageError
 
 UPSCALERS = ("lanczos", "latent-nearest", "latent-bilinear")
-"""Of the picture, which goes through the VAE both ways, or of the latents."""
-STRENGTH = 0.5  # image to image's 0.8 would draw another picture
+"""lanczos enlarges the picture (decoded and encoded again); the others enlarge the latents."""
+STRENGTH = 0.5  # 0.8, the default of image to image, would draw a different picture
 
 
 @dataclass(frozen=True)
 class Hires:
-    """The second half of a run.
+    """Settings of the second pass.
 
     Attributes:
-        scale: as it was asked for.
+        scale: the requested scale.
         upscaler: one of UPSCALERS.
-        strength: of the image-to-image pass.
-        width, height: of the result, in pixels: the multiples of the VAE factor nearest to scale.
+        strength: strength of the image-to-image pass.
+        width, height: size of the result in pixels: multiples of the VAE factor, nearest to scale.
     """
 
     scale: float
@@ -39,7 +39,7 @@ class Hires:
     height: int
 
     def describe(self) -> dict[str, Any]:
-        """What a picture's metadata say of it: arguments of ``generate``, and the size."""
+        """Return the metadata entries: the arguments of ``generate``, and the size."""
         return {
             "hires": self.scale,
             "hires_upscaler": self.upscaler,
@@ -57,41 +57,46 @@ def resolve_hires(
     height: int,
     factor: int,
 ) -> Hires | None:
-    """Check the arguments of ``generate`` and fill in the defaults; None where it is not asked for.
+    """Check the arguments of ``generate`` and fill in the defaults.
 
     Args:
-        strength: checked already to be a number from 0 to 1.
-        width, height: of the first pass.
-        factor: pixels to a latent.
+        scale, upscaler: as given; not checked yet.
+        strength: already checked to be a number from 0 to 1.
+        width, height: size of the first pass, in pixels.
+        factor: pixels per latent along a side.
+    Returns: the settings, or None if ``scale`` is None.
     Raises: UsageError.
     """
     if scale is None:
         for name, value in (("hires_upscaler", upscaler), ("hires_strength", strength)):
             if value is not None:
-                raise UsageError(f"{name} has no effect without hires: say how much (--hires 2)")
+                raise UsageError(f"{name} has no effect without hires; add --hires 2, for example")
         return None
     known = isinstance(scale, (int, float)) and not isinstance(scale, bool)
     if not known or not math.isfinite(scale) or scale <= 1.0:
         raise UsageError(f"hires is {scale!r}; expected a number above 1, such as 2")
     upscaler = UPSCALERS[0] if upscaler is None else upscaler
     if upscaler not in UPSCALERS:
-        raise UsageError(f"hires_upscaler {upscaler!r}: there are {', '.join(UPSCALERS)}")
+        raise UsageError(f"hires_upscaler is {upscaler!r}; expected one of {', '.join(UPSCALERS)}")
     larger = [int(side * scale / factor + 0.5) * factor for side in (width, height)]
     if larger == [width, height]:
         raise UsageError(
-            f"hires {scale:g}: {width}x{height} pixels times that is no larger size that the model "
-            f"can draw (a multiple of {factor}); take more"
+            f"hires is {scale:g}; it does not enlarge {width}x{height} pixels to the next multiple "
+            f"of {factor}, so it has no effect; give a larger value"
         )
     strength = STRENGTH if strength is None else strength
     return Hires(float(scale), upscaler, float(strength), *larger)
 
 
 def enlarge_latents(latents: np.ndarray, height: int, width: int, upscaler: str) -> np.ndarray:
-    """Latents (B, h, w, C) float32 at (height, width) latents.
+    """Enlarge latents (B, h, w, C) float32.
 
     Args:
-        upscaler: "latent-nearest" or "latent-bilinear", as torch's interpolate has them (without
-            antialias, corners not aligned).
+        latents: the latents.
+        height, width: new size, in latents.
+        upscaler: "latent-nearest" or "latent-bilinear", as in torch's interpolate (no antialias,
+            corners not aligned).
+    Returns: float32 (B, height, width, C).
     """
     for axis, size in ((1, height), (2, width)):
         length = latents.shape[axis]

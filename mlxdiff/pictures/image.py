@@ -1,7 +1,7 @@
-"""Pictures: files and Pillow images <-> arrays, and PNGs written whole or not at all.
+"""Convert pictures between files, Pillow images and arrays; write PNG files atomically.
 
-A picture is uint8 (H, W, 3) RGB; a network's is float32 (1, H, W, 3) in [-1, 1]. Rounding is that
-of diffusers' image_processor.py, so that equal latents give equal files.
+A picture is uint8 (H, W, 3) RGB. A network reads and writes float32 (1, H, W, 3) in [-1, 1].
+Rounding follows diffusers' image_processor.py, so that equal latents give equal files.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 ImageLike = Union[str, "os.PathLike[str]", "Image.Image", np.ndarray, Any]
-"""What a picture may come as: a path, a Pillow image, or an array (also of MLX)."""
+"""A picture as users give it: a path, a Pillow image, or an array (NumPy's or MLX's)."""
 
 _OTHER_FORMATS = {
     ".jpg",
@@ -38,18 +38,18 @@ _OTHER_FORMATS = {
 
 
 def load_image(source: ImageLike) -> np.ndarray:
-    """A picture as uint8 (H, W, 3) RGB.
+    """Load a picture as uint8 (H, W, 3) RGB.
 
-    Files and Pillow images: EXIF orientation is applied, then Pillow's `convert("RGB")` (alpha is
-    dropped, not blended); 16-bit grey keeps its high byte, as Pillow does for 16-bit colour, where
-    `convert` would clip everything above 255 to white. Of an animation, the first frame.
+    For files and Pillow images, apply the EXIF orientation, then Pillow's `convert("RGB")`, which
+    drops alpha without blending. 16-bit grey keeps its high byte, as Pillow does for 16-bit colour;
+    `convert` would clip all values above 255 to white. An animation gives its first frame.
 
     Args:
         source: a path, a Pillow image, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of
             uint8, or of floats in [0, 1].
 
     Raises:
-        UsageError: there is no such file, it is not a picture, or the array is none of the above.
+        UsageError: the file does not exist or is not a picture, or the array has another form.
     """
     from PIL import Image
 
@@ -63,40 +63,40 @@ def load_image(source: ImageLike) -> np.ndarray:
 
 @contextlib.contextmanager
 def open_picture(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
-    """Opens a picture file with Pillow.
+    """Open a picture file with Pillow.
 
     Raises:
-        UsageError: there is no such file, or it is not a picture that Pillow can read.
+        UsageError: the file does not exist, or Pillow cannot read it as a picture.
     """
     from PIL import Image, UnidentifiedImageError
 
     path = Path(path)
     if os.path.isdir(path):
-        raise UsageError(f"{path}: is a folder, expected a picture file")
+        raise UsageError(f"{path}: is a folder; give a picture file")
     try:
         picture = Image.open(path)
     except FileNotFoundError:
-        raise UsageError(f"{path}: no such picture file") from None
+        raise UsageError(f"{path}: no such picture file; check the path") from None
     except UnidentifiedImageError:
         raise UsageError(
             f"{path}: is not a picture in a format that Pillow reads (PNG, JPEG, WebP, ...)"
         ) from None
-    except Exception as error:  # whatever a damaged file makes Pillow's many readers raise
+    except Exception as error:  # a damaged file can make Pillow's readers raise anything
         raise UsageError(f"{path}: cannot be opened as a picture ({_reason(error)})") from error
     with picture:
         yield picture
 
 
 def to_model(image: np.ndarray) -> np.ndarray:
-    """uint8 (H, W, 3) -> float32 (1, H, W, 3), 0 -> -1 and 255 -> 1."""
+    """Convert uint8 (H, W, 3) to float32 (1, H, W, 3); 0 becomes -1 and 255 becomes 1."""
     return (image.astype(np.float32) / np.float32(255) * 2 - 1)[None]
 
 
 def to_pil(image: np.ndarray) -> Image.Image:
-    """float (H, W, 3), or grey (H, W, 1), in [-1, 1] -> Pillow image; values outside are clipped.
+    """Convert float (H, W, 3), or grey (H, W, 1), in [-1, 1] to a Pillow image; clip the rest.
 
     Raises:
-        MlxdiffError: the picture holds NaN: no picture is better than a black one.
+        MlxdiffError: the picture contains NaN (it would come out black).
     """
     from PIL import Image
 
@@ -105,10 +105,10 @@ def to_pil(image: np.ndarray) -> Image.Image:
         raise ValueError(f"expected a picture (H, W, 3) or (H, W, 1), got {image.shape}")
     if np.isnan(image).any():
         raise MlxdiffError(
-            "the decoded picture is not a number (NaN): the weights are damaged or the numbers "
-            "overflowed; try dtype float32, or verify the model"
+            "the decoded picture contains NaN: the weights are damaged, or the computation "
+            "overflowed; use dtype float32, or verify the model"
         )
-    # Half to even, like torch and NumPy both.
+    # Rounds half to even, as torch and NumPy do.
     levels = np.clip(image * np.float32(0.5) + np.float32(0.5), 0, 1) * np.float32(255)
     values = levels.round().astype(np.uint8)
     return Image.fromarray(values[:, :, 0] if image.shape[2] == 1 else values)
@@ -119,14 +119,14 @@ _CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 def to_clip(image: np.ndarray, size: int) -> np.ndarray:
-    """A picture as CLIP's image encoder sees it.
+    """Prepare a picture for CLIP's image encoder.
 
-    The shorter side is resized to ``size`` (Pillow's bicubic filter), the middle cut out, the
-    colours normalized.
+    Resize the shorter side to ``size`` (Pillow's bicubic filter), crop the centre and normalize the
+    colours.
 
     Args:
         image: uint8 (H, W, 3).
-        size: the side that the encoder takes.
+        size: input side of the encoder, in pixels.
     Returns: (1, size, size, 3) float32.
     Source: transformers models/clip/image_processing_clip.py.
     """
@@ -142,10 +142,12 @@ def to_clip(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def resize(image: np.ndarray, width: int, height: int, *, bicubic: bool = False) -> np.ndarray:
-    """uint8 (H, W, 3) -> uint8 (height, width, 3).
+    """Resize uint8 (H, W, 3) to (height, width, 3).
 
     Args:
-        bicubic: by Pillow's bicubic filter (diffusers' upscaler), not by Lanczos (all others).
+        image: the picture.
+        width, height: new size, in pixels.
+        bicubic: use Pillow's bicubic filter, as diffusers' upscaler does; else Lanczos.
     """
     from PIL import Image
 
@@ -156,7 +158,7 @@ def resize(image: np.ndarray, width: int, height: int, *, bicubic: bool = False)
 
 
 def resize_values(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    """float32 (H, W, C) in [-1, 1] -> (height, width, C), the same filter, unrounded."""
+    """Resize float32 (H, W, C) in [-1, 1] with Pillow's Lanczos filter, without rounding."""
     from PIL import Image
 
     planes = np.moveaxis(np.asarray(image, np.float32), -1, 0)
@@ -176,14 +178,14 @@ def save_png(
     overwrite: bool = False,
     compress_level: int = 6,
 ) -> None:
-    """Writes a PNG: whole, or not at all, whatever interrupts.
+    """Write a PNG file atomically: an interruption leaves no partial file.
 
     Args:
         image: Pillow image or uint8 (H, W, 3).
-        path: the file to be; its folder must exist.
-        text: text chunks by keyword (tEXt, or iTXt where the text is not Latin-1).
-        overwrite: whether an existing file may be replaced.
-        compress_level: zlib's, 0 to 9; 1 takes a third of the time.
+        path: the file to write; its folder must exist.
+        text: text chunks by keyword (tEXt, or iTXt if the text is not Latin-1).
+        overwrite: replace an existing file.
+        compress_level: zlib level, 0 to 9; level 1 takes a third of the time.
 
     Raises:
         UsageError: the file exists and `overwrite` is False, its folder is missing, or it cannot be
@@ -207,7 +209,7 @@ def save_png(
 
 
 def check_writable(path: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Raises the UsageError that `save_png` would, before the work is done."""
+    """Raise the UsageError that `save_png` would raise, before any work is done."""
     path = Path(path)
     if path.suffix.lower() in _OTHER_FORMATS:
         raise UsageError(f"{path}: pictures are written as PNG; choose a name that ends in .png")
@@ -221,7 +223,7 @@ def check_writable(path: str | os.PathLike[str], overwrite: bool = False) -> Non
 
 @contextlib.contextmanager
 def _replacing(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
-    """A file beside `path` that takes its name when the block ends, and vanishes when it fails."""
+    """Open a temporary file beside `path`; rename it to `path` on success, delete it on failure."""
     temporary = path.parent / f".mlxdiff-{secrets.token_hex(8)}.tmp"
     try:
         with open(temporary, "xb") as file:
@@ -235,12 +237,12 @@ def _replacing(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
 
 
 def _rename_new(source: Path, path: Path) -> None:
-    """Gives `source` the name `path` unless that is taken, also by another process just now."""
+    """Rename `source` to `path`; fail if `path` exists, even if another process just made it."""
     try:
         os.link(source, path)
     except FileExistsError:
         raise _exists(path) from None
-    except OSError:  # a file system without hard links: claim the name, then replace the claim
+    except OSError:  # no hard links here: create an empty file to claim the name, then replace it
         try:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         except FileExistsError:
@@ -253,7 +255,7 @@ def _rename_new(source: Path, path: Path) -> None:
 
 
 def _exists(path: Path) -> UsageError:
-    return UsageError(f"{path}: exists already; choose another name, or overwrite it with --force")
+    return UsageError(f"{path}: already exists; choose another name, or overwrite it with --force")
 
 
 def _to_rgb(picture: Image.Image, what: str) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Pictures made of pictures, for ControlNets to follow: edges, large areas, grey.
+"""Make control images for ControlNets from pictures: edges, grey, tile.
 
-All take and give uint8 (H, W, 3). What needs a network of its own (depth, poses, line art) is not
-here: such a picture is given ready.
+All functions take and return uint8 (H, W, 3). Maps that need a network (depth, poses, line art) are
+not made here; users give them ready.
 """
 
 from __future__ import annotations
@@ -11,26 +11,28 @@ from collections.abc import Callable
 import numpy as np
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as Pillow's mode "L"
-TILE = 8  # pixels along a side that "tile" makes into one
+TILE = 8  # side of the block, in pixels, that "tile" averages
 
 
 def edges(
     image: np.ndarray, low: float = 100.0, high: float = 200.0, sigma: float = 1.0
 ) -> np.ndarray:
-    """White edges, one pixel wide, on black (Canny 1986).
+    """Detect edges (Canny 1986); draw them white on black, one pixel wide.
 
     Args:
         image: uint8 (H, W, 3).
-        low, high: of the gradient, the sum of both Sobel responses on 0..255: an edge begins where
-            it is above ``high`` and goes on while it is above ``low``.
-        sigma: of the Gaussian that smooths the picture first, in pixels; 0: none.
+        low, high: thresholds for the gradient, the sum of both absolute Sobel responses to 0..255:
+            an edge starts above ``high`` and continues while it stays above ``low``.
+        sigma: standard deviation, in pixels, of the Gaussian that first smooths the picture; 0
+            does not smooth.
+    Returns: uint8 (H, W, 3), 0 or 255.
     """
     channels = np.moveaxis(image.astype(np.float32), 2, 0)
     if sigma > 0:
         channels = _gaussian(channels, sigma)
     gx = _correlate(_correlate(channels, (-1, 0, 1), 2), (1, 2, 1), 1)
     gy = _correlate(_correlate(channels, (-1, 0, 1), 1), (1, 2, 1), 2)
-    # Of the three channels, at each place the one that changes most.
+    # At each pixel, use the channel with the largest gradient.
     most = np.abs(gx) + np.abs(gy)
     channel = most.argmax(axis=0)[None]
     gx, gy, strength = (np.take_along_axis(a, channel, 0)[0] for a in (gx, gy, most))
@@ -40,15 +42,15 @@ def edges(
 
 
 def grey(image: np.ndarray) -> np.ndarray:
-    """Brightness alone."""
+    """Convert a picture to grey."""
     level = np.clip(image.astype(np.float32) @ _LUMA + np.float32(0.5), 0, 255).astype(np.uint8)
     return np.repeat(level[..., None], 3, axis=2)
 
 
 def tile(image: np.ndarray) -> np.ndarray:
-    """Without detail: the means of 8x8 pixels, enlarged again (Pillow's box and bicubic filters).
+    """Remove detail: average 8x8 pixels, then enlarge (Pillow's box and bicubic filters).
 
-    What is left is colours and layout, as a tile ControlNet takes them to draw the detail anew.
+    Colours and layout remain; a tile ControlNet draws new detail from them.
     """
     from PIL import Image
 
@@ -78,7 +80,7 @@ def _gaussian(channels: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def _correlate(x: np.ndarray, weights: tuple[float, ...], axis: int) -> np.ndarray:
-    """Along one axis, the border repeated."""
+    """Correlate along one axis; repeat the border."""
     radius, size = len(weights) // 2, x.shape[axis]
     padding = [(radius, radius) if i == axis else (0, 0) for i in range(x.ndim)]
     padded = np.pad(x, padding, mode="edge")
@@ -90,7 +92,7 @@ def _correlate(x: np.ndarray, weights: tuple[float, ...], axis: int) -> np.ndarr
 
 
 def _local_maxima(strength: np.ndarray, gx: np.ndarray, gy: np.ndarray) -> np.ndarray:
-    """Where nothing stronger stands on either side, along the gradient, in one of 4 directions."""
+    """Find local maxima along the gradient, rounded to one of 4 directions."""
     angle = np.degrees(np.arctan2(gy, gx)) % 180
     direction = ((angle + 22.5) // 45).astype(int) % 4
     padded = np.pad(strength, 1)
@@ -101,14 +103,14 @@ def _local_maxima(strength: np.ndarray, gx: np.ndarray, gy: np.ndarray) -> np.nd
 
     keep = np.zeros(strength.shape, bool)
     for number, (dy, dx) in enumerate(((0, 1), (1, 1), (1, 0), (1, -1))):
-        # Of two equal neighbours one is kept.
+        # Of two equal neighbours, keep one.
         above, below = shifted(dy, dx), shifted(-dy, -dx)
         keep |= (direction == number) & (strength > above) & (strength >= below)
     return keep
 
 
 def _connected(strong: np.ndarray, weak: np.ndarray) -> np.ndarray:
-    """The weak pixels that hang together with a strong one, corners included."""
+    """Select the weak pixels that are connected to a strong one, diagonals included."""
     height, width = strong.shape
     found = np.pad(strong, 1)
     allowed = np.pad(weak, 1)

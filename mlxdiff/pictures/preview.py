@@ -1,9 +1,9 @@
-"""A quick look at a picture in the making: what the model takes it for, by a linear map to colours.
+"""Preview a picture while it is drawn: map the predicted x_0 latents to colours linearly.
 
-A latent says the mean colour of its pixels nearly by itself, and nearly linearly. The map is fitted
-to the model's own VAE, once, by least squares: a chart of colours is encoded, and the mean colour
-of the pixels under each latent is what its C numbers (and 1) are to give. So no table of published
-numbers is needed, and a fine-tuned or foreign VAE gets its own.
+The mean colour of the pixels under a latent is nearly a linear function of that latent. The map is
+fitted once to the model's own VAE by least squares: encode a chart of colours, then fit the mean
+colour of each latent's pixels to its C values and a constant. So no table of published numbers is
+needed, and the map suits any VAE.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import numpy as np
 from mlxdiff.samplers.family import to_x0
 from mlxdiff.samplers.plan import Plan
 
-PATCHES = 8  # along a side of the chart; 2 x 2 latents each
+PATCHES = 8  # patches along a side of the chart; each covers 2 x 2 latents
 
 
 def chart(factor: int) -> np.ndarray:
-    """A picture of 64 colours in patches, each shaded: uint8 (16 factor, 16 factor, 3).
+    """Make a chart of 64 colours in shaded patches: uint8 (16 factor, 16 factor, 3).
 
     Args:
-        factor: pixels to a latent along a side.
+        factor: pixels per latent along a side.
     """
     levels = np.array([0, 85, 170, 255], np.float32)
     colours = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
-    # Neighbours that differ: 29 and 64 have no common divisor.
+    # Permute the colours so that neighbours differ (29 and 64 are coprime).
     colours = colours[np.arange(len(colours)) * 29 % len(colours)]
     side = 2 * factor
     plain = colours.reshape(PATCHES, PATCHES, 3).repeat(side, axis=0).repeat(side, axis=1)
@@ -36,12 +36,12 @@ def chart(factor: int) -> np.ndarray:
 
 
 def fit(latents: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """The linear map from latents to colours.
+    """Fit the linear map from latents to colours.
 
     Args:
-        latents: (h, w, C) of a picture, as the U-Net sees them.
+        latents: (h, w, C), the picture's latents in the U-Net's scale.
         pixels: the picture, uint8 (h f, w f, 3).
-    Returns: (C + 1, 3): colours in [-1, 1] are [latents, 1] times this.
+    Returns: float32 (C + 1, 3); [latents, 1] times this matrix gives colours in [-1, 1].
     """
     h, w, _ = latents.shape
     f = pixels.shape[0] // h
@@ -51,7 +51,7 @@ def fit(latents: np.ndarray, pixels: np.ndarray) -> np.ndarray:
 
 
 def colours(linear: np.ndarray, latents: np.ndarray) -> np.ndarray:
-    """Colours (h, w, 3) in [-1, 1], or somewhat beyond, of latents (h, w, C)."""
+    """Map latents (h, w, C) to colours (h, w, 3), about in [-1, 1]."""
     h, w, _ = latents.shape
     return (_with_one(latents) @ linear).reshape(h, w, 3)
 
@@ -62,16 +62,16 @@ def _with_one(latents: np.ndarray) -> np.ndarray:
 
 
 def denoised(plan: Plan, index: int, prediction: str, x: Any, output: Any) -> Any:
-    """What the network takes x for: its x_0.
+    """Compute the network's prediction of x_0.
 
     Args:
-        plan, index: of the sampler; the row at which the network was asked.
-        prediction: what it predicts, as the scheduler's config says.
-        x, output: the sample before the row, and what the network said of it.
+        plan, index: the sampler's plan, and the row at which the network was evaluated.
+        prediction: ``prediction_type`` of the scheduler's config.
+        x, output: the sample before that row, and the network's output for it.
     """
     signal, noise = plan.rows[index].level
     size = float(np.hypot(signal, noise))
     if prediction == "epsilon" and signal < 1e-3 * size:
-        return x  # nothing of x_0 is in it
+        return x  # x is pure noise here and contains no x_0
     of_x, of_output = to_x0(prediction, signal / size, noise / size)
     return of_x / size * x + of_output * output

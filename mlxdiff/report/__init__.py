@@ -1,1 +1,1 @@
-"""What this machine makes of a model: times, and advice."""
+"""Time a model on this machine, and diagnose the machine."""

@@ -1,8 +1,7 @@
-"""How fast a model draws on this machine, and how much of the machine that is.
+"""Time a model on this machine and compare it with the speed of the machine.
 
-The record that comes out is meant to be posted: its keys are those of SCHEMA for good (new ones may
-be added), and it holds no names of people, computers, folders or prompts. docs/performance.md
-describes every key.
+The record is meant to be posted. It contains no names of people, computers, folders or prompts. Its
+keys are fixed by SCHEMA; new keys may be added. docs/performance.md describes every key.
 """
 
 from __future__ import annotations
@@ -42,14 +41,14 @@ def bench(
     on_step: Callable[[Step], None] | None = None,
     **arguments: Any,
 ) -> dict[str, Any]:
-    """Draw a picture and time it cold, then some more and time them warm.
+    """Time one picture cold, then several warm.
 
     Args:
-        open_pipeline: opens the model; its time is counted too.
-        pictures: how many to draw warm.
-        steps: of the sampler; None: as ``generate`` without it.
+        open_pipeline: opens the model; its time is part of the record.
+        pictures: number of warm pictures.
+        steps: number of sampling steps; None takes the default of ``Pipeline.generate``.
         on_step: called with each Step.
-        arguments: of ``Pipeline.generate``; the prompt has a default, the seed is 0.
+        arguments: arguments of ``Pipeline.generate``; the prompt has a default, the seed is 0.
     Returns: the record, JSON values only.
     Raises: UsageError.
     """
@@ -111,7 +110,7 @@ def bench(
 
 
 def needed(model: Kind, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model cannot do without: a prompt or a class, a picture, a mask."""
+    """Return the inputs that a model requires: a prompt or a class, a picture, a mask."""
     if model.lacks("text"):
         return {"label": 0} if model.takes_label else {}
     found: dict[str, Any] = {"prompt": PROMPT}
@@ -127,7 +126,7 @@ def needed(model: Kind, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def measured_ceiling(backend: Any) -> dict[str, Any]:
-    """What the backend reaches on this machine: matrix products by type, and copying."""
+    """Measure the backend's speed: matrix products by dtype (GFLOP/s), and copying (GB/s)."""
     types = ["float32"] if backend.name == "numpy" else ["float32", "float16"]
     types += [backend.dtype] if backend.dtype not in types else []
     return {
@@ -137,7 +136,7 @@ def measured_ceiling(backend: Any) -> dict[str, Any]:
 
 
 def arithmetic(pipe: Pipeline, settings: Settings) -> dict[str, Any]:
-    """Multiply-adds by stage, exactly, and the bytes of weights that a step reads."""
+    """Count the exact multiply-adds by stage, and the bytes of weights that a step reads."""
     model = pipe.model
     height, width, _ = model.latent_shape(settings.height, settings.width)
     batch = settings.batch(model)
@@ -158,9 +157,9 @@ def arithmetic(pipe: Pipeline, settings: Settings) -> dict[str, Any]:
 
 
 def expected_memory(source: ModelSource) -> dict[str, Any] | None:
-    """What a picture of a model's own size takes, as this machine would draw it.
+    """Estimate the memory for one picture at the model's default size, on this machine.
 
-    None where that cannot be told: a config without a size, for one.
+    Returns: the estimate, or None if it cannot be made (the config gives no size, for example).
     """
     pipe = Pipeline(source, make_backend())
     try:
@@ -179,7 +178,7 @@ def expected_memory(source: ModelSource) -> dict[str, Any] | None:
 
 
 def described(pipe: Pipeline) -> dict[str, Any]:
-    """What was timed: a hub id, or the family of a model of one's own."""
+    """Describe the model: its hub id if it has one (else "local"), family and parameter counts."""
     source = pipe.source
     name = str(source.provenance.get("source"))
     public = name == "builtin" or (source.provenance.get("revision") and _HUB_ID.fullmatch(name))
@@ -201,7 +200,7 @@ def _timed(pipe: Pipeline, arguments: dict[str, Any]) -> tuple[Result, float]:
 
 
 def _stages(result: Result, total: float) -> dict[str, float]:
-    """Seconds by stage of one picture; the first step and the others apart."""
+    """Return the seconds of each stage of one picture; the first step is separate."""
     timings = result.timings
     steps = timings["steps"]
     stages: dict[str, float] = {
@@ -213,7 +212,7 @@ def _stages(result: Result, total: float) -> dict[str, float]:
 
 
 def _spread(pictures: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """The shortest and the median time of each stage."""
+    """Return the shortest and the median time of each stage."""
     return {
         name: {
             "min": min(times := [stages[name] for stages in pictures]),
@@ -225,10 +224,10 @@ def _spread(pictures: list[dict[str, float]]) -> dict[str, dict[str, float]]:
 
 
 def _share(record: dict[str, Any]) -> dict[str, float]:
-    """How much of the measured ceiling the shortest warm step reaches.
+    """Compute the fraction of the measured ceiling that the shortest warm step reaches.
 
-    ``matmul``: of its arithmetic, if nothing but arithmetic took time; ``weights``: of the copying
-    speed, if nothing but reading the weights once did.
+    ``matmul`` is its arithmetic rate divided by the rate of matrix products. ``weights`` is the
+    rate of reading its weights once, divided by the speed of copying.
     """
     seconds = max(record["seconds"]["warm"]["step"]["min"], 1e-9)
     dtype = record["run"]["dtype"]
@@ -242,7 +241,7 @@ def _share(record: dict[str, Any]) -> dict[str, float]:
 
 
 def table(record: dict[str, Any]) -> list[str]:
-    """The record for people, as lines."""
+    """Format a record as lines of text."""
     run, work, seconds = record["run"], record["work"], record["seconds"]
     host, ceiling, share = record["machine"], record["ceiling"], record["share"]
     cold, warm = seconds["cold"], seconds["warm"]
@@ -283,14 +282,14 @@ def table(record: dict[str, Any]) -> list[str]:
         f"{human(work['weight_bytes_per_step'])} of weights",
         f"this machine: matrix products {rates} GFLOP/s, "
         f"copying {ceiling['copy_gb_per_s']:.4g} GB/s",
-        f"a step runs at {share['matmul']:.0%} of the matrix products' speed"
-        f" ({share['weights']:.0%} of copying for the weights alone)",
-        f"memory: {human(record['memory']['peak_bytes'])} at most "
-        + ("of arrays" if record["memory"]["counted"] == "arrays" else "of the whole process"),
+        f"a step reaches {share['matmul']:.0%} of the rate of matrix products"
+        f" (and reads its weights at {share['weights']:.0%} of the copying speed)",
+        f"memory: peak {human(record['memory']['peak_bytes'])}, "
+        + ("arrays only" if record["memory"]["counted"] == "arrays" else "whole process"),
     ]
     if host["load"] is not None and host["load"] > host["cores"]:
         lines.append(
             f"Other programs kept this machine busy (load {host['load']:g} on {host['cores']} "
-            "cores): these times are too long."
+            "cores), so these times are too long."
         )
     return lines

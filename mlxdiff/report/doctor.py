@@ -1,7 +1,7 @@
-"""What is slow or broken on this machine, in plain sentences, and what to do about it.
+"""Find what is slow or broken on this machine, and say what to do about it.
 
-Each check looks at one thing and says what it found. Nothing is installed or changed, and the
-network is not used unless asked for.
+Each check examines one thing and reports what it found. No check installs or changes anything, or
+uses the network unless requested.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from mlxdiff.store import hub
 
 OK, ADVICE, FAULT = "ok", "advice", "fault"
 _MATRIX_SECONDS = 0.3
-_SLOW = 4.0  # so many times slower than NumPy's is a matrix product of another make
-_ROOM = 10_000_000_000  # a model of the hub, and its converted copy
+_SLOW = 4.0  # MLX's products this many times slower than NumPy's mean a non-optimised BLAS
+_ROOM = 10_000_000_000  # bytes for a model from the hub and its converted copy
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check says.
+    """The result of a check.
 
     Attributes:
-        topic: "mlx", "memory", ...; stable, for programs.
-        state: "ok"; "advice", something can be better; "fault", mlxdiff cannot be used so.
-        text: what was found.
-        remedy: what to do; "" where there is nothing to do.
+        topic: "mlx", "memory", ...; a stable id for programs.
+        state: "ok"; "advice" if something can be improved; "fault" if mlxdiff cannot run.
+        text: description of what was found.
+        remedy: what to do, or "" if nothing.
     """
 
     topic: str
@@ -50,12 +50,16 @@ class Finding:
     remedy: str = ""
 
     def to_dict(self) -> dict[str, str]:
-        """For JSON."""
+        """Return the fields as a dictionary, for JSON."""
         return {"topic": self.topic, "state": self.state, "text": self.text, "remedy": self.remedy}
 
 
 def examine(online: bool = False) -> Iterator[Finding]:
-    """All findings, each as soon as it is known; ``online``: try the hub too."""
+    """Run all checks and yield each finding as soon as it is known.
+
+    Args:
+        online: if True, also try to reach the hub.
+    """
     checks: list[Callable[[], Iterator[Finding]]] = [
         _versions,
         _python,
@@ -73,12 +77,12 @@ def examine(online: bool = False) -> Iterator[Finding]:
     for check in checks:
         try:
             yield from check()
-        except Exception as error:  # a check that fails says so and hides no other
+        except Exception as error:  # a failed check must not hide the others
             topic = getattr(check, "__name__", "hub").strip("_")
             yield Finding(
                 topic,
                 ADVICE,
-                f"this could not be looked at ({type(error).__name__}: {error})",
+                f"This check failed ({type(error).__name__}: {error}).",
                 "please report it",
             )
 
@@ -95,9 +99,9 @@ def _python() -> Iterator[Finding]:
         yield Finding(
             "python",
             ADVICE,
-            "This Python is made for Intel and runs translated (Rosetta) on Apple silicon; MLX "
-            "cannot be installed into it.",
-            "install a Python for arm64 (python.org, Homebrew in /opt/homebrew) and mlxdiff in it",
+            "This Python is built for Intel and runs under Rosetta on Apple silicon; MLX cannot "
+            "be installed in it.",
+            "install Python for arm64 (python.org, Homebrew in /opt/homebrew), and mlxdiff in it",
         )
 
 
@@ -114,7 +118,7 @@ def _builtin() -> Iterator[Finding]:
             "install mlxdiff again (pip install --force-reinstall --no-deps mlxdiff)",
         )
     else:
-        yield Finding("installation", OK, "The built-in model is whole.")
+        yield Finding("installation", OK, "The built-in model is complete.")
 
 
 def _numpy() -> Iterator[Finding]:
@@ -124,7 +128,7 @@ def _numpy() -> Iterator[Finding]:
         "numpy",
         ADVICE if slow else OK,
         f"NumPy multiplies matrices with {probe.blas()}, at {_giga(rate)}.",
-        "if the machine is idle otherwise, this NumPy has no fast BLAS: install the wheel of "
+        "if the machine is otherwise idle, this NumPy has no fast BLAS; install the wheel from "
         "PyPI (pip install --force-reinstall numpy)"
         if slow
         else "",
@@ -153,12 +157,12 @@ def _mlx() -> Iterator[Finding]:
         yield Finding(
             "mlx",
             ADVICE,
-            "MLX finds no Metal here (a virtual machine, or a session without the GPU?) and "
+            "MLX finds no Metal device (a virtual machine, or a session without the GPU?) and "
             "computes on the CPU.",
-            "run it on the Mac itself; until then NumPy is used",
+            "run mlxdiff directly on the Mac; until then it uses NumPy",
         )
     else:
-        yield Finding("mlx", OK, "MLX computes on the CPU here; --backend auto takes NumPy.")
+        yield Finding("mlx", OK, "MLX computes on the CPU here; --backend auto uses NumPy.")
         yield from _nvidia()
     yield from _mlx_blas(backend)
 
@@ -168,14 +172,14 @@ def _without_mlx(error: str) -> Iterator[Finding]:
     linux = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
     installed = importlib.util.find_spec("mlx") is not None
     if not (arm_mac or linux or installed):
-        yield Finding("mlx", OK, "There is no MLX for this platform; NumPy draws the pictures.")
+        yield Finding("mlx", OK, "MLX is not available for this platform; mlxdiff uses NumPy.")
     elif arm_mac:
         yield Finding("mlx", ADVICE, f"The GPU is not used: {error}.", "pip install -U mlx")
     else:
         yield Finding(
             "mlx",
             ADVICE if installed else OK,
-            f"NumPy draws the pictures: {error}.",
+            f"mlxdiff uses NumPy: {error}.",
             "pip install -U --force-reinstall 'mlx[cpu]'" if installed else "",
         )
         yield from _nvidia()
@@ -192,7 +196,7 @@ def _nvidia() -> Iterator[Finding]:
 
 
 def _mlx_blas(backend: Any) -> Iterator[Finding]:
-    """Whether MLX's matrix products on the CPU are those of a slow library."""
+    """Check if MLX's matrix products on the CPU use a slow library."""
     ours, theirs = probe.matmul_rate(backend, "float32", _MATRIX_SECONDS), _numpy_rate()
     if ours * _SLOW >= theirs:
         yield Finding("mlx-blas", OK, f"MLX multiplies matrices on the CPU at {_giga(ours)}.")
@@ -206,29 +210,29 @@ def _mlx_blas(backend: Any) -> Iterator[Finding]:
         "mlx-blas",
         ADVICE,
         f"MLX multiplies matrices on the CPU at {_giga(ours)}, NumPy at {_giga(theirs)}: the "
-        "library that MLX's Linux wheel brings is a reference implementation.",
-        f"nothing, if you let mlxdiff choose: it takes NumPy here; for --backend mlx {how} "
-        f"mlxdiff with LD_PRELOAD={library_} before it",
+        "library in MLX's Linux wheel is a slow reference implementation.",
+        f"nothing, if you let mlxdiff choose: it uses NumPy here; for --backend mlx {how} "
+        f"mlxdiff with LD_PRELOAD={library_} before the command",
     )
 
 
 def _openblas() -> str | None:
-    """An OpenBLAS of the system."""
+    """Find an OpenBLAS library of the system; return None if there is none."""
     patterns = ("/usr/lib/*/openblas-*/libopenblas.so.0", "/usr/lib*/libopenblas*.so.0")
     found = sorted(path for pattern in patterns for path in glob.glob(pattern))
     return found[0] if found else ctypes.util.find_library("openblas")
 
 
 def _compiler() -> Iterator[Finding]:
-    """MLX's compiled functions on a Linux CPU need g++, and run uncompiled, silently, without."""
+    """Check for g++: without it, MLX on a Linux CPU silently runs compiled functions uncompiled."""
     if sys.platform != "linux" or importlib.util.find_spec("mlx") is None:
         return
     if shutil.which("g++") is None:
         yield Finding(
             "compiler",
             OK,
-            "There is no g++, so mx.compile does nothing on this CPU, without saying so. mlxdiff "
-            "does not need it there; your own MLX code might.",
+            "There is no g++, so mx.compile silently does nothing on this CPU. mlxdiff does not "
+            "need it there; your own MLX code might.",
         )
 
 
@@ -241,9 +245,9 @@ def _temporary_folder() -> Iterator[Finding]:
         yield Finding(
             "temporary-folder",
             ADVICE,
-            f"The temporary folder {folder} cannot be written to ({error.strerror}); programs that "
-            "use it fail, MLX's compiled functions on a CPU among them.",
-            "set TMPDIR to a folder that you may write to",
+            f"The temporary folder {folder} is not writable ({error.strerror}); programs that use "
+            "it fail, and so do MLX's compiled functions on a CPU.",
+            "set TMPDIR to a writable folder",
         )
 
 
@@ -256,22 +260,23 @@ def _threads() -> Iterator[Finding]:
         yield Finding(
             "threads",
             ADVICE,
-            f"{said}: NumPy uses fewer threads than the {cores} cores there are.",
+            f"{said}: NumPy uses fewer threads than the {cores} available cores.",
             f"unset {' '.join(given)} for full speed",
         )
     elif counts and max(counts) > cores:
         yield Finding(
             "threads",
             ADVICE,
-            f"{said}: more threads than the {cores} cores that may be used get in each other's "
-            "way.",
+            f"{said}: NumPy uses more threads than the {cores} available cores, which slows it "
+            "down.",
             f"export {' '.join(f'{name}={cores}' for name in given)}",
         )
     elif (os.cpu_count() or 1) > cores and not counts:
         yield Finding(
             "threads",
             ADVICE,
-            f"Of {os.cpu_count()} cores this process may use {cores}; NumPy's BLAS may not know.",
+            f"This process may use {cores} of {os.cpu_count()} cores; NumPy's BLAS may not know "
+            "this.",
             f"export OPENBLAS_NUM_THREADS={cores}",
         )
     else:
@@ -285,7 +290,7 @@ def _busy() -> Iterator[Finding]:
             "load",
             ADVICE,
             f"Other programs keep this machine busy (load {load:.1f} on {cores} cores).",
-            "expect pictures to take longer, and times that you measure to be too long",
+            "expect pictures to take longer, and do not trust times that you measure now",
         )
 
 
@@ -293,13 +298,13 @@ def _memory() -> Iterator[Finding]:
     total, free = probe.memory_bytes(), probe.available_bytes()
     if total is None:
         return
-    now = "" if free is None else f", {human_bytes(free)} of it free now"
+    now = "" if free is None else f", {human_bytes(free)} of it free"
     small = total < 4_000_000_000
     yield Finding(
         "memory",
         ADVICE if small else OK,
         f"{human_bytes(total)} of memory{now}.",
-        "take small models (mlxdiff models --known shows their sizes)" if small else "",
+        "use small models (mlxdiff models --known shows their sizes)" if small else "",
     )
 
 
@@ -314,15 +319,15 @@ def _folders() -> Iterator[Finding]:
             yield Finding(
                 topic,
                 ADVICE,
-                f"{shown} cannot be written to, so no model of the hub can be kept there.",
-                f"set {variable} to a folder that you may write to",
+                f"{shown} is not writable, so models from the hub cannot be kept there.",
+                f"set {variable} to a writable folder",
             )
         elif free < _ROOM:
             yield Finding(
                 topic,
                 ADVICE,
-                f"{shown} has room for {human_bytes(free)} more; SDXL takes 7 GB, and as much "
-                "again for its converted copy.",
+                f"{shown} has room for {human_bytes(free)}; SDXL takes 7 GB, and its converted "
+                "copy another 7 GB.",
                 f"make room (mlxdiff models remove NAME), or set {variable} to another disk",
             )
         else:
@@ -334,11 +339,11 @@ def _hub(online: bool) -> Iterator[Finding]:
         yield Finding(
             "hub",
             OK,
-            "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set: only models that are here already "
-            "can be used.",
+            "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set: only models that are already on "
+            "this machine can be used.",
         )
     elif not online:
-        yield Finding("hub", OK, "The network was not tried; mlxdiff doctor --online does.")
+        yield Finding("hub", OK, "The hub was not tried; mlxdiff doctor --online tries it.")
     else:
         start = time.perf_counter()
         try:
@@ -349,14 +354,14 @@ def _hub(online: bool) -> Iterator[Finding]:
                 ADVICE,
                 f"{error}.",
                 "check the network, and HTTPS_PROXY or HF_ENDPOINT if you need them; models that "
-                "are here already work without",
+                "are already on this machine work offline",
             )
         else:
             yield Finding("hub", OK, f"The hub answers ({time.perf_counter() - start:.1f} s).")
 
 
 def _from_home(folder: Path) -> str:
-    """A path without the user's name, which is nobody's business where this is posted."""
+    """Write a path relative to ~, because a posted report must not show the user's name."""
     try:
         return f"~/{folder.relative_to(Path.home()).as_posix()}"
     except (ValueError, RuntimeError):

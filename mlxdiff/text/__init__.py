@@ -1,1 +1,1 @@
-"""Prompts, and the text encoders that read them."""
+"""Parse prompts and encode them with a model's text encoders."""

@@ -1,14 +1,15 @@
-"""The prompt syntax of AUTOMATIC1111's web UI: what a prompt says, before it is cut into tokens.
+"""Parse the prompt syntax of AUTOMATIC1111's web UI, before the text is tokenized.
 
-    (word) (word:1.3) [word]      weights 1.1, 1.3 and 1/1.1; nested ones multiply
-    \\( \\) \\[ \\] \\\\                the signs themselves
-    BREAK                         the rest begins a new chunk of 75 tokens
-    [from:to:when] [to:when] [from::when]   prompt editing, [a|b] alternation: another prompt later
-    <lora:name:0.8>               a LoRA at a strength; taken out of the text
+    (word) (word:1.3) [word]      weights 1.1, 1.3 and 1/1.1; nested weights multiply
+    \\( \\) \\[ \\] \\\\                literal characters
+    BREAK                         start a new chunk of 75 tokens
+    [from:to:when] [to:when] [from::when]   prompt editing: change the text after a step
+    [a|b]                         alternation: change the text at every step
+    <lora:name:0.8>               apply a LoRA at a strength; the tag is removed from the text
 
-Source: stable-diffusion-webui, modules/prompt_parser.py (its doc tests are among our tests) and
-modules/extra_networks.py. Where it lets ``BREAK`` inside brackets become a word of negative weight,
-and drops what it does not know, we break there and refuse.
+Source: stable-diffusion-webui, modules/prompt_parser.py (our tests include its doc tests) and
+modules/extra_networks.py. Two differences: the web UI turns ``BREAK`` inside brackets into a word
+of negative weight, here it starts a new chunk; the web UI drops unknown tags, here they are errors.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ UP, DOWN = 1.1, 1 / 1.1
 
 
 class Piece(NamedTuple):
-    """A part of a prompt: text of one weight, or (None) the place where a chunk ends."""
+    """A piece of text with one weight; a text of None marks the end of a chunk."""
 
     text: str | None
     weight: float = 1.0
 
 
 class Network(NamedTuple):
-    """What ``<lora:name:0.8>`` asks for: strengths for the U-Net and for the text encoders."""
+    """A parsed ``<lora:name:0.8>`` tag: strengths for the U-Net and for the text encoders."""
 
     name: str
     unet: float
@@ -55,9 +56,9 @@ _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 
 
 def weigh(text: str) -> list[Piece]:
-    """The pieces of a prompt, in order; neighbours of the same weight are one.
+    """Split a prompt into pieces, in order; merge neighbours of equal weight.
 
-    Raises: UsageError for a weight that is no number.
+    Raises: UsageError if a weight is not a number.
     """
     pieces: list[Piece] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
@@ -81,7 +82,7 @@ def weigh(text: str) -> list[Piece]:
         else:
             for i, part in enumerate(_BREAK.split(sign)):
                 pieces += [Piece(None)] * (i > 0) + [Piece(part)]
-    # What was never closed counts to the end.
+    # An unclosed bracket extends to the end.
     for sign, factor in (("(", UP), ("[", DOWN)):
         for start in opened[sign]:
             multiply(start, factor)
@@ -92,7 +93,7 @@ def _number(text: str, where: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise UsageError(f"the weight in {where!r} is no number; write (word:1.2)") from None
+        raise UsageError(f"the weight in {where!r} is not a number; write (word:1.2)") from None
 
 
 def _merged(pieces: list[Piece]) -> list[Piece]:
@@ -110,7 +111,7 @@ def _merged(pieces: list[Piece]) -> list[Piece]:
 
 
 class _Edit(NamedTuple):
-    """``[before:after:when]``; the parts are trees: lists of texts, edits and alternations."""
+    """``[before:after:when]``; each part is a tree: a list of texts, edits and alternations."""
 
     before: list[object]
     after: list[object]
@@ -118,7 +119,7 @@ class _Edit(NamedTuple):
 
 
 class _Alternation(NamedTuple):
-    """``[a|b|...]``: one after the other."""
+    """``[a|b|...]``: the options take turns, one per step."""
 
     options: list[list[object]]
 
@@ -127,45 +128,45 @@ _NUMBER = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\]")
 _PLAIN = re.compile(r"(?:[^\\\[\]():|]|\\.)+", re.DOTALL)
 
 
-class _NotThis(Exception):
-    """The text from here on is not what was tried."""
+class _NoMatch(Exception):
+    """Raised when a parse attempt fails; the caller backtracks."""
 
 
 def edits(text: str, steps: int) -> list[tuple[int, str]]:
-    """What the prompt is at which step.
+    """List the texts that a prompt becomes during a run.
 
     Args:
         text: the prompt.
-        steps: of the run; a ``when`` with a decimal point is a share of them.
-    Returns: (last, text) in order: the text counts for every step, from 0, up to and with ``last``.
+        steps: number of steps in the run; a ``when`` with a decimal point is a fraction of it.
+    Returns: (last, text) in order; each text applies up to and including step ``last``, from 0.
     """
     try:
         tree = _Parser(text, steps).whole()
-    except _NotThis:  # as the web UI: a bar outside brackets and such make the whole of it plain
+    except _NoMatch:  # as in the web UI: a stray bar, for example, makes the whole prompt plain
         return [(steps, text)]
     ends = sorted({steps, *_ends(tree, steps)})
     return [(end, "".join(_at(tree, end))) for end in ends]
 
 
 class _Parser:
-    """Recursive descent over one prompt; ``when`` is worked out for a number of steps."""
+    """Parse one prompt by recursive descent; convert each ``when`` to a step number."""
 
     def __init__(self, text: str, steps: int) -> None:
         self.text, self.steps, self.place = text, steps, 0
 
     def whole(self) -> list[object]:
-        """The prompt; brackets and colons that belong to nothing stand for themselves."""
+        """Parse the whole prompt; treat unmatched brackets and colons as plain text."""
         tree = self.prompt()
         while self.place < len(self.text):
             sign = self.text[self.place]
             if sign not in "[]():":
-                raise _NotThis
+                raise _NoMatch
             self.place += 1
             tree = [*tree, sign, *self.prompt()]
         return tree
 
     def prompt(self) -> list[object]:
-        """As many parts as there are from here on."""
+        """Parse consecutive parts until none matches."""
         tree: list[object] = []
         while True:
             if match := _PLAIN.match(self.text, self.place):
@@ -175,15 +176,15 @@ class _Parser:
             start = self.place
             try:
                 tree += self.bracketed()
-            except _NotThis:
+            except _NoMatch:
                 self.place = start
                 return tree
 
     def bracketed(self) -> list[object]:
-        """``(...)``, ``(...:...)``, ``[...]``, an edit or an alternation."""
+        """Parse ``(...)``, ``(...:...)``, ``[...]``, an edit or an alternation."""
         opening = self.text[self.place : self.place + 1]
         if opening not in ("(", "["):
-            raise _NotThis
+            raise _NoMatch
         self.place += 1
         parts, separators = [self.prompt()], ""
         while (sign := self.text[self.place : self.place + 1]) in (":", "|") and sign:
@@ -202,18 +203,18 @@ class _Parser:
             return ["[", *parts[0], "]"]
         if opening == "[" and sign == "]" and set(separators) == {"|"}:
             return [_Alternation(parts)]
-        raise _NotThis
+        raise _NoMatch
 
     def _edit(self, parts: list[list[object]], number: str) -> _Edit:
         if len(parts) > 2:
-            raise _NotThis
+            raise _NoMatch
         when = float(number) * (self.steps if "." in number else 1)
         end = min(self.steps, int(when)) if math.isfinite(when) else self.steps
         return _Edit(parts[0] if len(parts) == 2 else [], parts[-1], end)
 
 
 def _ends(tree: list[object], steps: int) -> Iterator[int]:
-    """The last steps before something changes."""
+    """Yield the last step before each change."""
     for part in tree:
         if isinstance(part, _Edit):
             if part.when >= 1:
@@ -226,7 +227,7 @@ def _ends(tree: list[object], steps: int) -> Iterator[int]:
 
 
 def _at(tree: list[object], step: int) -> Iterator[str]:
-    """The text of a tree at a step."""
+    """Yield the texts of a tree at a step."""
     for part in tree:
         if isinstance(part, _Edit):
             yield from _at(part.before if step <= part.when else part.after, step)
@@ -236,30 +237,30 @@ def _at(tree: list[object], step: int) -> Iterator[str]:
             yield str(part)
 
 
-# ----------------------------------------------------------------------------------- what is beside
+# -------------------------------------------------------------------------------------- other marks
 
 _NETWORK = re.compile(r"<(\w+):([^>]+)>")
 _COMPOSED = re.compile(r"\bAND\b")
 
 
 def networks(text: str) -> tuple[str, list[Network]]:
-    """A prompt without its ``<lora:...>``, and these.
+    """Remove the ``<lora:...>`` tags from a prompt; return the text and the tags.
 
-    Raises: UsageError for another kind of network, or a strength that is no number.
+    Raises: UsageError for another kind of network, or if a strength is not a number.
     """
     found = []
     for match in _NETWORK.finditer(text):
         kind, (name, *arguments) = match[1], match[2].split(":")
         if kind not in ("lora", "lyco"):
             raise UsageError(
-                f"the prompt has {match[0]!r}, which asks for an extra network of kind {kind!r}; "
-                "of these only <lora:name:strength> is known; take it out"
+                f"the prompt has {match[0]!r}, an extra network of kind {kind!r}; "
+                "only <lora:name:strength> is supported; remove the tag"
             )
         given = dict(a.partition("=")[::2] for a in arguments if "=" in a)
         plain = [a for a in arguments if "=" not in a]
         if unknown := [*(set(given) - {"te", "unet"}), *plain[2:]]:
             raise UsageError(
-                f"the prompt has {match[0]!r}: {', '.join(unknown)} is not known; write "
+                f"the prompt has {match[0]!r}: unknown argument {', '.join(unknown)}; write "
                 "<lora:name:strength> or <lora:name:te=0.5:unet=1>"
             )
         text_encoder = _strength(given.get("te", plain[0] if plain else "1"), match[0])
@@ -274,14 +275,16 @@ def _strength(text: str, where: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise UsageError(f"the prompt has {where!r}: {text!r} is no number")
+        raise UsageError(
+            f"the prompt has {where!r}: {text!r} is not a number; write <lora:name:0.8>"
+        )
     return value
 
 
 def refuse_composition(text: str) -> None:
-    """Raise UsageError where a prompt joins prompts with ``AND``."""
+    """Raise UsageError if a prompt joins several prompts with ``AND``."""
     if _COMPOSED.search(text):
         raise UsageError(
-            "the prompt has AND in capitals, which composes two prompts in A1111's syntax; that is "
-            "not supported: write 'and', or use the plain syntax (--prompt-syntax plain)"
+            "the prompt has AND in capitals, which composes two prompts in A1111's syntax; this is "
+            "not supported; write 'and', or use the plain syntax (--prompt-syntax plain)"
         )

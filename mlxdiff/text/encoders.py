@@ -1,7 +1,7 @@
-"""The text encoders of a model: prompts -> what its U-Net is told.
+"""Encode prompts with a model's text encoders, as conditioning for its U-Net.
 
-Which layer is read, and how much of it, is what diffusers' pipelines do (plain syntax) or
-AUTOMATIC1111's web UI does (a1111); see ``prompt``.
+The plain syntax reads the same layers as diffusers' pipelines; the a1111 syntax reads the same
+layers as AUTOMATIC1111's web UI. See ``prompt``.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ logger = logging.getLogger("mlxdiff")
 
 
 class Encoded(NamedTuple):
-    """A prompt, encoded: embeds (1, T, D) and pooled (1, P), or None where the U-Net takes none."""
+    """An encoded prompt: embeds (1, T, D); pooled (1, P), or None if the U-Net takes none."""
 
     embeds: np.ndarray
     pooled: np.ndarray | None
 
     def zeros(self) -> Encoded:
-        """Zeros of the same shapes."""
+        """Return zeros of the same shapes."""
         pooled = None if self.pooled is None else np.zeros_like(self.pooled)
         return Encoded(np.zeros_like(self.embeds), pooled)
 
 
 T = TypeVar("T")
 Timeline = list[tuple[int, T]]
-"""(last, what) in order: it counts for every step, from 0, up to and with ``last``."""
+"""(last, value) in order; each value applies up to and including step ``last``, from 0."""
 
 
 def merged(timelines: Sequence[Timeline[T]]) -> Timeline[tuple[T, ...]]:
-    """What several timelines say together. Each of them counts to its end and beyond."""
+    """Merge timelines into one of tuples; the last value of each one holds beyond its end."""
 
     def at(timeline: Timeline[T], step: int) -> T:
         return next((what for last, what in timeline if step <= last), timeline[-1][1])
@@ -50,17 +50,17 @@ def merged(timelines: Sequence[Timeline[T]]) -> Timeline[tuple[T, ...]]:
 
 
 class TextEncoders:
-    """The text encoders of a model.
+    """Encode prompts with all text encoders of a model.
 
     Args:
         source: the opened model.
-        component: gives a network of it, loaded.
-        backend: what it computes on.
-        penultimate: whether the layer before the last is read, without the final norm, and the
-            pooled output of the last encoder (SDXL).
+        component: returns a loaded network of the model by name.
+        backend: the backend that computes.
+        penultimate: if True (SDXL), read the layer before the last, without the final norm, and
+            the pooled output of the last encoder.
     Attributes:
-        names: of the encoders' components, in order.
-        embeddings: words with vectors of their own.
+        names: names of the encoder components, in order.
+        embeddings: textual inversions in use.
     """
 
     def __init__(
@@ -78,9 +78,10 @@ class TextEncoders:
         self._vectors: dict[str, np.ndarray] = {}
 
     def set_embeddings(self, embeddings: Sequence[Embedding]) -> None:
-        """Let these words, and no others, stand for vectors of their own.
+        """Use these textual inversions; they replace all earlier ones.
 
-        Raises: UsageError where one is made for another kind of model, or is a token already.
+        Raises: UsageError if one is made for another kind of model, or its word is already a
+            token.
         """
         configs = {name: self.source.config(name) for name in self.names}
         matched = [match(one, configs) for one in embeddings]
@@ -99,11 +100,16 @@ class TextEncoders:
             )
             if own:
                 vectors[name] = np.concatenate([rows for _, rows in own])
-            self._vocabulary(name, words[name])  # refuses what is a token already
+            self._vocabulary(name, words[name])  # refuses a word that is already a token
         self.embeddings, self._words, self._vectors = tuple(embeddings), words, vectors
 
     def unused(self, texts: Sequence[Sequence[str]], syntax: str) -> list[str]:
-        """Words with vectors that stand in none of the texts, which are given for each encoder."""
+        """List the words of textual inversions that no text contains.
+
+        Args:
+            texts: the texts for each encoder.
+            syntax: one of prompt.SYNTAXES.
+        """
         if not self.embeddings:
             return []
         missing = [
@@ -118,7 +124,7 @@ class TextEncoders:
         return [e.token for e in self.embeddings if all(e.token in absent for absent in lacks)]
 
     def check_clip_skip(self, clip_skip: int | None) -> None:
-        """Raise UsageError unless so many layers can be skipped."""
+        """Raise UsageError if the encoders cannot skip this number of layers."""
         if clip_skip is None:
             return
         layers = min(self.source.config(name).num_hidden_layers for name in self.names)
@@ -134,13 +140,13 @@ class TextEncoders:
     def timeline(
         self, texts: Sequence[str], clip_skip: int | None, syntax: str, steps: int
     ) -> Timeline[Encoded]:
-        """All that a prompt, given once for each encoder, is in the course of a run.
+        """Encode a prompt for every step of a run.
 
         Args:
-            texts: in the given syntax.
-            clip_skip: layers left out at the encoders' end.
+            texts: the prompt for each encoder, in the given syntax.
+            clip_skip: number of layers to skip at the end of each encoder.
             syntax: one of prompt.SYNTAXES.
-            steps: of the run.
+            steps: number of steps in the run.
         """
         if syntax == "plain":
             return [(steps, self.plain(texts, clip_skip))]
@@ -149,7 +155,7 @@ class TextEncoders:
         return [(last, one) for (last, _), one in zip(edits, encoded, strict=True)]
 
     def plain(self, texts: Sequence[str], clip_skip: int | None = None) -> Encoded:
-        """A plain prompt, given once for each encoder; what does not fit is cut, with a warning."""
+        """Encode a plain prompt, one text per encoder; cut text that does not fit and warn."""
         embeds: list[np.ndarray] = []
         pooled: np.ndarray | None = None
         for name, text in zip(self.names, texts, strict=False):
@@ -158,7 +164,7 @@ class TextEncoders:
             if cut:
                 logger.warning(
                     "the prompt is longer than %d tokens; this part is cut: %r (the a1111 syntax "
-                    "takes prompts of any length)",
+                    "accepts prompts of any length)",
                     len(chunk.ids),
                     cut,
                 )
@@ -168,12 +174,13 @@ class TextEncoders:
         return Encoded(np.concatenate(embeds, axis=-1), pooled)
 
     def a1111(self, texts: Sequence[Sequence[str]], clip_skip: int | None = None) -> list[Encoded]:
-        """A prompt in A1111's syntax.
+        """Encode the texts of a prompt in A1111's syntax.
 
         Args:
-            texts: for each encoder: what the prompt is, one text after another (prompt editing);
-                each encoder has as many.
-        Returns: one for each of these, all of the same length.
+            texts: for each encoder, the texts that prompt editing yields, in order; the same
+                number for every encoder.
+            clip_skip: number of layers to skip at the end of each encoder.
+        Returns: one encoding per text, all of the same length.
         """
         vocabularies = [self._vocabulary(name) for name in self.names]
         for vocabulary, own in zip(vocabularies, texts, strict=False):
@@ -192,7 +199,7 @@ class TextEncoders:
             columns: list[list[np.ndarray]] = []
             for column in zip(*padded, strict=True):
                 runs = {chunk: self._run(name, chunk, clip_skip) for chunk in column}
-                if not columns:  # the first chunk of a text is what it is as a whole
+                if not columns:  # the first chunk gives the pooled output of the whole text
                     pooled = [runs[chunk][1] for chunk in column]
                 columns.append(emphasize([runs[chunk][0] for chunk in column], column))
             embeds.append([np.concatenate(row, axis=1) for row in zip(*columns, strict=True)])
@@ -202,7 +209,7 @@ class TextEncoders:
         ]
 
     def lengthen(self, encoded: Encoded, tokens: int, clip_skip: int | None = None) -> Encoded:
-        """The same prompt, with chunks of the empty text after it."""
+        """Pad an encoded prompt to ``tokens`` tokens with chunks of the empty text."""
         missing = (tokens - encoded.embeds.shape[1]) // self._vocabulary(self.names[0]).length
         if missing <= 0:
             return encoded
@@ -220,7 +227,7 @@ class TextEncoders:
     def _run(
         self, name: str, chunk: Chunk, clip_skip: int | None
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """State (1, T, D) of a chunk at the layer that is read, unweighted; pooled (1, P)."""
+        """Encode one chunk: unweighted state (1, T, D) of the layer to read, pooled (1, P)."""
         ids = self.backend.asarray(np.array([chunk.ids], np.int32))
         vectors = self._vectors.get(name)
         encoder = self.component(name)
@@ -240,17 +247,17 @@ class TextEncoders:
 
 
 def _note_unknown_words(tokenizer: Tokenizer, text: str) -> None:
-    """Warn of words that a model of a small world (the built-in one) was never taught."""
+    """Warn about words outside a model's small vocabulary (the built-in model has one)."""
     unknown = dict.fromkeys(tokenizer.unknown_words(text))
     if not unknown:
         return
     logger.warning(
-        "the model does not know %s: the picture will hardly follow the prompt there",
+        "the model does not know %s; the picture will not follow the prompt there",
         ", ".join(map(repr, unknown)),
     )
-    # The same text each time: whoever shows notes can show it once.
+    # The text is always the same, so that a handler can show it once.
     logger.warning(
-        "this model knows only these words: %s. For anything else take a real model: "
+        "this model knows only these words: %s. For anything else use a full model: "
         '-m sd15 on the command line, load("sd15") in Python, or another of '
         "`mlxdiff models --known`",
         ", ".join(tokenizer.known_words or ()),

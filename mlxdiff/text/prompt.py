@@ -1,13 +1,12 @@
-"""Prompts as token chunks: weights, long prompts, words that stand for vectors of their own.
+"""Split prompts into token chunks, with weights and textual inversions.
 
-``plain`` is what diffusers makes of a text: one chunk, what does not fit is cut. ``a1111`` is what
-AUTOMATIC1111's web UI makes of it: each token has a weight, and as many chunks of 75 tokens as the
-text takes, each with start and end.
+``plain`` follows diffusers: one chunk; text that does not fit is cut. ``a1111`` follows
+AUTOMATIC1111's web UI: each token has a weight, and a long text fills several chunks of 75 tokens,
+each with its own start and end token.
 
-Ids below 0 or beyond the vocabulary stand for vectors that a text encoder is given beside the text
-(textual inversion): ``vocab_size + k`` and ``-1 - k`` both for row ``k``. The two differ in what
-CLIP's older rule, which takes the largest id for the end of the text, makes of them; each syntax
-has the one that its reference tool has.
+Ids below 0 or beyond the vocabulary stand for vectors of textual inversions: both
+``vocab_size + k`` and ``-1 - k`` mean row ``k``. They differ under CLIP's older rule, which takes
+the largest id as the end of the text. Each syntax uses the form that matches its reference tool.
 
 Source: diffusers loaders/textual_inversion.py (maybe_convert_prompt); stable-diffusion-webui
 modules/sd_hijack_clip.py (tokenize_line) and modules/sd_emphasis.py.
@@ -25,17 +24,17 @@ from mlxdiff.tokenizer import Tokenizer
 
 SYNTAXES = ("plain", "a1111")
 BACKTRACK = 20
-"""Tokens after a comma that may move to the next chunk with what follows; A1111's default."""
+"""Maximum number of tokens after a comma that move to the next chunk; A1111's default."""
 
 
 class Word(NamedTuple):
-    """A word that stands for vectors.
+    """A word that stands for vectors of a textual inversion.
 
     Attributes:
-        token: how it is written in a prompt.
-        names: other ways to write it, in A1111's syntax.
-        first: its first row among all the vectors of the text encoder.
-        size: how many rows.
+        token: the word as written in a prompt.
+        names: other spellings, in A1111's syntax.
+        first: index of its first row among all added vectors of the text encoder.
+        size: number of rows.
     """
 
     token: str
@@ -45,7 +44,7 @@ class Word(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """What a text encoder is given at a time: ids and weights, start, end and padding included."""
+    """The input of one text encoder call: ids and weights, with start, end and padding."""
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
@@ -55,18 +54,18 @@ class Chunk(NamedTuple):
 
 
 class Vocabulary:
-    """A tokenizer and the words beside its vocabulary, for one text encoder.
+    """Tokenize prompts for one text encoder, with added words.
 
     Args:
-        tokenizer: the encoder's.
-        vocab_size: rows of the encoder's table of vectors.
-        words: that stand for vectors.
+        tokenizer: tokenizer of the encoder.
+        vocab_size: number of rows in the encoder's token embedding.
+        words: added words that stand for vectors.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, words: Sequence[Word] = ()) -> None:
         self.tokenizer, self.words, self.vocab_size = tokenizer, tuple(words), vocab_size
         self.length = tokenizer.model_max_length
-        # As diffusers registers them: a word of several vectors is "word word_1 word_2 ...".
+        # diffusers registers a word of several vectors as "word word_1 word_2 ...".
         self._spelled = {
             word.token: [word.token, *(f"{word.token}_{i}" for i in range(1, word.size))]
             for word in words
@@ -78,7 +77,7 @@ class Vocabulary:
             self._extended.token_id(name): vocab_size + row
             for name, row in zip(names, rows, strict=True)
         }
-        # A1111 looks for the tokens of a word's name, the longest first.
+        # A1111 searches for the tokens of each word's names, longest first.
         found = [
             (tuple(tokenizer.encode(name, pad=False)), word)
             for word in words
@@ -87,14 +86,14 @@ class Vocabulary:
         self._sequences = sorted(found, key=lambda pair: -len(pair[0]))
 
     def plain(self, text: str) -> tuple[Chunk, str]:
-        """One chunk of a plain text, and the end of the text that was cut off."""
+        """Tokenize plain text; return one chunk and the part of the text that was cut off."""
         spelled = self._spell(text)
         ids = self._extended.encode(spelled)
         mapped = tuple(self._ids.get(i, i) for i in ids)
         return Chunk(mapped, (1.0,) * len(mapped)), self._extended.truncated(spelled)
 
     def _spell(self, text: str) -> str:
-        """A text with words of several vectors written out."""
+        """Write out words of several vectors as ``word word_1 ...``."""
         found = set(self._extended.encode(text, pad=False)) if self.words else set()
         for token, spelled in self._spelled.items():
             if len(spelled) > 1 and self._extended.token_id(token) in found:
@@ -102,7 +101,7 @@ class Vocabulary:
         return text
 
     def a1111(self, text: str) -> list[Chunk]:
-        """The chunks of a text in A1111's syntax (without what ``a1111.networks`` takes out)."""
+        """Tokenize text in A1111's syntax into chunks; ``a1111.networks`` has removed the tags."""
         chunks = _Chunks(self)
         for piece in a1111.weigh(text):
             if piece.text is None:
@@ -126,11 +125,11 @@ class Vocabulary:
         return None, 1
 
     def empty(self) -> Chunk:
-        """The chunk of an empty text."""
+        """Return the chunk of an empty text."""
         return self.a1111("")[0]
 
     def missing(self, texts: Sequence[str], syntax: str) -> list[str]:
-        """The words that stand in none of the texts."""
+        """List the added words that no text contains."""
         used: set[int] = set()
         for text in texts:
             chunks = [self.plain(text)[0]] if syntax == "plain" else self.a1111(text)
@@ -143,7 +142,7 @@ class Vocabulary:
 
 
 class _Chunks:
-    """Tokens, filled into chunk after chunk."""
+    """Collect tokens into chunks."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.tokenizer = vocabulary.tokenizer
@@ -161,7 +160,7 @@ class _Chunks:
         self.weights.append(weight)
 
     def word(self, token: int, word: Word, weight: float) -> None:
-        """Add a word's vectors, all of them to one chunk where they fit into one."""
+        """Add the vectors of a word; keep them in one chunk if they fit."""
         self._make_room(token)
         if len(self.ids) + word.size > self.room:
             self.end()
@@ -169,7 +168,7 @@ class _Chunks:
         self.weights += [weight] * word.size
 
     def _make_room(self, token: int) -> None:
-        """End the chunk if it is full; what stands after a comma nearby goes to the next."""
+        """End the chunk if it is full; move tokens after a nearby comma to the next chunk."""
         full = len(self.ids) == self.room
         if token == self.comma:
             self.last_comma = len(self.ids)
@@ -188,7 +187,7 @@ class _Chunks:
         pad = self.room - len(self.ids)
         start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         ids = [start, *self.ids, *[end] * pad, end]
-        # Where padding is not the end's own token, it follows the first end.
+        # If the pad token differs from the end token, padding starts after the first end.
         if self.tokenizer.pad_token_id != end:
             first = ids.index(end) + 1
             ids[first:] = [self.tokenizer.pad_token_id] * (len(ids) - first)
@@ -196,19 +195,19 @@ class _Chunks:
         self.ids, self.weights, self.last_comma = [], [], None
 
     def finish(self) -> list[Chunk]:
-        """All chunks."""
+        """Return all chunks."""
         if self.ids or not self.done:
             self.end()
         return self.done
 
 
 def emphasize(states: Sequence[np.ndarray], chunks: Sequence[Chunk]) -> list[np.ndarray]:
-    """Weigh the states of chunks that belong together, and bring their mean back to what it was.
+    """Apply token weights to the states of chunks, then restore their mean.
 
     Args:
-        states: (1, T, D) each, of the same place in all texts of an edited prompt, or one.
-        chunks: their chunks.
-    Returns: the same, weighted. The web UI takes the mean over all of them, and so do we.
+        states: (1, T, D) each; the chunks at the same position in all texts of an edited prompt.
+        chunks: the chunk of each state.
+    Returns: the weighted states. As in the web UI, the mean is taken over all of them together.
     """
     if all(weight == 1.0 for chunk in chunks for weight in chunk.weights):
         return list(states)
