@@ -23,11 +23,11 @@ import numpy as np
 
 from mlxdiff import samplers
 from mlxdiff.samplers.euler import HEUN
-from mlxdiff.samplers.family import Family, Grid
 from mlxdiff.samplers.lcm import TCD
 from mlxdiff.samplers.plan import Plan
+from mlxdiff.samplers.pndm import PNDM
 from mlxdiff.samplers.schedule import NoiseSchedule
-from mlxdiff.samplers.settings import Settings
+from mlxdiff.samplers.scheduler import Grid, Scheduler
 
 LAMBDAS = (-1.5, 1.5)  # sigma_karras 4.5 to 0.22: where a picture is made
 STEPS = (16, 24, 32, 48, 64, 96, 128)
@@ -111,32 +111,33 @@ def level(lam: float) -> tuple[float, float]:
 
 def plan(method: Method, steps: int) -> tuple[Plan, np.ndarray]:
     """The method's rows for `steps` steps, even in lambda, and the lambdas of the n + 1 levels."""
-    family, fixed = samplers._family({}, method.sampler)
-    arguments = {**fixed, **dict(method.arguments)}
+    sampler = samplers.SAMPLERS[method.sampler]
+    scheduler = sampler.scheduler
+    fixed = {**sampler.arguments, **dict(method.arguments)}
     for key, value in (("lower_order_final", False), ("final_sigmas_type", "sigma_min")):
-        if key in family.defaults:
-            arguments[key] = value
-    settings = Settings({}, family.name, family.defaults, arguments, family.choices)
+        if key in scheduler.defaults:
+            fixed[key] = value
+    arguments = scheduler.read({}, fixed)
     lambdas = np.linspace(*LAMBDAS, steps + 1)
-    grid = _grid(family, lambdas)
-    if family.name == "PNDMScheduler":  # the second timestep comes twice
+    grid = _grid(scheduler, lambdas)
+    if scheduler is PNDM:  # the second timestep comes twice
         times = np.concatenate([grid.timesteps[:2], grid.timesteps[1:]])
         grid = Grid(grid.schedule, times)
-    rows = tuple(family.rows(settings, grid, 0, 0.0))
+    rows = tuple(scheduler.rows(arguments, grid, 0, 0.0))
     return Plan(method.sampler, "even in lambda", rows, 1.0), lambdas
 
 
-def _grid(family: Family, lambdas: np.ndarray) -> Grid:
+def _grid(scheduler: Scheduler, lambdas: np.ndarray) -> Grid:
     """The levels, as a training schedule of their own and as sigmas."""
     steps = len(lambdas) - 1
     schedule = NoiseSchedule(1 / (1 + np.exp(-2 * lambdas[::-1])), np.exp(-lambdas[::-1]))
     times = np.arange(steps, 0, -1)
     sigmas = np.exp(-lambdas)
-    if family is HEUN:
+    if scheduler is HEUN:
         times, sigmas = np.repeat(times, 2)[1:], np.repeat(sigmas, 2)[1:-1]
         # unlike a run to zero noise, the last step is corrected too
         times, sigmas = np.append(times, 0), np.append(sigmas, [sigmas[-1], sigmas[-1]])
-    if family is TCD:
+    if scheduler is TCD:
         times = np.append(times, 0)  # its last row is the identity at the lowest timestep
     return Grid(schedule, times, sigmas)
 

@@ -12,21 +12,12 @@ from sampler_cases import CONFIGS
 from mlxdiff import samplers
 from mlxdiff.errors import ConfigError, UsageError
 from mlxdiff.samplers import schedule as sch
+from mlxdiff.samplers.arguments import KNOWN_KEYS
+from mlxdiff.samplers.ddim import DDIM
 from mlxdiff.samplers.plan import Limit, Plan, Row
-from mlxdiff.samplers.settings import KNOWN_KEYS
 
 SD = CONFIGS["sd15"]
-SAMPLERS = [name for name in samplers.NAMES if name not in ("auto", "checkpoint", "fitted")]
-
-
-def test_ids_of_the_contract() -> None:
-    assert set(samplers.NAMES) == {
-        *"auto checkpoint dpmpp-2m dpmpp-3m dpmpp-2m-sde dpm-2m dpmpp-2s unipc euler".split(),
-        *"euler-a heun ddim ddpm lms pndm lcm tcd deis fitted".split(),
-    }
-    assert set(samplers.SCHEDULES) == {
-        *"auto normal karras exponential beta lu trailing leading linspace ays".split()
-    }
+SAMPLERS = [name for name in samplers.SAMPLERS if name != "fitted"]  # it needs a fitted model
 
 
 def _numbers(value: Any) -> list[Any]:
@@ -224,9 +215,7 @@ def test_clip_sample_is_off_unless_written() -> None:
 
 def test_keys_of_other_schedulers_are_skipped() -> None:
     """Every known key, at a value that means nothing to these classes, changes nothing."""
-    from mlxdiff.samplers import _CLASSES
-
-    taken = {key for family in _CLASSES.values() for key in family.defaults}
+    taken = {key for one in samplers.SAMPLERS.values() for key in one.scheduler.defaults}
     foreign = {key: "?" for key in KNOWN_KEYS - taken - {"sigma_min", "sigma_max"}}
     plain, full = (samplers.plan({**SD, **more}, "unipc", "normal", 6) for more in ({}, foreign))
     assert plain == full
@@ -384,20 +373,13 @@ def test_denoising_start_and_end_share_a_run() -> None:
 def test_add_noise_at_the_levels_of_a_run() -> None:
     x0, noise = np.float32([1.0, 0.0]), np.float32([0.0, 1.0])
     plan = samplers.plan(SD, "ddim", "normal", 10, strength=0.5)
-    a = samplers.schedule.NoiseSchedule.from_settings(_settings()).alphas_cumprod[401]
+    a = samplers.schedule.NoiseSchedule.from_arguments(DDIM.read(SD)).alphas_cumprod[401]
     np.testing.assert_allclose(plan.add_noise(x0, noise), [np.sqrt(a), np.sqrt(1 - a)], rtol=1e-6)
     np.testing.assert_array_equal(plan.add_noise(x0, noise, len(plan)), x0)
     plan = samplers.plan(SD, "euler", "normal", 10, strength=0.5)
     sigmas = samplers.timesteps(SD, "euler", "normal", 10)[1]
     assert sigmas is not None
     np.testing.assert_allclose(plan.add_noise(x0, noise, 1), [1.0, sigmas[6]], rtol=1e-6)
-
-
-def _settings() -> Any:
-    from mlxdiff.samplers.ddim import DDIM
-    from mlxdiff.samplers.settings import Settings
-
-    return Settings(SD, DDIM.name, DDIM.defaults)
 
 
 # --- pieces ---------------------------------------------------------------------------------------

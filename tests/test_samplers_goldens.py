@@ -35,7 +35,10 @@ def _stored() -> Iterator[dict[str, Any]]:
 
 
 RUNS = list(_stored())
-NAMES = [name for name in samplers.NAMES if name != "auto"]
+NAMES = [
+    "checkpoint",
+    *(one.id for one in samplers.SAMPLERS.values() if one.scheduler.reference is not None),
+]
 
 
 def _config(run: dict[str, Any]) -> dict[str, Any]:

@@ -40,9 +40,9 @@ from typing import Any
 
 import numpy as np
 
-from mlxdiff.samplers.family import to_x0
 from mlxdiff.samplers.fitted import KEY
 from mlxdiff.samplers.plan import Row
+from mlxdiff.samplers.scheduler import to_x0
 
 try:
     from . import data

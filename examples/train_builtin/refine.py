@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from mlxdiff.samplers.family import to_x0
 from mlxdiff.samplers.plan import Row
+from mlxdiff.samplers.scheduler import to_x0
 
 try:
     from .teacher import Network, distances, solver, usual

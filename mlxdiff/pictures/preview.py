@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from mlxdiff.samplers.family import to_x0
 from mlxdiff.samplers.plan import Plan
+from mlxdiff.samplers.scheduler import to_x0
 
 PATCHES = 8  # patches along a side of the chart; each covers 2 x 2 latents
 

@@ -263,7 +263,7 @@ class LatentKind(Kind):
         """Guidance scale of the reference pipeline for this kind of model; 0 for Turbo."""
         if self.unet_config.time_cond_proj_dim is not None:
             return 8.5
-        if samplers.distilled_for(self.source.scheduler_config) in ("euler", "euler-a"):
+        if samplers.is_turbo(self.source.scheduler_config):
             return 0.0
         if self.upscales:
             return 9.0
@@ -372,18 +372,17 @@ class PixelKind(Kind):
     @property
     def default_sampler(self) -> str:
         """The sampler of the model's pipeline class."""
-        if self.source.model_index.get("_class_name") == "DDIMPipeline":
-            return "ddim"
         name = self.source.scheduler_config.get("_class_name")
-        return {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}.get(str(name), "checkpoint")
+        if self.source.model_index.get("_class_name") == "DDIMPipeline":
+            name = "DDIMScheduler"
+        return samplers.of_class(name) or "checkpoint"
 
     def default_steps(self, sampler: str) -> int:
         """1000 for ``ddpm``, else 50; never more than the model was trained with."""
         config = self.source.scheduler_config
-        if sampler == "checkpoint" and config.get("_class_name") == "DDPMScheduler":
-            sampler = "ddpm"
         trained = config.get("num_train_timesteps", DDPM_STEPS)
-        steps = DDPM_STEPS if sampler == "ddpm" else OTHER_STEPS
+        ddpm = samplers.reference_class(config, sampler) == "DDPMScheduler"
+        steps = DDPM_STEPS if ddpm else OTHER_STEPS
         return min(steps, trained) if isinstance(trained, int) and trained > 0 else steps
 
     def check_size(self, *, width: int, height: int) -> None:

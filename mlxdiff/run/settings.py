@@ -71,6 +71,7 @@ class Settings:
         guess_mode: whether ControlNets follow their picture more than the prompt, and under
             guidance act on the prediction for the prompt alone.
         image_prompts: what each IP-Adapter is shown.
+        evaluations_per_step: of the sampler (`Plan.evaluations_per_step`).
     """
 
     prompt: str
@@ -112,11 +113,12 @@ class Settings:
     controls: tuple[Control, ...] = ()
     guess_mode: bool = False
     image_prompts: tuple[ImagePrompt, ...] = ()
+    evaluations_per_step: int = 1
 
     @property
     def evaluations(self) -> int:
         """Evaluations of a whole run by A1111's count, on which prompt editing is based."""
-        return self.steps * (2 if self.sampler == "heun" else 1)
+        return self.steps * self.evaluations_per_step
 
     @property
     def encodes(self) -> bool:
@@ -241,7 +243,7 @@ def _resolve_pixels(
         label=label,
     )
     plan = make_plans(settings, model)[0]
-    return replace(settings, sampler=plan.sampler, schedule=plan.schedule)
+    return planned(settings, plan)
 
 
 def _resolve_text(model: Model, refiner: Model | None, asked: Arguments) -> Settings:
@@ -308,7 +310,7 @@ def _resolve_text(model: Model, refiner: Model | None, asked: Arguments) -> Sett
     plans = make_plans(settings, model, refiner)
     _check_some_guidance(settings, plans)
     plan = plans[0]
-    return replace(settings, sampler=plan.sampler, schedule=plan.schedule)
+    return planned(settings, plan)
 
 
 def _size(
@@ -393,7 +395,7 @@ def make_plans(
     own_strength = (
         model.is_latent_consistency
         and settings.canvas is None  # its pipelines do not inpaint; the general one does
-        and _samples_with_lcm(settings, model)
+        and samplers.takes_distilled_strength(source.scheduler_config, settings.sampler)
     )
     plan = samplers.plan(
         source.scheduler_config,
@@ -410,7 +412,7 @@ def make_plans(
         altered=settings.altered,
     )
     if (enlarged := settings.enlarged) is not None:
-        enlarged = replace(enlarged, sampler=plan.sampler, schedule=plan.schedule)
+        enlarged = planned(enlarged, plan)
         try:
             return plan, *make_plans(enlarged, model)
         except UsageError as error:
@@ -429,10 +431,13 @@ def make_plans(
     return plan, second
 
 
-def _samples_with_lcm(settings: Settings, model: Model) -> bool:
-    own = samplers.distilled_for(model.source.scheduler_config)
-    return settings.sampler == "lcm" or (
-        settings.sampler in ("auto", "checkpoint") and own == "lcm"
+def planned(settings: Settings, plan: samplers.Plan) -> Settings:
+    """Return the settings with what the plan resolved."""
+    return replace(
+        settings,
+        sampler=plan.sampler,
+        schedule=plan.schedule,
+        evaluations_per_step=plan.evaluations_per_step,
     )
 
 

@@ -1,7 +1,7 @@
 """DDIM and DDPM: steps that take the predicted x_0 to the noise level of an earlier timestep.
 
 DDIM: x' = sqrt(a') x_0 + sqrt(1 - a' - s**2) predicted noise + s * fresh noise, with s = eta times
-the standard deviation of the forward process's posterior; eta 0 follows the ODE, eta 1 is ancestral
+the standard deviation of the forward process's posterior. Eta 0 follows the ODE, eta 1 is ancestral
 sampling. DDPM draws from the posterior q(x' | x, x_0) itself.
 
 Source: Song et al. 2020 (arXiv 2010.02502), equations 12 and 16; Ho et al. 2020 (arXiv 2006.11239),
@@ -16,33 +16,34 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from mlxdiff.samplers import schedule as sch
-from mlxdiff.samplers.family import (
+from mlxdiff.samplers.arguments import SchedulerArguments
+from mlxdiff.samplers.plan import Row
+from mlxdiff.samplers.scheduler import (
     CLIPPING,
     THRESHOLDING,
     TRAINING,
-    Family,
     Grid,
-    data_terms,
+    Sampler,
+    Scheduler,
     to_noise,
+    vp_terms,
 )
-from mlxdiff.samplers.plan import Row
-from mlxdiff.samplers.settings import Settings
 
 
-def grid(settings: Settings, steps: int, custom: Sequence[int] | None) -> Grid:
-    """Whole timesteps as `timestep_spacing` says; no sigmas."""
-    times = sch.spaced(settings, steps) if custom is None else np.asarray(custom)
-    return Grid(sch.NoiseSchedule.from_settings(settings), sch.whole(times, settings))
+def grid(arguments: SchedulerArguments, steps: int, custom: Sequence[int] | None) -> Grid:
+    """Return whole timesteps, spaced as `timestep_spacing` says, and no sigmas."""
+    times = sch.spaced(arguments, steps) if custom is None else np.asarray(custom)
+    return Grid(sch.NoiseSchedule.from_arguments(arguments), sch.whole(times, arguments))
 
 
 def level(alphas_cumprod: float) -> tuple[float, float]:
-    """(alpha, sigma) at a product of (1 - beta)."""
+    """Return (alpha, sigma) at a product of (1 - beta)."""
     return math.sqrt(alphas_cumprod), math.sqrt(1.0 - alphas_cumprod)
 
 
-def _ddim_rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Row]:
+def _ddim_rows(arguments: SchedulerArguments, grid: Grid, start: int, eta: float) -> Iterator[Row]:
     known = grid.schedule.alphas_cumprod.tolist()
-    final = 1.0 if settings.set_alpha_to_one else known[0]
+    final = 1.0 if arguments.set_alpha_to_one else known[0]
     times = grid.timesteps.tolist()
     stride = len(known) // len(times)
     for timestep in times[start:]:
@@ -50,12 +51,11 @@ def _ddim_rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterat
         there = known[timestep - stride] if timestep >= stride else final
         fresh = eta * math.sqrt((1 - there) / (1 - here) * (1 - here / there))
         alpha, sigma = level(here)
-        of_x, of_output = to_noise(settings.prediction_type, alpha, sigma)
+        of_x, of_output = to_noise(arguments.prediction_type, alpha, sigma)
         direction = math.sqrt(max(1 - there - fresh * fresh, 0.0))
         yield Row(
             timestep=timestep,
-            level=(alpha, sigma),
-            **data_terms(settings, alpha, sigma),
+            **vp_terms(arguments, alpha, sigma),
             scale=direction * of_x,
             output=direction * of_output,
             weights=(math.sqrt(there),),
@@ -64,40 +64,39 @@ def _ddim_rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterat
         )
 
 
-def _ddpm_rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Row]:
+def _ddpm_rows(arguments: SchedulerArguments, grid: Grid, start: int, eta: float) -> Iterator[Row]:
     known = grid.schedule.alphas_cumprod.tolist()
     times = grid.timesteps.tolist()
-    for i in range(start, len(times)):
+    for i, timestep in grid.evaluations(start):
         here = known[times[i]]
         there = known[times[i + 1]] if i + 1 < len(times) else 1.0
         beta = 1 - here / there
         variance = max((1 - there) / (1 - here) * beta, 1e-20)
-        if settings.variance_type == "fixed_large":
+        if arguments.variance_type == "fixed_large":
             variance = beta
         alpha, sigma = level(here)
         yield Row(
-            timestep=times[i],
-            level=(alpha, sigma),
-            **data_terms(settings, alpha, sigma),
+            timestep=timestep,
+            **vp_terms(arguments, alpha, sigma),
             scale=math.sqrt(here / there) * (1 - there) / (1 - here),
             weights=(math.sqrt(there) * beta / (1 - here),),
-            noise=math.sqrt(variance) if times[i] > 0 else 0.0,
-            draws=times[i] > 0,
+            noise=math.sqrt(variance) if timestep > 0 else 0.0,
+            draws=timestep > 0,
         )
 
 
 _SHARED = {
     **TRAINING,
     **THRESHOLDING,
-    **CLIPPING,  # the classes' own clip_sample is True; see settings.py
+    **CLIPPING,  # the classes' own clip_sample is True; see arguments.py
     "timestep_spacing": "leading",
     "steps_offset": 0,
     "rescale_betas_zero_snr": False,
 }
 _PIXELS = {"clip_sample": True}
 
-DDIM = Family(
-    name="DDIMScheduler",
+DDIM = Scheduler(
+    reference="DDIMScheduler",
     defaults={**_SHARED, "set_alpha_to_one": True},
     grid=grid,
     rows=_ddim_rows,
@@ -105,8 +104,8 @@ DDIM = Family(
     pixel_defaults=_PIXELS,
 )
 
-DDPM = Family(
-    name="DDPMScheduler",
+DDPM = Scheduler(
+    reference="DDPMScheduler",
     defaults={**_SHARED, "variance_type": "fixed_small"},
     choices={
         "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid"),
@@ -117,4 +116,9 @@ DDPM = Family(
     rows=_ddpm_rows,
     takes_timesteps=True,
     pixel_defaults=_PIXELS,
+)
+
+SAMPLERS = (
+    Sampler("ddim", "DDIM", DDIM),
+    Sampler("ddpm", "DDPM", DDPM),
 )

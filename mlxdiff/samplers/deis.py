@@ -1,8 +1,8 @@
 """DEIS: the exponential integrator with polynomials in log(sigma_karras), in closed form.
 
-In rho = sigma_karras the ODE is d(x / alpha) / d rho = noise(x, rho) (as in euler.py); the noise is
-taken as the polynomial in log(rho) through its latest values, whose integral over rho is
-elementary.
+In rho = sigma_karras the ODE is d(x / alpha) / d rho = noise(x, rho), as in euler.py. DEIS replaces
+the noise by the polynomial in log(rho) through its latest values. The integral of this polynomial
+over rho is elementary.
 
 Source: Zhang and Chen 2022 (arXiv 2204.13902), equation 15 with the log-rho polynomials of appendix
 B. Equal to diffusers' DEISMultistepScheduler, which ends at the lowest sigma, not at zero.
@@ -14,38 +14,38 @@ import math
 from collections.abc import Iterator, Sequence
 
 from mlxdiff.samplers import schedule as sch
+from mlxdiff.samplers.arguments import SchedulerArguments
 from mlxdiff.samplers.dpm_solver import grid as solver_grid
-from mlxdiff.samplers.family import (
+from mlxdiff.samplers.plan import Row
+from mlxdiff.samplers.scheduler import (
     SIGMA_SPACINGS,
     THRESHOLDING,
     TRAINING,
-    Family,
     Grid,
-    data_terms,
+    Sampler,
+    Scheduler,
+    vp_terms,
 )
-from mlxdiff.samplers.plan import Row
-from mlxdiff.samplers.settings import Settings
 
 
-def _grid(settings: Settings, steps: int, custom: Sequence[int] | None) -> Grid:
-    return solver_grid(settings, steps, custom, repeat_last=True)
+def _grid(arguments: SchedulerArguments, steps: int, custom: Sequence[int] | None) -> Grid:
+    return solver_grid(arguments, steps, custom, repeat_last=True)
 
 
-def _rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Row]:
-    sigmas, times = grid.levels(), grid.timesteps.tolist()
-    few = settings.lower_order_final and len(times) < 15
-    for i in range(start, len(times)):
-        order = min(settings.solver_order, i - start + 1)
+def _rows(arguments: SchedulerArguments, grid: Grid, start: int, eta: float) -> Iterator[Row]:
+    sigmas, count = grid.levels(), len(grid.timesteps)
+    few = arguments.lower_order_final and count < 15
+    for i, timestep in grid.evaluations(start):
+        order = min(arguments.solver_order, i - start + 1)
         if few:
-            order = min(order, len(times) - i)
+            order = min(order, count - i)
         nodes = sigmas[i - order + 1 : i + 1][::-1]
         if len(set(nodes)) < order:  # equal sigmas carry no slope (the reference: 0 / 0)
             nodes = nodes[:1]
         (alpha, sigma), (alpha_next, _) = sch.alpha_sigma(sigmas[i]), sch.alpha_sigma(sigmas[i + 1])
         yield Row(
-            timestep=times[i],
-            level=(alpha, sigma),
-            **data_terms(settings, alpha, sigma, noise=True),
+            timestep=timestep,
+            **vp_terms(arguments, alpha, sigma, noise=True),
             scale=alpha_next / alpha,
             weights=tuple(
                 alpha_next * _integral(nodes, k, sigmas[i], sigmas[i + 1])
@@ -55,7 +55,7 @@ def _rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Ro
 
 
 def _integral(nodes: Sequence[float], which: int, lower: float, upper: float) -> float:
-    """The integral over rho of the polynomial in log(rho), 1 at nodes[which], 0 at the others.
+    """Integrate over rho the polynomial in log(rho) that is 1 at nodes[which], 0 at the others.
 
     With u = log(rho / nodes[which]) it is the product of (u - d) / -d over the other nodes' d, and
     the integrals of rho**0 u**n are rho (u**n - n u**(n-1) + ...).
@@ -76,8 +76,8 @@ def _integral(nodes: Sequence[float], which: int, lower: float, upper: float) ->
     return primitive(upper) - primitive(lower)
 
 
-DEIS = Family(
-    name="DEISMultistepScheduler",
+DEIS = Scheduler(
+    reference="DEISMultistepScheduler",
     defaults={
         **TRAINING,
         **THRESHOLDING,
@@ -93,3 +93,5 @@ DEIS = Family(
     grid=_grid,
     rows=_rows,
 )
+
+SAMPLERS = (Sampler("deis", "DEIS", DEIS),)

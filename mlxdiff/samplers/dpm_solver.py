@@ -5,9 +5,9 @@ The probability-flow ODE is linear in x but for the network; its solution from s
     x_t = (sigma_t / sigma_s) x_s + sigma_t * integral of e^l x_0(l) dl       (DPM-Solver++)
     x_t = (alpha_t / alpha_s) x_s - alpha_t * integral of e^-l noise(l) dl    (DPM-Solver)
 
-and only x_0(l) or noise(l), which the network predicts, is approximated: by a constant (order 1,
+The solver approximates only x_0(l) or noise(l), which the network predicts: by a constant (order 1,
 which is DDIM), a line (order 2) or a parabola (order 3) through the latest outputs. Multistep
-solvers take these from earlier steps, singlestep ones from inside the step.
+solvers take these outputs from earlier steps, singlestep solvers from inside the step.
 
 Source: Lu et al. 2022, DPM-Solver (arXiv 2206.00927) and DPM-Solver++ (arXiv 2211.01095). Equal to
 diffusers' DPMSolverMultistepScheduler, whose third order takes half the second difference that the
@@ -24,9 +24,17 @@ import numpy as np
 
 from mlxdiff.errors import ConfigError
 from mlxdiff.samplers import schedule as sch
-from mlxdiff.samplers.family import SIGMA_SPACINGS, THRESHOLDING, TRAINING, Family, Grid, data_terms
+from mlxdiff.samplers.arguments import SchedulerArguments
 from mlxdiff.samplers.plan import Row
-from mlxdiff.samplers.settings import Settings
+from mlxdiff.samplers.scheduler import (
+    SIGMA_SPACINGS,
+    THRESHOLDING,
+    TRAINING,
+    Grid,
+    Sampler,
+    Scheduler,
+    vp_terms,
+)
 
 _SHARED = {
     **TRAINING,
@@ -43,38 +51,38 @@ _SHARED = {
 }
 _CHOICES = {
     "solver_order": (1, 2, 3),
-    # The names after the first two are other classes'; the reference reads them as midpoint.
+    # The names after the first two belong to other classes; the reference reads them as midpoint.
     "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),
     "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
 }
 
 
 def grid(
-    settings: Settings,
+    arguments: SchedulerArguments,
     steps: int,
     custom: Sequence[int] | None,
     *,
     repeat_last: bool = False,
     round_karras: bool = True,
 ) -> Grid:
-    """Timesteps and sigmas of the solver classes (DPM-Solver, UniPC, DEIS).
+    """Return timesteps and sigmas of the solver classes (DPM-Solver, UniPC, DEIS).
 
-    The timesteps are whole numbers; n steps run between n + 1 levels.
+    The timesteps are whole numbers. n steps run between n + 1 levels.
 
     Args:
         repeat_last: with final_sigmas_type sigma_min and a spacing of sigmas, end at the lowest
             sigma of the run rather than of the schedule.
         round_karras: round the timesteps of Karras and Lu spacings; others are cut off.
     """
-    schedule = sch.NoiseSchedule.from_settings(settings, keep_finite=True)
+    schedule = sch.NoiseSchedule.from_arguments(arguments, keep_finite=True)
     known = schedule.sigmas_karras
-    highest, lowest = sch.sigma_range(settings, float(known[-1]), float(known[0]))
-    spacing = sch.sigma_spacing(settings)
+    highest, lowest = sch.sigma_range(arguments, float(known[-1]), float(known[0]))
+    spacing = sch.sigma_spacing(arguments)
     if custom is not None:
         times = np.asarray(custom, np.int64)
         sigmas = np.interp(times, np.arange(len(known)), known)
     elif spacing is None:
-        times = sch.spaced_between(settings, steps, _highest_timestep(settings, schedule))
+        times = sch.spaced_between(arguments, steps, _highest_timestep(arguments, schedule))
         sigmas = np.interp(times, np.arange(len(known)), known)
     else:
         if spacing is sch.lu:
@@ -84,16 +92,16 @@ def grid(
         times = sch.timestep_of(sigmas, known)
         if spacing in (sch.karras, sch.lu) and round_karras:
             times = times.round()
-    if settings.get("final_sigmas_type", "sigma_min") == "zero":
+    if arguments.get("final_sigmas_type", "sigma_min") == "zero":
         final = 0.0
     else:
         final = sigmas[-1] if repeat_last and spacing is not None else known[0]
     return Grid(schedule, times.astype(np.int64), np.append(sigmas, final).astype(np.float32))
 
 
-def _highest_timestep(settings: Settings, schedule: sch.NoiseSchedule) -> int:
-    """One more than the highest timestep with lambda >= lambda_min_clipped."""
-    clip = settings.get("lambda_min_clipped", -math.inf)
+def _highest_timestep(arguments: SchedulerArguments, schedule: sch.NoiseSchedule) -> int:
+    """Return one more than the highest timestep with lambda >= lambda_min_clipped."""
+    clip = arguments.get("lambda_min_clipped", -math.inf)
     alphas, sigmas = np.sqrt(schedule.alphas_cumprod), np.sqrt(1 - schedule.alphas_cumprod)
     lambdas = np.log(alphas) - np.log(sigmas)
     return len(schedule) - int(np.searchsorted(lambdas[::-1], clip))
@@ -103,12 +111,15 @@ def _highest_timestep(settings: Settings, schedule: sch.NoiseSchedule) -> int:
 
 
 def log_ratio(sigma_from: float, sigma_to: float) -> float:
-    """The step in lambda between two Karras sigmas."""
+    """Return the step in lambda between two Karras sigmas."""
     return math.log(sigma_from / sigma_to) if sigma_to > 0 else math.inf
 
 
 def _phi(z: float, k: int) -> float:
-    """The sum of z**n / (n + k)! over n >= 1: e**z beyond its first k + 1 terms, over z**k."""
+    """Return the sum of z**n / (n + k)! over n >= 1.
+
+    This is e**z without its first k + 1 terms, divided by z**k.
+    """
     if z == -math.inf:
         return -1.0 / math.factorial(k)
     if abs(z) < 0.5:  # the closed form cancels there
@@ -121,13 +132,15 @@ def _phi(z: float, k: int) -> float:
 
 @dataclass(frozen=True)
 class _Step:
-    """Coefficients of one step between two Karras sigmas, before they are spread over the outputs.
+    """Coefficients of one step between two Karras sigmas, before they go to the single outputs.
+
+    The step is x_t = x * x_s + (integral) + noise * fresh noise.
 
     Attributes:
-        x, noise: those of the sample and of fresh noise.
-        value: that of the constant in the integral.
-        half, slope: that of the line's rise over the step, approximately (midpoint) and exactly.
-        curve: that of the parabola's second difference over the step.
+        x, noise: coefficients of the sample and of fresh noise.
+        value: coefficient of the constant in the integral.
+        half, slope: coefficient of the line's rise over the step, approximate (midpoint) and exact.
+        curve: coefficient of the parabola's second difference over the step.
     """
 
     x: float
@@ -152,7 +165,7 @@ class _Step:
             if stochastic:
                 outer, noise = 2 * sigma_t, sigma_t * math.sqrt(math.expm1(2 * h))
         value, slope, curve = -outer * math.expm1(z), -outer * _phi(z, 1), -outer * _phi(z, 2)
-        if stochastic:  # the reference's sign error; no named sampler is stochastic and of order 3
+        if stochastic:  # the reference's sign error; only `checkpoint` asks for order 3 here
             curve -= outer
         return cls(x, noise, value, value / 2, slope, curve)
 
@@ -160,10 +173,16 @@ class _Step:
 def _weights_multistep(
     step: _Step, h: Sequence[float], order: int, solver_type: str
 ) -> tuple[float, ...]:
-    """Weights of the latest outputs. `h`: this step in lambda and those before it, latest first."""
+    """Return the weights of the latest outputs D0, D1, ...
+
+    `h`: this step in lambda and the steps before it, latest first.
+    """
     if order == 1 or h[1] == 0.0:  # no slope between equal sigmas (the reference: 0 / 0)
         return (step.value,)
     if order == 2 or h[2] == 0.0:
+        # DPM-Solver++ 2M, midpoint, with the coefficients filled in:
+        #   x_t = sigma_t / sigma_s x_s + alpha_t (1 - e^-h0) (D0 + (h0 / (2 h1)) (D0 - D1))
+        # value = alpha_t (1 - e^-h0), half = value / 2. The factor sigma_t / sigma_s is step.x.
         d10 = (step.slope if solver_type == "heun" else step.half) * h[0] / h[1]
         return step.value + d10, -d10
     # Of the divided differences D10 and D11 of the outputs:
@@ -176,9 +195,10 @@ def _weights_multistep(
 def _weights_singlestep(
     step: _Step, h: Sequence[float], order: int, solver_type: str
 ) -> tuple[float, ...]:
-    """Weights of the outputs inside a step, latest first.
+    """Return the weights of the outputs inside a step, latest first.
 
-    `h`: the step's length in lambda, then that of its part up to each later output, latest first.
+    `h`: the length of the step in lambda, then the length of its part up to each later output,
+    latest first.
     """
     if order == 1 or 0.0 in h[1:]:
         return (*[0.0] * (order - 1), step.value)
@@ -196,9 +216,9 @@ def _weights_singlestep(
 
 
 def second_order(sigmas: Sequence[float]) -> Iterator[tuple[float, tuple[float, ...]]]:
-    """DPM-Solver++ 2M between Karras sigmas, the line integrated exactly: of x, of the latest x_0.
+    """Yield the coefficients of DPM-Solver++ 2M between Karras sigmas: of x, of the latest x_0.
 
-    The first step, and one to sigma 0, are of first order.
+    It integrates the line exactly. The first step, and a step to sigma 0, are of first order.
     """
     for i in range(len(sigmas) - 1):
         order = 1 if i == 0 or sigmas[i + 1] == 0.0 else 2
@@ -211,21 +231,20 @@ def second_order(sigmas: Sequence[float]) -> Iterator[tuple[float, tuple[float, 
 
 
 def _rows(
-    settings: Settings, grid: Grid, start: int, orders: Sequence[int], singlestep: bool
+    arguments: SchedulerArguments, grid: Grid, start: int, orders: Sequence[int], singlestep: bool
 ) -> Iterator[Row]:
-    """The rows from grid index `start` on, the i-th of order `orders[i]` if there are outputs."""
-    algorithm = settings.algorithm_type
+    """Yield the rows from grid index `start` on; row i has at most order `orders[i]`."""
+    algorithm = arguments.algorithm_type
     if algorithm == "deis":
         algorithm = "dpmsolver++"
     by_noise, stochastic = not algorithm.endswith("++"), algorithm.startswith("sde-")
-    if by_noise and settings.final_sigmas_type == "zero":
+    if by_noise and arguments.final_sigmas_type == "zero":
         raise ConfigError(
             f"scheduler_config.json: algorithm_type {algorithm} predicts noise and has no step to "
             "sigma 0: it needs final_sigmas_type sigma_min"
         )
     sigmas = grid.levels()
-    timesteps = grid.timesteps.tolist()
-    for i in range(start, len(timesteps)):
+    for i, timestep in grid.evaluations(start):
         order = min(orders[i], i - start + 1)
         if singlestep:
             origin, weights = i - order + 1, _weights_singlestep
@@ -236,46 +255,53 @@ def _rows(
         step = _Step.between(algorithm, sigmas[origin], sigmas[i + 1])
         alpha, sigma = sch.alpha_sigma(sigmas[i])
         yield Row(
-            timestep=timesteps[i],
-            level=(alpha, sigma),
-            **data_terms(settings, alpha, sigma, noise=by_noise),
+            timestep=timestep,
+            **vp_terms(arguments, alpha, sigma, noise=by_noise),
             anchor_x=float(origin == i),
             anchor_last=float(origin != i),
             scale=step.x,
-            weights=weights(step, h, order, settings.solver_type),
+            weights=weights(step, h, order, arguments.solver_type),
             noise=step.noise,
             draws=stochastic,
         )
 
 
-def _multistep_rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Row]:
-    if settings.algorithm_type == "sde-dpmsolver" and settings.solver_order == 3:
+def _multistep_rows(
+    arguments: SchedulerArguments, grid: Grid, start: int, eta: float
+) -> Iterator[Row]:
+    if arguments.algorithm_type == "sde-dpmsolver" and arguments.solver_order == 3:
         raise ConfigError("scheduler_config.json: sde-dpmsolver has no solver_order 3")
     count = len(grid.timesteps)
-    orders = [settings.solver_order] * count
-    few = settings.lower_order_final and count < 15
+    orders = [arguments.solver_order] * count
+    few = arguments.lower_order_final and count < 15
     if few and count > 1:
         orders[-2] = min(orders[-2], 2)
-    if few or settings.euler_at_final or settings.final_sigmas_type == "zero":
+    if few or arguments.euler_at_final or arguments.final_sigmas_type == "zero":
         orders[-1] = 1
-    return _rows(settings, grid, start, orders, singlestep=False)
+    return _rows(arguments, grid, start, orders, singlestep=False)
 
 
-def _singlestep_rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Row]:
-    count, order = len(grid.timesteps), settings.solver_order
-    to_zero = settings.final_sigmas_type == "zero"
+def _singlestep_rows(
+    arguments: SchedulerArguments, grid: Grid, start: int, eta: float
+) -> Iterator[Row]:
+    count, order = len(grid.timesteps), arguments.solver_order
+    to_zero = arguments.final_sigmas_type == "zero"
     orders = (list(range(1, order + 1)) * (count // order + 1))[:count]
-    if count % order == 0 and (settings.lower_order_final or to_zero):
+    if count % order == 0 and (arguments.lower_order_final or to_zero):
         orders[-1] = 1
-    return _rows(settings, grid, start, orders, singlestep=True)
+    return _rows(arguments, grid, start, orders, singlestep=True)
 
 
-def _multistep_grid(settings: Settings, steps: int, custom: Sequence[int] | None) -> Grid:
-    return grid(settings, steps, custom, round_karras=settings.beta_schedule != "squaredcos_cap_v2")
+def _multistep_grid(
+    arguments: SchedulerArguments, steps: int, custom: Sequence[int] | None
+) -> Grid:
+    return grid(
+        arguments, steps, custom, round_karras=arguments.beta_schedule != "squaredcos_cap_v2"
+    )
 
 
-MULTISTEP = Family(
-    name="DPMSolverMultistepScheduler",
+MULTISTEP = Scheduler(
+    reference="DPMSolverMultistepScheduler",
     defaults={
         **_SHARED,
         "lower_order_final": True,
@@ -287,7 +313,7 @@ MULTISTEP = Family(
     },
     choices={
         **_CHOICES,
-        # "deis" is the other class's name for its own; the reference reads it as dpmsolver++.
+        # DEIS's class writes "deis"; the reference reads it as dpmsolver++ here.
         "algorithm_type": ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver", "deis"),
     },
     grid=_multistep_grid,
@@ -295,11 +321,35 @@ MULTISTEP = Family(
     takes_timesteps=True,
 )
 
-SINGLESTEP = Family(
-    name="DPMSolverSinglestepScheduler",
+SINGLESTEP = Scheduler(
+    reference="DPMSolverSinglestepScheduler",
     defaults={**_SHARED, "lower_order_final": False},
     choices={**_CHOICES, "algorithm_type": ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "deis")},
     grid=grid,
     rows=_singlestep_rows,
     takes_timesteps=True,
+)
+
+SAMPLERS = (
+    Sampler(
+        "dpmpp-2m", "DPM++ 2M", MULTISTEP, {"algorithm_type": "dpmsolver++", "solver_order": 2}
+    ),
+    Sampler(
+        "dpmpp-3m", "DPM++ 3M", MULTISTEP, {"algorithm_type": "dpmsolver++", "solver_order": 3}
+    ),
+    Sampler(
+        "dpmpp-2m-sde",
+        "DPM++ 2M SDE",
+        MULTISTEP,
+        {"algorithm_type": "sde-dpmsolver++", "solver_order": 2},
+    ),
+    Sampler(
+        "dpm-2m",
+        "DPM 2M",  # A1111's "DPM2" is another method
+        MULTISTEP,
+        {"algorithm_type": "dpmsolver", "solver_order": 2, "final_sigmas_type": "sigma_min"},
+    ),
+    Sampler(
+        "dpmpp-2s", "DPM++ 2S", SINGLESTEP, {"algorithm_type": "dpmsolver++", "solver_order": 2}
+    ),
 )

@@ -1,25 +1,25 @@
-"""A linear multistep method whose numbers were fitted to one model, to need few steps.
+"""A linear multistep method with numbers that were fitted to one model, for few steps.
 
-A step of it is that of DPM-Solver++ 2M plus a linear combination of the sample and the latest
-predictions of x_0:
+A step is that of DPM-Solver++ 2M plus a linear combination of the sample and the latest predictions
+of x_0:
 
     x' = 2M(x, x_0, x_0 before) + e * x + sum of e_k * (k-th latest x_0)
 
-DPM-Solver++ and its kin derive their coefficients from the noise levels alone, as if x_0 were a
-polynomial in lambda; here timesteps and numbers are those with which this model's runs come closest
-to its own fine solution, by least squares over prompts and seeds. How x_0 moves along a run depends
-on the guidance scale: there are fits for one scale, and fits for a range of them, with the same
-timesteps and with numbers that are interpolated between those of its ends.
+DPM-Solver++ and similar solvers compute their coefficients from the noise levels alone, as if x_0
+were a polynomial in lambda. Here a least-squares fit over prompts and seeds chooses timesteps and
+numbers, so that runs of this model come closest to its own fine solution. The way of x_0 along a
+run depends on the guidance scale. So a fit covers one scale, or a range of scales: then both ends
+have the same timesteps, and the numbers are interpolated between the ends.
 
-They stand in the model's scheduler_config.json, under a key that diffusers skips:
+The fits stand in the model's scheduler_config.json, under a key that diffusers skips:
 
     "_mlxdiff_fitted": [{"guidance": [4.0], "runs": {"8": [[[999, [e, e_0]], ...]], ...}},
                         {"guidance": [4.0, 7.5], "runs": {"8": [[[999, [e, e_0]], ...],
                                                                 [[999, [e, e_0]], ...]], ...}},
                         ...]
 
-by step count, one run for each of the scales. examples/train_builtin/fit_sampler.py makes them;
-docs/few_step.md shows what they gain.
+by step count, one run for each scale. examples/train_builtin/fit_sampler.py makes the fits.
+docs/few_step.md shows the gain.
 """
 
 from __future__ import annotations
@@ -33,23 +33,26 @@ import numpy as np
 
 from mlxdiff.errors import ConfigError, UsageError
 from mlxdiff.samplers import schedule as sch
+from mlxdiff.samplers.arguments import SchedulerArguments
 from mlxdiff.samplers.dpm_solver import second_order
-from mlxdiff.samplers.family import TRAINING, Family, Grid, data_terms
 from mlxdiff.samplers.plan import Row
-from mlxdiff.samplers.settings import Settings
+from mlxdiff.samplers.scheduler import TRAINING, Grid, Sampler, Scheduler, vp_terms
 
 KEY = "_mlxdiff_fitted"
 
 
 def available(config: Mapping[str, Any], steps: int, guidance: float | None) -> bool:
-    """Whether the model has been fitted for this many steps at this guidance scale (None: no)."""
+    """Return True if the model has a fit for this step count at this guidance scale (None: no)."""
     if KEY not in config or guidance is None:
         return False
     return _find(_checked(config[KEY]), steps, max(guidance, 1.0)) is not None
 
 
 def overrides(config: Mapping[str, Any], steps: int, guidance: float | None) -> dict[str, Any]:
-    """The arguments of FITTED for a run. Raises: UsageError where it was not fitted for that."""
+    """Return the arguments of FITTED for a run.
+
+    Raises: UsageError if no fit covers the step count and the guidance scale.
+    """
     if KEY not in config:
         raise UsageError("sampler fitted: this model has not been fitted; choose another sampler")
     fits = _checked(config[KEY])
@@ -66,7 +69,7 @@ def overrides(config: Mapping[str, Any], steps: int, guidance: float | None) -> 
 
 
 def _find(fits: Sequence[Any], steps: int, scale: float) -> Any:
-    """The narrowest fit that covers this; None where there is none."""
+    """Return the narrowest fit that covers the step count and the scale, or None."""
     covering = [
         fit
         for fit in fits
@@ -76,7 +79,7 @@ def _find(fits: Sequence[Any], steps: int, scale: float) -> Any:
 
 
 def _between(scales: Sequence[float], runs: Sequence[Any], scale: float) -> list[Any]:
-    """The run for a guidance scale, from those of the first and the last."""
+    """Interpolate the run for a guidance scale between the runs of the first and the last scale."""
     width = scales[-1] - scales[0]
     share = (scale - scales[0]) / width if width > 0 else 0.0
     return [
@@ -86,7 +89,7 @@ def _between(scales: Sequence[float], runs: Sequence[Any], scale: float) -> list
 
 
 def _checked(fits: Any) -> Sequence[Any]:
-    """The fits; ConfigError where they are none of ours."""
+    """Return the fits; raise ConfigError if they are malformed."""
     try:
         sound = isinstance(fits, list) and all(_is_fit(fit) for fit in fits)
     except (TypeError, KeyError, ValueError, AttributeError):
@@ -123,9 +126,9 @@ def _is_run(steps: int, run: Sequence[Any]) -> bool:
     )
 
 
-def _grid(settings: Settings, steps: int, custom: Sequence[int] | None) -> Grid:
-    schedule = sch.NoiseSchedule.from_settings(settings)
-    times = np.array([time for time, _ in settings.run], np.int64)
+def _grid(arguments: SchedulerArguments, steps: int, custom: Sequence[int] | None) -> Grid:
+    schedule = sch.NoiseSchedule.from_arguments(arguments)
+    times = np.array([time for time, _ in arguments.run], np.int64)
     if times[0] >= len(schedule):
         raise ConfigError(
             f"scheduler_config.json: {KEY} begins at timestep {times[0]}; "
@@ -134,23 +137,23 @@ def _grid(settings: Settings, steps: int, custom: Sequence[int] | None) -> Grid:
     return Grid(schedule, times, np.append(schedule.sigmas_karras[times], np.float32(0)))
 
 
-def _rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Row]:
+def _rows(arguments: SchedulerArguments, grid: Grid, start: int, eta: float) -> Iterator[Row]:
     if start > 0:
         raise UsageError("sampler fitted runs from noise to picture only; choose another sampler")
     for (time, numbers), sigma, usual in zip(
-        settings.run, grid.levels(), second_order(grid.levels()), strict=False
+        arguments.run, grid.levels(), second_order(grid.levels()), strict=False
     ):
-        level = sch.alpha_sigma(sigma)
         of_x, weights = usual
         more, *of_data = map(float, numbers)
         both = itertools.zip_longest(weights, of_data, fillvalue=0.0)
         yield Row(
             timestep=time,
-            level=level,
-            **data_terms(settings, *level),
+            **vp_terms(arguments, *sch.alpha_sigma(sigma)),
             scale=of_x + more,
             weights=tuple(weight + number for weight, number in both),
         )
 
 
-FITTED = Family(name="fitted", defaults={**TRAINING, "run": None}, grid=_grid, rows=_rows)
+FITTED = Scheduler(reference=None, defaults={**TRAINING, "run": None}, grid=_grid, rows=_rows)
+
+SAMPLERS = (Sampler("fitted", "Fitted", FITTED),)

@@ -1,11 +1,11 @@
 """Classifier-free guidance, on arrays of either backend.
 
 Source: Ho and Salimans 2022, "Classifier-Free Diffusion Guidance", eq. 6 (with w + 1 as ``scale``,
-the convention of Stable Diffusion); the rescale is Lin et al. 2023, "Common Diffusion Noise
-Schedules and Sample Steps are Flawed", eqs. 15 and 16; the interval is Kynkäänniemi et al. 2024,
-"Applying Guidance in a Limited Interval", counted as diffusers' guiders do; the embedding of the
-scale is Meng et al. 2023, "On Distillation of Guided Diffusion Models", as Latent Consistency
-Models use it.
+the convention of Stable Diffusion). The rescale is Lin et al. 2023, "Common Diffusion Noise
+Schedules and Sample Steps are Flawed", eqs. 15 and 16. The interval is Kynkäänniemi et al. 2024,
+"Applying Guidance in a Limited Interval", counted as diffusers' guiders do. The embedding of the
+scale is Meng et al. 2023, "On Distillation of Guided Diffusion Models", as in Latent Consistency
+Models.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Array = Any  # np.ndarray or mx.array
 
 
 def is_guided(scale: float) -> bool:
-    """Whether a scale needs the unconditional prediction at all: as the reference, only above 1."""
+    """Return True if a scale needs the unconditional prediction: only above 1, as in diffusers."""
     return scale > 1.0
 
 
@@ -29,8 +29,8 @@ def guide(uncond: Array, cond: Array, scale: float, rescale: float = 0.0) -> Arr
         uncond: prediction for the negative prompt, (B, H, W, C), float32.
         cond: prediction for the prompt, same shape.
         scale: guidance scale; 1 gives ``cond``.
-        rescale: share (0 to 1) of the result whose standard deviation, per picture, is brought back
-            to that of ``cond``.
+        rescale: share (0 to 1) of the result that gets the standard deviation of ``cond``, for each
+            picture.
     Returns: the guided prediction, (B, H, W, C), float32.
     """
     guided = uncond + scale * (cond - uncond)
@@ -38,7 +38,7 @@ def guide(uncond: Array, cond: Array, scale: float, rescale: float = 0.0) -> Arr
 
 
 def guided_evaluations(interval: tuple[float, float], total: int) -> tuple[int, int]:
-    """(first, one past the last) of the evaluations between two shares of a run, 0 to 1."""
+    """Return (first, one past the last) of the evaluations between two shares of a run, 0 to 1."""
     start, end = interval
     return int(start * total), int(end * total)
 
@@ -50,7 +50,7 @@ def guide_edit(
 
     Args:
         uncond, image, cond: (B, H, W, C), float32.
-        scale, image_scale: of the prompt and of the picture; 1 and 1 give ``cond``.
+        scale, image_scale: guidance scales of the prompt and of the picture; 1 and 1 give ``cond``.
         rescale: as in ``guide``.
     Returns: the guided prediction, (B, H, W, C), float32.
     Source: Brooks et al. 2022, "InstructPix2Pix", equation 3.
@@ -65,12 +65,12 @@ def _rescaled(guided: Array, cond: Array, rescale: float) -> Array:
 
 
 def _variance(x: Array) -> Array:
-    # One value for each picture. n or n - 1 in the divisor makes no difference to a ratio.
+    # One value for each picture. The divisor, n or n - 1, cancels in the ratio.
     return x.var(axis=(1, 2, 3), keepdims=True)
 
 
 def guidance_scale_embedding(scale: float, dim: int) -> np.ndarray:
-    """What a model with ``time_cond_proj_dim`` is told of the guidance scale.
+    """Return the guidance scale's embedding, an input of models with ``time_cond_proj_dim``.
 
     Args:
         scale: the guidance scale.

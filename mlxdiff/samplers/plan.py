@@ -1,8 +1,8 @@
-"""What every sampler is, in the end: a table of numbers, and one way to apply a row of it.
+"""A run as a table of numbers, and one function that applies a row of it.
 
-All samplers of the field are linear in what they combine (the sample, the network's output, earlier
-outputs, fresh noise); only their coefficients differ. A sampler's file therefore makes
-coefficients, once, as Python floats; `Plan.step` applies one row:
+All samplers are linear in the sample, the network's outputs and fresh noise. Only their
+coefficients differ. A sampler's file computes the coefficients once, as Python floats. `Plan.step`
+applies one row:
 
     data   = row.data[0] * x + row.data[1] * output
     data   = row.after_limit[0] * x + row.after_limit[1] * limit(data)     where a limit is on
@@ -10,13 +10,12 @@ coefficients, once, as Python floats; `Plan.step` applies one row:
     next x = row.scale * anchor + row.output * output + sum of row.weights[k] * data_k
              + row.noise * fresh noise
 
-The data are what the sampler extrapolates: x_0, the noise or a slope; data_0 is this evaluation's,
-data_k that of k evaluations ago. The anchor is where the step starts: x itself, for the two-stage
-methods the x of the first stage, for UniPC the corrected x.
+The sampler extrapolates the data: x_0, the noise or a slope. data_0 belongs to this evaluation,
+data_k to the evaluation k rows ago. The step starts from the anchor: x itself, the x of the first
+stage in two-stage methods, the corrected x in UniPC.
 
-The coefficients are Python floats because `np.float64(2) * mx_array` is a NumPy array without a
-word of warning. The arithmetic is `+` and `*` on the arrays as they come, so NumPy and MLX run the
-same code.
+The coefficients are Python floats because `np.float64(2) * mx_array` silently is a NumPy array. The
+arithmetic is `+` and `*` on the given arrays, so NumPy and MLX run the same code.
 """
 
 from __future__ import annotations
@@ -36,15 +35,15 @@ class Limit:
 
     Attributes:
         bound: clip to [-bound, bound]; with a quantile, the largest threshold.
-        quantile: if given, every picture of the batch is clipped to this quantile of its |x_0|,
-            kept within [1, bound], and divided by it (Saharia et al. 2022, section 2.3).
+        quantile: if given, clip each picture of the batch to this quantile of its |x_0|, kept
+            within [1, bound], and divide it by the same number (Saharia et al. 2022, section 2.3).
     """
 
     bound: float
     quantile: float | None = None
 
     def __call__(self, x0: Array) -> Array:
-        """`x0` within bounds, in its own array type; by way of NumPy (min has no operator)."""
+        """Return `x0` within bounds, in its own array type. NumPy does it: min has no operator."""
         values = np.asarray(x0)
         if self.quantile is None:
             values = np.clip(values, -self.bound, self.bound)
@@ -58,14 +57,14 @@ class Limit:
 
 @dataclass(frozen=True)
 class Row:
-    """One model evaluation and what becomes of it (the equation stands above). Python numbers.
+    """The coefficients of one model evaluation (see the module's equation). Python numbers only.
 
     Attributes:
-        timestep: what the network is told.
+        timestep: the timestep input of the network.
         level: (signal, noise): the forward process at this row is signal * x_0 + noise * noise.
-        input_scale: the network sees input_scale * x.
-        draws: whether noise is drawn here (even if it is multiplied by 0, as in the reference).
-        The others: coefficients of the module's equation.
+        input_scale: the network takes input_scale * x.
+        draws: True if the step draws noise (also noise with coefficient 0, as in the reference).
+        All other fields are coefficients of the module's equation.
     """
 
     timestep: float
@@ -86,12 +85,12 @@ class Row:
 
 @dataclass(frozen=True)
 class State:
-    """How far a run is. Never changed: `Plan.step` returns the next one.
+    """The position of a run. Immutable: `Plan.step` returns the next state.
 
     Attributes:
-        index: the row that comes next.
-        data: what earlier evaluations said, latest first, as many as later rows need.
-        anchor: the last row's anchor, where later rows need it.
+        index: the next row.
+        data: the data of earlier evaluations that later rows need, latest first.
+        anchor: the anchor of the last row, where later rows need it.
     """
 
     index: int = 0
@@ -101,18 +100,20 @@ class State:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole run of a sampler, worked out beforehand: Python numbers only.
+    """All numbers of a run, computed before it starts. Python numbers only.
 
     Attributes:
         sampler, schedule: their ids, after `auto` is resolved.
         rows: one per model evaluation.
-        init_noise_sigma: what the initial standard normal noise is multiplied by.
+        init_noise_sigma: the factor of the initial standard normal noise.
+        evaluations_per_step: model evaluations that a step of the sampler takes.
     """
 
     sampler: str
     schedule: str
     rows: tuple[Row, ...]
     init_noise_sigma: float
+    evaluations_per_step: int = 1
     _memory: int = field(init=False, repr=False)
     _anchored: bool = field(init=False, repr=False)
 
@@ -122,32 +123,33 @@ class Plan:
         object.__setattr__(self, "_anchored", any(row.anchor_last for row in self.rows))
 
     def __len__(self) -> int:
-        """The number of model evaluations."""
+        """Return the number of model evaluations."""
         return len(self.rows)
 
     @property
     def timesteps(self) -> tuple[float, ...]:
-        """What the network is told at each evaluation; repeats included."""
+        """The timestep of each evaluation; repeats included."""
         return tuple(row.timestep for row in self.rows)
 
     def start(self) -> State:
-        """The state before the first evaluation."""
+        """Return the state before the first evaluation."""
         return State()
 
     def scale_model_input(self, x: Array, state: State) -> Array:
-        """`x` as the network wants to see it at this state."""
+        """Return the network's input for sample `x` at this state."""
         scale = self.rows[state.index].input_scale
         return x if scale == 1.0 else scale * x
 
     def step(
         self, x: Array, output: Array, state: State, noise: Callable[[], Array] | None = None
     ) -> tuple[Array, State]:
-        """The sample after this evaluation, and the state that goes with it.
+        """Return the sample after this evaluation, and its state.
 
         Args:
-            x: the sample that the network saw, before `scale_model_input`; float32.
-            output: what the network said, after guidance; same shape and kind.
-            noise: draws standard normal noise of that shape; called where the row draws.
+            x: the sample of this evaluation, before `scale_model_input`; float32.
+            output: the network's output, after guidance; same shape and array type.
+            noise: draws standard normal noise of that shape; called if the row draws.
+        Raises: TypeError if the row draws noise and `noise` is None.
         """
         row = self.rows[state.index]
         data = _combine([(row.data[0], x), (row.data[1], output)])
@@ -178,11 +180,11 @@ class Plan:
         return _combine(terms), following
 
     def add_noise(self, x0: Array, noise: Array, index: int = 0) -> Array:
-        """`x0` noised to the level of a row: where image to image starts, what inpainting keeps.
+        """Add noise to `x0` up to the level of a row, to start image to image or to keep an area.
 
         Args:
             x0, noise: clean latents and standard normal noise, of either backend.
-            index: the row; the number of rows itself means x0 without noise.
+            index: the row; len(plan) means x0 without noise.
         """
         if index == len(self.rows):
             return x0
@@ -191,7 +193,7 @@ class Plan:
 
 
 def _combine(terms: Iterable[tuple[float, Array]]) -> Array:
-    """The sum of coefficient * array, in order; what has coefficient 0 is left out."""
+    """Sum coefficient * array, in order; skip terms with coefficient 0."""
     total: Array | None = None
     for coefficient, array in terms:
         if coefficient == 0.0:

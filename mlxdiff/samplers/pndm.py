@@ -1,13 +1,13 @@
 """PNDM: linear multistep methods on the predicted noise, moved by DDIM's step.
 
-The noise that goes into DDIM's step is a combination of the last four outputs (Adams-Bashforth,
-PLMS). The first three steps lack those outputs; they are made by pseudo Runge-Kutta, four
-evaluations each, or, with skip_prk_steps as in Stable Diffusion's own file, by lower orders and one
-step taken twice.
+A combination of the last four outputs (Adams-Bashforth, PLMS) is the noise in DDIM's step. The
+first three steps have fewer outputs. Pseudo Runge-Kutta makes these steps, with four evaluations
+each. With skip_prk_steps, as in Stable Diffusion's own file, lower orders and one repeated step
+make them.
 
 Source: Liu et al. 2022 (arXiv 2202.09778), equations 9 to 13 and algorithm 2. Equal to diffusers'
 PNDMScheduler, also where a run begins in the middle: it counts its start-up from there, so the
-Runge-Kutta steps and the repeated step act on whatever timesteps come first.
+Runge-Kutta steps and the repeated step act on the first timesteps of the run.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import numpy as np
 
 from mlxdiff.errors import UsageError
 from mlxdiff.samplers import schedule as sch
+from mlxdiff.samplers.arguments import SchedulerArguments
 from mlxdiff.samplers.ddim import level
-from mlxdiff.samplers.family import TRAINING, Family, Grid
 from mlxdiff.samplers.plan import Row
-from mlxdiff.samplers.settings import Settings
+from mlxdiff.samplers.scheduler import TRAINING, Grid, Sampler, Scheduler
 
 _RUNGE_KUTTA_STEPS = 3
 _RUNGE_KUTTA = 4 * _RUNGE_KUTTA_STEPS  # evaluations
 _STAGES = ((1.0,), (1.0,), (1.0,), (1 / 6, 1 / 3, 1 / 3, 1 / 6))  # weights, latest first
-_ADAMS = (  # weights of the latest outputs, by how many there are
+_ADAMS = (  # weights of the latest outputs, by their number
     (1.0,),
     (3 / 2, -1 / 2),
     (23 / 12, -16 / 12, 5 / 12),
@@ -34,9 +34,9 @@ _ADAMS = (  # weights of the latest outputs, by how many there are
 )
 
 
-def _grid(settings: Settings, steps: int, custom: Sequence[int] | None) -> Grid:
-    times = sch.whole(sch.spaced(settings, steps), settings)
-    if settings.skip_prk_steps:
+def _grid(arguments: SchedulerArguments, steps: int, custom: Sequence[int] | None) -> Grid:
+    times = sch.whole(sch.spaced(arguments, steps), arguments)
+    if arguments.skip_prk_steps:
         times = np.concatenate([times[:2], times[1:]])
     else:
         if steps <= _RUNGE_KUTTA_STEPS:
@@ -44,24 +44,24 @@ def _grid(settings: Settings, steps: int, custom: Sequence[int] | None) -> Grid:
                 f"steps is {steps}; pndm begins with {_RUNGE_KUTTA_STEPS} Runge-Kutta steps here "
                 f"(skip_prk_steps false): take at least {_RUNGE_KUTTA_STEPS + 1}"
             )
-        half = settings.num_train_timesteps // steps // 2
+        half = arguments.num_train_timesteps // steps // 2
         start_up = [
             (times[k], times[k + 1] + half, times[k + 1] + half, times[k + 1])
             for k in range(_RUNGE_KUTTA_STEPS)
         ]
         times = np.concatenate([np.ravel(start_up), times[3:]])
-    return Grid(sch.NoiseSchedule.from_settings(settings), times)
+    return Grid(sch.NoiseSchedule.from_arguments(arguments), times)
 
 
-def _rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Row]:
+def _rows(arguments: SchedulerArguments, grid: Grid, start: int, eta: float) -> Iterator[Row]:
     times = grid.timesteps.tolist()
-    runge_kutta = 0 if settings.skip_prk_steps else _RUNGE_KUTTA
+    runge_kutta = 0 if arguments.skip_prk_steps else _RUNGE_KUTTA
     steps = len(times) - (9 if runge_kutta else int(len(times) > 1))
     stride = len(grid.schedule) // steps
     kept: list[int] = []  # the evaluations whose outputs Adams-Bashforth combines, latest first
     for count, timestep in enumerate(times[start:]):
         weights: tuple[float, ...]
-        again = False  # whether the step starts where the last one did
+        again = False  # True if the step starts where the last one did
         if count < runge_kutta:
             stage = count % 4
             if stage == 0:
@@ -69,17 +69,17 @@ def _rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Ro
             here = times[count - stage]
             there = timestep - (0 if stage % 2 else stride // 2)
             weights, again = _STAGES[stage], stage > 0
-        elif count == 1:  # the first step once more, by the mean of both ends
+        elif count == 1:  # the first step once more, with the mean of both ends
             here, there, weights, again = timestep + stride, timestep, (1 / 2, 1 / 2), True
         else:
             kept = [count, *kept[:3]]
             here, there = timestep, timestep - stride
             weights = _spread(_ADAMS[len(kept) - 1], [count - k for k in kept])
-        yield _row(settings, grid, timestep, here, there, weights, again)
+        yield _row(arguments, grid, timestep, here, there, weights, again)
 
 
 def _spread(weights: Sequence[float], places: Sequence[int]) -> tuple[float, ...]:
-    """`weights` put at `places` of an otherwise zero tuple."""
+    """Put `weights` at `places` of a tuple that is zero elsewhere."""
     spread = [0.0] * (places[-1] + 1)
     for weight, place in zip(weights, places, strict=True):
         spread[place] = weight
@@ -87,7 +87,7 @@ def _spread(weights: Sequence[float], places: Sequence[int]) -> tuple[float, ...
 
 
 def _row(
-    settings: Settings,
+    arguments: SchedulerArguments,
     grid: Grid,
     timestep: int,
     here: int,
@@ -95,13 +95,13 @@ def _row(
     weights: Sequence[float],
     again: bool,
 ) -> Row:
-    """DDIM's step from timestep `here` to `there` with the noise that `weights` combine."""
+    """Return DDIM's step from timestep `here` to `there` with the noise that `weights` combine."""
     known = grid.schedule.alphas_cumprod
-    final = 1.0 if settings.set_alpha_to_one else float(known[0])
+    final = 1.0 if arguments.set_alpha_to_one else float(known[0])
     alpha, sigma = level(float(known[here]))
     alpha_next, sigma_next = level(float(known[there]) if there >= 0 else final)
     scale, push = alpha_next / alpha, sigma_next - alpha_next / alpha * sigma
-    if settings.prediction_type == "v_prediction":  # noise = alpha v + sigma x, of the combined v
+    if arguments.prediction_type == "v_prediction":  # noise = alpha v + sigma x, of the combined v
         scale, push = scale + push * sigma, push * alpha
     return Row(
         timestep=timestep,
@@ -114,8 +114,8 @@ def _row(
     )
 
 
-PNDM = Family(
-    name="PNDMScheduler",
+PNDM = Scheduler(
+    reference="PNDMScheduler",
     defaults={
         **TRAINING,
         "skip_prk_steps": False,
@@ -127,3 +127,5 @@ PNDM = Family(
     grid=_grid,
     rows=_rows,
 )
+
+SAMPLERS = (Sampler("pndm", "PLMS", PNDM),)

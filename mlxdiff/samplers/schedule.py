@@ -1,9 +1,9 @@
-"""Noise schedules: the noise levels a model was trained at, and those that a run visits.
+"""Noise schedules: the noise levels of the training, and the noise levels of a run.
 
 `NoiseSchedule` holds the training side: betas (Ho et al. 2020), their products and Karras' sigma
-for every training timestep. The functions below pick the timesteps and sigmas of a run. All arrays
-are made with the same float32 and float64 roundings as diffusers makes them, because a timestep is
-a rounded number: one bit more or less and it is another one.
+for every training timestep. The functions below choose the timesteps and sigmas of a run. All
+arrays have the same float32 and float64 roundings as in diffusers: a timestep is a rounded number,
+so a difference of one bit can change it.
 
 Two sigmas never share a name here: `sigma_karras` = sqrt((1 - a) / a) grows to about 14.6 in Stable
 Diffusion and is what diffusers' `scheduler.sigmas` holds; `sigma` = sqrt(1 - a) is the standard
@@ -20,14 +20,14 @@ from itertools import pairwise
 import numpy as np
 
 from mlxdiff.errors import ConfigError, UsageError
-from mlxdiff.samplers.settings import Settings
+from mlxdiff.samplers.arguments import SchedulerArguments
 
 _F32 = np.float32
 
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """What the model was trained on, per training timestep 0 .. T-1.
+    """The noise levels of the training timesteps 0 .. T-1.
 
     Attributes:
         alphas_cumprod: a_t, the product of (1 - beta) up to t: (T,) float32, falling from nearly 1.
@@ -38,15 +38,17 @@ class NoiseSchedule:
     sigmas_karras: np.ndarray
 
     @classmethod
-    def from_settings(cls, settings: Settings, *, keep_finite: bool = False) -> NoiseSchedule:
-        """The schedule that `settings` describe.
+    def from_arguments(
+        cls, arguments: SchedulerArguments, *, keep_finite: bool = False
+    ) -> NoiseSchedule:
+        """Return the schedule that `arguments` describe.
 
         Args:
-            keep_finite: with zero terminal SNR the last a_t is 0 and its sigma_karras infinite; the
-                classes that work in sigmas put 2**-24 there (sigma_karras 4096).
+            keep_finite: with zero terminal SNR the last a_t is 0 and its sigma_karras infinite. The
+                classes that work in sigmas replace it by 2**-24 (sigma_karras 4096).
         """
-        betas = _betas(settings)
-        zero_snr = settings.get("rescale_betas_zero_snr", False)
+        betas = _betas(arguments)
+        zero_snr = arguments.get("rescale_betas_zero_snr", False)
         if zero_snr:
             betas = rescale_zero_terminal_snr(betas)
         alphas_cumprod = _cumprod(_F32(1) - betas)
@@ -61,7 +63,7 @@ class NoiseSchedule:
 
 
 def alpha_sigma(sigma_karras: float) -> tuple[float, float]:
-    """(alpha, sigma), alpha**2 + sigma**2 = 1, of the variance-preserving process there."""
+    """Return (alpha, sigma) of the variance-preserving process: alpha**2 + sigma**2 = 1."""
     alpha = 1.0 / math.sqrt(sigma_karras * sigma_karras + 1.0)
     return alpha, sigma_karras * alpha
 
@@ -69,12 +71,12 @@ def alpha_sigma(sigma_karras: float) -> tuple[float, float]:
 # --- betas ----------------------------------------------------------------------------------------
 
 
-def _betas(settings: Settings) -> np.ndarray:
-    """beta_t of `settings`, (T,) float32."""
-    count, kind = settings.num_train_timesteps, settings.beta_schedule
-    start, end = settings.beta_start, settings.beta_end
-    if settings.trained_betas is not None:
-        betas = np.asarray(settings.trained_betas, _F32)
+def _betas(arguments: SchedulerArguments) -> np.ndarray:
+    """Return beta_t of `arguments`, (T,) float32."""
+    count, kind = arguments.num_train_timesteps, arguments.beta_schedule
+    start, end = arguments.beta_start, arguments.beta_end
+    if arguments.trained_betas is not None:
+        betas = np.asarray(arguments.trained_betas, _F32)
         if betas.shape != (count,):
             raise ConfigError(
                 f"scheduler_config.json: trained_betas holds {betas.size} numbers, "
@@ -98,7 +100,7 @@ def _laplace(t: float) -> float:
     return math.sqrt(snr / (1 + snr))
 
 
-# a(t) for t in [0, 1], of the schedules that are defined by it.
+# a(t) for t in [0, 1], of the schedules that it defines.
 # squaredcos_cap_v2 is the cosine schedule of Nichol and Dhariwal 2021, equation 17.
 _ALPHA_BAR: dict[str, Callable[[float], float]] = {
     "squaredcos_cap_v2": lambda t: math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2,
@@ -108,7 +110,7 @@ _ALPHA_BAR: dict[str, Callable[[float], float]] = {
 
 
 def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
-    """Betas whose last timestep is pure noise, the first as before (Lin et al. 2023, alg. 1)."""
+    """Rescale betas so that the last timestep is pure noise (Lin et al. 2023, algorithm 1)."""
     root = np.sqrt(_cumprod(_F32(1) - betas))
     first, last = root[0], root[-1]
     root = (root - last) * (first / (first - last))
@@ -117,7 +119,7 @@ def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
 
 
 def linspace(start: float, end: float, count: int) -> np.ndarray:
-    """torch.linspace: a float32 step, counted from the nearer end, then one rounding to float32."""
+    """Return torch.linspace: a float32 step from the nearer end, then one rounding to float32."""
     if count == 1:
         return np.array([start], _F32)
     first, last = _F32(start), _F32(end)
@@ -129,7 +131,7 @@ def linspace(start: float, end: float, count: int) -> np.ndarray:
 
 
 def _cumprod(values: np.ndarray) -> np.ndarray:
-    """torch.cumprod on the CPU: products in double precision, each rounded to float32."""
+    """Return torch.cumprod of the CPU: double-precision products, each rounded to float32."""
     return np.cumprod(values.astype(np.float64)).astype(_F32)
 
 
@@ -139,79 +141,81 @@ SigmaSpacing = Callable[[float, float, int], np.ndarray]
 # --- timesteps of a run ---------------------------------------------------------------------------
 
 
-def spaced(settings: Settings, steps: int) -> np.ndarray:
-    """`steps` of the training timesteps, falling, float64 (linspace ones not yet rounded).
+def spaced(arguments: SchedulerArguments, steps: int) -> np.ndarray:
+    """Return `steps` of the training timesteps, falling, float64 (linspace: not yet rounded).
 
     Source: table 2 of Lin et al. 2023 (leading, trailing, linspace).
     """
-    count = settings.num_train_timesteps
-    if settings.timestep_spacing == "linspace":
+    count = arguments.num_train_timesteps
+    if arguments.timestep_spacing == "linspace":
         return np.linspace(0, count - 1, steps)[::-1]
-    if settings.timestep_spacing == "leading":
-        return (np.arange(steps) * (count // steps))[::-1] + float(settings.steps_offset)
+    if arguments.timestep_spacing == "leading":
+        return (np.arange(steps) * (count // steps))[::-1] + float(arguments.steps_offset)
     return _trailing(count, count / steps)
 
 
 def _trailing(highest: int, stride: float) -> np.ndarray:
-    """highest - 1, then down by `stride`, rounded, to 0 at the lowest; float64.
+    """Return highest - 1, then down by `stride`, rounded, to 0 at the lowest; float64.
 
-    Where the reference's sum of strides is rounded to just above 0 (1000 timesteps in 61 steps, for
-    one), it takes one step more, at timestep -1; that one is left out.
+    Where the reference's sum of strides rounds to just above 0 (for example 1000 timesteps in 61
+    steps), it takes one step more, at timestep -1. This step is left out here.
     """
     times = np.arange(highest, 0, -stride).round() - 1
     return times[times >= 0]
 
 
-def whole(times: np.ndarray, settings: Settings) -> np.ndarray:
-    """Timesteps rounded, int64, for the classes that look up alphas_cumprod at them.
+def whole(times: np.ndarray, arguments: SchedulerArguments) -> np.ndarray:
+    """Round timesteps to int64, for the classes that look up alphas_cumprod at them.
 
-    Raises: UsageError where steps_offset pushes one beyond the last (the reference: IndexError).
+    Raises: UsageError if steps_offset moves one beyond the last (the reference: IndexError).
     """
-    rounded, count = times.round().astype(np.int64), settings.num_train_timesteps
+    rounded, count = times.round().astype(np.int64), arguments.num_train_timesteps
     if rounded.max() >= count:
         raise UsageError(
-            f"steps is {len(times)}: with steps_offset {settings.steps_offset} the run would begin "
-            f"at timestep {rounded.max()} of 0 to {count - 1}; take fewer steps"
+            f"steps is {len(times)}: with steps_offset {arguments.steps_offset} the run would "
+            f"begin at timestep {rounded.max()} of 0 to {count - 1}; take fewer steps"
         )
     return rounded
 
 
-def spaced_between(settings: Settings, steps: int, last: int | None = None) -> np.ndarray:
-    """As `spaced`, for solvers that step between n + 1 timesteps and leave out the lowest; int64.
+def spaced_between(
+    arguments: SchedulerArguments, steps: int, last: int | None = None
+) -> np.ndarray:
+    """Return timesteps as `spaced`, for solvers that step between n + 1 and omit the lowest; int64.
 
     Args:
-        last: one more than the highest timestep to use, where lambda_min_clipped lowers it.
+        last: one more than the highest timestep, where lambda_min_clipped lowers it.
     """
-    count = settings.num_train_timesteps
+    count = arguments.num_train_timesteps
     last = count if last is None else last
-    spacing = settings.get("timestep_spacing", "linspace")
+    spacing = arguments.get("timestep_spacing", "linspace")
     if spacing == "linspace":
         times = np.linspace(0, last - 1, steps + 1).round()[::-1][:-1]
     elif spacing == "leading":
-        times = (np.arange(steps + 1) * (last // (steps + 1)))[::-1][:-1] + settings.steps_offset
+        times = (np.arange(steps + 1) * (last // (steps + 1)))[::-1][:-1] + arguments.steps_offset
     else:
         times = _trailing(last, count / steps)
     return times.astype(np.int64)
 
 
 def karras(highest: float, lowest: float, steps: int) -> np.ndarray:
-    """Sigmas that are even in sigma**(1/7), float64 (Karras et al. 2022, equation 5, rho = 7)."""
+    """Return sigmas even in sigma**(1/7), float64 (Karras et al. 2022, equation 5, rho = 7)."""
     high, low = highest ** (1 / 7.0), lowest ** (1 / 7.0)
     return (high + np.linspace(0, 1, steps) * (low - high)) ** 7.0
 
 
 def exponential(highest: float, lowest: float, steps: int) -> np.ndarray:
-    """Sigmas that are even in their logarithm, float64."""
+    """Return sigmas even in their logarithm, float64."""
     return np.exp(np.linspace(math.log(highest), math.log(lowest), steps))
 
 
 def lu(log_highest: float, log_lowest: float, steps: int) -> np.ndarray:
-    """Sigmas that are even in lambda = -log(sigma_karras), from its logarithm's ends."""
+    """Return sigmas even in lambda = -log(sigma_karras), from the logarithms of both ends."""
     return np.exp(log_highest + np.linspace(0, 1, steps) * (log_lowest - log_highest))
 
 
 def beta(highest: float, lowest: float, steps: int) -> np.ndarray:
-    """Sigmas at quantiles of the Beta(0.6, 0.6) distribution, float64 (Lee et al. 2024)."""
+    """Return sigmas at quantiles of the Beta(0.6, 0.6) distribution (Lee et al. 2024); float64."""
     quantiles = [beta_quantile(q) for q in (1 - np.linspace(0, 1, steps)).tolist()]
     return np.array([lowest + quantile * (highest - lowest) for quantile in quantiles])
 
@@ -224,33 +228,35 @@ _SPACINGS: dict[str, SigmaSpacing] = {
 }
 
 
-def sigma_spacing(settings: Settings) -> SigmaSpacing | None:
-    """The spacing of sigmas that the settings ask for; None where timesteps are spaced instead."""
-    chosen = [key for key in _SPACINGS if settings.get(key)]
+def sigma_spacing(arguments: SchedulerArguments) -> SigmaSpacing | None:
+    """Return the spacing of sigmas that the arguments ask for, or None if timesteps are spaced."""
+    chosen = [key for key in _SPACINGS if arguments.get(key)]
     if len(chosen) > 1 and chosen != ["use_karras_sigmas", "use_lu_lambdas"]:
         raise ConfigError(f"scheduler_config.json: only one of {' and '.join(chosen)} can be true")
     return _SPACINGS[chosen[0]] if chosen else None
 
 
-def sigma_range(settings: Settings, highest: float, lowest: float) -> tuple[float, float]:
-    """The sigmas between which a spacing runs: those of the run, unless the file writes others."""
-    high, low = settings.sigma_max, settings.sigma_min
+def sigma_range(
+    arguments: SchedulerArguments, highest: float, lowest: float
+) -> tuple[float, float]:
+    """Return the sigmas at the ends of a spacing: the run's, unless the file writes others."""
+    high, low = arguments.sigma_max, arguments.sigma_min
     return (highest if high is None else high), (lowest if low is None else low)
 
 
 def beta_quantile(q: float, shape: float = 0.6) -> float:
-    """The q-quantile of the symmetric Beta(shape, shape) distribution, to about 1e-15.
+    """Return the q-quantile of the symmetric Beta(shape, shape) distribution, to about 1e-15.
 
     Up to x = 1/2 the distribution function is x**s / B times the hypergeometric series of
-    2F1(s, 1 - s; s + 1; x) / s, which converges like 2**-n there; Newton's method, begun at the
-    inverse of its first term, inverts it. The upper half is the mirror image.
+    2F1(s, 1 - s; s + 1; x) / s, which converges like 2**-n there. Newton's method inverts it; it
+    begins at the inverse of the first term. The upper half is the mirror image.
     """
     if q > 0.5:
         return 1.0 - beta_quantile(1.0 - q, shape)
     if q <= 0.0:
         return 0.0
     complete = math.gamma(shape) ** 2 / math.gamma(2 * shape)
-    x = min((q * shape * complete) ** (1 / shape), 0.5)
+    x: float = min((q * shape * complete) ** (1 / shape), 0.5)
     for _ in range(20):
         term, total, n = 1.0, 1.0 / shape, 0
         while abs(term) > 1e-18:
@@ -267,7 +273,7 @@ def beta_quantile(q: float, shape: float = 0.6) -> float:
 
 
 def timestep_of(sigmas: np.ndarray, schedule_sigmas: np.ndarray) -> np.ndarray:
-    """The (fractional) training timestep of each sigma, linear in log sigma; float64.
+    """Return the (fractional) training timestep of each sigma, linear in log sigma; float64.
 
     Args:
         sigmas: Karras sigmas, (n,) float64.
@@ -276,32 +282,32 @@ def timestep_of(sigmas: np.ndarray, schedule_sigmas: np.ndarray) -> np.ndarray:
     logs = np.log(schedule_sigmas)
     log_sigma = np.log(np.maximum(sigmas, 1e-10))
     low = np.clip(np.searchsorted(logs, log_sigma, side="right") - 1, 0, len(logs) - 2)
-    width = (logs[low] - logs[low + 1]).astype(np.float64)  # rounded to float32 first, as there
+    # The difference is rounded to float32 first, as in the reference.
+    width = (logs[low] - logs[low + 1]).astype(np.float64)
     weight = np.clip((logs[low].astype(np.float64) - log_sigma) / width, 0, 1)
     return (1 - weight) * low + weight * (low + 1)
 
 
-# Timesteps for ten steps, optimised for a family of models (Sabour et al. 2024, "Align Your Steps",
-# and its web page).
+# Timesteps for ten steps, optimised for a model family (Sabour et al. 2024, "Align Your Steps", and
+# its web page).
 AYS = {
     "sd": (999, 850, 736, 645, 545, 455, 343, 233, 124, 24),
     "sdxl": (999, 845, 730, 587, 443, 310, 193, 116, 53, 13),
 }
 
 
-def ays(settings: Settings, steps: int, family: str | None) -> list[int]:
-    """The Align-Your-Steps timesteps of a family: the published ten, or as many by interpolation.
+def ays(arguments: SchedulerArguments, steps: int, family: str | None) -> list[int]:
+    """Return the Align-Your-Steps timesteps of a model family: the ten published ones at ten steps.
 
-    Interpolation is as the authors give it: the sigmas of the ten timesteps and the lowest sigma of
-    the schedule, even in their index, linear in the logarithm; at ten steps that is the list
-    itself.
+    For another step count it interpolates as the authors do, between the sigmas of the ten
+    timesteps and the lowest sigma of the schedule: even in their index, linear in the logarithm.
     """
-    if settings.num_train_timesteps != 1000:
+    if arguments.num_train_timesteps != 1000:
         raise UsageError(
             "schedule ays was made for 1000 training timesteps; "
-            f"this model has {settings.num_train_timesteps}: choose another schedule"
+            f"this model has {arguments.num_train_timesteps}: choose another schedule"
         )
-    known = NoiseSchedule.from_settings(settings, keep_finite=True).sigmas_karras
+    known = NoiseSchedule.from_arguments(arguments, keep_finite=True).sigmas_karras
     listed = [*AYS["sdxl" if (family or "").startswith("sdxl") else "sd"], 0]
     logs = np.log(known[listed].astype(np.float64))
     sigmas = np.exp(np.interp(np.linspace(0, 10, steps + 1)[:-1], np.arange(11), logs))
@@ -311,11 +317,11 @@ def ays(settings: Settings, steps: int, family: str | None) -> list[int]:
     return times
 
 
-def check_steps(steps: int, settings: Settings) -> None:
+def check_steps(steps: int, arguments: SchedulerArguments) -> None:
     """Raise UsageError unless a run of `steps` steps is possible."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise UsageError(f"steps must be a whole number of at least 1, not {steps!r}")
-    if steps > settings.num_train_timesteps:
+    if steps > arguments.num_train_timesteps:
         raise UsageError(
-            f"steps is {steps}; the model was trained on {settings.num_train_timesteps} timesteps"
+            f"steps is {steps}; the model was trained on {arguments.num_train_timesteps} timesteps"
         )

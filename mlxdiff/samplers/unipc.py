@@ -1,8 +1,8 @@
 """UniPC: a multistep exponential predictor, and a corrector that costs no evaluation of its own.
 
-The predictor is DPM-Solver's integral (dpm_solver.py) with other weights of the differences. When
-the network has been asked at the predicted point, its answer also serves to redo the step that led
-there, one order higher; the run goes on from the corrected point.
+The predictor is DPM-Solver's integral (dpm_solver.py) with other weights of the differences. The
+network's output at the predicted point also repeats the step that led there, one order higher. The
+run continues from the corrected point.
 
 Source: Zhao et al. 2023 (arXiv 2302.04867), algorithms 1 to 4. Equal to diffusers'
 UniPCMultistepScheduler.
@@ -19,35 +19,36 @@ import numpy as np
 
 from mlxdiff.errors import ConfigError
 from mlxdiff.samplers import schedule as sch
+from mlxdiff.samplers.arguments import SchedulerArguments
 from mlxdiff.samplers.dpm_solver import grid as solver_grid
 from mlxdiff.samplers.dpm_solver import log_ratio
-from mlxdiff.samplers.family import (
+from mlxdiff.samplers.plan import Row
+from mlxdiff.samplers.scheduler import (
     SIGMA_SPACINGS,
     THRESHOLDING,
     TRAINING,
-    Family,
     Grid,
-    data_terms,
+    Sampler,
+    Scheduler,
+    vp_terms,
 )
-from mlxdiff.samplers.plan import Row
-from mlxdiff.samplers.settings import Settings
 
 
-def _grid(settings: Settings, steps: int, custom: Sequence[int] | None) -> Grid:
-    return solver_grid(settings, steps, custom, repeat_last=True)
+def _grid(arguments: SchedulerArguments, steps: int, custom: Sequence[int] | None) -> Grid:
+    return solver_grid(arguments, steps, custom, repeat_last=True)
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A step from sigmas[i] to sigmas[i + 1] with `order` outputs up to i, on paper.
+    """The coefficients of a step from sigmas[i] to sigmas[i + 1] with `order` outputs up to i.
 
     Attributes:
         scale: the coefficient of the sample.
         first: that of the output at i, by the first-order method.
-        outer: what the differences of outputs are multiplied by.
-        ratios: of each earlier output, its distance in lambda from i over that of i + 1; then 1,
+        outer: the factor of the differences of outputs.
+        ratios: the distance in lambda of each earlier output from i, over that of i + 1; then 1,
             for i + 1 itself.
-        system: matrix and right-hand side whose solution weighs the differences.
+        system: matrix and right-hand side; the solution weighs the differences.
     """
 
     scale: float
@@ -57,13 +58,15 @@ class _Step:
     system: tuple[np.ndarray, np.ndarray]
 
     @classmethod
-    def at(cls, settings: Settings, sigmas: Sequence[float], i: int, order: int) -> _Step:
+    def at(
+        cls, arguments: SchedulerArguments, sigmas: Sequence[float], i: int, order: int
+    ) -> _Step:
         (alpha_s, sigma_s), (alpha_t, sigma_t) = (sch.alpha_sigma(sigmas[k]) for k in (i, i + 1))
         h = log_ratio(sigmas[i], sigmas[i + 1])
-        by_x0 = settings.predict_x0
+        by_x0 = arguments.predict_x0
         z = -h if by_x0 else h
         scale, outer = (sigma_t / sigma_s, alpha_t) if by_x0 else (alpha_t / alpha_s, sigma_t)
-        size = z if settings.solver_type == "bh1" else math.expm1(z)
+        size = z if arguments.solver_type == "bh1" else math.expm1(z)
         first = -outer * math.expm1(z)
         while order > 1 and len(set(sigmas[i - order + 1 : i + 1])) < order:
             order -= 1  # equal sigmas carry no slope (the reference: 0 / 0)
@@ -78,7 +81,7 @@ class _Step:
         return cls(scale, first, -outer * size, tuple(ratios), (matrix, np.array(right)))
 
     def predictor(self) -> tuple[float, ...]:
-        """Weights of the outputs at i, i - 1, ...: UniP."""
+        """Return the weights of the outputs at i, i - 1, ...: UniP."""
         earlier = len(self.ratios) - 1
         if earlier == 1:  # the reference rounds the solution to one half, as the authors do
             shares = [0.5]
@@ -88,7 +91,7 @@ class _Step:
         return self._spread(shares)
 
     def corrector(self) -> tuple[float, ...]:
-        """Weights of the outputs at i + 1, i, i - 1, ...: UniC."""
+        """Return the weights of the outputs at i + 1, i, i - 1, ...: UniC."""
         if len(self.ratios) == 1:
             shares = [0.5]
         else:
@@ -98,38 +101,37 @@ class _Step:
         return (new, at_i - new, *earlier)
 
     def _spread(self, shares: Sequence[float]) -> tuple[float, ...]:
-        """From shares of the differences to the output at i, to weights of the outputs."""
+        """Turn shares of the differences from the output at i into weights of the outputs."""
         earlier = [
             self.outer * share / ratio for share, ratio in zip(shares, self.ratios, strict=False)
         ]
         return (self.first - sum(earlier), *earlier)
 
 
-def _rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Row]:
-    sigmas, times = grid.levels(), grid.timesteps.tolist()
-    if not settings.predict_x0 and settings.final_sigmas_type == "zero":
+def _rows(arguments: SchedulerArguments, grid: Grid, start: int, eta: float) -> Iterator[Row]:
+    sigmas, count = grid.levels(), len(grid.timesteps)
+    if not arguments.predict_x0 and arguments.final_sigmas_type == "zero":
         raise ConfigError(
             "scheduler_config.json: predict_x0 false predicts noise and has no step to sigma 0: "
             "it needs final_sigmas_type sigma_min"
         )
     before: _Step | None = None
-    for i in range(start, len(times)):
-        order = min(settings.solver_order, i - start + 1)
-        if settings.lower_order_final:
-            order = min(order, len(times) - i)
+    for i, timestep in grid.evaluations(start):
+        order = min(arguments.solver_order, i - start + 1)
+        if arguments.lower_order_final:
+            order = min(order, count - i)
         alpha, sigma = sch.alpha_sigma(sigmas[i])
-        step = _Step.at(settings, sigmas, i, order)
+        step = _Step.at(arguments, sigmas, i, order)
         corrected: dict[str, Any] = {}
-        if before is not None and i - 1 not in settings.disable_corrector:
+        if before is not None and i - 1 not in arguments.disable_corrector:
             corrected = {
                 "anchor_x": 0.0,
                 "anchor_last": before.scale,
                 "anchor_data": before.corrector(),
             }
         yield Row(
-            timestep=times[i],
-            level=(alpha, sigma),
-            **_data_terms(settings, alpha, sigma),
+            timestep=timestep,
+            **_terms(arguments, alpha, sigma),
             **corrected,
             scale=step.scale,
             weights=step.predictor(),
@@ -137,14 +139,15 @@ def _rows(settings: Settings, grid: Grid, start: int, eta: float) -> Iterator[Ro
         before = step
 
 
-def _data_terms(settings: Settings, alpha: float, sigma: float) -> dict[str, Any]:
-    if settings.predict_x0:
-        return data_terms(settings, alpha, sigma)
-    return data_terms(settings.replace(thresholding=False), alpha, sigma, noise=True)
+def _terms(arguments: SchedulerArguments, alpha: float, sigma: float) -> dict[str, Any]:
+    """Return the level's `Row` fields; the reference does not threshold a predicted noise."""
+    if arguments.predict_x0:
+        return vp_terms(arguments, alpha, sigma)
+    return vp_terms(arguments.replace(thresholding=False), alpha, sigma, noise=True)
 
 
-UNIPC = Family(
-    name="UniPCMultistepScheduler",
+UNIPC = Scheduler(
+    reference="UniPCMultistepScheduler",
     defaults={
         **TRAINING,
         **THRESHOLDING,
@@ -171,3 +174,5 @@ UNIPC = Family(
     grid=_grid,
     rows=_rows,
 )
+
+SAMPLERS = (Sampler("unipc", "UniPC", UNIPC),)

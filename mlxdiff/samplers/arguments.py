@@ -1,12 +1,12 @@
-"""A checkpoint's scheduler_config.json, read as a given diffusers scheduler class would read it.
+"""The arguments of a scheduler class, read from a checkpoint's scheduler_config.json.
 
-diffusers' `X.from_config(config)`: keys that the file does not write take X's own default, keys of
-other schedulers are skipped. Here a key that no scheduler of diffusers has is an error (a typo
-would otherwise be silently without effect), and so is a value that is not implemented.
+As in diffusers' `X.from_config(config)`, a key that the file does not write takes X's own default,
+and keys of other schedulers are skipped. Here a key that no scheduler of diffusers has is an error
+(else a typo would silently have no effect). So is a value that is not implemented.
 
 One default differs on purpose: clip_sample is False where the file does not write it. The
-reference's True was made for pixel models (for which it holds here too); it turns DDIM and DDPM on
-a latent model's DPM-Solver config into noise.
+reference's True was made for pixel models, and holds for them here too. On a latent model's
+DPM-Solver config it turns DDIM and DDPM into noise.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from mlxdiff.errors import ConfigError
 
-# Every key of every scheduler in diffusers 0.42.1, and three that older files still carry.
+# Every key of every scheduler in diffusers 0.42.1, and three keys of older files.
 KNOWN_KEYS = frozenset(
     """
     algorithm_type alpha_cum_end alpha_cum_start base_image_seq_len base_shift beta_end beta_max
@@ -40,7 +40,7 @@ KNOWN_KEYS = frozenset(
     """.split()
 )
 
-# What the classes here accept; a class narrows a key further with `choices=`.
+# The values that the classes here accept. A class can replace a row with its `choices`.
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "prediction_type": ("epsilon", "v_prediction", "sample"),
@@ -57,16 +57,16 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 _SIGMA_RANGE = {"sigma_min": None, "sigma_max": None}
 
 
-class Settings(Mapping[str, Any]):
+class SchedulerArguments(Mapping[str, Any]):
     """The checked arguments of one scheduler class: a read-only mapping, entries also attributes.
 
     Args:
         config: the JSON object of scheduler_config.json. Keys that begin with an underscore are
-            diffusers' own notes; those listed under `_use_default_values` count as absent.
+            diffusers' own notes. Keys listed under `_use_default_values` count as absent.
         class_name: the diffusers class, for messages.
         defaults: every argument of that class with its default.
-        overrides: values that the sampler's name or the schedule fixes, whatever the file says.
-        choices: values allowed for a key, where they are fewer or more than usual.
+        overrides: values that the sampler's id or the schedule fixes, whatever the file says.
+        choices: allowed values of a key, where they are not the usual ones.
     Raises: ConfigError for an unknown key, a wrong type, or a value that is not implemented.
     """
 
@@ -100,9 +100,9 @@ class Settings(Mapping[str, Any]):
             values[key] = _checked(key, value, defaults[key], allowed.get(key), class_name)
         self._values = values
 
-    def replace(self, **values: Any) -> Settings:
-        """A copy with other (unchecked) values."""
-        copy = object.__new__(Settings)
+    def replace(self, **values: Any) -> SchedulerArguments:
+        """Return a copy with other (unchecked) values."""
+        copy = object.__new__(SchedulerArguments)
         copy._values = {**self._values, **values}
         return copy
 
@@ -125,7 +125,7 @@ class Settings(Mapping[str, Any]):
 def _checked(
     key: str, value: Any, default: Any, choices: tuple[Any, ...] | None, class_name: str
 ) -> Any:
-    """`value` in the type of `default`, or a ConfigError that says what would do."""
+    """Return `value` in the type of `default`; raise ConfigError with the accepted values."""
 
     def refuse(expected: str) -> ConfigError:
         return ConfigError(

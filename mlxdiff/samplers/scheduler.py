@@ -1,0 +1,216 @@
+"""What a sampler's file defines: schedulers, each as data and two functions, and the samplers' ids.
+
+A `Scheduler` is one scheduler class of diffusers, or one of our own. A `Sampler` is an id that the
+user types: a scheduler and the arguments that the id fixes. docs/extending.md shows a whole file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mlxdiff.errors import ConfigError
+from mlxdiff.samplers.arguments import SchedulerArguments
+from mlxdiff.samplers.plan import Limit, Row
+from mlxdiff.samplers.schedule import NoiseSchedule, alpha_sigma
+
+# Arguments that nearly every scheduler class shares, with their usual defaults.
+TRAINING = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+}
+SPACED = {**TRAINING, "timestep_spacing": "linspace", "steps_offset": 0}
+SIGMA_SPACINGS = {
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+}
+THRESHOLDING = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
+CLIPPING = {"clip_sample": False, "clip_sample_range": 1.0}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The timesteps and noise levels of a run.
+
+    Attributes:
+        schedule: the noise schedule of the training.
+        timesteps: the reference's `scheduler.timesteps`: int64 or float32, falling.
+        sigmas: the reference's `scheduler.sigmas`, the final one included, float32; None where the
+            class has none.
+        init_noise_sigma: the scale of the initial noise.
+    """
+
+    schedule: NoiseSchedule
+    timesteps: np.ndarray
+    sigmas: np.ndarray | None = None
+    init_noise_sigma: float = 1.0
+
+    def levels(self) -> list[float]:
+        """Return the sigmas as Python floats, for coefficients."""
+        assert self.sigmas is not None
+        return [float(sigma) for sigma in self.sigmas]
+
+    def evaluations(self, start: int) -> list[tuple[int, float]]:
+        """Return (index, timestep) of each evaluation from index `start` on, as Python numbers."""
+        return list(enumerate(self.timesteps.tolist()))[start:]
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """One scheduler class.
+
+    Attributes:
+        reference: the class of diffusers that it equals, or None where diffusers has none.
+        defaults: its arguments and their defaults. A schedule exists for the scheduler if
+            `defaults` holds the argument that the schedule sets.
+        grid: (arguments, steps, custom timesteps or None) -> Grid.
+        rows: (arguments, grid, start, eta) -> the rows from grid index `start` to the end. The
+            start matters: multistep methods begin with low order wherever they begin.
+        choices: values of an argument, where they are not the usual ones.
+        takes_timesteps: True if set_timesteps accepts a list of timesteps.
+        evaluations_per_step: timesteps that one step takes (diffusers' `order`). A strength counts
+            in whole steps.
+        has_eta: True if its step takes eta, the share of fresh noise.
+        pixel_defaults: defaults that differ where the model draws pixels (see arguments.py).
+        distilled_timesteps: (arguments, steps, strength) -> the timesteps of a run that begins at a
+            picture, where set_timesteps takes the strength itself; else None.
+    """
+
+    reference: str | None
+    defaults: Mapping[str, Any]
+    grid: Callable[[SchedulerArguments, int, Sequence[int] | None], Grid]
+    rows: Callable[[SchedulerArguments, Grid, int, float], Iterable[Row]]
+    choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    takes_timesteps: bool = False
+    evaluations_per_step: int = 1
+    has_eta: bool = False
+    pixel_defaults: Mapping[str, Any] = field(default_factory=dict)
+    distilled_timesteps: Callable[[SchedulerArguments, int, float], list[int]] | None = None
+
+    def read(
+        self,
+        config: Mapping[str, Any],
+        overrides: Mapping[str, Any] | None = None,
+        *,
+        pixels: bool = False,
+    ) -> SchedulerArguments:
+        """Read a scheduler_config.json as this class does.
+
+        Args:
+            config: the JSON object.
+            overrides: arguments that do not come from the file.
+            pixels: True if the model draws pixels.
+        Raises: ConfigError for an unknown key, a wrong type or a value that is not implemented.
+        """
+        defaults = {**self.defaults, **self.pixel_defaults} if pixels else self.defaults
+        reader = self.reference or "mlxdiff"
+        return SchedulerArguments(config, reader, defaults, overrides, self.choices)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler that the user can name.
+
+    Attributes:
+        id: its id, for `--sampler`.
+        a1111: its name in AUTOMATIC1111's web UI, or the name that fits there.
+        scheduler: the scheduler behind it.
+        arguments: arguments of the scheduler that the id fixes, whatever the file says.
+    """
+
+    id: str
+    a1111: str
+    scheduler: Scheduler
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+# --- what a row is made of ------------------------------------------------------------------------
+
+
+def to_x0(prediction: str, alpha: float, sigma: float) -> tuple[float, float]:
+    """Return the coefficients of x and of the output that give x_0.
+
+    Args:
+        prediction: what the output is: epsilon, v_prediction or sample.
+        alpha, sigma: the level: x = alpha * x_0 + sigma * noise.
+    """
+    if prediction == "sample":
+        return 0.0, 1.0
+    if prediction == "v_prediction":
+        return alpha, -sigma
+    if alpha == 0.0:
+        raise ConfigError(
+            "prediction_type epsilon says nothing about x_0 at zero signal: with "
+            "rescale_betas_zero_snr this needs v_prediction, or schedule leading"
+        )
+    return 1.0 / alpha, -sigma / alpha
+
+
+def to_noise(prediction: str, alpha: float, sigma: float) -> tuple[float, float]:
+    """Return the coefficients of x and of the output that give the noise; else as `to_x0`."""
+    if prediction == "epsilon":
+        return 0.0, 1.0
+    if prediction == "v_prediction":
+        return sigma, alpha
+    return 1.0 / sigma, -alpha / sigma
+
+
+def vp_terms(
+    arguments: SchedulerArguments, alpha: float, sigma: float, *, noise: bool = False
+) -> dict[str, Any]:
+    """Return the `Row` fields that a level decides, for a sampler that keeps x itself.
+
+    x = alpha * x_0 + sigma * noise, "variance preserving". The row's data are x_0 or, with `noise`,
+    the noise.
+    """
+    return {"level": (alpha, sigma), **_data(arguments, alpha, sigma, 1.0, noise)}
+
+
+def ve_terms(
+    arguments: SchedulerArguments, sigma_karras: float, *, noise: bool = False
+) -> dict[str, Any]:
+    """Return the `Row` fields that a level decides, for a sampler that keeps x / alpha.
+
+    x / alpha = x_0 + sigma_karras * noise, "variance exploding". The row's data are x_0 or, with
+    `noise`, the noise, which is the slope of the ODE in sigma_karras (euler.py).
+    """
+    alpha, sigma = alpha_sigma(sigma_karras)
+    return {
+        "input_scale": alpha,
+        "level": (1.0, sigma_karras),
+        **_data(arguments, alpha, sigma, alpha, noise),
+    }
+
+
+def _data(
+    arguments: SchedulerArguments, alpha: float, sigma: float, x_scale: float, noise: bool
+) -> dict[str, Any]:
+    """Return the `Row` fields that turn the output into x_0 or into the noise, within the limit.
+
+    `x_scale` turns the kept sample into x.
+    """
+    bound = _limit(arguments)
+    convert = to_noise if noise and bound is None else to_x0
+    of_x, of_output = convert(arguments.prediction_type, alpha, sigma)
+    terms: dict[str, Any] = {"data": (of_x * x_scale, of_output)}
+    if bound is not None:
+        terms["limit"] = bound
+        terms["after_limit"] = (x_scale / sigma, -alpha / sigma) if noise else (0.0, 1.0)
+    return terms
+
+
+def _limit(arguments: SchedulerArguments) -> Limit | None:
+    """Return the bound on x_0 that the arguments ask for; thresholding comes before clipping."""
+    if arguments.get("thresholding"):
+        return Limit(arguments.sample_max_value, arguments.dynamic_thresholding_ratio)
+    if arguments.get("clip_sample"):
+        return Limit(arguments.clip_sample_range)
+    return None
