@@ -21,6 +21,7 @@ from mlxdiff.weights.tensors import raise_faults
 
 _BLOCK = 1 << 16  # values in a block of element-wise work: 256 KB
 _SCORES = 1 << 20  # attention scores held at a time: 4 MB
+_ADDENDS = 16  # values that a float32 sum of a group norm adds one after the other
 _COLUMNS = 1 << 23  # values of unfolded input that a convolution holds at a time: 32 MB
 
 Result = TypeVar("Result")
@@ -287,7 +288,8 @@ class GroupNorm(Module):
     """Group normalization (Wu and He 2018) of (B, H, W, C): over H, W and the group's channels.
 
     Mean and variance are taken around a first mean, so that no digits are lost where the mean is
-    far from zero. Blocks are summed in float32, their sums in float64.
+    far from zero. A wrong mean or variance moves the whole group, so their sums are long in
+    float64 (``_column_sums``).
     """
 
     def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5) -> None:
@@ -329,9 +331,11 @@ class GroupNorm(Module):
 
         def moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             centred = x - centre
-            return centred.sum(axis=0), np.einsum("nc,nc->c", centred, centred)
+            first = _column_sums(centred)
+            centred *= centred
+            return first, _column_sums(centred)
 
-        sums = _for_each(lambda x: x.sum(axis=0), blocks)
+        sums = _for_each(_column_sums, blocks)
         centre = self._by_group(sums, count).astype(np.float32)
         first, second = (
             self._by_group(sums, count) for sums in zip(*_for_each(moments, blocks), strict=True)
@@ -342,9 +346,22 @@ class GroupNorm(Module):
 
     def _by_group(self, sums: Sequence[np.ndarray], count: int) -> np.ndarray:
         """Mean over its group for each channel, (C,) float64, from sums (C,) over ``count``."""
-        total = np.asarray(sums, np.float64).sum(axis=0)
+        total = np.sum(sums, axis=0)
         groups = total.reshape(self.num_groups, -1).mean(axis=1) / count
         return np.repeat(groups, len(total) // self.num_groups)
+
+
+def _column_sums(x: np.ndarray) -> np.ndarray:
+    """Sums of the columns of (N, C) float32: (C,) float64.
+
+    At most _ADDENDS values are added one after the other in float32, which is fast; their sums are
+    added in float64. (NumPy adds rows one after the other: in float32 alone, the error would grow
+    with N.)
+    """
+    whole = len(x) // _ADDENDS * _ADDENDS
+    sums = x[:whole].reshape(_ADDENDS, -1).sum(axis=0).reshape(-1, x.shape[1])
+    rest = x[whole:].sum(axis=0, dtype=np.float64)
+    return sums.sum(axis=0, dtype=np.float64) + rest
 
 
 class LayerNorm(Module):
