@@ -1,7 +1,7 @@
-"""How much memory a run will take, worked out before anything is loaded; and whether it fits.
+"""Estimates the memory of a run before anything is loaded, and refuses a run that will not fit.
 
-Weights are counted tensor by tensor, as the backend will keep them. What the networks hold while
-they run follows from ``cost.operations``: at each layer the values that are held for later, its
+Weights are counted tensor by tensor, as the backend will keep them. The values that the networks
+hold while they run follow from ``cost.operations``: at each layer the values held for later, its
 inputs and outputs, and its scratch space as the backend bounds it. The constants are those of
 backends/numpy_layers.py and mlx_layers.py; benchmarks/memory.py compares the result with measured
 peaks (docs/performance.md has the table).
@@ -10,7 +10,7 @@ peaks (docs/performance.md has the table).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -32,12 +32,12 @@ _NUMPY_SCORES, _NUMPY_COLUMNS, _MLX_WORK = 1 << 22, 1 << 25, 64 << 20
 
 @dataclass(frozen=True)
 class Device:
-    """What computes, as far as memory depends on it.
+    """The device that computes, as far as memory depends on it.
 
     Attributes:
         backend: "mlx" or "numpy".
         gpu: whether it is a GPU.
-        dtype: what weights and activations are, the VAE's where its config says so apart.
+        dtype: of weights and activations; a VAE may have its own (``device_of``).
     """
 
     backend: str
@@ -46,7 +46,7 @@ class Device:
 
 
 class Held(NamedTuple):
-    """Which weights are held.
+    """A network whose weights are held.
 
     Attributes:
         network: the network.
@@ -83,10 +83,22 @@ class Estimate:
             needs = "vae" if stage == "image" else stage
             own = {held for held in self.weights if stage_of(held.network.name) == needs}
             loaded |= own
-            # With low memory one network after the other, of two text encoders too.
-            sizes = [self.weights[held] for held in (own if self.low_memory else loaded)]
-            totals[stage] = work + (max(sizes, default=0) if self.low_memory else sum(sizes))
+            if self.low_memory:
+                totals[stage] = work + self._most_together(own)
+            else:
+                totals[stage] = work + sum(self.weights[held] for held in loaded)
         return totals
+
+    def _most_together(self, held: Iterable[Held]) -> int:
+        """The most bytes of these weights that are in memory together, in low memory.
+
+        One network comes after the other, but a U-Net stays with what is added to it.
+        """
+        together: dict[Any, int] = {}
+        for one in held:
+            group = one.refiner if stage_of(one.network.name) == "unet" else one
+            together[group] = together.get(group, 0) + self.weights[one]
+        return max(together.values(), default=0)
 
     @property
     def peak(self) -> int:
@@ -137,7 +149,7 @@ class Work(NamedTuple):
 
 
 class Estimated(Protocol):
-    """What is asked of a model: its source, and what was added (``run.additions.Additions``)."""
+    """A model, as far as its memory is estimated: see ``run.model.Model``."""
 
     source: Any
     additions: Any

@@ -35,14 +35,14 @@ NETWORK = "controlnet"
 
 @dataclass(frozen=True)
 class Control:
-    """What one ControlNet is shown and told.
+    """The picture of one ControlNet, and how strongly the net acts in a run.
 
     Attributes:
         image: uint8 (height, width, 3), of the picture's size, preprocessed.
-        image_name: the name of its file, or what it was given as.
-        scale: times all that the net adds.
-        start, end: the share of the way from which, and up to which, it counts.
-        preprocess: what was made of the image: a name of ``preprocess.PREPROCESSORS``.
+        image_name: the name of its file, or "(pixels)".
+        scale: factor of everything that the net adds.
+        start, end: the net acts between these shares of the run, 0 to 1.
+        preprocess: how the image was preprocessed: a name of ``preprocess.PREPROCESSORS``.
     """
 
     image: np.ndarray = field(repr=False, compare=False)
@@ -53,7 +53,7 @@ class Control:
     preprocess: str = "none"
 
     def counts(self, index: int, total: int) -> bool:
-        """Whether it has a part in evaluation ``index`` of ``total``."""
+        """Whether the net takes part in evaluation ``index`` of ``total``."""
         within = index / total >= self.start and (index + 1) / total <= self.end
         return within and self.scale != 0
 
@@ -72,7 +72,7 @@ def resolve_controls(
     """Check the arguments of ``generate`` for ControlNets.
 
     Args:
-        count: how many ControlNets there are.
+        count: number of ControlNets.
         width, height: of the picture.
         control_image: a picture for each net, in their order; for one net, the picture.
         control_scale, control_start, control_end, control_preprocess: one value for all nets, or

@@ -1,7 +1,7 @@
-"""Pictures as prompts (IP-Adapter): what each adapter is shown, and what it adds to the text.
+"""IP-Adapters: pictures as prompts, which the U-Net's layers see beside the text.
 
-Encoded as diffusers' pipelines do it: the negative prompt is given zeros in place of CLIP's vector,
-or what CLIP says of a picture of zeros where an adapter reads all of its vectors.
+Pictures are encoded as in diffusers' pipelines. The negative prompt gets zeros in place of CLIP's
+vector; for an adapter that reads all of CLIP's vectors it gets those of a picture of zeros.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ NETWORK, ENCODER = "ip_adapter", "image_encoder"
 
 @dataclass(frozen=True)
 class ImagePrompt:
-    """What one IP-Adapter is shown.
+    """The pictures of one IP-Adapter in a run.
 
     Attributes:
-        images: uint8 (H, W, 3), of any size each.
-        names: of their files, or what they were given as.
-        scale: times what it adds to what the text says.
+        images: uint8 (H, W, 3), each of any size.
+        names: names of their files, or "(pixels)".
+        scale: factor of what the pictures add to the text.
     """
 
     images: tuple[np.ndarray, ...] = field(repr=False, compare=False)
@@ -46,8 +46,8 @@ def resolve_image_prompts(
     """Check the arguments of ``generate`` for IP-Adapters.
 
     Args:
-        count: how many IP-Adapters there are.
-        ip_image: for one adapter a picture, or several for it to see together; else one for each.
+        count: number of IP-Adapters.
+        ip_image: for one adapter a picture, or several that it sees together; else one for each.
         ip_scale: one number for all adapters, or one for each.
     Raises: UsageError.
     """
