@@ -15,6 +15,7 @@ from mlxdiff.machine.disk import read_json
 from mlxdiff.networks.config import ComponentConfig, read_vae
 from mlxdiff.store import catalogue, hub
 from mlxdiff.store.folder import Progress
+from mlxdiff.store.reference import parse
 from mlxdiff.weights.tensors import LazyTensor
 
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
@@ -74,7 +75,7 @@ def find_component(
     """
     path = catalogue.expand(path)
     folder = Path(path)
-    reference = None if folder.exists() else hub.parse(str(path))
+    reference = None if folder.exists() else parse(str(path))
     if reference is None:
         return folder, {"source": folder.resolve().name}
     if reference.file:

@@ -19,8 +19,8 @@ from mlxdiff.convert.component import (
 from mlxdiff.convert.keymap import ip_adapter
 from mlxdiff.errors import CheckpointError, UsageError
 from mlxdiff.networks.config import CLIPVisionConfig, IPAdapterConfig, UNet2DConditionConfig
-from mlxdiff.store import hub
 from mlxdiff.store.folder import Progress
+from mlxdiff.store.reference import Reference, parse
 from mlxdiff.weights.pickles import PickleFile, open_tensors
 from mlxdiff.weights.tensors import Shape
 
@@ -166,12 +166,12 @@ def _open_encoder(
 ) -> Component:
     if path is not None:
         folder, provenance = find_component(path, ENCODER, variant, progress)
-    elif not Path(adapter).exists() and (reference := hub.parse(adapter)) is not None:
+    elif not Path(adapter).exists() and (reference := parse(adapter)) is not None:
         parent = reference.file.rpartition("/")[0]
         if reference.name == _COLLECTION:
             large = (config.kind, config.feature_dim) in _LARGE
             parent = "sdxl_models" if large else "models"
-        repo = hub.Reference(reference.name, reference.revision)
+        repo = Reference(reference.name, reference.revision)
         component = f"{parent}/{ENCODER}" if parent else ENCODER
         folder, provenance = find_component(str(repo), component, variant, progress)
     else:

@@ -13,6 +13,8 @@ from mlxdiff.errors import CheckpointError, ConfigError, UsageError
 from mlxdiff.machine.disk import read_json
 from mlxdiff.store import catalogue, hub
 from mlxdiff.store.folder import MANIFEST, ConvertedFolder, ModelFolder, Progress, open_folder
+from mlxdiff.store.reference import parse
+from mlxdiff.store.selection import PREFERRED_VARIANT, Listing
 
 Model: TypeAlias = DiffusersFolder | SingleFile | ConvertedFolder
 
@@ -42,7 +44,7 @@ def open_source(
     """
     path = catalogue.expand(path)
     folder = Path(path)
-    if isinstance(path, str) and not folder.exists() and (reference := hub.parse(path, revision)):
+    if isinstance(path, str) and not folder.exists() and (reference := parse(path, revision)):
         listing = hub.find(reference, variant)
         if listing.entry not in listing.files:
             _only_single_files(path, config, prediction_type, ema)
@@ -83,14 +85,14 @@ def _only_single_files(
 
 
 def _open_hub(
-    listing: hub.Listing, variant: str | None, progress: Progress | None
+    listing: Listing, variant: str | None, progress: Progress | None
 ) -> DiffusersFolder | ConvertedFolder:
     """A folder of the hub: what ``hub.find`` chose is opened, whatever else is cached."""
     check_published(listing)
     folder = hub.fetch(listing, progress)
     if (folder / MANIFEST).is_file():
         return open_folder(folder)
-    prefer = (hub.PREFERRED_VARIANT, "") if variant is None else ("", hub.PREFERRED_VARIANT)
+    prefer = (PREFERRED_VARIANT, "") if variant is None else ("", PREFERRED_VARIANT)
     return DiffusersFolder(
         folder,
         name=listing.reference.name,
@@ -100,7 +102,7 @@ def _open_hub(
     )
 
 
-def check_published(listing: hub.Listing) -> None:
+def check_published(listing: Listing) -> None:
     """Refuse a model of the hub that we cannot open, before its weights are fetched.
 
     A single file cannot be told from outside. Raises: CheckpointError, ConfigError, HubError.

@@ -30,6 +30,7 @@ from mlxdiff.convert.sources import check_published
 from mlxdiff.errors import CheckpointError, ConfigError, HubError, UsageError
 from mlxdiff.machine.disk import exclusive, require_space
 from mlxdiff.store import catalogue, hub
+from mlxdiff.store.cache import CHECK_SECONDS, cache_folder, is_offline, missing_bytes
 from mlxdiff.store.folder import (
     FORMAT_VERSION,
     MANIFEST,
@@ -40,6 +41,8 @@ from mlxdiff.store.folder import (
     open_folder,
 )
 from mlxdiff.store.recipes import find_recipe, quantized_model
+from mlxdiff.store.reference import Reference, parse
+from mlxdiff.store.selection import Listing
 
 logger = logging.getLogger("mlxdiff")
 
@@ -80,7 +83,7 @@ def open_model(
     reference = None
     if isinstance(model, str) and not Path(model).exists():
         model = str(catalogue.expand(model))
-        reference = hub.parse(model, revision)
+        reference = parse(model, revision)
     if reference is None or any(single_file.values()):
         opened = open_source(model, revision, variant, progress, **single_file)
         if recipe is None:
@@ -131,7 +134,7 @@ class _Seen:
 
     @property
     def is_recent(self) -> bool:
-        return 0 <= time.time() - self.checked < hub.CHECK_SECONDS
+        return 0 <= time.time() - self.checked < CHECK_SECONDS
 
 
 class _Shelf:
@@ -143,10 +146,10 @@ class _Shelf:
         self._index = self.path / "index.json"
 
     def open(
-        self, reference: hub.Reference, variant: str | None, form: _Form, progress: Progress | None
+        self, reference: Reference, variant: str | None, form: _Form, progress: Progress | None
     ) -> ConvertedFolder:
         seen = self._seen(reference, variant)
-        if seen and (reference.is_pinned or seen.is_recent or hub.is_offline()):
+        if seen and (reference.is_pinned or seen.is_recent or is_offline()):
             if (model := self._entry(seen.fingerprint, form)) is not None:
                 return model
         try:
@@ -198,7 +201,7 @@ class _Shelf:
 
     def _make(
         self,
-        listing: hub.Listing,
+        listing: Listing,
         variant: str | None,
         fingerprint: str,
         form: _Form,
@@ -214,7 +217,7 @@ class _Shelf:
             shutil.rmtree(dest, ignore_errors=True)
             require_space(
                 {
-                    hub.cache_folder(): hub.missing_bytes(listing),
+                    cache_folder(): missing_bytes(listing),
                     self.path: _converted_bytes(listing, form.dtype),
                 },
                 f"{listing.reference}: download and conversion",
@@ -224,12 +227,12 @@ class _Shelf:
             logger.warning(
                 "%s: %s to fetch, then it is converted, once, into %s",
                 listing.reference,
-                human_bytes(hub.missing_bytes(listing)),
+                human_bytes(missing_bytes(listing)),
                 dest,
             )
             hub.fetch(listing, progress)
             file = listing.entry if listing.entry in listing.files else ""
-            source = hub.Reference(self.name, listing.commit, file)
+            source = Reference(self.name, listing.commit, file)
             try:
                 convert(
                     str(source),
@@ -278,7 +281,7 @@ class _Shelf:
             return {}
         return seen if isinstance(seen, dict) else {}
 
-    def _seen(self, reference: hub.Reference, variant: str | None) -> _Seen | None:
+    def _seen(self, reference: Reference, variant: str | None) -> _Seen | None:
         index = self._read()
         entry: Any = index.get(_question(reference, variant))
         if entry is None and reference.is_pinned:  # a branch may have stood there
@@ -298,7 +301,7 @@ class _Shelf:
         except (TypeError, KeyError, ValueError):
             return None
 
-    def _remember(self, reference: hub.Reference, variant: str | None, seen: _Seen) -> None:
+    def _remember(self, reference: Reference, variant: str | None, seen: _Seen) -> None:
         try:
             with self._locked("index"):
                 index = self._read() | {_question(reference, variant): vars(seen)}
@@ -309,13 +312,13 @@ class _Shelf:
             pass  # a library that cannot be written: it is looked up again next time
 
 
-def _question(reference: hub.Reference, variant: str | None) -> str:
+def _question(reference: Reference, variant: str | None) -> str:
     """What was asked for, as the index has it."""
     asked = "auto" if variant is None else variant or "plain"
     return f"{reference.revision}|{reference.file}|{asked}"
 
 
-def _converted_bytes(listing: hub.Listing, dtype: str) -> int:
+def _converted_bytes(listing: Listing, dtype: str) -> int:
     """About what a converted copy takes: float32 files in float16 are half as large.
 
     Whether a file without a variant holds float32 is not known before it is fetched: the smaller

@@ -31,6 +31,8 @@ from mlxdiff.errors import CheckpointError, ConfigError, HubError, MlxdiffError,
 from mlxdiff.networks.config import UNet2DConditionConfig
 from mlxdiff.store import hub
 from mlxdiff.store.folder import open_folder
+from mlxdiff.store.reference import Reference
+from mlxdiff.store.selection import Listing
 from mlxdiff.weights.tensors import DTYPES, cast
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -618,7 +620,7 @@ def test_usage(model: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(UsageError, match="exists already"):
         convert("org/name", tmp_path / "out")  # before anything is fetched
-    with pytest.raises(HubError, match="for revision 'a' and for 'b'"):
+    with pytest.raises(HubError, match="revision 'a', but revision 'b' is given too"):
         convert("org/name@a", tmp_path / "new", revision="b")
 
 
@@ -627,9 +629,9 @@ def test_hub_ids_are_resolved(models: Any, tmp_path: Path, monkeypatch: pytest.M
     shutil.copytree(models["sd1"][0], snapshot)
     asked = []
 
-    def find(reference: hub.Reference, variant: str | None) -> hub.Listing:
+    def find(reference: Reference, variant: str | None) -> Listing:
         asked.append((str(reference), variant))
-        return hub.Listing(reference, "0123abc", {})
+        return Listing(reference, "0123abc", {})
 
     monkeypatch.setattr(hub, "find", find)
     monkeypatch.setattr(hub, "fetch", lambda listing, progress: snapshot)

@@ -1,4 +1,4 @@
-"""The hub: which files, from a hand-made cache, and from a server that speaks its protocol."""
+"""The hub: file selection, a hand-made cache, and downloads from a server with its protocol."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from fake_hub import COMMIT, OTHER, Hub, digest_of, serve
 
 from mlxdiff.errors import HubError, UsageError
 from mlxdiff.store import hub
-from mlxdiff.store.hub import Reference, is_repo_id, needed_files, parse, resolve
+from mlxdiff.store.cache import cache_folder
+from mlxdiff.store.hub import resolve
+from mlxdiff.store.reference import Reference, is_repo_id, parse
+from mlxdiff.store.selection import needed_files
 
 UNET, CLIP = "unet/diffusion_pytorch_model", "text_encoder/model"
 
@@ -92,7 +95,7 @@ def fill_cache(
     commit: str = COMMIT,
     ref: str = "main",
 ) -> Path:
-    """A repo in the cache, as huggingface_hub lays it out: blobs, links to them, refs."""
+    """Make a repo in the cache in huggingface_hub's layout: blobs, links to them, refs."""
     folder = home / f"models--{repo.replace('/', '--')}"
     snapshot = folder / "snapshots" / commit
     for name, text in files.items():
@@ -141,14 +144,14 @@ def fill_cache(
 def test_is_repo_id(text: str, expected: bool) -> None:
     assert is_repo_id(text) is expected
     if not expected:
-        with pytest.raises(HubError, match="is no model of the hub; expected org/name"):
+        with pytest.raises(HubError, match="is not a model on the hub; expected org/name"):
             resolve(text)
 
 
 # Which files
 
 
-def test_only_what_is_needed() -> None:
+def test_needed_files_only() -> None:
     everything = [*SD15, *UNWANTED]
     assert needed_files(everything) == HALF
     assert needed_files(everything, "fp16") == HALF
@@ -201,7 +204,7 @@ def test_repos_that_cannot_be_used() -> None:
             "unet/ has no safetensors weights",
         ),
         ([f for f in PLAIN if f != "vae/config.json"], None, "vae/ has no config.json"),
-        ([*SD15], "bf16", r"no variant 'bf16' \(variants there: fp16\)"),
+        ([*SD15], "bf16", r"no variant 'bf16' \(its variants: fp16\)"),
     ):
         with pytest.raises(HubError, match=message) as error:
             needed_files(files, variant)
@@ -260,15 +263,15 @@ def test_a_missing_shard_is_found(hub_home: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_environment_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert hub.cache_folder() == tmp_path / "home" / "hub"
+    assert cache_folder() == tmp_path / "home" / "hub"
     monkeypatch.delenv("HF_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert hub.cache_folder() == tmp_path / ".cache" / "huggingface" / "hub"
+    assert cache_folder() == tmp_path / ".cache" / "huggingface" / "hub"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
-    assert hub.cache_folder() == tmp_path / "x" / "huggingface" / "hub"
+    assert cache_folder() == tmp_path / "x" / "huggingface" / "hub"
     monkeypatch.setenv("HF_HUB_CACHE", "~/c")
-    assert hub.cache_folder() == tmp_path / "c"
+    assert cache_folder() == tmp_path / "c"
 
 
 # The network
@@ -281,7 +284,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
 
 
 @pytest.mark.parametrize(("variant", "expected"), [(None, HALF), ("", PLAIN), ("fp16", HALF)])
-def test_a_fetch_brings_what_is_needed_and_no_more(
+def test_fetch_brings_only_needed_files(
     variant: str | None,
     expected: list[str],
     server: type[Hub],
@@ -316,13 +319,13 @@ def test_a_partial_copy_is_completed(server: type[Hub], hub_home: Path) -> None:
     ("fault", "message"),
     [
         ("403 GatedRepo", "org/name is gated: accept its terms at https://huggingface.co/org/name"),
-        ("401 RepoNotFound", "org/name: the hub has no such model, or it is private"),
-        ("404 RepoNotFound", "org/name: the hub has no such model, or it is private"),
+        ("401 RepoNotFound", "org/name: the hub has no such model, or the model is private"),
+        ("404 RepoNotFound", "org/name: the hub has no such model, or the model is private"),
         ("404 RevisionNotFound", "org/name has no revision 'main'"),
         ("418 Teapot", r"org/name: the hub answered with an error \(418\)"),
     ],
 )
-def test_what_the_hub_refuses(fault: str, message: str, server: type[Hub]) -> None:
+def test_errors_of_the_hub(fault: str, message: str, server: type[Hub]) -> None:
     server.fault = fault
     with pytest.raises(HubError, match=message) as error:
         resolve("org/name")
@@ -337,7 +340,7 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch, hub_home: Path) -> None:
     assert "\n" not in str(e.value)
 
 
-def test_pickles_where_there_is_nothing_else(server: type[Hub]) -> None:
+def test_pickles_without_safetensors(server: type[Hub]) -> None:
     server.files = {f.replace(".safetensors", ".bin"): t for f, t in SD15.items()}
     folder = resolve("org/name")
     assert (folder / f"{UNET}.fp16.bin").is_file() and f"{UNET}.bin" not in server.got
@@ -350,7 +353,7 @@ def test_pickles_where_there_is_nothing_else(server: type[Hub]) -> None:
 # What a fetch makes sure of
 
 
-def test_what_broke_off_is_resumed(server: type[Hub], hub_home: Path) -> None:
+def test_interrupted_download_is_resumed(server: type[Hub], hub_home: Path) -> None:
     name, body = f"{UNET}.fp16.safetensors", SD15[f"{UNET}.fp16.safetensors"].encode()
     partial = hub_home / "models--org--name" / "blobs" / f"{digest_of(body)}.mlxdiff.incomplete"
     partial.parent.mkdir(parents=True)
@@ -362,7 +365,7 @@ def test_what_broke_off_is_resumed(server: type[Hub], hub_home: Path) -> None:
     assert not partial.exists()
 
 
-def test_a_wrong_beginning_is_dropped(server: type[Hub], hub_home: Path) -> None:
+def test_wrong_partial_file_is_dropped(server: type[Hub], hub_home: Path) -> None:
     body = SD15[f"{UNET}.fp16.safetensors"].encode()
     partial = hub_home / "models--org--name" / "blobs" / f"{digest_of(body)}.mlxdiff.incomplete"
     partial.parent.mkdir(parents=True)
@@ -408,7 +411,7 @@ def test_a_disk_without_room(
 
 
 def age(home: Path, seconds: float, ref: str = "main") -> None:
-    """Make a branch in the cache look as if it had been seen that long ago."""
+    """Set the time of the last look-up of a branch to this many seconds ago."""
     then = time.time() - seconds
     os.utime(home / "models--org--name" / "refs" / ref, (then, then))
 
@@ -438,11 +441,11 @@ def test_a_branch_that_moved_is_fetched(
     new = resolve("org/name")
     assert new.name == OTHER and (new / "unet/config.json").read_text() == '{"new": 1}'
     assert server.got == ["unet/config.json"]  # the rest is the same
-    assert f"org/name has changed on the hub; the old one is org/name@{COMMIT}" in caplog.text
+    assert f"org/name has changed on the hub; the old version is org/name@{COMMIT}" in caplog.text
     assert resolve("org/name") == new and resolve(f"org/name@{COMMIT}") == old
 
 
-def test_a_new_readme_is_no_new_model(server: type[Hub], hub_home: Path) -> None:
+def test_a_new_readme_changes_nothing(server: type[Hub], hub_home: Path) -> None:
     old = resolve("org/name")
     age(hub_home, DAY)
     server.commit, server.files = OTHER, {**SD15, "README.md": "new"}
@@ -451,7 +454,7 @@ def test_a_new_readme_is_no_new_model(server: type[Hub], hub_home: Path) -> None
     assert len(server.asked) == 2 and resolve("org/name") == old and len(server.asked) == 2
 
 
-def test_without_a_network_the_copy_serves(
+def test_cached_copy_is_used_without_a_network(
     server: type[Hub],
     hub_home: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -461,7 +464,7 @@ def test_without_a_network_the_copy_serves(
     age(hub_home, DAY)
     server.fault = "404 RepoNotFound"  # withdrawn
     assert resolve("org/name") == folder
-    assert "the copy in the cache is used, there may be a newer one: the hub has" in caplog.text
+    assert "using the copy in the cache; a newer one may exist: the hub has" in caplog.text
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     caplog.clear()
     assert resolve("org/name") == folder
@@ -489,7 +492,7 @@ def test_names_of_files_and_addresses() -> None:
     for text in ("models/a.safetensors", "org/name/a.txt", "https://a.org/org/name", "/a/b.ckpt"):
         assert parse(text) is None, text
     assert parse("org/name", "v2") == Reference("org/name", "v2")
-    with pytest.raises(HubError, match="asks for revision 'v1' and for 'v2'"):
+    with pytest.raises(HubError, match="revision 'v1', but revision 'v2' is given too"):
         parse("org/name@v1", "v2")
 
 
@@ -516,10 +519,10 @@ def test_several_checkpoint_files(server: type[Hub]) -> None:
         resolve("org/name/d.safetensors")
 
 
-def test_repos_that_are_no_model(server: type[Hub]) -> None:
+def test_repos_without_a_model(server: type[Hub]) -> None:
     vae = "diffusion_pytorch_model.safetensors"
     server.files = {"config.json": "{}", vae: "x", "README.md": "", "vae.bin": ""}
-    with pytest.raises(HubError, match=r"one component alone; a VAE.*--vae"):
+    with pytest.raises(HubError, match=r"only one component; give a VAE.*--vae"):
         resolve("org/name")
     folder = hub.resolve_component("org/name", "vae")
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", vae]
@@ -547,7 +550,7 @@ def test_some_files_of_a_repo(server: type[Hub], hub_home: Path) -> None:
         hub.fetch_files("org/name", ["nothing.json"])
 
 
-def test_a_pixel_space_model_of_the_first_days(server: type[Hub], hub_home: Path) -> None:
+def test_a_pixel_space_model_in_the_root(server: type[Hub], hub_home: Path) -> None:
     index = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
     server.files = {
         "model_index.json": json.dumps(index),

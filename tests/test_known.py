@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mlxdiff.store import hub
 from mlxdiff.store.catalogue import KNOWN, expand, suggestion
+from mlxdiff.store.reference import is_repo_id, parse
 
 NAMES = Path(__file__).parent / "golden" / "names"
 TEXT = {"sd1": ["sd15"], "sd2": ["sd21"], "sdxl": ["sd15", "sdxl-2"], "sdxl-refiner": ["sdxl-2"]}
@@ -34,8 +34,8 @@ def half_bytes(component: str) -> int:
 
 @pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.name)
 def test_the_table(known: object) -> None:
-    assert hub.is_repo_id(known.repo) and "@" not in known.repo  # type: ignore[attr-defined]
-    assert hub.parse(known.name) is None  # type: ignore[attr-defined]
+    assert is_repo_id(known.repo) and "@" not in known.repo
+    assert parse(known.name) is None
     assert known.licence and known.note  # type: ignore[attr-defined]
 
 

@@ -44,7 +44,7 @@ def remove(names: tuple[str, ...], as_json: bool, quiet: bool) -> None:
     What was downloaded stays in the cache of huggingface_hub, which other programs share.
     """
     from mlxdiff import library
-    from mlxdiff.store import hub
+    from mlxdiff.store import cache
 
     show_notes(quiet)
     removed = library.remove(*names)
@@ -55,9 +55,9 @@ def remove(names: tuple[str, ...], as_json: bool, quiet: bool) -> None:
             click.echo(f"removed {entry.name} ({entry.dtype}), {_size(entry.size)}")
     if not quiet:
         for repo in dict.fromkeys("/".join(entry.name.split("/")[:2]) for entry in removed):
-            if size := hub.cached_bytes(repo):
+            if size := cache.cached_bytes(repo):
                 click.echo(
-                    f"Note: its downloaded files ({_size(size)}) stay in {hub.cache_folder()}; "
+                    f"Note: its downloaded files ({_size(size)}) stay in {cache.cache_folder()}; "
                     f"`hf cache rm model/{repo}` removes them",
                     err=True,
                 )
