@@ -1,6 +1,4 @@
-"""The errors that mlxdiff raises on purpose. Each message is one line that names the thing and the
-way out.
-"""
+"""The errors that mlxdiff raises on purpose: one line that names the thing and the way out."""
 
 from __future__ import annotations
 

@@ -274,9 +274,7 @@ class _Shelf:
     # The index
 
     def _read(self) -> dict[str, Any]:
-        """Read the index: question -> commit, fingerprint, checked. A damaged index counts as
-        empty.
-        """
+        """Read the index: request -> commit, fingerprint, checked; {} if it is damaged."""
         try:
             seen = json.loads(self._index.read_text(encoding="utf-8"))["seen"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -70,7 +70,7 @@ class Generator:
     @staticmethod
     def _blocks(words: np.ndarray) -> np.ndarray:
         """Apply Box-Muller in float32 to whole blocks. The remainder stays uniform."""
-        uniform = (words & np.uint32(0xFFFFFF)).astype(np.float32) * _U24
+        uniform: np.ndarray = (words & np.uint32(0xFFFFFF)).astype(np.float32) * _U24
         whole = uniform[: len(uniform) // _BLOCK * _BLOCK].reshape(-1, 2, _BLOCK // 2)
         radius = np.sqrt(np.float32(-2.0) * np.log(np.float32(1.0) - whole[:, 0]))
         angle = _TWO_PI * whole[:, 1]
@@ -88,13 +88,13 @@ class Generator:
         return radius * math.cos(angle)
 
     def _uniform53(self) -> float:
-        high, low = self._raw(2).tolist()
+        words: list[int] = self._raw(2).tolist()
+        high, low = words
         return ((high << 32 | low) & (2**53 - 1)) * 2.0**-53
 
 
 def add_noise(x0: Array, noise: Array, alphas_cumprod: float) -> Array:
-    """Sample q(x_t | x_0) = N(sqrt(a) x_0, (1 - a) I), where a is the product of (1 - beta) up to
-    t.
+    """Sample q(x_t | x_0) = N(sqrt(a) x_0, (1 - a) I). a is the product of (1 - beta) up to t.
 
     Args:
         x0, noise: arrays of the same shape, of either backend.

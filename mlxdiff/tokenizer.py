@@ -1,5 +1,4 @@
-"""CLIP's byte-pair tokenizer: text -> token ids, equal to those that the text encoders were trained
-on.
+"""CLIP's byte-pair tokenizer: text -> the token ids that the text encoders expect.
 
 Normalization: Unicode NFC, one space for each run of white space, lower case. A pattern then splits
 the text into words, single digits, English contractions and runs of signs. The UTF-8 bytes of each
@@ -166,9 +165,7 @@ class Tokenizer:
         )
 
     def token_id(self, token: str) -> int | None:
-        """Return the id of a token in the vocabulary's spelling (",</w>"), or None if it is
-        unknown.
-        """
+        """Return the id of a token in the vocabulary's spelling (",</w>"), or None."""
         index: int | None = self._backend.token_to_id(token)
         return index
 
@@ -415,9 +412,7 @@ def _contents(tokens: Iterable[Any]) -> set[str]:
 
 
 def _added_tokens(folder: Path, config: dict[str, Any], saved: Mapping[str, Any]) -> list[Any]:
-    """Return the tokens beside the vocabulary, by id. Update the special tokens of `config` from
-    them.
-    """
+    """Return the tokens beside the vocabulary, by id. Put them into `config` too."""
     added: dict[int, Any] = {}
     if "added_tokens_decoder" in config:
         where = folder / "tokenizer_config.json"

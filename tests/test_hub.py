@@ -1,4 +1,4 @@
-"""The hub: file selection, a hand-made cache, and downloads from a server with its protocol."""
+"""The hub: a hand-made cache, and downloads from a server with the hub's protocol."""
 
 from __future__ import annotations
 
@@ -13,70 +13,13 @@ from pathlib import Path
 
 import pytest
 from fake_hub import COMMIT, OTHER, Hub, digest_of, serve
+from hub_files import HALF, PLAIN, SD15, UNET, UNWANTED
 
 from mlxdiff.errors import HubError, UsageError
 from mlxdiff.store import hub
 from mlxdiff.store.cache import cache_folder
 from mlxdiff.store.hub import resolve
-from mlxdiff.store.reference import Reference, is_repo_id, parse
 from mlxdiff.store.selection import needed_files
-
-UNET, CLIP = "unet/diffusion_pytorch_model", "text_encoder/model"
-
-# A repo as published: stable-diffusion-v1-5, shortened, with all that is not wanted.
-SD15 = {
-    "model_index.json": json.dumps(
-        {
-            "_class_name": "StableDiffusionPipeline",
-            "feature_extractor": ["transformers", "CLIPImageProcessor"],
-            "image_encoder": [None, None],
-            "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
-            "scheduler": ["diffusers", "PNDMScheduler"],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
-        }
-    ),
-    "scheduler/scheduler_config.json": '{"of": "scheduler"}',
-    "tokenizer/vocab.json": '{"of": "vocab"}',
-    "tokenizer/merges.txt": "#version",
-    "tokenizer/special_tokens_map.json": '{"of": "map"}',
-    "tokenizer/tokenizer_config.json": '{"of": "tokenizer"}',
-    "text_encoder/config.json": '{"of": "text"}',
-    f"{CLIP}.safetensors": "clip",
-    f"{CLIP}.fp16.safetensors": "clip16",
-    "unet/config.json": '{"of": "unet"}',
-    f"{UNET}.safetensors": "unet" * 1000,
-    f"{UNET}.fp16.safetensors": "unet16" * 1000,
-    "vae/config.json": '{"of": "vae"}',
-    "vae/diffusion_pytorch_model.safetensors": "vae",
-}
-UNWANTED = dict.fromkeys(
-    [
-        ".gitattributes",
-        "README.md",
-        "v1-5-pruned.ckpt",
-        "v1-5-pruned.safetensors",
-        "feature_extractor/preprocessor_config.json",
-        "safety_checker/config.json",
-        "safety_checker/model.safetensors",
-        "text_encoder/pytorch_model.bin",
-        "text_encoder/flax_model.msgpack",
-        "text_encoder/model.onnx",
-        "text_encoder/openvino_model.bin",
-        f"{UNET}.bin",
-        f"{UNET}.fp16.bin",
-        f"{UNET}.non_ema.safetensors",
-        "unet/sub/config.json",
-        "vae_encoder/model.onnx",
-        "scheduler/notes.txt",
-        "tokenizer/README.md",
-    ],
-    "no",
-)
-PLAIN = sorted(set(SD15) - {f"{CLIP}.fp16.safetensors", f"{UNET}.fp16.safetensors"})
-HALF = sorted(set(SD15) - {f"{CLIP}.safetensors", f"{UNET}.safetensors"})
 
 
 @pytest.fixture(autouse=True)
@@ -109,106 +52,6 @@ def fill_cache(
         (folder / "refs" / ref).parent.mkdir(parents=True, exist_ok=True)
         (folder / "refs" / ref).write_text(commit)
     return snapshot
-
-
-# Names
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("org/name", True),
-        ("stabilityai/stable-diffusion-xl-base-1.0@refs/pr/1", True),
-        ("org/name@" + COMMIT, True),
-        ("o/n@v1.0-rc_2", True),
-        ("name", False),
-        ("a/b/c", False),
-        ("/a/b", False),
-        ("./models/x", False),
-        ("~/x", False),
-        ("../x", False),
-        ("org/name.", False),
-        ("org/-x", False),
-        ("org/a--b", False),
-        ("org/a..b", False),
-        ("org/name@", False),
-        ("org/name@../../x", False),
-        ("org/name@a//b", False),
-        ("org/name@/etc", False),
-        ("org/na me", False),
-        ("org/näme", False),
-        ("org/name\n", False),
-        ("", False),
-    ],
-)
-def test_is_repo_id(text: str, expected: bool) -> None:
-    assert is_repo_id(text) is expected
-    if not expected:
-        with pytest.raises(HubError, match="is not a model on the hub; expected org/name"):
-            resolve(text)
-
-
-# Which files
-
-
-def test_needed_files_only() -> None:
-    everything = [*SD15, *UNWANTED]
-    assert needed_files(everything) == HALF
-    assert needed_files(everything, "fp16") == HALF
-    assert needed_files(everything, "") == PLAIN
-    assert f"{UNET}.non_ema.safetensors" in needed_files(everything, "non_ema")
-    assert needed_files(everything, components=("vae",)) == [
-        "model_index.json",
-        "vae/config.json",
-        "vae/diffusion_pytorch_model.safetensors",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("index", "shards"),
-    [
-        (".safetensors.index.json", "-0000{}-of-00002.safetensors"),
-        (".safetensors.index.fp16.json", ".fp16-0000{}-of-00002.safetensors"),
-        (".safetensors.index.fp16.json", "-0000{}-of-00002.fp16.safetensors"),
-        (".safetensors.fp16.index.json", "-0000{}-of-00002.fp16.safetensors"),
-        (".fp16.safetensors.index.json", ".fp16-0000{}-of-00002.safetensors"),
-    ],
-)
-def test_shards_come_with_their_index(index: str, shards: str) -> None:
-    sharded = {UNET + index, *(UNET + shards.format(i) for i in (1, 2))}
-    files = {f for f in PLAIN if not f.startswith(UNET)} | sharded
-    assert sharded <= set(needed_files(files))
-    with pytest.raises(HubError, match="unet/ has no safetensors weights"):
-        needed_files(files - {UNET + index})
-
-
-def test_tokenizer_json_alone_suffices() -> None:
-    files = [f for f in PLAIN if "vocab" not in f and "merges" not in f]
-    assert "tokenizer/tokenizer.json" in needed_files([*files, "tokenizer/tokenizer.json"])
-    with pytest.raises(
-        HubError, match=r"tokenizer/ has no tokenizer\.json or merges.txt and vocab"
-    ):
-        needed_files(files)
-
-
-def test_repos_that_cannot_be_used() -> None:
-    for files, variant, message in (
-        (
-            ["a.safetensors", "README.md"],
-            None,
-            "no model_index.json",
-        ),
-        (
-            [f for f in PLAIN if f != f"{UNET}.safetensors"],
-            None,
-            "unet/ has no safetensors weights",
-        ),
-        ([f for f in PLAIN if f != "vae/config.json"], None, "vae/ has no config.json"),
-        ([*SD15], "bf16", r"no variant 'bf16' \(its variants: fp16\)"),
-    ):
-        with pytest.raises(HubError, match=message) as error:
-            needed_files(files, variant)
-        assert "\n" not in str(error.value)
 
 
 # The cache
@@ -475,25 +318,6 @@ def test_cached_copy_is_used_without_a_network(
 
 
 # Repos of other shapes
-
-
-def test_names_of_files_and_addresses() -> None:
-    page = "https://huggingface.co/org/name"
-    for text, revision, file in (
-        ("org/name/a.safetensors", "main", "a.safetensors"),
-        ("org/name/sub/a b (1).ckpt@v1", "v1", "sub/a b (1).ckpt"),
-        (page, "main", ""),
-        (f"{page}/tree/v1", "v1", ""),
-        (f"{page}/blob/main/a.safetensors?download=true", "main", "a.safetensors"),
-        ("https://hf.co/org/name/resolve/refs%2Fpr%2F1/x/a.ckpt", "refs/pr/1", "x/a.ckpt"),
-    ):
-        assert parse(text) == Reference("org/name", revision, file), text
-        assert parse(str(parse(text))) == parse(text)
-    for text in ("models/a.safetensors", "org/name/a.txt", "https://a.org/org/name", "/a/b.ckpt"):
-        assert parse(text) is None, text
-    assert parse("org/name", "v2") == Reference("org/name", "v2")
-    with pytest.raises(HubError, match="revision 'v1', but revision 'v2' is given too"):
-        parse("org/name@v1", "v2")
 
 
 def test_one_checkpoint_file(server: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:

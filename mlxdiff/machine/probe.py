@@ -39,9 +39,7 @@ def facts() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of the packages that compute, or None for a package that is not
-    installed.
-    """
+    """Return the versions of the packages that compute; None for missing packages."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in ("mlxdiff", "mlx", "numpy", "pillow", "tokenizers", "huggingface-hub"):
         try:
@@ -129,8 +127,7 @@ def blas() -> str:
 
 
 def matmul_rate(backend: Any, dtype: str, seconds: float = 0.3) -> float:
-    """Measure floating-point operations per second of a matrix product. A multiply-add counts as
-    two.
+    """Measure operations per second of a matrix product. A multiply-add counts as two.
 
     The size grows until one product takes a tenth of `seconds`. So a small processor does not wait
     long, and a large one is not measured by its overhead. Size 1024 is tried unless the size before

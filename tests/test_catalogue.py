@@ -27,7 +27,7 @@ UNETS = {
 
 
 def half_bytes(component: str) -> int:
-    """Bytes of a full-size component in float16."""
+    """Return the bytes of a full-size component in float16."""
     data = json.loads(gzip.decompress((NAMES / f"{component}.json.gz").read_bytes()))
     return 2 * sum(math.prod(shape) for shape in data["shapes"].values())
 
@@ -68,7 +68,8 @@ def test_expand(
     assert caplog.text == ""
     (tmp_path / "sd15").mkdir()
     assert expand("sd15") == "sd15"
-    assert f"the folder here is taken, not the well-known model ({repo})" in caplog.text
+    expected = f"using the local folder of this name, not the well-known model ({repo})"
+    assert expected in caplog.text
 
 
 def test_suggestion() -> None:
