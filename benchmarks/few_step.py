@@ -1,24 +1,24 @@
-"""How near to the exact solution the samplers come in few evaluations, on a really trained model.
+"""Measure the error of the samplers with few evaluations, on a trained model.
 
     python benchmarks/few_step.py --torch --cache FOLDER     # the built-in model
-    python benchmarks/few_step.py MODEL                      # another one, without diffusers
+    python benchmarks/few_step.py MODEL                      # another model, without diffusers
 
-Three questions, answered in docs/few_step.md (with matplotlib docs/few_step.png too):
+The results answer three questions in docs/few_step.md (with matplotlib docs/few_step.png too):
 
-1. For every sampler, number of evaluations and guidance scale: the root-mean-square difference of
-   the final latents from a fine solution of the probability-flow ODE from the same noise
-   (DPM-Solver++ 2M, 1000 steps even in t), in units of the latents' standard deviation; and the
-   share of pictures with everything that their prompt asks for, as
-   examples/train_builtin/checker.py sees it.
-2. What guidance in an interval and reuse of deep features cost and save, counted in whole
-   evaluations of the U-Net: a guided one is two, a shallow one its share of the multiply-adds.
-3. What `auto` should take where nothing was fitted: samplers and schedules beside one another.
+1. The error of every sampler, number of evaluations and guidance scale: the root-mean-square
+difference of the final latents from a fine solution of the probability-flow ODE from the same noise
+(DPM-Solver++ 2M, 1000 steps even in t), in units of the latents' standard deviation. Also the share
+of pictures that show everything in their prompt, by examples/train_builtin/checker.py.
+2. The cost and the error of guidance in an interval and of reused deep features. The unit of cost
+is one evaluation of the U-Net: a guided evaluation counts as two, a shallow one as its share of the
+multiply-adds.
+3. The best choice of `auto` for models without fitted numbers: samplers and schedules side by side.
 
-The prompts are the fixed ones of examples/train_builtin/evaluate.py, held-out ones among them. The
-other samplers are ours, which the goldens hold equal to diffusers' at every step
-(tests/test_samplers_goldens.py); "normal" is the spacing that the model's own file asks for.
---cache keeps every run, so that a second call, or one for more prompts, is cheap; several calls
-with one --guidance each may fill it at the same time.
+The prompts are the fixed ones of examples/train_builtin/evaluate.py, which include held-out ones.
+The other samplers are mlxdiff's, equal to diffusers' at every step
+(tests/test_samplers_goldens.py). "normal" is the spacing of the model's own file. --cache keeps
+every run, so a second call, or a call for more prompts, is cheap. Several calls with one --guidance
+each can fill it at the same time.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ METHODS = {
     "Euler": ("euler", "normal"),
 }
 OURS, DDIM, FULL = "mlxdiff (auto)", "DDIM", "DPM-Solver++ 2M"
-# What question 2 compares: steps, guidance interval, feature reuse.
+# Rows of question 2: steps, guidance interval, feature reuse.
 CHEAPER_AT = 4.0
 CHEAPER = (
     ("auto", 6, None, 1),
@@ -78,7 +78,7 @@ CHEAPER = (
     ("auto", 10, (0.0, 0.6), 1),
     ("auto", 12, None, 2),
 )
-# What question 3 compares, at the guidance scales above 1.
+# Rows of question 3, at guidance scales above 1.
 CANDIDATES = {
     "dpmpp-2m trailing": ("dpmpp-2m", "trailing"),
     "dpmpp-2m karras": ("dpmpp-2m", "karras"),
@@ -93,10 +93,10 @@ CHUNK = 4  # prompts computed and kept together
 
 
 class Runs:
-    """Final latents of runs over the fixed prompts, kept from call to call.
+    """Final latents of runs over the fixed prompts, kept between calls.
 
     Args:
-        args: of the command line.
+        args: arguments of the command line.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -122,7 +122,7 @@ class Runs:
         interval: tuple[float, float] | None = None,
         reuse: int = 1,
     ) -> np.ndarray:
-        """Final latents of all prompts, (B, h, w, C)."""
+        """Return the final latents of all prompts, (B, h, w, C)."""
         said = repr((self.fingerprint, plan.rows, plan.init_noise_sigma, guidance, interval, reuse))
         found = []
         for start in range(0, len(self.prompts), CHUNK):
@@ -156,7 +156,7 @@ class Runs:
         reuse: int,
         total: int,
     ) -> Callable[..., np.ndarray]:
-        """As mlxdiff/denoiser.py does for one picture, for many (tests hold it to that)."""
+        """Do for many pictures what mlxdiff's denoiser does for one. Tests compare the two."""
         pipe = self.network.pipe
         on, unet = pipe.backend, pipe.model.component("unet")
         text = np.concatenate([self.network.text(prompt) for prompt in prompts])
@@ -189,7 +189,7 @@ class Runs:
 
 
 def multiply_adds(network: teacher.Network, deep: list[np.ndarray] | None) -> int:
-    """Of one evaluation of the NumPy U-Net, in convolutions, linear maps and attention."""
+    """Count one evaluation of the NumPy U-Net, in convolutions, linear maps and attention."""
     counted = [0]
     layers: list[tuple[Any, str]] = [(Conv2d, "__call__"), (Linear, "__call__")]
     old = [getattr(holder, name) for holder, name in layers]
@@ -224,13 +224,13 @@ def multiply_adds(network: teacher.Network, deep: list[np.ndarray] | None) -> in
 
 
 def error(latents: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    """Root mean square over all pictures and of the middle picture, in the latents' deviation."""
+    """Return the root mean square over all pictures, and the median, in the latents' deviation."""
     each = teacher.distances(latents, reference)
     return {"error": float(np.sqrt((each**2).mean())), "median": float(np.median(each))}
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """All figures."""
+    """Compute all figures."""
     runs, started = Runs(args), time.time()
     found: dict[str, Any] = {
         "prompts": args.prompts,
@@ -290,9 +290,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def part_of_a_shallow_one(network: teacher.Network) -> float:
-    """What an evaluation on old deep features costs, a whole one being 1."""
+    """Return the cost of an evaluation on old deep features, relative to a full one."""
     if network.pipe.backend.name != "numpy":
-        raise SystemExit("few_step: counts the work of the NumPy network; take --backend numpy")
+        raise SystemExit("few_step counts the work of the NumPy network; use --backend numpy")
     deep: list[Any] = []
     whole = multiply_adds(network, deep)
     return multiply_adds(network, deep) / whole
@@ -301,7 +301,7 @@ def part_of_a_shallow_one(network: teacher.Network) -> float:
 def cheaper(
     runs: Runs, guidance: float, reference: np.ndarray, part: float
 ) -> list[dict[str, Any]]:
-    """Question 2 at a guidance scale: cost and error of every row of CHEAPER."""
+    """Answer question 2 at a guidance scale: cost and error of every row of CHEAPER."""
     rows = []
     for sampler, count, interval, reuse in CHEAPER:
         schedule = "auto" if sampler == "auto" else "normal"
@@ -347,7 +347,7 @@ def verdicts(found: dict[str, Any]) -> list[str]:
 
 
 def verdict_on_cost(found: dict[str, Any]) -> list[str]:
-    """Say which cheaper runs reach the error of 20 fully guided steps."""
+    """Name the cheapest row with at most the error of 20 fully guided steps."""
     lines = []
     for guidance, rows in found["cheaper"].items():
         methods = found["scales"][guidance]["methods"]
@@ -370,7 +370,7 @@ def verdict_on_cost(found: dict[str, Any]) -> list[str]:
 
 
 def described(row: dict[str, Any]) -> str:
-    """A row of CHEAPER as one would write it on the command line."""
+    """Return a row of CHEAPER as command-line options."""
     words = [row["sampler"], f"--steps {row['steps']}"]
     if row["interval"] is not None:
         words.append("--guidance-interval {:g},{:g}".format(*row["interval"]))
@@ -430,7 +430,7 @@ def _wrapped(text: str) -> list[str]:
 
 
 def report(found: dict[str, Any]) -> str:
-    """The text of docs/few_step.md."""
+    """Return the text of docs/few_step.md."""
     size = found["prompts"]
     exact = ", ".join(f"{100 * e['right']:.0f} % at {g}" for g, e in found["scales"].items())
     return "\n".join(
@@ -519,7 +519,7 @@ def _percent(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    """Error against evaluations, both logarithmic, one panel a guidance scale."""
+    """Plot error against evaluations on log axes, with one panel for each guidance scale."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -3,9 +3,9 @@
     python benchmarks/house.py                # this checkout
     python benchmarks/house.py ../old         # another one, such as a worktree of an older commit
 
-The floor of a file is the number of files in the longest chain of imports below it, itself
-included. An import from a lower to a higher room is one that closes a circle of rooms; a room is a
-file that lies flat in ``mlxdiff/``, or a folder. Imports inside functions count too.
+The floor of a file is the number of files in the longest chain of imports below it, with the file
+included. An import from a lower to a higher room closes a circle of rooms. A room is a folder, or a
+file that lies flat in ``mlxdiff/``. Imports inside functions count too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def modules(root: Path) -> dict[str, Path]:
-    """Dotted name -> file, of the package and of ``convert``."""
+    """Return dotted name -> file, for the package and ``convert``."""
     found = {}
     for folder, package in (("mlxdiff", "mlxdiff"), ("convert", "mlxdiff.convert")):
         for path in sorted((root / folder).rglob("*.py")):
@@ -33,7 +33,7 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def imports(name: str, path: Path, known: Iterable[str]) -> set[str]:
-    """Modules of ours that a file imports, wherever the statement stands; not those for types."""
+    """Return the package's own modules that a file imports anywhere, except imports for types."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     found: set[str] = set()
 
@@ -58,12 +58,12 @@ def imports(name: str, path: Path, known: Iterable[str]) -> set[str]:
 
 
 def room(name: str) -> str:
-    """The flat file or the folder that a module belongs to."""
+    """Return the flat file or the folder of a module."""
     return name.split(".")[1] if "." in name else "__init__"
 
 
 def floors(graph: Graph) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Floor of each node, and the arrows that close a circle (left out of the floors)."""
+    """Return the floor of each node, and the arrows that close a circle (not counted)."""
     level: dict[str, int] = {}
     upward: list[tuple[str, str]] = []
     way: list[str] = []
@@ -87,7 +87,7 @@ def floors(graph: Graph) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def code_lines(text: str) -> int:
-    """Lines that hold code: neither blank, nor comment, nor docstring."""
+    """Count the lines of code: no blank lines, comments or docstrings."""
     docs = {
         line
         for node in ast.walk(ast.parse(text))
@@ -107,7 +107,7 @@ def code_lines(text: str) -> int:
 
 
 def functions(paths: Mapping[str, Path]) -> list[tuple[str, Function]]:
-    """Every function with the module it stands in."""
+    """Return every function with its module."""
     return [
         (name, node)
         for name, path in paths.items()
@@ -117,7 +117,7 @@ def functions(paths: Mapping[str, Path]) -> list[tuple[str, Function]]:
 
 
 def length(function: Function) -> int:
-    """Lines of a function without its docstring."""
+    """Count the lines of a function without its docstring."""
     body = function.body
     size = (function.end_lineno or 0) - function.lineno + 1
     if ast.get_docstring(function) is not None:
@@ -126,14 +126,14 @@ def length(function: Function) -> int:
 
 
 def parameters(function: Function) -> int:
-    """Parameters that are written out, without self."""
+    """Count the named parameters without self."""
     spec = function.args
     names = [a.arg for a in (*spec.posonlyargs, *spec.args, *spec.kwonlyargs)]
     return len([name for name in names if name not in ("self", "cls")])
 
 
 def measure(root: Path) -> dict[str, str]:
-    """What this script prints, by name."""
+    """Return the figures of this script, by name."""
     paths = modules(root)
     graph = {name: imports(name, path, paths) for name, path in paths.items()}
     rooms: Graph = {room(name): set() for name in paths}

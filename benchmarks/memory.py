@@ -1,11 +1,11 @@
-"""Peak memory of whole pictures, measured against what mlxdiff expects beforehand.
+"""Compare the peak memory of whole pictures with mlxdiff's estimate.
 
     python benchmarks/memory.py [--model sd15] [--size 512] [--backend mlx] [--dtype float32]
         [--quantize BITS] [--low-memory]
 
-The model has the published sizes and random weights, made here tensor by tensor: nothing is
-downloaded. MLX counts its arrays; of NumPy the peak is that of the
-whole process. Prints one line a run, and one of JSON.
+The model has the published sizes and random weights, made here tensor by tensor. Nothing is
+downloaded. MLX counts its arrays. For NumPy the peak is that of the whole process. Prints one line
+for each run, and one line of JSON.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ SMALL = {"block_out_channels": [64, 128, 256, 256], "cross_attention_dim": 192}
 
 
 class RandomModel:
-    """A model of published sizes with random weights, as ``mlxdiff.store.folder.ModelSource``."""
+    """A model of published size with random weights; see ``mlxdiff.store.folder.ModelSource``."""
 
     def __init__(self, name: str) -> None:
         self.path, self.provenance = Path("random"), {"source": "random weights"}
@@ -97,7 +97,7 @@ class RandomModel:
 
 
 def random_values(name: str, shape: Shape) -> np.ndarray:
-    """Weights that keep activations near unit size; made of one short draw, which is quick."""
+    """Return weights that keep activations near unit size, repeated from one short, fast draw."""
     draw = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(8191, np.float32)
     draw *= 0.1 if len(shape) == 1 else math.prod(shape[1:]) ** -0.5
     draw += float(len(shape) == 1 and "norm" in name and name.endswith("weight"))
@@ -105,7 +105,7 @@ def random_values(name: str, shape: Shape) -> np.ndarray:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Draw a picture; what was expected, and what it took."""
+    """Draw a picture. Return the expected and the measured memory."""
     source: Any = RandomModel(options.model)
     if options.quantize:
         source = quantized_model(source, find_recipe(options.quantize))
@@ -115,7 +115,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     side = {"width": options.size, "height": options.size}
     settings = pipe.settings("a circle", steps=options.steps, guidance=5.0, **side)
     estimate = pipe.memory(settings)
-    # Stage by stage, as far as one process can tell: the peak so far after each.
+    # The peak so far after each stage. One process cannot separate the stages further.
     peaks: dict[str, int] = {}
     backend.reset_peak_memory()
     result = pipe.generate(

@@ -1,13 +1,13 @@
-"""Seconds for one step of a full-size Stable Diffusion U-Net: NumPy against diffusers.
+"""Time one step of a full-size Stable Diffusion U-Net: NumPy against diffusers.
 
     python benchmarks/numpy_unet_step.py [--model sd15] [--threads 1] [--size 64] [--batch 2]
         [--rounds 2] [--steps 2]
 
-Both compute the same step in float32, with the same random weights, made here: nothing is
-downloaded. They take turns, each in a process of its own with the same number of threads (so that a
-machine that is busy with something else slows down both alike), do a step to warm up, and then
-those that count. Wall time and CPU time are given for each; with one thread the CPU time is the
-steadier of the two. Prints a table and a line of JSON. Needs mlxdiff[parity] for the other side.
+Both sides compute the same step in float32 with the same random weights, made here. Nothing is
+downloaded. They take turns. Each runs in its own process with the same number of threads, so other
+load slows both alike. Each does one step to warm up, then the timed steps. The output gives wall
+time and CPU time; with one thread the CPU time is the more stable one. Prints a table and a line of
+JSON. diffusers needs mlxdiff[parity].
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import numpy as np
 from mlxdiff.networks.config import UNet2DConditionConfig
 from mlxdiff.networks.params import expected_parameters
 
-# What differs from diffusers' defaults in the published config of each model.
+# Differences of each published config from diffusers' defaults.
 MODELS: dict[str, dict[str, Any]] = {
     "sd15": {"cross_attention_dim": 768},
     "sdxl": {
@@ -53,7 +53,7 @@ THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB
 
 
 def weights(model: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Random weights in our layout that keep activations near unit size; the same at every call."""
+    """Return random weights in our layout that keep activations near unit size; always the same."""
     random = np.random.default_rng(0)
     config = UNet2DConditionConfig.from_dict(MODELS[model])
     for name, shape in expected_parameters(config).items():
@@ -67,7 +67,7 @@ def weights(model: str) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def inputs(model: str, size: int, batch: int) -> dict[str, np.ndarray]:
-    """Latents (B, size, size, 4), text states (B, 77, D) and, for SDXL, pooled text and sizes."""
+    """Return latents (B, size, size, 4), text states (B, 77, D); for SDXL, pooled text, sizes."""
     random = np.random.default_rng(1)
     width = MODELS[model]["cross_attention_dim"]
     given = {
@@ -115,7 +115,7 @@ def diffusers_step(model: str, size: int, batch: int) -> Callable[[], np.ndarray
 
 
 def measure(side: str, model: str, size: int, batch: int, steps: int, file: str) -> None:
-    """Time one side, in this process; write the output to the file, print the times as JSON."""
+    """Time one side in this process. Write the output to the file, print the times as JSON."""
     step = {"mlxdiff": mlxdiff_step, "diffusers": diffusers_step}[side](model, size, batch)
     np.save(file, step())
     walls, cpus = [], []
@@ -128,7 +128,7 @@ def measure(side: str, model: str, size: int, batch: int, steps: int, file: str)
 
 
 def take_turns(options: argparse.Namespace) -> dict[str, Any]:
-    """Run both sides, round by round. Returns what is printed as JSON."""
+    """Run both sides, round by round. Return the values of the JSON line."""
     environment = os.environ | dict.fromkeys(THREADS, str(options.threads))
     times: dict[str, dict[str, list[float]]] = {side: {"wall": [], "cpu": []} for side in SIDES}
     with tempfile.TemporaryDirectory() as folder:
@@ -181,7 +181,7 @@ def take_turns(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Name of the processor, as far as the system tells."""
+    """Return the name of the processor, as far as the system gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

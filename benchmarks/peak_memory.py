@@ -1,9 +1,10 @@
-"""Peak memory of a whole picture with low_memory, on MLX's own counter: full size, random weights.
+"""Measure the peak memory of a whole picture with low_memory, on MLX's own counter.
 
     python benchmarks/peak_memory.py sd15 [-q 4] [--size 512] [--steps 1] [--folder FOLDER]
 
-The model is made first (random_model.py) where FOLDER is not there. The peak of a run does not
-depend on the number of steps. Prints a table by stage, as far as it got, and a line of JSON.
+The model has full size and random weights. If FOLDER does not exist, random_model.py makes it
+first. The peak of a run does not depend on the number of steps. Prints a table by stage as the run
+proceeds, and a line of JSON.
 """
 
 from __future__ import annotations

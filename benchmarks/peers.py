@@ -1,20 +1,20 @@
-"""mlxdiff's MLX path beside mlx-examples' stable_diffusion: same weights, same MLX, one run.
+"""Compare mlxdiff's MLX path with mlx-examples' stable_diffusion: same weights, same MLX, one run.
 
     git clone https://github.com/ml-explore/mlx-examples
     python benchmarks/peers.py mlx-examples/stable_diffusion [--parts unet graph picture decode]
         [--threads 1] [--rounds 2] [--sizes 256 512]
 
-Stable Diffusion 1.5 at full size, random weights, float32; nothing is downloaded. The two take
-turns, each in a process of its own.
+Stable Diffusion 1.5 at full size, random weights, float32. Nothing is downloaded. The two sides
+take turns, each in its own process.
 
-unet     seconds of a step (64x64 latents, batch 2): wall and CPU, after one to warm up
-graph    nodes of a step's graph as a GPU would be given it: attention and layer norm one node each
+unet     seconds of a step (64x64 latents, batch 2): wall and CPU, after one warm-up step
+graph    nodes of a step's graph for a GPU: attention and layer norm are one node each
 picture  peak memory above the weights of a whole picture, 512x512, one step
 decode   peak memory above the weights of the VAE's decoder, at each of --sizes; then mlxdiff's
-         alone at 1024x1024, beside the other's derived from the size before, by pixels
+         alone at 1024x1024, with the other's scaled by pixels from the size before
 
-On Linux, preload a BLAS (LD_PRELOAD=libopenblas.so.0): the one in MLX's wheel is slow, and the
-figures would be its alone. Prints a table and a line of JSON.
+On Linux, preload a BLAS (LD_PRELOAD=libopenblas.so.0). The one in MLX's wheel is slow and would
+dominate the figures. Prints a table and a line of JSON.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ MODEL = "sd15"
 
 
 def inputs(size: int) -> tuple[Any, Any]:
-    """Latents (2, size, size, 4) and text states (2, 77, 768)."""
+    """Return latents (2, size, size, 4) and text states (2, 77, 768)."""
     import mlx.core as mx
 
     random = np.random.default_rng(1)
@@ -79,7 +79,7 @@ def our_step(size: int = 64) -> Callable[[], Any]:
 
     unet = our_network("unet")
     sample, states = inputs(size)
-    # What is made once for a run: keys and values, and the timestep's part of each resnet.
+    # Made once for a run: keys and values, and the timestep's part of each resnet.
     text, temb = unet.read(states), Condition(unet.embed(mx.array([501.0, 501.0])))
     unet.predict(sample, temb, text)
     mx.eval([made for condition in (text, temb) for _, made in condition._made.values()])
@@ -97,7 +97,7 @@ def their_network(component: str) -> Any:
             configs.UNetConfig(
                 num_attention_heads=(8,) * 4,
                 cross_attention_dim=(768,) * 4,
-                up_block_types=configs.UNetConfig.up_block_types[::-1],  # as its loader does
+                up_block_types=configs.UNetConfig.up_block_types[::-1],  # like its loader
             )
         )
         rename = model_io.map_unet_weights
@@ -117,7 +117,7 @@ def their_network(component: str) -> Any:
     for name, shape in expected_parameters(config(MODEL, component)).items():
         value = mx.array(random_tensor(name, shape))
         if value.ndim == 4:
-            value = value.transpose(0, 3, 1, 2)  # as in the files it reads
+            value = value.transpose(0, 3, 1, 2)  # as in its files
         for new, array in rename(name, value):
             array = mx.contiguous(array)
             mx.eval(array)
@@ -218,7 +218,7 @@ def measure_picture(side: str, file: str, size: int) -> dict[str, Any]:
     sd.tokenizer = None
     weights = held()
     mx.reset_peak_memory()
-    # As its txt2image.py, but for the deletions there: ours keeps its networks here too.
+    # Like its txt2image.py, without the deletions there: mlxdiff keeps its networks here too.
     for x in sd.generate_latents("a red circle", num_steps=1, seed=0):
         mx.eval(x)
     mx.eval(sd.decode(x))
@@ -321,7 +321,7 @@ def report(result: dict[str, Any]) -> None:
 
 
 def by_pixels(results: dict[str, Any]) -> None:
-    """The last decode's peak beside what the one before says of the other side's."""
+    """Return the last decode's peak, and the other side's peak scaled from the decode before."""
     (small, before), (large, last) = [x for x in results.items() if x[0].startswith("decode")][-2:]
     pixels = [int(name.split()[1]) ** 2 for name in (small, large)]
     theirs = before[SIDES[1]][0]["peak"] * pixels[1] / pixels[0] / 2**20

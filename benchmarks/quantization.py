@@ -1,14 +1,14 @@
-"""What quantization costs: pictures of the built-in model, and sizes of full-size models.
+"""Measure the cost of quantization: pictures of the built-in model, and sizes of full-size models.
 
     python benchmarks/quantization.py                 # the table of docs/quantization.md, and sizes
-    python benchmarks/quantization.py --sensitivity   # what rounding each kind of layer does
-    python benchmarks/quantization.py --sizes         # sizes alone: no weights are needed
+    python benchmarks/quantization.py --sensitivity   # the effect of rounding each kind of layer
+    python benchmarks/quantization.py --sizes         # sizes only: needs no weights
 
-For each recipe, against the same seeds drawn from the float32 model: PSNR of the 8-bit pictures
-(mean of the pictures' values, and the lowest tenth), PSNR of the latents after one step (Apple's
-measure, signal: the largest latent), and the share of pictures with everything that their prompt
-asks for, as examples/train_builtin/checker.py sees it. Prompts and seeds are the fixed ones of
-examples/train_builtin/evaluate.py, held-out ones among them.
+Each recipe is compared with the float32 model, with the same seeds: PSNR of the 8-bit pictures (the
+mean over pictures, and the lowest tenth), PSNR of the latents after one step (Apple's measure,
+where the signal is the largest latent), and the share of pictures that show everything in their
+prompt, by examples/train_builtin/checker.py. Prompts and seeds are the fixed ones of
+examples/train_builtin/evaluate.py, which include held-out ones.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ GUIDANCE, STEPS = 4.0, 12
 
 
 class Bench:
-    """The built-in model in float32, its pictures, and what becomes of them under other weights."""
+    """The built-in model in float32, its pictures, and its pictures with other weights."""
 
     def __init__(self, model: str | None, prompts: int, steps: int = STEPS) -> None:
         self.network = teacher.Network(model, backend="numpy")
@@ -69,7 +69,7 @@ class Bench:
         return self.network.pipe.model.component(name)
 
     def draw(self) -> tuple[np.ndarray, np.ndarray]:
-        """Latents after the first step, and the final ones."""
+        """Return the latents after the first step, and the final latents."""
         network, plan = self.network, self.plan
         network.embeddings.clear()
         x, state = np.float32(plan.init_noise_sigma) * self.noise, plan.start()
@@ -92,7 +92,7 @@ class Bench:
         return checker.score(list(pictures), self.prompts)["right"]
 
     def row(self, recipe: Recipe) -> dict[str, Any]:
-        """What a recipe does to the pictures."""
+        """Measure the effect of a recipe on the pictures."""
         source = quantized_model(convert.open_source(BUILTIN), recipe)
         tensors = {name: source.tensors(name) for name in self.parameters}
         rounded = {
@@ -116,7 +116,7 @@ class Bench:
 
 
 def psnr(pictures: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Of each picture, in dB; a picture that is the same to the bit counts as 60."""
+    """Return the PSNR of each picture in dB. An identical picture counts as 60."""
     error = ((pictures.astype(float) - reference) ** 2).mean((1, 2, 3))
     return np.minimum(60.0, 10 * np.log10(255**2 / np.maximum(error, 1e-9)))
 
@@ -131,7 +131,7 @@ KINDS = {
 
 
 def sensitivity(bench: Bench) -> None:
-    """Squared error of the final latents for each million weights, by place and kind."""
+    """Return the squared error of the final latents per million weights, by place and kind."""
     how, groups = Quantization(4), {}
     weights = bench.parameters["unet"]
     for name, weight in weights.items():
@@ -164,7 +164,7 @@ def text_config(width: int, layers: int, **more: Any) -> CLIPTextConfig:
 
 
 def full_size(model: str) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Shapes of all tensors of a published model, by component."""
+    """Return the shapes of all tensors of a published model, by component."""
     vae = {
         "_class_name": "AutoencoderKL",
         "block_out_channels": [128, 256, 512, 512],

@@ -1,9 +1,9 @@
-"""A full-size model with random weights, as a converted folder: what sizes and memory need.
+"""Make a full-size model with random weights as a converted folder, to measure size and memory.
 
     python benchmarks/random_model.py sd15|sdxl|x4-upscaler DEST [--dtype float16] [-q BITS]
 
-Nothing is downloaded: the configs are those that the published models have, the tokenizer is the
-built-in model's. The pictures are noise.
+Nothing is downloaded. The configs are the published ones. The tokenizer is the built-in model's.
+The pictures are noise.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ _UPSCALER_VAE = {
     "scaling_factor": 0.08333,
     "up_block_types": ["UpDecoderBlock2D"] * 3,
 }
-# What differs from diffusers' and transformers' defaults in the published configs.
+# Differences of the published configs from diffusers' and transformers' defaults.
 MODELS: dict[str, dict[str, dict[str, Any]]] = {
     "sd15": {
         "text_encoder": _CLIP,
@@ -113,7 +113,7 @@ _BUILTIN = Path(mlxdiff.__file__).parent / "builtin"
 
 
 def config(model: str, component: str) -> ComponentConfig:
-    """The config of a component of a model."""
+    """Return the config of a component of a model."""
     data = MODELS[model][component]
     if component == "unet":
         return UNet2DConditionConfig.from_dict(data)
@@ -123,7 +123,7 @@ def config(model: str, component: str) -> ComponentConfig:
 
 
 def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Values in our layout that keep activations near unit size; the same at every call."""
+    """Return values in our layout that keep activations near unit size; always the same."""
     random = np.random.default_rng(zlib.crc32(name.encode()))
     values = random.standard_normal(shape, np.float32)
     if len(shape) == 1:
@@ -201,7 +201,7 @@ class RandomModel:
 
 
 def make(model: str, dest: Path, dtype: str = "float16", quantize: str | None = None) -> Path:
-    """The folder of this model; made where it is not there yet."""
+    """Return the folder of this model. Make it if it does not exist."""
     if not dest.is_dir():
         source: ModelSource = RandomModel(model)
         recipe = None if quantize is None else find_recipe(quantize)

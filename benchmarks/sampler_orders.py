@@ -1,14 +1,13 @@
-"""Orders of accuracy of the ODE samplers, on data whose probability flow is known exactly.
+"""Measure the orders of accuracy of the ODE samplers, on data with a known probability flow.
 
     python benchmarks/sampler_orders.py    # prints slopes; with matplotlib docs/sampler_orders.png
 
-The data are a Gaussian, or a mixture of two, on the line. There the exact network is a formula, and
-so is the exact solution: the flow of a one-dimensional density keeps every particle at its
+The data are a Gaussian, or a mixture of two, on the line. Here the exact network is a formula. The
+exact solution is one too: the flow of a one-dimensional density keeps every particle at its
 quantile. Each sampler runs between two interior noise levels in n steps that are even in lambda =
-log(alpha / sigma), without the step to zero noise, in double precision; minus the slope of
-log(error) over log(n) is its order. Multistep methods begin with low order for want of earlier
-outputs; their first steps are put right by the exact solution, so that the slope is that of the
-method itself.
+log(alpha / sigma), without the step to zero noise, in double precision. The order is minus the
+slope of log(error) over log(n). Multistep methods start with low order because they have no earlier
+outputs. The exact solution corrects their first steps, so the slope is that of the method itself.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from mlxdiff.samplers.pndm import PNDM
 from mlxdiff.samplers.schedule import NoiseSchedule
 from mlxdiff.samplers.scheduler import Grid, Scheduler
 
-LAMBDAS = (-1.5, 1.5)  # sigma_karras 4.5 to 0.22: where a picture is made
+LAMBDAS = (-1.5, 1.5)  # sigma_karras 4.5 to 0.22: the range that decides a picture
 STEPS = (16, 24, 32, 48, 64, 96, 128)
 PARTICLES = np.linspace(0.02, 0.98, 25)  # quantiles
 
@@ -43,20 +42,20 @@ class Mixture:
     deviations: tuple[float, ...]
 
     def at(self, lam: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Weights, means and deviations of alpha * data + sigma * noise, each (1, components)."""
+        """Return weights, means, deviations of alpha * data + sigma * noise: (1, components)."""
         alpha, sigma = level(lam)
         spread = np.hypot(alpha * np.array(self.deviations), sigma)
         return np.array([self.weights]), alpha * np.array([self.means]), spread[None]
 
     def noise(self, x: np.ndarray, lam: float) -> np.ndarray:
-        """What the perfect network says, E[noise | x] = -sigma * score; (n,)."""
+        """Return the output of a perfect network, E[noise | x] = -sigma * score; (n,)."""
         weights, means, spread = self.at(lam)
         z = (x[:, None] - means) / spread
         density = weights / spread * np.exp(-0.5 * z * z)
         return level(lam)[1] * (density * z / spread).sum(1) / density.sum(1)
 
     def quantile(self, shares: np.ndarray, lam: float) -> np.ndarray:
-        """Where the shares of the particles lie, which is the exact flow; by bisection."""
+        """Return the quantiles of the particles, which are the exact flow; by bisection."""
         weights, means, spread = self.at(lam)
         low, high = np.full(len(shares), -20.0), np.full(len(shares), 20.0)
         erf = np.vectorize(math.erf)
@@ -74,7 +73,7 @@ TWO = Mixture((0.4, 0.6), (-0.9, 0.8), (0.45, 0.35))
 
 @dataclass(frozen=True)
 class Method:
-    """A sampler under test: label, id, order, arguments beyond the id's own, warm-up rows."""
+    """A sampler under test: label, id, order, extra arguments, warm-up rows."""
 
     label: str
     sampler: str
@@ -100,17 +99,17 @@ METHODS = (
     Method("unipc, order 3", "unipc", 4, (("solver_order", 3),), 3),
     Method("lms", "lms", 4, warm_up=3),
 )
-# First order by its own arguments; not a name of its own.
+# First order by its arguments; it has no id of its own.
 FIRST_ORDER = Method("dpmpp, order 1", "dpmpp-2m", 1, (("solver_order", 1),))
 
 
 def level(lam: float) -> tuple[float, float]:
-    """(alpha, sigma) at lambda."""
+    """Return (alpha, sigma) at lambda."""
     return 1 / math.sqrt(1 + math.exp(-2 * lam)), 1 / math.sqrt(1 + math.exp(2 * lam))
 
 
 def plan(method: Method, steps: int) -> tuple[Plan, np.ndarray]:
-    """The method's rows for `steps` steps, even in lambda, and the lambdas of the n + 1 levels."""
+    """Return the method's rows for `steps` steps, even in lambda, and lambda at each level."""
     sampler = samplers.SAMPLERS[method.sampler]
     scheduler = sampler.scheduler
     fixed = {**sampler.arguments, **dict(method.arguments)}
@@ -120,7 +119,7 @@ def plan(method: Method, steps: int) -> tuple[Plan, np.ndarray]:
     arguments = scheduler.read({}, fixed)
     lambdas = np.linspace(*LAMBDAS, steps + 1)
     grid = _grid(scheduler, lambdas)
-    if scheduler is PNDM:  # the second timestep comes twice
+    if scheduler is PNDM:  # the second timestep occurs twice
         times = np.concatenate([grid.timesteps[:2], grid.timesteps[1:]])
         grid = Grid(grid.schedule, times)
     rows = tuple(scheduler.rows(arguments, grid, 0, 0.0))
@@ -128,7 +127,7 @@ def plan(method: Method, steps: int) -> tuple[Plan, np.ndarray]:
 
 
 def _grid(scheduler: Scheduler, lambdas: np.ndarray) -> Grid:
-    """The levels, as a training schedule of their own and as sigmas."""
+    """Return the levels, as their own training schedule and as sigmas."""
     steps = len(lambdas) - 1
     schedule = NoiseSchedule(1 / (1 + np.exp(-2 * lambdas[::-1])), np.exp(-lambdas[::-1]))
     times = np.arange(steps, 0, -1)
@@ -143,7 +142,7 @@ def _grid(scheduler: Scheduler, lambdas: np.ndarray) -> Grid:
 
 
 def error(method: Method, data: Mixture, steps: int) -> float:
-    """Root-mean-square distance from the exact flow at the last level."""
+    """Return the root-mean-square distance from the exact flow at the last level."""
     run, lambdas = plan(method, steps)
     levels = [math.log(row.level[0] / row.level[1]) for row in run.rows]
     exponential = run.rows[0].input_scale == 1.0  # keeps x itself; the others keep x / alpha
@@ -160,7 +159,7 @@ def error(method: Method, data: Mixture, steps: int) -> float:
 
 
 def slope(errors: Sequence[float], steps: Sequence[int]) -> float:
-    """Minus the least-squares slope of log(error) over log(n)."""
+    """Return minus the least-squares slope of log(error) over log(n)."""
     return float(-np.polyfit(np.log(steps), np.log(errors), 1)[0])
 
 

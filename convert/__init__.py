@@ -1,15 +1,14 @@
-"""Pretrained weights -> a converted folder; imported as ``mlxdiff.convert``. No mlx, no torch.
+"""Convert pretrained weights. Import as ``mlxdiff.convert``. Needs no mlx and no torch.
 
     report = mlxdiff.convert.convert("stable-diffusion-v1-5/stable-diffusion-v1-5", "sd15")
 
-Stages: open the files (``checkpoint``), find out what they are (``detect``), give every tensor its
-name (``keymap``) and layout (``transforms``), check and write (``store.folder``), say what was
-done (``report``).
+Stages: open the files (``checkpoint``), detect the model (``detect``), map each tensor to its name
+(``keymap``) and layout (``transforms``), check and write (``store.folder``), report (``report``).
 """
 
 if __name__ != "mlxdiff.convert":
     raise ImportError(
-        "this folder is mlxdiff.convert: install mlxdiff (pip install -e .), import it by that name"
+        "this folder is mlxdiff.convert: install mlxdiff (pip install -e .), then import that name"
     )
 
 import os
@@ -64,27 +63,28 @@ def convert(
     group_size: int | None = None,
     recipe: str | None = None,
 ) -> Report:
-    """Convert a model; memory stays near the size of its largest tensor.
+    """Convert a model. Memory stays near the size of its largest tensor.
 
     Args:
-        source: diffusers folder, single file or hub id; a converted folder too, to change its
+        source: diffusers folder, single file or hub id; also a converted folder, to change its
             dtype.
-        dest: folder to write. Nothing is there after a failure or an interruption.
+        dest: folder to write. A failure or an interruption leaves nothing there.
         dtype: type of all weights: "float16", "bfloat16" or "float32".
         revision: branch, tag or commit on the hub.
-        variant: weights variant, "fp16" for example; None: with dtype float32 the plain files, else
-            as ``open_source`` does.
+        variant: weights variant, for example "fp16". None: the plain files for dtype float32, else
+            see ``open_source``.
         force: replace ``dest`` if it is a converted folder.
-        progress: called with bytes done, bytes in all, and what is being worked on; a download
-            from the hub is counted first, on its own.
-        config: for a single file: a diffusers or converted folder whose configs, scheduler and
-            tokenizer count, and whose weights stand in for parts that the file does not have.
-        prediction_type: for a single file: "epsilon", "v_prediction" or "sample", whatever it looks
-            like.
-        ema: for a single file: take the moving averages where there are both.
-        quantize: bits of a weight, as ``mlxdiff.store.recipes.find_recipe`` takes it; None: not.
-        group_size, recipe: its group size and kind.
-    Returns: what was done with every tensor.
+        progress: called with the bytes done, the total bytes, and the name of the current item. A
+            download from the hub counts separately, before the conversion.
+        config: for a single file: a diffusers or converted folder. Its configs, scheduler and
+            tokenizer are used, and its weights for parts that the file lacks.
+        prediction_type: for a single file: "epsilon", "v_prediction" or "sample". Overrides
+            detection.
+        ema: for a single file with both: use the moving averages, not the plain weights.
+        quantize: bits of a weight, see ``mlxdiff.store.recipes.find_recipe``; None for no
+            quantization.
+        group_size, recipe: group size and kind of the quantization.
+    Returns: the treatment of every tensor.
     Raises: UsageError, CheckpointError, ConfigError, HubError.
     """
     begin = time.perf_counter()
@@ -94,7 +94,7 @@ def convert(
     if quantize is not None:
         chosen = find_recipe(quantize, group_size, recipe)
     elif group_size is not None or recipe is not None:
-        raise UsageError("a group size or a recipe needs a number of bits (--quantize)")
+        raise UsageError("a group size or a recipe needs a number of bits; give --quantize BITS")
     check_dest(dest, force)
     if variant is None and dtype == "float32":
         variant = ""
@@ -107,10 +107,10 @@ def convert(
         prediction_type=prediction_type,
         ema=ema,
     )
-    model.documents()  # what is missing for a tokenizer is said before anything is read
+    model.documents()  # reports missing tokenizer files before any weights are read
     if chosen is None and is_quantized(model):
         raise UsageError(
-            f"{source}: is quantized already; convert the original to have it otherwise"
+            f"{source}: already quantized; convert the original to change its quantization or dtype"
         )
     target = model if chosen is None else quantized_model(model, chosen, dtype)
     to_write = sum(
@@ -149,7 +149,7 @@ def convert(
 
 
 def _hash(files: dict[str, Path], total: int, progress: Progress | None) -> dict[str, str]:
-    """sha256 of each file. ``total`` is what progress is to count up to, in bytes."""
+    """Return the sha256 of each file. ``total`` is the end of the progress count, in bytes."""
     done, digests = 0, {}
     for name, path in files.items():
 
@@ -196,16 +196,15 @@ def _component_report(model: Model, name: str, bytes_out: int) -> ComponentRepor
 def describe(
     path: str | os.PathLike[str], config: str | os.PathLike[str] | None = None
 ) -> dict[str, Any]:
-    """What a model holds, in plain JSON values; for `mlxdiff info`.
+    """Describe a model as plain JSON values, for `mlxdiff info`.
 
     Args:
         path: a converted folder, a diffusers folder, a single file or a hub id.
-        config: for a single file, as ``convert`` takes it.
+        config: for a single file, see ``convert``.
     Returns: kind ("converted", "diffusers" or "single file"), path, family, pipeline, resolution
-        (height, width in pixels; None where the config does not say), prediction_type, scheduler,
+        (height, width in pixels; None if the config does not give it), prediction_type, scheduler,
         parameters, bytes, components (class, tensors, parameters, bytes, bits_per_weight, dtypes of
-        each),
-        quantization (name of the recipe, where it is quantized), source, notes.
+        each), quantization (name of the recipe, only if quantized), source, notes.
     Raises: CheckpointError, ConfigError, HubError.
     """
     model = open_source(path, config=config)
@@ -242,10 +241,10 @@ def describe(
 
 
 def _bits(tensors: Collection[LazyTensor]) -> float:
-    """Stored bits for each value, scales and biases included."""
+    """Return the stored bits per value, with scales and biases included."""
     return round(8 * sum(t.nbytes for t in tensors) / sum(t.size for t in tensors), 2)
 
 
 def _kind(tensor: LazyTensor) -> str:
-    """How a tensor is stored: "F16", or "affine-4-64"."""
+    """Return the stored form of a tensor: "F16", or "affine-4-64"."""
     return str(tensor.quantization) if isinstance(tensor, QuantizedTensor) else tensor.dtype

@@ -1,4 +1,4 @@
-"""A diffusers folder as people have it, opened as a ModelSource with our names and layout."""
+"""Unconverted diffusers folders, opened as a ModelSource in our names and layout."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from mlxdiff.weights.tensors import (
     shard_files,
 )
 
-# Names that diffusers and transformers give to weights: stem, variant and index in all the orders
-# that their versions have used ("x.fp16.safetensors", "x.safetensors.index.fp16.json", ...).
+# Weight file names of diffusers and transformers. Their versions have used different orders of
+# stem, variant and index ("x.fp16.safetensors", "x.safetensors.index.fp16.json", ...).
 FORMS = ("safetensors", "bin")
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?P<a>\.[\w-]+?)?\.(?P<form>safetensors|bin)"
@@ -41,12 +41,12 @@ _SHARD = re.compile(r".*-\d{5}-of-\d{5}.*")
 
 @dataclass(frozen=True)
 class ComponentFiles:
-    """The weights of a component as they were found.
+    """The weight files of a component.
 
     Attributes:
         entry: the file, or the index of the shards.
-        tensors: the tensors under the names of the file.
-        mapped: what becomes of each.
+        tensors: the tensors under their names in the file.
+        mapped: the mapping to our parameters.
     """
 
     entry: Path
@@ -54,7 +54,7 @@ class ComponentFiles:
     mapped: Mapped
 
     def read(self, config: ComponentConfig) -> dict[str, LazyTensor]:
-        """The tensors with our names, in our layout."""
+        """Return the tensors in our names and layout."""
         shapes = expected_parameters(config)
         return {
             target: _transformed(self.tensors[use.source], use, shapes[target], self.entry)
@@ -63,7 +63,7 @@ class ComponentFiles:
 
 
 def open_component(entry: Path, component: str, config: ComponentConfig) -> ComponentFiles:
-    """Open the weights of a component and find every tensor its place. Raises: CheckpointError."""
+    """Open the weights of a component and map its tensors. Raises: CheckpointError."""
     refused: dict[str, str] = {}
     ignored: list[tuple[str, str]] = []
 
@@ -88,15 +88,15 @@ def map_component(
     where: str,
     refused: Mapping[str, str] | None = None,
 ) -> ComponentFiles:
-    """Find every tensor its place.
+    """Map each source tensor to a parameter.
 
     Args:
-        entry: the file that they are from.
-        tensors: all that the file has of this component.
-        layout: how their names are spelled.
-        config: the component's.
-        where: what messages call it.
-        refused: what the file has among the tensors that is none, as PickleFile says.
+        entry: the file of the tensors.
+        tensors: all tensors of this component in the file.
+        layout: spelling of their names.
+        config: config of the component.
+        where: name of the component in messages.
+        refused: values among the tensors that are not readable tensors, see PickleFile.
     Raises: CheckpointError.
     """
     expected = expected_parameters(config)
@@ -127,18 +127,18 @@ def map_component(
 
 
 class DiffusersFolder(ModelFolder):
-    """An unconverted diffusers folder. Opening it checks everything that headers can tell.
+    """An unconverted diffusers folder. Opening it checks everything that the headers show.
 
     Args:
         path: the folder.
-        name: what the provenance calls it; default: the folder's own name.
-        revision: of the hub repository that it comes from.
-        variant: weights variant to take.
-        prefer: variants to look for, in this order, where none was asked for ("" is none).
-        without: components whose weights come from elsewhere; only their configs are read.
+        name: name of the source in the provenance. Default: the name of the folder.
+        revision: revision on the hub.
+        variant: weights variant.
+        prefer: order of variants to look for if ``variant`` is None ("" is no variant).
+        without: components whose weights come from elsewhere. Only their configs are read.
     Attributes:
-        files: component -> its weights as found.
-        notes: what was left out or done otherwise than asked, one line each.
+        files: component -> its weight files.
+        notes: omissions and substitutions, one line each.
     Raises: CheckpointError, ConfigError.
     """
 
@@ -172,14 +172,14 @@ class DiffusersFolder(ModelFolder):
         return self.files[component].read(self.config(component))
 
     def source_files(self) -> dict[str, Path]:
-        """Every file that the model is read from: relative name -> path."""
+        """Return every file that the model is read from: relative name -> path."""
         paths = list(self.document_paths().values())
         for files in self.files.values():
             paths += shard_files(files.entry)
         return {path.relative_to(self.path).as_posix(): path for path in sorted(paths)}
 
     def documents(self) -> dict[str, bytes]:
-        """As ModelFolder; what is left out is struck from model_index.json."""
+        """See ModelFolder. Parts that are not converted become [null, null] in model_index.json."""
         index = {
             part: [None, None] if part in detect.SKIPPED and isinstance(entry, list) else entry
             for part, entry in self.model_index.items()
@@ -189,7 +189,7 @@ class DiffusersFolder(ModelFolder):
 
 
 def _transformed(tensor: LazyTensor, use: Use, shape: Shape, where: Path) -> LazyTensor:
-    """The tensor in our layout; reading it makes sure that all its values are finite."""
+    """Return the tensor in our layout. Reading it checks that all values are finite."""
 
     def read() -> np.ndarray:
         values = tensor.read()
@@ -197,7 +197,8 @@ def _transformed(tensor: LazyTensor, use: Use, shape: Shape, where: Path) -> Laz
             count = values.size - int(np.isfinite(values).sum())
             raise CheckpointError(
                 f"{where}: {use.source} holds {count} values that are NaN or infinite; "
-                "the file is damaged or was saved from a failed training"
+                "the file is damaged or comes from a failed training; download it again or use "
+                "another"
             )
         return use.transform.forward(values)
 
@@ -205,7 +206,7 @@ def _transformed(tensor: LazyTensor, use: Use, shape: Shape, where: Path) -> Laz
 
 
 def all_finite(values: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite. For float16 by its bits: three times as fast."""
+    """Return True if no value is NaN or infinite. float16 bits are checked, 3 times as fast."""
     if values.dtype == np.float16:
         return not ((values.view(np.uint16) & 0x7C00) == 0x7C00).any()
     return bool(np.isfinite(values).all())
@@ -214,26 +215,27 @@ def all_finite(values: np.ndarray) -> bool:
 def find_weights(
     path: Path, folders: Mapping[str, Path], variant: str | None, prefer: tuple[str, ...]
 ) -> tuple[dict[str, Path], tuple[str, ...]]:
-    """The weights of each component.
+    """Find the weights of each component.
 
-    Of a variant, safetensors come before PyTorch's pickles; where none was asked for, all preferred
-    variants of the one come before those of the other. A component without the variant asked for
-    gives its plain file; one that has none of the preferred variants gives what it has. All of
-    this is noted.
+    For one variant, safetensors files come before PyTorch's pickles. If no variant is requested,
+    all preferred variants in safetensors come before those in pickles. A component without the
+    requested variant gives its plain file. A component without a preferred variant gives any
+    variant that it has. Notes report each substitution.
 
     Args:
         path: the model, for messages.
-        folders: component -> where its weights lie.
-        variant, prefer: as ``DiffusersFolder`` takes them.
+        folders: component -> folder of its weights.
+        variant, prefer: see ``DiffusersFolder``.
     Returns: component -> file or index; notes.
-    Raises: CheckpointError where a component has no weights, or none has the variant asked for.
+    Raises: CheckpointError if a component has no weights, or no component has the requested
+        variant.
     """
     found = {name: _variants(folder) for name, folder in folders.items()}
     known = sorted({v for there in found.values() for _, v in there})
     if variant is not None and variant not in known:
         raise CheckpointError(
             f"{path}: no weights of variant {variant!r}; "
-            f"variants there: {', '.join(filter(None, known)) or 'none'}"
+            f"its variants: {', '.join(filter(None, known)) or 'none'}"
         )
     if variant is None:
         order = [(form, v) for form in FORMS for v in prefer]
@@ -249,21 +251,21 @@ def find_weights(
         chosen[name] = there[form, take]
         if take != wanted and (variant is not None or take):
             lacks, takes = (f"{v} variant" if v else "plain file" for v in (wanted, take))
-            notes.append(f"{name}: has no {lacks}; its {takes} was taken")
+            notes.append(f"{name}: has no {lacks}; its {takes} is used")
         if form == "bin":
-            notes.append(f"{name}: has no safetensors; its pickle was read, and nothing in it run")
+            notes.append(f"{name}: has no safetensors; its pickle was read without running it")
     return chosen, tuple(notes)
 
 
 def _variants(folder: Path) -> dict[tuple[str, str], Path]:
-    """Form and variant ("" for none) -> file or index of the weights in a component's folder."""
+    """Return (form, variant or "") -> file or index of the weights in a component's folder."""
     result: dict[tuple[str, str], Path] = {}
     for file in sorted(folder.iterdir()):
         match = _WEIGHTS.fullmatch(file.name)
         if match is None or _SHARD.fullmatch(file.name) or not file.is_file():
             continue
         variant = "".join(part[1:] for part in match.group("a", "b", "c") if part)
-        # One file and an index may both be there; diffusers takes the one file.
+        # If a folder has both one file and an index, diffusers takes the file.
         if (match["form"], variant) not in result or file.suffix != ".json":
             result[match["form"], variant] = file
     return result
@@ -273,15 +275,16 @@ def _no_weights(folder: Path) -> CheckpointError:
     names = [p.name for p in sorted(folder.iterdir())]
     if shards := [n for n in names if n.endswith((".safetensors", ".bin")) and _SHARD.fullmatch(n)]:
         return CheckpointError(
-            f"{folder}: has the shard {shards[0]}, but no index of the shards (.index.json)"
+            f"{folder}: has the shard {shards[0]}, but no index of the shards; download its "
+            ".index.json"
         )
     if others := [n for n in names if n.endswith((".safetensors", *SUFFIXES))]:
         return CheckpointError(
-            f"{folder}: has {others[0]}, but no weights under a name of diffusers or transformers "
-            "(diffusion_pytorch_model.safetensors, model.safetensors, or the same as .bin)"
+            f"{folder}: has {others[0]}, but no weights under a name of diffusers or transformers; "
+            "rename it (diffusion_pytorch_model.safetensors, model.safetensors, or .bin)"
         )
     if any(n.endswith((".msgpack", ".onnx", ".h5", ".pb")) for n in names):
         return CheckpointError(
-            f"{folder}: has no PyTorch weights; take the safetensors files of the model"
+            f"{folder}: has no PyTorch weights; use the safetensors files of the model"
         )
-    return CheckpointError(f"{folder}: has no weights (expected a .safetensors file)")
+    return CheckpointError(f"{folder}: has no weights; expected a .safetensors file")

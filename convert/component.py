@@ -1,4 +1,4 @@
-"""A network that does not come with its model: in a folder of its own, or that of another model."""
+"""Networks that come without a model: in their own folder, or in the folder of another model."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from mlxdiff.machine.disk import read_json
 from mlxdiff.networks.config import ComponentConfig, read_vae
 from mlxdiff.store import catalogue, hub
 from mlxdiff.store.folder import Progress
+from mlxdiff.store.reference import parse
 from mlxdiff.weights.tensors import LazyTensor
 
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
@@ -25,9 +26,9 @@ class Component:
     """A network that can be loaded.
 
     Attributes:
-        config: what it is, a config of mlxdiff.networks.config.
-        tensors: gives its tensors, with our names and layout, complete and checked; the caller's to
-            pop.
+        config: its config, from mlxdiff.networks.config.
+        tensors: returns its tensors in our names and layout, complete and checked. The caller may
+            change the dict.
         provenance: source and, from the hub, revision.
     """
 
@@ -45,7 +46,7 @@ def open_vae(
 
     Args:
         path: an AutoencoderKL or AutoencoderTiny (folder with config.json and weights, hub id or
-            short name), or a whole model, whose VAE is taken.
+            short name), or a whole model, whose VAE is used.
         variant: weights variant.
         progress: called while files are fetched.
     Raises: CheckpointError, ConfigError, HubError.
@@ -65,16 +66,16 @@ def find_component(
     variant: str | None = None,
     progress: Progress | None = None,
 ) -> tuple[Path, dict[str, Any]]:
-    """Where the files of one network are, fetched if need be, and its provenance.
+    """Return the path of a network's files, fetched if necessary, and its provenance.
 
     Args:
-        path: a folder or file, a hub id (of the network, of a model with a folder of this name, or
-            of a file) or a short name.
-        component: name of its folder in a whole model.
+        path: a folder or file, a short name, or a hub id (of the network, of one file, or of a
+            model with a folder of this name).
+        component: name of the folder in a whole model.
     """
     path = catalogue.expand(path)
     folder = Path(path)
-    reference = None if folder.exists() else hub.parse(str(path))
+    reference = None if folder.exists() else parse(str(path))
     if reference is None:
         return folder, {"source": folder.resolve().name}
     if reference.file:
@@ -88,7 +89,7 @@ def find_component(
 
 
 def read_component_config(folder: Path, classes: tuple[str, ...], what: str) -> dict[str, Any]:
-    """The config.json of a network of one of these classes. Raises: CheckpointError."""
+    """Read a network's config.json. Raises: CheckpointError if it has none of these classes."""
     data = read_json(folder / "config.json")
     found = data.get("_class_name") or (data.get("architectures") or ["component"])[0]
     if found not in classes:
@@ -105,7 +106,7 @@ def open_folder_of(
     provenance: dict[str, Any],
     variant: str | None = None,
 ) -> Component:
-    """A network in diffusers' form: a folder with weights beside its config.json."""
+    """Open a network in diffusers' form: a folder with config.json and weights."""
     whole = folder.resolve()
     entries, _ = find_weights(whole.parent, {whole.name: whole}, variant, ("", "fp16"))
     files = open_component(entries[whole.name], component, config)

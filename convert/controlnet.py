@@ -1,4 +1,4 @@
-"""A ControlNet as people have it: diffusers' folder, or one file in either naming."""
+"""ControlNets in either form: a diffusers folder, or one file in one of two namings."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from mlxdiff.weights.tensors import LazyTensor
 logger = logging.getLogger("mlxdiff")
 
 _PREFIX = "control_model."
-# Files that are called ControlNets and hold something else, by the names in them.
+# Tensor name prefix -> kind of a file that is called a ControlNet but is none.
 _OTHERS = {
     "lora_controlnet": "a Control-LoRA, which is not supported",
-    "difference": "the difference to a model's U-Net, not the ControlNet itself",
+    "difference": "the difference to a model's U-Net, not a whole ControlNet",
     "control_type_proj": "a ControlNet-Union, which is not supported",
     "lllite": "a ControlNet-LLLite, which is not supported",
     "body.": "a T2I-Adapter, which is not supported",
@@ -48,10 +48,10 @@ def open_controlnet(
     """Open a ControlNet for a model.
 
     Args:
-        path: a folder as diffusers writes it, one file (safetensors or PyTorch's format; in the
-            naming of the original code, alone or inside a whole model, or in diffusers'), or a hub
-            id of either.
-        unet: config of the model's U-Net. One file says nothing of its heads: they are the model's.
+        path: a diffusers folder, one file (safetensors or PyTorch's format; in the original code's
+            naming, alone or in a whole model, or in diffusers' naming), or a hub id of either.
+        unet: config of the model's U-Net. A single file does not give the number of heads, so it
+            comes from the model.
         variant: weights variant.
         progress: called while files are fetched.
     Raises: CheckpointError, ConfigError, HubError.
@@ -82,7 +82,7 @@ def _open_file(path: Path, unet: UNet2DConditionConfig, provenance: dict[str, An
         structure = controlnet_structure(shapes)
     except Unrepresentable as error:
         raise CheckpointError(
-            f"{path}: is a ControlNet of a structure that is not known ({error})"
+            f"{path}: is a ControlNet of an unknown structure ({error}); use a diffusers folder"
         ) from None
     config = _config_of(structure, unet, path)
     refused = file.refused if isinstance(file, PickleFile) else {}
@@ -92,7 +92,7 @@ def _open_file(path: Path, unet: UNet2DConditionConfig, provenance: dict[str, An
 
 
 def _section(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """The ControlNet's tensors without their prefix; a whole model may stand around it."""
+    """Return the ControlNet's tensors without their prefix. The file may hold a whole model."""
     inside = {
         name.removeprefix(_PREFIX): tensor
         for name, tensor in tensors.items()
@@ -104,7 +104,7 @@ def _section(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
 def _config_of(
     structure: dict[str, Any], unet: UNet2DConditionConfig, path: Path
 ) -> ControlNetConfig:
-    """What the shapes say, and the model's heads."""
+    """Combine the structure from the shapes with the model's heads."""
     if tuple(structure["block_out_channels"]) != unet.block_out_channels:
         raise _other_family(str(path), structure["block_out_channels"], unet.block_out_channels)
     heads = list(unet.num_attention_heads)
@@ -124,15 +124,18 @@ def _config_of(
         str(path),
     )
     same = {name: getattr(unet, name) for name in ("flip_sin_to_cos", "freq_shift")}
-    # Shapes do not tell it; the published one (control_v11e_sd15_shuffle) is known by its name.
+    # The shapes do not show this. The published model (control_v11e_sd15_shuffle) has the name.
     pooled = "shuffle" in path.name.lower()
     if pooled:
-        logger.warning("%s: taken for a shuffle ControlNet by its name (global average)", path.name)
+        logger.warning(
+            "%s: its name says shuffle, so it is used as a shuffle ControlNet (global average)",
+            path.name,
+        )
     return replace(config, **same, global_pool_conditions=pooled)
 
 
 def _check_fit(config: Any, unet: UNet2DConditionConfig, where: str) -> None:
-    """Refuse what was made for another kind of model: what it adds must fit into the U-Net."""
+    """Refuse a ControlNet for another kind of model. Its outputs must fit the U-Net."""
     for name in ("block_out_channels", "layers_per_block"):
         if getattr(config, name) != getattr(unet, name):
             raise _other_family(where, getattr(config, name), getattr(unet, name))
@@ -177,7 +180,7 @@ def _looks_like(tensors: Mapping[str, LazyTensor]) -> str:
 def _not_a_controlnet(path: Path) -> CheckpointError:
     if not path.exists():
         return CheckpointError(
-            f"{path}: no such file or folder, and no hub id (org/name); give a ControlNet: a "
+            f"{path}: no such file or folder, and not a hub id (org/name); give a ControlNet: a "
             "folder with config.json, one file, or a hub id"
         )
     what = "is a whole model" if (path / "model_index.json").is_file() else "has no config.json"

@@ -1,4 +1,4 @@
-"""What a path holds: which pipeline and family or, where it is no model, what it looks like."""
+"""Detect the kind of a path: pipeline and family of a model, or a description of other files."""
 
 from __future__ import annotations
 
@@ -36,12 +36,11 @@ _UPSCALE = "StableDiffusionUpscalePipeline"
 
 _REFUSED_PIPELINES = {
     "StableDiffusionLatentUpscalePipeline": (
-        "the latent upscaler (sd-x2-latent-upscaler) is a U-Net of another kind, K-diffusion's, "
-        "which is not supported; for a larger picture take the x4 upscaler (-m x4-upscaler) or "
-        "--hires 2"
+        "the latent upscaler (sd-x2-latent-upscaler) has K-diffusion's U-Net, which is not "
+        "supported; for a larger picture use the x4 upscaler (-m x4-upscaler) or --hires 2"
     ),
 }
-"""Pipeline classes that are near to ours, and what is said of them."""
+"""Similar pipeline classes that are not supported -> reason and way out."""
 
 CLASSES: dict[str, tuple[str, ...]] = {
     "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
@@ -50,20 +49,20 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "vae": ("AutoencoderKL", "AutoencoderTiny"),
     LOW_RES_SCHEDULER: ("DDPMScheduler",),
 }
-"""Classes that each component may have."""
+"""Component -> supported classes."""
 
 _IN_ROOT = {"unet": "config.json", "scheduler": "scheduler_config.json"}
-"""Files of a part that the first pixel-space models have in the root, without a folder."""
+"""Part -> its file in the root of the first pixel-space models, which have no folders."""
 
 SKIPPED: dict[str, str] = {
-    "safety_checker": "a picture classifier; it has no part in making the picture",
+    "safety_checker": "a picture classifier; it does not draw",
     "feature_extractor": "belongs to the safety checker or an image encoder",
-    "image_encoder": "only IP-Adapters use it; they bring their own",
+    "image_encoder": "only IP-Adapters use one, and they have their own",
 }
-"""Parts of a folder that are not converted, and why."""
+"""Part that is not converted -> reason."""
 
-# What a file is that cannot be drawn with, told by the names in it: any that matches as a whole.
-# The first hit decides. Some stand bare or under the prefix of a whole model.
+# (pattern, kind) of files that are not models. The first pattern that matches any whole tensor
+# name decides. Some names occur bare and under the prefix of a whole model.
 _IN = r"(?:model\.(?:diffusion_model\.)?)?"
 _REFUSED: tuple[tuple[str, str], ...] = (
     (
@@ -103,7 +102,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         rf"{_IN}(?:[xyt]_embedder|t_block|csize_embedder|adaln_single|caption_projection"
         r"|cap_embedder|cond_seq_linear|double_layers\.\d+|final_layer|(?:blocks|layers|transformer"
         r"_blocks)\.\d+\.(?:adaLN_modulation|cross_attn|scale_shift_table))(?:\..+)?",
-        "a diffusion transformer (DiT, PixArt, Sana, AuraFlow, Lumina or kin)",
+        "a diffusion transformer (DiT, PixArt, Sana, AuraFlow, Lumina or similar)",
     ),
     (r"(?:noise_augmentor|embedder\.model)\..+", "an unCLIP model (it starts from an image)"),
     (r"depth_model\..+", "a depth-to-image model"),
@@ -116,7 +115,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     (r"edm_vpred\..+", "CosXL (trained with EDM's noise, which is not supported)"),
     (
         r"cond_stage_model\.transformer\.(?:attn_layers|token_emb)\..+",
-        "a latent diffusion model of before Stable Diffusion (with a BERT text encoder)",
+        "a latent diffusion model older than Stable Diffusion (with a BERT text encoder)",
     ),
     (
         r"encoder_hid_proj\..+|add_embedding\.(?:image|text|norm1)_?.*\..+",
@@ -124,16 +123,16 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     ),
     (r"(?:model\.1\.sub|body)\.\d+\.(?:RDB|rdb)\d\..+", "an ESRGAN upscaler"),
 )
-# The same, by the channels that an LDM U-Net takes.
+# Input channels of an LDM U-Net -> kind.
 _CHANNELS = {5: "a depth-to-image model"}
-# Parts of models.
+# (pattern, kind) of parts of models.
 _PARTS: tuple[tuple[str, str], ...] = (
     (r"model\.diffusion_model\..+", "a whole model in one file (LDM naming)"),
     (r"(?:input_blocks|middle_block)\..+", "a U-Net in LDM naming, alone"),
     (r"(?:down_blocks|mid_block)\..+", "a U-Net in diffusers naming, alone"),
     (
         r"(?:first_stage_model\.)?(?:encoder|decoder)\.(?:conv_in|mid)\..+",
-        "a VAE, alone (--vae takes the folder of one, with its config.json)",
+        "a VAE, alone (for --vae, give its folder with its config.json)",
     ),
     (
         r"(?:(?:en|de)coder\.)?layers\.\d+\.conv\..+|(?:taesd_)?(?:en|de)coder\.\d+\..+",
@@ -150,14 +149,13 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def check_model_index(index: Mapping[str, Any], path: Path) -> tuple[str, ...]:
-    """Hold model_index.json against what we can open.
+    """Check that mlxdiff can open the model that model_index.json describes.
 
     Args:
         index: its content.
         path: the folder, for messages.
-    Returns: what was left out and why, one line each.
-    Raises: CheckpointError for a pipeline, a part or a class that we do not know, or a part that is
-        missing.
+    Returns: the omitted parts with the reasons, one line each.
+    Raises: CheckpointError for an unknown pipeline, part or class, or for a missing part.
     """
     pipeline = index.get("_class_name")
     if words := _REFUSED_PIPELINES.get(str(pipeline)):
@@ -168,22 +166,22 @@ def check_model_index(index: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     notes = []
     unet = index.get("unet")
     pixels = isinstance(unet, list) and unet[1:] == ["UNet2DModel"]
-    # What is no list is a setting of the pipeline, force_zeros_for_empty_prompt for example.
+    # Entries that are not lists are pipeline settings, for example force_zeros_for_empty_prompt.
     parts = {k: v for k, v in index.items() if isinstance(v, list) and not k.startswith("_")}
     for part, entry in parts.items():
         if len(entry) != 2 or not all(v is None or isinstance(v, str) for v in entry):
-            raise CheckpointError(f"{path}: model_index.json has {part} = {entry!r}")
+            raise CheckpointError(
+                f"{path}: model_index.json has {part} = {entry!r}; expected [library, class]"
+            )
         class_name = entry[1]
         if class_name is None:
             continue
         if part in SKIPPED:
-            notes.append(f"{part} left out: {SKIPPED[part]}")
+            notes.append(f"{part} omitted: {SKIPPED[part]}")
             continue
         known = (*COMPONENTS, *TOKENIZERS, "scheduler")
         if part not in known and (part, pipeline) != (LOW_RES_SCHEDULER, _UPSCALE):
-            raise CheckpointError(
-                f"{path}: has a part that is not supported: {part} ({class_name})"
-            )
+            raise CheckpointError(f"{path}: has an unsupported part: {part} ({class_name})")
         if class_name not in CLASSES.get(part, (class_name,)):
             raise CheckpointError(
                 f"{path}: {part} is a {class_name}, which is not supported; "
@@ -204,8 +202,8 @@ def check_model_index(index: Mapping[str, Any], path: Path) -> tuple[str, ...]:
             needed.add("text_encoder")
     elif more := sorted(present - needed - set(SKIPPED)):
         raise CheckpointError(
-            f"{path}: has {' and '.join(more)} beside a UNet2DModel; supported is a UNet2DModel "
-            "with a scheduler alone"
+            f"{path}: has {' and '.join(more)} beside a UNet2DModel; supported: a UNet2DModel and "
+            "a scheduler only"
         )
     for encoder, tokenizer in zip(COMPONENTS, TOKENIZERS, strict=False):
         if encoder in present:
@@ -216,11 +214,11 @@ def check_model_index(index: Mapping[str, Any], path: Path) -> tuple[str, ...]:
 
 
 def family(configs: Mapping[str, ComponentConfig]) -> str:
-    """The family of a model, by its parts: "sd1", "sd2", "sdxl", "sdxl-refiner" or "ddpm".
+    """Return the family of a model from its parts: "sd1", "sd2", "sdxl", "sdxl-refiner" or "ddpm".
 
-    A UNet2DModel is a model of its own ("ddpm"). SDXL's U-Net has the text_time embedding; its
-    refiner has no first text encoder. Of the others, version 2 has OpenCLIP's text encoder (gelu),
-    version 1 OpenAI's (quick_gelu).
+    A UNet2DModel means "ddpm". SDXL's U-Net has the text_time embedding; the refiner has no first
+    text encoder. Of the others, version 2 has OpenCLIP's text encoder (gelu), version 1 OpenAI's
+    (quick_gelu).
     """
     unet: Any = configs["unet"]
     if isinstance(unet, UNet2DConfig):
@@ -232,7 +230,7 @@ def family(configs: Mapping[str, ComponentConfig]) -> str:
 
 
 def refused(tensors: Mapping[str, LazyTensor]) -> str | None:
-    """What a file is, in words, that is known not to be a model of ours; None for all else."""
+    """Describe a file that is known not to be a supported model. Return None for other files."""
     for pattern, words in _REFUSED:
         matches = re.compile(pattern).fullmatch
         if any(matches(name) for name in tensors):
@@ -244,7 +242,7 @@ def refused(tensors: Mapping[str, LazyTensor]) -> str | None:
 
 
 def unet_alone(names: Iterable[str]) -> str | None:
-    """How a file names its tensors that holds a U-Net and nothing else: "ldm" or "diffusers"."""
+    """Return the naming of a U-Net-only file: "ldm" or "diffusers". Return None for other files."""
     names = set(names)
     if "input_blocks.0.0.weight" in names:
         return "ldm"
@@ -254,17 +252,17 @@ def unet_alone(names: Iterable[str]) -> str | None:
 
 
 def looks_like(tensors: Mapping[str, LazyTensor]) -> str:
-    """What a file with these tensors is, in words."""
+    """Describe a file with these tensors."""
     if words := refused(tensors):
         return words
     for pattern, words in _PARTS:
         if any(re.fullmatch(pattern, name) for name in tensors):
             return words
-    return f"weights of a kind that is not known here ({len(tensors)} tensors)"
+    return f"weights of an unknown kind ({len(tensors)} tensors)"
 
 
 def is_weights(path: Path) -> bool:
-    """Whether a file should be opened as weights: by its name, or a safetensors header."""
+    """Return True if a file should be opened as weights: by suffix or safetensors header."""
     if path.suffix.lower() in _WEIGHT_SUFFIXES:
         return path.suffix.lower() != ".gguf"
     with path.open("rb") as file:
@@ -272,7 +270,7 @@ def is_weights(path: Path) -> bool:
 
 
 def not_a_model(path: Path) -> CheckpointError:
-    """The error for a path that is no diffusers folder: what it is, and what to give instead."""
+    """Return the error for a path that is not a diffusers folder. It describes the path."""
     want = (
         "give a diffusers folder (with model_index.json), a converted folder, a single file, a "
         "hub id or a short name (mlxdiff models --known)"
@@ -280,7 +278,7 @@ def not_a_model(path: Path) -> CheckpointError:
     if not path.exists():
         near = catalogue.suggestion(str(path))
         return CheckpointError(
-            f"{path}: no such file or folder, and no hub id (org/name){near}; {want}"
+            f"{path}: no such file or folder, and not a hub id (org/name){near}; {want}"
         )
     return CheckpointError(
         f"{path}: {_describe_file(path) if path.is_file() else _describe_folder(path)}; {want}"
@@ -323,5 +321,5 @@ def _describe_folder(path: Path) -> str:
         return f"has no model_index.json; it holds {files[0].name}"
     nested = [p.parent.name for p in sorted(path.glob("*/model_index.json"))]
     if nested:
-        return f"has no model_index.json, but the folder {nested[0]} in it has"
-    return "has no model_index.json, so it is no diffusers folder"
+        return f"has no model_index.json, but its folder {nested[0]} has one"
+    return "has no model_index.json, so it is not a diffusers folder"

@@ -1,8 +1,8 @@
-"""The published families: their configs, and what the names and shapes of a single file add.
+"""The published families: their configs, and the configs that a single file's tensors imply.
 
-A single file has no configs. Names and shapes tell the structure (widths, layers, depths of the
-transformers, which pruned models change); the family tells the rest: heads, schedule, scale of the
-latents. The tables are the config files of the published repositories, without the keys that the
+A single file has no configs. Its names and shapes give the structure: widths, layers, depths of the
+transformers (which pruned models change). The family gives the rest: heads, schedule, scale of the
+latents. The tables are the config files of the published repositories without the keys that the
 shapes decide.
 """
 
@@ -66,21 +66,22 @@ _XL_UNET = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
 
 @dataclass(frozen=True)
 class Family:
-    """What is the same in all models of a family.
+    """The common properties of all models of a family.
 
     Attributes:
-        name: as ModelSource.family.
-        words: what people call it.
-        text_encoders: component -> config without what shapes decide.
-        unet, vae: the same of these.
-        head_width: channels of each attention head in the U-Net; None: 8 heads at every width.
-        size: pixels along a side that it was trained for.
+        name: see ModelSource.family.
+        words: usual name of the family.
+        text_encoders: component -> config, without the keys that the shapes decide.
+        unet, vae: configs, likewise.
+        head_width: channels of each attention head in the U-Net, or None for 8 heads at every
+            width.
+        size: side of the training pictures, in pixels.
         scheduler: scheduler_config.json for epsilon prediction.
-        v_scheduler: the same where it predicts v.
-        pipeline: the class without "Pipeline", "StableDiffusion" for example.
+        v_scheduler: scheduler_config.json for v-prediction.
+        pipeline: class without "Pipeline", for example "StableDiffusion".
         index: settings in model_index.json.
-        prediction: what it predicts, where nothing in a file says otherwise.
-        low_res_scheduler: of an upscaler, as ModelSource.low_res_scheduler_config.
+        prediction: prediction type if the file does not give one.
+        low_res_scheduler: for an upscaler, see ModelSource.low_res_scheduler_config.
     """
 
     name: str
@@ -166,7 +167,7 @@ _UPSCALER_DDIM = _DDIM | _UPSCALER_BETAS
 UPSCALER = replace(
     FAMILIES["sd2"],
     words="the Stable Diffusion x4 upscaler",
-    # Where text and layer are of the same width, shapes do not tell which attention is to the text.
+    # If text and layer have the same width, shapes do not show which attention reads the text.
     unet={"only_cross_attention": [True, True, True, False]},
     vae=_VAE | {"scaling_factor": 0.08333},
     head_width=None,
@@ -182,15 +183,15 @@ UPSCALER = replace(
         "variance_type": "fixed_small",
     },
 )
-"""An SD 2 with a U-Net of its own; what shares its text encoder shares its family's name."""
+"""A variant of SD 2 with its own U-Net. It has SD 2's text encoder, so its family is "sd2"."""
 
 
 class Unrepresentable(Exception):
-    """Names and shapes that no config describes; the text says which."""
+    """No config describes these names and shapes. The text gives the reason."""
 
 
 def pipeline_class(family: Family, unet: Mapping[str, Any]) -> str:
-    """The pipeline class for model_index.json."""
+    """Return the pipeline class for model_index.json."""
     if unet.get("time_cond_proj_dim") is not None and family.name == "sd1":
         return "LatentConsistencyModelPipeline"
     if family.name == "sdxl-refiner":
@@ -202,17 +203,17 @@ def pipeline_class(family: Family, unet: Mapping[str, Any]) -> str:
     )
 
 
-# ------------------------------------------------------------------------ what names and shapes say
+# ------------------------------------------------------------------ structure from names and shapes
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
-    """How many numbers 0, 1, 2, ... a pattern with one group finds at the start of the names."""
+    """Count the numbers 0, 1, 2, ... that a pattern's group finds at the start of names."""
     found = {int(m[1]) for name in shapes if (m := re.match(pattern, name))}
     count = 0
     while count in found:
         count += 1
     if len(found) != count:
-        raise Unrepresentable(f"{pattern.replace(chr(92), '')} does not count from 0 on")
+        raise Unrepresentable(f"the numbers of {pattern.replace(chr(92), '')} have a gap")
     return count
 
 
@@ -225,24 +226,24 @@ def _shape(shapes: Shapes, name: str, dimensions: int) -> Shape:
 
 @dataclass
 class _Level:
-    """Blocks at one resolution: width, and the transformer depth beside each resnet (0: none)."""
+    """The blocks at one resolution: width, and the transformer depth (or 0) of each layer."""
 
     width: int
     depths: list[int]
 
 
 def _depth(shapes: Shapes, place: str) -> int:
-    """Transformer blocks of an attention in LDM naming; 0 where there is none."""
+    """Count the transformer blocks of an attention in LDM naming; 0 if there is no attention."""
     if f"{place}.norm.weight" not in shapes:
         return 0
     depth = _count(shapes, rf"{re.escape(place)}\.transformer_blocks\.(\d+)\.")
     if depth == 0:
-        raise Unrepresentable(f"{place} is an attention without blocks")
+        raise Unrepresentable(f"the attention {place} has no blocks")
     return depth
 
 
 def _levels(shapes: Shapes, side: str, first: int) -> list[_Level]:
-    """The levels of ``input_blocks`` (from 1 on) or ``output_blocks`` (from 0 on)."""
+    """Return the levels of ``input_blocks`` (from block 1) or ``output_blocks`` (from block 0)."""
     levels: list[_Level] = []
     change = True
     for n in range(first, _count(shapes, rf"{side}\.(\d+)\.")):
@@ -264,17 +265,19 @@ def _levels(shapes: Shapes, side: str, first: int) -> list[_Level]:
 
 def _types(levels: list[_Level], way: str) -> list[str]:
     if any(0 in level.depths and any(level.depths) for level in levels):
-        raise Unrepresentable(f"a level of the {way.lower()} path has attention in a part of it")
+        raise Unrepresentable(
+            f"a level of the {way.lower()} path has attention in only some layers"
+        )
     return [f"CrossAttn{way}Block2D" if level.depths[0] else f"{way}Block2D" for level in levels]
 
 
 def _simplest(values: list[Any]) -> Any:
-    """One value where all are the same."""
+    """Return one value if all are equal, else the list."""
     return values[0] if all(v == values[0] for v in values) else values
 
 
 def unet_structure(shapes: Shapes) -> Config:
-    """The config of a U-Net in LDM naming (no prefix), as far as its shapes decide.
+    """Return the part of a U-Net's config that its shapes decide. Names are LDM's, without prefix.
 
     Raises: Unrepresentable.
     """
@@ -284,17 +287,17 @@ def unet_structure(shapes: Shapes) -> Config:
     if "middle_block.0.in_layers.0.weight" in shapes:
         middle = _depth(shapes, "middle_block.1")
     if [level.width for level in down] != [level.width for level in reversed(up)]:
-        raise Unrepresentable("the ways down and up have different widths")
+        raise Unrepresentable("the down and up paths have different widths")
     if [len(level.depths) + 1 for level in down] != [len(level.depths) for level in reversed(up)]:
-        raise Unrepresentable("the ways down and up have different numbers of layers")
-    # Where a level has no attention its depth means nothing, except for the middle block, which
-    # takes that of the last level.
+        raise Unrepresentable("the down and up paths have different numbers of layers")
+    # The depth of a level without attention has no meaning, with one exception: the middle block
+    # uses the depth of the last level.
     depths = [level.depths if level.depths[0] else [1] * len(level.depths) for level in down]
     if middle:
         if not down[-1].depths[0]:
             depths[-1] = [middle] * len(depths[-1])
         elif down[-1].depths[0] != middle:
-            raise Unrepresentable("the middle block is not as deep as the level above it")
+            raise Unrepresentable("the middle block and the last level have different depths")
     up_depths = [level.depths if level.depths[0] else [1] * len(level.depths) for level in up]
     mirrored = all(
         len({*d, *u}) == 1 or not (low.depths[0] or high.depths[0])
@@ -302,7 +305,7 @@ def unet_structure(shapes: Shapes) -> Config:
     )
     contexts = {s[-1] for name, s in shapes.items() if name.endswith(".attn2.to_k.weight") and s}
     if len(contexts) != 1:
-        raise Unrepresentable(f"the text is {sorted(contexts) or 'nowhere'} wide")
+        raise Unrepresentable(f"the text has the widths {sorted(contexts)}; expected one width")
     projections = {len(s) for name, s in shapes.items() if name.endswith(".1.proj_in.weight")}
     first = _shape(shapes, "input_blocks.0.0.weight", 4)
     config: Config = {
@@ -332,7 +335,7 @@ def unet_structure(shapes: Shapes) -> Config:
 
 
 def controlnet_structure(shapes: Shapes) -> Config:
-    """The config of a ControlNet in either naming (no prefix), as far as its shapes decide.
+    """Return the part of a ControlNet's config that its shapes decide, in either naming, no prefix.
 
     Raises: Unrepresentable.
     """
@@ -352,16 +355,16 @@ def controlnet_structure(shapes: Shapes) -> Config:
     if middle and not down[-1].depths[0]:
         depths[-1] = [middle] * len(depths[-1])
     elif middle and down[-1].depths[0] != middle:
-        raise Unrepresentable("the middle block is not as deep as the level above it")
+        raise Unrepresentable("the middle block and the last level have different depths")
     if any(len(set(d)) > 1 for d in depths):
-        raise Unrepresentable("the depth of its transformers differs inside a level")
+        raise Unrepresentable("the transformers of a level have different depths")
     contexts = {s[-1] for name, s in shapes.items() if name.endswith(".attn2.to_k.weight") and s}
     if len(contexts) != 1:
-        raise Unrepresentable(f"the text is {sorted(contexts) or 'nowhere'} wide")
-    # The picture's convolutions: one, then by turns one that keeps the width, one that widens it.
+        raise Unrepresentable(f"the text has the widths {sorted(contexts)}; expected one width")
+    # Convolutions of the control picture: one, then pairs that first keep and then widen.
     names = {int(m[1]): name for name in shapes if (m := re.fullmatch(hint, name))}
     row = [names[i] for i in sorted(names)]
-    row = row[:-1] if start in row else [start, *row]  # in the one naming, the last leads out
+    row = row[:-1] if start in row else [start, *row]  # LDM's list includes the last convolution
     widths = [_shape(shapes, name, 4)[0] for name in row[::2]]
     config: Config = {
         "_class_name": "ControlNetModel",
@@ -387,7 +390,7 @@ def _diffusers_depth(shapes: Shapes, place: str) -> int:
 
 
 def _diffusers_levels(shapes: Shapes) -> list[_Level]:
-    """The levels of ``down_blocks``."""
+    """Return the levels of ``down_blocks``."""
     levels = []
     for i in range(_count(shapes, r"down_blocks\.(\d+)\.")):
         block = f"down_blocks.{i}"
@@ -401,7 +404,7 @@ def _diffusers_levels(shapes: Shapes) -> list[_Level]:
 
 
 def vae_structure(shapes: Shapes) -> Config:
-    """The same for a VAE in LDM naming."""
+    """Return the part of a VAE's config that its shapes decide. Names are LDM's."""
     levels = _count(shapes, r"encoder\.down\.(\d+)\.")
     widths = [_shape(shapes, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(levels)]
     return {
@@ -416,11 +419,14 @@ def vae_structure(shapes: Shapes) -> Config:
 
 
 PENULTIMATE = 23
-"""Layers of SD 2's text encoder that are used: it reads the output of the last but one of 24."""
+"""Used layers of SD 2's text encoder: it reads the output of layer 23 of 24."""
 
 
 def text_structure(shapes: Shapes, family: str) -> Config:
-    """The same for a text encoder, in OpenCLIP's naming or in transformers' (with text_model.)."""
+    """Return the part of a text encoder's config that its shapes decide.
+
+    Names are OpenCLIP's, or transformers' with or without ``text_model.``.
+    """
     if "positional_embedding" in shapes:
         tokens, positions = "token_embedding.weight", "positional_embedding"
         layers, inner = r"transformer\.resblocks\.", "transformer.resblocks.0.mlp.c_fc.weight"
@@ -448,13 +454,13 @@ def text_structure(shapes: Shapes, family: str) -> Config:
 
 
 def unet_config(family: Family, structure: Config, text_width: int = 1280) -> Config:
-    """The U-Net's config: what its shapes decide, and the family's values.
+    """Combine the structure of a U-Net with the values of its family.
 
     Args:
-        family: of the model.
-        structure: by ``unet_structure``.
-        text_width: width of the pooled text that an SDXL U-Net is given.
-    Raises: CheckpointError where the family's rule for the number of heads does not fit.
+        family: family of the model.
+        structure: result of ``unet_structure``.
+        text_width: width of the pooled text of an SDXL U-Net.
+    Raises: CheckpointError if the family's rule for the number of heads does not fit.
     """
     widths = structure["block_out_channels"]
     heads: Any = 8
@@ -462,12 +468,12 @@ def unet_config(family: Family, structure: Config, text_width: int = 1280) -> Co
         heads = [width // family.head_width for width in widths]
         if any(width % family.head_width for width in widths):
             raise CheckpointError(
-                f"its U-Net has widths {widths}, which {family.words} does not have; "
+                f"its U-Net has the widths {widths}, which do not fit {family.words}; "
                 "give the model's configs with --config FOLDER"
             )
     config = family.unet | structure | {"attention_head_dim": heads}
     if "projection_class_embeddings_input_dim" in structure:
-        # Pooled text, and a sine embedding of each of the 6 sizes (the refiner: 5).
+        # The input is pooled text and a sine embedding of each of 6 sizes (refiner: 5).
         numbers = 5 if family.name == "sdxl-refiner" else 6
         rest = structure["projection_class_embeddings_input_dim"] - text_width
         if rest > 0 and rest % numbers == 0:
@@ -476,11 +482,11 @@ def unet_config(family: Family, structure: Config, text_width: int = 1280) -> Co
 
 
 def guess(structure: Config, text: str | None) -> Family:
-    """The family of a U-Net.
+    """Return the family of a U-Net.
 
     Args:
-        structure: by ``unet_structure``.
-        text: how the file names its (first) text encoder: "clip", "openclip", or None without one.
+        structure: result of ``unet_structure``.
+        text: naming of the first text encoder in the file: "clip", "openclip", or None if absent.
     """
     if "projection_class_embeddings_input_dim" in structure:
         refiner = text == "openclip" or (text is None and structure["cross_attention_dim"] == 1280)

@@ -1,4 +1,4 @@
-"""An IP-Adapter and the CLIP image encoder that it was trained with, as people have them."""
+"""IP-Adapters, and the CLIP image encoders that they were trained with."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from mlxdiff.convert.component import (
 from mlxdiff.convert.keymap import ip_adapter
 from mlxdiff.errors import CheckpointError, UsageError
 from mlxdiff.networks.config import CLIPVisionConfig, IPAdapterConfig, UNet2DConditionConfig
-from mlxdiff.store import hub
 from mlxdiff.store.folder import Progress
+from mlxdiff.store.reference import Reference, parse
 from mlxdiff.weights.pickles import PickleFile, open_tensors
 from mlxdiff.weights.tensors import Shape
 
 ENCODER = "image_encoder"
 _TABLES = ("image_proj", "ip_adapter")
 _LAYER = re.compile(r"image_proj\.layers\.(\d{1,3})\.")
-_COLLECTION = "h94/IP-Adapter"  # where its authors publish them, with two image encoders
-_LARGE = {("image", 1280), ("plus", 1664), ("full", 1664)}  # features of OpenCLIP's ViT-bigG
+_COLLECTION = "h94/IP-Adapter"  # the authors' repo, which has two image encoders
+_LARGE = {("image", 1280), ("plus", 1664), ("full", 1664)}  # kind and features with ViT-bigG
 
 
 def open_ip_adapter(
@@ -41,14 +41,14 @@ def open_ip_adapter(
     """Open an IP-Adapter for a model, and its image encoder.
 
     Args:
-        path: one file (safetensors or PyTorch's format) or the hub id of one
+        path: one file (safetensors or PyTorch's format) or its hub id
             (``h94/IP-Adapter/models/ip-adapter_sd15.safetensors``).
         unet: config of the model's U-Net.
         image_encoder: a CLIPVisionModelWithProjection: a folder with config.json, or a hub id.
             None: the folder ``image_encoder`` beside the file.
         variant: weights variant of the image encoder.
         progress: called while files are fetched.
-    Returns: the adapter, the image encoder.
+    Returns: the adapter and the image encoder.
     Raises: CheckpointError, ConfigError, HubError, UsageError.
     """
     place, provenance = find_component(path, ENCODER, variant, progress)
@@ -65,17 +65,17 @@ def open_ip_adapter(
     found = encoder.config.projection_dim if config.kind == "image" else encoder.config.hidden_size
     if found != config.feature_dim:
         raise UsageError(
-            f"{path}: was trained with an image encoder that gives {config.feature_dim} numbers, "
-            f"{encoder.provenance['source']} gives {found}; give the right one as image encoder "
+            f"{path}: was trained with an image encoder of {config.feature_dim} features, but "
+            f"{encoder.provenance['source']} has {found}; give the right image encoder "
             "(--image-encoder)"
         )
     return adapter, encoder
 
 
 def _structure(shapes: Mapping[str, Shape], path: Path) -> IPAdapterConfig:
-    """The config, which the shapes tell.
+    """Derive the config from the shapes.
 
-    Raises: CheckpointError where they are not those of an IP-Adapter that we know.
+    Raises: CheckpointError if they are not the shapes of a known IP-Adapter.
     """
     if not any(name.startswith("image_proj.") for name in shapes):
         lazy = open_tensors(path, _TABLES).tensors
@@ -87,15 +87,17 @@ def _structure(shapes: Mapping[str, Shape], path: Path) -> IPAdapterConfig:
         "image_proj.proj.2.weight" in shapes and "image_proj.proj.3.weight" not in shapes
     ):
         raise CheckpointError(
-            f"{path}: is an IP-Adapter FaceID, which needs a network that recognizes faces and is "
-            "not supported; the Plus and Full Face ones are"
+            f"{path}: is an IP-Adapter FaceID, which needs a face recognition network and is not "
+            "supported; use a Plus or Full Face IP-Adapter"
         )
 
     def shape(name: str, dimensions: int) -> Shape:
         found = shapes.get(name)
         if found is None or len(found) != dimensions or 0 in found:
             said = "is missing" if found is None else f"is {found}"
-            raise CheckpointError(f"{path}: {name} {said}; the file is no whole IP-Adapter")
+            raise CheckpointError(
+                f"{path}: {name} {said}; the file is not a whole IP-Adapter; download it again"
+            )
         return found
 
     def named(pattern: str) -> str:
@@ -131,8 +133,8 @@ def _structure(shapes: Mapping[str, Shape], path: Path) -> IPAdapterConfig:
         )
         if config.inner_dim % 64:
             raise CheckpointError(
-                f"{path}: its resampler is {config.inner_dim} wide, which is no multiple of the "
-                "64 of a head"
+                f"{path}: its resampler has a width of {config.inner_dim}; expected a multiple of "
+                "64, the width of a head"
             )
         return config
     out, features = shape(named(r"image_proj\.(?:proj|image_embeds)\.weight"), 2)
@@ -141,7 +143,7 @@ def _structure(shapes: Mapping[str, Shape], path: Path) -> IPAdapterConfig:
 
 
 def _check_fit(config: IPAdapterConfig, unet: UNet2DConditionConfig, where: str) -> None:
-    """Refuse what was made for another kind of model."""
+    """Refuse an IP-Adapter for another kind of model."""
     layers = unet.cross_attentions
     widths = tuple(block.out_channels for block in layers)
     text = {block.cross_attention_dim for block in layers}
@@ -166,19 +168,19 @@ def _open_encoder(
 ) -> Component:
     if path is not None:
         folder, provenance = find_component(path, ENCODER, variant, progress)
-    elif not Path(adapter).exists() and (reference := hub.parse(adapter)) is not None:
+    elif not Path(adapter).exists() and (reference := parse(adapter)) is not None:
         parent = reference.file.rpartition("/")[0]
         if reference.name == _COLLECTION:
             large = (config.kind, config.feature_dim) in _LARGE
             parent = "sdxl_models" if large else "models"
-        repo = hub.Reference(reference.name, reference.revision)
+        repo = Reference(reference.name, reference.revision)
         component = f"{parent}/{ENCODER}" if parent else ENCODER
         folder, provenance = find_component(str(repo), component, variant, progress)
     else:
         folder, provenance = place.parent / ENCODER, {"source": ENCODER}
         if not folder.is_dir():
             raise UsageError(
-                f"{adapter}: has no folder {ENCODER} beside it; give its CLIP image encoder "
+                f"{adapter}: there is no folder {ENCODER} beside it; give its CLIP image encoder "
                 "(--image-encoder)"
             )
     if not (folder / "config.json").is_file():
@@ -194,9 +196,9 @@ def _open_encoder(
 def _not_an_adapter(path: Path) -> CheckpointError:
     if not path.exists():
         return CheckpointError(
-            f"{path}: no such file, and no hub id of one (org/name/FILE.safetensors); give the "
-            "file of an IP-Adapter"
+            f"{path}: no such file, and not the hub id of a file (org/name/FILE.safetensors); give "
+            "the file of an IP-Adapter"
         )
     files = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".bin"))
-    there = f"; there are {', '.join(files[:10])}" if files else ""
+    there = f", for example {', '.join(files[:10])}" if files else ""
     return CheckpointError(f"{path}: is a folder; give the file of an IP-Adapter{there}")

@@ -1,8 +1,8 @@
-"""Which tensor of a checkpoint is which parameter of ours: a table of whole-key rules by layout.
+"""Map the tensors of a checkpoint to our parameters, with one table of whole-name rules per layout.
 
-A rule matches a whole name or nothing. Every name of the source must be used exactly once, or be
-ignored for a stated reason, and every parameter must be produced exactly once; all else is an
-error. Our names are those of today's diffusers, so the tables hold the spellings of other days.
+A rule matches a whole name or nothing. Each source name must be used exactly once, or ignored for a
+stated reason. Each parameter must be produced exactly once. Anything else is an error. Our names
+are those of current diffusers, so the tables hold the older spellings.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mlxdiff.weights.tensors import Shape, raise_faults
 
 @dataclass(frozen=True)
 class Rule:
-    """A spelling: source names that match ``source`` as a whole become ``target`` (as re.sub's)."""
+    """A spelling: names that match ``source`` as a whole become ``target`` (syntax of re.sub)."""
 
     source: str
     target: str
@@ -33,7 +33,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Ignored:
-    """Names that may be there without being used, and why."""
+    """Names that may occur but are not used, with the reason."""
 
     source: str
     reason: str
@@ -41,7 +41,12 @@ class Ignored:
 
 @dataclass(frozen=True)
 class Piece:
-    """A parameter that a tensor gives, alone or with others; how, where shapes do not tell."""
+    """A parameter made from a tensor, alone or with others.
+
+    Attributes:
+        target: name of the parameter.
+        transform: layout change, or None if the shapes decide.
+    """
 
     target: str
     transform: Transform | None = None
@@ -49,12 +54,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Layout:
-    """All that may stand in one kind of file.
+    """All names that one kind of file may have.
 
     Attributes:
-        rules: a name that no rule matches stands for itself.
-        ignored: names that may be left over.
-        names: in place of rules, the whole table: name in the source -> what it gives.
+        rules: rules for names. A name that no rule matches stays the same.
+        ignored: names that may be unused.
+        names: the whole table, in place of rules: source name -> parameters.
     """
 
     rules: tuple[Rule, ...] = ()
@@ -67,7 +72,7 @@ _IMAGE_HALF = "belongs to the image half of CLIP, which text-to-image does not u
 
 
 def _attention_block(place: str) -> tuple[Rule, ...]:
-    """Attention of diffusers < 0.18 (AttentionBlock), at places that match as a whole.
+    """Return rules for the attention of diffusers < 0.18 (AttentionBlock). Places match as a whole.
 
     Weights are (C, C), or (C, C, 1, 1) in early conversions.
     """
@@ -77,7 +82,7 @@ def _attention_block(place: str) -> tuple[Rule, ...]:
     )
 
 
-# Only the U-Net without text has attention there.
+# Only the U-Net without text has attention in these places.
 DIFFUSERS_UNET = Layout(
     rules=_attention_block(r"(?:(?:down|up)_blocks\.\d+|mid_block)\.attentions\.\d+")
 )
@@ -122,8 +127,8 @@ DIFFUSERS: dict[str, Layout] = {
 
 
 # ------------------------------------------------------------------------------ single files (LDM)
-# Our modules -> their places in the code of latent diffusion (Rombach et al. 2022), worked out
-# block by block from the config. Below a place that stands here, names are the same in both.
+# Our modules -> their places in the code of latent diffusion (Rombach et al. 2022), derived block
+# by block from the config. Below a place in such a table, both use the same names.
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -148,7 +153,7 @@ def _resnet(places: dict[str, str], ours: str, theirs: str) -> None:
 
 
 def _ldm_down(config: UNet2DConditionConfig) -> dict[str, str]:
-    """Places of a U-Net's first half, which a ControlNet has too."""
+    """Return the places of a U-Net's first half. A ControlNet has the same."""
     places = {
         "conv_in": "input_blocks.0.0",
         "time_embedding.linear_1": "time_embed.0",
@@ -174,7 +179,7 @@ def _ldm_down(config: UNet2DConditionConfig) -> dict[str, str]:
 
 
 def ldm_unet(config: UNet2DConditionConfig) -> Layout:
-    """A U-Net as ``model.diffusion_model`` (without that prefix)."""
+    """Return the layout of a U-Net in ``model.diffusion_model`` (without that prefix)."""
     places = _ldm_down(config) | {"conv_norm_out": "out.0", "conv_out": "out.2"}
     n = 0
     for i, block in enumerate(config.up_blocks):
@@ -182,17 +187,17 @@ def ldm_unet(config: UNet2DConditionConfig) -> Layout:
             _resnet(places, f"up_blocks.{i}.resnets.{j}", f"output_blocks.{n}.0")
             places[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{n}.1"
             n += 1
-        # The upsampler stands behind the last layer, in the next place that is free.
+        # The upsampler follows the last layer, in the next free place.
         free = 2 if block.transformer_layers else 1
         places[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{n - 1}.{free}.conv"
     return Layout(names=_table(expected_parameters(config), places))
 
 
 def ldm_controlnet(config: ControlNetConfig) -> Layout:
-    """A ControlNet as ``control_model`` (without that prefix).
+    """Return the layout of a ControlNet in ``control_model`` (without that prefix).
 
-    The picture's convolutions and activations are one list there; the zero convolutions stand alone
-    in theirs.
+    LDM keeps the convolutions and activations of the control picture in one list, and the zero
+    convolutions in a list of their own.
     """
     places = _ldm_down(config) | {"controlnet_mid_block": "middle_block_out.0"}
     hint, blocks = "controlnet_cond_embedding", 2 * len(config.conditioning_embedding_out_channels)
@@ -206,7 +211,7 @@ def ldm_controlnet(config: ControlNetConfig) -> Layout:
 
 
 def ip_adapter(config: IPAdapterConfig) -> Layout:
-    """An IP-Adapter as its authors' code names it, or with diffusers' names."""
+    """Return the layout of an IP-Adapter in its authors' names or in diffusers' names."""
     expected = expected_parameters(config)
     pieces: dict[str, tuple[Piece, ...]] = {name: (Piece(name),) for name in expected}
     places = {
@@ -236,7 +241,7 @@ def ip_adapter(config: IPAdapterConfig) -> Layout:
 
 
 def ldm_vae(config: AutoencoderKLConfig) -> Layout:
-    """A VAE as ``first_stage_model``. Its up path counts from the pixels."""
+    """Return the layout of a VAE in ``first_stage_model``. Its up path is numbered backwards."""
     levels = len(config.block_out_channels)
     places = {name: name for name in ("quant_conv", "post_quant_conv")}
     for half in ("encoder", "decoder"):
@@ -260,7 +265,7 @@ def ldm_vae(config: AutoencoderKLConfig) -> Layout:
         if ".resnets." in ours
     }
     targets = expected_parameters(config)
-    # Converters from diffusers that know its old names only leave to_q and the like as they are.
+    # Converters that know only diffusers' old names leave to_q and similar names unchanged.
     kept = places | {
         f"{half}.mid_block.attentions.0.{part}": f"{half}.mid.attn_1.{part}"
         for half in ("encoder", "decoder")
@@ -271,9 +276,10 @@ def ldm_vae(config: AutoencoderKLConfig) -> Layout:
 
 
 def openclip_text(config: CLIPTextConfig) -> Layout:
-    """A text encoder as OpenCLIP has it (``cond_stage_model.model``, ``conditioner.embedders.1``).
+    """Return the layout of OpenCLIP's text encoder.
 
-    Queries, keys and values are one tensor there, and the projection is transposed.
+    Its places are ``cond_stage_model.model`` and ``conditioner.embedders.1``. It keeps queries,
+    keys and values in one tensor, and its projection is transposed.
     """
     places = {
         "text_model.embeddings.token_embedding": "token_embedding",
@@ -299,7 +305,7 @@ def openclip_text(config: CLIPTextConfig) -> Layout:
         Ignored(r"logit_scale|attn_mask|visual\..+", _IMAGE_HALF),
         Ignored(
             rf"transformer\.resblocks\.{config.num_hidden_layers}\..+",
-            "the last layer: the model reads the output of the one before",
+            "the last layer: the model reads the output of the layer before it",
         ),
     ]
     if not config.with_projection:
@@ -308,7 +314,7 @@ def openclip_text(config: CLIPTextConfig) -> Layout:
 
 
 def _table(targets: Iterable[str], places: Mapping[str, str]) -> dict[str, tuple[Piece, ...]]:
-    """Name in the source -> target, for every target; the longest module with a place counts."""
+    """Return source name -> target for every target. The longest known module prefix counts."""
     table: dict[str, tuple[Piece, ...]] = {}
     for target in targets:
         parts = target.split(".")
@@ -319,9 +325,9 @@ def _table(targets: Iterable[str], places: Mapping[str, str]) -> dict[str, tuple
 
 
 def ema_names(names: Iterable[str]) -> dict[str, str]:
-    """Name under ``model_ema`` -> name of the weight that it is the moving average of.
+    """Return name under ``model_ema`` -> name of the averaged weight.
 
-    LDM writes the module's name without its dots: two that become the same cannot be told apart.
+    LDM removes the dots from the names of modules. Two equal results would be ambiguous.
     """
     flat: dict[str, str] = {}
     for name in names:
@@ -338,10 +344,10 @@ FILE_IGNORED: tuple[Ignored, ...] = (
         r"|(?:low_scale_model\.)?sqrt_recipm?1?_alphas_cumprod"
         r"|posterior_(?:variance|log_variance_clipped|mean_coef[12])"
         r"|lvlb_weights|logvar|denoiser\.(?:sigmas|log_sigmas)",
-        "the noise schedule, worked out from the scheduler's config",
+        "the noise schedule; the scheduler's config gives it",
     ),
     Ignored(r"scale_factor", "the VAE's config has it"),
-    Ignored(r"v_pred|ztsnr", "a mark, read for the kind of prediction"),
+    Ignored(r"v_pred|ztsnr", "a mark of the prediction type; it was read"),
     Ignored(r"(?:model_ema|model)\.(?:decay|num_updates)", "training state; not a weight"),
     Ignored(r"embedding_manager\..+", "training state of textual inversion; not a weight"),
     Ignored(
@@ -349,12 +355,12 @@ FILE_IGNORED: tuple[Ignored, ...] = (
         _IMAGE_HALF,
     ),
 )
-"""What may stand in a single file beside its components."""
+"""Names in a single file that belong to no component."""
 
 
 @dataclass(frozen=True)
 class Use:
-    """One tensor that is used: its name in the source, and what happens to it."""
+    """The use of one tensor: its name in the source and its transform."""
 
     source: str
     transform: Transform
@@ -362,7 +368,7 @@ class Use:
 
 @dataclass(frozen=True)
 class Mapped:
-    """The outcome for a component: parameter -> use (in our order), and what is left over.
+    """The mapping of a component: parameter -> use (in our order), and unused names.
 
     ``ignored`` holds (name, reason).
     """
@@ -372,7 +378,7 @@ class Mapped:
 
 
 def targets(layout: Layout, name: str) -> Iterable[str]:
-    """What a source name may stand for; by rules: itself, and one for each rule that matches."""
+    """Yield the possible parameters of a source name. With rules: itself and each match."""
     if layout.names is not None:
         yield from (piece.target for piece in layout.names.get(name, ()))
         return
@@ -385,13 +391,13 @@ def targets(layout: Layout, name: str) -> Iterable[str]:
 def map_names(
     found: Mapping[str, Shape], expected: Mapping[str, Shape], layout: Layout, where: str
 ) -> Mapped:
-    """Account for every tensor of a component.
+    """Map all tensors of a component to its parameters.
 
     Args:
         found: name -> shape in the source.
         expected: parameter -> shape in our layout.
-        layout: spellings that the source may use.
-        where: the component, for messages.
+        layout: allowed spellings.
+        where: name of the component in messages.
     Raises: CheckpointError with every missing, unknown, duplicated and misshapen tensor.
     """
     uses: dict[str, Use] = {}
@@ -437,12 +443,12 @@ def map_names(
 
 
 def ignored_for(name: str, ignored: Iterable[Ignored]) -> str | None:
-    """Why a name is ignored; None where it is not."""
+    """Return the reason to ignore a name, or None if it is not ignored."""
     return next((entry.reason for entry in ignored if re.fullmatch(entry.source, name)), None)
 
 
 def _expected(piece: Piece, expected: Mapping[str, Shape]) -> Shape:
-    """The shape that PyTorch gives to the tensor that a parameter of ours comes from."""
+    """Return the shape in PyTorch of the source tensor of a parameter."""
     shape = expected[piece.target]
     if piece.transform in halves:
         return (2 * shape[0], *shape[1:])

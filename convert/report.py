@@ -1,4 +1,4 @@
-"""What a conversion did, tensor by tensor: for the terminal and as JSON."""
+"""Report of a conversion, tensor by tensor, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ComponentReport:
-    """One component.
+    """The conversion of one component.
 
     Attributes:
-        name: "unet", for example.
-        file: file or index that its weights came from, relative to the source.
-        converted: tensors that were used.
-        parameters: values in them.
-        transforms: name of a layout change -> tensors it was applied to.
-        ignored: tensors that were not used, with the reason: (name, reason).
-        dtypes: stored type in the source -> tensors.
-        bytes_in, bytes_out: size of the used tensors in the source, and in the result.
+        name: for example "unet".
+        file: weight file or index, relative to the source.
+        converted: number of used tensors.
+        parameters: number of values in them.
+        transforms: name of a layout change -> number of tensors.
+        ignored: (name, reason) of each unused tensor.
+        dtypes: stored type in the source -> number of tensors.
+        bytes_in, bytes_out: size of the used tensors in the source and in the result.
     """
 
     name: str
@@ -34,7 +34,7 @@ class ComponentReport:
     bytes_out: int
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Return the lines of the text report."""
         lines = [
             f"{self.name}: {self.converted} tensors, {human_count(self.parameters)} parameters, "
             f"{human_bytes(self.bytes_in)} ({'/'.join(self.dtypes)}) -> "
@@ -50,10 +50,10 @@ def _ignored_lines(ignored: tuple[tuple[str, str], ...]) -> list[str]:
 
 @dataclass(frozen=True)
 class Report:
-    """A whole conversion. ``str()`` is for people, ``to_dict()`` for programs.
+    """The conversion of a model. ``str()`` is for people, ``to_dict()`` for programs.
 
-    ``ignored`` are things in a single file that belong to no component: (name, reason). ``recipe``
-    is how it was quantized, if it was.
+    ``ignored`` lists (name, reason) of values in a single file that belong to no component.
+    ``recipe`` is the quantization recipe, or None if not quantized.
     """
 
     source: str
@@ -71,7 +71,7 @@ class Report:
         return sum(c.bytes_out for c in self.components)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return asdict(self) | {
             "dest": str(self.dest),
             "bytes_out": self.bytes_out,
@@ -83,12 +83,12 @@ class Report:
     def __str__(self) -> str:
         lines = [line for component in self.components for line in component.lines()]
         if self.ignored:
-            lines += ["beside the components:", *_ignored_lines(self.ignored)]
+            lines += ["outside the components:", *_ignored_lines(self.ignored)]
         lines += [f"note: {note}" for note in self.notes]
         kind = self.dtype if self.recipe is None else f"{self.recipe} and {self.dtype}"
         lines.append(
             f"{self.source} ({self.family}) -> {self.dest}: {human_bytes(self.bytes_out)} in "
-            f"{kind}, {self.seconds:.1f} s; every tensor accounted for"
+            f"{kind}, {self.seconds:.1f} s; every tensor is accounted for"
         )
         return "\n".join(lines)
 
@@ -98,7 +98,7 @@ def _named(ignored: tuple[tuple[str, str], ...]) -> list[dict[str, str]]:
 
 
 def human_bytes(size: int) -> str:
-    """1719000000 -> "1.72 GB" (powers of ten)."""
+    """Format a size in powers of ten: 1719000000 -> "1.72 GB"."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale:
             return f"{size / scale:.3g} {unit}"
@@ -106,7 +106,7 @@ def human_bytes(size: int) -> str:
 
 
 def human_count(count: int) -> str:
-    """859520964 -> "860 M"."""
+    """Format a count: 859520964 -> "860 M"."""
     for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= scale:
             return f"{count / scale:.3g} {unit}"

@@ -1,7 +1,7 @@
 """A model in one file, in the naming of latent diffusion, opened as a ModelSource.
 
-What the file says decides: its names and shapes give the structure (``families``), the tables of
-``keymap`` the place of every tensor. Configs and parts that it lacks come from a folder.
+The file decides: its names and shapes give the structure (``families``), and the tables of
+``keymap`` map every tensor. Missing configs and parts come from a folder.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ if TYPE_CHECKING:
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 VOCABULARY = "openai/clip-vit-large-patch14"
-"""The repository whose vocab.json and merges.txt all these families use."""
+"""The repository with the vocab.json and merges.txt of all these families."""
 VOCABULARY_FILES = ("vocab.json", "merges.txt")
 
-# Prefix -> component, naming. The refiner's only text encoder is the second one of SDXL.
+# Prefix -> component, naming. The refiner has one text encoder, the second one of SDXL.
 _SECTIONS = {
     "model.diffusion_model.": ("unet", "ldm"),
     "first_stage_model.": ("vae", "ldm"),
@@ -82,17 +82,17 @@ _SECTIONS = {
     "conditioner.embedders.1.model.": ("text_encoder_2", "openclip"),
 }
 _EMA = "model_ema."
-_ZERO_SNR = 1e-4  # alphas_cumprod ends at 0.0047 in all published schedules, at 0 to 5e-8 in these
+_ZERO_SNR = 1e-4  # alphas_cumprod ends at 0 to 5e-8 here, and at 0.0047 in published schedules
 _V_MARK = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _V_SPREAD = 0.09
 
 
 @dataclass(frozen=True)
 class Section:
-    """The tensors of one component, under their names without the prefix.
+    """The tensors of one component, with their prefix removed.
 
     Attributes:
-        prefix: what stands before each name in the file.
+        prefix: prefix of each name in the file.
         naming: "ldm", "clip", "openclip" or "diffusers".
         tensors: name -> tensor.
     """
@@ -112,8 +112,8 @@ def split(
 ) -> tuple[dict[str, Section], dict[str, LazyTensor], dict[str, LazyTensor]]:
     """Sort the tensors of a file by component.
 
-    Returns: component -> section; moving averages under their names without the prefix; the rest.
-    Raises: CheckpointError where a component stands there twice.
+    Returns: component -> section; moving averages without their prefix; the rest.
+    Raises: CheckpointError if the file has a component twice.
     """
     if kind := detect.unet_alone(tensors):
         return {"unet": Section("", kind, dict(tensors))}, {}, {}
@@ -135,28 +135,28 @@ def split(
         section = sections.setdefault(component, Section(prefix, naming, {}))
         if section.prefix != prefix:
             raise CheckpointError(
-                f"{path}: has two of {component}, {section.prefix}* and {prefix}*; "
-                "which of them to take cannot be known"
+                f"{path}: has {component} twice, as {section.prefix}* and {prefix}*; "
+                "remove one of them"
             )
         section.tensors[name.removeprefix(prefix)] = tensor
     return sections, averages, rest
 
 
 class SingleFile:
-    """A checkpoint in one file. Opening it checks everything that headers can tell.
+    """A checkpoint in one file. Opening it checks everything that the headers show.
 
     Args:
-        path: the file, safetensors or PyTorch's format.
-        config: a diffusers or converted folder, whose configs, scheduler and tokenizer count, and
-            whose weights stand in for parts that the file does not have.
-        prediction_type: "epsilon", "v_prediction" or "sample", whatever the file looks like.
-        ema: take the moving averages of the U-Net, where the file has both.
+        path: the file, in safetensors or PyTorch's format.
+        config: a diffusers or converted folder. Its configs, scheduler and tokenizer are used, and
+            its weights for parts that the file lacks.
+        prediction_type: "epsilon", "v_prediction" or "sample". Overrides detection.
+        ema: use the moving averages of the U-Net if the file has both.
         progress: called while the tokenizer's vocabulary is fetched.
     Attributes:
-        family: as ModelSource.
-        files: component -> its weights, of those that this file has.
-        ignored: tensors that belong to no component: (name, reason).
-        notes: what was guessed or left out, one line each.
+        family: see ModelSource.
+        files: component -> its weights, for components in this file.
+        ignored: (name, reason) of tensors that belong to no component.
+        notes: guesses and omissions, one line each.
     Raises: CheckpointError, ConfigError, UsageError.
     """
 
@@ -178,12 +178,14 @@ class SingleFile:
         file = open_tensors(self.path)
         if kind := detect.refused(file.tensors):
             raise CheckpointError(
-                f"{self.path}: looks like {kind}, not a model that can be drawn with"
+                f"{self.path}: looks like {kind}, not a supported model; give a Stable Diffusion "
+                "checkpoint"
             )
         self._sections, averages, rest = split(file.tensors, self.path)
         if not self._sections and not averages:
             raise CheckpointError(
-                f"{self.path}: looks like {detect.looks_like(file.tensors)}, not a whole model"
+                f"{self.path}: looks like {detect.looks_like(file.tensors)}, not a whole model; "
+                "give a diffusers folder or a whole checkpoint"
             )
         own = {*self._sections, *(["unet"] if averages else [])}
         self.base = None if config is None else _open_base(Path(config), own)
@@ -195,13 +197,13 @@ class SingleFile:
             self._refused = file.refused
         structure = self._structure()
         if self.base is None:
-            self._guess(structure, file, prediction_type)
+            self._infer_configs(structure, file, prediction_type)
         else:
-            self._take(self.base, own, structure, prediction_type)
+            self._use_configs_of(self.base, own, structure, prediction_type)
         self.provenance: dict[str, Any] = {"source": self.path.name}
         if self.base is not None:
             self.provenance["config"] = self.base.provenance.get("source")
-        self._account(averages, rest, ema)
+        self._sort_remaining(averages, rest, ema)
         refused = file.refused if isinstance(file, PickleFile) else {}
         self.files: dict[str, ComponentFiles] = {
             name: self._map(name, section, refused) for name, section in self._sections.items()
@@ -213,7 +215,7 @@ class SingleFile:
     # ------------------------------------------------------------------------------------- configs
 
     def _structure(self) -> Config | None:
-        """What the shapes of the U-Net say; None where there is none in LDM naming."""
+        """Return the structure of the U-Net from its shapes. None: no U-Net in LDM naming."""
         section = self._sections.get("unet")
         if section is None or section.naming != "ldm":
             return None
@@ -221,20 +223,20 @@ class SingleFile:
             return unet_structure(section.shapes)
         except Unrepresentable as error:
             if self.base is not None:
-                return None  # the folder's config says what must be there
+                return None  # the folder's config gives the structure
             raise self._fault(
-                f"has a U-Net of a structure that is not known ({error}); the file is incomplete, "
-                "or give the model's configs with --config FOLDER"
+                f"has a U-Net of an unknown structure ({error}); the file may be incomplete; if "
+                "not, give the model's configs with --config FOLDER"
             ) from None
 
-    def _take(
+    def _use_configs_of(
         self,
         base: DiffusersFolder | ConvertedFolder,
         own: set[str],
         structure: Config | None,
         prediction_type: str | None,
     ) -> None:
-        """Configs and all that the file lacks from a folder."""
+        """Use the configs of a folder, and its weights for parts that the file lacks."""
         if foreign := [name for name in sorted(own) if name not in base.components]:
             raise self._fault(
                 f"has a {' and a '.join(foreign)}, which {base.path} does not have; "
@@ -264,15 +266,17 @@ class SingleFile:
             self.notes += base.notes
         taken = [name for name in base.components if name not in own]
         if taken:
-            self.notes += (f"{', '.join(taken)}: from {base.path}",)
+            self.notes += (f"{', '.join(taken)}: used from {base.path}",)
 
     def _family(self, structure: Config) -> Family:
         text = [s for name, s in self._sections.items() if name.startswith("text")]
         naming = text[0].naming if len(text) == 1 else None
         return guess(structure, naming)
 
-    def _guess(self, structure: Config | None, file: Any, prediction_type: str | None) -> None:
-        """Configs from what the file looks like."""
+    def _infer_configs(
+        self, structure: Config | None, file: Any, prediction_type: str | None
+    ) -> None:
+        """Infer all configs from the names and shapes in the file."""
         if structure is None:
             what = "holds only moving averages of a U-Net (model_ema)"
             if "unet" in self._sections:
@@ -280,15 +284,14 @@ class SingleFile:
             elif self._sections:
                 what = f"has no U-Net (only {', '.join(self._sections)})"
             raise self._fault(
-                f"{what}; give the model that it belongs to with --config FOLDER "
-                "(a diffusers or converted folder)"
+                f"{what}; give its model with --config FOLDER (a diffusers or converted folder)"
             )
         family = self._family(structure)
         needed = [*family.text_encoders, "unet", "vae"]
         if missing := [name for name in needed if name not in self._sections]:
             raise self._fault(
-                f"is {family.words}, but has no {' and no '.join(missing)}; give a folder of such "
-                "a model that has, diffusers or converted, with --config FOLDER"
+                f"is {family.words}, but has no {' and no '.join(missing)}; give a diffusers or "
+                "converted folder that has them, with --config FOLDER"
             )
         prediction, zero_snr = self._prediction(family, structure, file, prediction_type)
         scheduler = family.scheduler if prediction != "v_prediction" else family.v_scheduler
@@ -302,12 +305,14 @@ class SingleFile:
                 "timestep_spacing": "trailing",
             }
             self.notes += ("its noise schedule ends at zero signal",)
-        data = self._infer(family, structure, _size(family, prediction, structure, file))
+        data = self._component_configs(
+            family, structure, _size(family, prediction, structure, file)
+        )
         self.family = family.name
         self.components = tuple(name for name in COMPONENTS if name in data)
         self._configs = {}
         for name, one in data.items():
-            where = f"{self.path}: {name} (worked out from the file; --config FOLDER overrides)"
+            where = f"{self.path}: {name} (derived from the file; --config FOLDER overrides it)"
             kind: Any = {"unet": UNet2DConditionConfig, "vae": AutoencoderKLConfig}.get(
                 name, CLIPTextConfig
             )
@@ -334,8 +339,8 @@ class SingleFile:
         self._documents |= {f"{n}/scheduler_config.json": _json(c) for n, c in schedulers.items()}
         self._documents |= {f"{name}/config.json": _json(one) for name, one in data.items()}
 
-    def _infer(self, family: Family, structure: Config, size: int) -> dict[str, Config]:
-        """The config of each component, as config.json would have it."""
+    def _component_configs(self, family: Family, structure: Config, size: int) -> dict[str, Config]:
+        """Return the config.json of each component."""
         data: dict[str, Config] = {}
         try:
             for name, config in family.text_encoders.items():
@@ -356,11 +361,11 @@ class SingleFile:
     def _prediction(
         self, family: Family, structure: Config, file: Any, asked: str | None
     ) -> tuple[str, bool]:
-        """What the U-Net predicts, and whether its schedule ends at zero signal.
+        """Return the prediction type, and True if the schedule ends at zero signal.
 
-        The first of these that says something: the caller; the marks v_pred and ztsnr that
-        ComfyUI knows; the file's metadata (modelspec.prediction_type); for SD 2, the spread of one
-        bias, which is above 0.09 in the published v models (ComfyUI's rule); else the family.
+        The first source that gives a prediction type counts: the caller; the marks v_pred and ztsnr
+        that ComfyUI knows; the file's metadata (modelspec.prediction_type); for SD 2, the spread of
+        one bias, which is above 0.09 in the published v models (ComfyUI's rule); else the family.
         """
         tensors, metadata = file.tensors, getattr(file, "metadata", {})
         zero_snr = "ztsnr" in tensors
@@ -382,32 +387,30 @@ class SingleFile:
             found = "v_prediction" if spread > _V_SPREAD else "epsilon"
             self.notes += (
                 f"prediction type: {found}, guessed from one bias of the U-Net; if the pictures "
-                "are noise or flat, give the other with --prediction-type",
+                "are noise or flat, give the other one with --prediction-type",
             )
             return found, zero_snr
         return family.prediction, zero_snr
 
     # ------------------------------------------------------------------------------------- weights
 
-    def _account(
+    def _sort_remaining(
         self, averages: dict[str, LazyTensor], rest: dict[str, LazyTensor], ema: bool
     ) -> None:
-        """Say what becomes of the tensors outside the components; the averages may be taken."""
+        """Use or ignore the moving averages. Ignore the rest, each with a reason."""
         reasons = {name: ignored_for(name, FILE_IGNORED) for name in rest}
         raise_faults(
             str(self.path), unknown=[name for name, reason in reasons.items() if reason is None]
         )
         self.ignored += tuple((name, reason or "") for name, reason in reasons.items())
         if ema and not averages:
-            raise UsageError(
-                f"{self.path}: has no moving averages (model_ema), so --ema is not for it"
-            )
+            raise UsageError(f"{self.path}: has no moving averages (model_ema); leave --ema out")
         if not averages:
             return
         plain = self._sections.get("unet")
         if plain is not None and not ema:
             self.ignored += tuple(
-                (_EMA + name, "moving averages; the plain weights were taken (--ema takes these)")
+                (_EMA + name, "moving averages; the plain weights are used (--ema uses these)")
                 for name in averages
             )
             return
@@ -421,10 +424,10 @@ class SingleFile:
         self._sections["unet"] = Section("model.diffusion_model.", "ldm", taken)
         if plain is not None:
             self.ignored += tuple(
-                (plain.prefix + name, "the moving averages were taken (--ema)")
+                (plain.prefix + name, "the moving averages are used (--ema)")
                 for name in plain.tensors
             )
-        self.notes += ("unet: its moving averages (model_ema) were taken",)
+        self.notes += ("unet: its moving averages (model_ema) are used",)
 
     def _map(self, component: str, section: Section, refused: Mapping[str, str]) -> ComponentFiles:
         config = self.config(component)
@@ -447,13 +450,14 @@ class SingleFile:
         if isinstance(config, CLIPTextConfig):
             return openclip_text(config)
         raise self._fault(
-            f"its {component} is not a {type(config).__name__.removesuffix('Config')}"
+            f"its {component} is not the {type(config).__name__.removesuffix('Config')} of the "
+            "config; give the folder of a model of this kind with --config FOLDER"
         )
 
     # -------------------------------------------------------------------------------- a ModelSource
 
     def class_name(self, part: str) -> str | None:
-        """As ModelFolder.class_name."""
+        """See ModelFolder.class_name."""
         entry = self.model_index.get(part)
         return entry[1] if isinstance(entry, list) else None
 
@@ -475,7 +479,7 @@ class SingleFile:
 
     @cached_property
     def _vocabulary(self) -> Path:
-        """The folder of the tokenizer's files: beside the file, or from the hub."""
+        """Folder of the tokenizer's files: beside the file, or from the hub."""
         beside = self.path.absolute().parent / "tokenizer"
         if any((beside / name).is_file() for name in (*VOCABULARY_FILES, "tokenizer.json")):
             return beside
@@ -483,7 +487,7 @@ class SingleFile:
             return hub.fetch_files(VOCABULARY, VOCABULARY_FILES, progress=self._progress)
         except HubError as error:
             raise CheckpointError(
-                f"{self.path}: a single file holds no tokenizer, and {error}; or put "
+                f"{self.path}: a single file holds no tokenizer, and {error}; you can also put "
                 f"{' and '.join(VOCABULARY_FILES)} of https://huggingface.co/{VOCABULARY} into "
                 f"{beside}, or give a folder that has them with --config FOLDER"
             ) from None
@@ -509,7 +513,7 @@ class SingleFile:
         }
 
     def source_files(self) -> dict[str, Path]:
-        """Every file that weights are read from: name -> path."""
+        """Return every file that weights are read from: name -> path."""
         files = {self.path.name: self.path}
         if isinstance(self.base, DiffusersFolder):
             for name in self.components:
@@ -528,7 +532,7 @@ def _open_base(path: Path, own: Collection[str]) -> DiffusersFolder | ConvertedF
 
 
 def _size(family: Family, prediction: str, structure: Config, file: Any) -> int:
-    """Pixels along a side, as the file says or as models of the kind have it."""
+    """Return the picture side in pixels, from the file's metadata or from the family."""
     said = getattr(file, "metadata", {}).get("modelspec.resolution", "").split("x")[0]
     if said.isdecimal() and 64 <= int(said) <= 4096 and int(said) % 64 == 0:
         return int(said)

@@ -1,4 +1,4 @@
-"""Whatever a model is given as, opened: folder, converted folder, single file or hub id."""
+"""Open a model of any form: diffusers folder, converted folder, single file or hub id."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from mlxdiff.errors import CheckpointError, ConfigError, UsageError
 from mlxdiff.machine.disk import read_json
 from mlxdiff.store import catalogue, hub
 from mlxdiff.store.folder import MANIFEST, ConvertedFolder, ModelFolder, Progress, open_folder
+from mlxdiff.store.reference import parse
+from mlxdiff.store.selection import PREFERRED_VARIANT, Listing
 
 Model: TypeAlias = DiffusersFolder | SingleFile | ConvertedFolder
 
@@ -27,22 +29,22 @@ def open_source(
     prediction_type: str | None = None,
     ema: bool = False,
 ) -> Model:
-    """Open a model as people have it.
+    """Open a model of any form.
 
     Args:
         path: a diffusers folder, a converted folder, a single file, a hub id
             ``org/name[/FILE][@revision]`` or a short name (``mlxdiff.store.catalogue``).
-        revision: for a hub id, the branch, tag or commit.
-        variant: weights variant, "fp16" for example, "" for the plain files; default: of a folder
-            the plain files, of the hub fp16 (half the bytes), each where there are any.
+        revision: branch, tag or commit of a hub id.
+        variant: weights variant, for example "fp16"; "" for the plain files. Default: the plain
+            files of a folder, the fp16 files of a hub model (half the bytes); each only if present.
         progress: called while files are fetched from the hub.
-        config, prediction_type, ema: for a single file, as ``SingleFile`` takes them.
-    Returns: the model, everything checked that can be without reading the weights.
+        config, prediction_type, ema: for a single file, see ``SingleFile``.
+    Returns: the model, after all checks that do not read the weights.
     Raises: CheckpointError, ConfigError, HubError, UsageError.
     """
     path = catalogue.expand(path)
     folder = Path(path)
-    if isinstance(path, str) and not folder.exists() and (reference := hub.parse(path, revision)):
+    if isinstance(path, str) and not folder.exists() and (reference := parse(path, revision)):
         listing = hub.find(reference, variant)
         if listing.entry not in listing.files:
             _only_single_files(path, config, prediction_type, ema)
@@ -58,17 +60,25 @@ def open_source(
         single.provenance |= {"source": name, "revision": listing.commit}
         return single
     if revision is not None:
-        raise UsageError(f"{path} is no hub id (org/name), so it has no revision {revision!r}")
+        raise UsageError(
+            f"{path} is not a hub id (org/name), so it has no revision {revision!r}; leave the "
+            "revision out"
+        )
     if folder.is_file() and detect.is_weights(folder):
         if variant:
-            raise UsageError(f"{path} is a single file, so it has no variant {variant!r}")
+            raise UsageError(
+                f"{path} is a single file, so it has no variant {variant!r}; leave the variant out"
+            )
         return SingleFile(
             folder, config=config, prediction_type=prediction_type, ema=ema, progress=progress
         )
     _only_single_files(path, config, prediction_type, ema)
     if (folder / MANIFEST).is_file():
         if variant:
-            raise UsageError(f"{path} is a converted folder, so it has no variant {variant!r}")
+            raise UsageError(
+                f"{path} is a converted folder, so it has no variant {variant!r}; leave the "
+                "variant out"
+            )
         return open_folder(folder)
     return DiffusersFolder(folder, variant=variant or None)
 
@@ -79,18 +89,18 @@ def _only_single_files(
     given = {"--config": config, "--prediction-type": prediction_type, "--ema": ema or None}
     for name, value in given.items():
         if value is not None:
-            raise UsageError(f"{path} is no single file; {name} is for single files only")
+            raise UsageError(f"{path} is not a single file; {name} is for single files only")
 
 
 def _open_hub(
-    listing: hub.Listing, variant: str | None, progress: Progress | None
+    listing: Listing, variant: str | None, progress: Progress | None
 ) -> DiffusersFolder | ConvertedFolder:
-    """A folder of the hub: what ``hub.find`` chose is opened, whatever else is cached."""
+    """Open a folder of the hub. Only the files that ``hub.find`` selected are used."""
     check_published(listing)
     folder = hub.fetch(listing, progress)
     if (folder / MANIFEST).is_file():
         return open_folder(folder)
-    prefer = (hub.PREFERRED_VARIANT, "") if variant is None else ("", hub.PREFERRED_VARIANT)
+    prefer = (PREFERRED_VARIANT, "") if variant is None else ("", PREFERRED_VARIANT)
     return DiffusersFolder(
         folder,
         name=listing.reference.name,
@@ -100,10 +110,10 @@ def _open_hub(
     )
 
 
-def check_published(listing: hub.Listing) -> None:
-    """Refuse a model of the hub that we cannot open, before its weights are fetched.
+def check_published(listing: Listing) -> None:
+    """Refuse an unsupported hub model before its weights are fetched.
 
-    A single file cannot be told from outside. Raises: CheckpointError, ConfigError, HubError.
+    A single file cannot be checked from outside. Raises: CheckpointError, ConfigError, HubError.
     """
     if listing.entry in listing.files or MANIFEST in listing.files:
         return
@@ -115,6 +125,6 @@ def check_published(listing: hub.Listing) -> None:
         detect.check_model_index(read_json(index), folder)
         ModelFolder(folder)  # reads the configs
     except (CheckpointError, ConfigError) as error:
-        # Nobody knows a model by its folder in the cache.
-        said = str(error).replace(str(folder), str(listing.reference))
-        raise type(error)(said) from None
+        # Users know a model by its reference, not by its folder in the cache.
+        text = str(error).replace(str(folder), str(listing.reference))
+        raise type(error)(text) from None

@@ -1,7 +1,7 @@
-"""Changes of layout between a checkpoint and us: named, invertible, all that happens to values.
+"""Layout changes between a checkpoint and mlxdiff, named and invertible.
 
 PyTorch stores a convolution as (out, in, kH, kW), MLX as (out, kH, kW, in). A 1x1 convolution and a
-linear layer are the same thing; checkpoints of different age store one or the other.
+linear layer are equivalent; older and newer checkpoints store one or the other.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from mlxdiff.weights.tensors import Shape
 
 @dataclass(frozen=True)
 class Transform:
-    """A change of layout.
+    """A layout change.
 
     Attributes:
-        name: what reports call it.
-        shape: shape of the source -> shape of the result; None where it does not apply.
-        forward: values of the source -> values in our layout.
-        inverse: the way back, exactly; None where it takes several results together.
+        name: name in reports.
+        shape: source shape -> result shape, or None if the transform does not apply.
+        forward: source values -> values in our layout.
+        inverse: exact inverse of ``forward``, or None if the inverse needs several results.
     """
 
     name: str
@@ -58,7 +58,7 @@ linear_to_conv1x1 = Transform(
 transpose = Transform(
     "transpose",
     lambda s: s[::-1] if len(s) == 2 else None,
-    # Copied: the order in memory decides in which order BLAS adds, and so the last bits.
+    # A copy, because the memory order decides the order of BLAS's sums, and so the last bits.
     lambda x: np.ascontiguousarray(x.T),
     lambda x: np.ascontiguousarray(x.T),
 )
@@ -76,19 +76,19 @@ def _part(name: str, index: int, count: int) -> Transform:
 
 
 thirds = tuple(_part("third_of_fused", i, 3) for i in range(3))
-"""Queries, keys and values out of one tensor that has them below one another."""
+"""Queries, keys and values from one tensor that stacks them."""
 halves = tuple(_part("half_of_fused", i, 2) for i in range(2))
-"""The same of keys and values."""
+"""Keys and values from one tensor that stacks them."""
 
 TRANSFORMS = (identity, oihw_to_ohwi, conv1x1_to_linear, linear_to_conv1x1)
-"""Those that shapes tell apart."""
+"""The transforms that shapes can select."""
 
 
 def choose(source: Shape, target: Shape) -> Transform | None:
-    """The transform that takes the one shape to the other; None where none does.
+    """Return the transform between two shapes, or None if there is none.
 
-    At most one does: source and target have the same number of dimensions for the first two (below
-    four, and four), 4 -> 2 and 2 -> 4 for the others.
+    At most one fits. The first two keep the number of dimensions (below four, and four); the others
+    change it from 4 to 2 and from 2 to 4.
     """
     for transform in TRANSFORMS:
         if transform.shape(source) == target:

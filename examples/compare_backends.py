@@ -1,4 +1,4 @@
-"""The same seed on both backends: how far apart are the pictures?"""
+"""Draw the same seed on both backends and print the difference of the pictures."""
 
 import numpy as np
 

@@ -3,9 +3,9 @@
     python follow_edges.py
     python follow_edges.py MODEL CONTROLNET PICTURE "a prompt"
 
-The first takes a picture that the built-in model drew, and the ControlNet that
-examples/train_control trained for it. The second takes a picture, a model and a ControlNet of
-yours, such as sd15 and lllyasviel/control_v11p_sd15_canny.
+The first command uses a picture of the built-in model and the ControlNet that
+examples/train_control trained for it. The second uses your own model, ControlNet and picture, for
+example sd15 and lllyasviel/control_v11p_sd15_canny.
 """
 
 import sys
@@ -22,24 +22,24 @@ if len(sys.argv) > 1:
     pipe = mlxdiff.load(model, controlnets=[controlnet])
     result = pipe.generate(prompt, control_image=picture, control_preprocess="edges", seed=0)
     result.images[0].save("followed.png")
-    print(f"followed.png along the edges of {picture}")
+    print(f"followed.png follows the edges of {picture}")
     sys.exit()
 
 EDGES = Path(__file__).parent / "train_control" / "edges"
 pipe = mlxdiff.load()
 prompt = "a red heart left of a blue ring on a white background"
-given = pipe.generate(prompt, seed=0, guidance=4).images[0]
-row = [given, Image.fromarray(edges(np.asarray(given)))]
+original = pipe.generate(prompt, seed=0, guidance=4).images[0]
+row = [original, Image.fromarray(edges(np.asarray(original)))]
 pipe.set_controlnets([EDGES])
 for prompt in (
     "a yellow heart left of a purple ring on a black background",
     "a black heart left of a green ring on a pink background",
 ):
-    told = {"control_image": given, "control_preprocess": "edges", "seed": 1, "guidance": 4}
-    row.append(pipe.generate(prompt, **told).images[0])
+    options = {"control_image": original, "control_preprocess": "edges", "seed": 1, "guidance": 4}
+    row.append(pipe.generate(prompt, **options).images[0])
 
-sheet = Image.new("RGB", (len(row) * given.width, given.height))
+sheet = Image.new("RGB", (len(row) * original.width, original.height))
 for i, picture in enumerate(row):
-    sheet.paste(picture, (i * given.width, 0))
+    sheet.paste(picture, (i * original.width, 0))
 sheet.save("follow_edges.png")
-print("follow_edges.png: a picture, its edges, and two pictures drawn along them")
+print("follow_edges.png: a picture, its edges, and two pictures that follow them")

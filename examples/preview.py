@@ -1,4 +1,4 @@
-"""What the model takes the picture for after each step: ``Step.sketch``, enlarged, side by side."""
+"""Show the model's estimate of the picture after each step: ``Step.sketch``, side by side."""
 
 from PIL import Image
 

@@ -1,6 +1,6 @@
-"""A style on top of a model: the built-in model with a LoRA that draws outlines, at four scales.
+"""Add a style to a model: the built-in model with a LoRA that draws outlines, at four scales.
 
-The LoRA was trained by examples/train_lora/train.py in some minutes on one core.
+examples/train_lora/train.py trained the LoRA in a few minutes on one core.
 """
 
 from pathlib import Path
@@ -20,10 +20,10 @@ SCALES = (0.0, 0.5, 1.0, 1.3)
 pipe = mlxdiff.load()
 rows = []
 for scale in SCALES:
-    pipe.set_loras([(OUTLINE, scale)] if scale else [])  # these and no others
+    pipe.set_loras([(OUTLINE, scale)] if scale else [])  # replaces all earlier LoRAs
     drawn = [pipe.generate(text, seed=1, steps=12, guidance=4).images[0] for text in PROMPTS]
     rows.append(drawn)
-    print(pipe.loras[0].report() if scale else "the model alone")
+    print(pipe.loras[0].report() if scale else "the model without a LoRA")
 
 side = rows[0][0].width
 sheet = Image.new("RGB", (len(PROMPTS) * side, len(SCALES) * side))

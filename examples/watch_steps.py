@@ -1,4 +1,4 @@
-"""Follow a picture while it is drawn: every step of ``Pipeline.stream``, side by side."""
+"""Watch a picture while it is drawn: every step of ``Pipeline.stream``, side by side."""
 
 from PIL import Image
 

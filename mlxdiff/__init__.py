@@ -2,11 +2,11 @@
 
     import mlxdiff
 
-    pipe = mlxdiff.load()  # the built-in model; or a folder, or a hub id
+    pipe = mlxdiff.load()  # the built-in model; or give a folder or a hub id
     result = pipe.generate("a red circle on a blue background", seed=0)
     result.images[0].save("circle.png")
 
-Importing this module is cheap: everything heavy is loaded on first use.
+Importing this module is cheap. Heavy modules are loaded on first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m mlxdiff`` is the command ``mlxdiff``."""
+"""Run the command ``mlxdiff`` as ``python -m mlxdiff``."""
 
 from mlxdiff.cli import main
 

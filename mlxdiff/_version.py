@@ -1,3 +1,3 @@
-"""The version of mlxdiff, in the one place that says it beside pyproject.toml."""
+"""The version of mlxdiff. pyproject.toml repeats it."""
 
 __version__ = "0.1.0"

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 
 class MlxdiffError(Exception):
-    """Root of all errors caused by what the user gave us. The command line exits with 2 on it."""
+    """Base class of all errors that the user's input causes. The command line exits with 2."""
 
 
 class UsageError(MlxdiffError):
-    """An argument, option or combination of options that cannot be honoured."""
+    """An argument, an option or a combination of options that mlxdiff cannot honour."""
 
 
 class ConfigError(MlxdiffError):
-    """A configuration file that is malformed, or asks for something that is not implemented."""
+    """A configuration file that is malformed or asks for an unsupported feature."""
 
 
 class CheckpointError(MlxdiffError):
-    """Weights or tokenizer files that are missing, damaged, incomplete or not what they claim."""
+    """Weights or tokenizer files that are missing, damaged, incomplete or of another kind."""
 
 
 class HubError(MlxdiffError):
-    """A model that could not be fetched from, or found in the cache of, the Hugging Face hub."""
+    """A model that cannot be fetched from the Hugging Face hub and is not in the cache."""
+
+
+def one_line(error: object) -> str:
+    """Return the text of an error on one line of at most 200 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:197]}..."

@@ -1,12 +1,12 @@
-"""The library: models of the hub, converted once and kept.
+"""The library: models from the hub, converted once and kept.
 
     $MLXDIFF_HOME/models/org--name/<fingerprint>-float16-v1/     a converted folder
-    ..............................<fingerprint>-float16_q4-v2/   one that is quantized, by recipe
-    $MLXDIFF_HOME/models/org--name/index.json                    which branch or commit is which
+    ..............................<fingerprint>-float16_q4-v2/   a quantized one, with its recipe
+    $MLXDIFF_HOME/models/org--name/index.json                    commit of each branch
 
-MLXDIFF_HOME is ~/.cache/mlxdiff where nothing else is said ($XDG_CACHE_HOME/mlxdiff). An entry is
-named after the contents of the files it was made of, so that a branch that moves without a change
-to them makes no new one. Folders and files of the user's own are opened where they are.
+The default of MLXDIFF_HOME is $XDG_CACHE_HOME/mlxdiff or ~/.cache/mlxdiff. The name of an entry is
+a fingerprint of its source files. So a branch that moves without a change to these files makes no
+new entry. The user's own folders and files are opened in place.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from mlxdiff.convert.sources import check_published
 from mlxdiff.errors import CheckpointError, ConfigError, HubError, UsageError
 from mlxdiff.machine.disk import exclusive, require_space
 from mlxdiff.store import catalogue, hub
+from mlxdiff.store.cache import CHECK_SECONDS, cache_folder, is_offline, missing_bytes
 from mlxdiff.store.folder import (
     FORMAT_VERSION,
     MANIFEST,
@@ -40,6 +41,8 @@ from mlxdiff.store.folder import (
     open_folder,
 )
 from mlxdiff.store.recipes import find_recipe, quantized_model
+from mlxdiff.store.reference import Reference, parse
+from mlxdiff.store.selection import Listing
 
 logger = logging.getLogger("mlxdiff")
 
@@ -47,7 +50,7 @@ _ENTRY = re.compile(r"[0-9a-f]{16}-\w+-v\d+")
 
 
 def folder() -> Path:
-    """Where the converted models are kept."""
+    """Return the folder of the converted models."""
     home = os.environ.get("MLXDIFF_HOME") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or "~/.cache", "mlxdiff"
     )
@@ -64,15 +67,15 @@ def open_model(
     quantize: int | str | None = None,
     **single_file: Any,
 ) -> ModelSource:
-    """Open a model, whatever it is given as; one of the hub is fetched and converted at first use.
+    """Open a model of any form. Fetch and convert a hub model on first use.
 
     Args:
         model: folder, file, hub id or short name.
-        dtype: what it is to compute in. For "float32" a hub model is taken and kept in float32,
-            else in float16.
-        quantize: bits, or a float mode; None: not. A hub model is kept quantized.
-        revision, variant, progress, single_file: as ``convert.open_source`` takes them. A file of
-            the hub that is opened with options for single files is not kept.
+        dtype: type of the computation. A hub model is kept in float32 for "float32", else in
+            float16.
+        quantize: bits or a float mode, or None for no quantization. A hub model is kept quantized.
+        revision, variant, progress, single_file: see ``convert.open_source``. A hub file that is
+            opened with options for single files is not kept.
     Returns: the model.
     Raises: CheckpointError, ConfigError, HubError, UsageError.
     """
@@ -80,7 +83,7 @@ def open_model(
     reference = None
     if isinstance(model, str) and not Path(model).exists():
         model = str(catalogue.expand(model))
-        reference = hub.parse(model, revision)
+        reference = parse(model, revision)
     if reference is None or any(single_file.values()):
         opened = open_source(model, revision, variant, progress, **single_file)
         if recipe is None:
@@ -94,18 +97,18 @@ def open_model(
 
 @dataclass(frozen=True)
 class _Form:
-    """What a model is kept as.
+    """The form in which a model is kept.
 
     Attributes:
-        dtype: of its weights.
-        quantize: as ``find_recipe`` takes it; None: not quantized.
+        dtype: type of its weights.
+        quantize: see ``find_recipe``; None if not quantized.
     """
 
     dtype: str
     quantize: int | str | None = None
 
     def __str__(self) -> str:
-        """As the names of entries have it: "float16", "float16_affine_4_64"."""
+        """Return the form's part in the name of an entry: "float16", "float16_affine_4_64"."""
         if self.quantize is None:
             return self.dtype
         return f"{self.dtype}_{find_recipe(self.quantize).name.replace('-', '_')}"
@@ -116,13 +119,13 @@ class _Form:
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What a revision was when it was last looked up.
+class _LookUp:
+    """The result of the last look-up of a revision.
 
     Attributes:
-        commit: where it stood.
-        fingerprint: of the files that are needed.
-        checked: when that was, in seconds since 1970.
+        commit: commit of the revision.
+        fingerprint: fingerprint of the needed files.
+        checked: time of the look-up, in seconds since 1970.
     """
 
     commit: str
@@ -131,7 +134,7 @@ class _Seen:
 
     @property
     def is_recent(self) -> bool:
-        return 0 <= time.time() - self.checked < hub.CHECK_SECONDS
+        return 0 <= time.time() - self.checked < CHECK_SECONDS
 
 
 class _Shelf:
@@ -143,10 +146,10 @@ class _Shelf:
         self._index = self.path / "index.json"
 
     def open(
-        self, reference: hub.Reference, variant: str | None, form: _Form, progress: Progress | None
+        self, reference: Reference, variant: str | None, form: _Form, progress: Progress | None
     ) -> ConvertedFolder:
-        seen = self._seen(reference, variant)
-        if seen and (reference.is_pinned or seen.is_recent or hub.is_offline()):
+        seen = self._last_look_up(reference, variant)
+        if seen and (reference.is_pinned or seen.is_recent or is_offline()):
             if (model := self._entry(seen.fingerprint, form)) is not None:
                 return model
         try:
@@ -155,7 +158,7 @@ class _Shelf:
             if seen and (model := self._entry(seen.fingerprint, form)) is not None:
                 why = str(error).removeprefix(f"{self.name}: ")
                 logger.warning(
-                    "%s: the copy in the library is used, there may be a newer one: %s",
+                    "%s: using the copy in the library; a newer one may exist: %s",
                     reference,
                     why,
                 )
@@ -169,7 +172,7 @@ class _Shelf:
         fingerprint = seen.fingerprint if seen and same else listing.fingerprint
         if seen and fingerprint != seen.fingerprint:
             logger.warning(
-                "%s has changed on the hub; the old one is %s@%s",
+                "%s has changed on the hub; the old version is %s@%s",
                 reference,
                 self.name,
                 seen.commit,
@@ -178,19 +181,19 @@ class _Shelf:
         if model is None:
             model = self._make(listing, variant, fingerprint, form, progress)
         if listing.is_current:
-            self._remember(reference, variant, _Seen(listing.commit, fingerprint, time.time()))
+            self._remember(reference, variant, _LookUp(listing.commit, fingerprint, time.time()))
         return model
 
-    def _entry(self, fingerprint: str, form: _Form, tell: bool = False) -> ConvertedFolder | None:
-        """The converted folder; None where there is none, or none that is whole (if told: why)."""
+    def _entry(self, fingerprint: str, form: _Form, warn: bool = False) -> ConvertedFolder | None:
+        """Open an entry. Return None if it is absent or damaged; ``warn`` reports the damage."""
         path = self._entry_path(fingerprint, form)
         if not path.exists():
             return None
         try:
             return open_folder(path)
         except (CheckpointError, ConfigError) as error:
-            if tell:
-                logger.warning("%s: its converted copy is made again: %s", self.name, error)
+            if warn:
+                logger.warning("%s: converting it again: %s", self.name, error)
             return None
 
     def _entry_path(self, fingerprint: str, form: _Form) -> Path:
@@ -198,7 +201,7 @@ class _Shelf:
 
     def _make(
         self,
-        listing: hub.Listing,
+        listing: Listing,
         variant: str | None,
         fingerprint: str,
         form: _Form,
@@ -206,15 +209,15 @@ class _Shelf:
     ) -> ConvertedFolder:
         dest = self._entry_path(fingerprint, form)
         with self._locked() as alone:
-            # Another process may have made it while this one waited.
-            if (model := self._entry(fingerprint, form, tell=True)) is not None:
+            # Another process may have made the entry while this one waited.
+            if (model := self._entry(fingerprint, form, warn=True)) is not None:
                 return model
             if alone:
-                self._clean()
+                self._remove_leftovers()
             shutil.rmtree(dest, ignore_errors=True)
             require_space(
                 {
-                    hub.cache_folder(): hub.missing_bytes(listing),
+                    cache_folder(): missing_bytes(listing),
                     self.path: _converted_bytes(listing, form.dtype),
                 },
                 f"{listing.reference}: download and conversion",
@@ -222,14 +225,14 @@ class _Shelf:
             )
             check_published(listing)
             logger.warning(
-                "%s: %s to fetch, then it is converted, once, into %s",
+                "%s: fetching %s, then converting it once into %s",
                 listing.reference,
-                human_bytes(hub.missing_bytes(listing)),
+                human_bytes(missing_bytes(listing)),
                 dest,
             )
             hub.fetch(listing, progress)
             file = listing.entry if listing.entry in listing.files else ""
-            source = hub.Reference(self.name, listing.commit, file)
+            source = Reference(self.name, listing.commit, file)
             try:
                 convert(
                     str(source),
@@ -240,30 +243,30 @@ class _Shelf:
                     progress=progress,
                 )
             except UsageError:
-                # Without locks two processes may have worked at once: the first one's stays.
+                # Without locks two processes can convert at the same time. The first result stays.
                 if (model := self._entry(fingerprint, form)) is not None:
                     return model
                 raise
             return open_folder(dest)
 
-    def _clean(self) -> None:
-        """Remove what conversions left behind that were killed."""
-        for left in (*self.path.glob(".*.partial"), *self.path.glob(".*.old")):
-            shutil.rmtree(left, ignore_errors=True)
+    def _remove_leftovers(self) -> None:
+        """Remove the temporary folders of conversions that were killed."""
+        for leftover in (*self.path.glob(".*.partial"), *self.path.glob(".*.old")):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     @contextmanager
     def _locked(self, what: str = "entries") -> Iterator[bool]:
-        """Hold the shelf's entries, or its index, alone. Yields: whether they are held."""
+        """Lock the entries or the index of this repo. Yields: True if the lock is held."""
 
         def waiting(pid: str) -> None:
-            logger.warning("%s: another process (%s) prepares it; waiting", self.name, pid)
+            logger.warning("%s: another process (%s) is preparing it; waiting", self.name, pid)
 
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(
-                f"{self.path}: cannot be written ({error.strerror}); set MLXDIFF_HOME to a folder "
-                "for converted models"
+                f"{self.path}: cannot be written ({error.strerror}); set MLXDIFF_HOME to a "
+                "writable folder for converted models"
             ) from None
         with exclusive(folder() / ".locks" / f"{self.path.name}.{what}", waiting) as alone:
             yield alone
@@ -271,17 +274,17 @@ class _Shelf:
     # The index
 
     def _read(self) -> dict[str, Any]:
-        """Question -> commit, fingerprint, checked. One that cannot be read is made anew."""
+        """Read the index: request -> commit, fingerprint, checked; {} if it is damaged."""
         try:
             seen = json.loads(self._index.read_text(encoding="utf-8"))["seen"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return {}
         return seen if isinstance(seen, dict) else {}
 
-    def _seen(self, reference: hub.Reference, variant: str | None) -> _Seen | None:
+    def _last_look_up(self, reference: Reference, variant: str | None) -> _LookUp | None:
         index = self._read()
         entry: Any = index.get(_question(reference, variant))
-        if entry is None and reference.is_pinned:  # a branch may have stood there
+        if entry is None and reference.is_pinned:  # a branch may have pointed to this commit
             tail = _question(reference, variant).partition("|")[2]
             entry = next(
                 (
@@ -294,11 +297,11 @@ class _Shelf:
                 None,
             )
         try:
-            return _Seen(str(entry["commit"]), str(entry["fingerprint"]), float(entry["checked"]))
+            return _LookUp(str(entry["commit"]), str(entry["fingerprint"]), float(entry["checked"]))
         except (TypeError, KeyError, ValueError):
             return None
 
-    def _remember(self, reference: hub.Reference, variant: str | None, seen: _Seen) -> None:
+    def _remember(self, reference: Reference, variant: str | None, seen: _LookUp) -> None:
         try:
             with self._locked("index"):
                 index = self._read() | {_question(reference, variant): vars(seen)}
@@ -306,20 +309,21 @@ class _Shelf:
                 new.write_text(json.dumps({"seen": index}, indent=1), encoding="utf-8")
                 new.replace(self._index)
         except (OSError, UsageError):
-            pass  # a library that cannot be written: it is looked up again next time
+            pass  # The library is read-only: the next run looks the branch up again.
 
 
-def _question(reference: hub.Reference, variant: str | None) -> str:
-    """What was asked for, as the index has it."""
-    asked = "auto" if variant is None else variant or "plain"
-    return f"{reference.revision}|{reference.file}|{asked}"
+def _question(reference: Reference, variant: str | None) -> str:
+    """Return the key of a request in the index."""
+    wanted = "auto" if variant is None else variant or "plain"
+    return f"{reference.revision}|{reference.file}|{wanted}"
 
 
-def _converted_bytes(listing: hub.Listing, dtype: str) -> int:
-    """About what a converted copy takes: float32 files in float16 are half as large.
+def _converted_bytes(listing: Listing, dtype: str) -> int:
+    """Estimate the size of a converted copy: float32 files shrink to half in float16.
 
-    Whether a file without a variant holds float32 is not known before it is fetched: the smaller
-    size is taken, so that nothing is refused that fits. (The conversion itself knows, and checks.)
+    Before a download it is unknown if a file without a variant holds float32. The estimate assumes
+    the smaller size, so nothing that fits is refused. (The conversion itself knows the size, and
+    checks it.)
     """
     weights = {n: f.size for n, f in listing.files.items() if not n.endswith((".json", ".txt"))}
     if dtype == "float32":
@@ -327,21 +331,21 @@ def _converted_bytes(listing: hub.Listing, dtype: str) -> int:
     return sum(size if ".fp16." in name else size // 2 for name, size in weights.items())
 
 
-# What there is
+# List and remove entries
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A converted model of the library.
+    """A converted model in the library.
 
     Attributes:
-        name: the hub id it was made of.
-        short: its short name, if it has one.
-        family, dtype: as its manifest says; "damaged" where that cannot be read.
+        name: hub id of the source.
+        short: short name, or None if it has none.
+        family, dtype: from its manifest; "damaged" if that is not readable.
         revision: the commit.
         path: its folder.
         size: bytes on the disk.
-        date: when it was made, in seconds since 1970.
+        date: time of the conversion, in seconds since 1970.
     """
 
     name: str
@@ -354,12 +358,12 @@ class Entry:
     date: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return vars(self) | {"path": str(self.path)}
 
 
 def entries() -> list[Entry]:
-    """All converted models, by name and age."""
+    """Return all converted models, by name and age."""
     found = [_read_entry(path) for path in folder().glob("*--*/*") if _ENTRY.fullmatch(path.name)]
     return sorted(found, key=lambda entry: (entry.name.lower(), entry.date))
 
@@ -389,17 +393,17 @@ def _read_entry(path: Path) -> Entry:
 
 
 def local_path(model: str) -> Path | None:
-    """The newest converted copy of a model that is called by hub id or short name, if there is one.
+    """Return the newest converted copy of a hub id or short name, or None if there is none.
 
-    A folder or file of that name comes first: None.
+    A local file or folder of that name takes precedence: the result is then None.
     """
     if Path(model).exists():
         return None
-    found = _called(model, entries())
+    found = _matching(model, entries())
     return max(found, key=lambda entry: entry.date).path if found else None
 
 
-def _called(name: str, there: list[Entry]) -> list[Entry]:
+def _matching(name: str, there: list[Entry]) -> list[Entry]:
     wanted, _, revision = str(catalogue.expand(name)).partition("@")
     return [e for e in there if e.name == wanted and e.revision.startswith(revision)]
 
@@ -408,18 +412,18 @@ def remove(*names: str) -> list[Entry]:
     """Remove converted models.
 
     Args:
-        names: hub ids or short names, with ``@`` and the first digits of the commit for one of
-            several.
-    Returns: what was removed.
-    Raises: UsageError where one is not there; then nothing is removed.
+        names: hub ids or short names. With ``@`` and the first digits of the commit, only that
+            version is removed.
+    Returns: the removed entries.
+    Raises: UsageError if a name is not in the library; then nothing is removed.
     """
     there = entries()
     chosen: dict[Path, Entry] = {}
     for name in names:
-        found = _called(name, there)
+        found = _matching(name, there)
         if not found:
             have = ", ".join(dict.fromkeys(e.short or e.name for e in there)) or "none"
-            raise UsageError(f"{name} is not in the library {folder()}; there are: {have}")
+            raise UsageError(f"{name} is not in the library {folder()}; its models: {have}")
         chosen |= {entry.path: entry for entry in found}
     for path in chosen:
         with _Shelf(path.parent.name.replace("--", "/", 1))._locked():

@@ -1,15 +1,14 @@
-"""CLIP's byte-pair tokenizer: text -> token ids, exactly as the text encoders are used.
+"""CLIP's byte-pair tokenizer: text -> the token ids that the text encoders expect.
 
-Text is brought to Unicode NFC, white space is collapsed and letters are lower-cased; a pattern cuts
-it into words, numbers (digit by digit), English contractions and runs of signs; each piece's UTF-8
-bytes are merged by rank, the last one marked `</w>`. Special tokens are recognised inside text, as
-the
-reference does: `<|endoftext|>` in a prompt is the token, and so is `!` where `!` is the pad (SD
-2.x).
+Normalization: Unicode NFC, one space for each run of white space, lower case. A pattern then splits
+the text into words, single digits, English contractions and runs of signs. The UTF-8 bytes of each
+piece are merged by rank, and the last symbol gets the mark `</w>`. Special tokens are recognised
+inside text, as the reference does: `<|endoftext|>` in a prompt is the token, and so is `!` if `!`
+is the pad token (SD 2.x).
 
-Source: Radford et al. 2021 (github.com/openai/CLIP, simple_tokenizer.py) as run by transformers 5
-(models/clip/tokenization_clip.py), whose ids this module gives for every text. The merging itself
-is done by the `tokenizers` package.
+Source: Radford et al. 2021 (github.com/openai/CLIP, simple_tokenizer.py) as implemented in
+    transformers 5 (models/clip/tokenization_clip.py). This module gives the same ids for every
+    text. The `tokenizers` package does the merging.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxdiff.errors import CheckpointError, UsageError
+from mlxdiff.errors import CheckpointError, UsageError, one_line
 
 if TYPE_CHECKING:
     import os
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 CONTEXT_LENGTH = 77
-"""Positions of every CLIP text encoder that Stable Diffusion uses."""
+"""Length of the input of every CLIP text encoder that Stable Diffusion uses."""
 
 _PATTERN = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -41,7 +40,7 @@ _DEFAULTS = {
     "unk_token": "<|endoftext|>",
     "pad_token": "<|endoftext|>",
 }
-# The order in which special tokens are registered; it matters, see _special_tokens.
+# Special tokens are registered in this order. The order matters, see _special_tokens.
 _SPECIAL_KEYS = (
     "bos_token",
     "eos_token",
@@ -54,12 +53,13 @@ _SPECIAL_KEYS = (
 
 
 class Tokenizer:
-    """The tokenizer of one text encoder. Immutable, safe to share between threads.
+    """The tokenizer of one text encoder. Immutable and safe to share between threads.
 
     Attributes:
         bos_token_id, eos_token_id, pad_token_id: ids of start, end and padding.
-        model_max_length: ids in an encoded text, start and end included (77).
-        known_words: all words that the model was taught, in lower case; None: it has no such list.
+        model_max_length: number of ids in an encoded text, start and end included (77).
+        known_words: all words in the model's training texts, in lower case, or None if the model
+            has no such list.
     """
 
     def __init__(
@@ -81,20 +81,21 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: str | os.PathLike[str], pad_token: str | None = None) -> Tokenizer:
-        """Reads a diffusers `tokenizer/` folder.
+        """Read a diffusers `tokenizer/` folder.
 
-        The vocabulary comes from `tokenizer.json` or else from `vocab.json` and `merges.txt`;
-        special tokens and the length from `tokenizer_config.json`, `special_tokens_map.json` and
-        `added_tokens.json` where they exist. A model of a small world lists its words in
+        The vocabulary comes from `tokenizer.json`, or from `vocab.json` and `merges.txt`. Special
+        tokens and the length come from `tokenizer_config.json`, `special_tokens_map.json` and
+        `added_tokens.json` if these files exist. A model with a small vocabulary lists its words in
         `tokenizer_config.json` under `known_words`.
 
         Args:
             path: the folder.
-            pad_token: overrides the folder's; without either it is end-of-text. SD 1.x pads with
-                end-of-text, SD 2.x and the second tokenizer of SDXL with "!" (id 0).
+            pad_token: overrides the pad token of the folder. If neither gives one, the pad is
+                end-of-text. SD 1.x pads with end-of-text; SD 2.x and the second tokenizer of SDXL
+                pad with "!" (id 0).
 
         Raises:
-            CheckpointError: a file is missing, damaged, or of a tokenizer that is not CLIP's.
+            CheckpointError: a file is missing or damaged, or is not from a CLIP tokenizer.
         """
         folder = Path(path)
         if not folder.is_dir():
@@ -111,10 +112,9 @@ class Tokenizer:
             config["pad_token"] = pad_token
         try:
             backend = _build(vocab, merges, config, added)
-        except Exception as error:  # the package raises bare Exceptions
+        except Exception as error:  # `tokenizers` raises bare Exceptions
             raise CheckpointError(
-                f"{folder}: not a usable CLIP tokenizer ({_one_line(error)}); "
-                "fetch the folder again"
+                f"{folder}: not a usable CLIP tokenizer ({one_line(error)}); fetch the folder again"
             ) from error
 
         def id_of(key: str) -> int:
@@ -137,13 +137,13 @@ class Tokenizer:
         )
 
     def with_tokens(self, tokens: Iterable[str]) -> Tokenizer:
-        """A tokenizer that also finds these words in a text, each as one token.
+        """Return a copy of this tokenizer with more tokens.
 
-        They are found within other words too and whatever their case, as by the reference's
-        ``add_tokens``. Their ids follow those that are there.
+        Each new token is found in any case and also inside other words, as the reference's
+        ``add_tokens`` does. The new ids follow the existing ones.
 
         Raises:
-            UsageError: there is such a token already.
+            UsageError: a token is empty or already exists.
         """
         import tokenizers
 
@@ -151,8 +151,8 @@ class Tokenizer:
         for token in tokens:
             if not token.strip() or backend.token_to_id(token) is not None:
                 raise UsageError(
-                    f"{token!r} cannot stand for something new: it is empty, or the tokenizer has "
-                    "it already; give it another name"
+                    f"{token!r} cannot be a new token: it is empty, or the tokenizer has it "
+                    "already; give it another name"
                 )
             backend.add_tokens([token])
         return Tokenizer(
@@ -165,7 +165,7 @@ class Tokenizer:
         )
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token as the vocabulary spells it (",</w>"); None: there is none."""
+        """Return the id of a token in the vocabulary's spelling (",</w>"), or None."""
         index: int | None = self._backend.token_to_id(token)
         return index
 
@@ -175,18 +175,17 @@ class Tokenizer:
         return int(self._backend.get_vocab_size())
 
     def encode(self, text: str, pad: bool = True) -> list[int]:
-        """Token ids of a text.
+        """Encode a text.
 
         Args:
-            text: any Unicode text, may be empty.
-            pad: True gives what a text encoder takes: start, the text's ids, end, padding; exactly
-                `model_max_length` ids, the text cut to fit. False gives the text's ids alone, all
-                of
-                them: no start, end, padding or cut.
+            text: any Unicode text; may be empty.
+            pad: True gives the input of a text encoder: start, the ids of the text, end, padding.
+                These are exactly `model_max_length` ids; a long text is cut. False gives all ids of
+                the text without start, end, padding or cut.
 
         Raises:
-            UsageError: the text holds half of a surrogate pair, which no encoding of Unicode can
-                carry.
+            UsageError: the text holds half of a surrogate pair, which has no valid Unicode
+                encoding.
         """
         ids = list(self._encode(text).ids)
         if not pad:
@@ -195,7 +194,7 @@ class Tokenizer:
         return ids + [self.pad_token_id] * (self.model_max_length - len(ids))
 
     def truncated(self, text: str) -> str:
-        """The end of the text that `encode` cuts off, as it was written; "" where all fits."""
+        """Return the end of the text that `encode` cuts off, or "" if the whole text fits."""
         encoding = self._encode(text)
         room = self.model_max_length - 2
         if len(encoding.ids) <= room:
@@ -203,10 +202,10 @@ class Tokenizer:
         return text[encoding.offsets[room][0] :].strip()
 
     def unknown_words(self, text: str) -> list[str]:
-        """Words of the text that the model was never taught, as often as they come.
+        """Return the words of the text that are not in `known_words`, with repetitions.
 
-        Words are runs of letters and digits, in lower case; signs and special tokens are none.
-        [] where the model has no list of its words.
+        A word is a run of letters and digits, in lower case. Signs and special tokens are not
+        words. The result is [] if the model has no word list.
         """
         if self.known_words is None:
             return []
@@ -216,7 +215,7 @@ class Tokenizer:
         return [word for word in words if word not in self.known_words]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Text of some ids, lower-case and with a space after each word, as far as ids can tell."""
+        """Return the text of some ids: in lower case, with a space after each word."""
         text = self._backend.decode(list(ids), skip_special_tokens=skip_special)
         return str(text.replace(_WORD_END, " ").strip())
 
@@ -228,7 +227,7 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise UsageError(
                 f"the prompt is not valid Unicode: character {error.start + 1} is a lone surrogate "
-                f"(U+{ord(text[error.start]):04X}); write the prompt in UTF-8"
+                f"(U+{ord(text[error.start]):04X}); write the prompt in valid UTF-8"
             ) from None
         return self._backend.encode(text, add_special_tokens=False)
 
@@ -279,7 +278,7 @@ def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]
         if not file.is_file():
             raise CheckpointError(f"{folder}: {file.name} is missing; fetch the folder again")
     merges = []
-    # Split at "\n" alone: some characters of the byte alphabet count as line ends for splitlines.
+    # Split at "\n" only: splitlines also splits at some characters of the byte alphabet.
     for number, line in enumerate(_read_text(merges_file).split("\n"), 1):
         line = line.removesuffix("\r")
         if not line or line.startswith("#version"):
@@ -287,7 +286,7 @@ def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]
         pair = line.split(" ")
         if len(pair) != 2 or not all(pair):
             raise CheckpointError(
-                f"{merges_file}: line {number} is not a merge (two symbols and a space between); "
+                f"{merges_file}: line {number} is not a merge (two symbols with a space between); "
                 "fetch the file again"
             )
         merges.append((pair[0], pair[1]))
@@ -297,10 +296,10 @@ def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]
 def _check_saved(
     saved: Mapping[str, Any], file: Path
 ) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges of a `tokenizer.json`, which must describe CLIP's procedure.
+    """Return vocabulary and merges of a `tokenizer.json`, which must describe CLIP's procedure.
 
-    Its steps are checked, not run: files of several ages spell them differently and the reference
-    builds its own, too.
+    The steps in the file are checked but not run: old files spell them differently, and the
+    reference builds its own steps too.
     """
 
     def not_clip(what: str) -> CheckpointError:
@@ -349,7 +348,7 @@ def _check_vocab(vocab: Any, file: Path) -> dict[str, int]:
         or not vocab
         or not all(type(i) is int and 0 <= i < 2**32 for i in vocab.values())
     ):
-        raise CheckpointError(f"{file}: is not a vocabulary (token -> id); fetch the file again")
+        raise CheckpointError(f"{file}: not a vocabulary (token -> id); fetch the file again")
     return vocab
 
 
@@ -358,22 +357,22 @@ def _read_text(file: Path) -> str:
         return file.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(
-            f"{file}: cannot be read as UTF-8 text ({_one_line(error)}); fetch the file again"
+            f"{file}: cannot be read as UTF-8 text ({one_line(error)}); fetch the file again"
         ) from error
 
 
 def _read_object(file: Path) -> dict[str, Any]:
-    """A JSON object, {} where the file does not exist."""
+    """Read a JSON object. Return {} if the file does not exist."""
     if not file.exists():
         return {}
     try:
         value = json.loads(_read_text(file))
     except (json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(
-            f"{file}: is not JSON ({_one_line(error)}); fetch the file again"
+            f"{file}: not readable as JSON ({one_line(error)}); fetch the file again"
         ) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: is not a JSON object; fetch the file again")
+        raise CheckpointError(f"{file}: not a JSON object; fetch the file again")
     return value
 
 
@@ -384,7 +383,7 @@ def _max_length(config: Mapping[str, Any], folder: Path) -> int:
             f"{folder}/tokenizer_config.json: model_max_length is {length!r}; "
             f"expected {CONTEXT_LENGTH}"
         )
-    # transformers writes 1e30 for "not known".
+    # transformers writes 1e30 if the length is unknown.
     return CONTEXT_LENGTH if length > 1e6 else int(length)
 
 
@@ -394,18 +393,14 @@ def _known_words(config: Mapping[str, Any], folder: Path) -> tuple[str, ...] | N
         return None
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise CheckpointError(
-            f"{folder}/tokenizer_config.json: known_words is no list of words; correct or remove it"
+            f"{folder}/tokenizer_config.json: known_words is not a list of words; correct it or "
+            "remove it"
         )
     return tuple(words)
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-# Special and added tokens. A token is a string or a dict {"content", "normalized", "special", ...},
-# as the files hold it; which flags apply follows transformers'
-# PreTrainedTokenizerBase._from_pretrained.
+# Special and added tokens. A token in a file is a string or a dict {"content", "normalized",
+# "special", ...}. The flags apply as in transformers' PreTrainedTokenizerBase._from_pretrained.
 
 
 def _content(token: Any) -> Any:
@@ -417,7 +412,7 @@ def _contents(tokens: Iterable[Any]) -> set[str]:
 
 
 def _added_tokens(folder: Path, config: dict[str, Any], saved: Mapping[str, Any]) -> list[Any]:
-    """Tokens registered beside the vocabulary, by id. Updates `config`'s special tokens to them."""
+    """Return the tokens beside the vocabulary, by id. Put them into `config` too."""
     added: dict[int, Any] = {}
     if "added_tokens_decoder" in config:
         where = folder / "tokenizer_config.json"
@@ -465,10 +460,10 @@ def _added_tokens(folder: Path, config: dict[str, Any], saved: Mapping[str, Any]
 
 
 def _special_tokens(config: Mapping[str, Any], added: list[Any]) -> list[tokenizers.AddedToken]:
-    """What the backend must recognise inside text.
+    """Return the tokens that the backend must recognise inside text.
 
-    A token may come twice with other flags; the last count. SD 1.x has end-of-text as "eos_token",
-    to be found in normalized text, and then as a plain "pad_token", to be found as it is written.
+    If a token occurs twice with different flags, the last one counts. SD 1.x has end-of-text as
+    "eos_token" (found in normalized text) and then as a plain "pad_token" (found in raw text).
     """
     specials = [config[key] for key in _SPECIAL_KEYS if config.get(key) is not None]
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []

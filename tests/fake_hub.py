@@ -1,4 +1,4 @@
-"""A server that speaks as much of the hub's protocol as fetching files needs."""
+"""A server with the part of the hub's protocol that downloads need."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import pytest
 
 COMMIT, OTHER = "a" * 40, "b" * 40
-LARGE = 1000  # files of more bytes are in LFS, here
+LARGE = 1000  # files of more bytes are in LFS on this server
 
 
 def git_sha1(body: bytes) -> str:
@@ -30,12 +30,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     Attributes:
         files: path -> content.
-        commit: where every branch stands.
-        fault: "STATUS CODE" that everything is answered with.
-        got: files that were asked for.
+        commit: commit of every branch.
+        fault: "STATUS CODE" of every answer, or None.
+        got: requested files.
         asked: requests for the listing.
         ranges: Range headers.
-        damage: file -> how often it is sent with wrong bytes.
+        damage: file -> number of times that it is sent with wrong bytes.
         pause: seconds before a large file is sent.
     """
 
@@ -117,7 +117,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def serve(files: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
-    """A running server; the environment says that it is the hub."""
+    """Run the server. The environment names it as the hub."""
     lists: dict[str, Any] = {"got": [], "asked": [], "ranges": [], "damage": {}}
     handler = type("Handler", (Hub,), {"files": files, **lists})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:

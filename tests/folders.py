@@ -1,4 +1,4 @@
-"""Tiny diffusers folders with random weights, written without any of our code for files or names.
+"""Tiny diffusers folders with random weights, written without mlxdiff's file and name code.
 
 The names come from ``expected_parameters``; that these are the real libraries' names is proven
 elsewhere (tests/test_params.py, and the golden checkpoints that diffusers itself wrote).
@@ -55,12 +55,12 @@ VOCAB = ["!", "a", "b", "a</w>", "b</w>", "!</w>", "<|startoftext|>", "<|endofte
 
 
 def stored(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Our layout -> PyTorch's."""
+    """Convert our layout to PyTorch's."""
     return (shape[0], shape[3], shape[1], shape[2]) if len(shape) == 4 else shape
 
 
 def random_tensors(config: Any, seed: int = 0, dtype: Any = np.float16) -> dict[str, np.ndarray]:
-    """Every tensor of a component under today's diffusers names, in PyTorch's layout."""
+    """Return all tensors of a component in diffusers' current names and PyTorch's layout."""
     random = np.random.default_rng(seed)
     return {
         name: random.standard_normal(stored(shape), np.float32).astype(dtype)
@@ -93,8 +93,10 @@ def write_tokenizer(folder: Path) -> None:
 def diffusers_folder(
     path: Path, family: str = "sd1", unet: dict[str, Any] | None = None
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Write a whole model of a family; returns its tensors by component. ``unet`` changes its
-    config."""
+    """Write a whole model of a family. Return its tensors by component.
+
+    ``unet`` changes the config of the U-Net.
+    """
     xl = family == "sdxl"
     configs: dict[str, dict[str, Any]] = {"text_encoder": TEXT, "unet": UNET, "vae": VAE}
     if family == "sd2":

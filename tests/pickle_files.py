@@ -63,7 +63,7 @@ def tensor(
     offset: int = 0,
     kind: str = "torch.FloatStorage",
 ) -> bytes:
-    """A tensor over a storage of so many values; contiguous where no strides are given."""
+    """Make a tensor over a storage of ``count`` values. Default strides: contiguous."""
     if strides is None:
         steps = [1]
         for size in reversed(shape[1:]):
@@ -90,7 +90,7 @@ def zipped(
     zip64: bool = False,
     count: int | None = None,
 ) -> bytes:
-    """A zip archive. The options lie in the directory: for every entry, or for ``count``."""
+    """Make a zip archive. The options change fields of its directory."""
     body, directory, entries = b"", b"", list(entries)
     for path, data in entries:
         raw = path.encode()
@@ -120,13 +120,13 @@ def zipped(
 
 
 def zip_file(value: bytes, storages: Mapping[str, bytes] | None = None, **how: object) -> bytes:
-    """As torch.save writes since 1.6. ``value``: the opcodes of what was saved."""
+    """Make a file in the format of torch 1.6 and later. ``value``: opcodes of the saved value."""
     data = [(f"archive/data/{key}", content) for key, content in (storages or {}).items()]
     return zipped([("archive/data.pkl", pickled(value)), *data], **how)  # type: ignore[arg-type]
 
 
 def stream_file(value: bytes, storages: Mapping[str, bytes] | None = None, width: int = 4) -> bytes:
-    """As torch.save wrote before 1.6."""
+    """Make a file in the format before torch 1.6."""
     storages = storages or {}
     keys = pickled(b"](" + b"".join(map(text, storages)) + b"e")
     data = [struct.pack("<q", len(raw) // width) + raw for raw in storages.values()]
@@ -144,7 +144,7 @@ KINDS = {
 def saved(
     arrays: Mapping[str, np.ndarray], wrap: str = "", stream: bool = False, first: bytes = b""
 ) -> bytes:
-    """What torch.save makes of such tensors.
+    """Make the file that torch.save writes for these tensors.
 
     ``wrap``: the key that the table stands under. ``first``: opcodes before all others.
     """

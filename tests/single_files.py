@@ -1,4 +1,4 @@
-"""Single files in LDM naming: of tiny diffusers folders, and full-size ones without content."""
+"""Single files in LDM naming: from tiny diffusers folders, and full-size ones without content."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ LDM_NAMES = sorted((Path(__file__).parent / "golden" / "ldm-names").glob("*.json
 
 
 def real_names(name: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in a full-size file."""
+    """Return the names and shapes in a full-size file."""
     path = Path(__file__).parent / "golden" / "ldm-names" / f"{name}.json.gz"
     return {k: tuple(v) for k, v in json.loads(gzip.decompress(path.read_bytes())).items()}
 
 
 def sparse_file(path: Path, shapes: dict[str, tuple[int, ...]], **metadata: str) -> Path:
-    """A float16 safetensors file of these tensors, all zeros, that takes no room on the disk."""
+    """Make a float16 safetensors file of zeros that takes no room on the disk."""
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, shape in shapes.items():
@@ -41,7 +41,7 @@ def sparse_file(path: Path, shapes: dict[str, tuple[int, ...]], **metadata: str)
 
 
 def ldm_tensors(folder: Path) -> Tensors:
-    """The tensors of a diffusers folder under the names of a single file."""
+    """Return the tensors of a diffusers folder under the names of a single file."""
     model = open_source(folder)
     result: Tensors = {}
     for component in model.components:
@@ -87,6 +87,6 @@ def _stored(array: np.ndarray) -> np.ndarray:
 
 
 def single_file(folder: Path, path: Path, more: Tensors | None = None, **metadata: str) -> Path:
-    """Write a diffusers folder as one file, with tensors beside its own."""
+    """Write a diffusers folder as one file, with extra tensors."""
     save_file(ldm_tensors(folder) | (more or {}), path, metadata or None)
     return path

@@ -1,4 +1,4 @@
-"""From a diffusers folder to ours: every spelling, every fault, and nothing half-written."""
+"""Conversion of diffusers folders: all spellings, all faults, and no half-written folder."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ from mlxdiff.errors import CheckpointError, ConfigError, HubError, MlxdiffError,
 from mlxdiff.networks.config import UNet2DConditionConfig
 from mlxdiff.store import hub
 from mlxdiff.store.folder import open_folder
+from mlxdiff.store.reference import Reference
+from mlxdiff.store.selection import Listing
 from mlxdiff.weights.tensors import DTYPES, cast
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -60,7 +62,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, di
 
 @pytest.fixture
 def model(models: dict[str, tuple[Path, Any]], tmp_path: Path) -> Path:
-    """A copy of the SD 1 folder, to be changed."""
+    """Copy the SD 1 folder, so that a test can change it."""
     return Path(shutil.copytree(models["sd1"][0], tmp_path / "in" / "model"))
 
 
@@ -85,7 +87,7 @@ def rename(arrays: Tensors, *pairs: tuple[str, str]) -> None:
 
 
 def same_as_before(model: Path, before: dict[str, Tensors]) -> DiffusersFolder:
-    """Open a folder and hold all its tensors against those that the model was made of."""
+    """Open a folder and compare all its tensors with those that the model was made from."""
     opened = open_source(model)
     assert isinstance(opened, DiffusersFolder)
     for component, arrays in before.items():
@@ -136,7 +138,7 @@ def test_report(models: Any, tmp_path: Path) -> None:
         assert component["bytes_in"] == component["bytes_out"] == 2 * component["parameters"]
     text = str(report)
     assert "unet: 208 tensors, 793 k parameters, 1.59 MB (F16) -> 1.59 MB" in text
-    assert "note: safety_checker left out" in text and "note: feature_extractor left out" in text
+    assert "note: safety_checker omitted" in text and "note: feature_extractor omitted" in text
     assert "image_encoder" not in text  # [null, null]: there is none
 
 
@@ -226,7 +228,7 @@ def test_text_encoder_without_prefix(models: Any, tmp_path: Path, family: str) -
 
 
 @pytest.mark.parametrize("prefix", ["", "text_model."])
-def test_what_text_encoders_hold_besides(models: Any, model: Path, prefix: str) -> None:
+def test_other_tensors_of_text_encoders(models: Any, model: Path, prefix: str) -> None:
     def add(arrays: Tensors) -> None:
         rename(arrays, ("text_model.", prefix))
         arrays[f"{prefix}embeddings.position_ids"] = np.arange(77)[None]
@@ -245,7 +247,7 @@ def test_what_text_encoders_hold_besides(models: Any, model: Path, prefix: str) 
 
 
 def test_projections_as_linear_layers_or_convolutions(models: Any, model: Path) -> None:
-    """A checkpoint may store proj_in and proj_out the other way than its config says."""
+    """A checkpoint can store proj_in and proj_out in another form than its config gives."""
 
     def flatten(arrays: Tensors) -> None:
         for name in arrays:
@@ -328,22 +330,22 @@ def test_variants(models: Any, model: Path) -> None:
     def bias(variant: str | None) -> np.ndarray:
         opened = open_source(model, variant=variant)
         assert isinstance(opened, DiffusersFolder)
-        notes = [n for n in opened.notes if "left out" not in n]
-        assert all("has no fp16 variant; its plain file was taken" in n for n in notes)
+        notes = [n for n in opened.notes if "omitted" not in n]
+        assert all("has no fp16 variant; its plain file is used" in n for n in notes)
         assert len(notes) == (2 if variant else 0)
         return opened.tensors("unet")["conv_in.bias"].read()
 
     np.testing.assert_array_equal(bias(None), 0)
     np.testing.assert_array_equal(bias("fp16"), before["unet"]["conv_in.bias"])
-    with pytest.raises(CheckpointError, match=r"no weights of variant 'bf16'.*there: fp16"):
+    with pytest.raises(CheckpointError, match=r"no weights of variant 'bf16'.*its variants: fp16"):
         open_source(model, variant="bf16")
     plain.rename(plain.with_name("diffusion_pytorch_model.non_ema.safetensors"))
     opened = same_as_before(model, before)  # fp16 before non_ema
-    assert "unet: has no plain file; its fp16 variant was taken" in opened.notes
+    assert "unet: has no plain file; its fp16 variant is used" in opened.notes
 
 
 def test_short_configs_and_null_parts(models: Any, model: Path) -> None:
-    """An absent key takes diffusers' default, a null part is absent."""
+    """An absent key gets diffusers' default. A null part is absent."""
     path = model / "unet/config.json"
     data = json.loads(path.read_text())
     write_json(path, {k: v for k, v in data.items() if k not in ("sample_size", "_class_name")})
@@ -395,7 +397,7 @@ GOLDENS = sorted(p.parent for p in GOLDEN.glob("*/checkpoint/model_index.json"))
 
 
 @pytest.mark.parametrize("path", GOLDENS, ids=lambda p: p.parent.name)
-def test_checkpoints_that_diffusers_wrote(path: Path, tmp_path: Path) -> None:
+def test_checkpoints_written_by_diffusers(path: Path, tmp_path: Path) -> None:
     report = convert(checkpoint(path.parent.name), tmp_path / "out")
     result = open_folder(tmp_path / "out")
     for component in report.components:
@@ -488,7 +490,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no tokenizer": (lambda m: shutil.rmtree(m / "tokenizer"), "folder tokenizer is missing"),
     "no unet": (part("unet", [None, None]), "model_index.json has no unet"),
     "no text encoder": (part("text_encoder", [None, None]), "has no text_encoder"),
-    "unknown part": (part("prior", ["diffusers", "PriorTransformer"]), "not supported: prior"),
+    "unknown part": (part("prior", ["diffusers", "PriorTransformer"]), "unsupported part: prior"),
     "malformed part": (part("unet", ["diffusers"]), r"unet = \['diffusers'\]"),
     "other class": (
         part("vae", ["diffusers", "AsymmetricAutoencoderKL"]),
@@ -585,24 +587,26 @@ NOT_MODELS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "U-Net": (file("x.safetensors", "down_blocks.0.resnets.0.conv1.bias"), "a U-Net in diffusers"),
     "single file": (
         file("x.safetensors", "model.diffusion_model.out.2.bias", "first_stage_model.x"),
-        "a U-Net of a structure that is not known",
+        "a U-Net of an unknown structure",
     ),
     "embedding": (file("x.safetensors", "emb_params"), "a textual-inversion"),
     "Flux": (file("x.safetensors", "double_blocks.0.img_attn.qkv.weight"), "a Flux transformer"),
-    "other weights": (file("x.safetensors", "a", "b"), r"not known here \(2 tensors\)"),
-    "ckpt": (touch("x.ckpt"), "no file that torch.save wrote"),
+    "other weights": (file("x.safetensors", "a", "b"), r"of an unknown kind \(2 tensors\)"),
+    "ckpt": (touch("x.ckpt"), "was not written by torch.save"),
     "GGUF": (touch("x.gguf"), "GGUF"),
     "picture": (touch("x.png"), "a picture, not a model"),
     "its index": (touch("model_index.json", b"{}"), "give the folder"),
-    "parent": (folder(json_file("inner/model_index.json", {})), "but the folder inner in it has"),
+    "parent": (folder(json_file("inner/model_index.json", {})), "but its folder inner has one"),
     "ckpt folder": (folder(touch("x.ckpt")), "it holds x.ckpt"),
-    "some folder": (folder(touch("letter.txt")), "no diffusers folder"),
+    "some folder": (folder(touch("letter.txt")), "not a diffusers folder"),
     "broken file": (touch("x.safetensors"), "truncated"),
 }
 
 
 @pytest.mark.parametrize("make, says", NOT_MODELS.values(), ids=NOT_MODELS)
-def test_what_is_no_model_is_named(tmp_path: Path, make: Callable[[Path], Path], says: str) -> None:
+def test_errors_describe_paths_that_are_not_models(
+    tmp_path: Path, make: Callable[[Path], Path], says: str
+) -> None:
     path = make(tmp_path)
     with pytest.raises(CheckpointError, match=says) as caught:
         convert(path, tmp_path / "out")
@@ -616,9 +620,9 @@ def test_usage(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has no revision 'main'"):
         convert(model, tmp_path / "out", revision="main")
     (tmp_path / "out").mkdir()
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         convert("org/name", tmp_path / "out")  # before anything is fetched
-    with pytest.raises(HubError, match="for revision 'a' and for 'b'"):
+    with pytest.raises(HubError, match="revision 'a', but revision 'b' is given too"):
         convert("org/name@a", tmp_path / "new", revision="b")
 
 
@@ -627,9 +631,9 @@ def test_hub_ids_are_resolved(models: Any, tmp_path: Path, monkeypatch: pytest.M
     shutil.copytree(models["sd1"][0], snapshot)
     asked = []
 
-    def find(reference: hub.Reference, variant: str | None) -> hub.Listing:
+    def find(reference: Reference, variant: str | None) -> Listing:
         asked.append((str(reference), variant))
-        return hub.Listing(reference, "0123abc", {})
+        return Listing(reference, "0123abc", {})
 
     monkeypatch.setattr(hub, "find", find)
     monkeypatch.setattr(hub, "fetch", lambda listing, progress: snapshot)

@@ -1,4 +1,4 @@
-"""The rule tables and layout changes, each alone."""
+"""Rule tables and layout changes, each tested alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What we open is what diffusers and transformers open: every value of the golden checkpoints."""
+"""mlxdiff reads every value of the golden checkpoints as diffusers and transformers do."""
 
 from __future__ import annotations
 

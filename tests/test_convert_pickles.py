@@ -1,4 +1,4 @@
-"""Models whose weights are PyTorch's pickles, from one end to the other."""
+"""Conversion of models with PyTorch's pickles, from end to end."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def arrays(model: Path, component: str) -> Tensors:
 
 
 def to_pickle(model: Path, component: str, name: str = "", stream: bool = False) -> Path:
-    """Put a pickle in the place of a component's safetensors."""
+    """Replace a component's safetensors by a pickle."""
     path = model / component / (name or f"{BIN[component]}.bin")
     path.write_bytes(saved(arrays(model, component), stream=stream))
     (model / component / f"{SAFE[component]}.safetensors").unlink()
@@ -63,7 +63,7 @@ def test_a_folder_of_pickles_converts_to_the_same_bytes(
     assert {c.name: c.file for c in report.components} == {
         name: f"{name}/{stem}.bin" for name, stem in BIN.items()
     }
-    assert "unet: has no safetensors; its pickle was read, and nothing in it run" in report.notes
+    assert "unet: has no safetensors; its pickle was read without running it" in report.notes
     manifest = json.loads((tmp_path / "from-pickles" / "mlxdiff.json").read_text())
     assert "unet/diffusion_pytorch_model.bin" in manifest["source"]["sha256"]
 
@@ -75,16 +75,16 @@ def test_safetensors_come_before_pickles(model: Path) -> None:
     assert not [note for note in source.notes if "pickle" in note]
 
 
-def test_a_variant_that_is_asked_for_may_be_a_pickle(model: Path) -> None:
+def test_a_requested_variant_can_be_a_pickle(model: Path) -> None:
     changed = {name: array + 1 for name, array in arrays(model, "unet").items()}
     (model / "unet" / "diffusion_pytorch_model.fp16.bin").write_bytes(saved(changed))
-    with pytest.raises(CheckpointError, match="variants there: fp16"):
+    with pytest.raises(CheckpointError, match="its variants: fp16"):
         open_source(model, variant="fp32")
     source = open_source(model, variant="fp16")
     np.testing.assert_array_equal(
         source.tensors("unet")["conv_in.bias"].read(), changed["conv_in.bias"]
     )
-    assert "vae: has no fp16 variant; its plain file was taken" in source.notes
+    assert "vae: has no fp16 variant; its plain file is used" in source.notes
 
 
 @pytest.mark.parametrize("index", ["{}.bin.index.json", "{}.fp16.bin.index.json"])
@@ -106,7 +106,7 @@ def test_shards_of_pickles(model: Path, tmp_path: Path, index: str) -> None:
         open_source(model)
 
 
-def test_what_is_ignored_is_reported(model: Path, tmp_path: Path) -> None:
+def test_ignored_values_are_reported(model: Path, tmp_path: Path) -> None:
     whole = model / "vae" / "diffusion_pytorch_model.bin"
     whole.write_bytes(saved(arrays(model, "vae"), wrap="state_dict"))
     (model / "vae" / "diffusion_pytorch_model.safetensors").unlink()
@@ -116,7 +116,7 @@ def test_what_is_ignored_is_reported(model: Path, tmp_path: Path) -> None:
     assert f"1 ignored: {OBJECT}" in str(report)
 
 
-def test_a_parameter_that_is_no_tensor_is_an_error(model: Path, tmp_path: Path) -> None:
+def test_a_parameter_that_is_not_a_tensor_is_an_error(model: Path, tmp_path: Path) -> None:
     path = to_pickle(model, "unet")
     canary = tmp_path / "CANARY"
     value = call("os.system", text(f"touch {canary}"))

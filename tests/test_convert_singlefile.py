@@ -1,4 +1,4 @@
-"""Single files in LDM naming: which family, where every tensor goes, what is said of the rest."""
+"""Single files in LDM naming: the family, the place of each tensor, the report of the rest."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FAMILY = {
 
 
 def same(found: ModelSource, expected: ModelSource) -> None:
-    """Every tensor of one model is that of the other."""
+    """Check that two models have equal tensors."""
     assert found.components == expected.components
     for component in expected.components:
         tensors, wanted = found.tensors(component), expected.tensors(component)
@@ -93,7 +93,7 @@ def test_every_name_of_the_real_models_maps(name: str, tmp_path: Path) -> None:
 
 
 def test_moving_averages_of_the_real_names_map(tmp_path: Path) -> None:
-    """v1-5-pruned.ckpt: the U-Net twice, and the counters of training."""
+    """v1-5-pruned.ckpt has the U-Net twice, and the counters of training."""
     names = real_names("sd15")
     inner = [n.removeprefix("model.diffusion_model.") for n in names if "diffusion_model" in n]
     flat = {
@@ -105,7 +105,7 @@ def test_moving_averages_of_the_real_names_map(tmp_path: Path) -> None:
     model = opened(sparse_file(tmp_path / "x.safetensors", whole))
     assert sum("moving averages" in reason for _, reason in model.ignored) == len(flat)
     model = opened(tmp_path / "x.safetensors", ema=True)
-    assert sum("averages were taken" in reason for _, reason in model.ignored) == len(flat)
+    assert sum("averages are used" in reason for _, reason in model.ignored) == len(flat)
 
 
 # ------------------------------------------------------------------------------ values and pictures
@@ -131,8 +131,8 @@ def test_same_pictures_as_the_folder(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_without_configs_a_conversion_is_whole(family: str, tmp_path: Path) -> None:
-    """Widths of 64 and 128 fit the published rule for heads; all else follows from the shapes."""
+def test_conversion_without_configs_is_complete(family: str, tmp_path: Path) -> None:
+    """Widths of 64 and 128 fit the published rule for heads. The shapes give the rest."""
     folder = wide(tmp_path / "folder", family)
     path = single_file(folder, tmp_path / "x.safetensors")
     shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
@@ -146,11 +146,11 @@ def test_without_configs_a_conversion_is_whole(family: str, tmp_path: Path) -> N
         assert result.tokenizer("tokenizer_2").pad_token_id == 0
         assert result.model_index["force_zeros_for_empty_prompt"] is True
     assert set(result.provenance["sha256"]) == {"x.safetensors"}
-    assert "every tensor accounted for" in str(report)
+    assert "every tensor is accounted for" in str(report)
 
 
 def wide(path: Path, family: str) -> Path:
-    """A folder whose U-Net has as many heads as the published models have at its widths."""
+    """Make a folder whose U-Net has the published number of heads for its widths."""
     heads = [1, 2] if family == "sdxl" else 8
     unet = {"block_out_channels": [64, 128], "attention_head_dim": heads}
     diffusers_folder(path, family, unet)
@@ -170,7 +170,7 @@ def tensors(tiny: Path) -> Tensors:
     return ldm_tensors(tiny)
 
 
-def test_what_lies_beside_the_weights_is_ignored_for_a_reason(
+def test_values_outside_the_components_are_ignored_with_a_reason(
     tiny: Path, tensors: Tensors, tmp_path: Path
 ) -> None:
     more = {
@@ -227,11 +227,11 @@ def test_parts_that_the_file_lacks_come_from_the_folder(
 
 
 def test_a_unet_in_diffusers_naming_on_a_base(tiny: Path, tmp_path: Path) -> None:
-    """SDXL-Lightning, Hyper-SD; the base may be a converted folder, too."""
+    """SDXL-Lightning and Hyper-SD are such files. The base can also be a converted folder."""
     shutil.copy(
         tiny / "unet" / "diffusion_pytorch_model.safetensors", tmp_path / "unet.safetensors"
     )
-    with pytest.raises(CheckpointError, match=r"is a U-Net alone; give the model.*--config FOLDER"):
+    with pytest.raises(CheckpointError, match=r"is a U-Net alone; give its model.*--config FOLDER"):
         open_source(tmp_path / "unet.safetensors")
     convert(tiny, tmp_path / "base", dtype="float16")
     for base in (tiny, tmp_path / "base"):
@@ -270,7 +270,7 @@ def test_the_options_are_for_single_files(tiny: Path) -> None:
 
 
 def test_the_vae_of_later_converters(tiny: Path, tensors: Tensors, tmp_path: Path) -> None:
-    """Some wrote today's attention names, as linear layers, into LDM's."""
+    """Some converters write current attention names, as linear layers, into LDM's naming."""
     renamed = {}
     for name, array in tensors.items():
         for old, new in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0")):
@@ -285,7 +285,7 @@ def test_the_vae_of_later_converters(tiny: Path, tensors: Tensors, tmp_path: Pat
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_ckpt_files(stream: bool, tiny: Path, tensors: Tensors, tmp_path: Path) -> None:
-    """PyTorch's format, since 1.6 and before; the weights stand under state_dict."""
+    """PyTorch's format, from 1.6 on and before. The weights are under state_dict."""
     (tmp_path / "x.ckpt").write_bytes(saved(tensors, wrap="state_dict", stream=stream))
     model = opened(tmp_path / "x.ckpt", config=tiny)
     same(model, open_source(tiny))
@@ -374,7 +374,7 @@ V = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
         ("sd2-inpainting", {}, {}, None, "epsilon", False),
     ],
 )
-def test_what_the_model_predicts(
+def test_prediction_type(
     name: str,
     more: dict[str, Any],
     metadata: dict[str, str],
@@ -395,7 +395,7 @@ def test_what_the_model_predicts(
     assert model.config("unet").sample_size == (side, side)
 
 
-def test_sd2_is_told_apart_by_one_bias(tmp_path: Path) -> None:
+def test_one_bias_gives_the_prediction_type_of_sd2(tmp_path: Path) -> None:
     names = real_names("sd21")
     path = sparse_file(tmp_path / "x.safetensors", names)
     with path.open("rb") as file:
@@ -410,7 +410,9 @@ def test_sd2_is_told_apart_by_one_bias(tmp_path: Path) -> None:
         assert opened(path).scheduler_config["prediction_type"] == prediction
 
 
-def test_a_schedule_that_ends_at_zero_is_seen(tiny: Path, tensors: Tensors, tmp_path: Path) -> None:
+def test_a_schedule_that_ends_at_zero_is_detected(
+    tiny: Path, tensors: Tensors, tmp_path: Path
+) -> None:
     folder = wide(tmp_path / "folder", "sd1")
     for end, zero_snr in ((0.0047, False), (0.0, True)):
         more = {"alphas_cumprod": np.linspace(0.999, end, 1000).astype(np.float32)}
@@ -466,7 +468,7 @@ KINDS: dict[str, tuple[list[str], str]] = {
     "kandinsky": (["encoder_hid_proj.weight"], "Kandinsky"),
     "ip-adapter": (["image_proj.proj.weight"], "an IP-Adapter"),
     "upscaler": (["body.0.rdb1.conv1.weight"], "ESRGAN"),
-    "unknown": (["x"], "not known here"),
+    "unknown": (["x"], "of an unknown kind"),
 }
 
 
@@ -495,7 +497,7 @@ def test_no_kind_is_seen_in_the_real_models(tmp_path: Path) -> None:
 DAMAGE: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "no middle": (
         lambda t: {k: v for k, v in t.items() if "input_blocks.2.0.in" not in k},
-        "structure that is not known .*--config",
+        "unknown structure .*--config",
     ),
     "no blocks": (
         lambda t: {k: v for k, v in t.items() if "output_blocks" not in k},
@@ -506,7 +508,7 @@ DAMAGE: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_structure_is_said(damage: str, tmp_path: Path) -> None:
+def test_a_damaged_structure_is_an_error(damage: str, tmp_path: Path) -> None:
     change, words = DAMAGE[damage]
     save_file(change(ldm_tensors(checkpoint("sdxl"))), tmp_path / "x.safetensors")
     with pytest.raises(MlxdiffError, match=words):
@@ -583,7 +585,7 @@ def test_description(tmp_path: Path) -> None:
 @pytest.mark.parity
 @pytest.mark.parametrize("name", MODELS)
 def test_the_conversion_of_diffusers_gives_the_same(name: str, tmp_path: Path) -> None:
-    """diffusers.loaders.single_file_utils on the same file: the same names, the same values."""
+    """diffusers.loaders.single_file_utils gives the same names and values for the same file."""
     torch = pytest.importorskip("torch")
     utils = pytest.importorskip("diffusers.loaders.single_file_utils")
     folder = checkpoint(name)

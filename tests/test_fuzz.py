@@ -1,4 +1,4 @@
-"""20,000 damaged files: every one is read, or refused in one line, within seconds.
+"""20,000 damaged files: each is read, or refused in one line, within seconds.
 
 pytest -m slow tests/test_fuzz.py        (pickles have theirs in test_pickles.py)
 """

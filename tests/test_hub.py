@@ -1,4 +1,4 @@
-"""The hub: which files, from a hand-made cache, and from a server that speaks its protocol."""
+"""The hub: a hand-made cache, and downloads from a server with the hub's protocol."""
 
 from __future__ import annotations
 
@@ -13,67 +13,13 @@ from pathlib import Path
 
 import pytest
 from fake_hub import COMMIT, OTHER, Hub, digest_of, serve
+from hub_files import HALF, PLAIN, SD15, UNET, UNWANTED
 
 from mlxdiff.errors import HubError, UsageError
 from mlxdiff.store import hub
-from mlxdiff.store.hub import Reference, is_repo_id, needed_files, parse, resolve
-
-UNET, CLIP = "unet/diffusion_pytorch_model", "text_encoder/model"
-
-# A repo as published: stable-diffusion-v1-5, shortened, with all that is not wanted.
-SD15 = {
-    "model_index.json": json.dumps(
-        {
-            "_class_name": "StableDiffusionPipeline",
-            "feature_extractor": ["transformers", "CLIPImageProcessor"],
-            "image_encoder": [None, None],
-            "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
-            "scheduler": ["diffusers", "PNDMScheduler"],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
-        }
-    ),
-    "scheduler/scheduler_config.json": '{"of": "scheduler"}',
-    "tokenizer/vocab.json": '{"of": "vocab"}',
-    "tokenizer/merges.txt": "#version",
-    "tokenizer/special_tokens_map.json": '{"of": "map"}',
-    "tokenizer/tokenizer_config.json": '{"of": "tokenizer"}',
-    "text_encoder/config.json": '{"of": "text"}',
-    f"{CLIP}.safetensors": "clip",
-    f"{CLIP}.fp16.safetensors": "clip16",
-    "unet/config.json": '{"of": "unet"}',
-    f"{UNET}.safetensors": "unet" * 1000,
-    f"{UNET}.fp16.safetensors": "unet16" * 1000,
-    "vae/config.json": '{"of": "vae"}',
-    "vae/diffusion_pytorch_model.safetensors": "vae",
-}
-UNWANTED = dict.fromkeys(
-    [
-        ".gitattributes",
-        "README.md",
-        "v1-5-pruned.ckpt",
-        "v1-5-pruned.safetensors",
-        "feature_extractor/preprocessor_config.json",
-        "safety_checker/config.json",
-        "safety_checker/model.safetensors",
-        "text_encoder/pytorch_model.bin",
-        "text_encoder/flax_model.msgpack",
-        "text_encoder/model.onnx",
-        "text_encoder/openvino_model.bin",
-        f"{UNET}.bin",
-        f"{UNET}.fp16.bin",
-        f"{UNET}.non_ema.safetensors",
-        "unet/sub/config.json",
-        "vae_encoder/model.onnx",
-        "scheduler/notes.txt",
-        "tokenizer/README.md",
-    ],
-    "no",
-)
-PLAIN = sorted(set(SD15) - {f"{CLIP}.fp16.safetensors", f"{UNET}.fp16.safetensors"})
-HALF = sorted(set(SD15) - {f"{CLIP}.safetensors", f"{UNET}.safetensors"})
+from mlxdiff.store.cache import cache_folder
+from mlxdiff.store.hub import resolve
+from mlxdiff.store.selection import needed_files
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +38,7 @@ def fill_cache(
     commit: str = COMMIT,
     ref: str = "main",
 ) -> Path:
-    """A repo in the cache, as huggingface_hub lays it out: blobs, links to them, refs."""
+    """Make a repo in the cache in huggingface_hub's layout: blobs, links to them, refs."""
     folder = home / f"models--{repo.replace('/', '--')}"
     snapshot = folder / "snapshots" / commit
     for name, text in files.items():
@@ -106,106 +52,6 @@ def fill_cache(
         (folder / "refs" / ref).parent.mkdir(parents=True, exist_ok=True)
         (folder / "refs" / ref).write_text(commit)
     return snapshot
-
-
-# Names
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("org/name", True),
-        ("stabilityai/stable-diffusion-xl-base-1.0@refs/pr/1", True),
-        ("org/name@" + COMMIT, True),
-        ("o/n@v1.0-rc_2", True),
-        ("name", False),
-        ("a/b/c", False),
-        ("/a/b", False),
-        ("./models/x", False),
-        ("~/x", False),
-        ("../x", False),
-        ("org/name.", False),
-        ("org/-x", False),
-        ("org/a--b", False),
-        ("org/a..b", False),
-        ("org/name@", False),
-        ("org/name@../../x", False),
-        ("org/name@a//b", False),
-        ("org/name@/etc", False),
-        ("org/na me", False),
-        ("org/näme", False),
-        ("org/name\n", False),
-        ("", False),
-    ],
-)
-def test_is_repo_id(text: str, expected: bool) -> None:
-    assert is_repo_id(text) is expected
-    if not expected:
-        with pytest.raises(HubError, match="is no model of the hub; expected org/name"):
-            resolve(text)
-
-
-# Which files
-
-
-def test_only_what_is_needed() -> None:
-    everything = [*SD15, *UNWANTED]
-    assert needed_files(everything) == HALF
-    assert needed_files(everything, "fp16") == HALF
-    assert needed_files(everything, "") == PLAIN
-    assert f"{UNET}.non_ema.safetensors" in needed_files(everything, "non_ema")
-    assert needed_files(everything, components=("vae",)) == [
-        "model_index.json",
-        "vae/config.json",
-        "vae/diffusion_pytorch_model.safetensors",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("index", "shards"),
-    [
-        (".safetensors.index.json", "-0000{}-of-00002.safetensors"),
-        (".safetensors.index.fp16.json", ".fp16-0000{}-of-00002.safetensors"),
-        (".safetensors.index.fp16.json", "-0000{}-of-00002.fp16.safetensors"),
-        (".safetensors.fp16.index.json", "-0000{}-of-00002.fp16.safetensors"),
-        (".fp16.safetensors.index.json", ".fp16-0000{}-of-00002.safetensors"),
-    ],
-)
-def test_shards_come_with_their_index(index: str, shards: str) -> None:
-    sharded = {UNET + index, *(UNET + shards.format(i) for i in (1, 2))}
-    files = {f for f in PLAIN if not f.startswith(UNET)} | sharded
-    assert sharded <= set(needed_files(files))
-    with pytest.raises(HubError, match="unet/ has no safetensors weights"):
-        needed_files(files - {UNET + index})
-
-
-def test_tokenizer_json_alone_suffices() -> None:
-    files = [f for f in PLAIN if "vocab" not in f and "merges" not in f]
-    assert "tokenizer/tokenizer.json" in needed_files([*files, "tokenizer/tokenizer.json"])
-    with pytest.raises(
-        HubError, match=r"tokenizer/ has no tokenizer\.json or merges.txt and vocab"
-    ):
-        needed_files(files)
-
-
-def test_repos_that_cannot_be_used() -> None:
-    for files, variant, message in (
-        (
-            ["a.safetensors", "README.md"],
-            None,
-            "no model_index.json",
-        ),
-        (
-            [f for f in PLAIN if f != f"{UNET}.safetensors"],
-            None,
-            "unet/ has no safetensors weights",
-        ),
-        ([f for f in PLAIN if f != "vae/config.json"], None, "vae/ has no config.json"),
-        ([*SD15], "bf16", r"no variant 'bf16' \(variants there: fp16\)"),
-    ):
-        with pytest.raises(HubError, match=message) as error:
-            needed_files(files, variant)
-        assert "\n" not in str(error.value)
 
 
 # The cache
@@ -260,15 +106,15 @@ def test_a_missing_shard_is_found(hub_home: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_environment_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert hub.cache_folder() == tmp_path / "home" / "hub"
+    assert cache_folder() == tmp_path / "home" / "hub"
     monkeypatch.delenv("HF_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert hub.cache_folder() == tmp_path / ".cache" / "huggingface" / "hub"
+    assert cache_folder() == tmp_path / ".cache" / "huggingface" / "hub"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
-    assert hub.cache_folder() == tmp_path / "x" / "huggingface" / "hub"
+    assert cache_folder() == tmp_path / "x" / "huggingface" / "hub"
     monkeypatch.setenv("HF_HUB_CACHE", "~/c")
-    assert hub.cache_folder() == tmp_path / "c"
+    assert cache_folder() == tmp_path / "c"
 
 
 # The network
@@ -281,7 +127,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
 
 
 @pytest.mark.parametrize(("variant", "expected"), [(None, HALF), ("", PLAIN), ("fp16", HALF)])
-def test_a_fetch_brings_what_is_needed_and_no_more(
+def test_fetch_brings_only_needed_files(
     variant: str | None,
     expected: list[str],
     server: type[Hub],
@@ -316,13 +162,13 @@ def test_a_partial_copy_is_completed(server: type[Hub], hub_home: Path) -> None:
     ("fault", "message"),
     [
         ("403 GatedRepo", "org/name is gated: accept its terms at https://huggingface.co/org/name"),
-        ("401 RepoNotFound", "org/name: the hub has no such model, or it is private"),
-        ("404 RepoNotFound", "org/name: the hub has no such model, or it is private"),
+        ("401 RepoNotFound", "org/name: the hub has no such model, or the model is private"),
+        ("404 RepoNotFound", "org/name: the hub has no such model, or the model is private"),
         ("404 RevisionNotFound", "org/name has no revision 'main'"),
         ("418 Teapot", r"org/name: the hub answered with an error \(418\)"),
     ],
 )
-def test_what_the_hub_refuses(fault: str, message: str, server: type[Hub]) -> None:
+def test_errors_of_the_hub(fault: str, message: str, server: type[Hub]) -> None:
     server.fault = fault
     with pytest.raises(HubError, match=message) as error:
         resolve("org/name")
@@ -337,7 +183,7 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch, hub_home: Path) -> None:
     assert "\n" not in str(e.value)
 
 
-def test_pickles_where_there_is_nothing_else(server: type[Hub]) -> None:
+def test_pickles_without_safetensors(server: type[Hub]) -> None:
     server.files = {f.replace(".safetensors", ".bin"): t for f, t in SD15.items()}
     folder = resolve("org/name")
     assert (folder / f"{UNET}.fp16.bin").is_file() and f"{UNET}.bin" not in server.got
@@ -350,7 +196,7 @@ def test_pickles_where_there_is_nothing_else(server: type[Hub]) -> None:
 # What a fetch makes sure of
 
 
-def test_what_broke_off_is_resumed(server: type[Hub], hub_home: Path) -> None:
+def test_interrupted_download_is_resumed(server: type[Hub], hub_home: Path) -> None:
     name, body = f"{UNET}.fp16.safetensors", SD15[f"{UNET}.fp16.safetensors"].encode()
     partial = hub_home / "models--org--name" / "blobs" / f"{digest_of(body)}.mlxdiff.incomplete"
     partial.parent.mkdir(parents=True)
@@ -362,7 +208,7 @@ def test_what_broke_off_is_resumed(server: type[Hub], hub_home: Path) -> None:
     assert not partial.exists()
 
 
-def test_a_wrong_beginning_is_dropped(server: type[Hub], hub_home: Path) -> None:
+def test_wrong_partial_file_is_dropped(server: type[Hub], hub_home: Path) -> None:
     body = SD15[f"{UNET}.fp16.safetensors"].encode()
     partial = hub_home / "models--org--name" / "blobs" / f"{digest_of(body)}.mlxdiff.incomplete"
     partial.parent.mkdir(parents=True)
@@ -408,7 +254,7 @@ def test_a_disk_without_room(
 
 
 def age(home: Path, seconds: float, ref: str = "main") -> None:
-    """Make a branch in the cache look as if it had been seen that long ago."""
+    """Set the time of the last look-up of a branch to this many seconds ago."""
     then = time.time() - seconds
     os.utime(home / "models--org--name" / "refs" / ref, (then, then))
 
@@ -438,11 +284,11 @@ def test_a_branch_that_moved_is_fetched(
     new = resolve("org/name")
     assert new.name == OTHER and (new / "unet/config.json").read_text() == '{"new": 1}'
     assert server.got == ["unet/config.json"]  # the rest is the same
-    assert f"org/name has changed on the hub; the old one is org/name@{COMMIT}" in caplog.text
+    assert f"org/name has changed on the hub; the old version is org/name@{COMMIT}" in caplog.text
     assert resolve("org/name") == new and resolve(f"org/name@{COMMIT}") == old
 
 
-def test_a_new_readme_is_no_new_model(server: type[Hub], hub_home: Path) -> None:
+def test_a_new_readme_changes_nothing(server: type[Hub], hub_home: Path) -> None:
     old = resolve("org/name")
     age(hub_home, DAY)
     server.commit, server.files = OTHER, {**SD15, "README.md": "new"}
@@ -451,7 +297,7 @@ def test_a_new_readme_is_no_new_model(server: type[Hub], hub_home: Path) -> None
     assert len(server.asked) == 2 and resolve("org/name") == old and len(server.asked) == 2
 
 
-def test_without_a_network_the_copy_serves(
+def test_cached_copy_is_used_without_a_network(
     server: type[Hub],
     hub_home: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -461,7 +307,7 @@ def test_without_a_network_the_copy_serves(
     age(hub_home, DAY)
     server.fault = "404 RepoNotFound"  # withdrawn
     assert resolve("org/name") == folder
-    assert "the copy in the cache is used, there may be a newer one: the hub has" in caplog.text
+    assert "using the copy in the cache; a newer one may exist: the hub has" in caplog.text
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     caplog.clear()
     assert resolve("org/name") == folder
@@ -472,25 +318,6 @@ def test_without_a_network_the_copy_serves(
 
 
 # Repos of other shapes
-
-
-def test_names_of_files_and_addresses() -> None:
-    page = "https://huggingface.co/org/name"
-    for text, revision, file in (
-        ("org/name/a.safetensors", "main", "a.safetensors"),
-        ("org/name/sub/a b (1).ckpt@v1", "v1", "sub/a b (1).ckpt"),
-        (page, "main", ""),
-        (f"{page}/tree/v1", "v1", ""),
-        (f"{page}/blob/main/a.safetensors?download=true", "main", "a.safetensors"),
-        ("https://hf.co/org/name/resolve/refs%2Fpr%2F1/x/a.ckpt", "refs/pr/1", "x/a.ckpt"),
-    ):
-        assert parse(text) == Reference("org/name", revision, file), text
-        assert parse(str(parse(text))) == parse(text)
-    for text in ("models/a.safetensors", "org/name/a.txt", "https://a.org/org/name", "/a/b.ckpt"):
-        assert parse(text) is None, text
-    assert parse("org/name", "v2") == Reference("org/name", "v2")
-    with pytest.raises(HubError, match="asks for revision 'v1' and for 'v2'"):
-        parse("org/name@v1", "v2")
 
 
 def test_one_checkpoint_file(server: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -516,10 +343,10 @@ def test_several_checkpoint_files(server: type[Hub]) -> None:
         resolve("org/name/d.safetensors")
 
 
-def test_repos_that_are_no_model(server: type[Hub]) -> None:
+def test_repos_without_a_model(server: type[Hub]) -> None:
     vae = "diffusion_pytorch_model.safetensors"
     server.files = {"config.json": "{}", vae: "x", "README.md": "", "vae.bin": ""}
-    with pytest.raises(HubError, match=r"one component alone; a VAE.*--vae"):
+    with pytest.raises(HubError, match=r"only one component; give a VAE.*--vae"):
         resolve("org/name")
     folder = hub.resolve_component("org/name", "vae")
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", vae]
@@ -547,7 +374,7 @@ def test_some_files_of_a_repo(server: type[Hub], hub_home: Path) -> None:
         hub.fetch_files("org/name", ["nothing.json"])
 
 
-def test_a_pixel_space_model_of_the_first_days(server: type[Hub], hub_home: Path) -> None:
+def test_a_pixel_space_model_in_the_root(server: type[Hub], hub_home: Path) -> None:
     index = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
     server.files = {
         "model_index.json": json.dumps(index),

@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, folder: Path) -> None:
     write_json(other / "config.json", ENCODER | {"projection_dim": 48})
     with pytest.raises(CheckpointError, match="misshapen"):
         open_ip_adapter(alone, unet_of("sd15"), other)
-    with pytest.raises(UsageError, match="gives 24 numbers, small gives 16"):
+    with pytest.raises(UsageError, match="of 24 features, but small has 16"):
         small = shutil.copytree(other, tmp_path / "small")
         write_json(small / "config.json", ENCODER | {"projection_dim": 16})
         tensors = {"visual_projection.weight": np.ones((16, 32), np.float16)}

@@ -31,7 +31,7 @@ DAY = 24 * 3600 + 1
 
 @pytest.fixture(scope="module")
 def repo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of a tiny model, plain and fp16."""
+    """Make the files of a tiny model, plain and fp16."""
     path = tmp_path_factory.mktemp("repo")
     diffusers_folder(path)
     found = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.is_file()}
@@ -63,7 +63,7 @@ def server(repo: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 @pytest.fixture
 def conversions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was converted."""
+    """Record each conversion."""
     done: list[str] = []
 
     def counted(source: str, dest: Path, **options: Any) -> Any:
@@ -81,7 +81,7 @@ def open_model(model: str = "org/name", **options: Any) -> ConvertedFolder:
 
 
 def later(home: Path) -> None:
-    """Let a day pass since every look at the hub."""
+    """Make every look-up of the hub a day old."""
     for index in home.glob("*/index.json"):
         text = json.loads(index.read_text())
         for seen in text["seen"].values():
@@ -149,12 +149,12 @@ def test_a_branch_that_moved_is_converted_again(
     second = open_model()
     assert second.path != first.path
     assert second.scheduler_config["_class_name"] == "DDIMScheduler"
-    assert f"org/name has changed on the hub; the old one is org/name@{COMMIT}" in caplog.text
+    assert f"org/name has changed on the hub; the old version is org/name@{COMMIT}" in caplog.text
     assert open_model(f"org/name@{COMMIT}").path == first.path
     assert len(conversions) == 2
 
 
-def test_without_a_network_the_copy_serves(
+def test_converted_copy_is_used_without_a_network(
     server: type[Hub], home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = open_model()
@@ -162,7 +162,7 @@ def test_without_a_network_the_copy_serves(
     shutil.rmtree(home.parent.parent / "hf")
     server.fault = "404 RepoNotFound"
     assert open_model().path == first.path
-    assert "the copy in the library is used, there may be a newer one: the hub has" in caplog.text
+    assert "using the copy in the library; a newer one may exist: the hub has" in caplog.text
     with pytest.raises(HubError, match="no such model"):
         open_model("org/other")
 
@@ -184,7 +184,7 @@ def test_a_damaged_entry_is_made_again(
     again = open_model()
     assert again.path == path and len(conversions) == 2 and server.got == []
     again.verify()
-    assert caplog.text.count("org/name: its converted copy is made again: ") == 1
+    assert caplog.text.count("org/name: converting it again: ") == 1
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"seen": 3}', '{"seen": {"main||auto": {}}}', "\0"])
@@ -196,7 +196,7 @@ def test_a_damaged_index_costs_a_look(
     assert open_model().path == path and len(conversions) == 1
 
 
-def test_what_was_killed_is_cleaned_up(server: type[Hub], home: Path) -> None:
+def test_leftovers_of_killed_conversions_are_removed(server: type[Hub], home: Path) -> None:
     left = home / "org--name" / ".0123456789abcdef-float16-v1.abc.partial"
     left.mkdir(parents=True)
     path = open_model().path
@@ -236,7 +236,7 @@ def test_a_failure_leaves_nothing(server: type[Hub], home: Path, repo: dict[str,
     ids=["pipeline", "config"],
 )
 @pytest.mark.parametrize("opened", [open_model, convert.open_source], ids=["kept", "not kept"])
-def test_what_cannot_be_opened_is_refused_before_its_weights_are_fetched(
+def test_unsupported_models_are_refused_before_their_weights_are_fetched(
     server: type[Hub],
     repo: dict[str, bytes],
     opened: Any,
@@ -285,7 +285,7 @@ def test_two_processes_make_one(server: type[Hub], home: Path) -> None:
     assert [str(entry.path) for entry in library.entries()] == [path]
     assert sorted(server.got) == sorted(set(server.got))  # nothing was fetched twice
     notes = "".join(err for _, err in outputs)
-    assert notes.count("prepares it; waiting") == 1, notes
+    assert notes.count("is preparing it; waiting") == 1, notes
 
 
 def test_a_lock_goes_with_its_holder(tmp_path: Path) -> None:
@@ -393,7 +393,7 @@ def test_removing(server: type[Hub], home: Path) -> None:
     for name in ("sd15", "org/nam", f"org/name@{OTHER}"):
         refused = run("remove", name)
         assert refused.exit_code == 2 and "is not in the library" in refused.stderr
-        assert "there are: org/name" in refused.stderr
+        assert "its models: org/name" in refused.stderr
     removed = run("remove", "org/name@aaaa")
     assert removed.exit_code == 0 and removed.stdout.startswith("removed org/name (float16), ")
     assert "`hf cache rm model/org/name` removes them" in removed.stderr

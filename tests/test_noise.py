@@ -17,7 +17,7 @@ BUILDS = 5e-7  # by how much torch's float32 log and cos may differ in their las
 
 @pytest.mark.parametrize("seed", [0, 42, 2**32 - 1, 2**32 + 5, -3])
 def test_mixed_draws_are_torchs(seed: int) -> None:
-    """Large, odd-sized and small draws from one generator, in an order that crosses all paths."""
+    """Draw large, odd-sized and small arrays from one generator, so that all paths alternate."""
     with np.load(GOLDEN) as stored:
         sizes, expected = stored["sizes"].tolist(), stored[f"seed {seed}"]
     generator = Generator(seed)
@@ -66,7 +66,7 @@ def test_a_bad_seed_is_named(seed: object) -> None:
 
 
 def test_forward_process() -> None:
-    """The closed form against its definition, and against the chain of single steps."""
+    """Compare the closed form with its definition and with the chain of single steps."""
     generator = Generator(3)
     x0, fresh = generator.randn(1000), generator.randn(1000)
     for a in (0.0, 0.3, 0.9, 1.0):
@@ -96,7 +96,7 @@ def test_forward_process_keeps_mlx_arrays() -> None:
 
 @pytest.mark.parity
 def test_live_torch() -> None:
-    """Many seeds and shapes against an installed torch, and diffusers' list of generators."""
+    """Compare many seeds and shapes with an installed torch and diffusers' generators."""
     torch = pytest.importorskip("torch")
     from diffusers.utils.torch_utils import randn_tensor
 

@@ -1,4 +1,4 @@
-"""PyTorch's files are read as torch reads them, and nothing that they hold is ever run."""
+"""PyTorch's files are read as torch reads them, and nothing in them is ever run."""
 
 from __future__ import annotations
 
@@ -88,14 +88,14 @@ def test_the_state_of_a_training_is_ignored_and_listed(file: str) -> None:
     assert PROGRAM not in reasons.values() and not opened.refused
 
 
-def test_what_is_no_tensor_is_refused_by_name() -> None:
+def test_values_that_are_not_tensors_are_refused_by_name() -> None:
     refused = PickleFile(GOLDEN / "odd.bin").refused
     assert refused == {
         "complex": "a tensor of type torch.ComplexFloatStorage, which is not supported",
         "quantized": "made by torch._utils._rebuild_qtensor",
         "sparse": "made by torch._utils._rebuild_sparse_tensor",
         "meta": "made by torch._utils._rebuild_meta_tensor_no_storage",
-        "negated": "a tensor in a lazily negated or conjugated state",
+        "negated": "a tensor that is lazily negated or conjugated",
         "number": "of type int",
         "text": "of type str",
         "nothing": "None",
@@ -114,7 +114,7 @@ def test_8_bit_floats_are_known() -> None:
     [("module.pt", r"made by torch\.nn\.modules\.linear\.Linear; save its state_dict"),
      ("torchscript.pt", "is a TorchScript program")],
 )  # fmt: skip
-def test_what_holds_no_table_is_said(file: str, says: str) -> None:
+def test_files_without_a_table_of_weights(file: str, says: str) -> None:
     with pytest.raises(CheckpointError, match=says):
         PickleFile(GOLDEN / file)
 
@@ -129,8 +129,8 @@ def test_the_files_are_those_of_the_installed_torch(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found, weight.numpy())
 
 
-def test_a_tensor_is_read_from_the_file_and_no_more(tmp_path: Path) -> None:
-    """A 6 GB storage with holes: only the rows asked for are mapped; zip64 throughout."""
+def test_only_the_bytes_of_a_tensor_are_read(tmp_path: Path) -> None:
+    """Read a 6 GB storage with holes: only the requested rows are mapped; zip64 throughout."""
     path, rows = tmp_path / "x.ckpt", 1_500_000
     value = table({"w": tensor("0", rows * 1000, (2,), (1000,), offset=(rows - 2) * 1000)})
     head = zip_file(value, {"0": b""}, zip64=True)
@@ -198,7 +198,7 @@ def test_the_table_of_weights(value: bytes, beside: list[str] | None, make, tmp_
 
 
 def test_old_protocols_and_views(tmp_path: Path) -> None:
-    """Protocol 0 opcodes; a storage that is a view of another (torch before 0.4)."""
+    """Read protocol 0 opcodes, and a storage that is a view of another (torch before 0.4)."""
     view = row(text("1"), number(2), number(2))
     place = storage("0", 4, "torch.cuda.FloatStorage", view)
     strided = place, number(0), numbers(2), numbers(1)
@@ -223,7 +223,7 @@ def test_a_file_is_known_by_its_content(tmp_path: Path) -> None:
     assert is_pickle(tmp_path / "y.safetensors") and is_pickle(tmp_path / "missing.bin")
 
 
-def test_a_tensor_that_is_not_what_it_was_is_an_error(tmp_path: Path) -> None:
+def test_a_tensor_whose_file_changed_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "x.ckpt"
     file = opened(zip_file(table({"w": FINE}), {"0": FOUR}), path)
     path.write_bytes(b"short")
@@ -302,11 +302,11 @@ GADGETS = {
     "dict key": b"}" + call("os.system", text("touch CANARY")) + b"Ns",
     "tuple key": b"}(" + b")" + b"\x85" * 5000 + b"Nu",
 }
-"""What a trojan does: each leaves one value where a tensor is expected."""
+"""Actions of a trojan. Each leaves one value in the place of a tensor."""
 
 
 def laughs() -> bytes:
-    """Each list holds the one before it ten times: 10**60 items in 500 bytes."""
+    """Nest lists: each holds the one before it ten times, 10**60 items in 500 bytes."""
     opcodes = b"]q\x00"
     for level in range(1, 61):
         opcodes += b"](" + b"h" + bytes([level - 1])
@@ -315,7 +315,7 @@ def laughs() -> bytes:
 
 
 def aliases(children: int) -> bytes:
-    """A table in a table, thousands of times, itself large."""
+    """Put one large table into a table thousands of times."""
     big = b"}(" + b"".join(text(str(n)) + b"N" for n in range(children)) + b"uq\x07"
     return b"}(" + text("first") + big + b"".join(
         text(f"k{n}") + b"h\x07" for n in range(children)
@@ -360,7 +360,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         ),
         "holds no tensors",
     ),
-    "marks": (zip_file(b"(" * 150_000), "not there"),
+    "marks": (zip_file(b"(" * 150_000), "does not exist"),
     "too many steps": (zip_file(b"N" * 2_100_000), "more than 2000000 steps"),
     "copies of copies": (
         zip_file(
@@ -402,37 +402,37 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         zip_file(b"\x8b" + struct.pack("<I", 1 << 20) + b"\x01" * (1 << 20)),
         "no table",
     ),
-    "integer, claimed": (zip_file(b"\x8b\xff\xff\xff\x7f\x01"), "breaks off"),
-    "negative length": (zip_file(b"\x8b\xff\xff\xff\xff\x01"), "breaks off"),
-    "long digits": (zip_file(b"I" + b"9" * 1_000_000 + b"\n"), "breaks off|table"),
-    "bytes, claimed": (zip_file(b"\x8e" + b"\xff" * 7 + b"\x7f"), "breaks off"),
-    "text, claimed": (zip_file(b"\x8d" + struct.pack("<Q", 1 << 40) + b"x"), "breaks off"),
-    "bytearray, claimed": (zip_file(b"\x96" + struct.pack("<Q", 1 << 40) + b"x"), "breaks off"),
-    "frame, claimed": (zip_file(b"\x95" + struct.pack("<Q", 1 << 60)), "not there"),
+    "integer, claimed": (zip_file(b"\x8b\xff\xff\xff\x7f\x01"), "ends early"),
+    "negative length": (zip_file(b"\x8b\xff\xff\xff\xff\x01"), "ends early"),
+    "long digits": (zip_file(b"I" + b"9" * 1_000_000 + b"\n"), "ends early|table"),
+    "bytes, claimed": (zip_file(b"\x8e" + b"\xff" * 7 + b"\x7f"), "ends early"),
+    "text, claimed": (zip_file(b"\x8d" + struct.pack("<Q", 1 << 40) + b"x"), "ends early"),
+    "bytearray, claimed": (zip_file(b"\x96" + struct.pack("<Q", 1 << 40) + b"x"), "ends early"),
+    "frame, claimed": (zip_file(b"\x95" + struct.pack("<Q", 1 << 60)), "does not exist"),
     "memo index": (zip_file(b"}r\xff\xff\xff\xff"), "holds no tensors"),
-    "memo index in text": (zip_file(b"}p99999999999999999999\n"), "beyond all bounds"),
-    "negative memo index": (zip_file(b"}p-1\n"), "beyond all bounds"),
-    "memo that is not there": (zip_file(b"h\x07"), "a value that is not there"),
+    "memo index in text": (zip_file(b"}p99999999999999999999\n"), "a number that is too large"),
+    "negative memo index": (zip_file(b"}p-1\n"), "a number that is too large"),
+    "memo that is not there": (zip_file(b"h\x07"), "a value that does not exist"),
     "outside buffer": (zip_file(b"\x97"), "buffers from outside"),
     "calls a number": (zip_file(b"K\x01)R"), "calls a value of type int"),
     "appends to a number": (zip_file(b"K\x01K\x01a"), "appends to a value of type int"),
     "items of a number": (zip_file(b"K\x01K\x01K\x01s"), "sets items of a value"),
     "key without a value": (zip_file(b"}(K\x01u"), "a key without a value"),
-    "class with a number": (zip_file(b"K\x01K\x01\x93"), "no text"),
+    "class with a number": (zip_file(b"K\x01K\x01\x93"), "not text"),
     "name with control characters": (
         zip_file(b"}" + text("w\n\x1b[31m") + tensor("0", 99, (2,)) + b"s", {"0": FOUR}),
         "has 16 bytes, 396 expected",
     ),
     "name too long": (zip_file(table({"w" * 2000: FINE}), {"0": FOUR}), "too long"),
     "name that is no text": (zip_file(table({"w": FINE}) + b"K\x01" + FINE + b"s", {"0": FOUR}),
-        "no text"),
+        "not text"),
     "name twice": (zip_file(table({"w": FINE}) + table({}) + b"0" + text("w") + FINE + b"s",
-        {"0": FOUR}), "'w' stands there twice"),
+        {"0": FOUR}), "'w' occurs twice"),
     "two models": (
         zip_file(table({"a": table({"w": FINE}), "b": table({"w": FINE})}), {"0": FOUR}),
         r"holds 2 tables of tensors \(a, b\)",
     ),
-    "a tensor alone": (zip_file(FINE, {"0": FOUR}), "what was saved is a tensor"),
+    "a tensor alone": (zip_file(FINE, {"0": FOUR}), "the saved value is a tensor"),
     # tensors
     "beyond its storage": (with_tensor(PLACE, number(0), numbers(5), numbers(1)), "goes beyond"),
     "offset beyond": (with_tensor(PLACE, number(4), numbers(1), numbers(1)), "goes beyond"),
@@ -442,11 +442,11 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         "goes beyond"),
     "repeated a million million times": (
         with_tensor(PLACE, number(0), numbers(1 << 20, 1 << 20), numbers(0, 0)),
-        "which its storage of 16 bytes repeats",
+        "values that repeat a storage of 16 bytes",
     ),
     "negative size": (with_tensor(PLACE, number(0), numbers(-2), numbers(1)), "malformed shape"),
     "negative stride": (with_tensor(PLACE, number(3), numbers(4), numbers(-1)), "malformed shape"),
-    "negative offset": (with_tensor(PLACE, number(-4), numbers(1), numbers(1)), "no place"),
+    "negative offset": (with_tensor(PLACE, number(-4), numbers(1), numbers(1)), "malformed offset"),
     "fewer strides": (with_tensor(PLACE, number(0), numbers(1, 2), numbers(1)), "malformed shape"),
     "many dimensions": (with_tensor(PLACE, number(0), numbers(*[1] * 99), numbers(*[1] * 99)),
         "malformed shape"),
@@ -481,10 +481,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "encrypted": (zip_file(table({"w": FINE}), {"0": FOUR}, flags=1), "compressed or encrypted"),
     "sizes differ": (zip_file(table({"w": FINE}), {"0": FOUR}, plain=1 << 31), "is compressed"),
     "all in one place": (zip_file(table({"w": FINE}), {"0": FOUR}, header=0), "overlap"),
-    "header beyond the end": (zip_file(FINE, {"0": FOUR}, header=1 << 31), "not whole"),
-    "entry twice": (zipped([("a/data.pkl", b"x"), ("a/data.pkl", b"y")]), "stands there twice"),
-    "more entries than there are": (zip_file(b"N", count=60_000), "not whole"),
-    "millions of entries": (zip_file(b"N", count=1 << 40, zip64=True), "no checkpoint has"),
+    "header beyond the end": (zip_file(FINE, {"0": FOUR}, header=1 << 31), "incomplete"),
+    "entry twice": (zipped([("a/data.pkl", b"x"), ("a/data.pkl", b"y")]), "occurs twice"),
+    "more entries than there are": (zip_file(b"N", count=60_000), "incomplete"),
+    "millions of entries": (zip_file(b"N", count=1 << 40, zip64=True), "no checkpoint needs"),
     "smaller storage": (zip_file(table({"w": FINE}), {"0": FOUR[:-1]}), "15 bytes, 16 expected"),
     "missing storage": (zip_file(table({"w": FINE})), "'0' is missing"),
     "big endian": (
@@ -500,7 +500,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         MAGIC + PROTOCOL + SYSTEM + pickled(table({"w": FINE})) + pickled(b"N"),
         "list of its storages",
     ),
-    "storage that nobody named": (stream_file(b"}", {"0": FOUR}), "is not the pickle's"),
+    "storage that nobody named": (stream_file(b"}", {"0": FOUR}), "is unknown or occurs twice"),
     "storage that is not there": (stream_file(table({"w": FINE})), "'0' is missing"),
     "larger storage": (stream_file(tensor("0", 3, (3,)), {"0": FOUR}), "16 bytes, 12"),
     "huge storage": (
@@ -513,12 +513,12 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "web page": (b"<!DOCTYPE html>", "is a web page"),
     "LFS pointer": (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
     "GGUF": (b"GGUF" + bytes(99), "is a GGUF file"),
-    "zeros": (bytes(999), "no file that torch.save wrote"),
+    "zeros": (bytes(999), "was not written by torch.save"),
 }  # fmt: skip
 
 
 def write_hostile(folder: Path) -> None:
-    """Every hostile file, numbered in the order of GADGETS and HOSTILE."""
+    """Write every hostile file, numbered in the order of GADGETS and HOSTILE."""
     files = [
         *(make(table({"x": value, "w": FINE}), {"0": FOUR})
           for value in GADGETS.values() for make in (zip_file, stream_file)),
@@ -531,7 +531,7 @@ def write_hostile(folder: Path) -> None:
 @pytest.mark.parametrize("gadget", GADGETS)
 @pytest.mark.parametrize("make", [zip_file, stream_file])
 def test_a_trojan_beside_the_weights_does_nothing(gadget: str, make, tmp_path: Path) -> None:
-    """The weights are read; where the trojan stands, there is no tensor."""
+    """The weights are read. The trojan's place holds no tensor."""
     data = make(table({"x": GADGETS[gadget], "w": FINE}), {"0": FOUR})
     file = opened(data, tmp_path / "x.ckpt")
     assert list(file.tensors) == ["w"] and list(file.refused) == ["x"]
@@ -546,7 +546,7 @@ def test_a_trojan_is_pointed_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_a_hostile_file_is_one_line(case: str, tmp_path: Path) -> None:
+def test_a_hostile_file_gives_a_one_line_error(case: str, tmp_path: Path) -> None:
     data, says = HOSTILE[case]
     path = tmp_path / "x.ckpt"
     path.write_bytes(data)
@@ -632,7 +632,7 @@ def test_nothing_runs_and_memory_is_bounded(tmp_path: Path) -> None:
 
 
 def mutated(data: bytes, random: random.Random) -> bytes:
-    """A few faults: bytes changed, cut out, doubled, or replaced by numbers at the limits."""
+    """Make a few faults: change, remove or double bytes, or write numbers at the limits."""
     result = bytearray(data)
     for _ in range(random.randint(1, 4)):
         at, length = random.randrange(len(result)), random.choice((1, 1, 2, 4, 8, 30))
@@ -657,8 +657,10 @@ def mutated(data: bytes, random: random.Random) -> bytes:
 
 
 def fuzz(path: Path, cases: int, seed: int) -> tuple[int, float]:
-    """Open mutants of the golden files and of their pickles. Returns how many were sound, and the
-    longest time that one took, in seconds of this process."""
+    """Open mutants of the golden files and of their pickles.
+
+    Returns: the number of sound mutants, and the longest time for one, in seconds of this process.
+    """
     choose = random.Random(seed)
     sources = [(GOLDEN / file).read_bytes() for file in (*EXPECTED, "module.pt", "torchscript.pt")]
     sound, longest = 0, 0.0
@@ -698,7 +700,7 @@ def test_fuzz_long(tmp_path: Path) -> None:
 
 
 def test_the_bounds_are_above_real_files() -> None:
-    """SDXL with the state of its training: 2515 tensors, twice 1680 of the optimizer."""
+    """SDXL with its training state has 2515 tensors, and twice 1680 of the optimizer."""
     steps = sum(1 for _ in pickles.pickletools.genops(pickled(FINE)))
     assert 3 * (2515 + 2 * 1680) * steps < pickles.MAX_STEPS
     assert len(pickled(FINE)) * 3 * (2515 + 2 * 1680) < pickles.MAX_PICKLE

@@ -37,7 +37,7 @@ WAYS += [Quantization(bits, group, mode) for mode, (bits, group) in FLOAT_MODES.
 
 
 def weights_to_round(dtype: Any) -> list[np.ndarray]:
-    """Ordinary ones, heavy tails, a kernel, many scales, and what is degenerate."""
+    """Make ordinary values, heavy tails, a kernel, many scales, and degenerate cases."""
     random = np.random.default_rng(0)
     arrays = [
         random.normal(0, 0.02, (24, 3, 3, 128)),
@@ -83,7 +83,7 @@ def _mlx_values(stored: Any, how: Quantization, dtype: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize("how", WAYS, ids=str)
-def test_the_error_is_what_the_bits_allow(how: Quantization) -> None:
+def test_error_is_within_the_bound_of_the_bits(how: Quantization) -> None:
     array = np.random.default_rng(1).normal(0, 0.02, (64, 256)).astype(np.float16)
     packed = quantize(array, how)
     groups = array.reshape(-1, how.group_size).astype(np.float64)
@@ -130,10 +130,10 @@ def test_words_are_streams_of_bits(bits: int) -> None:
         ((7,), "quantization to 7 bits does not exist; choose 2, 3, 4, 5, 6, 8"),
         ((4, 48), "group size 48 does not exist; choose 32, 64, 128"),
         ((4, 32, "int4"), "mode 'int4' does not exist; choose affine, mxfp4, nvfp4, mxfp8"),
-        ((8, 32, "mxfp4"), "mxfp4 has 4 bits in groups of 32"),
+        ((8, 32, "mxfp4"), "mxfp4 exists only with 4 bits in groups of 32"),
     ],
 )
-def test_ways_that_do_not_exist(arguments: Any, message: str) -> None:
+def test_unknown_quantizations(arguments: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Quantization(*arguments)
 
@@ -158,11 +158,11 @@ def test_names() -> None:
         (("many",), "quantization 'many' does not exist; choose one of 2, 3, 4, 5, 6, 8, mxfp4"),
         ((4, None, "best"), "recipe 'best' does not exist; choose mixed, uniform, linear"),
         (("mxfp4", 64), "mxfp4 has groups of 32"),
-        (("uniform-4-64", 64), "is a whole recipe"),
-        (("mixed-7",), "a mixed recipe exists for"),
+        (("uniform-4-64", 64), "is a complete recipe"),
+        (("mixed-7",), "mixed recipes exist for"),
     ],
 )
-def test_recipes_that_do_not_exist(arguments: Any, message: str) -> None:
+def test_unknown_recipes(arguments: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         find_recipe(*arguments)
 
@@ -173,7 +173,7 @@ def test_a_recipe_is_found_by_its_name() -> None:
         assert find_recipe(found.name) == found
 
 
-def test_what_no_group_divides_keeps_floating_point() -> None:
+def test_rows_that_no_group_divides_stay_floating_point() -> None:
     plan = find_recipe(4, 128, "uniform").plan
     shapes = {"a.weight": (8, 96), "b.weight": (8, 3, 3, 4), "c.bias": (128,), "d.weight": (128,)}
     assert plan("unet", shapes) == {"a.weight": Quantization(4, 32)}
@@ -243,7 +243,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("bits", [4, 6, "mxfp4"])
-def test_a_folder_holds_what_rounding_gives(
+def test_folder_holds_the_rounded_values(
     source: Path, tmp_path: Path, bits: int | str, dtype: str
 ) -> None:
     report = convert(source, tmp_path / "q", dtype=dtype, quantize=bits, recipe="uniform")
@@ -283,9 +283,9 @@ def test_shards(source: Path, tmp_path: Path) -> None:
 
 def test_not_twice(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "q", quantize=8)
-    with pytest.raises(UsageError, match="quantized already; convert the original"):
+    with pytest.raises(UsageError, match="already quantized; convert the original"):
         convert(tmp_path / "q", tmp_path / "again")
-    with pytest.raises(UsageError, match="quantized already, and rounding twice"):
+    with pytest.raises(UsageError, match="already quantized, and rounding twice"):
         mlxdiff.load(tmp_path / "q", quantize=4)
     assert not (tmp_path / "again").exists()
     mlxdiff.load(tmp_path / "q", quantize=8)  # it is that already
@@ -297,7 +297,7 @@ def test_group_size_without_bits(source: Path, tmp_path: Path) -> None:
 
 
 def edited(folder: Path, change: Any) -> Path:
-    """The folder with its manifest changed."""
+    """Change the manifest of the folder."""
     manifest = json.loads((folder / "mlxdiff.json").read_text())
     change(manifest)
     (folder / "mlxdiff.json").write_text(json.dumps(manifest))
@@ -324,9 +324,9 @@ def edited(folder: Path, change: Any) -> Path:
             ),
             "quantization 'affine-7-64' is unknown",
         ),
-        (lambda m: m.pop("quantization"), "version 2 does not go with"),
+        (lambda m: m.pop("quantization"), "version 2 does not match"),
         (lambda m: m.update(quantization=[]), "quantization is malformed"),
-        (lambda m: m.update(format_version=1), "version 1 does not go with"),
+        (lambda m: m.update(format_version=1), "version 1 does not match"),
         (lambda m: m.update(format_version=3), "format version 3 is unknown .* reads 1 and 2"),
     ],
 )
@@ -340,7 +340,7 @@ def test_a_damaged_manifest(source: Path, tmp_path: Path, change: Any, message: 
 
 
 def outputs(backend: str, model: Any, component: str, **options: Any) -> np.ndarray:
-    """What a component of the built-in model makes of fixed input."""
+    """Run a component of the built-in model on fixed input."""
     chosen = make_backend(backend)
     network = chosen.load(model.config(component), model.tensors(component), **options)
     if component == "text_encoder":

@@ -1,4 +1,4 @@
-"""The safetensors reader and writer: promises and refusals."""
+"""The safetensors reader and writer: results and errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mlxdiff.weights.tensors import (
 
 
 def file_of(path: Path, header: Any, data: bytes = b"") -> Path:
-    """A file with this header (JSON value, or bytes as they are)."""
+    """Make a file with this header (a JSON value, or raw bytes)."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(len(raw).to_bytes(8, "little") + raw + data)
     return path
@@ -93,8 +93,8 @@ FAULTS: dict[str, tuple[Any, bytes, str]] = {
     "not UTF-8": (b'{"\xff": 1}', b"", "not a safetensors file"),
     "deep": (b"[" * 100_000, b"", "not a safetensors file"),
     "huge number": (b'{"w": 1' + b"0" * 9000 + b"}", b"", "not a safetensors file"),
-    "a list": ([1], b"", "no JSON object"),
-    "duplicate": (b'{"w": 1, "w": 2}', b"", "'w' stands there twice"),
+    "a list": ([1], b"", "not a JSON object"),
+    "duplicate": (b'{"w": 1, "w": 2}', b"", "'w' occurs twice"),
     "control characters": ({"a\n\x1b[2J": entry("F4", [2], 0, 8)}, b"12345678", r"'a\n\x1b[2J'"),
     "long name": ({"w" * 2000: GOOD["w"]}, b"12345678", "name has 2000 characters"),
     "no entry": ({"w": 3}, b"", "'w'"),
@@ -104,12 +104,12 @@ FAULTS: dict[str, tuple[Any, bytes, str]] = {
     "negative size": ({"w": entry("F32", [-2], 0, 8)}, b"12345678", "shape [-2]"),
     "fractional": ({"w": entry("F32", [2.0], 0, 8)}, b"12345678", "shape [2.0]"),  # type: ignore[list-item]
     "boolean size": ({"w": entry("F32", [True], 0, 4)}, b"1234", "shape [True]"),
-    "huge size": ({"w": entry("F32", [2**62, 2**62], 0, 8)}, b"12345678", "takes"),
-    "backwards": ({"w": entry("F32", [2], 8, 0)}, b"12345678", "given -8 bytes"),
-    "beyond the file": ({"w": entry("F32", [2], 2**61, 2**61 + 8)}, b"12345678", "hole"),
-    "too few bytes": ({"w": entry("F32", [2], 0, 4)}, b"1234", "given 4 bytes"),
+    "huge size": ({"w": entry("F32", [2**62, 2**62], 0, 8)}, b"12345678", "needs"),
+    "backwards": ({"w": entry("F32", [2], 8, 0)}, b"12345678", "has -8 bytes"),
+    "beyond the file": ({"w": entry("F32", [2], 2**61, 2**61 + 8)}, b"12345678", "gap"),
+    "too few bytes": ({"w": entry("F32", [2], 0, 4)}, b"1234", "has 4 bytes"),
     "overlap": (GOOD | {"v": entry("F32", [2], 4, 12)}, b"123456789012", "overlaps"),
-    "hole": (GOOD | {"v": entry("F32", [1], 12, 16)}, b"1234567890123456", "hole"),
+    "gap": (GOOD | {"v": entry("F32", [1], 12, 16)}, b"1234567890123456", "gap"),
     "metadata": ({"__metadata__": {"a": 1}}, b"", "__metadata__"),
 }
 
@@ -135,13 +135,13 @@ NOT_SAFETENSORS = {
 
 
 @pytest.mark.parametrize("content, says", NOT_SAFETENSORS.values(), ids=NOT_SAFETENSORS)
-def test_says_what_a_file_is_instead(tmp_path: Path, content: bytes, says: str) -> None:
+def test_errors_name_the_kind_of_file(tmp_path: Path, content: bytes, says: str) -> None:
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match=says):
         TensorFile(tmp_path / "x.safetensors")
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="No such file"):
         TensorFile(tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="cannot be read"):
@@ -164,7 +164,7 @@ def test_8_bit_floats_are_read_exactly(tmp_path: Path, kind: str, eighths: list[
 
 
 @pytest.mark.parity
-def test_8_bit_floats_are_those_of_torch(tmp_path: Path) -> None:
+def test_8_bit_floats_equal_torch(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     every = np.arange(256, dtype=np.uint8)
     for kind, theirs in (("F8_E4M3", torch.float8_e4m3fn), ("F8_E5M2", torch.float8_e5m2)):
@@ -174,7 +174,7 @@ def test_8_bit_floats_are_those_of_torch(tmp_path: Path) -> None:
 
 
 def test_fuzzed_headers_raise_nothing_else(tmp_path: Path) -> None:
-    """Random damage to a sound file either leaves it readable or is a CheckpointError."""
+    """A randomly damaged file is still readable or raises a CheckpointError."""
     chance = random.Random(7)
     arrays = {f"layer.{i}.weight": np.ones((i + 1, 3), np.float16) for i in range(4)}
     save_file(arrays, tmp_path / "good", {"format": "pt"})
@@ -237,10 +237,10 @@ SHARD_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "missing shard": ({"x": "a.safetensors", "y": "c.safetensors"}, "c.safetensors is missing"),
     "not where it says": ({"x": "b.safetensors", "y": "b.safetensors"}, "'x' is not in b"),
     "not there at all": ({"x": "a.safetensors", "z": "a.safetensors"}, "'z' is not in a"),
-    "outside the folder": ({"x": "../a.safetensors"}, "no file name"),
-    "absolute": ({"x": "/etc/passwd"}, "no file name"),
-    "no string": ({"x": 3}, "no file name"),
-    "no weights": ({"x": "a.txt"}, "no file of weights"),
+    "outside the folder": ({"x": "../a.safetensors"}, "not a file name"),
+    "absolute": ({"x": "/etc/passwd"}, "not a file name"),
+    "no string": ({"x": 3}, "not a file name"),
+    "no weights": ({"x": "a.txt"}, "not a weight file"),
     "empty": ({}, "no weight_map"),
 }
 
@@ -274,7 +274,7 @@ def test_cast_to_bfloat16_rounds_to_the_nearest_even() -> None:
     np.testing.assert_array_equal(cast(bits.view(np.float32), "bfloat16", "w"), want)
 
 
-def test_cast_keeps_what_fits_and_refuses_what_does_not() -> None:
+def test_cast_keeps_values_in_range_and_refuses_others() -> None:
     edge = np.array([65504, -65504, 6e-8, 0], np.float32)
     assert cast(edge, "float16", "w").dtype == np.float16
     with pytest.raises(
@@ -288,7 +288,7 @@ def test_cast_keeps_what_fits_and_refuses_what_does_not() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_other_readers_read_what_we_write(tmp_path: Path, dtype: str) -> None:
+def test_other_readers_read_our_files(tmp_path: Path, dtype: str) -> None:
     source = np.random.default_rng(0).standard_normal((4, 3, 3, 5), np.float32)
     arrays = {"conv": source.transpose(0, 2, 1, 3), "empty": np.empty((0, 2), np.float32)}
     tensors = {name: lazy(array) for name, array in arrays.items()}

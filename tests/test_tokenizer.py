@@ -1,4 +1,4 @@
-"""The tokenizer against transformers' CLIPTokenizer: goldens always, the real thing where it is."""
+"""The tokenizer against transformers' CLIPTokenizer: by goldens, and live if it is installed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GOLDENS = json.loads((GOLDEN / "goldens.json").read_text("utf-8"))
 
 
 def script() -> ModuleType:
-    """The script that made the goldens; it knows the texts and the folders."""
+    """Import the script that made the goldens. It holds the texts and the folders."""
     path = HERE / "golden" / "make_tokenizer_goldens.py"
     spec = importlib.util.spec_from_file_location("make_tokenizer_goldens", path)
     assert spec is not None and spec.loader is not None
@@ -42,7 +42,7 @@ write_folder = script().write_folder
 
 
 def vocabulary(name: str) -> tuple[str, str]:
-    """vocab.json and merges.txt of "small" or of "clip" (skips where the real one is not there)."""
+    """Return vocab.json and merges.txt of "small" or "clip". Skip if the real one is missing."""
     if name == "small":
         return (SMALL / "vocab.json").read_text("utf-8"), (SMALL / "merges.txt").read_text("utf-8")
     if not CLIP.is_dir():
@@ -52,7 +52,7 @@ def vocabulary(name: str) -> tuple[str, str]:
 
 
 def saved_json(vocab: str, merges: str, **more: Any) -> dict[str, Any]:
-    """A tokenizer.json as transformers' CLIPTokenizer saves it."""
+    """Make the tokenizer.json that transformers' CLIPTokenizer saves."""
     pairs = [line.split(" ") for line in merges.split("\n")[1:] if line]
     split = {"type": "Split", "pattern": {"Regex": "[\\p{L}]+"}, "behavior": "Removed"}
     return {
@@ -115,7 +115,7 @@ def test_the_ids_everyone_knows(tmp_path: Path) -> None:
 
 
 def test_tokenizer_json_gives_the_same(small: Tokenizer, tmp_path: Path) -> None:
-    """With merges as pairs or, in older files, as one string; nothing else in the folder."""
+    """Merges are pairs or, in older files, one string. The folder has no other file."""
     vocab, merges = vocabulary("small")
     saved = saved_json(vocab, merges)
     older = saved_json(vocab, merges)
@@ -251,22 +251,22 @@ def damage(folder: Path, what: str) -> None:
         ("empty", "holds no tokenizer; expected tokenizer.json, or vocab.json and merges.txt"),
         ("no merges", "merges.txt is missing"),
         ("no vocab", "vocab.json is missing"),
-        ("cut vocab", "vocab.json: is not JSON"),
-        ("vocab is a list", "vocab.json: is not a JSON object"),
-        ("vocab has names", "vocab.json: is not a vocabulary"),
+        ("cut vocab", "vocab.json: not readable as JSON"),
+        ("vocab is a list", "vocab.json: not a JSON object"),
+        ("vocab has names", "vocab.json: not a vocabulary"),
         ("cut merges", "merges.txt: line 701 is not a merge"),
         ("foreign merge", "not a usable CLIP tokenizer"),
         ("binary merges", "merges.txt: cannot be read as UTF-8"),
         ("no end token", "eos_token '<|nowhere|>' is not in its vocabulary of 1214"),
         ("bad length", "model_max_length is 'long'"),
-        ("bad words", "known_words is no list of words"),
-        ("bad config", "tokenizer_config.json: is not JSON"),
+        ("bad words", "known_words is not a list of words"),
+        ("bad config", "tokenizer_config.json: not readable as JSON"),
         ("bad added", "tokenizer_config.json: 5 is not an added token"),
         ("bad added id", "added token '!' has id 'x'"),
         ("bad special", "pad_token is 3; expected a token"),
     ],
 )
-def test_a_damaged_folder_is_named(what: str, message: str, tmp_path: Path) -> None:
+def test_errors_for_a_damaged_folder(what: str, message: str, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "tokenizer", *vocabulary("small"), {})
     damage(folder, what)
     with pytest.raises(CheckpointError) as error:
@@ -292,9 +292,7 @@ def test_no_folder() -> None:
         ({"pre_tokenizer": {"type": "Whitespace"}}, r"its pre-tokenizer is \['Whitespace'\]"),
     ],
 )
-def test_a_tokenizer_that_is_not_clips(
-    change: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_a_tokenizer_of_another_kind(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     saved = saved_json(*vocabulary("small"), **change)
     (tmp_path / "tokenizer.json").write_text(json.dumps(saved), encoding="utf-8")
     with pytest.raises(CheckpointError, match=f"tokenizer.json: .*{message}.*expected CLIP's"):
@@ -302,7 +300,7 @@ def test_a_tokenizer_that_is_not_clips(
 
 
 @pytest.mark.parametrize("merges", [5, [5], [["a"]], ["a"], [["a", 1]]])
-def test_merges_that_are_none(merges: Any, tmp_path: Path) -> None:
+def test_malformed_merges(merges: Any, tmp_path: Path) -> None:
     saved = saved_json(*vocabulary("small"))
     saved["model"]["merges"] = merges
     (tmp_path / "tokenizer.json").write_text(json.dumps(saved), encoding="utf-8")
@@ -354,7 +352,7 @@ def reference() -> ModuleType:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("saved", [False, True], ids=["as published", "saved again"])
 def test_parity_with_transformers(kind: str, saved: bool, tmp_path_factory: Any) -> None:
-    """On CLIP's own vocabulary where it is here, and on folders that transformers writes itself."""
+    """Use CLIP's own vocabulary if it is here, and folders written by transformers itself."""
     theirs_class = reference().CLIPTokenizer
     folder = tmp_path_factory.mktemp("parity") / "t"
     write_folder(folder, *vocabulary("clip" if CLIP.is_dir() else "small"), FOLDERS[kind])
@@ -394,7 +392,7 @@ def test_parity_with_tokenizer_json_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parity
-def test_goldens_are_what_the_script_makes(tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_script_makes_the_goldens(tmp_path: Path, monkeypatch: Any) -> None:
     reference()
     vocabulary("clip")
     maker = script()

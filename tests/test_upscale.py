@@ -32,8 +32,8 @@ from mlxdiff.convert import convert, describe, open_source
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
 from mlxdiff.networks.config import UNet2DConditionConfig
 from mlxdiff.report import bench
-from mlxdiff.store import hub
 from mlxdiff.store.folder import open_folder
+from mlxdiff.store.selection import needed_files
 
 NAME = "x4-upscaler"
 CASES = cases(NAME)
@@ -220,7 +220,7 @@ def test_the_hub_gives_its_second_scheduler() -> None:
     files = {f"{part}/{file}" for part in parts for file in ("config.json", "model.safetensors")}
     files |= {"model_index.json", "tokenizer/vocab.json", "tokenizer/merges.txt"}
     schedulers = {f"{s}/scheduler_config.json" for s in ("scheduler", "low_res_scheduler")}
-    assert schedulers <= set(hub._select(files | schedulers, None, hub.COMPONENTS))
+    assert schedulers <= set(needed_files(files | schedulers))
 
 
 def test_a_bench_run_gives_it_a_picture(opened: Opened) -> None:

@@ -1,4 +1,4 @@
-"""The converted folder: promises and refusals."""
+"""The converted folder: results and errors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def listing(path: Path) -> list[str]:
     return sorted(p.relative_to(path).as_posix() for p in path.rglob("*"))
 
 
-def test_the_folder_holds_what_the_design_says(folder: Path) -> None:
+def test_files_and_manifest_of_the_folder(folder: Path) -> None:
     assert [name for name in listing(folder) if "." in name] == [
         "mlxdiff.json",
         "model_index.json",
@@ -62,7 +62,7 @@ def test_the_folder_holds_what_the_design_says(folder: Path) -> None:
     assert index["requires_safety_checker"] is True
 
 
-def test_reading_gives_back_what_was_written(source: Path, folder: Path) -> None:
+def test_reading_returns_the_written_model(source: Path, folder: Path) -> None:
     before, after = open_source(source), open_folder(folder)
     after.verify()
     assert after.family == before.family and after.dtype == "float16"
@@ -193,7 +193,7 @@ def test_verify_finds_a_flipped_bit(copy: Path) -> None:
 
 
 class Broken:
-    """A model whose tensors cannot all be read."""
+    """A model with a tensor that cannot be read."""
 
     def __init__(self, model: Any, error: BaseException) -> None:
         self.model, self.error = model, error
@@ -234,7 +234,7 @@ def test_nothing_is_left_after_a_failure(
 
 def test_force_replaces_and_a_failure_keeps_the_old(source: Path, copy: Path) -> None:
     model = open_source(source)
-    with pytest.raises(UsageError, match=r"exists already.*--force"):
+    with pytest.raises(UsageError, match=r"already exists.*--force"):
         write_folder(model, copy)
     before = listing(copy.parent)
     with pytest.raises(CheckpointError):
@@ -244,7 +244,7 @@ def test_force_replaces_and_a_failure_keeps_the_old(source: Path, copy: Path) ->
     assert listing(copy.parent) == before and open_folder(copy).dtype == "float32"
 
 
-def test_force_never_replaces_what_we_did_not_write(source: Path, tmp_path: Path) -> None:
+def test_force_replaces_converted_folders_only(source: Path, tmp_path: Path) -> None:
     model = open_source(source)
     precious = tmp_path / "home"
     precious.mkdir()

@@ -1,4 +1,4 @@
-"""The built-in model as diffusers reads it, for scripts that train something to go with it."""
+"""The built-in model in diffusers' form, for scripts that train an addition to it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import mlxdiff
 
 
 def open_builtin() -> StableDiffusionPipeline:
-    """The built-in model by diffusers: its convolutions get torch's layout back."""
+    """Open the built-in model with diffusers. Its convolutions get torch's layout back."""
     source = Path(mlxdiff.__file__).parent / "builtin"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
@@ -33,7 +33,7 @@ def open_builtin() -> StableDiffusionPipeline:
 
 
 def text_of(pipe: StableDiffusionPipeline, captions: list[str]) -> torch.Tensor:
-    """States of the text encoder, (captions, 77, 128)."""
+    """Return states of the text encoder, (captions, 77, 128)."""
     ids = pipe.tokenizer(
         captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
     ).input_ids

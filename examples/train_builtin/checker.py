@@ -1,11 +1,11 @@
-"""Look at a picture and say what is in it: the judge of the built-in model.
+"""Name everything in a picture: the judge of the built-in model.
 
     seen = look(picture)                      # background, objects with color, shape, size, place
     verdict = check(picture, "a small red circle left of a large blue square")
-    verdict.right, verdict["shape"]           # everything asked for is there; one attribute
+    verdict.right, verdict["shape"]           # all attributes are right; one attribute
 
-Only what the prompt names is judged. Needs NumPy (and Pillow when given a file); it knows the
-colors and shapes of `data.py` and nothing about any model.
+Only attributes that the prompt names are judged. Needs NumPy (and Pillow for files). It knows the
+colors and shapes of `data.py`, and no model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 try:
     from . import data
-except ImportError:  # run as a script: the folder itself is on the path
+except ImportError:  # for a script, Python puts this folder on the path
     import data
 
 ATTRIBUTES = ("background", "count", "color", "shape", "size", "place", "relation")
@@ -33,7 +33,7 @@ GRID = 24  # shapes are compared on a grid of this size
 
 @dataclass(frozen=True)
 class Object:
-    """One object seen; x, y and r are fractions of the side. `None`: nothing known fits."""
+    """An object in a picture. x, y and r are fractions of the side. `None`: nothing known fits."""
 
     shape: str | None
     color: str | None
@@ -51,7 +51,7 @@ class Seen:
 
 
 class Verdict(dict):
-    """Attribute -> bool for every attribute that was asked for."""
+    """Attribute -> bool for every attribute in the prompt."""
 
     @property
     def right(self) -> bool:
@@ -100,7 +100,7 @@ def _resample(alpha: np.ndarray, x0: float, x1: float, y0: float, y1: float) -> 
 
 
 def _bounds(alpha: np.ndarray) -> tuple[float, float, float, float]:
-    """The box of an object, to a fraction of a pixel: where its profiles cross one half."""
+    """Return the box of an object to a fraction of a pixel: its profiles cross one half there."""
     box = []
     for axis in (0, 1):
         profile = np.sort(alpha, axis=axis)
@@ -115,14 +115,14 @@ def _bounds(alpha: np.ndarray) -> tuple[float, float, float, float]:
 
 @functools.cache
 def _area(shape: str) -> float:
-    """The area of a shape where r = 1."""
+    """Return the area of a shape with r = 1."""
     u = (np.arange(480) + 0.5) / 480 * 2.2 - 1.1
     return float(data.inside(shape, u[None, :], u[:, None]).mean() * 2.2**2)
 
 
 @functools.cache
 def _ideal(shape: str, r: float) -> np.ndarray:
-    """A truly drawn shape of radius r (pixels), cut to its bounding box, on the raster."""
+    """Draw an ideal shape of radius r (pixels), cut to its bounding box, on the raster."""
     side = max(int(2 * r) + 6, 16)
     thing = data.Thing(shape, "white", "small", 0.5, 0.5, r / side)
     picture = data.render(data.Spec("black", (thing,)), side)[..., 0].astype(np.float64)
@@ -148,7 +148,7 @@ def _recognize(alpha: np.ndarray, side: int, color: str | None) -> Object:
 
 
 def look(picture) -> Seen:
-    """See a picture: an (H, W, 3) uint8 array, a Pillow image or a file."""
+    """Describe a picture: an (H, W, 3) uint8 array, a Pillow image or a file."""
     if isinstance(picture, str | Path):
         from PIL import Image
 
@@ -162,7 +162,7 @@ def look(picture) -> Seen:
     for patch in components(np.linalg.norm(pixels - ground, axis=-1) > 50):
         if patch.sum() < SPECK * (side / data.SIDE) ** 2:
             continue
-        # the object's own color: that of the pixels furthest from the background
+        # the object's color: the pixels furthest from the background
         distance = np.linalg.norm(pixels[patch] - ground, axis=-1)
         core = np.median(pixels[patch][distance >= np.quantile(distance, 0.4)], axis=0)
         axis = core - ground
@@ -196,7 +196,7 @@ def _relation(a: Object, b: Object) -> str:
 
 
 def _judge(seen: Seen, asked: data.Asked, objects: list[Object]) -> Verdict:
-    """Judge with objects[i] taken for the i-th object that was asked for."""
+    """Judge with objects[i] as the i-th object of the prompt."""
     verdict = Verdict()
     if asked.background:
         verdict["background"] = seen.background == asked.background
@@ -215,9 +215,9 @@ def _judge(seen: Seen, asked: data.Asked, objects: list[Object]) -> Verdict:
 
 
 def match(seen: Seen, asked: data.Asked) -> tuple[Verdict, list[Object]]:
-    """The verdict, and the objects seen in the order in which they were asked for.
+    """Return the verdict, and the objects of the picture in the order of the prompt.
 
-    With two objects, whichever way of telling them apart gets more attributes right is taken.
+    With two objects, the assignment with more right attributes counts.
     """
     objects = sorted(seen.objects, key=lambda o: -o.r)[: len(asked.things)]
     orders = [objects, objects[::-1]] if len(objects) == 2 else [objects]
@@ -226,7 +226,7 @@ def match(seen: Seen, asked: data.Asked) -> tuple[Verdict, list[Object]]:
 
 
 def judge(seen: Seen, asked: data.Asked) -> Verdict:
-    """Compare what was seen with what was asked for."""
+    """Compare the objects in a picture with those of a prompt."""
     return match(seen, asked)[0]
 
 
@@ -240,7 +240,7 @@ def check(picture, asked: str | data.Spec | data.Asked) -> Verdict:
 
 
 def score(pictures, requests) -> dict[str, float]:
-    """Fractions right over many pictures: 'right' (everything asked for) and each attribute."""
+    """Return the right fractions over many pictures: 'right' (everything) and each attribute."""
     verdicts = [check(p, r) for p, r in zip(pictures, requests, strict=True)]
     result = {"right": float(np.mean([v.right for v in verdicts]))}
     for attribute in ATTRIBUTES:

@@ -1,4 +1,4 @@
-"""What the three training scripts share: processes, the learning-rate schedule, checkpoints.
+"""Common parts of the three training scripts: processes, learning-rate schedule, checkpoints.
 
 Each script trains with a few single-threaded processes that average their gradients (gloo). On a
 machine with other work this is much faster than one process with several threads.
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# Large freed blocks stay in the process: without this, a quarter of the time goes to the kernel.
+# Keep large freed blocks in the process. Otherwise the kernel takes a quarter of the time.
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "33554432",
     "MALLOC_TRIM_THRESHOLD_": "4000000000",
@@ -46,8 +46,8 @@ def _start(rank: int, worker: Callable, processes: int, args, rendezvous: str) -
 class Training:
     """One resumable run of a model, annealed over a budget of wall-clock minutes.
 
-    The budget is read from the file RUN/minutes at every report, so a run can be made shorter or
-    longer while it goes; the learning rate always reaches zero at the end of the budget.
+    Every report reads the budget from the file RUN/minutes, so you can shorten or extend a run
+    while it goes. The learning rate always reaches zero at the end of the budget.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
-"""The world of the built-in model: pictures that a script draws, and captions that describe them.
+"""The world of the built-in model: pictures drawn by a script, and captions that describe them.
 
-A picture is a plain background with one object, or with two objects and a relation between them.
-A `Spec` says everything about a picture; `render` draws it; `caption` describes it in words, with
-some things left out; `parse` reads such a caption (or a prompt that a user typed) back.
+A picture is a plain background with one object, or with two objects and a relation between them. A
+`Spec` describes a picture completely. `render` draws it. `caption` describes it in words and omits
+some facts. `parse` reads such a caption, or a user's prompt, back.
 
 Needs NumPy only.
 """
@@ -42,7 +42,7 @@ BACKGROUNDS = ("white", "black", "gray", "yellow", "green", "blue", "pink", "cya
 RADII = {"small": (0.13, 0.145), "large": (0.20, 0.215)}
 MARGIN, GAP = 0.03, 0.055
 
-# One color + shape pair for each shape is never drawn for training ...
+# Training never shows one color + shape pair of each shape ...
 HELD_OUT_PAIRS = frozenset(
     {
         ("red", "star"),
@@ -53,12 +53,12 @@ HELD_OUT_PAIRS = frozenset(
         ("white", "triangle"),
     }
 )
-# ... and neither is one in eight of the unordered combinations of two color + shape pairs.
+# ... nor one in eight of the unordered combinations of two color + shape pairs.
 HELD_OUT_COMBINATIONS = 8
 
 KINDS = ("train", "pair", "combination")
-"""Which pictures to draw: those of the training set, those with a held-out pair, those whose pairs
-are all trained but whose combination is not (two objects only)."""
+"""Kinds of pictures: the training set, pictures with a held-out pair, and pictures whose pairs are
+trained but whose combination is not (two objects only)."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a caption asks for; None stands for whatever it leaves open."""
+    """The content of a caption. None stands for every fact that the caption omits."""
 
     things: tuple[tuple[str, str, str | None], ...]  # (shape, color, size)
     background: str | None = None
@@ -98,7 +98,7 @@ class Asked:
 
 
 def combination_held_out(a: tuple[str, str], b: tuple[str, str]) -> bool:
-    """True where these two color + shape pairs never stand together in training."""
+    """Return True if training never shows these two color + shape pairs together."""
     key = "+".join(sorted(" ".join(pair) for pair in (a, b)))
     return zlib.crc32(key.encode()) % HELD_OUT_COMBINATIONS == 0
 
@@ -108,7 +108,7 @@ def _choice(rng: np.random.Generator, options):
 
 
 def _pairs(rng: np.random.Generator, background: str, count: int, kind: str):
-    """Draw color + shape pairs of the wanted kind (by rejection: nothing else is skewed)."""
+    """Draw color + shape pairs of the wanted kind (by rejection, which skews nothing else)."""
     while True:
         pairs = [(_choice(rng, COLORS), _choice(rng, SHAPES)) for _ in range(count)]
         if any(color == background for color, _ in pairs):
@@ -124,7 +124,7 @@ def _pairs(rng: np.random.Generator, background: str, count: int, kind: str):
 
 
 def random_spec(rng: np.random.Generator, count: int = 1, kind: str = "train") -> Spec:
-    """A random picture with one or two objects; `kind` is one of KINDS."""
+    """Return a random picture with one or two objects. `kind` is one of KINDS."""
     if kind not in KINDS or count not in (1, 2) or (kind == "combination" and count != 2):
         raise ValueError(f"no pictures of kind {kind!r} with {count} objects")
     background = _choice(rng, BACKGROUNDS)
@@ -148,7 +148,7 @@ def random_spec(rng: np.random.Generator, count: int = 1, kind: str = "train") -
         return Spec(background, (Thing(shape, color, sizes[0], x, y, r),), place=place)
 
     relation = _choice(rng, RELATIONS)
-    first = 0 if relation in ("left of", "above") else 1  # which one stands left or on top
+    first = 0 if relation in ("left of", "above") else 1  # the left or upper object
     ra, rb = radii[first], radii[1 - first]
     slack = 1 - 2 * (ra + rb + MARGIN) - GAP
     before, between, _ = rng.dirichlet((2.0, 1.0, 2.0)) * slack
@@ -165,7 +165,7 @@ def random_spec(rng: np.random.Generator, count: int = 1, kind: str = "train") -
 
 
 def dense_spec(rng: np.random.Generator) -> Spec:
-    """Three to six objects anywhere, overlaps allowed: many edges, to train the VAE on."""
+    """Return three to six objects anywhere, with overlaps: many edges, to train the VAE."""
     things = []
     for _ in range(int(rng.integers(3, 7))):
         size = _choice(rng, SIZES)
@@ -179,7 +179,7 @@ def dense_spec(rng: np.random.Generator) -> Spec:
 
 
 def inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Which points of the square [-1, 1]^2 (v down) belong to the shape."""
+    """Return True for points of the square [-1, 1]^2 (v down) inside the shape."""
     if shape == "circle":
         return u * u + v * v <= 1
     if shape == "square":
@@ -248,7 +248,7 @@ def _name(thing: Thing, rng: np.random.Generator, complete: bool) -> str:
 def caption(spec: Spec, rng: np.random.Generator, complete: bool = False) -> str:
     """Describe a picture in varying words.
 
-    Size, place, relation and background are sometimes left out, unless it is to be `complete`.
+    Size, place, relation and background are sometimes omitted, unless the caption is `complete`.
     """
     if len(spec.things) == 2:
         first, second = (_name(thing, rng, complete) for thing in spec.things)
@@ -272,7 +272,7 @@ def caption(spec: Spec, rng: np.random.Generator, complete: bool = False) -> str
 
 
 def words() -> list[str]:
-    """Every word that the captions use, i.e. what the model knows; sorted."""
+    """Return every word that the captions use, sorted. The model knows these words."""
     known = {"a", "an", "and", "background", "on", "with", *COLORS, *BACKGROUNDS, *SHAPES, *SIZES}
     for phrases in (_OPENINGS, *_WAYS.values(), *_WHERE.values()):
         for phrase in phrases:
@@ -291,7 +291,7 @@ _PLACE_OF = {way: name for name, ways in _WHERE.items() for way in ways}
 
 
 def parse(text: str) -> Asked:
-    """Read a caption or prompt of this grammar; raises ValueError where it asks for no object."""
+    """Read a caption or prompt of this grammar. Raise ValueError if it names no object."""
     rest = " ".join(text.lower().split())
     background = None
     if match := re.search(_GROUND, rest):
@@ -309,6 +309,6 @@ def parse(text: str) -> Asked:
 
 
 def asked_of(spec: Spec) -> Asked:
-    """The request that names everything in a picture."""
+    """Return the request that names everything in a picture."""
     things = tuple((thing.shape, thing.color, thing.size) for thing in spec.things)
     return Asked(things, spec.background, spec.relation, spec.place)

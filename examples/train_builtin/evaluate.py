@@ -1,4 +1,4 @@
-"""Measure how well a model draws what its prompts ask for.
+"""Measure how often a model draws everything in its prompts.
 
     python evaluate.py MODEL                          # the table by row set and attribute
     python evaluate.py MODEL --sweep guidance         # or: --sweep steps
@@ -6,9 +6,9 @@
     python evaluate.py MODEL --through mlxdiff        # a converted folder ("" is the built-in one)
     python evaluate.py "" --through mlxdiff --demo 10 # the documented prompts, seeds 0 to 9
 
-MODEL is a diffusers folder unless said otherwise. Prompts and seeds are fixed:
-fresh draws of the training distribution and of the held-out pairs and combinations, worded in
-varying ways with nothing left out. "Right" means everything the prompt names, by `checker.py`.
+MODEL is a diffusers folder by default. Prompts and seeds are fixed: fresh draws of the training
+distribution and of the held-out pairs and combinations, in varying words, with no facts omitted.
+"Right" means everything in the prompt, by `checker.py`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import numpy as np
 
 try:
     from . import checker, data
-except ImportError:  # run as a script: the folder itself is on the path
+except ImportError:  # for a script, Python puts this folder on the path
     import checker
     import data
 
 Generate = Callable[[Sequence[str], Sequence[int]], list[np.ndarray]]
-"""Prompts and seeds in, pictures as (H, W, 3) uint8 arrays out."""
+"""A function from prompts and seeds to pictures, which are (H, W, 3) uint8 arrays."""
 
 ROWS = {
     "1 object": (1, "train"),
@@ -36,7 +36,7 @@ ROWS = {
     "2 objects, held-out combination": (2, "combination"),
 }
 DEMO = "a small red circle left of a large blue square on a yellow background"
-DEMOS = (  # what the project's documentation shows, with its settings: prompt, steps, guidance
+DEMOS = (  # prompts of the project's documentation with their settings: prompt, steps, guidance
     (DEMO, 12, 4.0),
     (DEMO, 20, 4.0),
     ("a small red circle left of a large blue square", 20, 4.0),
@@ -88,7 +88,7 @@ def through_mlxdiff(
     schedule: str = "auto",
     **load,
 ) -> Generate:
-    """Generate with this package; `load` goes to `mlxdiff.load` (backend, quantize, ...)."""
+    """Generate with this package. `load` goes to `mlxdiff.load` (backend, quantize, ...)."""
     import mlxdiff
 
     pipe = mlxdiff.load(folder or None, **load)
@@ -104,25 +104,25 @@ def through_mlxdiff(
 
 
 def prompts_of(row: str, size: int) -> list[str]:
-    """The fixed prompts of a row (the first `size` of an endless list)."""
+    """Return the fixed prompts of a row (the first `size` of an endless list)."""
     count, kind = ROWS[row]
     rng = np.random.default_rng((77, list(ROWS).index(row)))
     return [data.caption(data.random_spec(rng, count, kind), rng, True) for _ in range(size)]
 
 
 def measure(generate: Generate, row: str, size: int = 256) -> dict[str, float]:
-    """Fractions right in one row of the table: 'right' and every attribute."""
+    """Return the right fractions in one row of the table: 'right' and every attribute."""
     prompts = prompts_of(row, size)
     return checker.score(generate(prompts, range(size)), prompts)
 
 
 def error_of(fraction: float, size: int) -> float:
-    """Standard error of a fraction, in percent."""
+    """Return the standard error of a fraction, in percent."""
     return 100 * float(np.sqrt(max(fraction * (1 - fraction), 1e-9) / size))
 
 
 def table(generate: Generate, size: int, rows: Sequence[str] = tuple(ROWS)) -> None:
-    """Print a Markdown table: one line a row set, one column an attribute, in percent."""
+    """Print a Markdown table in percent: a line for each row set, a column for each attribute."""
     names = ("right", *checker.ATTRIBUTES)
     print(f"| {size} prompts a row | " + " | ".join(names) + " | s.e. of right |")
     print("|---|" + "---|" * (len(names) + 1))
@@ -134,7 +134,7 @@ def table(generate: Generate, size: int, rows: Sequence[str] = tuple(ROWS)) -> N
 
 
 def sheet(generate: Generate, path: str, seed: int = 0) -> None:
-    """Draw 48 prompts, unpicked (half one object, half two; every third held out), on one PNG."""
+    """Draw 48 unpicked prompts on one PNG (half one object, half two; every third held out)."""
     from PIL import Image, ImageDraw, ImageFont
 
     rng = np.random.default_rng(48)
@@ -166,7 +166,7 @@ def sheet(generate: Generate, path: str, seed: int = 0) -> None:
 
 
 def demos(generator: Callable[[int, float], Generate], seeds: int) -> None:
-    """Print how many seeds give the right picture, for each prompt that the documentation shows."""
+    """Print the number of seeds with the right picture, for each prompt in the documentation."""
     for prompt, steps, guidance in DEMOS:
         pictures = generator(steps, guidance)([prompt] * seeds, range(seeds))
         wrong = [

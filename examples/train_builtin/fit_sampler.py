@@ -3,25 +3,24 @@
     python fit_sampler.py MODEL                 # the built-in model's prompts
     python fit_sampler.py MODEL --prompts FILE  # another model: one prompt a line
 
-MODEL is a diffusers folder or a converted one (of the built-in model: mlxdiff/builtin); the numbers
-go into its scheduler/scheduler_config.json, where mlxdiff reads them and diffusers skips them. The
+MODEL is a diffusers folder or a converted one (of the built-in model: mlxdiff/builtin). The numbers
+go into its scheduler/scheduler_config.json. mlxdiff reads them there, and diffusers skips them. The
 same call gives the same numbers. For each guidance scale:
 
-1. A fine solution of the probability-flow ODE is computed for some prompts and seeds, with the
-   predicted x_0 at each of its levels.
-2. Timesteps are chosen among its levels: a step from x_i to x_k by the x_0 at i and at the level p
-   before has, over all pictures, a least-squares error that depends on (p, i, k) only; the sequence
-   with the smallest sum is found by dynamic programming. This asks the network nothing. What
-   errors near pure noise should weigh differs: they fade, or grow and turn a picture into another
-   one. Several weights are tried.
-3. The numbers are fitted along the solver's own run, step after step: each step lands as near as it
-   can on the fine solution, from where the steps before have really led. What the pictures leave
-   open stays as DPM-Solver++ 2M has it (ridge regression towards that).
-4. Of the sequences the one whose run ends nearest to the fine solution is taken, and its levels are
-   moved one at a time as long as that brings the end nearer. What is compared is the mean over the
-   pictures, not the mean square: a picture that turned into another one says little about the rest.
-5. Short runs without guidance are then bettered as a whole, by the ends of many more pictures
-   (`refine.py`).
+1. Compute a fine solution of the probability-flow ODE for some prompts and seeds, with the
+predicted x_0 at each of its levels.
+2. Choose timesteps among its levels. A step from x_i to x_k uses the x_0 at i and at the level p
+before. Over all pictures it has a least-squares error that depends only on (p, i, k). Dynamic
+programming finds the sequence with the smallest sum. This needs no calls of the network. The right
+weight of errors near pure noise varies: they fade, or they grow and turn a picture into another
+one. So several weights are tried.
+3. Fit the numbers along the solver's own run, step after step. Each step lands as near as possible
+to the fine solution, from the point that the earlier steps have reached. If the pictures do not
+decide a number, it stays that of DPM-Solver++ 2M (ridge regression towards it).
+4. Take the sequence whose run ends nearest to the fine solution. Then move its levels one at a time
+while this brings the end nearer. The measure is the mean over the pictures, not the mean square,
+because a picture that turned into another one has little to do with the rest.
+5. Improve short runs without guidance as a whole, by the ends of many more pictures (`refine.py`).
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ try:
         solver,
         usual,
     )
-except ImportError:  # run as a script: the folder itself is on the path
+except ImportError:  # for a script, Python puts this folder on the path
     import data
     from refine import Pictures, missed, refine
     from teacher import (
@@ -73,11 +72,11 @@ except ImportError:  # run as a script: the folder itself is on the path
 
 COUNTS = (4, 5, 6, 7, 8, 10, 12, 15, 20, 25)
 GUIDANCE = (1.0, 4.0, 7.5)
-FIRST_SEED = 10_000  # far from the seeds that a benchmark would take
+FIRST_SEED = 10_000  # far from the seeds of a benchmark
 EARLY = 0.05, 0.5, 1.5, 4.0  # the square of an error at pure noise counts so much of one at the end
-STRIDES = 2, 1  # by how many levels one is moved,
-MOVED = 12  # in runs of up to so many steps; more of them leave nothing to gain
-REFINED = 8  # up to so many steps; under guidance it gains nothing (docs/samplers.md)
+STRIDES = 2, 1  # largest move of a level, in levels,
+MOVED = 12  # in runs of up to this many steps; longer runs gain nothing
+REFINED = 8  # up to this many steps; with guidance it gains nothing (docs/samplers.md)
 REFINED_WITH = 32  # pictures at a time
 PASSES = 2  # over all of them
 RANGE_PICTURES = 12  # of the pictures, for a range of scales
@@ -86,9 +85,9 @@ RIDGE = 1e-5
 
 
 def step_errors(x: np.ndarray, x0: np.ndarray) -> np.ndarray:
-    """Mean square errors of the best step from level i to k with x_0 of i and p: [p, i, k].
+    """Return mean square errors of the best step from level i to k with x_0 of i and p: [p, i, k].
 
-    The first step, which has no p, stands at [0, 0, k].
+    The first step has no p. It is at [0, 0, k].
     """
     levels = len(x0)
     vectors = np.concatenate([x, x0]).reshape(len(x) + levels, -1)
@@ -109,18 +108,18 @@ def step_errors(x: np.ndarray, x0: np.ndarray) -> np.ndarray:
 
 
 def _solve(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Ridge regression from its normal equations, each variable in its own unit."""
+    """Solve a ridge regression from its normal equations, with each variable in its own unit."""
     unit = np.sqrt(np.maximum(np.diagonal(matrix, axis1=-2, axis2=-1), 1e-30))
     scaled = matrix / unit[..., :, None] / unit[..., None, :] + RIDGE * np.eye(matrix.shape[-1])
     return np.linalg.solve(scaled, (right / unit)[..., None])[..., 0] / unit
 
 
 def choose_levels(errors: np.ndarray, steps: int, early: float) -> tuple[int, ...]:
-    """The `steps` levels, beginning with the first, whose steps' errors sum up to the least."""
+    """Return the `steps` levels, starting with the first, with the least total error."""
     count = len(errors)
     weight = 1.0 + (early - 1.0) * np.array([*LEVELS, 0]) / LEVELS[0]
     costs = errors * weight
-    best = np.full((count, count), np.inf)  # of a run that came to level i from p
+    best = np.full((count, count), np.inf)  # of a run that reached level i from p
     best[0, 1:] = costs[0, 0, 1:count]
     came: list[np.ndarray] = []
     for _ in range(steps - 2):
@@ -135,10 +134,12 @@ def choose_levels(errors: np.ndarray, steps: int, early: float) -> tuple[int, ..
 
 
 class Runs:
-    """Runs over levels, each step fitted from where those before it lead; beginnings are shared.
+    """Runs over levels. Each step is fitted from the end of the steps before it.
+
+    Runs with the same beginning share it.
 
     Args:
-        network: as `Network`.
+        network: see `Network`.
         x: the fine solution at LEVELS and at the end, (L + 1, B, h, w, C).
     """
 
@@ -151,20 +152,20 @@ class Runs:
         self._predicted: dict[tuple[int, ...], list[np.ndarray]] = {}
 
     def run(self, levels: tuple[int, ...]) -> list[Any]:
-        """As it stands in the file."""
+        """Return the run in the form of the file."""
         return self._arrive((*levels, len(LEVELS)))[-1]
 
     def errors(self, levels: tuple[int, ...]) -> np.ndarray:
-        """Of each picture's end, (B,), in standard deviations of the latents."""
+        """Return the error of each picture's end, (B,), in standard deviations of the latents."""
         return distances(self._arrive((*levels, len(LEVELS)))[0], self.x[-1])
 
     def forget(self) -> None:
-        """Let go of the beginnings: runs of another number of steps share hardly any."""
+        """Drop the beginnings. Runs of another number of steps share almost none."""
         self._arrived.clear()
         self._predicted.clear()
 
     def _arrive(self, path: tuple[int, ...]) -> tuple[np.ndarray, list[Any]]:
-        """At the last level of `path`: the pictures, and the run so far."""
+        """Return the pictures at the last level of `path`, and the run up to it."""
         if len(path) == 1:
             return self.x[0], []
         if path not in self._arrived:
@@ -181,7 +182,7 @@ class Runs:
         return self._arrived[path]
 
     def _predict(self, path: tuple[int, ...]) -> list[np.ndarray]:
-        """The predictions of x_0 at the last level of `path` and before it, latest first."""
+        """Return the predictions of x_0 at the last level of `path` and before it, latest first."""
         if path not in self._predicted:
             current, time = self._arrive(path)[0], LEVELS[path[-1]]
             output = self.network(current, time, self.prompts, self.scale)
@@ -191,7 +192,7 @@ class Runs:
         return self._predicted[path]
 
     def _row(self, path: tuple[int, ...]) -> Row:
-        """The step of DPM-Solver++ 2M to the last level of `path`."""
+        """Return the step of DPM-Solver++ 2M to the last level of `path`."""
         times = [LEVELS[level] for level in path if level < len(LEVELS)]
         return solver(self.network.config, times).rows[len(path) - 2]
 
@@ -199,7 +200,7 @@ class Runs:
 def nearest(
     error: Callable[[tuple[int, ...]], float], starts: Iterable[tuple[int, ...]], move: bool
 ) -> tuple[int, ...]:
-    """The best of the sequences of levels, with `move` improved one level at a time."""
+    """Return the best sequence of levels, with `move` improved one level at a time."""
     least, path = min((error(start), start) for start in starts)
     for stride in STRIDES if move else ():
         for i in reversed(range(1, len(path))):
@@ -212,13 +213,13 @@ def nearest(
 
 
 def calibration_prompts(count: int) -> list[str]:
-    """Captions of the training distribution, half of one object and half of two."""
+    """Return captions of the training distribution, half with one object and half with two."""
     rng = np.random.default_rng(2024)
     return [data.caption(data.random_spec(rng, 1 + i % 2), rng, True) for i in range(count)]
 
 
 def write(folder: Path, fits: list[Any]) -> None:
-    """Put the numbers into scheduler_config.json, one run a line."""
+    """Write the numbers into scheduler_config.json, one run a line."""
     path = folder / "scheduler" / "scheduler_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config.pop(KEY, None)
@@ -245,10 +246,10 @@ def write(folder: Path, fits: list[Any]) -> None:
 
 
 class Fitting:
-    """All that the fits of a model share; the network is opened where it is used.
+    """Common state of all fits of a model. The network is opened on first use.
 
     Args:
-        args: of the command line.
+        args: arguments of the command line.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -262,7 +263,7 @@ class Fitting:
             self.many = [self.prompts[i % len(self.prompts)] for i in range(args.refine)]
 
     def solution(self, scale: float) -> tuple[np.ndarray, np.ndarray]:
-        """x of the fine solution, and the errors of the steps between its levels."""
+        """Return x of the fine solution, and the errors of the steps between its levels."""
         seeds = range(FIRST_SEED, FIRST_SEED + len(self.prompts))
         fine = cached(
             self.args.cache,
@@ -272,7 +273,7 @@ class Fitting:
         return fine["x"], step_errors(fine["x"], fine["x0"])
 
     def pictures(self, scale: float) -> list[Pictures]:
-        """Those that runs are refined with."""
+        """Return the pictures that refine the runs."""
         batches = []
         for start in range(0, len(self.many), REFINED_WITH):
             prompts = self.many[start : start + REFINED_WITH]
@@ -292,12 +293,12 @@ class Fitting:
         return f"{self.network.fingerprint()}-{told}-{PARTS}-{scale:g}"
 
     def one(self, scale: float) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-        """The fit for a scale, and its fine solution."""
+        """Return the fit for a scale, and its fine solution."""
         x, errors = self.solution(scale)
         return self._fit({scale: Runs(self.network, x, self.prompts, scale)}, errors), x, errors
 
     def refined(self, scale: float, run: list[Any]) -> list[Any]:
-        """A run of this scale, bettered by the pictures for that."""
+        """Improve a run of this scale with its pictures."""
         batches = self.pictures(scale)
         if not batches:
             return run
@@ -311,7 +312,7 @@ class Fitting:
         return found
 
     def between(self, ends: dict[float, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
-        """The fit for a range, from the fine solutions of its ends."""
+        """Return the fit for a range, from the fine solutions of its ends."""
         few = slice(0, RANGE_PICTURES)
         runs = {
             scale: Runs(self.network, x[:, few], self.prompts[few], scale)
@@ -320,7 +321,7 @@ class Fitting:
         return self._fit(runs, sum(errors for _, errors in ends.values()))
 
     def _fit(self, runs: dict[float, Runs], errors: Any) -> dict[str, Any]:
-        """The entry of the file for these scales."""
+        """Return the entry of the file for these scales."""
         found: dict[str, Any] = {}
 
         def error(path: tuple[int, ...]) -> float:
@@ -342,7 +343,7 @@ class Fitting:
 
 
 def _call(args: argparse.Namespace, method: str, *arguments: Any) -> Any:
-    """In a process of its own."""
+    """Run a call in its own process."""
     return getattr(Fitting(args), method)(*arguments)
 
 

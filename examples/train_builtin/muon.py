@@ -1,7 +1,7 @@
-"""Muon: momentum whose matrices are made orthogonal before they are taken as a step.
+"""Muon: momentum SGD that makes each momentum matrix orthogonal before the step.
 
 Jordan et al., 2024 (https://kellerjordan.github.io/posts/muon/), with the step scaled so that its
-elements are as large as AdamW's would be (Liu et al., arXiv:2502.16982): both take the same rate.
+elements have the size of AdamW's (Liu et al., arXiv:2502.16982). So both use the same rate.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ MOMENTUM = 0.95
 
 
 def is_matrix(p: torch.nn.Parameter) -> bool:
-    """Whether Muon is for this parameter: inner linear layers and convolutions, no vectors."""
+    """Return True if Muon handles this parameter: inner linear layers and convolutions."""
     return p.ndim >= 2 and min(p.shape[0], p[0].numel()) > 16
 
 
 def orthogonal(g: torch.Tensor) -> torch.Tensor:
-    """The nearest matrix with equal singular values, roughly (five Newton-Schulz steps)."""
+    """Approximate the nearest matrix with equal singular values (5 Newton-Schulz steps)."""
     x = g.reshape(len(g), -1)
     tall = x.shape[0] > x.shape[1]
     x = (x.T if tall else x).bfloat16()
@@ -30,7 +30,7 @@ def orthogonal(g: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """One step for all `params`; the processes share the work, each does every n-th matrix."""
+    """Take one step for all `params`. The processes share the work: each does every n-th matrix."""
 
     def __init__(self, params, lr: float, rank: int = 0, processes: int = 1) -> None:
         super().__init__(params, {"lr": lr})

@@ -1,9 +1,9 @@
-"""Let the model draw pictures, and find for each the true picture that it is nearest to.
+"""Let the model draw pictures, and find the nearest true picture for each.
 
     python rectify.py --model MODEL --to rectified.npz --pictures 600
 
-MODEL is a diffusers folder. The latents beside those pictures teach the decoder to put right what
-the U-Net's outlines have wrong (train_vae.py --redrawn).
+MODEL is a diffusers folder. The latents and the true pictures train the decoder to correct the
+U-Net's wrong outlines (train_vae.py --redrawn).
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ import numpy as np
 
 try:
     from . import checker, data
-except ImportError:  # run as a script: the folder itself is on the path
+except ImportError:  # for a script, Python puts this folder on the path
     import checker
     import data
 
-STEPS = (1.0, 0.5, 0.25)  # pixels by which place and radius are tried
-WORST = 0.55  # overlap below which an object is not what it should be
+STEPS = (1.0, 0.5, 0.25)  # step in pixels of the search for place and radius
+WORST = 0.55  # overlap below which an object counts as wrong
 
 
 def nearest(picture: np.ndarray, spec: data.Spec) -> data.Spec | None:
-    """The spec with the things of `spec` where the picture has them; None: it has others.
+    """Return the spec with the things of `spec` at their places in the picture, or None if others.
 
-    Background, colors, relation and place must be right, shapes and sizes nearly; x, y, r fitted.
+    Background, colors, relation and place must be right, shapes and sizes nearly. x, y and r are
+    fitted.
     """
     verdict, objects = checker.match(checker.look(picture), data.asked_of(spec))
     if not all(right for name, right in verdict.items() if name not in ("shape", "size")):
@@ -60,7 +61,7 @@ def nearest(picture: np.ndarray, spec: data.Spec) -> data.Spec | None:
 
 
 def _contrast(spec: data.Spec) -> float:
-    """The error of a picture without its objects."""
+    """Return the error of a picture without its objects."""
     empty = data.render(dataclasses.replace(spec, things=())).astype(np.float32)
     return float(np.square(data.render(spec) - empty).mean())
 

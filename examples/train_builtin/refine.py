@@ -1,10 +1,11 @@
-"""Better a fitted run by what its end misses: all its numbers and timesteps at once.
+"""Improve a fitted run by the error of its end: all its numbers and timesteps at once.
 
-`fit_sampler` fits step after step, each as near to the fine solution as it comes; what a step does
-to those after it is not seen there. Here the end alone counts: Gauss-Newton, with derivatives by
-finite differences, over batches of pictures. The normal equations of the batches before stay and
-fade (recursive least squares), so that each batch is asked once a pass. Pictures far off, which
-have turned into others, count little: no derivative says how to turn them back.
+`fit_sampler` fits one step after another, each as near to the fine solution as possible. It does
+not see the effect of a step on later steps. Here only the end counts: Gauss-Newton with derivatives
+by finite differences, over batches of pictures. The normal equations of earlier batches stay and
+fade (recursive least squares), so each batch is evaluated once in a pass. Pictures with a large
+error, which have turned into others, have a small weight, because no derivative shows how to turn
+them back.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from mlxdiff.samplers.scheduler import to_x0
 
 try:
     from .teacher import Network, distances, solver, usual
-except ImportError:  # run as a script: the folder itself is on the path
+except ImportError:  # for a script, Python puts this folder on the path
     from teacher import Network, distances, solver, usual
 
 HISTORY = 5  # predictions of x_0 in a step
 BY = 0.01  # finite differences: of a whitened number,
 TIME_UNIT = 10.0  # and of a timestep, by a fiftieth; it is solved for in tens
-SMALLEST = 1e-5  # share of the largest variance below which a direction is left as it is
+SMALLEST = 1e-5  # share of the largest variance below which a direction stays fixed
 FADE = 0.95
-TURNED = 5.0  # medians off, a picture counts half
-PRIOR = 3e-3  # weight of the run as it came, falling with the square of the batches seen
+TURNED = 5.0  # at this multiple of the median error, a picture counts half
+PRIOR = 3e-3  # weight of the initial run; it falls with the square of the number of batches
 DAMPING = 0.3, 1e-5  # falling with their cube, and at least
 
 
@@ -54,18 +55,18 @@ _Kept = list[tuple[np.ndarray, list[np.ndarray]]]  # x at each step, and the lat
 
 
 class Walk:
-    """Runs of some pictures, whole or from a step on."""
+    """Runs of some pictures, from the start or from a later step."""
 
     def __init__(self, network: Network, pictures: Pictures, scale: float) -> None:
         self.network, self.pictures, self.scale = network, pictures, scale
         self.prediction = network.config.get("prediction_type", "epsilon")
 
     def end(self, run: Run, kept: _Kept | None = None) -> np.ndarray:
-        """Where the run ends, (B, h, w, C); ``kept`` is filled on the way."""
+        """Return the end of the run, (B, h, w, C). ``kept`` is filled on the way."""
         return self._finish(run, 0, self.pictures.noise, [], kept)
 
     def step(self, run: Run, i: int, x: np.ndarray, x0s: list[np.ndarray]) -> np.ndarray:
-        """Where the run ends that does step i from x with these predictions."""
+        """Return the end of the run that does step i from x with these predictions."""
         row, numbers = self._rows(run)[i], run.numbers[i]
         return self._finish(run, i + 1, _stepped(row, numbers, x, x0s), x0s)
 
@@ -97,7 +98,7 @@ def _stepped(row: Row, numbers: np.ndarray, x: np.ndarray, x0s: Sequence[np.ndar
 
 
 def whitened(kept: _Kept, unit: float) -> list[np.ndarray]:
-    """For each step the directions of its numbers that move x by a deviation, as columns."""
+    """Return each step's directions of its numbers that move x by a deviation, as columns."""
     found = []
     for x, x0s in kept:
         features = np.stack([x, *x0s]).reshape(1 + len(x0s), -1).astype(np.float64)
@@ -116,14 +117,14 @@ def refine(
     batches: Sequence[Pictures],
     scale: float,
 ) -> list[Any]:
-    """The run, bettered.
+    """Return the improved run.
 
     Args:
-        network: as `teacher.Network`.
-        run: [[timestep, numbers], ...], as it stands in the file.
-        batches: pictures, in the order in which they are learned from; one may come again.
-        scale: of guidance.
-    Returns: as ``run``.
+        network: see `teacher.Network`.
+        run: [[timestep, numbers], ...], in the form of the file.
+        batches: pictures, in the order of learning. A batch can occur again.
+        scale: guidance scale.
+    Returns: a run in the form of ``run``.
     """
     start = _read(run)
     unit = float(np.concatenate([batch.ends for batch in batches]).std())
@@ -139,12 +140,12 @@ def refine(
 
 
 def missed(network: Network, run: Sequence[Any], pictures: Pictures, scale: float) -> np.ndarray:
-    """How far each picture's end is off, (B,), in standard deviations of the latents."""
+    """Return the error of each picture's end, (B,), in standard deviations of the latents."""
     return distances(Walk(network, pictures, scale).end(_read(run)), pictures.ends)
 
 
 def _read(run: Sequence[Any]) -> Run:
-    """From the form that it has in the file, with a number for each x_0 of the history."""
+    """Read the form of the file, with a number for each x_0 of the history."""
     wide = [min(1 + HISTORY, 2 + i) for i in range(len(run))]
     return Run(
         tuple(time for time, _ in run),
@@ -156,12 +157,12 @@ def _read(run: Sequence[Any]) -> Run:
 
 
 class _Learned:
-    """The run as far as it is known, and the normal equations that it comes from.
+    """The current run, and the normal equations that it comes from.
 
     Args:
-        start: the run as it came.
-        directions: by `whitened`; the unknowns are how far each step's numbers go along them, and
-            all timesteps but the first.
+        start: the initial run.
+        directions: result of `whitened`. The unknowns are the movement of each step's numbers along
+            these directions, and all timesteps except the first.
     """
 
     def __init__(self, start: Run, directions: Sequence[np.ndarray]) -> None:
@@ -175,7 +176,7 @@ class _Learned:
         self.batches = 0
 
     def learn(self, walk: Walk, unit: float) -> None:
-        """Take a batch in."""
+        """Add a batch to the normal equations."""
         kept: _Kept = []
         end = walk.end(self.run, kept)
         slopes = np.stack(self._slopes(walk, end, kept))
@@ -194,7 +195,7 @@ class _Learned:
         self._solve()
 
     def _slopes(self, walk: Walk, end: np.ndarray, kept: _Kept) -> list[np.ndarray]:
-        """How the end moves with each unknown."""
+        """Return the derivative of the end by each unknown."""
         run, of_numbers, of_times = self.run, [], []
         for i, (x, x0s) in enumerate(kept):
             for direction in self.directions[i].T:
@@ -211,7 +212,7 @@ class _Learned:
         return [*of_numbers, *of_times]
 
     def _solve(self) -> None:
-        """The run that the normal equations say; whole timesteps first, then the numbers."""
+        """Solve the normal equations: first whole timesteps, then the numbers."""
         scale = np.diagonal(self.matrix) + 1e-3
         most, least = DAMPING
         damping = max(most / self.batches**3, least) * scale
@@ -230,14 +231,14 @@ class _Learned:
 
 
 def _beside(times: Sequence[int], i: int) -> int:
-    """A timestep near the i-th one that keeps the order."""
+    """Return a timestep near the i-th one that keeps the order."""
     by = max(1, round(0.02 * times[i]))
     below = times[i + 1] if i + 1 < len(times) else -1
     return times[i] - by if times[i] - by > below else times[i] + by
 
 
 def _whole(times: np.ndarray, before: tuple[int, ...]) -> tuple[int, ...]:
-    """Whole timesteps that fall, beginning with the first of those before; else those."""
+    """Return falling whole timesteps that start with the first old one, or else the old ones."""
     found = [round(float(time)) for time in times]
     for i in range(len(found) - 2, -1, -1):
         found[i] = max(found[i], found[i + 1] + 1)

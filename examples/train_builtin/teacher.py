@@ -1,4 +1,4 @@
-"""A model as the teacher of a sampler: asked for many pictures at once, and its fine solution."""
+"""A model as the teacher of a sampler: output for many pictures, and the fine solution."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ BATCH = 16
 
 
 class Network:
-    """A model's U-Net, asked for many pictures at once: (x, t, prompts, scales) -> output.
+    """A model's U-Net for many pictures at once: (x, t, prompts, scales) -> output.
 
     Args:
         folder: the model.
-        torch: compute with diffusers' U-Net of the same weights; a third faster on a CPU.
-        load: for `mlxdiff.load` (backend).
+        torch: compute with diffusers' U-Net of the same weights, a third faster on a CPU.
+        load: arguments for `mlxdiff.load` (backend).
     """
 
     def __init__(self, folder: str | None, torch: bool = False, **load: Any) -> None:
@@ -71,7 +71,7 @@ class Network:
         return run
 
     def fingerprint(self) -> str:
-        """Differs where another model would answer otherwise."""
+        """A text that differs between models with different outputs."""
         found = hashlib.sha256()
         for part in ("unet", "text_encoder"):
             for name, tensor in sorted(self.pipe.source.tensors(part).items()):
@@ -88,7 +88,7 @@ class Network:
         return np.concatenate([draw_noise(Generator(seed), shape) for seed in seeds])
 
     def __call__(self, x: np.ndarray, t: float, prompts: Sequence[str], scale: float) -> np.ndarray:
-        """What the sampler asks: (B, h, w, C) float32, after guidance."""
+        """Return the network's output after guidance, (B, h, w, C) float32."""
         texts = np.concatenate([self.text(prompt) for prompt in prompts])
         if scale <= 1.0:
             return self._batches(x, t, texts)
@@ -105,7 +105,7 @@ class Network:
 def cached(
     folder: Path | None, name: str, make: Callable[[], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """What `make` gives, from a file of an earlier call where there is one."""
+    """Return the result of `make`, from the file of an earlier call if there is one."""
     path = None if folder is None else folder / f"{name}.npz"
     if path is not None and path.exists():
         with np.load(path) as file:
@@ -120,7 +120,7 @@ def cached(
 
 
 def solver(config: dict[str, Any], times: Sequence[int]) -> Plan:
-    """DPM-Solver++ 2M over given timesteps."""
+    """Plan DPM-Solver++ 2M over given timesteps."""
     spacings = ("karras_sigmas", "exponential_sigmas", "beta_sigmas", "lu_lambdas")
     fixed: dict[str, Any] = {f"use_{name}": False for name in spacings}
     fixed |= {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "heun"}
@@ -130,21 +130,21 @@ def solver(config: dict[str, Any], times: Sequence[int]) -> Plan:
 
 
 def usual(row: Row, count: int) -> np.ndarray:
-    """The weights of x and the latest x_0 in a step of a solver, filled up with zeros: (count,)."""
+    """Return a solver step's weights of x and the latest x_0, padded with zeros: (count,)."""
     found = np.zeros(count)
     found[: 1 + len(row.weights)] = row.scale, *row.weights
     return found
 
 
 def distances(x: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """How far each picture is off, root mean square, in deviations of the latents: (B,)."""
+    """Return the root-mean-square error of each picture, in deviations of the latents: (B,)."""
     return np.sqrt(((x - ends) ** 2).mean((1, 2, 3))) / ends.std()
 
 
 def fine_solution(
     network: Network, noise: np.ndarray, prompts: Sequence[str], scale: float
 ) -> dict[str, np.ndarray]:
-    """x at LEVELS and at the end, (L + 1, B, ...), and the predicted x_0 at LEVELS, (L, B, ...)."""
+    """Return x at LEVELS and the end, (L + 1, B, ...), and x_0 at LEVELS, (L, B, ...)."""
     times = {
         round(first + (second - first) * part / PARTS)
         for first, second in zip(LEVELS, (*LEVELS[1:], LEVELS[-1]), strict=True)

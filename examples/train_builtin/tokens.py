@@ -1,4 +1,4 @@
-"""A small tokenizer in CLIP's layout: byte-level BPE in which every known word is one token."""
+"""A small tokenizer in CLIP's layout: byte-level BPE with one token for every known word."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def byte_alphabet() -> list[str]:
-    """CLIP's 256 printable stand-ins for bytes, in CLIP's order."""
+    """Return CLIP's 256 printable characters for bytes, in CLIP's order."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     other = [b for b in range(256) if b not in plain]
     return [chr(b) for b in plain] + [chr(256 + i) for i in range(len(other))]
 
 
 def build_bpe(words: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Merge the most frequent neighbours until each of these (ASCII) words is a single token."""
+    """Merge the most frequent neighbours until each of these (ASCII) words is one token."""
     pieces = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
     merges: list[tuple[str, str]] = []
     while any(len(parts) > 1 for parts in pieces.values()):
@@ -45,7 +45,7 @@ def build_bpe(words: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def save(folder: str | Path, words: list[str]) -> None:
-    """Write vocab.json, merges.txt, tokenizer.json and their config, as SD 1.x tokenizers have."""
+    """Write vocab.json, merges.txt, tokenizer.json and their config, as in SD 1.x."""
     from transformers import CLIPTokenizer
 
     folder = Path(folder)
@@ -68,7 +68,7 @@ def save(folder: str | Path, words: list[str]) -> None:
 
 
 def name_words(folder: Path, words: list[str]) -> None:
-    """List the words in tokenizer_config.json; mlxdiff reads them, transformers does not."""
+    """List the words in tokenizer_config.json. mlxdiff reads them, transformers does not."""
     config = folder / "tokenizer_config.json"
     values = json.loads(config.read_text()) | {"known_words": words}
     config.write_text(json.dumps(values, indent=2) + "\n")
@@ -81,7 +81,7 @@ def load(folder: str | Path):
 
 
 def encode(tokenizer, texts: list[str]):
-    """Token ids (B, 77) as a tensor, padded as SD 1.x pads."""
+    """Return token ids (B, 77) as a tensor, with the padding of SD 1.x."""
     return tokenizer(
         texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
     ).input_ids

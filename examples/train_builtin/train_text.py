@@ -1,11 +1,11 @@
-"""Teach the text encoder to read captions, before any picture is shown.
+"""Teach the text encoder to read captions, before any picture is used.
 
     python train_text.py --run runs/text --minutes 8
 
-From any position behind the end of the text, linear heads must tell what was asked for: the
-objects in the order in which they are mentioned, and in the order in which they stand in the
-picture (left or top first), background, place, relation. The heads are then dropped, and the
-U-Net finds the bindings already made. RUN/text_encoder and RUN/tokenizer are the result.
+Linear heads must name the content of the caption from any position behind the end of the text: the
+objects in the order of the text and in the order of the picture (left or top first), background,
+place, relation. The heads are then dropped. The U-Net gets an encoder that already binds attributes
+to objects. RUN/text_encoder and RUN/tokenizer are the result.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import data
 import numpy as np
 import tokens
 
-NOTHING, UNKNOWN = 0, -100  # "not named" is a class of its own; UNKNOWN is not asked
+NOTHING, UNKNOWN = 0, -100  # "not named" is a class; UNKNOWN is not scored
 
 HEADS = {
     "count": 2,
@@ -38,7 +38,7 @@ HEADS = {
 
 
 def targets(asked: data.Asked) -> list[int]:
-    """The class of every head, in the order of HEADS."""
+    """Return the class of every head, in the order of HEADS."""
 
     def index(options, value) -> int:
         return NOTHING if value is None else 1 + options.index(value)
@@ -72,7 +72,7 @@ def targets(asked: data.Asked) -> list[int]:
 
 
 def disturb(text: str, rng: np.random.Generator) -> str:
-    """Put one or two words that mean nothing into a caption, so that they do no harm later."""
+    """Insert one or two meaningless words into a caption, so that they do no harm later."""
     parts = text.split()
     for _ in range(int(rng.integers(1, 3))):
         letters = rng.integers(0, 26, int(rng.integers(2, 8)))
@@ -82,7 +82,7 @@ def disturb(text: str, rng: np.random.Generator) -> str:
 
 
 def draw(rng: np.random.Generator, size: int, kind: str = "train", disturbed: float = 0.15):
-    """Captions and their targets."""
+    """Return captions and their targets."""
     texts, rows = [], []
     for _ in range(size):
         count = 2 if kind == "combination" or rng.random() < 0.75 else 1
@@ -109,7 +109,7 @@ def build(tokenizer):
         eos_token_id=end,
         pad_token_id=end,
     )
-    config._attn_implementation = "eager"  # the fused attention is slower backwards on CPU
+    config._attn_implementation = "eager"  # the backward pass of fused attention is slower on a CPU
     return CLIPTextModel(config)
 
 

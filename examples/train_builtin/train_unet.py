@@ -1,11 +1,11 @@
-"""Train the U-Net on cached latents and text embeddings, and put the pipeline together.
+"""Train the U-Net on cached latents and text embeddings, and assemble the pipeline.
 
     python train_unet.py cache --run runs/unet --vae runs/vae/vae --text runs/text
     python train_unet.py train --run runs/unet --minutes 75
     python train_unet.py assemble --run runs/unet --vae runs/vae/vae --text runs/text --to model
 
-`cache` draws the pictures, encodes each with the VAE and its caption with the (frozen) text
-encoder; `train` then runs the U-Net alone; `assemble` writes a diffusers folder in half precision
+`cache` draws the pictures, encodes each with the VAE, and encodes its caption with the frozen text
+encoder. `train` then runs the U-Net alone. `assemble` writes a diffusers folder in half precision
 from the averaged weights, at any time during the run.
 """
 
@@ -39,13 +39,13 @@ def build(norm_groups: int = 8):
         block_out_channels=(64, 64, 128),
         layers_per_block=1,
         cross_attention_dim=WIDTH,
-        attention_head_dim=4,  # as in SD 1.x this is the number of heads
+        attention_head_dim=4,  # the number of heads, as in SD 1.x
         norm_num_groups=norm_groups,
     )
 
 
 def scheduler():
-    """SD's noise schedule; v-prediction learns the low-frequency content (background) faster."""
+    """Return SD's noise schedule. v-prediction learns low frequencies (background) faster."""
     from diffusers import DPMSolverMultistepScheduler
 
     return DPMSolverMultistepScheduler(
@@ -69,7 +69,7 @@ def _open(run: Path, name: str, shape=None):
 
 
 def draw(rng: np.random.Generator, easy: float) -> data.Spec:
-    """A training picture; those without round or fine outlines are kept with chance `easy`."""
+    """Draw a training picture. One without round or fine outlines is kept with chance `easy`."""
     while True:
         spec = data.random_spec(rng, 2 if rng.random() < TWO else 1)
         fine = any(t.shape in ("circle", "ring") or is_hard(t) for t in spec.things)
@@ -78,7 +78,7 @@ def draw(rng: np.random.Generator, easy: float) -> data.Spec:
 
 
 def is_hard(thing: data.Thing) -> bool:
-    """Outlines with turns of a few pixels; nearly all that the checker refused were small stars."""
+    """Return True for outlines with turns of a few pixels. Most refused shapes were such stars."""
     return thing.shape in ("star", "ring") and thing.size == "small"
 
 
@@ -86,18 +86,18 @@ def hard(spec: data.Spec) -> bool:
     return any(is_hard(thing) for thing in spec.things)
 
 
-CHUNK = 64  # pictures that are drawn with one generator
+CHUNK = 64  # pictures drawn with one generator
 
 
 def pictures_of(seed: int, start: int, size: int, easy: float) -> tuple[list[data.Spec], list[str]]:
-    """Pictures [start, start + size) of a cache and their captions; start in multiples of CHUNK."""
+    """Return cached pictures [start, start + size), captions; start is a multiple of CHUNK."""
     rng = np.random.default_rng((seed, start))
     specs = [draw(rng, easy) for _ in range(size)]
     return specs, [data.caption(spec, rng) for spec in specs]
 
 
 def specs_of(args, count: int) -> list[data.Spec]:
-    """The first `count` pictures of a cache."""
+    """Return the first `count` pictures of a cache."""
     starts = range(0, count, CHUNK)
     chunks = [pictures_of(args.seed, s, min(CHUNK, count - s), args.easy)[0] for s in starts]
     return [spec for chunk in chunks for spec in chunk]
@@ -164,18 +164,18 @@ def cache(args) -> None:
 
 
 class Level:
-    """How large the loss is at a time t, as seen so far; in `bins` equal parts of the range.
+    """The running size of the loss at a time t, in `bins` equal parts of the range.
 
-    Divided by it, all times count alike (Karras et al., arXiv:2312.02696, section 2.2). In the
-    plain mean the noisiest fifth has more than half of the weight, for places that nobody can know
-    yet; outlines are decided later.
+    The loss divided by it has the same weight at all times (Karras et al., arXiv:2312.02696,
+    section 2.2). In the plain mean the noisiest fifth has more than half of the weight, for places
+    that are still unknown. Outlines are decided later.
     """
 
     def __init__(self, bins: int = 20, decay: float = 0.98) -> None:
         self.means, self.bins, self.decay = [0.1] * bins, bins, decay
 
     def __call__(self, t, losses):
-        """The levels for times (B,) after taking their losses (B,) into account."""
+        """Return the levels for times (B,) after an update with their losses (B,)."""
         at = (t * self.bins // 1000).tolist()
         for i, loss in zip(at, losses.tolist(), strict=True):
             self.means[i] = self.decay * self.means[i] + (1 - self.decay) * loss
@@ -190,7 +190,9 @@ def train_worker(rank: int, processes: int, args) -> None:
     run = Path(args.run)
     torch.manual_seed(0)
     unet = UNet2DConditionModel.from_pretrained(args.start) if args.start else build()
-    unet.set_attn_processor(AttnProcessor())  # the fused attention is slower backwards on CPU
+    unet.set_attn_processor(
+        AttnProcessor()
+    )  # the backward pass of fused attention is slower on a CPU
     if args.channels_last:
         unet.to(memory_format=torch.channels_last)
     alphas = scheduler().alphas_cumprod
@@ -217,7 +219,7 @@ def train_worker(rank: int, processes: int, args) -> None:
         x = x * factor
         # one timestep from each of `size` equal parts: less noise in the loss
         u = (rng.permutation(size) + rng.random(size)) / size
-        if args.middle:  # density as the sine: few where only places are open, few at the end
+        if args.middle:  # sine density: few times that decide only places, few at the end
             u = np.arccos(1 - 2 * u) / np.pi
         t = torch.from_numpy((u * 1000).astype(int))
         signal = alphas[t].sqrt()[:, None, None, None]
@@ -240,10 +242,10 @@ STEPS = 3
 
 
 def redraw_worker(rank: int, processes: int, args) -> None:
-    """Noise cached latents part of the way and let the U-Net draw them again, as it would.
+    """Noise cached latents part of the way, and let the U-Net draw them again.
 
-    What it gets wrong in the outlines, the decoder can learn to put right (train_vae.py --drawn):
-    place and size stay what they were, so the true picture is known.
+    The decoder can learn to correct the U-Net's wrong outlines (train_vae.py --redrawn). Place and
+    size stay the same, so the true picture is known.
     """
     import torch
     from diffusers import UNet2DConditionModel
@@ -315,7 +317,7 @@ def assemble(run: Path, vae: Path, text: Path, to: Path) -> None:
     )
     shutil.rmtree(to, ignore_errors=True)
     pipeline.to(torch.float16).save_pretrained(to)
-    for name in ("vocab.json", "merges.txt"):  # newer transformers write tokenizer.json alone
+    for name in ("vocab.json", "merges.txt"):  # newer transformers write only tokenizer.json
         shutil.copy(text / "tokenizer" / name, to / "tokenizer" / name)
     tokens.name_words(to / "tokenizer", data.words())
     config = to / "scheduler" / "scheduler_config.json"
@@ -323,7 +325,7 @@ def assemble(run: Path, vae: Path, text: Path, to: Path) -> None:
     values["clip_sample"] = False  # DDIM and DDPM built from this file would clip the latents
     values = {key: value for key, value in values.items() if value != float("-inf")}  # no JSON
     config.write_text(json.dumps(values, indent=2) + "\n")
-    for config in to.glob("*/*config.json"):  # where the parts came from says nothing here
+    for config in to.glob("*/*config.json"):  # the origin of the parts does not matter here
         values = json.loads(config.read_text())
         for key in ("_name_or_path", "is_local", "local_files_only"):
             values.pop(key, None)

@@ -4,14 +4,14 @@
     python train_vae.py --run runs/vae-decoder --start runs/vae/vae --decoder-only --minutes 28
     python train_vae.py ... --redrawn runs/unet/redrawn-*.npz
 
-Half of the pictures hold three to six overlapping objects, so that every sample shows many edges.
-The second command goes on with the decoder alone, on frozen latents; the third also on latents that
-the U-Net drew, beside the pictures that they should have become. RUN/vae is the result.
+Half of the pictures hold three to six overlapping objects, so that every sample has many edges. The
+second command continues with the decoder alone, on frozen latents. The third also uses latents
+drawn by the U-Net, with the pictures that they should become. RUN/vae is the result.
 
     python train_vae.py --gate runs/vae/vae
 
-scores reconstructions with the checker. Start the U-Net only when at least 97 % (one object) and
-95 % (two) are fully right: no U-Net can draw what the decoder cannot.
+scores reconstructions with the checker. Start the U-Net only when at least 97 % (one object) and 95
+% (two) are fully right: a U-Net cannot draw pictures that the decoder cannot.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 
 
 def batch_of(rng: np.random.Generator, size: int, dense: float = 0.5) -> np.ndarray:
-    """Pictures as float32 (B, 3, H, W) in [-1, 1]."""
+    """Return pictures as float32 (B, 3, H, W) in [-1, 1]."""
     specs = [
         data.dense_spec(rng)
         if rng.random() < dense
@@ -90,7 +90,7 @@ def worker(rank: int, processes: int, args) -> None:
                 code = vae.encode(x).latent_dist
                 mean, logvar = code.mean.float(), code.logvar.float()
                 spread = torch.exp(0.5 * logvar)
-            if args.decoder_only:  # be good to latents that the U-Net got slightly wrong
+            if args.decoder_only:  # tolerate slightly wrong latents of the U-Net
                 spread = spread + args.noise * torch.rand(fresh, 1, 1, 1)
             z = mean + spread * torch.randn_like(mean)
             if args.redrawn:
@@ -120,7 +120,7 @@ def worker(rank: int, processes: int, args) -> None:
 
 
 def gate(folder: str, pictures: int = 256, sheet: str | None = None) -> None:
-    """Score encode + decode of true pictures (fresh ones, held-out combinations among them)."""
+    """Score encode + decode of true pictures (fresh ones, with held-out combinations)."""
     import checker
     import torch
     from diffusers import AutoencoderKL
@@ -151,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", help="folder of this run (resumed if it exists)")
     parser.add_argument("--gate", metavar="VAE", help="only score this VAE folder")
-    parser.add_argument("--sheet", help="with --gate: PNG of pictures beside reconstructions")
+    parser.add_argument("--sheet", help="with --gate: PNG of pictures and their reconstructions")
     parser.add_argument("--start", help="VAE folder to start from")
     parser.add_argument("--decoder-only", action="store_true")
     parser.add_argument(

@@ -1,13 +1,13 @@
-"""Measure the uses of the built-in model that go beyond a prompt, with the same checker.
+"""Measure uses of the built-in model beyond a prompt, with the same checker.
 
     python uses.py                    # the built-in model; or MODEL, a converted folder
     python uses.py --prompts 64 --uses negative image
 
-- negative: prompts that leave the color open; the color that comes is then the negative prompt, and
-  should not come again.
-- image: a true picture is the start, the prompt asks for other colors. Right is what the prompt
-  says, every object where it was.
-- inpaint: likewise, but only the first object is masked (a box) and becomes another one.
+- negative: the prompt leaves the color open. The color of the picture becomes the negative prompt,
+  and should not occur again.
+- image: the run starts from a true picture, and the prompt names other colors. A right picture
+  matches the prompt, with every object in its old place.
+- inpaint: the same, but only the first object is masked (a box) and becomes another one.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ import numpy as np
 try:
     from . import checker, data
     from .evaluate import error_of
-except ImportError:  # run as a script: the folder itself is on the path
+except ImportError:  # for a script, Python puts this folder on the path
     import checker
     import data
     from evaluate import error_of
 
-NEAR = 0.05  # of the side: an object is where it was
+NEAR = 0.05  # fraction of the side within which an object counts as unmoved
 BOX = 1.35  # half-width of a mask, in radii
 
 Draw = Callable[..., np.ndarray]
-"""A prompt, a seed and more arguments of `generate` in, a picture (H, W, 3) uint8 out."""
+"""A function from a prompt, a seed and options of `generate` to a picture, (H, W, 3) uint8."""
 
 
 def through_mlxdiff(folder: str | None, steps: int, guidance: float, **load) -> Draw:
@@ -47,7 +47,7 @@ def through_mlxdiff(folder: str | None, steps: int, guidance: float, **load) -> 
 
 
 def negative(draw: Draw, size: int) -> None:
-    """Print how often a color that a picture shows is still there with it as negative prompt."""
+    """Print how often a picture keeps its color when that color is the negative prompt."""
     rng, shown, still = np.random.default_rng(91), 0, 0
     for seed in range(size):
         spec = data.random_spec(rng)
@@ -64,7 +64,7 @@ def negative(draw: Draw, size: int) -> None:
 
 
 def changed(rng: np.random.Generator, count: int, shapes: bool) -> tuple[data.Spec, data.Spec]:
-    """A picture, and one with another color (and shape) for its first object, or for all."""
+    """Return a picture, and one with another color (and shape) for its first object, or for all."""
     while True:
         spec = data.random_spec(rng, count)
         things = list(spec.things)
@@ -85,13 +85,13 @@ def changed(rng: np.random.Generator, count: int, shapes: bool) -> tuple[data.Sp
 
 
 def stays(picture: np.ndarray, spec: data.Spec) -> bool:
-    """Whether an object is found near each place of the spec."""
+    """Return True if there is an object near each place of the spec."""
     objects = checker.look(picture).objects
     return all(any(np.hypot(o.x - t.x, o.y - t.y) < NEAR for o in objects) for t in spec.things)
 
 
 def image(draw: Draw, size: int, strength: float = 0.8) -> None:
-    """Print how often img2img gives the objects of a picture other colors where they are."""
+    """Print how often img2img recolors the objects of a picture in place."""
     for count in (1, 2):
         rng, right = np.random.default_rng((92, count)), 0
         for seed in range(size):
@@ -104,14 +104,14 @@ def image(draw: Draw, size: int, strength: float = 0.8) -> None:
 
 
 def box(thing: data.Thing) -> np.ndarray:
-    """A mask (H, W) uint8: white where the thing is, and a little around it."""
+    """Return a mask (H, W) uint8: white at the thing and in a small margin around it."""
     at = (np.arange(data.SIDE) + 0.5) / data.SIDE
     x, y = (np.abs(at - c) <= BOX * thing.r for c in (thing.x, thing.y))
     return (255 * (y[:, None] & x[None, :])).astype(np.uint8)
 
 
 def inpaint(draw: Draw, size: int) -> None:
-    """Print how often a masked object becomes the one that the prompt names, the other staying."""
+    """Print how often a masked object becomes the object of the prompt while the other stays."""
     rng, right = np.random.default_rng(93), 0
     for seed in range(size):
         spec, goal = changed(rng, 2, shapes=True)
@@ -128,7 +128,7 @@ USES = {"negative": negative, "image": image, "inpaint": inpaint}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", nargs="?", help="a converted folder; none: the built-in model")
+    parser.add_argument("model", nargs="?", help="a converted folder (default: the built-in model)")
     parser.add_argument("--uses", nargs="+", choices=USES, default=list(USES))
     parser.add_argument("--prompts", type=int, default=256, help="for each line")
     parser.add_argument("--steps", type=int, default=12)

@@ -1,11 +1,11 @@
-"""How well an edge ControlNet makes the built-in model follow a picture's edges.
+"""Measure how well an edge ControlNet makes the built-in model follow a picture's edges.
 
     python judge.py edges                     # the table of the README
-    python judge.py edges --sheet sheet.png   # the first pictures of it
+    python judge.py edges --sheet sheet.png   # its first pictures
 
-The edges are those of true pictures that were never trained on; the prompt asks for other colors.
-Drawn through mlxdiff, and judged without any network: by the edges of what was drawn, by where
-something stands in it, and by the built-in model's own checker.
+The edges come from true pictures outside the training set. The prompt names other colors. mlxdiff
+draws the pictures. They are judged without any network: by their edges, by the areas of their
+objects, and by the built-in model's own checker.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ except ImportError:  # run as a script
     import checker
     import data
 
-NEAR = 1  # pixels, corners included, within which an edge counts as found
+NEAR = 1  # distance in pixels, with corners, within which an edge counts as found
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A true picture, the colors asked for in place of its own, and the words for them."""
+    """A true picture, the new colors of its prompt, and the words for them."""
 
     spec: data.Spec
     asked: data.Spec
@@ -46,7 +46,7 @@ class Task:
 
 
 def otherwise(spec: data.Spec, rng: np.random.Generator) -> data.Spec:
-    """The same colors and places, other shapes and sizes."""
+    """Return the same colors and places with other shapes and sizes."""
     things = []
     for thing in spec.things:
         shape = rng.choice([shape for shape in data.SHAPES if shape != thing.shape])
@@ -55,7 +55,7 @@ def otherwise(spec: data.Spec, rng: np.random.Generator) -> data.Spec:
 
 
 def recolored(spec: data.Spec, rng: np.random.Generator) -> data.Spec:
-    """The same shapes in the same places, every color another."""
+    """Return the same shapes and places with all colors changed."""
     while True:
         like = data.random_spec(rng, len(spec.things))
         pairs = list(zip(spec.things, like.things, strict=True))
@@ -65,7 +65,7 @@ def recolored(spec: data.Spec, rng: np.random.Generator) -> data.Spec:
 
 
 def tasks(count: int, seed: int = 77) -> list[Task]:
-    """One object and two objects in turn."""
+    """Yield tasks with one object and with two objects in turn."""
     rng, found = np.random.default_rng(seed), []
     for i in range(count):
         spec = data.random_spec(rng, 1 + i % 2)
@@ -75,10 +75,10 @@ def tasks(count: int, seed: int = 77) -> list[Task]:
 
 
 def follows(drawn: np.ndarray, picture: np.ndarray) -> dict[str, float]:
-    """How well `drawn` follows the edges of `picture`, both uint8 (H, W, 3), as fractions.
+    """Measure how well `drawn` follows the edges of `picture`, both uint8 (H, W, 3), as fractions.
 
-    Returns: the edges found again; those drawn that belong; the overlap (intersection over union)
-        of where something stands.
+    Returns: the found edges of the picture; the drawn edges that belong to it; the overlap
+        (intersection over union) of the areas of the objects.
     """
     wanted, got = edges(picture)[..., 0] > 0, edges(drawn)[..., 0] > 0
     there, seen = _covered(picture), _covered(drawn)
@@ -96,14 +96,14 @@ def _grown(mask: np.ndarray) -> np.ndarray:
 
 
 def _covered(picture: np.ndarray) -> np.ndarray:
-    """Where something stands: what has not the border's color, as the checker takes it."""
+    """Return the area of the objects: all pixels that do not have the border's color."""
     pixels = picture.astype(np.float64)
     border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3)])
     return np.linalg.norm(pixels - np.median(border, axis=0), axis=-1) > 50
 
 
 def score(pictures: Sequence[np.ndarray], told: Sequence[Task]) -> dict[str, float]:
-    """Means over all pictures: how well they follow, and what the checker finds right."""
+    """Return the means over all pictures: edges, overlap, and the checker's results."""
     pairs = list(zip(pictures, told, strict=True))
     followed = [follows(drawn, task.picture) for drawn, task in pairs]
     values = {name: float(np.mean([f[name] for f in followed])) for name in followed[0]}
@@ -121,7 +121,7 @@ Generate = Callable[[str, np.ndarray], np.ndarray]
 
 
 def generator(controlnet: Path | None, steps: int, guidance: float) -> Generate:
-    """A function that draws a prompt along the edges of a picture (or, without a net, freely)."""
+    """Return a function that draws a prompt along a picture's edges, or freely without a net."""
     pipe = mlxdiff.load(controlnets=[controlnet] if controlnet else [])
 
     def generate(prompt: str, picture: np.ndarray) -> np.ndarray:
@@ -133,7 +133,7 @@ def generator(controlnet: Path | None, steps: int, guidance: float) -> Generate:
 
 
 def sheet(path: str, rows: Sequence[Sequence[np.ndarray]]) -> None:
-    """Rows of pictures, twice as large."""
+    """Draw rows of pictures at twice their size."""
     picture = Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in rows]))
     picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save(path)
 

@@ -2,15 +2,15 @@
 
     python train.py --run runs/edges --to edges
 
-One core, no GPU. It needs torch and diffusers; what it writes needs mlxdiff alone, and is a folder
-as diffusers writes it:
+One core, no GPU. It needs torch and diffusers. The result is a folder in diffusers' form, which
+needs only mlxdiff:
 
     mlxdiff generate "a purple star on a pink background" -g 4 --controlnet edges \
         --control-image PICTURE --control-preprocess edges
 
 The pictures and captions are those of the built-in model's training (examples/train_builtin), the
-edges are mlxdiff's own, and no weight of the model changes. The same command again goes on where it
-was stopped; the file RUN/minutes makes a run shorter or longer while it goes.
+edges are mlxdiff's own, and no weight of the model changes. The same command continues a stopped
+run. The file RUN/minutes shortens or extends a run while it goes.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ import data
 import judge
 from builtin import open_builtin, text_of
 
-CHANNELS = (16, 32, 64)  # of the layers that look at the edges; two halvings, as in the VAE
-EMPTY = 0.4  # this share of the captions is left out: what stands where is in the edges alone
-OTHER = 0.25  # this share of the captions names other shapes: the edges are right, not they
+CHANNELS = (16, 32, 64)  # widths of the layers that read the edges; two halvings, as in the VAE
+EMPTY = 0.4  # this share of the captions is empty: only the edges give the places
+OTHER = 0.25  # this share of the captions names other shapes: the edges are right
 
 
 @torch.no_grad()
 def cache(path: Path, count: int, seed: int) -> None:
-    """Latents, edges and text of this many pictures: made once, seen many times."""
+    """Make latents, edges and text of this many pictures once, for all epochs."""
     pipe, rng = open_builtin(), np.random.default_rng(seed)
     factor = pipe.vae.config.scaling_factor
     kept: dict[str, list[np.ndarray]] = {"means": [], "deviations": [], "edges": [], "texts": []}
@@ -66,19 +66,20 @@ def cache(path: Path, count: int, seed: int) -> None:
 
 
 def shown_to(edge_maps: torch.Tensor) -> torch.Tensor:
-    """Edges (N, H, W), uint8, as the ControlNet is shown them: (N, 3, H, W) in [0, 1]."""
+    """Convert edges (N, H, W), uint8, to the ControlNet's input: (N, 3, H, W) in [0, 1]."""
     picture = (edge_maps.float() / 255)[:, None].expand(-1, 3, -1, -1)
     return picture.contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
 def awaken(net: ControlNetModel, picture: torch.Tensor) -> None:
-    """Start the layers that look at the edges so that something of them arrives.
+    """Initialize the layers that read the edges so that their signal survives.
 
-    Edges are few thin lines. Under torch's own start they fade at every layer, and the last, which
-    starts at zero, has nothing to learn from. Here the output of each layer has unit variance
-    (Mishkin and Matas 2016), and that of the last half the deviation of what it is added to. The
-    convolutions on the way to the U-Net stay zero: training begins with the model's own pictures.
+    Edges are few thin lines. With torch's initialization they fade at every layer, and the last
+    layer starts at zero and has nothing to learn from. Here the output of each layer has unit
+    variance (Mishkin and Matas 2016). The output of the last layer has half the deviation of the
+    values that it is added to. The convolutions on the way to the U-Net stay zero: training starts
+    with the model's own pictures.
     """
     look = net.controlnet_cond_embedding
     x = picture
@@ -102,7 +103,7 @@ def train_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
     net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=CHANNELS)
     awaken(net, shown_to(kept["edges"][:64]))
     for part in (unet, net):
-        part.set_attn_processor(AttnProcessor())  # the fused attention is slower backwards
+        part.set_attn_processor(AttnProcessor())  # the backward pass of fused attention is slower
         part.to(memory_format=torch.channels_last)
     training = common.Training(
         rank, processes, args.run, net, args.lr, args.minutes, ema=args.ema, muon=True
@@ -115,7 +116,7 @@ def train_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
         text = kept["texts"][rows].float()
         text[torch.from_numpy(rng.random(size) < EMPTY)] = kept["empty"]
         # One timestep from each of `size` equal parts, and more of the noisy ones (the root):
-        # there it is decided what stands where.
+        # they decide the places.
         t = ((rng.permutation(size) + rng.random(size)) / size) ** 0.5 * 1000
         t = torch.from_numpy(t.astype(int).clip(0, 999))
         signal, sigma = (p.sqrt()[:, None, None, None] for p in (alphas[t], 1 - alphas[t]))
@@ -124,7 +125,7 @@ def train_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
         picture = shown_to(kept["edges"][rows])
         with torch.autocast("cpu", torch.bfloat16):
             down, mid = net(noisy, t, text, controlnet_cond=picture, return_dict=False)
-            # The way down of the U-Net costs no gradient: it knows nothing of the ControlNet.
+            # The U-Net's way down needs no gradient: it does not depend on the ControlNet.
             told = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
             v = unet(noisy, t, text, **told).sample
         loss = (v.float() - (signal * noise - sigma * x)).square().mean()
@@ -136,7 +137,7 @@ def train_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def draw(pipe: StableDiffusionPipeline, net: ControlNetModel, training: common.Training) -> str:
-    """Draw with the averaged weights, 16 pictures in 10 steps: how well do they follow?"""
+    """Draw with the averaged weights, 16 pictures in 10 steps. Return how well they follow."""
     told = judge.tasks(16)
     learnt = [p.clone() for p in training.parameters]
     training.use_ema()
@@ -158,7 +159,7 @@ def draw(pipe: StableDiffusionPipeline, net: ControlNetModel, training: common.T
 
 
 def write(run: Path, to: Path) -> None:
-    """The averaged weights as diffusers' folder, in half precision."""
+    """Write the averaged weights as a diffusers folder in half precision."""
     net = ControlNetModel.from_unet(
         open_builtin().unet, conditioning_embedding_out_channels=CHANNELS
     )

@@ -2,13 +2,14 @@
 
     python train.py --to outline.safetensors
 
-A few minutes on one core. It needs torch, diffusers and peft; what it writes needs mlxdiff alone:
+It takes a few minutes on one core and needs torch, diffusers and peft. The result needs only
+mlxdiff:
 
     mlxdiff generate "a large blue star on a white background" -g 4 --lora outline.safetensors
 
 The pictures and captions are those of the built-in model's training (examples/train_builtin), with
-one difference: every shape is hollow. The text encoder and the VAE stay as they are, and so do all
-weights of the U-Net; what is learnt is a change of low rank for each of its layers.
+one difference: every shape is hollow. The text encoder, the VAE and all weights of the U-Net stay
+fixed. Training learns a low-rank change for each layer of the U-Net.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train_builtin")
 import data
 from builtin import open_builtin, text_of
 
-HOLE = 0.62  # of a shape's size
-EMPTY = 0.12  # this share of the captions is replaced by the empty one, for guidance
+HOLE = 0.62  # as a fraction of a shape's size
+EMPTY = 0.12  # this share of the captions is empty, for guidance
 LAYERS = r".*\.(to_[qkv]|to_out\.0|ff\.net\.(0\.proj|2)|proj_(in|out)|conv[12]?|time_emb_proj)"
 
 
 def outlines(spec: data.Spec) -> np.ndarray:
-    """`data.render`, with a hole in the shape of each shape: (side, side, 3) uint8."""
+    """Draw `data.render` with a hole in the form of each shape: (side, side, 3) uint8."""
     filled = data.inside
 
     def hollow(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -52,7 +53,7 @@ def outlines(spec: data.Spec) -> np.ndarray:
 
 @torch.no_grad()
 def encode(pipe: StableDiffusionPipeline, count: int, seed: int) -> tuple[torch.Tensor, ...]:
-    """Latents (mean and deviation) and text of this many pictures, and the empty text."""
+    """Return latents (mean and deviation) and text of this many pictures, and the empty text."""
     rng = np.random.default_rng(seed)
     means, deviations, texts = [], [], []
     factor = pipe.vae.config.scaling_factor
@@ -72,7 +73,9 @@ def train(pipe: StableDiffusionPipeline, args: argparse.Namespace) -> None:
     means, deviations, texts, empty = encode(pipe, args.pictures, args.seed)
     unet, alphas = pipe.unet, pipe.scheduler.alphas_cumprod
     unet.requires_grad_(False)
-    unet.set_attn_processor(AttnProcessor())  # the fused attention is slower backwards on a CPU
+    unet.set_attn_processor(
+        AttnProcessor()
+    )  # the backward pass of fused attention is slower on a CPU
     torch.manual_seed(args.seed)
     unet.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=LAYERS))
     learnt = [p for p in unet.parameters() if p.requires_grad]
@@ -116,7 +119,7 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     pipe = open_builtin()
     train(pipe, args)
-    # Names as diffusers' save_lora_weights writes them.
+    # The names that diffusers' save_lora_weights writes.
     weights = {
         f"unet.{name}": value.detach().half().contiguous().numpy()
         for name, value in get_peft_model_state_dict(pipe.unet).items()

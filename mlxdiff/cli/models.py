@@ -45,7 +45,7 @@ def remove(names: tuple[str, ...], as_json: bool, quiet: bool) -> None:
     huggingface_hub, which other programs share.
     """
     from mlxdiff import library
-    from mlxdiff.store import hub
+    from mlxdiff.store import cache
 
     show_notes(quiet)
     removed = library.remove(*names)
@@ -56,10 +56,10 @@ def remove(names: tuple[str, ...], as_json: bool, quiet: bool) -> None:
             click.echo(f"removed {entry.name} ({entry.dtype}), {_size(entry.size)}")
     if not quiet:
         for repo in dict.fromkeys("/".join(entry.name.split("/")[:2]) for entry in removed):
-            if size := hub.cached_bytes(repo):
+            if size := cache.cached_bytes(repo):
                 click.echo(
                     f"Note: the downloaded files of {repo} ({_size(size)}) stay in "
-                    f"{hub.cache_folder()}; `hf cache rm model/{repo}` removes them",
+                    f"{cache.cache_folder()}; `hf cache rm model/{repo}` removes them",
                     err=True,
                 )
 

@@ -1,1 +1,1 @@
-"""What this machine is and has: processor, threads, disk, environment."""
+"""Facts about this machine: processor, threads, disk and environment."""

@@ -1,4 +1,4 @@
-"""Files: their digests; sharing them between processes, only where there is room."""
+"""Files on the disk: locks between processes, free space, digests and JSON."""
 
 from __future__ import annotations
 
@@ -22,16 +22,19 @@ from mlxdiff.errors import ConfigError, UsageError
 
 @contextmanager
 def exclusive(path: Path, on_wait: Callable[[str], None] | None = None) -> Iterator[bool]:
-    """Hold a lock that only one process has at a time.
+    """Hold a lock that only one process can hold at a time.
 
-    The lock is the system's own (flock) on an open file: it goes when its holder ends, however it
-    ends, so a lock file that was left behind locks nothing. Where the system or the file system has
-    no such locks, nothing is held; what is written under a lock must be whole without it, too.
+    The operating system owns the lock (flock on an open file) and releases it when the process ends
+    for any reason. A lock file that is left behind locks nothing. Some systems and file systems
+    have no such locks; the block then runs without one, so files that it writes must be whole
+    without it too.
 
     Args:
-        path: the lock file; made, with its folder, and kept. Its text is the holder's process id.
-        on_wait: called once, with the holder's process id (or "?"), if another process holds it.
-    Yields: whether it is held.
+        path: the lock file. It is made, with its folder, and kept. It holds the process id of the
+            holder.
+        on_wait: called once, with the holder's process id (or "?"), if another process holds the
+            lock.
+    Yields: True if the lock is held.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
@@ -40,35 +43,35 @@ def exclusive(path: Path, on_wait: Callable[[str], None] | None = None) -> Itera
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
-        yield held  # closing the file gives the lock back
+        yield held  # closing the file releases the lock
 
 
 def _acquire(file: Any, on_wait: Callable[[str], None] | None) -> bool:
-    """Wait for the lock; whether there is one."""
+    """Wait for the lock. Return False if there are no locks here."""
     if fcntl is None:
         return False
-    told = False
+    reported = False
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
-            if not told and on_wait is not None:
+            if not reported and on_wait is not None:
                 file.seek(0)
                 on_wait(file.read().strip() or "?")
-            told = True
+            reported = True
             time.sleep(0.1)
         except OSError:
             return False
 
 
 def free_space(folder: Path) -> int:
-    """Bytes free where a folder is, or will be made."""
+    """Return the free bytes on the disk of a folder, which need not exist yet."""
     return shutil.disk_usage(_existing(folder)).free
 
 
 def same_disk(a: Path, b: Path) -> bool:
-    """Whether two folders, which need not exist yet, share one file system."""
+    """Return True if two folders, which need not exist yet, are on the same file system."""
     return _existing(a).stat().st_dev == _existing(b).stat().st_dev
 
 
@@ -78,12 +81,12 @@ def _existing(folder: Path) -> Path:
 
 
 def require_space(needs: dict[Path, int], what: str, advice: str) -> None:
-    """Make sure that there is room before anything is begun.
+    """Check that the disk has enough room, before any work starts.
 
     Args:
-        needs: folder -> bytes to be written there; those on one disk are added up.
-        what: what needs the room, for the message.
-        advice: what to do, for the message.
+        needs: folder -> bytes to write there. Folders on the same disk are added up.
+        what: the task that needs the room, for the message.
+        advice: the way out, for the message.
     Raises: UsageError.
     """
     for folder in needs:
@@ -97,7 +100,7 @@ def require_space(needs: dict[Path, int], what: str, advice: str) -> None:
 
 
 def sha256(path: Path, on_bytes: Callable[[int], None] = lambda size: None) -> str:
-    """sha256 of a file, in hex. ``on_bytes`` is called with the size of each piece read."""
+    """Return a file's sha256 in hex. ``on_bytes`` is called with the size of each piece read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 22):
@@ -107,7 +110,7 @@ def sha256(path: Path, on_bytes: Callable[[int], None] = lambda size: None) -> s
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file; ConfigError where there is none."""
+    """Read a JSON object from a file. Raises: ConfigError if there is none."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

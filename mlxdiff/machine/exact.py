@@ -1,9 +1,9 @@
-"""Arithmetic as exact as the type: what MLX takes from the environment when it is imported.
+"""Environment variables that make MLX's arithmetic exact. MLX reads them when it is imported.
 
-On Metal, MLX computes large 3x3 convolutions by Winograd's method, whose transforms are stored in
-the working type: float16 loses up to 0.8 % in such a layer, bfloat16 6 %, and the method depends on
-the size of the batch. Newer GPUs multiply float32 matrices as TF32 (10 bits of mantissa). Both are
-switched off here (docs/metal.md).
+On Metal, MLX computes large 3x3 convolutions by Winograd's method. It stores the transforms in the
+working type: float16 loses up to 0.8 % in such a layer, bfloat16 6 %, and the choice of method
+depends on the batch size. Newer GPUs multiply float32 matrices as TF32 (10 bits of mantissa). These
+variables switch both off (docs/metal.md).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ VARIABLES = {"MLX_CONV_WINOGRAD": "0", "MLX_ENABLE_TF32": "0"}
 
 
 def require() -> None:
-    """Set these variables. Raises: UsageError where MLX has been imported without them."""
+    """Set these variables. Raises: UsageError if MLX was imported without them."""
     missing = {name: value for name, value in VARIABLES.items() if os.environ.get(name) != value}
     if missing and "mlx.core" in sys.modules:
         wanted = " ".join(f"{name}={value}" for name, value in missing.items())
         raise UsageError(
-            f"exact (--exact) must be asked for before MLX is imported; set {wanted} in the "
+            f"exact (--exact) must be set before MLX is imported; set {wanted} in the "
             "environment, or load the first model with exact"
         )
     os.environ.update(missing)

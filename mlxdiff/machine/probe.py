@@ -1,6 +1,6 @@
-"""What this machine is, and how fast its processor multiplies and copies.
+"""Facts about this machine, and measurements of how fast its processor multiplies and copies.
 
-Nothing that names a person, a computer or a folder is among the facts: people post them.
+People post these facts, so none of them names a person, a computer or a folder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ THREAD_VARIABLES = (
 
 
 def facts() -> dict[str, Any]:
-    """The machine in plain JSON values: processor, cores (usable), memory (bytes), system, load."""
+    """Return JSON values: processor, usable cores, memory (bytes), system, architecture, load."""
     return {
         "processor": processor(),
         "cores": usable_cores(),
@@ -39,7 +39,7 @@ def facts() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what computes; None for what is not installed."""
+    """Return the versions of the packages that compute; None for missing packages."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in ("mlxdiff", "mlx", "numpy", "pillow", "tokenizers", "huggingface-hub"):
         try:
@@ -50,7 +50,7 @@ def versions() -> dict[str, str | None]:
 
 
 def processor() -> str:
-    """Name of the processor, as far as the system tells."""
+    """Return the name of the processor, as far as the system gives it."""
     if sys.platform == "darwin":
         return _sysctl("machdep.cpu.brand_string") or platform.machine()
     for line in _lines("/proc/cpuinfo"):
@@ -60,7 +60,7 @@ def processor() -> str:
 
 
 def system() -> str:
-    """Name and version of the operating system, without the build of its kernel."""
+    """Return the name and version of the operating system, without the kernel build."""
     if sys.platform == "darwin":
         return f"macOS {platform.mac_ver()[0]}"
     for line in _lines("/etc/os-release"):
@@ -70,7 +70,7 @@ def system() -> str:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on; a container's limit counts."""
+    """Return the number of cores that this process may use. A container's limit counts."""
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
@@ -81,7 +81,7 @@ def usable_cores() -> int:
 
 
 def memory_bytes() -> int | None:
-    """Memory of the machine, or what its container may use; None where the system cannot tell."""
+    """Return the bytes of memory of the machine or its container, or None if unknown."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows
@@ -93,7 +93,7 @@ def memory_bytes() -> int | None:
 
 
 def available_bytes() -> int | None:
-    """Memory that programs could still take without swapping; None where the system cannot tell."""
+    """Return the bytes of memory that programs can take without swapping, or None if unknown."""
     for line in _lines("/proc/meminfo"):
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
@@ -101,7 +101,7 @@ def available_bytes() -> int | None:
 
 
 def load_average() -> float | None:
-    """How many programs wanted a core in the last minute; None where the system cannot tell."""
+    """Return the mean number of runnable programs in the last minute, or None if unknown."""
     try:
         return os.getloadavg()[0]
     except (AttributeError, OSError):
@@ -109,16 +109,16 @@ def load_average() -> float | None:
 
 
 def is_translated() -> bool:
-    """Whether this Python is one for Intel that runs on Apple silicon (Rosetta)."""
+    """Return True if this is a Python for Intel that runs on Apple silicon (Rosetta)."""
     return sys.platform == "darwin" and _sysctl("sysctl.proc_translated") == "1"
 
 
 def blas() -> str:
-    """Name and version of the library that NumPy multiplies matrices with."""
+    """Return the name and version of the library that multiplies matrices for NumPy."""
     try:
         config: Any = np.show_config(mode="dicts")
         found = config["Build Dependencies"]["blas"]
-    except Exception:  # another NumPy's way of telling
+    except Exception:  # other NumPy versions have other layouts
         return "unknown"
     return f"{found.get('name', 'unknown')} {found.get('version', '')}".strip()
 
@@ -127,11 +127,11 @@ def blas() -> str:
 
 
 def matmul_rate(backend: Any, dtype: str, seconds: float = 0.3) -> float:
-    """Floating-point operations a second of a matrix product on a backend, two a multiply-add.
+    """Measure operations per second of a matrix product. A multiply-add counts as two.
 
-    The size grows until one product takes a tenth of the time there is, so that neither a small
-    processor waits for long nor a large one is measured by its overhead; 1024 is tried unless the
-    size before it took very long, lest a moment's work of another program decides.
+    The size grows until one product takes a tenth of `seconds`. So a small processor does not wait
+    long, and a large one is not measured by its overhead. Size 1024 is tried unless the size before
+    it was very slow, so that a short disturbance by another program does not decide.
     """
     best, side = 0.0, 256
     while True:
@@ -146,7 +146,7 @@ def matmul_rate(backend: Any, dtype: str, seconds: float = 0.3) -> float:
 
 
 def copy_rate(backend: Any, dtype: str = "float32", seconds: float = 0.3) -> float:
-    """Bytes a second that an element-wise operation of a backend reads and writes, in all."""
+    """Measure the bytes per second that an element-wise operation reads and writes in total."""
     best, values = 0.0, 1 << 24
     while True:
         x = backend.asarray(np.ones(values, np.float32), dtype=dtype)
@@ -163,7 +163,7 @@ def _random(side: int, seed: int) -> np.ndarray:
 
 
 def _quickest(run: Callable[[], object], seconds: float) -> float:
-    """The shortest of at least three times, within about this many seconds."""
+    """Return the shortest time of at least three runs within about this many seconds."""
     run()
     best, begin, count = math.inf, time.perf_counter(), 0
     while count < 3 or time.perf_counter() - begin < seconds:
@@ -174,7 +174,7 @@ def _quickest(run: Callable[[], object], seconds: float) -> float:
 
 
 def _lines(path: str) -> list[str]:
-    """Lines of a system's file; none where there is no such file."""
+    """Return the lines of a system file, or [] if it does not exist."""
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Threads for NumPy, which lets several compute at once: as many as BLAS may use."""
+"""Threads for NumPy, which releases the GIL while it computes. Their number is BLAS's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mlxdiff.machine.probe import THREAD_VARIABLES, usable_cores
 
 
 def count() -> int:
-    """As many as BLAS is told to use, else one for each core that this process may run on."""
+    """Return the number of threads that BLAS may use. Default: the usable cores of this process."""
     for variable in THREAD_VARIABLES:
         if os.environ.get(variable, "").isdecimal():
             return max(1, int(os.environ[variable]))
@@ -19,7 +19,7 @@ def count() -> int:
 
 @cache
 def pool() -> ThreadPoolExecutor:
-    """The threads, started when they are first used."""
+    """Return the thread pool. It starts on first use."""
     return ThreadPoolExecutor(count(), thread_name_prefix="mlxdiff")
 
 

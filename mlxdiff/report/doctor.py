@@ -25,7 +25,7 @@ from mlxdiff.convert.report import human_bytes
 from mlxdiff.errors import MlxdiffError, UsageError
 from mlxdiff.machine import probe
 from mlxdiff.machine.disk import free_space
-from mlxdiff.store import hub
+from mlxdiff.store import cache, hub
 
 OK, ADVICE, FAULT = "ok", "advice", "fault"
 _MATRIX_SECONDS = 0.3
@@ -311,7 +311,7 @@ def _memory() -> Iterator[Finding]:
 def _folders() -> Iterator[Finding]:
     for topic, folder, variable in (
         ("library", library.folder(), "MLXDIFF_HOME"),
-        ("hub-cache", hub.cache_folder(), "HF_HUB_CACHE"),
+        ("hub-cache", cache.cache_folder(), "HF_HUB_CACHE"),
     ):
         existing = next(p for p in (folder, *folder.parents) if p.exists())
         free, shown = free_space(folder), _from_home(folder)
@@ -335,7 +335,7 @@ def _folders() -> Iterator[Finding]:
 
 
 def _hub(online: bool) -> Iterator[Finding]:
-    if hub.is_offline():
+    if cache.is_offline():
         yield Finding(
             "hub",
             OK,

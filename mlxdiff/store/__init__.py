@@ -1,1 +1,1 @@
-"""Where models lie: converted folders, recipes, the hub, the catalogue of short names."""
+"""Model storage: converted folders, quantization recipes, the hub, the catalogue of short names."""

@@ -1,8 +1,8 @@
 """Short names of well-known models: `-m sd15` for `-m stable-diffusion-v1-5/...`.
 
-Licences and repositories are as the model cards gave them; where the publisher withdrew a
-repository, the mirror is named with its reason. Sizes are those of the converted copy in float16,
-computed from the shapes of all tensors (tests/test_known.py).
+Licences and repositories are those of the model cards. If a publisher withdrew a repository, the
+entry names a mirror and the reason. Sizes are those of the converted copy in float16, computed from
+the shapes of all tensors (tests/test_catalogue.py).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Known:
     Attributes:
         name: the short name.
         repo: `org/name` on the hub.
-        family: "sd1", "sd2", "sdxl", "sdxl-refiner" or "ddpm"; "vae" for one to be given as --vae.
-        megabytes: what the converted copy takes in float16.
-        licence: as its model card calls it.
-        note: what it is good at.
+        family: "sd1", "sd2", "sdxl", "sdxl-refiner" or "ddpm"; "vae" for a model to give as --vae.
+        megabytes: size of the converted copy in float16.
+        licence: name of the licence on its model card.
+        note: the use that it is best at.
     """
 
     name: str
@@ -40,24 +40,24 @@ class Known:
 _RAIL = "creativeml-openrail-m"
 _RAIL_PP = "openrail++"
 _SAI = "Stability AI community licence: see the model card"
-_SD2 = "sd2-community"  # Stability AI withdrew its own stable-diffusion-2* in November 2025
-_SD1 = "stable-diffusion-v1-5"  # Runway withdrew its own in August 2024
+_SD2 = "sd2-community"  # a mirror: Stability AI withdrew stable-diffusion-2* in November 2025
+_SD1 = "stable-diffusion-v1-5"  # a mirror: Runway withdrew its repository in August 2024
 
 KNOWN: tuple[Known, ...] = (
     Known("sd15", f"{_SD1}/stable-diffusion-v1-5", "sd1", 2132, _RAIL,
           "512x512; the base of most fine-tunes, LoRAs and ControlNets"),
     Known("sd14", "CompVis/stable-diffusion-v1-4", "sd1", 2132, _RAIL,
-          "512x512; the model before sd15, for old results"),
+          "512x512; the predecessor of sd15, to repeat old results"),
     Known("sd15-inpainting", f"{_SD1}/stable-diffusion-inpainting", "sd1", 2132, _RAIL,
-          "512x512; repaints what a mask marks"),
+          "512x512; repaints the area that a mask marks"),
     Known("instruct-pix2pix", "timbrooks/instruct-pix2pix", "sd1", 2132, "mit",
-          "512x512; edits a picture as told"),
+          "512x512; edits a picture by instruction"),
     Known("lcm", "SimianLuo/LCM_Dreamshaper_v7", "sd1", 2133, "mit",
           "768x768 in 4 to 8 steps"),
     Known("bk-sdm-small", "nota-ai/bk-sdm-small", "sd1", 1378, _RAIL,
-          "512x512; sd15 without half of its U-Net, faster and smaller"),
+          "512x512; sd15 with half of the U-Net, faster and smaller"),
     Known("bk-sdm-tiny", "nota-ai/bk-sdm-tiny", "sd1", 1060, _RAIL,
-          "512x512; the smallest whole model here"),
+          "512x512; the smallest complete model in this list"),
     Known("sd21", f"{_SD2}/stable-diffusion-2-1", "sd2", 2580, _RAIL_PP,
           "768x768, v-prediction; a community mirror (withdrawn by its publisher)"),
     Known("sd21-base", f"{_SD2}/stable-diffusion-2-1-base", "sd2", 2580, _RAIL_PP,
@@ -65,39 +65,39 @@ KNOWN: tuple[Known, ...] = (
     Known("sd-turbo", "stabilityai/sd-turbo", "sd2", 2580, _SAI,
           "512x512 in 1 to 4 steps, without guidance"),
     Known("x4-upscaler", "stabilityai/stable-diffusion-x4-upscaler", "sd2", 1738, _RAIL_PP,
-          "enlarges a picture four times (--image)"),
+          "enlarges a picture to four times its width and height (--image)"),
     Known("sdxl", "stabilityai/stable-diffusion-xl-base-1.0", "sdxl", 6939, _RAIL_PP,
-          "1024x1024; the best pictures here"),
+          "1024x1024; the best pictures in this list"),
     Known("sdxl-refiner", "stabilityai/stable-diffusion-xl-refiner-1.0", "sdxl-refiner", 6076,
-          _RAIL_PP, "1024x1024; the last steps of an sdxl picture"),
+          _RAIL_PP, "1024x1024; draws the last steps of an sdxl picture"),
     Known("sdxl-turbo", "stabilityai/sdxl-turbo", "sdxl", 6939, _SAI,
           "512x512 in 1 to 4 steps, without guidance"),
     Known("sdxl-inpainting", "diffusers/stable-diffusion-xl-1.0-inpainting-0.1", "sdxl", 6939,
-          _RAIL_PP, "1024x1024; repaints what a mask marks"),
+          _RAIL_PP, "1024x1024; repaints the area that a mask marks"),
     Known("ssd-1b", "segmind/SSD-1B", "sdxl", 4466, "apache-2.0",
-          "1024x1024; sdxl with half of its U-Net, faster"),
+          "1024x1024; sdxl with half of the U-Net, faster"),
     Known("vega", "segmind/Segmind-Vega", "sdxl", 3294, "apache-2.0",
           "1024x1024; the smallest sdxl, a good first model for 8 GB of memory"),
     Known("ddpm-cifar10", "google/ddpm-cifar10-32", "ddpm", 71, "apache-2.0",
-          "32x32 without a prompt; the model of the paper that began the field (Ho et al. 2020)"),
+          "32x32 without a prompt; from the paper that started the field (Ho et al. 2020)"),
     Known("ddpm-celebahq", "google/ddpm-celebahq-256", "ddpm", 227, "apache-2.0",
-          "256x256 faces without a prompt; the same paper"),
+          "256x256 faces without a prompt; from the same paper"),
     Known("taesd", "madebyollin/taesd", "vae", 5, "mit",
-          "--vae for sd1 and sd2: a tiny decoder, quick and a little coarse"),
+          "--vae for sd1 and sd2: a tiny decoder, fast and slightly coarse"),
     Known("taesdxl", "madebyollin/taesdxl", "vae", 5, "mit",
-          "--vae for sdxl: a tiny decoder, quick and a little coarse"),
+          "--vae for sdxl: a tiny decoder, fast and slightly coarse"),
     Known("sdxl-vae-fp16-fix", "madebyollin/sdxl-vae-fp16-fix", "vae", 167, "mit",
           "--vae for sdxl: stays finite in float16"),
 )  # fmt: skip
-"""All of them, by family."""
+"""All well-known models, grouped by family."""
 
 _BY_NAME = {known.name: known for known in KNOWN}
 
 
 def expand(model: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """The hub id that a short name stands for (`sd15@REVISION` too); anything else as it is.
+    """Replace a short name (`sd15@REVISION` too) by its hub id. Return other names unchanged.
 
-    A file or folder of that name wins, with a note.
+    If a file or folder has that name, it takes precedence, with a note.
     """
     if not isinstance(model, str):
         return model
@@ -107,7 +107,7 @@ def expand(model: str | os.PathLike[str]) -> str | os.PathLike[str]:
         return model
     if Path(model).exists():
         logger.warning(
-            "%s: the %s here is taken, not the well-known model (%s)",
+            "%s: using the local %s of this name, not the well-known model (%s)",
             model,
             "folder" if Path(model).is_dir() else "file",
             known.repo,
@@ -117,6 +117,6 @@ def expand(model: str | os.PathLike[str]) -> str | os.PathLike[str]:
 
 
 def suggestion(model: str) -> str:
-    """The short name near to one that stands for nothing: ' (did you mean sd15?)', or ''."""
+    """Suggest the short name most similar to an unknown name: ' (did you mean sd15?)', or ''."""
     near = difflib.get_close_matches(model.partition("@")[0].lower(), _BY_NAME, n=1)
     return f" (did you mean {near[0]}?)" if near else ""

@@ -1,6 +1,6 @@
-"""The converted folder: read, write, verify; what a model is, converted or not.
+"""The converted folder: read, write, verify. Also the interface of a model, converted or not.
 
-The folder is described in docs/checkpoint-format.md; its tensors lie in safetensors files.
+docs/checkpoint-format.md describes the folder. Its tensors are in safetensors files.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ if TYPE_CHECKING:
     from mlxdiff.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
-"""Of a folder with floating-point weights."""
+"""Version of a folder with floating-point weights."""
 
 QUANTIZED_VERSION = 2
-"""Of a folder with quantized weights, which readers of version 1 do not know."""
+"""Version of a folder with quantized weights. Readers of version 1 do not know them."""
 
 MANIFEST = "mlxdiff.json"
 COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 LOW_RES_SCHEDULER = "low_res_scheduler"
-"""The part of an upscaler that says what noise is added to the picture it is shown."""
+"""The part of an upscaler that describes the noise added to its input picture."""
 TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
@@ -66,65 +66,65 @@ TOKENIZER_FILES = (
 SHARD_BYTES = 5_000_000_000
 
 Progress = Callable[[int, int, str], None]
-"""Called with bytes done, bytes in all, and what is being worked on."""
+"""Called with the bytes done, the total bytes, and the name of the current item."""
 
 
 class ModelSource(Protocol):
-    """What a pipeline needs of a model, converted or not."""
+    """A model, converted or not, as a pipeline needs it."""
 
     @property
     def path(self) -> Path:
-        """Where it lies."""
+        """Path of the model."""
 
     @property
     def family(self) -> str:
-        """ "sd1", "sd2", "sdxl", "sdxl-refiner"; "ddpm" for a U-Net alone, in pixel space."""
+        """ "sd1", "sd2", "sdxl" or "sdxl-refiner"; "ddpm" for a U-Net alone, in pixel space."""
 
     @property
     def components(self) -> tuple[str, ...]:
-        """Those of COMPONENTS that the model has."""
+        """The components of COMPONENTS that the model has."""
 
     @property
     def model_index(self) -> dict[str, Any]:
-        """model_index.json."""
+        """Content of model_index.json."""
 
     @property
     def scheduler_config(self) -> dict[str, Any]:
-        """scheduler_config.json."""
+        """Content of scheduler_config.json."""
 
     @property
     def low_res_scheduler_config(self) -> dict[str, Any]:
-        """The same of an upscaler's low_res_scheduler; empty for all other models."""
+        """Content of an upscaler's low_res_scheduler config; empty for all other models."""
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Origin of the weights: source, revision and, once converted, sha256 of each file."""
+        """Origin of the weights: source, revision and, after conversion, each file's sha256."""
 
     def config(self, component: str) -> Any:
-        """The component's config; a CLIPTextConfig, UNetConfig or VAEConfig."""
+        """Return the config of a component: a CLIPTextConfig, UNetConfig or VAEConfig."""
 
     def tensors(self, component: str) -> dict[str, LazyTensor]:
-        """Every tensor, with our name and layout, complete and checked; the caller's to pop."""
+        """Return all tensors in our names and layout, complete and checked, as a new dict."""
 
     def tokenizer(self, name: str = "tokenizer") -> Tokenizer:
-        """The tokenizer, padding as its files say or else as the family does."""
+        """Return a tokenizer. Its pad token comes from its files, or else from the family."""
 
     def documents(self) -> dict[str, bytes]:
-        """All files but the weights: relative path -> content."""
+        """Return all files except the weights: relative path -> content."""
 
 
 def pad_token(family: str, tokenizer: str) -> str:
-    """What a tokenizer pads with where its own files do not say.
+    """Return the pad token of a tokenizer whose files do not give one.
 
-    SD 2 and the second encoder of SDXL are OpenCLIP models, padded with id 0.
+    SD 2 and the second encoder of SDXL are OpenCLIP models, which pad with id 0.
     """
     return "!" if family == "sd2" or tokenizer == "tokenizer_2" else "<|endoftext|>"
 
 
 class ModelFolder:
-    """A folder in the shape that diffusers writes: model_index.json and a folder for each part.
+    """A folder in diffusers' form: model_index.json and one folder for each part.
 
-    The common ground of converted and unconverted models; subclasses say what the tensors are.
+    Base class of converted and unconverted models. Subclasses provide the tensors.
     Raises: CheckpointError or ConfigError on opening, for a missing or malformed file.
     """
 
@@ -144,14 +144,14 @@ class ModelFolder:
             self.low_res_scheduler_config = read_json(where)
 
     def class_name(self, part: str) -> str | None:
-        """Class that model_index.json gives for a part; None where the model does not have it."""
+        """Return the class of a part from model_index.json, or None if the model lacks the part."""
         entry = self.model_index.get(part)
         if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
             return None
         return entry[1]
 
     def place(self, part: str) -> Path:
-        """The folder of a part; the root for the first pixel-space models, which have none."""
+        """Return a part's folder. The first pixel-space models keep their parts in the root."""
         folder = self.path / part
         return folder if folder.is_dir() else self.path
 
@@ -178,7 +178,7 @@ class ModelFolder:
         return Tokenizer.from_folder(folder, pad_token=pad_token(self.family, name))
 
     def document_paths(self) -> dict[str, Path]:
-        """What ``documents`` holds: relative path there -> where the file lies."""
+        """Return the files of ``documents``: relative path there -> path on this disk."""
         files = [("scheduler", "scheduler_config.json")]
         if self.low_res_scheduler_config:
             files.append((LOW_RES_SCHEDULER, "scheduler_config.json"))
@@ -193,7 +193,7 @@ class ModelFolder:
 
 
 class ConvertedFolder(ModelFolder):
-    """A folder that ``write_folder`` made, its manifest and headers checked."""
+    """A folder written by ``write_folder``. Opening it checks the manifest and all headers."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         path = Path(path)
@@ -222,7 +222,7 @@ class ConvertedFolder(ModelFolder):
         return tensors
 
     def _assemble(self, component: str, stored: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-        """The tensors of what is stored: weight, scales and biases of a quantized one are one."""
+        """Build tensors from arrays: weight, scales and biases become one quantized tensor."""
         how_of = {
             name: Quantization.parse(text)
             for text, names in self.quantization.get("tensors", {}).get(component, {}).items()
@@ -258,12 +258,12 @@ class ConvertedFolder(ModelFolder):
 
     @property
     def quantization(self) -> dict[str, Any]:
-        """ "recipe", and "tensors": component -> how -> names; empty where nothing is quantized."""
+        """ "recipe" and "tensors" (component -> quantization -> names), or empty."""
         return dict(self.manifest.get("quantization", {}))
 
     @property
     def recipe(self) -> str | None:
-        """Name of the recipe that it was quantized by; None where it was not."""
+        """Name of the quantization recipe, or None if the model is not quantized."""
         return self.quantization.get("recipe")
 
     @property
@@ -272,7 +272,7 @@ class ConvertedFolder(ModelFolder):
 
     @property
     def dtype(self) -> str:
-        """Type of the stored weights, "float16" for example."""
+        """Type of the stored weights, for example "float16"."""
         return str(self.manifest["dtype"])
 
     @property
@@ -283,7 +283,7 @@ class ConvertedFolder(ModelFolder):
         return dict(self._tensors[component])
 
     def verify(self) -> None:
-        """Hold every file against the sha256 in the manifest. Raises: CheckpointError."""
+        """Compare every file with its sha256 in the manifest. Raises: CheckpointError."""
         for name, entry in self.manifest["files"].items():
             if sha256(self.path / name) != entry["sha256"]:
                 raise CheckpointError(
@@ -301,12 +301,14 @@ def _never() -> Packed:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    """mlxdiff.json, of a version that we know and with the keys that we write."""
+    """Read mlxdiff.json. Check its version and its keys."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder")
     where = path / MANIFEST
     if not where.is_file():
-        raise CheckpointError(f"{path}: not a converted folder (it has no {MANIFEST})")
+        raise CheckpointError(
+            f"{path}: not a converted folder (it has no {MANIFEST}); make one with mlxdiff convert"
+        )
     try:
         manifest = read_json(where)
     except ConfigError as error:
@@ -330,16 +332,22 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         )
     )
     if not sound:
-        raise CheckpointError(f"{where}: family, dtype, source or files is missing or malformed")
+        raise CheckpointError(
+            f"{where}: family, dtype, source or files is missing or malformed; convert the model "
+            "again"
+        )
     if ("quantization" in manifest) != (version == QUANTIZED_VERSION):
-        raise CheckpointError(f"{where}: version {version} does not go with its quantization")
+        raise CheckpointError(
+            f"{where}: format version {version} does not match its quantization; convert the "
+            "model again"
+        )
     if version == QUANTIZED_VERSION and not _is_quantization(manifest["quantization"]):
         raise CheckpointError(f"{where}: quantization is malformed; convert the model again")
     return manifest
 
 
 def _is_quantization(data: Any) -> bool:
-    """Whether this is {"recipe": text, "tensors": {component: {how: [names]}}}."""
+    """Return True for {"recipe": text, "tensors": {component: {quantization: [names]}}}."""
     return (
         isinstance(data, dict)
         and isinstance(data.get("recipe"), str)
@@ -366,9 +374,9 @@ def _check_size(path: Path, expected: int) -> None:
 
 
 def open_folder(path: str | os.PathLike[str]) -> ConvertedFolder:
-    """Open a converted folder: manifest, file sizes, names and shapes of all tensors are checked.
+    """Open a converted folder. Check its manifest, file sizes, and all tensor names and shapes.
 
-    Raises: CheckpointError that names what is wrong; ConfigError for a config file.
+    Raises: CheckpointError that names the fault; ConfigError for a config file.
     """
     return ConvertedFolder(path)
 
@@ -384,23 +392,22 @@ def write_folder(
     progress: Progress | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write a model as a converted folder; the same source gives the same bytes.
+    """Write a model as a converted folder. The same source gives the same bytes.
 
-    It is written beside ``dest`` under a temporary name and renamed whole, so that after any
-    failure or interruption nothing new is there.
+    The folder is written under a temporary name beside ``dest`` and then renamed as a whole. A
+    failure or an interruption leaves nothing behind.
 
     Args:
-        source: the model; its QuantizedTensors are written as they are.
-        dest: folder to make; its parents are made too.
-        dtype: type of all weights, "float16", "bfloat16" or "float32".
+        source: the model. Its QuantizedTensors are written unchanged.
+        dest: folder to make, with its parents.
+        dtype: type of all weights: "float16", "bfloat16" or "float32".
         recipe: name of the quantization recipe, for the manifest.
-        provenance: what the manifest says of the source; default: ``source.provenance``.
-        force: replace ``dest`` if it is a converted folder (nothing else is ever replaced).
+        provenance: source entry of the manifest. Default: ``source.provenance``.
+        force: replace ``dest`` if it is a converted folder. Nothing else is ever replaced.
         progress: called after each tensor.
-        shard_bytes: a component that takes more is split into files of at most this size.
+        shard_bytes: largest size of a file. Larger components are split into several files.
     Returns: dest.
-    Raises: UsageError (dest, dtype, space), CheckpointError (a tensor that cannot be read or
-        stored).
+    Raises: UsageError (dest, dtype, space), CheckpointError (a tensor cannot be read or stored).
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
@@ -463,7 +470,7 @@ def write_folder(
 def _shards(
     tensors: Mapping[str, LazyTensor], dtype: str, limit: int
 ) -> dict[str, dict[str, LazyTensor]]:
-    """Split into files of at most ``limit`` bytes (a larger tensor gets its own), by file name."""
+    """Split tensors into files of at most ``limit`` bytes. A larger tensor gets its own."""
     groups: list[dict[str, LazyTensor]] = [{}]
     room = limit
     for name, tensor in tensors.items():
@@ -482,7 +489,7 @@ def _shards(
 def _quantization_table(
     tensors: Mapping[str, Mapping[str, LazyTensor]],
 ) -> dict[str, dict[str, list[str]]]:
-    """Component -> how -> names of the tensors that are stored so."""
+    """Return component -> quantization -> names of the tensors that are stored that way."""
     table: dict[str, dict[str, list[str]]] = {}
     for component, part in tensors.items():
         for name, tensor in part.items():
@@ -494,7 +501,7 @@ def _quantization_table(
 
 @contextmanager
 def _new_folder(dest: Path, size: int, force: bool) -> Iterator[Path]:
-    """A temporary folder that becomes ``dest`` when the block ends well, and goes otherwise."""
+    """Make a temporary folder. Rename it to ``dest`` if the block succeeds, else remove it."""
     check_dest(dest, force)
     parents = [p for p in dest.absolute().parents if not p.exists()]
     temporary = dest.absolute().with_name(f".{dest.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -505,11 +512,12 @@ def _new_folder(dest: Path, size: int, force: bool) -> Iterator[Path]:
             free = shutil.disk_usage(temporary).free
             if free < size:
                 raise UsageError(
-                    f"{dest}: needs {size / 1e9:.2f} GB, only {free / 1e9:.2f} GB are free there"
+                    f"{dest}: needs {size / 1e9:.2f} GB, only {free / 1e9:.2f} GB are free there; "
+                    "make room, or give a folder on another disk"
                 )
             yield temporary
             if dest.exists():
-                check_dest(dest, force)  # it may have come into being meanwhile
+                check_dest(dest, force)  # another process may have made it meanwhile
                 dest.rename(old)
             temporary.rename(dest)
         except OSError as error:
@@ -526,13 +534,13 @@ def _new_folder(dest: Path, size: int, force: bool) -> Iterator[Path]:
 
 
 def check_dest(dest: str | os.PathLike[str], force: bool) -> None:
-    """Whether a converted folder may be written there. Raises: UsageError."""
+    """Check that a converted folder may be written at this path. Raises: UsageError."""
     dest = Path(dest)
     if not os.path.lexists(dest):
         return
     if not force:
         raise UsageError(
-            f"{dest} exists already; give another name, or force (--force) to replace it"
+            f"{dest} already exists; give another name, or replace it with force (--force)"
         )
     if (
         dest.is_symlink()
@@ -540,7 +548,8 @@ def check_dest(dest: str | os.PathLike[str], force: bool) -> None:
         or not ((dest / MANIFEST).is_file() or not any(dest.iterdir()))
     ):
         raise UsageError(
-            f"{dest} is not a converted folder, so it is not replaced; remove it yourself"
+            f"{dest} is not a converted folder, so it is not replaced; remove it yourself, or give "
+            "another name"
         )
 
 

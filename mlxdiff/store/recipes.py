@@ -1,4 +1,4 @@
-"""Which tensor of a model gets how many bits."""
+"""Quantization recipes: the number of bits for each tensor of a model."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from mlxdiff.weights.tensors import LazyTensor, QuantizedTensor, Shape, quantize
 
 Shapes = Mapping[str, Shape]
 
-# Everything but norms and biases, in every network but the VAE: that is small, and the last thing
-# that a picture passes through.
+# A recipe covers everything except norms and biases, in every network except the VAE. The VAE is
+# small, and its errors reach the picture directly.
 _NETWORKS = ("unet", "text_encoder", "text_encoder_2")
 _CONVOLUTION = re.compile(r"(.*\.)?conv(\d|_in|_out)?\.weight")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the tensors of a model are stored.
+    """A choice of the stored form of each tensor of a model.
 
     Attributes:
-        name: what manifests call it.
-        fitted: whether scales are fitted to the values (see ``quantization.quantize``).
-        plan: component, name -> shape of all its tensors -> how those are stored that are
-            quantized.
+        name: name in manifests.
+        fitted: True if scales are fitted to the values (see ``quantization.quantize``).
+        plan: takes a component and the shapes of all its tensors; returns the quantization of each
+            tensor to quantize.
     """
 
     name: str
@@ -40,41 +40,41 @@ class Recipe:
     plan: Callable[[str, Shapes], dict[str, Quantization]] = field(repr=False, compare=False)
 
 
-def _fitting(shape: Shape, how: Quantization) -> Quantization | None:
-    """The way, with the largest group up to its own that divides a row; None: none does."""
-    groups = [how.group_size]
-    if how.mode == "affine":
-        groups += [group for group in (64, 32) if group < how.group_size]
-    ways = (Quantization(how.bits, group, how.mode) for group in groups)
-    return next((way for way in ways if fits(shape, way)), None)
+def _fitting(shape: Shape, wanted: Quantization) -> Quantization | None:
+    """Reduce the group size until it divides a row. Return None if no size does."""
+    groups = [wanted.group_size]
+    if wanted.mode == "affine":
+        groups += [group for group in (64, 32) if group < wanted.group_size]
+    options = (Quantization(wanted.bits, group, wanted.mode) for group in groups)
+    return next((option for option in options if fits(shape, option)), None)
 
 
 def _candidates(component: str, shapes: Shapes) -> Shapes:
-    """What can be quantized at all."""
+    """Return the tensors that can be quantized at all."""
     if component not in _NETWORKS:
         return {}
     return {n: s for n, s in shapes.items() if n.endswith(".weight") and len(s) > 1}
 
 
-def _uniform(how: Quantization, convolutions: bool) -> Callable[..., dict[str, Quantization]]:
-    """The same for all; where no group size divides a row, floating point."""
+def _uniform(wanted: Quantization, convolutions: bool) -> Callable[..., dict[str, Quantization]]:
+    """Plan the same bits for all tensors. Rows that no group size divides stay floating point."""
 
     def plan(component: str, shapes: Shapes) -> dict[str, Quantization]:
-        ways = {
-            name: _fitting(shape, how)
+        fitting = {
+            name: _fitting(shape, wanted)
             for name, shape in _candidates(component, shapes).items()
             if convolutions or not _CONVOLUTION.fullmatch(name)
         }
-        return {name: way for name, way in ways.items() if way is not None}
+        return {name: how for name, how in fitting.items() if how is not None}
 
     return plan
 
 
 # ------------------------------------------------------------------------------------ mixed recipes
 
-# Ways to store a tensor from small to large, and the relative error that rounding normally
-# distributed values to them makes, squared (scales fitted). What each adds in bits gains less error
-# a bit than the one before; 3 bits in groups of 64 do not, where groups of 128 are to be had.
+# Quantizations from small to large, each with its squared relative rounding error for normally
+# distributed values (scales fitted). Each rung reduces the error per added bit less than the rung
+# before. 3 bits in groups of 64 break this rule: they are used only if 128 does not divide a row.
 _LADDER = (
     (Quantization(3, 128), 0.0329),
     (Quantization(4, 128), 0.00859),
@@ -87,11 +87,11 @@ _LADDER_64 = ((Quantization(3, 64), 0.0282), *_LADDER[2:])
 
 
 def _mixed(bits: int) -> Callable[..., dict[str, Quantization]]:
-    """The least expected error at the size of the uniform recipe with these bits.
+    """Plan the least expected error at the size of the uniform recipe with these bits.
 
-    What rounding a tensor does to a picture is taken as its sensitivity, times its size, times the
-    squared rounding error. From the smallest way for all, the step that gains most for its bits is
-    taken again and again, until the bits are used up.
+    The model of the error: rounding a tensor changes a picture by its sensitivity times its size
+    times the squared rounding error. The plan starts with the smallest rung for each tensor. It
+    then repeats the step with the greatest gain per bit until the bits are used up.
     """
 
     def plan(component: str, shapes: Shapes) -> dict[str, Quantization]:
@@ -116,22 +116,23 @@ def _mixed(bits: int) -> Callable[..., dict[str, Quantization]]:
             for rung, (lower, upper) in enumerate(pairwise(ladder), 1):
                 cost = upper[0].bits_per_weight - lower[0].bits_per_weight
                 steps.append((-weight * (lower[1] - upper[1]) / cost, rung, name, cost))
-        place = dict.fromkeys(candidates, 0)
+        reached = dict.fromkeys(candidates, 0)
         for _, rung, name, cost in sorted(steps):
-            # Steps of one tensor come in order, since each gains less than the one before.
-            if rung == place[name] + 1 and cost * sizes[name] <= room:
+            # The steps of a tensor come in order, because each gains less than the one before.
+            if rung == reached[name] + 1 and cost * sizes[name] <= room:
                 room -= cost * sizes[name]
-                place[name] = rung
-        return {name: ladders[name][rung][0] for name, rung in place.items()}
+                reached[name] = rung
+        return {name: ladders[name][rung][0] for name, rung in reached.items()}
 
     return plan
 
 
 def _sensitivity(name: str, depth: int) -> float:
-    """How much the rounding error of a weight in this tensor moves a picture, relatively.
+    """Return the relative effect of one weight's rounding error on a picture.
 
-    By kind of layer, and by where in the U-Net it stands: measured on the built-in model
-    (benchmarks/quantization.py --sensitivity), interpolated for other numbers of levels.
+    It depends on the kind of layer and on its place in the U-Net. The values were measured on the
+    built-in model (benchmarks/quantization.py --sensitivity) and are interpolated for other numbers
+    of levels.
     """
     kind = next((value for pattern, value in _KINDS if re.search(pattern, name)), 1.0)
     side, _, rest = name.partition(".")
@@ -148,10 +149,10 @@ def _sensitivity(name: str, depth: int) -> float:
     return kind * float(np.exp(np.interp(share, np.linspace(0, 1, len(values)), values)))
 
 
-# Left in floating point: few weights, on which everything depends.
+# These stay in floating point: they are small, and every value passes through them.
 _PROTECTED = re.compile(r"conv_(in|out)\.weight")
 
-# Relative to the mean of the 3x3 convolutions: (pattern, sensitivity of a weight).
+# (pattern, sensitivity of one weight), relative to the mean of the 3x3 convolutions.
 _KINDS = (
     (r"\.proj_in\.", 40.0),
     (r"\.proj_out\.", 35.0),
@@ -170,37 +171,39 @@ _KINDS = (
     (r"time_emb", 0.15),
 )
 
-# From full resolution to the lowest: what a weight there moves, to the power of 1/2 (see the docs).
+# Effect of one weight, from full resolution to the lowest, to the power of 1/2
+# (docs/quantization.md).
 _PLACES: dict[str, tuple[float, ...]] = {
     "down_blocks": (1.7, 0.21, 0.063),
     "mid_block": (0.03,),
     "up_blocks": (3.2, 1.6, 0.12),
 }
 TEXT_BITS = {3: 6, 4: 6, 5: 8, 6: 8}
-"""Bits of the text encoders in a mixed recipe, by its bits."""
+"""Bits of a mixed recipe -> bits of the text encoders in it."""
 
 MIXED = {str(bits): _mixed(bits) for bits in (3, 4, 5, 6)}
-"""Bits -> plan of the mixed recipe."""
+"""Bits of a mixed recipe -> its plan."""
 
 KINDS = ("mixed", "uniform", "linear")
 
 
 def find_recipe(bits: int | str, group_size: int | None = None, kind: str | None = None) -> Recipe:
-    """The recipe for these words.
+    """Find a recipe by bits, group size and kind, or by its full name.
 
     Args:
-        bits: 2, 3, 4, 5, 6 or 8; or a float mode: "mxfp4", "nvfp4", "mxfp8"; or the whole name of a
-            recipe, as manifests and pictures have it: "uniform-4-64".
-        group_size: values that share a scale; None: 64, or what the mode has.
-        kind: "mixed" (bits by what a layer can bear, ``bits`` on average), "uniform" (the same for
-            all), "linear" (the same for linear layers; convolutions keep floating point, as other
-            tools do it); None: the best there is for these bits.
+        bits: 2, 3, 4, 5, 6 or 8; or a float mode: "mxfp4", "nvfp4", "mxfp8"; or the full name of a
+            recipe from a manifest or a picture: "uniform-4-64".
+        group_size: number of values that share a scale. None: 64, or the group size of the float
+            mode.
+        kind: "mixed" (bits by the sensitivity of each layer, ``bits`` on average), "uniform" (the
+            same for all) or "linear" (the same for linear layers; convolutions stay floating point,
+            as in other tools). None: the best kind for these bits.
     Raises: UsageError.
     """
     text = str(bits)
     if whole := re.fullmatch(r"([a-z]+)-(\w+?)(?:-(\d+))?", text):
         if (group_size, kind) != (None, None):
-            raise UsageError(f"{text} is a whole recipe; leave group size and recipe out")
+            raise UsageError(f"{text} is a complete recipe; leave group size and recipe out")
         kind, text = whole[1], whole[2]
         group_size = None if whole[3] is None else int(whole[3])
     if kind is None:
@@ -210,7 +213,10 @@ def find_recipe(bits: int | str, group_size: int | None = None, kind: str | None
     if kind == "mixed":
         if text not in MIXED or group_size is not None:
             known = ", ".join(MIXED)
-            raise UsageError(f"a mixed recipe exists for {known} bits, with its own group sizes")
+            raise UsageError(
+                f"mixed recipes exist for {known} bits and have their own group sizes; choose one "
+                "of these bits, and leave the group size out"
+            )
         return Recipe(f"mixed-{text}", True, MIXED[text])
     if text in FLOAT_MODES:
         how = Quantization(*FLOAT_MODES[text], text)
@@ -225,13 +231,13 @@ def find_recipe(bits: int | str, group_size: int | None = None, kind: str | None
 
 
 class QuantizedModel:
-    """A model whose tensors are rounded when they are read; in all else the model itself.
+    """A model whose tensors are rounded when they are read. The rest stays unchanged.
 
     Args:
         source: the model.
-        recipe: which tensor gets how many bits.
-        dtype: what scales, and what is not quantized, are stored as.
-    Raises: UsageError where the model is quantized already.
+        recipe: bits of each tensor.
+        dtype: type of the scales and of tensors that are not quantized.
+    Raises: UsageError if the model is quantized already.
     """
 
     def __init__(self, source: ModelSource, recipe: Recipe, dtype: str = "float16") -> None:
@@ -240,7 +246,7 @@ class QuantizedModel:
         self._dtype = dtype
         if is_quantized(source):
             raise UsageError(
-                f"{source.path}: is quantized already, and rounding twice would make it worse; "
+                f"{source.path}: already quantized, and rounding twice would lose quality; "
                 "quantize the original"
             )
 
@@ -248,7 +254,7 @@ class QuantizedModel:
         return getattr(self._source, name)
 
     def tensors(self, component: str) -> dict[str, LazyTensor]:
-        """As ``ModelSource.tensors``; quantized ones as the recipe says."""
+        """See ``ModelSource.tensors``. The tensors of the recipe are quantized."""
         tensors = self._source.tensors(component)
         plan = self.recipe.plan(component, {name: t.shape for name, t in tensors.items()})
         rounded = {
@@ -261,14 +267,14 @@ class QuantizedModel:
 
 
 def quantized_model(source: ModelSource, recipe: Recipe, dtype: str = "float16") -> ModelSource:
-    """A model, quantized by a recipe: see QuantizedModel. One that is so already stays as it is."""
+    """Quantize a model by a recipe; see QuantizedModel. A model of this recipe stays unchanged."""
     if isinstance(source, ConvertedFolder) and source.recipe == recipe.name:
         return source
     return cast(ModelSource, QuantizedModel(source, recipe, dtype))
 
 
 def is_quantized(source: ModelSource) -> bool:
-    """Whether a model has quantized tensors."""
+    """Return True if a model has quantized tensors."""
     return any(
         isinstance(tensor, QuantizedTensor)
         for component in source.components
@@ -277,7 +283,7 @@ def is_quantized(source: ModelSource) -> bool:
 
 
 def recipe_of(source: ModelSource) -> str | None:
-    """Name of the recipe that a model is quantized by; None: it is not."""
+    """Return the name of a model's quantization recipe, or None if it is not quantized."""
     if isinstance(source, QuantizedModel):
         return source.recipe.name
     return source.recipe if isinstance(source, ConvertedFolder) else None

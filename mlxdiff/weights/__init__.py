@@ -1,1 +1,1 @@
-"""What is in a file: tensors, pickles, quantized forms and their arithmetic."""
+"""Contents of weight files: tensors, pickles, quantized forms and their arithmetic."""

@@ -1,19 +1,19 @@
 """PyTorch's own files (.ckpt .bin .pt .pth), read without torch and without running them.
 
-A pickle is a program: to load it is to run it. This one is read by a machine of ours that calls
-nothing. It knows a handful of names (``_CALLS``: tensors, parameters, dicts), each of which makes
-a plain record of what was asked for; every other class or function, and whatever is made from it,
-is an inert placeholder that holds no values. Placeholders are listed in ``PickleFile.ignored``;
-one that stands where a tensor is needed is an error.
+A pickle is a program, and loading it runs it. Here a small interpreter reads it and calls nothing.
+The interpreter knows a few names (``_CALLS``: tensors, parameters, dicts). Each of them makes a
+plain record of the requested object. Any other class or function, and everything made from it,
+becomes an inert placeholder without values. ``PickleFile.ignored`` lists the placeholders. A
+placeholder in the place of a needed tensor is an error.
 
-Nothing in a file makes memory or time grow out of proportion: the pickle may take MAX_PICKLE bytes
-and MAX_STEPS steps, each of which makes one small object; nothing is copied without being counted
-as steps; no table is keyed by values that a file chooses, except text; nothing recurses with the
-file's nesting; and no length in a file is believed before it is held against the file's size.
+A file cannot make memory or time grow out of proportion. A pickle may have MAX_PICKLE bytes and
+MAX_STEPS steps, and each step makes one small object. Copies count as steps. No table has keys from
+the file except text. Nothing recurses with the nesting of the file. Every length in a file is
+checked against the file's size before use.
 
-Formats: pickletools (the opcodes); torch/serialization.py (1.6 and later: a zip archive of
-``data.pkl`` and ``data/0``, ``data/1``, ..., stored; before: five pickles and then the storages);
-APPNOTE.TXT of PKWARE (zip, zip64).
+Formats: pickletools (the opcodes); torch/serialization.py (1.6 and later: an uncompressed zip
+    archive of ``data.pkl`` and ``data/0``, ``data/1``, ...; before: five pickles, then the
+    storages); APPNOTE.TXT of PKWARE (zip, zip64).
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ from mlxdiff.weights.tensors import (
 )
 
 SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
-"""Names that such files go by."""
+"""Usual suffixes of such files."""
 
-MAX_PICKLE = 32 << 20  # bytes; 300 kB in SD 1.5, some MB with the state of its training
-MAX_STEPS = 2_000_000  # opcodes, and items copied; 200,000 in SDXL with the state of its training
-MAX_CLASSES = 1000  # different names of classes and functions; some dozens in real files
-MAX_ENTRIES = 200_000  # of a zip archive; 3000 in SDXL
-MAX_DIRECTORY = 64 << 20  # bytes of its directory
-MAX_ARGUMENTS = 16  # of a call that we know
+MAX_PICKLE = 32 << 20  # bytes; SD 1.5 has 300 kB, or some MB with its training state
+MAX_STEPS = 2_000_000  # opcodes and copied items; SDXL with its training state has 200,000
+MAX_CLASSES = 1000  # different names of classes and functions; real files have some dozens
+MAX_ENTRIES = 200_000  # entries of a zip archive; SDXL has 3000
+MAX_DIRECTORY = 64 << 20  # bytes of a zip directory
+MAX_ARGUMENTS = 16  # arguments of a known call
 MAX_LISTED = 1000  # lines of ``ignored`` for one reason
-MAX_REPEATED = 1 << 20  # values that a tensor may have more than its storage (torch's expand)
+MAX_REPEATED = 1 << 20  # values of a tensor that is larger than its storage (torch's expand)
 
-MAGIC = 0x1950A86A20F9469CFC6C  # of the format before torch 1.6
+MAGIC = 0x1950A86A20F9469CFC6C  # first number of the format before torch 1.6
 PROTOCOL = 1001
 
 NESTED = (
@@ -65,16 +65,16 @@ NESTED = (
     "weights",
     "string_to_param",
 )
-"""Keys under which tools put the table of weights, the first that is there counts."""
+"""Keys under which tools store the table of weights. The first key that exists counts."""
 
-# dtype in safetensors' words -> bytes a value.
+# Type name in safetensors -> bytes per value.
 _WIDTHS = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
     **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
 }
-# Class of a storage -> dtype (None: not one that we read), bytes a value.
+# Class of a storage -> dtype (None if not supported), bytes per value.
 _STORAGES: dict[str, tuple[str | None, int]] = {
     f"torch.{device}{name}Storage": (dtype, width)
     for device in ("", "cuda.")
@@ -119,7 +119,7 @@ _TYPES = {
         "bool": "BOOL",
     }.items()
 }
-# Modules that a pickle of weights has no business with, and the same of Python's own functions.
+# Modules that a pickle of weights does not need, and harmless names in two of them.
 _PROGRAMS = (
     "os posix nt subprocess sys builtins __builtin__ importlib runpy socket shutil pty ctypes code "
     "webbrowser pickle marshal types functools operator urllib requests http commands torch.hub"
@@ -133,16 +133,16 @@ _HARMLESS = [
     ).split()
 ]
 
-OBJECT = "an object or function in the pickle; nothing of it was run or kept"
-PROGRAM = "would run code or reach the system in a program that trusts pickles; it was not run"
-BESIDE = "stands beside the table of weights (settings or state of a training)"
+OBJECT = "an object or function in the pickle; it was neither run nor kept"
+PROGRAM = "runs code or reaches the system in programs that trust pickles; it was not run"
+BESIDE = "is outside the table of weights (settings or training state)"
 
 
-# ------------------------------------------------------------------------- what a pickle is made of
+# ------------------------------------------------------------------------------ values of a pickle
 
 
 class _Name:
-    """A class or function that the pickle names; nothing is imported."""
+    """A class or function named in the pickle. Nothing is imported."""
 
     __slots__ = ("path",)
 
@@ -151,7 +151,7 @@ class _Name:
 
 
 class _Inert:
-    """Stands for what a call would have made."""
+    """A placeholder for the result of an unknown call."""
 
     __slots__ = ("what",)
 
@@ -160,7 +160,7 @@ class _Inert:
 
 
 class _Table:
-    """A dict as its items, in order; not a dict, since hashing what a file chose can take ages."""
+    """The items of a dict, in order. Not a dict, because hashing a file's keys can be slow."""
 
     __slots__ = ("items",)
 
@@ -169,7 +169,7 @@ class _Table:
 
 
 class _Storage:
-    """A run of values in the file: ``size`` bytes, ``start`` bytes into the storage ``key``."""
+    """A run of values in the file: ``size`` bytes from ``start`` in the storage ``key``."""
 
     __slots__ = ("dtype", "key", "name", "size", "start", "whole", "width")
 
@@ -181,7 +181,7 @@ class _Storage:
 
 
 class _Tensor:
-    """What is asked of torch._utils._rebuild_tensor; not checked before it is used."""
+    """The arguments of torch._utils._rebuild_tensor. They are checked before use."""
 
     __slots__ = ("dtype", "offset", "shape", "storage", "strides")
 
@@ -193,11 +193,11 @@ class _Tensor:
 
 
 class _Fault(Exception):
-    """The file is damaged or exceeds a bound; the text says how."""
+    """The file is damaged or exceeds a limit. The text gives the reason."""
 
 
 def _describe(value: Any) -> str:
-    """A value in a few words, whatever it is."""
+    """Describe any value in a few words."""
     if isinstance(value, _Inert):
         return value.what
     if isinstance(value, _Name):
@@ -211,15 +211,15 @@ def _describe(value: Any) -> str:
     return "None" if value is None else f"of type {type(value).__name__}"
 
 
-# -------------------------------------------------------------------------------------- the machine
+# ---------------------------------------------------------------------------------- the interpreter
 
 
-class _Machine:
-    """Runs the opcodes of pickles. All that it makes are Python's plain values and the above.
+class _Interpreter:
+    """Interprets the opcodes of pickles. It makes only plain Python values and the classes above.
 
     Attributes:
-        storages: key -> (bytes a value, bytes in all) of each storage that was named.
-        names: every class or function that was named, by its path.
+        storages: key -> (bytes per value, total bytes) of each named storage.
+        names: path -> each named class or function.
     """
 
     def __init__(self) -> None:
@@ -228,7 +228,7 @@ class _Machine:
         self._steps = 0
 
     def run(self, stream: BinaryIO) -> Any:
-        """The value of one pickle, read from memory; the stream stands behind it afterwards.
+        """Return the value of one pickle in memory. The stream is then at the end of the pickle.
 
         Raises: _Fault.
         """
@@ -248,24 +248,24 @@ class _Machine:
                         action(self, argument)
             return self._stack.pop()
         except (IndexError, KeyError):
-            raise _Fault("damaged: its pickle asks for a value that is not there") from None
+            raise _Fault("damaged: its pickle uses a value that does not exist") from None
         except (ValueError, OverflowError, struct.error) as error:
-            raise _Fault(f"damaged or truncated: its pickle breaks off ({error})") from None
+            raise _Fault(f"damaged or truncated: its pickle ends early ({error})") from None
 
     def _count(self, steps: int) -> None:
         self._steps += steps
         if self._steps > MAX_STEPS:
             raise _Fault(
-                f"its pickle takes more than {MAX_STEPS} steps; no checkpoint needs as many"
+                f"its pickle takes more than {MAX_STEPS} steps; no checkpoint needs so many"
             )
 
-    # Opcodes. What is not in _ACTIONS pushes its argument.
+    # Opcodes. An opcode that is not in _ACTIONS pushes its argument.
 
     def _nothing(self, _: Any) -> None:
-        """PROTO, FRAME and STOP."""
+        """Do nothing (PROTO, FRAME and STOP)."""
 
     def _refuse(self, _: Any) -> None:
-        raise _Fault("damaged: its pickle needs buffers from outside")
+        raise _Fault("damaged: its pickle needs buffers from outside the file")
 
     def _none(self, _: Any) -> None:
         self._stack.append(None)
@@ -299,7 +299,7 @@ class _Machine:
 
     def _put(self, index: int) -> None:
         if not 0 <= index < 1 << 32:
-            raise _Fault("damaged: its pickle numbers a value beyond all bounds")
+            raise _Fault("damaged: its pickle gives a value a number that is too large")
         self._memo[index] = self._stack[-1]
 
     def _memoize(self, _: Any) -> None:
@@ -374,7 +374,7 @@ class _Machine:
 
     def _name(self, module: Any, name: Any) -> _Name:
         if not isinstance(module, str) or not isinstance(name, str):
-            raise _Fault("damaged: its pickle names a class by something that is no text")
+            raise _Fault("damaged: its pickle names a class by a value that is not text")
         path = shown(f"{module[:100]}.{name[:100]}")
         if path not in self.names:
             if len(self.names) == MAX_CLASSES:
@@ -411,11 +411,11 @@ class _Machine:
         self._stack.append(self._call(function, arguments))
 
     def _new_object_ex(self, _: Any) -> None:
-        self._stack.pop()  # keyword arguments: nothing that we know takes any
+        self._stack.pop()  # keyword arguments: no known call takes any
         self._new_object(_)
 
     def _build(self, _: Any) -> None:
-        state = self._stack.pop()  # attributes for example: of ours only a ParameterDict has any
+        state = self._stack.pop()  # attributes; of the known classes only ParameterDict needs them
         made = self._stack[-1] if self._stack else None
         if isinstance(made, _Table) and not made.items and isinstance(state, _Table):
             self._count(len(state.items))
@@ -430,10 +430,10 @@ class _Machine:
     def _stack_persistent(self, _: Any) -> None:
         self._stack.append(self._storage(self._stack.pop()))
 
-    # What pickles of torch are made of.
+    # Objects of torch.
 
     def _storage(self, identity: Any) -> _Storage | _Inert:
-        """torch's persistent ids: ("storage", class, key, device, number of values[, view])."""
+        """Read a persistent id: ("storage", class, key, device, number of values[, view])."""
         if not isinstance(identity, tuple) or identity[:1] != ("storage",):
             return _Inert("an object outside the pickle")
         if len(identity) not in (5, 6):
@@ -444,7 +444,7 @@ class _Machine:
         if not isinstance(key, str) or len(key) > 100:
             raise _Fault("damaged: a storage has no usable key")
         if kind.path not in _STORAGES:
-            raise _Fault(f"has a storage of unknown type ({kind.path})")
+            raise _Fault(f"has a storage of an unknown type ({kind.path})")
         dtype, width = _STORAGES[kind.path]
         start, size = 0, count
         view = identity[5] if len(identity) == 6 else None
@@ -459,7 +459,7 @@ class _Machine:
         return _Storage(kind.path, dtype, width, key, count * width, start * width, size * width)
 
     def _call(self, function: Any, arguments: Any) -> Any:
-        """What a call makes: a record, if it is one of _CALLS, else a placeholder."""
+        """Return the record of a call in _CALLS, or a placeholder for another call."""
         if isinstance(function, _Inert):
             return function
         if not isinstance(function, _Name):
@@ -470,7 +470,7 @@ class _Machine:
             result = make(self, *arguments)
         return _Inert(f"made by {function.path}") if result is None else result
 
-    # Each takes any arguments, and returns None where they are not what it knows.
+    # Each of these accepts any arguments. It returns None if it does not know them.
 
     def _make_table(self, items: Any = (), *_: Any) -> _Table | None:
         if isinstance(items, _Table):
@@ -491,11 +491,11 @@ class _Machine:
     def _make_tensor(
         self, storage: Any = None, offset: Any = 0, shape: Any = (), strides: Any = (), *rest: Any
     ) -> _Tensor | _Inert | None:
-        """_rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks, metadata)"""
+        """Record _rebuild_tensor_v2(storage, offset, shape, strides, grad, hooks, metadata)."""
         if not isinstance(storage, _Storage):
             return None
         if any(isinstance(value, _Table) and value.items for value in rest[2:]):
-            return _Inert("a tensor in a lazily negated or conjugated state")
+            return _Inert("a tensor that is lazily negated or conjugated")
         if storage.dtype is None:
             return _Inert(f"a tensor of type {storage.name}, which is not supported")
         return _Tensor(storage, storage.dtype, offset, shape, strides)
@@ -511,11 +511,11 @@ class _Machine:
         dtype: Any = None,
         *rest: Any,
     ) -> _Tensor | _Inert | None:
-        """_rebuild_tensor_v3: as v2, over bytes, with a type."""
+        """Record _rebuild_tensor_v3: like v2, with a storage of bytes and a type."""
         if not isinstance(storage, _Storage) or not isinstance(dtype, _Name):
             return None
         if any(isinstance(value, _Table) and value.items for value in rest):
-            return _Inert("a tensor in a lazily negated or conjugated state")
+            return _Inert("a tensor that is lazily negated or conjugated")
         known = _TYPES.get(dtype.path)
         if known is None:
             return _Inert(f"a tensor of type {dtype.path}, which is not supported")
@@ -527,7 +527,7 @@ class _Machine:
     def _make_subclass(
         self, function: Any = None, kind: Any = None, arguments: Any = (), *_: Any
     ) -> Any:
-        """_rebuild_from_type_v2(function, class, arguments, attributes)"""
+        """Record _rebuild_from_type_v2(function, class, arguments, attributes)."""
         if not isinstance(function, _Name) or function.path not in _REBUILD:
             return None
         if not isinstance(kind, _Name) or kind.path not in _PLAIN_TENSORS:
@@ -551,7 +551,7 @@ class _Machine:
         "torch._tensor._rebuild_from_type_v2": _make_subclass,
     }
 
-    _ACTIONS: ClassVar[dict[str, Callable[[_Machine, Any], None]]] = {
+    _ACTIONS: ClassVar[dict[str, Callable[[_Interpreter, Any], None]]] = {
         **dict.fromkeys(("PROTO", "FRAME", "STOP"), _nothing),
         **dict.fromkeys(("NEXT_BUFFER", "READONLY_BUFFER"), _refuse),
         "NONE": _none,
@@ -593,7 +593,7 @@ class _Machine:
     }
 
 
-_REBUILD = tuple(path for path in _Machine._CALLS if path.startswith("torch._utils."))
+_REBUILD = tuple(path for path in _Interpreter._CALLS if path.startswith("torch._utils."))
 _PLAIN_TENSORS = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter")
 
 
@@ -608,12 +608,12 @@ def _is_size(value: Any) -> bool:
 
 
 def _understood(path: str) -> bool:
-    """Whether a name of the pickle means something to the machine."""
-    return any(path in known for known in (_Machine._CALLS, _STORAGES, _TYPES, _PLAIN_TENSORS))
+    """Return True if the interpreter knows a name of the pickle."""
+    return any(path in known for known in (_Interpreter._CALLS, _STORAGES, _TYPES, _PLAIN_TENSORS))
 
 
 def _reason(path: str) -> str:
-    """Why a name that is not understood is ignored, in the report's words."""
+    """Return the reason, for the report, to ignore an unknown name."""
     program = any(path.startswith(f"{module}.") for module in _PROGRAMS)
     return PROGRAM if program and path not in _HARMLESS else OBJECT
 
@@ -622,24 +622,23 @@ def _reason(path: str) -> str:
 
 
 class PickleFile:
-    """A file that torch.save wrote, opened as weights.
+    """The weights in a file that torch.save wrote.
 
-    The weights are one table of names and tensors: that under the first of NESTED that is there
-    and holds tensors (however deep they are nested in one another), else the outermost table, else
-    the only one in it that holds tensors.
+    The weights are one table of names and tensors. It is the table under the first key of NESTED
+    that exists and holds tensors (these keys can be nested in one another), else the outermost
+    table, else the only table in it that holds tensors.
 
     Args:
-        tables: where the file's outermost table has tables of these names, they are taken together,
-            their tensors called TABLE.NAME.
+        tables: names of tables in the outermost table. If the file has them, their tensors are
+            joined under the names TABLE.NAME.
     Attributes:
         path: the file.
         tensors: name -> LazyTensor, in the order of the file.
-        texts: short texts beside the table, at the outermost level: name -> text.
-        refused: what stands in the table of weights and is no tensor that can be read: name -> what
-            it is.
-        ignored: everything that was not used, with the reason: (name, reason). Placeholders for
-            objects are listed by class.
-    Raises: CheckpointError, for anything that is not a whole and sound file with tensors in it.
+        texts: name -> short text in the outermost table.
+        refused: name -> description of each value in the table of weights that is not a readable
+            tensor.
+        ignored: (name, reason) of everything unused. Placeholders are listed by class.
+    Raises: CheckpointError if the file is not a complete and sound file with tensors.
     """
 
     def __init__(self, path: str | os.PathLike[str], tables: tuple[str, ...] = ()) -> None:
@@ -652,12 +651,12 @@ class PickleFile:
             with self.path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 head = file.read(512)
-                machine = _Machine()
+                interpreter = _Interpreter()
                 read = _read_zip if head.startswith(b"PK\x03\x04") else _read_stream
                 if (other := foreign(head, size)) is not None:
                     raise _Fault(other)
-                root, places = read(file, size, machine)
-                self._take(root, places, machine)
+                root, places = read(file, size, interpreter)
+                self._take(root, places, interpreter)
         except OSError as error:
             raise CheckpointError(
                 f"{self.path}: cannot be read ({error.strerror or error})"
@@ -665,7 +664,7 @@ class PickleFile:
         except _Fault as fault:
             raise CheckpointError(f"{self.path}: {shown(str(fault))}") from None
 
-    def _take(self, root: Any, places: dict[str, int], machine: _Machine) -> None:
+    def _take(self, root: Any, places: dict[str, int], interpreter: _Interpreter) -> None:
         inner = _tables(root) if self._tables and isinstance(root, _Table) else {}
         if joined := [table for table in self._tables if table in inner]:
             items = [
@@ -687,17 +686,17 @@ class PickleFile:
         for name, value in items:
             if not isinstance(name, str) or len(name) > MAX_NAME:
                 if isinstance(value, _Tensor):
-                    raise _Fault("a tensor's name is no text, or too long")
+                    raise _Fault("a tensor's name is not text, or is too long")
             elif name in self.tensors or name in self.refused:
-                raise _Fault(f"{shown(name)!r} stands there twice")
+                raise _Fault(f"{shown(name)!r} occurs twice")
             elif isinstance(value, _Tensor):
                 self.tensors[name] = self._lazy(name, value, places)
             else:
                 self.refused[name] = _describe(value)
-        odd = sorted(name for name in machine.names if not _understood(name))
+        odd = sorted(name for name in interpreter.names if not _understood(name))
         self.ignored: tuple[tuple[str, str], ...] = (
             *_listed(
-                (name, f"cannot be read as a tensor: it is {what}")
+                (name, f"not readable as a tensor: it is {what}")
                 for name, what in self.refused.items()
             ),
             *_listed((name, BESIDE) for name in beside),
@@ -705,13 +704,13 @@ class PickleFile:
         )
 
     def _lazy(self, name: str, tensor: _Tensor, places: dict[str, int]) -> LazyTensor:
-        """Hold a tensor against its storage."""
+        """Check a tensor against its storage. Make it a LazyTensor."""
         storage, dtype, path = tensor.storage, tensor.dtype, self.path
         shape, strides = _sizes(tensor.shape), _sizes(tensor.strides)
         if dtype is None or shape is None or strides is None or len(shape) != len(strides):
             raise _Fault(f"damaged: tensor {shown(name)!r} has a malformed shape or strides")
         if not _is_size(tensor.offset):
-            raise _Fault(f"damaged: tensor {shown(name)!r} begins at no place of its storage")
+            raise _Fault(f"damaged: tensor {shown(name)!r} has a malformed offset")
         width = _WIDTHS[dtype]
         count = math.prod(shape)
         last = sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
@@ -720,8 +719,8 @@ class PickleFile:
             raise _Fault(f"damaged: tensor {shown(name)!r} goes beyond its storage")
         if count * width > storage.size and count > MAX_REPEATED:
             raise _Fault(
-                f"tensor {shown(name)!r} has {count} values, which its storage of {storage.size} "
-                "bytes repeats; save it again, contiguous"
+                f"tensor {shown(name)!r} has {count} values that repeat a storage of "
+                f"{storage.size} bytes; save a contiguous tensor"
             )
         offset = places[storage.key] + storage.start + begin
         steps = None if _contiguous(shape, strides) else strides
@@ -731,17 +730,17 @@ class PickleFile:
 
 
 def open_tensors(path: Path, tables: tuple[str, ...] = ()) -> PickleFile | TensorFile:
-    """A file of weights, by what is in it and not by its name: PyTorch's format, or safetensors.
+    """Open a weight file in PyTorch's format or safetensors. Its content decides, not its name.
 
     Args:
-        tables: as PickleFile takes them; in safetensors names are flat.
+        tables: see PickleFile. Names in safetensors are flat.
     Raises: CheckpointError.
     """
     return PickleFile(path, tables) if is_pickle(path) else TensorFile(path)
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether a file is in PyTorch's format, or is called so and is not in safetensors' either."""
+    """Return True for PyTorch's format, by content; if unclear, by suffix."""
     try:
         with path.open("rb") as file:
             head = file.read(9)
@@ -753,7 +752,7 @@ def is_pickle(path: Path) -> bool:
 
 
 def _sizes(value: Any) -> Shape | None:
-    """A shape, or strides; None where it is none."""
+    """Return a shape or strides, or None if the value is neither."""
     if not isinstance(value, (tuple, list)) or len(value) > 32 or not all(map(_is_size, value)):
         return None
     return tuple(value)
@@ -769,7 +768,7 @@ def _contiguous(shape: Shape, strides: Shape) -> bool:
 
 
 def _listed(entries: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """Entries for the report, at most MAX_LISTED of them."""
+    """Yield entries for the report, at most MAX_LISTED."""
     entries = iter(entries)
     for name, reason in islice(entries, MAX_LISTED):
         yield shown(name), reason
@@ -777,23 +776,23 @@ def _listed(entries: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
         yield f"{more} more", reason
 
 
-# --------------------------------------------------------------------------- the table with weights
+# ----------------------------------------------------------------------------- the table of weights
 
 
 def _find_weights(root: Any) -> list[str]:
-    """Keys that lead to the table of weights; the rule stands at PickleFile."""
+    """Return the keys that lead to the table of weights. PickleFile gives the rule."""
     if not isinstance(root, _Table):
         what = _describe(root)
         advice = "; save its state_dict()" if isinstance(root, _Inert) else ""
-        raise _Fault(f"holds no table of tensors: what was saved is {what}{advice}")
+        raise _Fault(f"holds no table of tensors: the saved value is {what}{advice}")
     keys = _locate(root, set(), 0)
     if keys is None:
-        raise _Fault("holds no tensors, in no place where a table of weights is kept")
+        raise _Fault("holds no tensors in any usual place of a table of weights")
     return keys
 
 
 def _descend(root: _Table, keys: list[str]) -> Iterator[_Table]:
-    """Every table on the way, from the outermost to that of the weights."""
+    """Yield each table on the way, from the outermost to the table of weights."""
     yield root
     for key in keys:
         root = _tables(root)[key]
@@ -801,7 +800,7 @@ def _descend(root: _Table, keys: list[str]) -> Iterator[_Table]:
 
 
 def _beside(root: _Table, keys: list[str]) -> Iterator[str]:
-    """Names of what stands around the table of weights."""
+    """Yield the names of the values outside the table of weights."""
     prefix = ""
     for table, key in zip(_descend(root, keys), keys, strict=False):
         for name, _ in table.items:
@@ -811,12 +810,12 @@ def _beside(root: _Table, keys: list[str]) -> Iterator[str]:
 
 
 def _tables(table: _Table) -> dict[str, _Table]:
-    """The tables in a table. Of items with the same key, the last counts, as in Python."""
+    """Return the tables in a table. If a key repeats, its last item counts, as in Python."""
     return {k: v for k, v in table.items if isinstance(k, str) and isinstance(v, _Table)}
 
 
 def _locate(table: _Table, seen: set[int], depth: int) -> list[str] | None:
-    """Keys that lead to the table of weights. Every table is looked at once: they may be cyclic."""
+    """Find the keys that lead to the table of weights. Tables can be cyclic: visit each once."""
     if depth > len(NESTED) or id(table) in seen:
         return None
     seen.add(id(table))
@@ -826,11 +825,11 @@ def _locate(table: _Table, seen: set[int], depth: int) -> list[str] | None:
             return [key, *rest]
     if _holds_tensors(table):
         return []
-    distinct = {id(value): key for key, value in inner.items()}  # one may be there often
+    distinct = {id(value): key for key, value in inner.items()}  # one table can have many keys
     found = [key for key in distinct.values() if _holds_tensors(inner[key])]
     if len(found) > 1:
         few = ", ".join(shown(key) for key in found[:10])
-        raise _Fault(f"holds {len(found)} tables of tensors ({few}); save the one that is meant")
+        raise _Fault(f"holds {len(found)} tables of tensors ({few}); save only one of them")
     return found or None
 
 
@@ -841,8 +840,8 @@ def _holds_tensors(table: _Table) -> bool:
 # ------------------------------------------------------------------------ torch 1.6 and later: zip
 
 
-def _read_zip(file: BinaryIO, size: int, machine: _Machine) -> tuple[Any, dict[str, int]]:
-    """The pickled value, and where each storage begins in the file. Raises: _Fault."""
+def _read_zip(file: BinaryIO, size: int, interpreter: _Interpreter) -> tuple[Any, dict[str, int]]:
+    """Return the pickled value and the offset of each storage in the file. Raises: _Fault."""
     entries = _zip_entries(file, size)
     roots = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(roots) != 1:
@@ -868,9 +867,9 @@ def _read_zip(file: BinaryIO, size: int, machine: _Machine) -> tuple[Any, dict[s
 
     if f"{prefix}byteorder" in entries and content(f"{prefix}byteorder", 16) != b"little":
         raise _Fault("was saved on a big-endian machine, which is not supported")
-    root = machine.run(io.BytesIO(content(roots[0], MAX_PICKLE)))
+    root = interpreter.run(io.BytesIO(content(roots[0], MAX_PICKLE)))
     places = {}
-    for key, (_, needed) in machine.storages.items():
+    for key, (_, needed) in interpreter.storages.items():
         if f"{prefix}data/{key}" not in entries:
             raise _Fault(f"damaged: the storage {shown(key)!r} is missing")
         offset, length = find(f"{prefix}data/{key}")
@@ -883,11 +882,11 @@ def _read_zip(file: BinaryIO, size: int, machine: _Machine) -> tuple[Any, dict[s
 
 
 def _zip_entries(file: BinaryIO, size: int) -> dict[str, tuple[int, int | None]]:
-    """Entry -> offset and length of its bytes, which are inside the file, apart from each other.
+    """Return entry -> offset and length of its bytes. Check that they do not overlap.
 
-    The length is None where they are not stored as they are.
+    The length is None if the bytes are compressed or encrypted.
     """
-    broken = "truncated or damaged: its zip directory is not whole; download it again"
+    broken = "truncated or damaged: its zip directory is incomplete; download it again"
     tail_start = max(0, size - 22 - 0xFFFF - 20)
     file.seek(tail_start)
     tail = file.read(size - tail_start)
@@ -895,7 +894,7 @@ def _zip_entries(file: BinaryIO, size: int) -> dict[str, tuple[int, int | None]]
     if end < 0 or len(tail) - end < 22:
         raise _Fault(broken)
     disk, first, here, count, length, start, comment = struct.unpack_from("<4H2IH", tail, end + 4)
-    limit = tail_start + end  # nothing of the archive may be behind this
+    limit = tail_start + end  # all entries must end before this
     if end + 22 + comment != len(tail):
         raise _Fault(broken)
     if end >= 20 and tail[end - 20 : end - 16] == b"PK\x06\x07":  # zip64
@@ -910,7 +909,9 @@ def _zip_entries(file: BinaryIO, size: int) -> dict[str, tuple[int, int | None]]
     if disk or first or here != count or start + length > limit:
         raise _Fault(broken)
     if count > MAX_ENTRIES or length > MAX_DIRECTORY:
-        raise _Fault(f"its zip directory has {count} entries ({length} bytes); no checkpoint has")
+        raise _Fault(
+            f"its zip directory has {count} entries ({length} bytes); no checkpoint needs so many"
+        )
     file.seek(start)
     directory = file.read(length)
     entries: dict[str, tuple[int, int | None]] = {}
@@ -933,9 +934,9 @@ def _zip_entries(file: BinaryIO, size: int) -> dict[str, tuple[int, int | None]]
             raise _Fault(broken)
         offset = header + 30 + sum(struct.unpack_from("<2H", local, 26))
         if name in entries:
-            raise _Fault(f"damaged: its entry {shown(name)!r} stands there twice")
-        as_it_is = not method and not flags & 1 and plain == packed
-        entries[name] = (offset, plain if as_it_is else None)
+            raise _Fault(f"damaged: its entry {shown(name)!r} occurs twice")
+        is_stored = not method and not flags & 1 and plain == packed
+        entries[name] = (offset, plain if is_stored else None)
         spans.append((header, offset + packed))
     end_of_last = 0
     for header, stop in sorted(spans):
@@ -948,7 +949,7 @@ def _zip_entries(file: BinaryIO, size: int) -> dict[str, tuple[int, int | None]]
 
 
 def _zip64(extra: bytes, *fields: int) -> list[int]:
-    """The fields of an entry, those that do not fit 32 bits taken from its zip64 record."""
+    """Return the fields of an entry. Values beyond 32 bits come from its zip64 record."""
     place = 0
     while place + 4 <= len(extra):
         kind, length = struct.unpack_from("<2H", extra, place)
@@ -960,11 +961,13 @@ def _zip64(extra: bytes, *fields: int) -> list[int]:
     return list(fields)
 
 
-# --------------------------------------------------------------- before torch 1.6: pickles in a row
+# ---------------------------------------------------------- before torch 1.6: consecutive pickles
 
 
-def _read_stream(file: BinaryIO, size: int, machine: _Machine) -> tuple[Any, dict[str, int]]:
-    """The pickled value, and where each storage begins in the file. Raises: _Fault."""
+def _read_stream(
+    file: BinaryIO, size: int, interpreter: _Interpreter
+) -> tuple[Any, dict[str, int]]:
+    """Return the pickled value and the offset of each storage in the file. Raises: _Fault."""
     file.seek(0)
     stream = io.BytesIO(file.read(MAX_PICKLE))
     head = stream.getvalue()[:512]
@@ -974,26 +977,28 @@ def _read_stream(file: BinaryIO, size: int, machine: _Machine) -> tuple[Any, dic
             "load and save it with a newer torch"
         )
     try:
-        magic = machine.run(stream)
+        magic = interpreter.run(stream)
     except _Fault as fault:
         if head[:1] == b"\x80":
             raise
-        raise _Fault(f"is no file that torch.save wrote, or damaged ({size} bytes)") from fault
+        raise _Fault(f"was not written by torch.save, or is damaged ({size} bytes)") from fault
     if type(magic) is not int or magic != MAGIC:
         raise _Fault("is a pickle, but not one that torch.save wrote")
-    if machine.run(stream) != PROTOCOL:
+    if interpreter.run(stream) != PROTOCOL:
         raise _Fault(f"is in an unknown format of torch.save (protocol {PROTOCOL} expected)")
-    machine.run(stream)  # sizes of C types on the machine that wrote it; storages are the same
-    root = machine.run(stream)
-    keys = machine.run(stream)
+    interpreter.run(
+        stream
+    )  # sizes of C types on the writer's machine; storages do not depend on them
+    root = interpreter.run(stream)
+    keys = interpreter.run(stream)
     if type(keys) is not list or not all(isinstance(key, str) for key in keys):
         raise _Fault("damaged: the list of its storages is malformed")
     place = stream.tell()
     places = {}
     for key in keys:
-        if key not in machine.storages or key in places:
-            raise _Fault(f"damaged: the storage {shown(key)!r} is not the pickle's, or is twice")
-        width, needed = machine.storages[key]
+        if key not in interpreter.storages or key in places:
+            raise _Fault(f"damaged: the storage {shown(key)!r} is unknown or occurs twice")
+        width, needed = interpreter.storages[key]
         file.seek(place)
         count = int.from_bytes(file.read(8), "little")
         if count * width != needed:
@@ -1005,6 +1010,6 @@ def _read_stream(file: BinaryIO, size: int, machine: _Machine) -> tuple[Any, dic
         place += 8 + needed
     if place > size:
         raise _Fault(f"truncated: {place} bytes expected, {size} found; download it again")
-    if missing := machine.storages.keys() - places.keys():
+    if missing := interpreter.storages.keys() - places.keys():
         raise _Fault(f"damaged: the storage {shown(min(missing))!r} is missing")
     return root, places

@@ -1,11 +1,11 @@
-"""Weights in few bits: the arithmetic, in NumPy. Which tensor gets how many: ``recipes``.
+"""Arithmetic of weights in few bits, in NumPy. ``store.recipes`` chooses the bits of each tensor.
 
-A row of a weight (its last axis) is cut into groups. A group keeps a scale and, in affine mode, a
-bias; a value is a whole number q of few bits and stands for ``scale * q + bias``. The numbers of a
-row are one stream of bits, the lowest first, in 32-bit words: MLX's layout, so that ``mx.quantize``
-gives the same bytes and ``mx.dequantize`` and ``mx.quantized_matmul`` read them. The float modes
-store 4- or 8-bit floating-point numbers with one scale a group (OCP "Microscaling formats" v1.0;
-nvfp4: NVIDIA's, with scales of 8 bits).
+A row of a weight (its last axis) is cut into groups. A group has a scale and, in affine mode, a
+bias. Each value is stored as an integer q of few bits and equals ``scale * q + bias``. The integers
+of a row form one stream of bits in 32-bit words, lowest bit first. This is MLX's layout:
+``mx.quantize`` gives the same bytes, and ``mx.dequantize`` and ``mx.quantized_matmul`` read them.
+The float modes store 4- or 8-bit floating-point numbers with one scale for each group (OCP
+"Microscaling formats" v1.0; nvfp4 is NVIDIA's, with 8-bit scales).
 
 A convolution (out, kH, kW, in) is cut along its input channels, like a linear map.
 """
@@ -26,18 +26,18 @@ from mlxdiff.machine import threads
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
 FLOAT_MODES = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}
-"""Float modes: bits and group size, which are fixed."""
+"""Float mode -> its bits and group size, which are fixed."""
 
-_CHUNK = 1 << 18  # values that a thread works on at a time: what is beside them is ten times that
+_CHUNK = 1 << 18  # values per piece of work of a thread, which needs ten times their memory
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How one tensor is stored.
+    """The stored form of one tensor.
 
     Attributes:
-        bits: of a value.
-        group_size: values that share a scale.
+        bits: bits of a value.
+        group_size: number of values that share a scale.
         mode: "affine" or one of FLOAT_MODES.
     Raises: UsageError for a combination that MLX has no kernels for.
     """
@@ -59,20 +59,20 @@ class Quantization:
             raise UsageError(f"quantization mode {self.mode!r} does not exist; choose {known}")
         elif (self.bits, self.group_size) != FLOAT_MODES[self.mode]:
             bits, group = FLOAT_MODES[self.mode]
-            raise UsageError(f"{self.mode} has {bits} bits in groups of {group}, nothing else")
+            raise UsageError(f"{self.mode} exists only with {bits} bits in groups of {group}")
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits for each value, scales and biases of 16 bits included."""
+        """Stored bits for each value, with 16-bit scales and biases included."""
         return self.bits + (32 if self.mode == "affine" else 8) / self.group_size
 
     def __str__(self) -> str:
-        """For manifests: "affine-4-64"."""
+        """Return the form for manifests: "affine-4-64"."""
         return f"{self.mode}-{self.bits}-{self.group_size}"
 
     @classmethod
     def parse(cls, text: str) -> Quantization:
-        """The inverse of ``str``. Raises: ConfigError."""
+        """Parse the result of ``str``. Raises: ConfigError."""
         match = re.fullmatch(r"(\w+)-(\d+)-(\d+)", text)
         try:
             if match is None:
@@ -83,13 +83,13 @@ class Quantization:
 
 
 class Packed(NamedTuple):
-    """A quantized tensor, as it is stored.
+    """The stored arrays of a quantized tensor.
 
     Attributes:
         weight: (..., in * bits / 32) uint32.
-        scales: (..., in / group_size), floating point, or uint8 in the float modes.
-        biases: as scales; None in the float modes.
-        quantization: how.
+        scales: (..., in / group_size), floating point; uint8 in the float modes.
+        biases: like scales; None in the float modes.
+        quantization: bits, group size and mode.
     """
 
     weight: np.ndarray
@@ -99,22 +99,22 @@ class Packed(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the tensor that it stands for."""
+        """Shape of the original tensor."""
         return (*self.scales.shape[:-1], self.scales.shape[-1] * self.quantization.group_size)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are stored."""
+        """Number of stored bytes."""
         biases = 0 if self.biases is None else self.biases.nbytes
         return self.weight.nbytes + self.scales.nbytes + biases
 
 
 class Beside(NamedTuple):
-    """What is added beside a weight that stays packed: ``gain * weight + up @ down``.
+    """A change to a weight that stays packed: ``gain * weight + up @ down``.
 
     Attributes:
-        down: (R, ...), each row of the shape of a row of the weight; without ``up`` all that is
-            added, (out, ...).
+        down: (R, ...), where a row has the shape of a row of the weight; or, without ``up``, the
+            whole change (out, ...).
         up: (out, R), or None.
         gain: (out,), or None for 1.
     """
@@ -125,7 +125,7 @@ class Beside(NamedTuple):
 
 
 def packed_shapes(shape: tuple[int, ...], how: Quantization) -> dict[str, tuple[int, ...]]:
-    """Shapes of the stored arrays of a tensor of this shape: weight, scales and, affine, biases."""
+    """Return the shapes of the stored arrays: weight, scales and, in affine mode, biases."""
     *rows, width = shape
     groups = (*rows, width // how.group_size)
     shapes = {"weight": (*rows, width * how.bits // 32), "scales": groups}
@@ -133,21 +133,24 @@ def packed_shapes(shape: tuple[int, ...], how: Quantization) -> dict[str, tuple[
 
 
 def fits(shape: tuple[int, ...], how: Quantization) -> bool:
-    """Whether a tensor of this shape can be stored so."""
+    """Return True if a tensor of this shape can be stored with this quantization."""
     return len(shape) >= 2 and shape[-1] % how.group_size == 0
 
 
 def quantize(array: np.ndarray, how: Quantization, fitted: bool = False) -> Packed:
-    """Round a tensor; equal to ``mx.quantize`` of the same values and type, unless fitted.
+    """Round a tensor. Unless ``fitted``, the result equals that of ``mx.quantize``.
 
     Args:
-        array: (..., in) float16 or float32; scales and biases get its type.
-        fitted: affine mode: choose scale and bias of each group for the least squared error, in
-            place of its ends (0.5 to 1.4 dB less error, 2.5 times the work).
-    Raises: UsageError where the group size does not divide ``in``.
+        array: (..., in) float16 or float32. Scales and biases get its type.
+        fitted: in affine mode, choose the scale and bias of each group for the least squared error,
+            not from its extremes (0.5 to 1.4 dB less error, 2.5 times the work).
+    Raises: UsageError if the group size does not divide ``in``.
     """
     if not fits(array.shape, how):
-        raise UsageError(f"shape {array.shape} cannot be cut into groups of {how.group_size}")
+        raise UsageError(
+            f"shape {array.shape} cannot be cut into groups of {how.group_size}; choose a group "
+            "size that divides its last axis"
+        )
     groups = np.ascontiguousarray(array).reshape(-1, how.group_size)
     shapes = packed_shapes(array.shape, how)
     codes = np.empty(groups.shape, np.uint8)
@@ -172,7 +175,7 @@ def quantize(array: np.ndarray, how: Quantization, fitted: bool = False) -> Pack
 
 
 def dequantize(packed: Packed, dtype: Any = np.float32) -> np.ndarray:
-    """The values that a quantized tensor stands for, computed in this type as MLX computes them.
+    """Compute the values of a quantized tensor, in this type, as MLX computes them.
 
     Args:
         dtype: float32 or float16.
@@ -202,7 +205,7 @@ def _parts(rows: int, width: int) -> list[slice]:
 
 
 def _for_each(work: Callable[[slice], None], parts: list[slice]) -> None:
-    """Do the work for all parts; NumPy lets several threads compute at once."""
+    """Run the work for all parts, on several threads if there is more than one part."""
     if len(parts) == 1:
         work(parts[0])
     else:
@@ -210,9 +213,9 @@ def _for_each(work: Callable[[slice], None], parts: list[slice]) -> None:
 
 
 def _round_affine(w: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Numbers, scales and biases of groups (N, group), in float32 as MLX.
+    """Return integers, scales and biases of groups (N, group), in float32 as MLX does.
 
-    The end of the range that is further from zero is met exactly, and zero is one of the values.
+    The extreme further from zero is exact, and zero is one of the values.
     """
     w = w.astype(np.float32)
     most = np.float32(2**bits - 1)
@@ -233,12 +236,11 @@ def _round_affine(w: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def _round_fitted(w: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """As _round_affine, with the smallest squared error that is found.
+    """Return the result of _round_affine with the smallest squared error found.
 
-    From a range that is cut a little at both ends, by turns: round, then take the best scale and
-    bias for these numbers (a straight line through them). What is best of all rounds is kept for
-    each group, _round_affine's own result among them. Scales and biases are tried as they will be
-    stored.
+    The search starts from a range that is cut slightly at both ends. It alternates two steps:
+    round, then fit the best scale and bias to these integers (a straight line). Each group keeps
+    its best result, which may be _round_affine's. Scales and biases are tried in their stored type.
     """
 
     def stored(x: np.ndarray) -> np.ndarray:
@@ -251,7 +253,7 @@ def _round_fitted(w: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.
     error = best[0] * best[1] + best[2] - w
     least = np.einsum("ng,ng->n", error, error)
     low, high, mean = w.min(axis=1), w.max(axis=1), w.mean(axis=1)
-    for share in (1 - 2.0**-bits, 1 - 2.0 ** (1 - bits)):  # as much as clipping may cost
+    for share in (1 - 2.0**-bits, 1 - 2.0 ** (1 - bits)):  # the useful amounts of clipping
         half = (high - low) * np.float32(share / 2)
         scale, bias = stored(2 * half / most), stored((high + low) / 2 - half)
         for _ in range(_ROUNDS):
@@ -278,7 +280,7 @@ _ROUNDS = 4
 
 
 def _round_float(w: np.ndarray, how: Quantization) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers and scales of groups (N, group); step by step in the type of the weights, as MLX."""
+    """Return codes and scales of groups (N, group). Each step uses the weights' type, as in MLX."""
     kind = w.dtype.type
     largest = np.abs(w).max(axis=1, keepdims=True) / kind(6.0 if how.bits == 4 else 448.0)
     if how.mode == "nvfp4":
@@ -289,13 +291,13 @@ def _round_float(w: np.ndarray, how: Quantization) -> tuple[np.ndarray, np.ndarr
     else:
         exponents = np.zeros(largest.shape, np.int32)
         filled = largest != 0
-        # Up, so that nothing saturates (MLX before 0.32.3 rounded to the nearest power).
+        # Round up, so that nothing saturates (MLX before 0.32.3 rounded to the nearest power).
         exponents[filled] = np.ceil(np.log2(largest[filled].astype(np.float32))).astype(np.int32)
         scales = (exponents + 127).astype(np.uint8)
         w = w / np.exp2(exponents.astype(kind))
     if how.bits == 8:
         return _to_e4m3(w.astype(np.float32)), scales[:, 0]
-    # The nearest of 16 values, the first where two are equally near; nan (0 / 0) finds the first.
+    # Take the nearest of 16 values; of two equally near, the first. NaN (0 / 0) gives the first.
     values = _E2M1.astype(kind)
     codes = np.zeros(w.shape, np.uint8)
     nearest = np.abs(w - values[0])
@@ -308,7 +310,7 @@ def _round_float(w: np.ndarray, how: Quantization) -> tuple[np.ndarray, np.ndarr
 
 
 def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Numbers (rows, in) below 2**bits -> words (rows, in * bits / 32)."""
+    """Pack integers (rows, in) below 2**bits into words (rows, in * bits / 32)."""
     rows, width = codes.shape
     if bits == 8:
         return np.ascontiguousarray(codes).view("<u4").astype(np.uint32, copy=False)
@@ -321,7 +323,7 @@ def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _unpack(words: np.ndarray, bits: int) -> np.ndarray:
-    """The inverse of ``_pack``: (..., words) -> (rows, in) uint8."""
+    """Invert ``_pack``: (..., words) -> (rows, in) uint8."""
     stream = np.ascontiguousarray(words.reshape(-1, words.shape[-1]).astype("<u4", copy=False))
     octets = stream.view(np.uint8)
     if bits == 8:
@@ -329,7 +331,8 @@ def _unpack(words: np.ndarray, bits: int) -> np.ndarray:
     rows, width = len(octets), octets.shape[1] * 8 // bits
     if bits in (2, 4):
         shifts = np.arange(0, 8, bits, dtype=np.uint8)
-        return ((octets[..., None] >> shifts) & np.uint8(2**bits - 1)).reshape(rows, width)
+        codes: np.ndarray = (octets[..., None] >> shifts) & np.uint8(2**bits - 1)
+        return codes.reshape(rows, width)
     out = np.empty((rows, width), np.uint8)
     for part in _parts(rows, width * 8):
         ones = np.unpackbits(octets[part], axis=-1, bitorder="little").reshape(-1, width, bits)
@@ -345,7 +348,9 @@ _E2M1 = np.concatenate([_E2M1, -_E2M1])
 
 
 def _e4m3_values() -> np.ndarray:
-    """The value of each byte: 1 bit sign, 4 bits exponent (bias 7), 3 bits mantissa, no infinity.
+    """Compute the value of each byte: sign, 4 exponent bits (bias 7), 3 mantissa bits.
+
+    There is no infinity.
 
     Source: Micikevicius et al. 2022, "FP8 formats for deep learning", table 1.
     """
@@ -359,26 +364,28 @@ def _e4m3_values() -> np.ndarray:
 
 
 E4M3 = _e4m3_values()
-"""The value of each byte of the 8-bit float e4m3."""
+"""Byte of the 8-bit float e4m3 -> its value."""
 
 
 @cache
-def _e4m3_borders() -> np.ndarray:
-    """Half way between neighbours of the values 0 ... 448."""
+def _e4m3_midpoints() -> np.ndarray:
+    """Return the midpoints between neighbours of the values 0 ... 448."""
     values = E4M3[:127].astype(np.float64)
     return (values[1:] + values[:-1]) / 2
 
 
 def _to_e4m3(x: np.ndarray) -> np.ndarray:
-    """The nearest e4m3 number, ties to even, beyond 448 that."""
+    """Round to the nearest e4m3 number, ties to even. Larger values give 448."""
     size = np.abs(x).astype(np.float64)
-    borders = _e4m3_borders()
-    code = np.searchsorted(borders, size)  # left: a tie goes down
-    tie = (code < len(borders)) & (borders[np.minimum(code, len(borders) - 1)] == size)
+    midpoints = _e4m3_midpoints()
+    code: np.ndarray = np.searchsorted(midpoints, size)  # left: a tie goes down
+    tie = (code < len(midpoints)) & (midpoints[np.minimum(code, len(midpoints) - 1)] == size)
     code += tie & (code % 2 == 1)
-    return (code | np.where(np.signbit(x), 128, 0)).astype(np.uint8)
+    code |= np.where(np.signbit(x), 128, 0)
+    return code.astype(np.uint8)
 
 
 def _e8m0(exponents: np.ndarray) -> np.ndarray:
-    """The power of two that a byte stands for."""
-    return np.ldexp(np.float32(1), exponents.astype(np.int32) - 127)
+    """Return the powers of two that these bytes encode."""
+    powers: np.ndarray = np.ldexp(np.float32(1), exponents.astype(np.int32) - 127)
+    return powers

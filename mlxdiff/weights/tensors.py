@@ -1,10 +1,10 @@
-"""Tensors in safetensors files: known by their headers, read when asked for, written one by one.
+"""Tensors in safetensors files: described by their headers, read on demand, written one by one.
 
-A file is opened by its header alone; a tensor's bytes are mapped only while someone holds the
-array, so that memory depends on the largest tensor, not on the file. The reader is our own because
-safetensors' NumPy reader refuses bfloat16, and because every fault of a file has to be one clear
-CheckpointError. Format: https://github.com/huggingface/safetensors (8 bytes of little-endian header
-length, a JSON header, the tensors).
+Opening a file reads only its header. The bytes of a tensor are mapped only while an array of it
+exists, so memory depends on the largest tensor, not on the file. mlxdiff has its own reader because
+safetensors' NumPy reader refuses bfloat16, and because every fault of a file must give one clear
+CheckpointError. Format: https://github.com/huggingface/safetensors (8 bytes with the header length,
+little-endian; a JSON header; the tensors).
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from mlxdiff.weights.quantization import (
 
 Shape = tuple[int, ...]
 
-MAX_HEADER_BYTES = 100_000_000  # as the reference implementation of the format
+MAX_HEADER_BYTES = 100_000_000  # the limit of the format's reference implementation
 MAX_NAME = 1000
 
-# Type name in a safetensors header -> bytes a value, NumPy type of the stored bits.
+# Type name in a safetensors header -> bytes per value, NumPy type of the stored bits.
 _STORED: dict[str, tuple[int, str]] = {
     "F64": (8, "<f8"),
     "F32": (4, "<f4"),
@@ -57,24 +57,24 @@ _STORED: dict[str, tuple[int, str]] = {
     "F8_E5M2": (1, "|u1"),
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
-"""Types that a weight of a converted folder may be stored in."""
+"""Types that weights in a converted folder can have."""
 
 READABLE = (*FLOATS, "F8_E4M3", "F8_E5M2")
-"""Types that a weight of a checkpoint may be stored in."""
+"""Types that weights in a checkpoint can have."""
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-"""Types that we write, by the name that people use."""
+"""User's name of each type that mlxdiff writes -> its name in safetensors."""
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is known by shape and type, and read when it is asked for.
+    """A tensor with a known shape and type. Its values are read on demand.
 
     Attributes:
-        shape: dimensions of what ``read`` returns.
-        dtype: type name of the stored values, as safetensors writes it ("F16", "BF16", ...).
-        read: reads the values; BF16 and the 8-bit floats come as float32, exactly. The array may
-            be a read-only view of the file. Raises: CheckpointError.
+        shape: shape of the array that ``read`` returns.
+        dtype: safetensors' name of the stored type ("F16", "BF16", ...).
+        read: reads the values. BF16 and the 8-bit floats become float32, exactly. The array may be
+            a read-only view of the file. Raises: CheckpointError.
     """
 
     shape: Shape
@@ -94,12 +94,12 @@ class LazyTensor:
 
 @dataclass(frozen=True)
 class QuantizedTensor(LazyTensor):
-    """A tensor that is stored in few bits; ``read`` gives the values it stands for, as float32.
+    """A tensor that is stored in few bits. ``read`` returns its values as float32.
 
     Attributes:
-        dtype: type name of what its scales are stored as (or would be, in the float modes).
-        quantization: how it is stored.
-        read_packed: reads what is stored. Raises: CheckpointError.
+        dtype: type name of the stored scales (in the float modes: of scales that would be stored).
+        quantization: how the tensor is stored.
+        read_packed: reads the stored arrays. Raises: CheckpointError.
     """
 
     quantization: Quantization
@@ -111,7 +111,7 @@ class QuantizedTensor(LazyTensor):
         return sum(math.prod(shape) * _STORED[kind][0] for shape, kind in self.parts().values())
 
     def parts(self) -> dict[str, tuple[Shape, str]]:
-        """What is stored: "weight", "scales" and, in affine mode, "biases" -> shape, type name."""
+        """Return name of each stored array ("weight", "scales", "biases") -> shape, type."""
         scales = self.dtype if self.quantization.mode == "affine" else "U8"
         return {
             part: (shape, "U32" if part == "weight" else scales)
@@ -121,12 +121,12 @@ class QuantizedTensor(LazyTensor):
 
 @dataclass(frozen=True)
 class AdaptedTensor(QuantizedTensor):
-    """A tensor that is stored in few bits, with something beside it that is not.
+    """A tensor that is stored in few bits, with a change beside it in full precision.
 
-    ``read`` gives all of it, ``read_packed`` what is stored.
+    ``read`` returns the changed values, ``read_packed`` the stored arrays without the change.
 
     Attributes:
-        read_beside: reads what is beside it. Raises: CheckpointError.
+        read_beside: reads the change. Raises: CheckpointError.
     """
 
     read_beside: Callable[[], Beside] = field(repr=False, compare=False)
@@ -135,18 +135,18 @@ class AdaptedTensor(QuantizedTensor):
 def quantized(
     shape: Shape, dtype: str, how: Quantization, read_packed: Callable[[], Packed]
 ) -> QuantizedTensor:
-    """A tensor of which this function reads what is stored."""
+    """Make a lazy tensor whose stored arrays come from ``read_packed``."""
     return QuantizedTensor(shape, dtype, lambda: dequantize(read_packed()), how, read_packed)
 
 
 def quantize_tensor(
     name: str, tensor: LazyTensor, how: Quantization, dtype: str, fitted: bool = False
 ) -> LazyTensor:
-    """A tensor that is rounded whenever it is read: first to ``dtype``, then to few bits.
+    """Make a tensor that is rounded whenever it is read: first to ``dtype``, then to few bits.
 
     Args:
-        name: for messages.
-        dtype: what the scales are stored as: "float16", "bfloat16" or "float32".
+        name: name for messages.
+        dtype: type of the scales: "float16", "bfloat16" or "float32".
         fitted: see ``quantize``.
     """
 
@@ -165,13 +165,13 @@ def quantize_tensor(
 
 
 class TensorFile:
-    """A safetensors file whose header has been checked: every byte belongs to exactly one tensor.
+    """A safetensors file with a checked header: every byte belongs to exactly one tensor.
 
     Attributes:
         path: the file.
         metadata: the strings under ``__metadata__``.
         tensors: name -> LazyTensor, in the order of the header.
-    Raises: CheckpointError, for anything that is not a whole and sound safetensors file.
+    Raises: CheckpointError if the file is not a complete and sound safetensors file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -192,7 +192,7 @@ class TensorFile:
         place = 0
         for begin, stop, name in sorted(spans):
             if begin != place:
-                what = "overlaps another tensor" if begin < place else "leaves a hole before it"
+                what = "overlaps another tensor" if begin < place else "has a gap before it"
                 raise self._fault(f"tensor {name!r} {what} (offset {begin}, expected {place})")
             place = stop
         if place > end - start:
@@ -206,7 +206,7 @@ class TensorFile:
         return CheckpointError(f"{self.path}: {what}")
 
     def _entry(self, name: str, entry: Any, start: int) -> tuple[LazyTensor, int, int]:
-        """Check one tensor's entry; the tensor, and its place in the data."""
+        """Check one header entry. Return the tensor, its begin and its end in the data."""
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise self._fault(
                 f"tensor {name!r}: expected dtype, shape and data_offsets in the header"
@@ -223,7 +223,7 @@ class TensorFile:
         size = math.prod(shape) * _STORED[dtype][0]
         if stop - begin != size:
             raise self._fault(
-                f"tensor {name!r} is given {stop - begin} bytes; {dtype} {shape} takes {size}"
+                f"tensor {name!r} has {stop - begin} bytes; {dtype} {shape} needs {size}"
             )
         path, offset, shape = self.path, start + begin, tuple(shape)
         return (
@@ -234,7 +234,7 @@ class TensorFile:
 
 
 def _are_sizes(values: Any) -> bool:
-    """Whether this is a list of whole numbers that can be sizes or offsets."""
+    """Return True if this is a list of integers that can be sizes or offsets."""
     return (
         isinstance(values, list)
         and len(values) <= 32
@@ -243,7 +243,7 @@ def _are_sizes(values: Any) -> bool:
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The header of a safetensors file, where the data begins, and the file's length."""
+    """Return the header of a safetensors file, the offset of its data, and the file's length."""
     try:
         with path.open("rb") as file:
             end = os.fstat(file.fileno()).st_size
@@ -258,10 +258,10 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: not a safetensors file (its header is no JSON: {error})"
+            f"{path}: not a safetensors file (its header is not JSON: {error})"
         ) from None
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: not a safetensors file (its header is no JSON object)")
+        raise CheckpointError(f"{path}: not a safetensors file (its header is not a JSON object)")
     return header, 8 + length, end
 
 
@@ -269,37 +269,37 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in pairs:
         if name in result:
-            raise ValueError(f"{shown(repr(name))} stands there twice")
+            raise ValueError(f"{shown(repr(name))} occurs twice")
         result[name] = value
     return result
 
 
 def shown(text: str) -> str:
-    """A text of a file as messages show it: one line, not too long, no control characters."""
+    """Prepare text from a file for a message: one line, limited length, no control characters."""
     text = text if text.isprintable() else repr(text)
     return text if len(text) <= 200 else text[:200] + "..."
 
 
 def _not_safetensors(prefix: bytes, size: int) -> str:
-    """What a file is whose first bytes are no safetensors header."""
+    """Describe a file whose first bytes are not a safetensors header."""
     if prefix.startswith((b"PK\x03\x04", b"\x80\x02")):
         return "is a PyTorch pickle, not a safetensors file"
     return foreign(prefix, size) or f"not a safetensors file, or truncated ({size} bytes)"
 
 
 def foreign(prefix: bytes, size: int) -> str | None:
-    """What a file is that holds no tensors but is often found in their place; None where unknown.
+    """Describe a file of a common other kind. Return None if the kind is unknown.
 
     Args:
-        prefix: its first bytes.
-        size: its length.
+        prefix: the first bytes of the file.
+        size: the length of the file.
     """
     if size == 0:
         return "is empty"
     if prefix.startswith(b"version "):
         return "is a Git LFS pointer, not the weights; run `git lfs pull` in its repository"
     if prefix.startswith(b"GGUF"):
-        return "is a GGUF file, which is not supported; take the safetensors of the same model"
+        return "is a GGUF file, which is not supported; use the safetensors file of the same model"
     if prefix.lstrip().startswith(b"<"):
         return "is a web page, not the weights; download it again"
     return None
@@ -313,16 +313,15 @@ def read_values(
     offset: int,
     strides: tuple[int, ...] | None = None,
 ) -> np.ndarray:
-    """Map the bytes of one tensor; they leave memory with the array.
+    """Map the bytes of one tensor. They leave memory together with the array.
 
     Args:
-        path: file that holds them.
-        name: of the tensor, for messages.
-        dtype, shape: as LazyTensor has them.
-        offset: of the first value in the file, in bytes.
-        strides: steps from value to value along each dimension, counted in values, not negative;
-            None: contiguous.
-    Returns: as ``LazyTensor.read``; read-only where it is a view of the file.
+        path: file that holds the bytes.
+        name: name of the tensor, for messages.
+        dtype, shape: see LazyTensor.
+        offset: position of the first value in the file, in bytes.
+        strides: step to the next value along each axis, in values, not negative. None: contiguous.
+    Returns: see ``LazyTensor.read``. A view of the file is read-only.
     Raises: CheckpointError.
     """
     width, stored = _STORED[dtype]
@@ -350,11 +349,14 @@ def read_values(
 
 
 def _decoded(bits: np.ndarray, dtype: str) -> np.ndarray:
-    """The values of types that NumPy does not have, as float32; others as they are."""
+    """Convert types that NumPy lacks to float32. Leave other types unchanged."""
     if dtype == "BF16":
-        return (bits.astype(np.uint32) << 16).view(np.float32)
+        wide: np.ndarray = bits.astype(np.uint32) << 16
+        return wide.view(np.float32)
     if dtype == "F8_E5M2":  # the upper half of a float16
-        return (bits.astype(np.uint16) << 8).view(np.float16).astype(np.float32)
+        half: np.ndarray = bits.astype(np.uint16) << 8
+        values: np.ndarray = half.view(np.float16).astype(np.float32)
+        return values
     if dtype == "F8_E4M3":
         return E4M3[bits]
     return bits
@@ -368,13 +370,13 @@ def open_weights(
     path: str | os.PathLike[str],
     open_file: Callable[[Path], Mapping[str, LazyTensor]] = _open_safetensors,
 ) -> dict[str, LazyTensor]:
-    """All tensors of a file, or of the shards that an ``.index.json`` names.
+    """Open all tensors of a file, or of the shards in an ``.index.json``.
 
     Args:
         path: file or index.
-        open_file: opens one file; default: as safetensors, and nothing else.
-    Raises: CheckpointError; for a missing shard, for a tensor that is not where the index says or
-        is in two shards.
+        open_file: opens one file. Default: as safetensors only.
+    Raises: CheckpointError, also for a missing shard, a tensor that is not in the shard of the
+        index, and a tensor in two shards.
     """
     path = Path(path)
     if not path.name.endswith(".json"):
@@ -384,7 +386,9 @@ def open_weights(
     weight_map = _read_weight_map(path)
     for shard in sorted(set(weight_map.values())):
         if not (path.parent / shard).is_file():
-            raise CheckpointError(f"{path}: the shard {shard} is missing from the folder")
+            raise CheckpointError(
+                f"{path}: the shard {shard} is missing from the folder; download it"
+            )
         for name, tensor in open_file(path.parent / shard).items():
             if name in tensors:
                 raise CheckpointError(f"{path}: tensor {name!r} is in {place[name]} and in {shard}")
@@ -392,31 +396,32 @@ def open_weights(
     for name, shard in weight_map.items():
         if place.get(name) != shard:
             raise CheckpointError(
-                f"{path}: tensor {name!r} is not in {shard}, where the index has it"
+                f"{path}: tensor {name!r} is not in {shard}, although the index says so; download "
+                "the index and the shards again"
             )
     return tensors
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:
-    """The ``weight_map`` of an index: tensor name -> file name in the same folder."""
+    """Read the ``weight_map`` of an index: tensor name -> file name in the same folder."""
     try:
         weight_map = read_json(path).get("weight_map")
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path}: has no weight_map, so it is no index of shards")
+        raise CheckpointError(f"{path}: has no weight_map, so it is not an index of shards")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or shard in ("", ".", "..") or set(shard) & set("/\\\0"):
             raise CheckpointError(
-                f"{path}: {shard!r}, for {name!r}, is no file name in this folder"
+                f"{path}: {shard!r}, for {name!r}, is not a file name in this folder"
             )
         if not shard.endswith((".safetensors", ".bin")):
-            raise CheckpointError(f"{path}: names {shard!r}, which is no file of weights")
+            raise CheckpointError(f"{path}: names {shard!r}, which is not a weight file")
     return weight_map
 
 
 def shard_files(path: str | os.PathLike[str]) -> list[Path]:
-    """The files behind what ``open_weights`` takes: the file itself, or index and shards."""
+    """Return the files that ``open_weights`` reads: the file, or the index and its shards."""
     path = Path(path)
     if not path.name.endswith(".json"):
         return [path]
@@ -424,7 +429,7 @@ def shard_files(path: str | os.PathLike[str]) -> list[Path]:
 
 
 def raise_faults(where: str, **faults: list[str]) -> None:
-    """Raise a CheckpointError for these faults (kind -> names); nothing where all are empty."""
+    """Raise a CheckpointError for these faults (kind -> names). Do nothing if all are empty."""
     parts = []
     for kind, names in faults.items():
         if names:
@@ -435,13 +440,13 @@ def raise_faults(where: str, **faults: list[str]) -> None:
 
 
 def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
-    """Values in the type that is written; bfloat16 as its bits (uint16), rounded to nearest even.
+    """Round values to the stored type, to nearest even. bfloat16 values become their bits (uint16).
 
     Args:
         array: float16, float32 or float64, finite.
         dtype: "float32", "float16" or "bfloat16".
-        name: the tensor's name, for the message.
-    Raises: CheckpointError where a value is beyond the range of that type.
+        name: name of the tensor, for the message.
+    Raises: CheckpointError if a value is beyond the range of the type.
     """
     if dtype == "bfloat16":
         bits = array.astype(np.float32).view(np.uint32)
@@ -461,17 +466,17 @@ def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
 
 
 def round_to(array: np.ndarray, dtype: str) -> np.ndarray:
-    """The values that ``cast`` would store, as floating-point numbers."""
+    """Return the values that ``cast`` would store, as floating-point numbers."""
     return _decoded(cast(array, dtype, "a value"), DTYPES[dtype])
 
 
 def stored_arrays(
     name: str, tensor: LazyTensor, dtype: str, label: str = ""
 ) -> dict[str, tuple[Shape, str, Callable[[Any], np.ndarray]]]:
-    """What is written for a tensor: name -> shape, type name, and how to get it from what is read.
+    """Return the arrays to write: name -> shape, type name, function of the read values.
 
     Args:
-        label: what messages call the tensor.
+        label: name of the tensor in messages.
     """
     if not isinstance(tensor, QuantizedTensor):
         return {name: (tensor.shape, DTYPES[dtype], lambda values: cast(values, dtype, label))}
@@ -496,15 +501,15 @@ def write_safetensors(
     dtype: str,
     on_tensor: Callable[[int, str], None] = lambda size, name: None,
 ) -> str:
-    """Write a safetensors file tensor by tensor, in the order given: memory is one tensor's.
+    """Write a safetensors file, one tensor at a time, in the given order.
 
     Args:
         path: file to write.
-        tensors: what to write.
+        tensors: name -> tensor.
         dtype: "float32", "float16" or "bfloat16".
         on_tensor: called with bytes and name after each tensor.
     Returns: sha256 of the file, in hex.
-    Raises: CheckpointError, from reading or casting a tensor.
+    Raises: CheckpointError if a tensor cannot be read or cast.
     """
     folder = path.parent.name
     arrays = {
@@ -546,7 +551,7 @@ def write_safetensors(
 
 
 def stored_bytes(tensor: LazyTensor, dtype: str) -> int:
-    """Bytes of a tensor in a converted folder of this type."""
+    """Return the bytes of a tensor in a converted folder of this type."""
     if isinstance(tensor, QuantizedTensor):
         return tensor.nbytes
     return tensor.size * _STORED[DTYPES[dtype]][0]

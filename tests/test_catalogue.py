@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mlxdiff.store import hub
 from mlxdiff.store.catalogue import KNOWN, expand, suggestion
+from mlxdiff.store.reference import is_repo_id, parse
 
 NAMES = Path(__file__).parent / "golden" / "names"
 TEXT = {"sd1": ["sd15"], "sd2": ["sd21"], "sdxl": ["sd15", "sdxl-2"], "sdxl-refiner": ["sdxl-2"]}
@@ -27,15 +27,15 @@ UNETS = {
 
 
 def half_bytes(component: str) -> int:
-    """Bytes of a full-size component in float16."""
+    """Return the bytes of a full-size component in float16."""
     data = json.loads(gzip.decompress((NAMES / f"{component}.json.gz").read_bytes()))
     return 2 * sum(math.prod(shape) for shape in data["shapes"].values())
 
 
 @pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.name)
 def test_the_table(known: object) -> None:
-    assert hub.is_repo_id(known.repo) and "@" not in known.repo  # type: ignore[attr-defined]
-    assert hub.parse(known.name) is None  # type: ignore[attr-defined]
+    assert is_repo_id(known.repo) and "@" not in known.repo
+    assert parse(known.name) is None
     assert known.licence and known.note  # type: ignore[attr-defined]
 
 
@@ -68,7 +68,8 @@ def test_expand(
     assert caplog.text == ""
     (tmp_path / "sd15").mkdir()
     assert expand("sd15") == "sd15"
-    assert f"the folder here is taken, not the well-known model ({repo})" in caplog.text
+    expected = f"using the local folder of this name, not the well-known model ({repo})"
+    assert expected in caplog.text
 
 
 def test_suggestion() -> None:
