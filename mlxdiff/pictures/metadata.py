@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxdiff.errors import UsageError
 from mlxdiff.pictures.image import open_picture
+from mlxdiff.samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,25 +31,7 @@ if TYPE_CHECKING:
 SCHEMA = "mlxdiff.image/1"
 PARAMETERS_KEY, JSON_KEY = "parameters", "mlxdiff"
 
-SAMPLER_NAMES = {
-    "dpmpp-2m": "DPM++ 2M",
-    "dpmpp-3m": "DPM++ 3M",
-    "dpmpp-2m-sde": "DPM++ 2M SDE",
-    "dpm-2m": "DPM 2M",  # A1111's "DPM2" is another method
-    "dpmpp-2s": "DPM++ 2S",
-    "unipc": "UniPC",
-    "euler": "Euler",
-    "euler-a": "Euler a",
-    "heun": "Heun",
-    "ddim": "DDIM",
-    "ddpm": "DDPM",
-    "lms": "LMS",
-    "pndm": "PLMS",
-    "lcm": "LCM",
-    "tcd": "TCD",
-    "deis": "DEIS",
-    "fitted": "Fitted",
-}
+SAMPLER_NAMES = {one.id: one.a1111 for one in SAMPLERS.values()}
 """Our sampler ids -> the names that A1111 shows, or would."""
 
 SCHEDULE_NAMES = {

@@ -260,7 +260,7 @@ class Model(Networks):
         """The guidance scale of the reference pipeline for this kind of model; Turbo takes none."""
         if self.unet_config.time_cond_proj_dim is not None:
             return 8.5
-        if samplers.distilled_for(self.source.scheduler_config) in ("euler", "euler-a"):
+        if samplers.is_turbo(self.source.scheduler_config):
             return 0.0
         if self.upscales:
             return 9.0

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mlxdiff import samplers
 from mlxdiff.errors import UsageError
 from mlxdiff.networks.config import UNet2DConfig
 from mlxdiff.pictures.image import to_pil
@@ -52,18 +53,17 @@ class PixelModel(Networks):
     @property
     def default_sampler(self) -> str:
         """What the pipeline of the model's class samples with."""
-        if self.source.model_index.get("_class_name") == "DDIMPipeline":
-            return "ddim"
         name = self.source.scheduler_config.get("_class_name")
-        return {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}.get(str(name), "checkpoint")
+        if self.source.model_index.get("_class_name") == "DDIMPipeline":
+            name = "DDIMScheduler"
+        return samplers.of_class(name) or "checkpoint"
 
     def default_steps(self, sampler: str) -> int:
         """1000 for ``ddpm``, or as many as the model was trained with; 50 for the others."""
         config = self.source.scheduler_config
-        if sampler == "checkpoint" and config.get("_class_name") == "DDPMScheduler":
-            sampler = "ddpm"
         trained = config.get("num_train_timesteps", DDPM_STEPS)
-        steps = DDPM_STEPS if sampler == "ddpm" else OTHER_STEPS
+        ddpm = samplers.reference_class(config, sampler) == "DDPMScheduler"
+        steps = DDPM_STEPS if ddpm else OTHER_STEPS
         return min(steps, trained) if isinstance(trained, int) and trained > 0 else steps
 
     def check_size(self, *, width: int, height: int) -> None:

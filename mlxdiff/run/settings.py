@@ -117,7 +117,7 @@ class Settings:
     @property
     def evaluations(self) -> int:
         """Evaluations of a whole run by A1111's count, on which prompt editing is based."""
-        return self.steps * (2 if self.sampler == "heun" else 1)
+        return self.steps * samplers.evaluations_per_step(self.sampler)
 
     @property
     def encodes(self) -> bool:
@@ -395,7 +395,7 @@ def make_plans(
         isinstance(model, Model)
         and model.is_latent_consistency
         and settings.canvas is None  # its pipelines do not inpaint; the general one does
-        and _samples_with_lcm(settings, model)
+        and samplers.takes_distilled_strength(source.scheduler_config, settings.sampler)
     )
     plan = samplers.plan(
         source.scheduler_config,
@@ -429,13 +429,6 @@ def make_plans(
         denoising_start=settings.denoising_start,
     )
     return plan, second
-
-
-def _samples_with_lcm(settings: Settings, model: Model) -> bool:
-    own = samplers.distilled_for(model.source.scheduler_config)
-    return settings.sampler == "lcm" or (
-        settings.sampler in ("auto", "checkpoint") and own == "lcm"
-    )
 
 
 def _check_editing(settings: Settings) -> None:
