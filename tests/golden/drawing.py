@@ -18,23 +18,11 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderTiny,
-    DDIMScheduler,
-    DDPMScheduler,
-    DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    DPMSolverSinglestepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    LCMScheduler,
-    LMSDiscreteScheduler,
-    TCDScheduler,
-    UniPCMultistepScheduler,
-)
+from diffusers import AutoencoderTiny, DiffusionPipeline
 from make_goldens import CIRCLE, TREE, nhwc
 from PIL import Image
+
+from mlxdiff.samplers import SAMPLERS
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -43,24 +31,6 @@ from golden_data import checkpoint  # noqa: E402
 Drawn = tuple[np.ndarray, np.ndarray]
 """Latents (B, h, w, C) and uint8 pictures (B, H, W, 3)."""
 OWN: dict[str, Any] = {"clip_sample": False}  # of a latent model, whatever the class's default
-CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "dpmpp-2m": (DPMSolverMultistepScheduler, {}),
-    "dpmpp-2m-sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
-    "dpm-2m": (
-        DPMSolverMultistepScheduler,
-        {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
-    ),
-    "dpmpp-2s": (DPMSolverSinglestepScheduler, {}),
-    "euler": (EulerDiscreteScheduler, {}),
-    "euler-a": (EulerAncestralDiscreteScheduler, {}),
-    "heun": (HeunDiscreteScheduler, {}),
-    "ddim": (DDIMScheduler, OWN),
-    "ddpm": (DDPMScheduler, OWN),
-    "lms": (LMSDiscreteScheduler, {}),
-    "unipc": (UniPCMultistepScheduler, {}),
-    "lcm": (LCMScheduler, {}),
-    "tcd": (TCDScheduler, OWN),
-}
 WORDS = {  # ours -> diffusers'
     "negative_prompt": "negative_prompt",
     "steps": "num_inference_steps",
@@ -103,7 +73,10 @@ def prepare(pipe: Any, arguments: dict[str, Any]) -> Any:
     if sampler == "checkpoint":
         kind, settings = getattr(diffusers, own["_class_name"]), {}
     else:
-        kind, settings = CLASSES[sampler]
+        chosen = SAMPLERS[sampler]
+        kind, settings = getattr(diffusers, str(chosen.scheduler.reference)), dict(chosen.arguments)
+        if "clip_sample" in inspect.signature(kind.__init__).parameters:
+            settings |= OWN
     if arguments.get("schedule") == "karras":
         settings = settings | {"use_karras_sigmas": True}
     pipe.scheduler = kind.from_config(own, **settings)

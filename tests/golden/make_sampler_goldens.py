@@ -23,49 +23,13 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import sampler_cases as cases  # noqa: E402
 
-CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
-    "dpmpp-2m": (
-        "DPMSolverMultistepScheduler",
-        {"algorithm_type": "dpmsolver++", "solver_order": 2},
-    ),
-    "dpmpp-3m": (
-        "DPMSolverMultistepScheduler",
-        {"algorithm_type": "dpmsolver++", "solver_order": 3},
-    ),
-    "dpmpp-2m-sde": (
-        "DPMSolverMultistepScheduler",
-        {"algorithm_type": "sde-dpmsolver++", "solver_order": 2},
-    ),
-    "dpm-2m": (
-        "DPMSolverMultistepScheduler",
-        {"algorithm_type": "dpmsolver", "solver_order": 2, "final_sigmas_type": "sigma_min"},
-    ),
-    "dpmpp-2s": (
-        "DPMSolverSinglestepScheduler",
-        {"algorithm_type": "dpmsolver++", "solver_order": 2},
-    ),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "ddim": ("DDIMScheduler", {}),
-    "ddpm": ("DDPMScheduler", {}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "pndm": ("PNDMScheduler", {}),
-    "lcm": ("LCMScheduler", {}),
-    "tcd": ("TCDScheduler", {}),
-    "deis": ("DEISMultistepScheduler", {}),
-}
-SCHEDULES: dict[str, dict[str, Any]] = {
-    "normal": {},
-    "karras": {"use_karras_sigmas": True},
-    "exponential": {"use_exponential_sigmas": True},
-    "beta": {"use_beta_sigmas": True},
-    "lu": {"use_lu_lambdas": True},
-    "trailing": {"timestep_spacing": "trailing"},
-    "leading": {"timestep_spacing": "leading"},
-    "linspace": {"timestep_spacing": "linspace"},
-    "ays": {},
+from mlxdiff.samplers import SAMPLERS  # noqa: E402
+from mlxdiff.samplers.registry import SCHEDULE_ARGUMENTS as SCHEDULES  # noqa: E402
+
+CLASSES = {
+    one.id: (one.scheduler.reference, dict(one.arguments))
+    for one in SAMPLERS.values()
+    if one.scheduler.reference is not None
 }
 # Arguments off the beaten track: (overrides of the config, samplers, schedule, steps).
 VARIANTS: list[tuple[dict[str, Any], str, str, int]] = [

@@ -1,0 +1,176 @@
+"""The one list of samplers: what its ids mean, and that no second list stands anywhere."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sampler_cases import CONFIGS
+
+from mlxdiff import samplers
+from mlxdiff.pictures.metadata import SAMPLER_NAMES, SCHEDULE_NAMES
+from mlxdiff.samplers.registry import SCHEDULE_ARGUMENTS
+
+ROOT = Path(__file__).resolve().parent.parent
+SD = CONFIGS["sd15"]
+
+# The meaning of each id, written down a second time on purpose: the golden runs of diffusers are
+# made from the registry, so a wrong argument there would not show in them.
+CONTRACT: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "dpmpp-2m": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver++", "solver_order": 2},
+    ),
+    "dpmpp-3m": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver++", "solver_order": 3},
+    ),
+    "dpmpp-2m-sde": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "solver_order": 2},
+    ),
+    "dpm-2m": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver", "solver_order": 2, "final_sigmas_type": "sigma_min"},
+    ),
+    "dpmpp-2s": (
+        "DPMSolverSinglestepScheduler",
+        {"algorithm_type": "dpmsolver++", "solver_order": 2},
+    ),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+    "tcd": ("TCDScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "fitted": (None, {}),
+}
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_an_id_means_what_the_contract_says(name: str) -> None:
+    found = samplers.SAMPLERS[name]
+    assert (found.id, found.scheduler.reference, dict(found.arguments)) == (name, *CONTRACT[name])
+
+
+def test_names() -> None:
+    assert samplers.NAMES == ("auto", "checkpoint", *samplers.SAMPLERS)
+    assert samplers.SCHEDULES == ("auto", *SCHEDULE_ARGUMENTS)
+    contract = "normal karras exponential beta lu trailing leading linspace ays"
+    assert set(contract.split()) <= set(SCHEDULE_ARGUMENTS)
+
+
+def test_every_sampler_and_schedule_has_a_name_for_a1111() -> None:
+    assert set(SAMPLER_NAMES) == set(samplers.SAMPLERS)
+    assert set(SCHEDULE_NAMES) == set(samplers.SCHEDULES)
+    for names in (SAMPLER_NAMES, SCHEDULE_NAMES):
+        assert len({name.lower() for name in names.values()}) == len(names)
+
+
+def _table(page: str, section: str) -> dict[str, str]:
+    """First cell -> second cell of the rows below a heading, up to the next heading."""
+    text = page.split(f"\n## {section}\n")[1].split("\n#")[0]
+    cells = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("| ")]
+    return {first.strip(): second.strip() for first, second in cells}
+
+
+def test_the_page_lists_every_sampler_and_schedule() -> None:
+    page = (ROOT / "docs" / "samplers.md").read_text(encoding="utf-8")
+    rows = {name.strip("`"): text for name, text in _table(page, "The samplers").items()}
+    assert set(rows) - {"id"} == set(samplers.NAMES)
+    for one in samplers.SAMPLERS.values():
+        reference = one.scheduler.reference
+        if reference is not None and not rows[one.id].startswith("the same"):
+            assert rows[one.id].startswith(re.sub("(Discrete)?Scheduler$", "", reference))
+    schedules = _table(page, "Schedules")
+    listed = {name for row in schedules for name in re.findall(r"`([\w-]+)`", row)}
+    assert listed == set(SCHEDULE_ARGUMENTS)
+    having = {name for row in schedules if "`" not in row for name in row.split(", ")}
+    assert having - {"id", ""} == {
+        one.id for one in samplers.SAMPLERS.values() if one.scheduler.reference is not None
+    }
+
+
+# --- no second list -------------------------------------------------------------------------------
+
+# The same word with another meaning: a model family, and a model's short name.
+HOMONYMS = {
+    "mlxdiff/pipeline.py": {"ddpm"},
+    "mlxdiff/store/catalogue.py": {"ddpm", "lcm"},
+    "convert/detect.py": {"ddpm"},
+}
+
+
+def _literals(source: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_no_sampler_is_known_by_name_outside_the_samplers() -> None:
+    """Other parts ask mlxdiff.samplers, so that a new sampler gets the right answer too."""
+    found = []
+    for folder in ("mlxdiff", "convert"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            name = path.relative_to(ROOT).as_posix()
+            if name.startswith("mlxdiff/samplers/"):
+                continue
+            known = set(samplers.SAMPLERS) - HOMONYMS.get(name, set())
+            literals = known & set(_literals(path.read_text(encoding="utf-8")))
+            found += [f"{name}: {literal!r}" for literal in sorted(literals)]
+    assert not found, "\n".join(found)
+
+
+# --- what other parts ask -------------------------------------------------------------------------
+
+
+def test_evaluations_per_step() -> None:
+    heun = {**SD, "_class_name": "HeunDiscreteScheduler"}
+    for config, sampler, expected in ((SD, "heun", 2), (heun, "checkpoint", 2), (SD, "pndm", 1)):
+        plan = samplers.plan(config, sampler, "normal", 6)
+        assert plan.evaluations_per_step == expected
+        assert len(plan) in (6 * expected - (expected - 1), 7)
+
+
+def test_turbo_is_told_from_the_file() -> None:
+    turbo = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}
+    assert samplers.is_turbo(turbo) and samplers.distilled_for(turbo) == "euler"
+    assert not samplers.is_turbo({**turbo, "prediction_type": "v_prediction"})
+    lcm = {"_class_name": "LCMScheduler"}
+    assert not samplers.is_turbo(lcm) and samplers.distilled_for(lcm) == "lcm"
+    assert samplers.distilled_for(SD) is None
+
+
+def test_classes() -> None:
+    assert samplers.of_class("DDIMScheduler") == "ddim"
+    assert samplers.of_class("DPMSolverMultistepScheduler") is None  # several ids fix its arguments
+    assert samplers.of_class(None) is None
+    assert samplers.reference_class(SD, "checkpoint") == "PNDMScheduler"
+    assert samplers.reference_class(SD, "ddpm") == "DDPMScheduler"
+    assert samplers.reference_class(SD, "fitted") is None
+
+
+@pytest.mark.parametrize(
+    ("config", "sampler", "expected"),
+    [
+        (SD, "lcm", True),
+        (SD, "auto", False),
+        (SD, "checkpoint", False),
+        ({**SD, "_class_name": "LCMScheduler"}, "auto", True),
+        ({**SD, "_class_name": "LCMScheduler"}, "checkpoint", True),
+        ({**SD, "_class_name": "LCMScheduler"}, "euler", False),
+        ({}, "checkpoint", False),
+        (SD, "no-such-sampler", False),
+    ],
+)
+def test_who_takes_a_strength(config: dict[str, Any], sampler: str, expected: bool) -> None:
+    assert samplers.takes_distilled_strength(config, sampler) is expected
