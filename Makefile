@@ -1,33 +1,41 @@
-# `make demo` and `make test` set up all they need in .venv; nothing else has to be installed but Python.
+# `make demo` and `make test` set up everything in .venv. Only Python and make must be installed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test parity lint types wheel clean
+# One thread for each test; pytest-xdist runs files side by side.
+PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 VECLIB_MAXIMUM_THREADS=1 \
+  $(BIN)/python -m pytest -q
+
+.PHONY: help demo quick test parity lint types wheel clean
+
+help:  ## Show this list.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP)  ## Draw a picture with the built-in model, offline.
 	$(BIN)/mlxdiff generate "a small red circle left of a large blue square on a yellow background" \
 	  --seed 0 --guidance 4 --steps 12 --output outputs/demo.png --force
 
-# Files side by side, each test on one thread: twice as fast as one after the other on all of them.
-test: $(STAMP)  ## The whole test suite; needs no torch.
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 VECLIB_MAXIMUM_THREADS=1 \
-	  $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+quick: $(STAMP)  ## Run the unit tests, less than a minute.
+	$(PYTEST) --quick -n auto --maxprocesses 4
 
-parity: $(STAMP)  ## The comparisons with an installed diffusers (installs torch: large).
+test: $(STAMP)  ## Run the whole test suite; needs no torch.
+	$(PYTEST) -n auto --maxprocesses 4 --dist loadfile
+
+parity: $(STAMP)  ## Compare with an installed diffusers (installs torch: large).
 	$(BIN)/python -m pip install -q -e '.[dev,parity]'
 	$(BIN)/python -m pytest -q -m parity
 
-lint: $(STAMP)
+lint: $(STAMP)  ## Check style and format.
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 # Type checkers cannot follow package-dir mappings, so they look at an installed copy.
-types: $(STAMP)
+types: $(STAMP)  ## Check types with mypy's strict settings.
 	rm -rf build/typed && $(BIN)/python -m pip install -q --no-deps --target build/typed .
 	$(BIN)/mypy build/typed/mlxdiff
 
-wheel: $(STAMP)
+wheel: $(STAMP)  ## Build the wheel and the source distribution.
 	$(BIN)/python -m build
 
 $(STAMP): pyproject.toml
@@ -38,5 +46,5 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	@touch $(STAMP)
 
-clean:
+clean:  ## Remove everything that make and the tools made.
 	rm -rf $(VENV) build dist outputs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

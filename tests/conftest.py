@@ -7,6 +7,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from golden_runs import Opened
@@ -26,6 +27,16 @@ if (
 
 # What each marker needs; where it is missing, its tests are skipped.
 NEEDS = {"mlx": ("mlx.core",), "parity": ("torch", "diffusers", "transformers")}
+
+# The files of `make quick` (pytest --quick): unit tests, with no network but a layer or a formula.
+# Together they take less than a minute on two cores. A file that takes more than five seconds of
+# processor time does not belong here.
+QUICK = frozenset(
+    """
+    architecture condition config cost families guidance image known metadata noise packaging params
+    samplers samplers_orders samplers_published samplers_registry tensors tools
+    """.split()
+)
 
 _empty_home = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
 
@@ -53,6 +64,19 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     """Remove what pytest_configure made."""
     if _empty_home in config.stash:
         config.stash[_empty_home].cleanup()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --quick."""
+    parser.addoption("--quick", action="store_true", help="run only the unit tests, conftest.QUICK")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out the files that are not quick, if only those are asked for."""
+    name = collection_path.name
+    if not config.getoption("--quick") or not name.startswith("test_"):
+        return None
+    return True if collection_path.stem.removeprefix("test_") not in QUICK else None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -256,7 +256,7 @@ def beta_quantile(q: float, shape: float = 0.6) -> float:
     if q <= 0.0:
         return 0.0
     complete = math.gamma(shape) ** 2 / math.gamma(2 * shape)
-    x = min((q * shape * complete) ** (1 / shape), 0.5)
+    x: float = min((q * shape * complete) ** (1 / shape), 0.5)
     for _ in range(20):
         term, total, n = 1.0, 1.0 / shape, 0
         while abs(term) > 1e-18:
@@ -282,9 +282,8 @@ def timestep_of(sigmas: np.ndarray, schedule_sigmas: np.ndarray) -> np.ndarray:
     logs = np.log(schedule_sigmas)
     log_sigma = np.log(np.maximum(sigmas, 1e-10))
     low = np.clip(np.searchsorted(logs, log_sigma, side="right") - 1, 0, len(logs) - 2)
-    width = (logs[low] - logs[low + 1]).astype(
-        np.float64
-    )  # rounded to float32 first, as in the reference
+    # The difference is rounded to float32 first, as in the reference.
+    width = (logs[low] - logs[low + 1]).astype(np.float64)
     weight = np.clip((logs[low].astype(np.float64) - log_sigma) / width, 0, 1)
     return (1 - weight) * low + weight * (low + 1)
 
