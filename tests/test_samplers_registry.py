@@ -13,7 +13,7 @@ from sampler_cases import CONFIGS
 
 from mlxdiff import samplers
 from mlxdiff.pictures.metadata import SAMPLER_NAMES, SCHEDULE_NAMES
-from mlxdiff.samplers.registry import SCHEDULE_ARGUMENTS
+from mlxdiff.samplers.registry import SCHEDULE_ARGUMENTS, has_schedule
 
 ROOT = Path(__file__).resolve().parent.parent
 SD = CONFIGS["sd15"]
@@ -76,36 +76,49 @@ def test_every_sampler_and_schedule_has_a_name_for_a1111() -> None:
         assert len({name.lower() for name in names.values()}) == len(names)
 
 
-def _table(page: str, section: str) -> dict[str, str]:
-    """First cell -> second cell of the rows below a heading, up to the next heading."""
+def _table(page: str, section: str) -> list[list[str]]:
+    """The cells of the table rows below a heading, up to the next heading."""
     text = page.split(f"\n## {section}\n")[1].split("\n#")[0]
-    cells = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("| ")]
-    return {first.strip(): second.strip() for first, second in cells}
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in row] for row in rows]
 
 
 def test_the_page_lists_every_sampler_and_schedule() -> None:
     page = (ROOT / "docs" / "samplers.md").read_text(encoding="utf-8")
-    rows = {name.strip("`"): text for name, text in _table(page, "The samplers").items()}
-    assert set(rows) - {"id"} == set(samplers.NAMES)
+    said = {row[0].strip("`"): row[1] for row in _table(page, "The samplers")[1:]}
+    assert set(said) == set(samplers.NAMES)
     for one in samplers.SAMPLERS.values():
         reference = one.scheduler.reference
-        if reference is not None and not rows[one.id].startswith("the same"):
-            assert rows[one.id].startswith(re.sub("(Discrete)?Scheduler$", "", reference))
-    schedules = _table(page, "Schedules")
-    listed = {name for row in schedules for name in re.findall(r"`([\w-]+)`", row)}
+        if reference is not None and not said[one.id].startswith("the same"):
+            assert said[one.id].startswith(re.sub("(Discrete)?Scheduler$", "", reference))
+    rows = _table(page, "Schedules")
+    listed = {name for row in rows for name in re.findall(r"`([\w-]+)`", row[0])}
     assert listed == set(SCHEDULE_ARGUMENTS)
-    having = {name for row in schedules if "`" not in row for name in row.split(", ")}
-    assert having - {"id", ""} == {
-        one.id for one in samplers.SAMPLERS.values() if one.scheduler.reference is not None
+
+
+def test_the_page_says_which_combinations_exist() -> None:
+    page = (ROOT / "docs" / "samplers.md").read_text(encoding="utf-8")
+    rows = [row for row in _table(page, "Schedules") if len(row) == 6]
+    columns = [head.split(", ") for head in rows[0][1:]]
+    found: dict[str, set[str]] = {}
+    for row in rows[1:]:
+        having = {
+            name for cell, names in zip(row[1:], columns, strict=True) if cell for name in names
+        }
+        found |= {sampler: having for sampler in row[0].split(", ")}
+    expected = {
+        one.id: {name for name in SCHEDULE_ARGUMENTS if has_schedule(one.scheduler, name)}
+        for one in samplers.SAMPLERS.values()
     }
+    assert found == {sampler: having for sampler, having in expected.items() if len(having) > 1}
 
 
 # --- no second list -------------------------------------------------------------------------------
 
 # The same word with another meaning: a model family, and a model's short name.
 HOMONYMS = {
-    "mlxdiff/pipeline.py": {"ddpm"},
-    "mlxdiff/store/catalogue.py": {"ddpm", "lcm"},
+    "pipeline.py": {"ddpm"},
+    "store/catalogue.py": {"ddpm", "lcm"},
     "convert/detect.py": {"ddpm"},
 }
 
@@ -121,8 +134,8 @@ def test_no_sampler_is_known_by_name_outside_the_samplers() -> None:
     found = []
     for folder in ("mlxdiff", "convert"):
         for path in sorted((ROOT / folder).rglob("*.py")):
-            name = path.relative_to(ROOT).as_posix()
-            if name.startswith("mlxdiff/samplers/"):
+            name = path.relative_to(ROOT).as_posix().removeprefix("mlxdiff/")
+            if name.startswith("samplers/"):
                 continue
             known = set(samplers.SAMPLERS) - HOMONYMS.get(name, set())
             literals = known & set(_literals(path.read_text(encoding="utf-8")))
@@ -138,6 +151,9 @@ def test_evaluations_per_step() -> None:
     for config, sampler, expected in ((SD, "heun", 2), (heun, "checkpoint", 2), (SD, "pndm", 1)):
         plan = samplers.plan(config, sampler, "normal", 6)
         assert plan.evaluations_per_step == expected
+        assert samplers.evaluations_per_step(sampler) == (
+            1 if sampler == "checkpoint" else expected
+        )
         assert len(plan) in (6 * expected - (expected - 1), 7)
 
 

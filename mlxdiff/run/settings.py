@@ -71,7 +71,6 @@ class Settings:
         guess_mode: whether ControlNets follow their picture more than the prompt, and under
             guidance act on the prediction for the prompt alone.
         image_prompts: what each IP-Adapter is shown.
-        evaluations_per_step: of the sampler (`Plan.evaluations_per_step`).
     """
 
     prompt: str
@@ -113,12 +112,11 @@ class Settings:
     controls: tuple[Control, ...] = ()
     guess_mode: bool = False
     image_prompts: tuple[ImagePrompt, ...] = ()
-    evaluations_per_step: int = 1
 
     @property
     def evaluations(self) -> int:
         """Evaluations of a whole run by A1111's count, on which prompt editing is based."""
-        return self.steps * self.evaluations_per_step
+        return self.steps * samplers.evaluations_per_step(self.sampler)
 
     @property
     def encodes(self) -> bool:
@@ -243,7 +241,7 @@ def _resolve_pixels(
         label=label,
     )
     plan = make_plans(settings, model)[0]
-    return planned(settings, plan)
+    return replace(settings, sampler=plan.sampler, schedule=plan.schedule)
 
 
 def _resolve_text(model: Model, refiner: Model | None, asked: Arguments) -> Settings:
@@ -310,7 +308,7 @@ def _resolve_text(model: Model, refiner: Model | None, asked: Arguments) -> Sett
     plans = make_plans(settings, model, refiner)
     _check_some_guidance(settings, plans)
     plan = plans[0]
-    return planned(settings, plan)
+    return replace(settings, sampler=plan.sampler, schedule=plan.schedule)
 
 
 def _size(
@@ -412,7 +410,7 @@ def make_plans(
         altered=settings.altered,
     )
     if (enlarged := settings.enlarged) is not None:
-        enlarged = planned(enlarged, plan)
+        enlarged = replace(enlarged, sampler=plan.sampler, schedule=plan.schedule)
         try:
             return plan, *make_plans(enlarged, model)
         except UsageError as error:
@@ -429,16 +427,6 @@ def make_plans(
         denoising_start=settings.denoising_start,
     )
     return plan, second
-
-
-def planned(settings: Settings, plan: samplers.Plan) -> Settings:
-    """Return the settings with what the plan resolved."""
-    return replace(
-        settings,
-        sampler=plan.sampler,
-        schedule=plan.schedule,
-        evaluations_per_step=plan.evaluations_per_step,
-    )
 
 
 def _check_editing(settings: Settings) -> None:

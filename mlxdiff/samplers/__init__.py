@@ -49,6 +49,7 @@ __all__ = [
     "State",
     "automatic",
     "distilled_for",
+    "evaluations_per_step",
     "forward_process",
     "is_turbo",
     "of_class",
@@ -140,6 +141,15 @@ def timesteps(
     """
     grid = _choose(scheduler_config, sampler, schedule, steps, family).grid()
     return grid.timesteps, grid.sigmas
+
+
+def evaluations_per_step(sampler: str) -> int:
+    """Return the network evaluations that one step of a sampler id takes.
+
+    1 for `auto` and `checkpoint`, whose class depends on the file: `Plan.evaluations_per_step`
+    knows it.
+    """
+    return SAMPLERS[sampler].scheduler.evaluations_per_step if sampler in SAMPLERS else 1
 
 
 def reference_class(scheduler_config: Mapping[str, Any], sampler: str) -> str | None:

@@ -26,12 +26,13 @@ from mlxdiff.samplers.scheduler import TRAINING, Grid, Sampler, Scheduler
 _RUNGE_KUTTA_STEPS = 3
 _RUNGE_KUTTA = 4 * _RUNGE_KUTTA_STEPS  # evaluations
 _STAGES = ((1.0,), (1.0,), (1.0,), (1 / 6, 1 / 3, 1 / 3, 1 / 6))  # weights, latest first
-_ADAMS = (  # weights of the latest outputs, by their number
+ADAMS = (
     (1.0,),
     (3 / 2, -1 / 2),
     (23 / 12, -16 / 12, 5 / 12),
     (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 )
+"""Adams-Bashforth's weights of the latest 1, 2, 3, 4 outputs for equal steps, latest first."""
 
 
 def _grid(arguments: SchedulerArguments, steps: int, custom: Sequence[int] | None) -> Grid:
@@ -74,7 +75,7 @@ def _rows(arguments: SchedulerArguments, grid: Grid, start: int, eta: float) -> 
         else:
             kept = [count, *kept[:3]]
             here, there = timestep, timestep - stride
-            weights = _spread(_ADAMS[len(kept) - 1], [count - k for k in kept])
+            weights = _spread(ADAMS[len(kept) - 1], [count - k for k in kept])
         yield _row(arguments, grid, timestep, here, there, weights, again)
 
 

@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlxdiff.errors import ConfigError, UsageError
-from mlxdiff.samplers import ddim, deis, dpm_solver, euler, fitted, lcm, lms, pndm, unipc
+from mlxdiff.samplers import (
+    ddim,
+    deis,
+    dpm_solver,
+    euler,
+    fitted,
+    lcm,
+    lms,
+    pndm,
+    unipc,
+)
 from mlxdiff.samplers.scheduler import Sampler, Scheduler
 
 # The order is the order of lists in messages and help.
