@@ -63,7 +63,7 @@ class Model(Kind):
 
     Args:
         source: the opened model.
-        backend: what it computes on (reference.backend.Backend or models.backend.Backend).
+        backend: the backend that computes (``backends.protocol.Backend``).
         additions: what is added to it.
         cache: its networks that are loaded; None: none yet.
         vae_tiling: see ``tiles``.
