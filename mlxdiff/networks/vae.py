@@ -133,12 +133,12 @@ class AutoencoderKL(Module):
         super().__init__(nn)
         channels = config.latent_channels
         self.encoder = Encoder(nn, config)
-        self.decoder = Decoder(nn, config)
         self.quant_conv = self.post_quant_conv = None
         if config.use_quant_conv:
             self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
         if config.use_post_quant_conv:
             self.post_quant_conv = nn.Conv2d(channels, channels, 1)
+        self.decoder = Decoder(nn, config)
 
     def encode(self, x: Array) -> tuple[Array, Array]:
         """Mean and log-variance of the latents of a picture.
