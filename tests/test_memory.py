@@ -10,12 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_models
+from adapter_files import ENCODER
 from golden_data import checkpoint
 
 import mlxdiff
 from mlxdiff.errors import UsageError
 from mlxdiff.loading import make_backend
-from mlxdiff.networks.config import AutoencoderKLConfig, ComponentConfig, UNet2DConditionConfig
+from mlxdiff.networks.config import (
+    AutoencoderKLConfig,
+    CLIPVisionConfig,
+    ComponentConfig,
+    UNet2DConditionConfig,
+)
 from mlxdiff.networks.params import expected_parameters
 from mlxdiff.run.memory import Device, Estimate, activation_bytes, require, weight_bytes
 from mlxdiff.weights.quantization import Quantization
@@ -161,3 +167,15 @@ def test_networks_that_were_added_count(monkeypatch: pytest.MonkeyPatch) -> None
     assert size == 4 * sum(t.size for t in tensors.values())
     assert more.stages["unet"] - alone.stages["unet"] > size
     assert more.stages["text_encoder"] == alone.stages["text_encoder"]
+
+
+def test_the_image_encoder_of_an_ip_adapter_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = mlxdiff.load(checkpoint("sd15"), backend="numpy")
+    settings = pipe.settings("a", width=64, height=64)
+    config = CLIPVisionConfig.from_dict(ENCODER | {"image_size": 224, "patch_size": 7})
+    added = SimpleNamespace(config=config, tensors=lambda: tensors_of(config))
+    monkeypatch.setitem(pipe.model.added, "image_encoder_0", added)
+    work = activation_bytes(config, Device("numpy", False, "float32"))
+    assert work > 4 * 2 * 1024 * 32  # its tokens, and a layer's result
+    more = pipe.memory(settings)
+    assert more.stages["unet"] >= more.weights["unet"] + more.weights["image_encoder_0"] + work

@@ -1,22 +1,24 @@
 """Layers that compute nothing: a network built from them says its parameters and its work.
 
-They are a third set beside NumPy's and MLX's (``networks.layers.Layers``). A parameter is a shape,
-an array a shape that knows its tape. What a network does to arrays is written on the tape, in the
-order in which it is done::
+They are a third set beside NumPy's and MLX's (``networks.layers.Layers``). An array is a shape.
+What a network does to arrays is written on a tape, in the order in which it is done::
 
     network = build(recorder, config)
     network.parameters()               # name -> shape
-    tape = Tape()
-    network(tape.array(2, 64, 64, 4), ...)
+    with Tape() as tape:
+        network(recorder.parameter(2, 64, 64, 4), ...)
     tape.operations
 
-Counted as arithmetic are convolutions, linear maps and the two products of attention.
+Counted as arithmetic are convolutions, linear maps and the two products of attention. The held
+values are those that Python holds at an operation, as NumPy would: of arrays that others need
+later, and of those that a variable still names.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,70 +57,71 @@ class Operation:
 
 
 class Tape:
-    """What is done to arrays, in order.
+    """What is done to arrays inside a ``with`` statement, in order.
 
     Attributes:
         operations: each layer's work.
-        held: values of the arrays that exist now, but for those given from outside.
+        held: values of the arrays that were made and still exist.
     """
 
     def __init__(self) -> None:
         self.operations: list[Operation] = []
         self.held = 0
 
-    def array(self, *shape: int) -> Recorded:
-        """An array that is given to the network."""
-        return Recorded(self, shape, None)
+    def __enter__(self) -> Tape:
+        self._token = _tape.set(self)
+        return self
 
-    def add(
-        self,
-        kind: str,
-        macs: int,
-        weights: int,
-        inputs: Sequence[Recorded],
-        outputs: int,
-        scratch: int = 0,
-        row: int = 0,
-    ) -> None:
-        """Write an operation down; its inputs are not held beside it."""
-        own = {id(x.memory): x.memory.size for x in inputs if x.memory is not None}
-        held = self.held - sum(own.values())
-        read = sum(x.size for x in inputs)
-        self.operations.append(Operation(kind, macs, weights, held, read, outputs, scratch, row))
+    def __exit__(self, *_: object) -> None:
+        _tape.reset(self._token)
+
+
+_tape: ContextVar[Tape] = ContextVar("tape")
+
+
+def _work(
+    kind: str,
+    inputs: Sequence[Recorded],
+    outputs: int,
+    macs: int = 0,
+    weights: int = 0,
+    scratch: int = 0,
+    row: int = 0,
+) -> None:
+    """Write an operation down. Its inputs are not held beside it."""
+    tape = _tape.get()
+    own = {id(x.memory): x.memory.size for x in inputs if x.memory is not None}
+    held, read = tape.held - sum(own.values()), sum(x.size for x in inputs)
+    tape.operations.append(Operation(kind, macs, weights, held, read, outputs, scratch, row))
 
 
 class _Memory:
     """The values of an array and of its views; they are held for as long as one of these exists."""
 
-    def __init__(self, tape: Tape, size: int) -> None:
-        self.tape, self.size = tape, size
-        tape.held += size
+    def __init__(self, size: int) -> None:
+        self.tape, self.size = _tape.get(), size
+        self.tape.held += size
 
     def __del__(self) -> None:
         self.tape.held -= self.size
 
 
 class Recorded:
-    """An array: its shape, and the tape of what is done to it.
+    """An array: its shape.
 
     Args:
-        tape: where work on it is written down.
         shape: its shape.
-        memory: of the array that it is a view of; None: given from outside.
+        memory: of the array that it is a view of; None: a parameter, or given from outside.
     """
 
     dtype = float32
 
-    def __init__(self, tape: Tape, shape: Sequence[int], memory: _Memory | None) -> None:
-        self.tape, self.shape, self.memory = tape, tuple(shape), memory
-
-    def new(self, *shape: int) -> Recorded:
-        """An array that is made from this one."""
-        return Recorded(self.tape, shape, _Memory(self.tape, math.prod(shape)))
+    def __init__(self, shape: Sequence[int], memory: _Memory | None) -> None:
+        self.shape, self.memory = tuple(shape), memory
 
     def view(self, shape: Sequence[int]) -> Recorded:
         """The same memory in another shape."""
-        return Recorded(self.tape, shape, self.memory)
+        return Recorded(shape, self.memory)
 
     @property
     def ndim(self) -> int:
@@ -143,11 +146,11 @@ class Recorded:
         real = tuple(np.zeros(p.shape, int) if isinstance(p, Recorded) else p for p in parts)
         shape = np.broadcast_to(np.int8(0), self.shape)[real].shape
         taken = any(isinstance(p, Recorded) for p in parts)
-        return self.new(*shape) if taken else self.view(shape)
+        return _new(*shape) if taken else self.view(shape)
 
     def _with(self, other: Any) -> Recorded:
         shape = other.shape if isinstance(other, Recorded) else ()
-        return self.new(*np.broadcast_shapes(self.shape, shape))
+        return _new(*np.broadcast_shapes(self.shape, shape))
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __mod__ = _with
     __ge__ = __gt__ = __lt__ = __le__ = __or__ = __eq__ = _with  # type: ignore[assignment]
@@ -162,24 +165,22 @@ class Recorded:
         kept = [
             1 if i in axes else n for i, n in enumerate(self.shape) if keepdims or i not in axes
         ]
-        return self.new(*kept)
+        return _new(*kept)
 
     min = max = mean = _reduce
+
+
+def _new(*shape: int) -> Recorded:
+    """An array that the network makes."""
+    return Recorded(shape, _Memory(math.prod(shape)))
 
 
 # --------------------------------------------------------------------------------------- the layers
 
 
-class Parameter:
-    """A parameter: its shape."""
-
-    dtype = float32
-
-    def __init__(self, *shape: int) -> None:
-        self.shape: Shape = shape
-
-
-parameter = Parameter
+def parameter(*shape: int) -> Recorded:
+    """An array that is not made by the network: a parameter, or an input."""
+    return Recorded(shape, None)
 
 
 class Module:
@@ -193,7 +194,7 @@ class Module:
 
     def _leaves(self, prefix: str) -> Iterator[tuple[str, Shape]]:
         for key, value in vars(self).items():
-            if isinstance(value, Parameter):
+            if isinstance(value, Recorded):
                 yield prefix + key, value.shape
             elif isinstance(value, Module):
                 yield from value._leaves(f"{prefix}{key}.")
@@ -206,9 +207,9 @@ class Linear(Module):
     """Affine map of the last axis; weight (out, in)."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
-        self.weight = Parameter(out_features, in_features)
+        self.weight = parameter(out_features, in_features)
         if bias:
-            self.bias = Parameter(out_features)
+            self.bias = parameter(out_features)
 
     def __call__(self, x: Recorded) -> Recorded:
         return _linear(x, *self.weight.shape)
@@ -216,8 +217,8 @@ class Linear(Module):
 
 def _linear(x: Recorded, outputs: int, inputs: int) -> Recorded:
     weights, vectors = inputs * outputs, x.size // inputs
-    x.tape.add("linear", vectors * weights, weights, [x], vectors * outputs)
-    return x.new(*x.shape[:-1], outputs)
+    _work("linear", [x], vectors * outputs, vectors * weights, weights)
+    return _new(*x.shape[:-1], outputs)
 
 
 class Conv2d(Module):
@@ -233,9 +234,9 @@ class Conv2d(Module):
         bias: bool = True,
     ) -> None:
         self.stride, self.padding = stride, padding
-        self.weight = Parameter(out_channels, kernel_size, kernel_size, in_channels)
+        self.weight = parameter(out_channels, kernel_size, kernel_size, in_channels)
         if bias:
-            self.bias = Parameter(out_channels)
+            self.bias = parameter(out_channels)
 
     def __call__(
         self, x: Recorded, more: Recorded | Callable[[], Recorded] | None = None
@@ -247,16 +248,16 @@ class Conv2d(Module):
         shape = (len(x), *sides, outputs)
         pixels, weights = math.prod(shape[:3]), kernel * kernel * inputs * outputs
         unfolded = 0 if kernel == self.stride == 1 else kernel * kernel * inputs
-        x.tape.add(
+        _work(
             "convolution",
-            pixels * weights,
-            weights,
             [x],
             pixels * outputs,
+            pixels * weights,
+            weights,
             pixels * unfolded,
             shape[2] * unfolded,
         )
-        out = x.new(*shape)
+        out = _new(*shape)
         if callable(more):
             more()
         return out
@@ -266,10 +267,10 @@ class GroupNorm(Module):
     """Group normalization of (B, H, W, C)."""
 
     def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5) -> None:
-        self.weight, self.bias = Parameter(num_channels), Parameter(num_channels)
+        self.weight, self.bias = parameter(num_channels), parameter(num_channels)
 
     def __call__(self, x: Recorded) -> Recorded:
-        return x.new(*x.shape)
+        return _new(*x.shape)
 
     def silu(self, x: Recorded) -> Recorded:
         """The silu of the normalized feature map."""
@@ -284,20 +285,20 @@ class LayerNorm(Module):
     """Layer normalization of the last axis."""
 
     def __init__(self, dims: int, eps: float = 1e-5) -> None:
-        self.weight, self.bias = Parameter(dims), Parameter(dims)
+        self.weight, self.bias = parameter(dims), parameter(dims)
 
     def __call__(self, x: Recorded) -> Recorded:
-        return x.new(*x.shape)
+        return _new(*x.shape)
 
 
 class Embedding(Module):
     """Rows of a table by their number: (...) -> (..., dims)."""
 
     def __init__(self, num_embeddings: int, dims: int) -> None:
-        self.weight = Parameter(num_embeddings, dims)
+        self.weight = parameter(num_embeddings, dims)
 
     def __call__(self, ids: Recorded) -> Recorded:
-        return ids.new(*ids.shape, self.weight.shape[1])
+        return _new(*ids.shape, self.weight.shape[1])
 
 
 # ------------------------------------------------------------------------------------ the functions
@@ -306,8 +307,8 @@ class Embedding(Module):
 def _elementwise(x: Recorded) -> Recorded:
     """An activation. Of vectors (B, C) none is written down: that is a millionth of the work."""
     if x.ndim > 2:
-        x.tape.add("elementwise", 0, 0, [x], x.size)
-    return x.new(*x.shape)
+        _work("elementwise", [x], x.size)
+    return _new(*x.shape)
 
 
 silu = gelu = _elementwise
@@ -315,18 +316,18 @@ silu = gelu = _elementwise
 
 def geglu(x: Recorded) -> Recorded:
     """One half of the last axis, times the gelu of the other."""
-    x.tape.add("elementwise", 0, 0, [x], x.size)
-    return x.new(*x.shape[:-1], x.shape[-1] // 2)
+    _work("elementwise", [x], x.size)
+    return _new(*x.shape[:-1], x.shape[-1] // 2)
 
 
 def relu(x: Recorded) -> Recorded:
     """max(x, 0)."""
-    return x.new(*x.shape)
+    return _new(*x.shape)
 
 
 def tanh(x: Recorded) -> Recorded:
     """The hyperbolic tangent."""
-    return x.new(*x.shape)
+    return _new(*x.shape)
 
 
 def activation(name: str) -> Callable[[Recorded], Recorded]:
@@ -346,13 +347,13 @@ def attention(
     batch, width = len(q) if batch is None else batch, q.shape[-1]
     queries, keys = q.size // width // batch, k.size // width // batch
     macs = 2 * batch * queries * keys * width
-    q.tape.add("attention", macs, 0, [q, k, v], q.size, batch * heads * queries * keys, keys)
-    return q.new(*q.shape)
+    _work("attention", [q, k, v], q.size, macs, 0, batch * heads * queries * keys, keys)
+    return _new(*q.shape)
 
 
 def upsample_nearest(x: Recorded, height: int, width: int) -> Recorded:
     """Nearest-neighbour interpolation of (B, H, W, C)."""
-    return x.new(len(x), height, width, x.shape[-1])
+    return _new(len(x), height, width, x.shape[-1])
 
 
 def timestep_embedding(
@@ -362,7 +363,7 @@ def timestep_embedding(
     freq_shift: float = 0.0,
 ) -> Recorded:
     """Sines and cosines of the timesteps: (B,) -> (B, D)."""
-    return timesteps.new(len(timesteps), embedding_dim)
+    return _new(len(timesteps), embedding_dim)
 
 
 def asarray(x: Recorded, dtype: Any) -> Recorded:
@@ -377,25 +378,25 @@ def cast(x: Recorded, dtype: Any) -> Recorded:
 
 def arange(stop: int) -> Recorded:
     """The integers from 0 to stop - 1."""
-    return Tape().array(stop)
+    return parameter(stop)
 
 
 def where(condition: Recorded, x: Any, y: Any) -> Recorded:
     """Values of x where the condition holds, else of y."""
     shapes = [one.shape for one in (condition, x, y) if isinstance(one, Recorded)]
-    return condition.new(*np.broadcast_shapes(*shapes))
+    return _new(*np.broadcast_shapes(*shapes))
 
 
 def clip(x: Recorded, low: float, high: float) -> Recorded:
     """The values, limited to [low, high]."""
-    return x.new(*x.shape)
+    return _new(*x.shape)
 
 
 def concatenate(arrays: Sequence[Recorded], axis: int = 0) -> Recorded:
     """Join arrays along an axis."""
     shape = list(arrays[0].shape)
     shape[axis] = sum(x.shape[axis] for x in arrays)
-    return arrays[0].new(*shape)
+    return _new(*shape)
 
 
 def split(x: Recorded, parts: int, axis: int = 0) -> Sequence[Recorded]:
@@ -407,7 +408,7 @@ def split(x: Recorded, parts: int, axis: int = 0) -> Sequence[Recorded]:
 
 def pad(x: Recorded, widths: Sequence[tuple[int, int]]) -> Recorded:
     """Add values before and after: (before, after) for each axis."""
-    return x.new(*(n + sum(more) for n, more in zip(x.shape, widths, strict=True)))
+    return _new(*(n + sum(more) for n, more in zip(x.shape, widths, strict=True)))
 
 
 def broadcast_to(x: Recorded, shape: tuple[int, ...]) -> Recorded:

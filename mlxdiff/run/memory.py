@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 from mlxdiff.errors import UsageError
 from mlxdiff.networks.config import AutoencoderKLConfig, ComponentConfig
-from mlxdiff.networks.cost import Operation, operations
+from mlxdiff.networks.cost import operations
+from mlxdiff.networks.recorder import Operation
 from mlxdiff.store.recipes import Recipe, quantized_model
 from mlxdiff.weights.tensors import LazyTensor, QuantizedTensor
 
@@ -164,6 +165,8 @@ def estimate(
             work[stage] = max(work.get(stage, 0), need, largest)
         for name, part in one.added.items():
             weights[prefix + name] = weight_bytes(part.tensors(), device, low_memory or None)
+            if name.startswith("image_encoder_"):  # it sees the pictures before the U-Net runs
+                work["unet"] = max(work["unet"], activation_bytes(part.config, device))
             if name.startswith("controlnet_"):  # what it gives adds to each skip
                 unet = operations(one.source.config("unet"), *latent, batch=batch)
                 work["unet"] += SIZES[device.dtype] * max(op.held for op in unet)
