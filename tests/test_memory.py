@@ -16,7 +16,11 @@ import mlxdiff
 from mlxdiff.convert import Component
 from mlxdiff.errors import UsageError
 from mlxdiff.loading import make_backend
-from mlxdiff.networks.config import AutoencoderKLConfig, ComponentConfig, UNet2DConditionConfig
+from mlxdiff.networks.config import (
+    AutoencoderKLConfig,
+    ComponentConfig,
+    UNet2DConditionConfig,
+)
 from mlxdiff.networks.params import expected_parameters
 from mlxdiff.run.additions import Additions
 from mlxdiff.run.additions.controlnet import ControlNet

@@ -40,3 +40,19 @@ def ours(shape: list[int]) -> tuple[int, ...]:
 def test_every_kind_of_component_is_covered() -> None:
     kinds = {path.name.split(".")[0] for path in FILES}
     assert kinds == set(CONFIGS) and len(FILES) == 23
+
+
+def test_the_order_is_that_of_the_file_format() -> None:
+    """As the modules are declared: a converted folder's tensors are written in this order."""
+    unet = "conv_in time_embedding add_embedding down_blocks mid_block up_blocks conv_norm_out"
+    tops = {
+        "unet.sdxl": f"{unet} conv_out",
+        "vae.sd15": "encoder quant_conv post_quant_conv decoder",
+    }
+    for name, expected in tops.items():
+        golden = json.loads(gzip.decompress((GOLDEN / f"names/{name}.json.gz").read_bytes()))
+        names = expected_parameters(CONFIGS[golden["component"]](golden["config"]))
+        assert list(dict.fromkeys(n.split(".")[0] for n in names)) == expected.split()
+    inner = [n for n in names if n.startswith("decoder.up_blocks.2.resnets.0")]
+    parts = "norm1 conv1 norm2 conv2 conv_shortcut".split()
+    assert [n.split(".")[-2] for n in inner[::2]] == parts

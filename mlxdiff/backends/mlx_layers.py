@@ -396,8 +396,7 @@ def gelu(x: mx.array) -> mx.array:
     return x * (0.5 * (1 + mx.erf(x * math.sqrt(0.5))))
 
 
-@mx.custom_function
-def _gelu_by_tail(x: mx.array) -> mx.array:
+def _tail_gelu(x: mx.array) -> mx.array:
     """max(x, 0) - |x| Q(|x|), where Q(a) exp(a^2 / 2) is a rational function of a.
 
     See numpy_layers.gelu. Beyond 13 the tail Q is zero in float32.
@@ -407,9 +406,8 @@ def _gelu_by_tail(x: mx.array) -> mx.array:
     return mx.maximum(x, 0) - a * over / under * _exp2(a * a * (-0.5 * _LOG2_E))
 
 
-@_gelu_by_tail.vjp
-def _gelu_vjp(x: mx.array, cotangent: mx.array, out: mx.array) -> mx.array:
-    """The derivative; that of the terms above is wrong at 0, where |x| and max(x, 0) bend."""
+def _gelu_slope(x: mx.array, cotangent: mx.array, out: mx.array) -> mx.array:
+    """The derivative. That of the terms above is wrong at 0, where |x| and max(x, 0) bend."""
     density = mx.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
     return cotangent * (0.5 * (1 + mx.erf(x * math.sqrt(0.5))) + x * density)
 
@@ -441,8 +439,7 @@ _ROOT_EXP2 = (1.0, 0.34657277573655787, 0.06005657970042337, 0.00695104394914804
               0.0006018855981155807)  # fmt: skip
 
 
-@mx.custom_function
-def _exp2(x: mx.array) -> mx.array:
+def _bits_exp2(x: mx.array) -> mx.array:
     """2 ** x for -126 <= x <= 126 in float32, to a relative error of 4e-7.
 
     Adding 1.5 * 2^23 rounds x to a whole number n, and leaves it in the lowest bits of the sum;
@@ -455,10 +452,23 @@ def _exp2(x: mx.array) -> mx.array:
     return power.view(mx.float32)
 
 
-@_exp2.vjp
-def _exp2_vjp(x: mx.array, cotangent: mx.array, power: mx.array) -> mx.array:
-    """The derivative, which MLX cannot take of a view of bits."""
+def _exp2_slope(x: mx.array, cotangent: mx.array, power: mx.array) -> mx.array:
+    """The derivative. MLX has none of a view of bits."""
     return cotangent * power * math.log(2)
+
+
+def _with_slope(
+    function: Callable[[mx.array], mx.array], slope: Callable[..., mx.array]
+) -> Callable[[mx.array], mx.array]:
+    """The function with a derivative of its own: slope(x, cotangent, function(x))."""
+    made: Any = mx.custom_function(function)
+    made.vjp(slope)
+    result: Callable[[mx.array], mx.array] = made
+    return result
+
+
+_exp2 = _with_slope(_bits_exp2, _exp2_slope)
+_gelu_by_tail = _with_slope(_tail_gelu, _gelu_slope)
 
 
 def _polynomial(coefficients: tuple[float, ...], x: mx.array) -> mx.array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from mlxdiff.networks.config import CLIPTextConfig, CLIPVisionConfig
-from mlxdiff.networks.layers import Array, Layers, Module
+from mlxdiff.networks.layers import Array, Layers, Module, Sizes
 
 CLIPConfig = CLIPTextConfig | CLIPVisionConfig
 
@@ -161,3 +161,6 @@ class CLIPTextModel(Module):
         if self.text_projection is None:
             return output
         return output._replace(text_embeds=self.text_projection(output.pooled))
+
+    def run_once(self, sizes: Sizes) -> CLIPTextOutput:
+        return self(sizes.array(sizes.batch, sizes.tokens))

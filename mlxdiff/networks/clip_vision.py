@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from mlxdiff.networks.clip import CLIPEncoder
 from mlxdiff.networks.config import CLIPVisionConfig
-from mlxdiff.networks.layers import Array, Layers, Module
+from mlxdiff.networks.layers import Array, Layers, Module, Sizes
 
 
 class CLIPVisionOutput(NamedTuple):
@@ -69,9 +69,13 @@ class CLIPVisionModel(Module):
 
     def __init__(self, nn: Layers, config: CLIPVisionConfig) -> None:
         super().__init__(nn)
+        self.image_size = config.image_size
         self.vision_model = CLIPVisionTransformer(nn, config)
         self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
     def __call__(self, pixels: Array) -> CLIPVisionOutput:
         pooled, hidden_states = self.vision_model(pixels)
         return CLIPVisionOutput(self.visual_projection(pooled), tuple(hidden_states))
+
+    def run_once(self, sizes: Sizes) -> CLIPVisionOutput:
+        return self(sizes.array(sizes.batch, self.image_size, self.image_size, 3))

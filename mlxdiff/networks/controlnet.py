@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from mlxdiff.networks.condition import Condition
 from mlxdiff.networks.config import ControlNetConfig
-from mlxdiff.networks.layers import Array, Layers, Module
+from mlxdiff.networks.layers import Array, Layers, Module, Sizes
 from mlxdiff.networks.unet import UNetEncoder
 
 
@@ -97,6 +97,19 @@ class ControlNetModel(UNetEncoder):
         """The first of what ``predict`` returns, for which no more than the first layer runs."""
         x = self.conv_in(self.nn.cast(sample, self.dtype)) + condition
         return self._scaled([self.controlnet_down_blocks[0](x)], scale, guess_mode)[0]
+
+    def run_once(self, sizes: Sizes) -> list[Array]:
+        config, batch = self.config, sizes.batch
+        factor = 2 ** (len(config.conditioning_embedding_out_channels) - 1)
+        height, width = sizes.height, sizes.width
+        image = sizes.array(1, factor * height, factor * width, config.conditioning_channels)
+        text = sizes.array(batch, sizes.tokens, config.cross_attention_dim[0])
+        return self.predict(
+            sizes.array(batch, height, width, config.in_channels),
+            Condition(self.embed(sizes.array(batch), **self.conditions(sizes))),
+            self.read(text),
+            self.embed_image(image),
+        )
 
     def _scaled(self, outputs: list[Array], scale: float, guess_mode: bool) -> list[Array]:
         """All outputs, or the first of them, as they are to be added."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from mlxdiff.networks.config import IPAdapterConfig
-from mlxdiff.networks.layers import Array, Layers, Module
+from mlxdiff.networks.layers import Array, Layers, Module, Sizes
 
 
 class ImageProjection(Module):
@@ -150,6 +150,7 @@ class IPAdapterModel(Module):
 
     def __init__(self, nn: Layers, config: IPAdapterConfig) -> None:
         super().__init__(nn)
+        self.config = config
         self.image_proj = _PROJECTIONS[config.kind](nn, config)
         # Files count every attention of the U-Net; those without text, the even ones, have none.
         self.ip_adapter = []
@@ -166,6 +167,10 @@ class IPAdapterModel(Module):
 
     def __call__(self, features: Array) -> list[tuple[Array, Array]]:
         return self.keys_values(self.tokens(features))
+
+    def run_once(self, sizes: Sizes) -> list[tuple[Array, Array]]:
+        vectors = () if self.config.kind == "image" else (sizes.tokens,)
+        return self(sizes.array(sizes.batch, *vectors, self.config.feature_dim))
 
 
 _PROJECTIONS: dict[str, Any] = {

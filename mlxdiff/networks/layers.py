@@ -20,6 +20,7 @@ NumPy's and MLX's sets are ``backends.numpy_layers`` and ``backends.mlx_layers``
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -141,6 +142,27 @@ class Layers(Protocol):
     def evaluate(self, *arrays: Any) -> None: ...
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of one evaluation of a network.
+
+    Attributes:
+        array: makes an input of a shape.
+        height, width: of what goes into it: latents for a U-Net and for a VAE that decodes, pixels
+            for one that encodes or for a U-Net that draws pixels.
+        batch: how many at once: 2 for a U-Net under guidance.
+        tokens: length of a text.
+        encode: a VAE's encoder, in place of its decoder.
+    """
+
+    array: Callable[..., Array]
+    height: int
+    width: int
+    batch: int
+    tokens: int
+    encode: bool
+
+
 class Module:
     """Base of every network and of its parts.
 
@@ -172,6 +194,9 @@ class Module:
         def load_weights(self, weights: list[tuple[str, Array]]) -> None: ...
 
         def put(self, name: str, weight: Any) -> None: ...
+
+        def run_once(self, sizes: Sizes) -> Any:
+            """Evaluate a whole network on inputs of these sizes (``networks.cost``)."""
 
 
 @cache

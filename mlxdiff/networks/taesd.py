@@ -8,7 +8,7 @@ Source: diffusers models/autoencoders/autoencoder_tiny.py and vae.py.
 from __future__ import annotations
 
 from mlxdiff.networks.config import AutoencoderTinyConfig
-from mlxdiff.networks.layers import Array, Layer, Layers, Module
+from mlxdiff.networks.layers import Array, Layer, Layers, Module, Sizes
 
 
 class ReLU(Module):
@@ -92,6 +92,7 @@ class AutoencoderTiny(Module):
 
     def __init__(self, nn: Layers, config: AutoencoderTinyConfig) -> None:
         super().__init__(nn)
+        self.config = config
         self.encoder = EncoderTiny(nn, config)
         self.decoder = DecoderTiny(nn, config)
 
@@ -114,3 +115,9 @@ class AutoencoderTiny(Module):
         """
         z = self.nn.cast(z, self.dtype)
         return self.nn.cast(self.decoder(z), self.nn.float32)
+
+    def run_once(self, sizes: Sizes) -> Array | tuple[Array, None]:
+        shape = sizes.batch, sizes.height, sizes.width
+        if sizes.encode:
+            return self.encode(sizes.array(*shape, self.config.in_channels))
+        return self.decode(sizes.array(*shape, self.config.latent_channels))

@@ -22,7 +22,7 @@ from mlxdiff.networks.blocks import (
 )
 from mlxdiff.networks.condition import Condition
 from mlxdiff.networks.config import BlockSpec, UNet2DConditionConfig, UNetConfig
-from mlxdiff.networks.layers import Array, Layers, Module
+from mlxdiff.networks.layers import Array, Layers, Module, Sizes
 
 ALL, ALL_BUT_LAST, LAST = slice(None), slice(-1), slice(-1, None)  # layers of a block
 
@@ -328,6 +328,22 @@ class UNetEncoder(Module):
         """Text states (B, L, D) as ``predict`` takes them."""
         return Condition(self.nn.cast(encoder_hidden_states, self.dtype))
 
+    def conditions(self, sizes: Sizes) -> dict[str, Array]:
+        """Everything that the config takes beside sample, timesteps and text; see ``embed``."""
+        config, batch = self.config, sizes.batch
+        given: dict[str, Array] = {}
+        embed_in = config.projection_class_embeddings_input_dim
+        ids_dim = config.addition_time_embed_dim
+        if self.add_embedding is not None and embed_in is not None and ids_dim is not None:
+            # Pooled text and sizes become one vector; how it is divided changes no layer's work.
+            given["text_embeds"] = sizes.array(batch, embed_in - ids_dim)
+            given["time_ids"] = sizes.array(batch, 1)
+        if config.time_cond_proj_dim is not None:
+            given["timestep_cond"] = sizes.array(batch, config.time_cond_proj_dim)
+        if config.num_class_embeds is not None:
+            given["class_labels"] = sizes.array(batch)
+        return given
+
     def encode(self, x: Array, temb: Condition, text: Condition) -> tuple[Array, list[Array]]:
         """The way down.
 
@@ -388,6 +404,11 @@ class UNet2DConditionModel(UNetEncoder):
         temb = self.embed(timesteps, text_embeds, time_ids, timestep_cond, class_labels)
         text = self.read(encoder_hidden_states)
         return self.predict(sample, Condition(temb), text, deep, residuals)
+
+    def run_once(self, sizes: Sizes) -> Array:
+        sample = sizes.array(sizes.batch, sizes.height, sizes.width, self.config.in_channels)
+        text = sizes.array(sizes.batch, sizes.tokens, self.config.cross_attention_dim[0])
+        return self(sample, sizes.array(sizes.batch), text, **self.conditions(sizes))
 
     def absorb(self, texts: Sequence[Condition]) -> None:
         """Give up the weights that make keys and values of text, once these texts have theirs.

@@ -13,7 +13,7 @@ from mlxdiff.errors import UsageError
 from mlxdiff.networks.blocks import Attention, TimestepEmbedding
 from mlxdiff.networks.condition import Condition
 from mlxdiff.networks.config import BlockSpec, UNet2DConfig
-from mlxdiff.networks.layers import Array, Layer, Layers, Module
+from mlxdiff.networks.layers import Array, Layer, Layers, Module, Sizes
 from mlxdiff.networks.unet import (
     CrossAttnDownBlock2D,
     CrossAttnUpBlock2D,
@@ -117,6 +117,16 @@ class UNet2DModel(Module):
         for block in self.up_blocks:
             x = block(x, temb, None, skips)
         return self.nn.cast(self.conv_out(self.conv_norm_out.silu(x)), self.nn.float32)
+
+    def run_once(self, sizes: Sizes) -> Array:
+        config, batch = self.config, sizes.batch
+        vectors = config.class_embed_type == "identity"
+        labels = sizes.array(batch, config.time_embed_dim) if vectors else sizes.array(batch)
+        return self(
+            sizes.array(batch, sizes.height, sizes.width, config.in_channels),
+            sizes.array(batch),
+            labels if config.takes_label else None,
+        )
 
     def _embed(self, numbers: Array) -> Array:
         """Timesteps, or labels as such, (B,) -> (B, C)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from mlxdiff.networks.blocks import Attention, Downsample2D, ResnetBlock2D, Upsample2D
 from mlxdiff.networks.config import AutoencoderKLConfig
-from mlxdiff.networks.layers import Array, Layers, Module
+from mlxdiff.networks.layers import Array, Layers, Module, Sizes
 
 _EPS = 1e-6
 
@@ -131,14 +131,14 @@ class AutoencoderKL(Module):
 
     def __init__(self, nn: Layers, config: AutoencoderKLConfig) -> None:
         super().__init__(nn)
-        channels = config.latent_channels
+        self.config, channels = config, config.latent_channels
         self.encoder = Encoder(nn, config)
-        self.decoder = Decoder(nn, config)
         self.quant_conv = self.post_quant_conv = None
         if config.use_quant_conv:
             self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
         if config.use_post_quant_conv:
             self.post_quant_conv = nn.Conv2d(channels, channels, 1)
+        self.decoder = Decoder(nn, config)
 
     def encode(self, x: Array) -> tuple[Array, Array]:
         """Mean and log-variance of the latents of a picture.
@@ -166,6 +166,12 @@ class AutoencoderKL(Module):
         """What the decoder is given for latents (B, H, W, C): the same shape."""
         z = self.nn.cast(z, self.dtype)
         return z if self.post_quant_conv is None else self.post_quant_conv(z)
+
+    def run_once(self, sizes: Sizes) -> Array | tuple[Array, Array]:
+        shape = sizes.batch, sizes.height, sizes.width
+        if sizes.encode:
+            return self.encode(sizes.array(*shape, self.config.in_channels))
+        return self.decode(sizes.array(*shape, self.config.latent_channels))
 
 
 def _resnets(

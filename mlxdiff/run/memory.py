@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, Protocol
 from mlxdiff.convert import Component
 from mlxdiff.errors import UsageError
 from mlxdiff.networks.config import AutoencoderKLConfig, ComponentConfig
-from mlxdiff.networks.cost import Operation, operations
+from mlxdiff.networks.cost import operations
+from mlxdiff.networks.recorder import Operation
 from mlxdiff.run.kind import Network, stage_of
 from mlxdiff.store.recipes import Recipe, quantized_model
 from mlxdiff.weights.tensors import LazyTensor, QuantizedTensor
