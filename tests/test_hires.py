@@ -102,7 +102,7 @@ def test_the_command_line_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("sd15", {"hires": "2"}, "expected a number above 1"),
         ("sd15", {"hires": float("nan")}, "above 1"),
         ("sd15", {"hires": 1.1}, "no larger size"),
-        ("sd15", {"hires_upscaler": "esrgan"}, "there are lanczos"),
+        ("sd15", {"hires_upscaler": "esrgan"}, "expected one of lanczos"),
         ("sd15", {"hires": None, "hires_upscaler": "lanczos"}, "without hires"),
         ("sd15", {"hires": None, "hires_strength": 0.5}, "without hires"),
         ("sd15", {"hires_strength": 1.5}, "0 to 1"),

@@ -54,23 +54,23 @@ class Control:
 
 def resolve_controls(
     count: int,
-    width: int,
-    height: int,
+    sizes: Sequence[tuple[int, int]],
     *,
     control_image: Any = None,
     control_scale: Any = None,
     control_start: Any = None,
     control_end: Any = None,
     control_preprocess: Any = None,
-) -> tuple[Control, ...]:
-    """Check the arguments of ``generate`` for ControlNets.
+) -> list[tuple[Control, ...]]:
+    """Check the arguments of ``generate`` for ControlNets; open each picture once.
 
     Args:
         count: how many ControlNets there are.
-        width, height: of the picture.
+        sizes: (width, height) of the picture, and of what a hires pass makes of it.
         control_image: a picture for each net, in their order; for one net, the picture.
         control_scale, control_start, control_end, control_preprocess: one value for all nets, or
             one for each.
+    Returns: for each size, the controls of all nets.
     Raises: UsageError.
     """
     given = {
@@ -83,7 +83,7 @@ def resolve_controls(
     if count == 0:
         if names := [name for name, value in given.items() if value is not None]:
             raise UsageError(f"{', '.join(names)}: there is no ControlNet; give one (--controlnet)")
-        return ()
+        return [() for _ in sizes]
     nets = "1 ControlNet" if count == 1 else f"{count} ControlNets"
     images = listed(control_image)
     if len(images) != count:
@@ -107,22 +107,30 @@ def resolve_controls(
     for start, end in zip(starts, ends, strict=True):
         if start >= end:
             raise UsageError(f"control_start {start:g} must be less than control_end {end:g}")
-    controls = []
-    for image, scale, start, end, kind in zip(images, scales, starts, ends, kinds, strict=True):
-        pixels = load_image(image)
-        _note_stretched(pixels, width, height)
-        named = isinstance(image, (str, os.PathLike))
-        controls.append(
+    opened = [load_image(image) for image in images]
+    for pixels in opened:
+        for width, height in sizes:
+            _note_stretched(pixels, width, height)
+    return [
+        tuple(
             Control(
                 image=PREPROCESSORS[kind](resize(pixels, width, height)),
-                image_name=Path(image).name if named else "(pixels)",
+                image_name=_name_of(image),
                 scale=scale,
                 start=start,
                 end=end,
                 preprocess=kind,
             )
+            for image, pixels, scale, start, end, kind in zip(
+                images, opened, scales, starts, ends, kinds, strict=True
+            )
         )
-    return tuple(controls)
+        for width, height in sizes
+    ]
+
+
+def _name_of(image: Any) -> str:
+    return Path(image).name if isinstance(image, (str, os.PathLike)) else "(pixels)"
 
 
 def describe(controls: Sequence[Control], names: Sequence[str], guess_mode: bool) -> dict[str, Any]:

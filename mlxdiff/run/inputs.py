@@ -8,7 +8,7 @@ the noise that is added to that is drawn first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from mlxdiff.pictures.hires import Hires, enlarge_latents
 from mlxdiff.pictures.image import resize_values, to_model
 from mlxdiff.run.model import ImageLatents, Model
 from mlxdiff.run.pixel_model import PixelModel
-from mlxdiff.run.settings import Settings, make_plans
+from mlxdiff.run.settings import Settings
 from mlxdiff.samplers import Plan
 
 Draw = Callable[..., np.ndarray]
@@ -80,10 +80,17 @@ class Stage(NamedTuple):
 
 
 def make_stages(
-    settings: Settings, model: Model | PixelModel, refiner: Model | None = None
+    settings: Settings,
+    plans: Sequence[Plan],
+    model: Model | PixelModel,
+    refiner: Model | None = None,
 ) -> list[Stage]:
-    """The parts of a run: the model's, then that of a refiner or of a hires pass."""
-    first, *others = make_plans(settings, model, refiner)
+    """The parts of a run: the model's, then that of a refiner or of a hires pass.
+
+    Args:
+        plans: of each part, as ``settings.make_plans`` gives them.
+    """
+    first, *others = plans
     stages = [Stage(model, settings, first)]
     for plan in others:
         if settings.enlarged is not None:
