@@ -29,7 +29,7 @@ from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
 from mlxdiff.pictures.metadata import Metadata
 from mlxdiff.run import control, image_prompt
 from mlxdiff.run.denoiser import Evaluation, make_denoiser
-from mlxdiff.run.inputs import Inputs, make_stages
+from mlxdiff.run.inputs import Inputs, Stage, Start, make_stages
 from mlxdiff.run.memory import Device, Estimate, estimate, require
 from mlxdiff.run.model import Model, PromptEmbeddings, draw_noise
 from mlxdiff.run.options import GenerateOptions, RunOptions
@@ -395,7 +395,8 @@ class Pipeline:
         return self._steps(self._prepare(asked), {})
 
     def _steps(self, run: Run, timings: dict[str, Any]) -> Iterator[Step]:
-        model, backend, settings, noise = self.model, self.backend, run.settings, run.noise
+        """Draw the pictures of a run one after the other: each is then exactly what it is alone."""
+        model, backend, settings = self.model, self.backend, run.settings
         self._change_for(settings)
         stages = make_stages(settings, run.plans, model, self.refiner)
         if settings.encodes:
@@ -409,53 +410,33 @@ class Pipeline:
         if settings.hires is not None:
             timings["hires"] = 0.0
         total = sum(len(stage.plan) for stage in stages)
-        # One picture after the other: each is then exactly what it is when asked for alone.
         for picture, seed in enumerate(run.seeds):
             generator, index, x = Generator(seed), 0, None
-            given = None if noise is None else noise[picture][None]
+            given = None if run.noise is None else run.noise[picture][None]
             for part, stage in enumerate(stages):
-                plan, size = stage.plan, (stage.settings.height, stage.settings.width)
+                size = stage.settings.height, stage.settings.width
                 draw = partial(draw_noise, generator, model.latent_shape(*size))
-                fresh_noise = partial(_on_backend, backend, draw)
                 if part not in denoisers and stage.model.low_memory:
                     denoisers.clear()
                     denoise = None
                 if x is None:
-                    begun = inputs.begin(plan, draw, given)
+                    begun = inputs.begin(stage.plan, draw, given)
                 else:
                     start = time.perf_counter()
                     begun = inputs.go_on(stage, begun, backend.to_numpy(x), draw)
                     if settings.hires is not None:
                         timings["hires"] += time.perf_counter() - start
-                x = backend.asarray(begun.x)
                 if part not in denoisers:
-                    loaded, start = self._load_seconds, time.perf_counter()
-                    denoisers[part] = make_denoiser(
-                        stage.model, stage.settings, plan.timesteps, stage.before
-                    )
-                    elapsed = time.perf_counter() - start - (self._load_seconds - loaded)
-                    timings["text_encoder"] = timings.get("text_encoder", 0.0) + elapsed
+                    denoisers[part] = self._make_denoiser(stage, timings)
                 denoise = denoisers[part]
-                prediction = stage.model.source.scheduler_config.get("prediction_type", "epsilon")
-                beside = None if begun.beside is None else backend.asarray(begun.beside)
-                kept = None if begun.kept is None else begun.kept.on(backend)
-                state = plan.start()
-                for i, t in enumerate(plan.timesteps):
-                    start = time.perf_counter()
-                    evaluation = Evaluation(t, i, len(plan), beside)
-                    output = denoise(plan.scale_model_input(x, state), evaluation)
-                    clean = partial(_denoised, backend, plan, i, prediction, x, output)
-                    x, state = plan.step(x, output, state, noise=fresh_noise)
-                    if kept is not None:
-                        x = kept(x, plan, i + 1)
-                    backend.evaluate(x)
-                    seconds.append(time.perf_counter() - start)
+                for x, clean, elapsed in _evaluations(stage, begun, denoise, backend, draw):
+                    seconds.append(elapsed)
                     yield Step(
                         index=index,
                         total=total,
                         picture=picture,
                         seed=seed,
-                        seconds=seconds[-1],
+                        seconds=elapsed,
                         latents=backend.to_numpy(x)[0],
                         _decode=model.decode,
                         _sketch=model.sketch,
@@ -463,6 +444,14 @@ class Pipeline:
                     )
                     index += 1
             backend.clear_cache()
+
+    def _make_denoiser(self, stage: Stage, timings: dict[str, Any]) -> Any:
+        """Run the text encoders of a stage; what loading takes is not counted."""
+        loaded, start = self._load_seconds, time.perf_counter()
+        made = make_denoiser(stage.model, stage.settings, stage.plan.timesteps, stage.before)
+        elapsed = time.perf_counter() - start - (self._load_seconds - loaded)
+        timings["text_encoder"] = timings.get("text_encoder", 0.0) + elapsed
+        return made
 
     @property
     def _load_seconds(self) -> float:
@@ -582,6 +571,33 @@ def _only_sdxl(model: Model | PixelModel) -> Model:
             f"{model.source.path}: is no SDXL model; a refiner is one, and works on one"
         )
     return model
+
+
+def _evaluations(
+    stage: Stage, begun: Start, denoise: Any, backend: Any, draw: Callable[[], np.ndarray]
+) -> Iterator[tuple[Any, Callable[[], np.ndarray], float]]:
+    """Evaluate the U-Net of a stage again and again, for one picture.
+
+    Args:
+        begun: what the picture starts from.
+        draw: noise of the picture's own generator.
+    Yields: x after each step, (1, h, w, C); what gives it without noise; seconds.
+    """
+    plan, x = stage.plan, backend.asarray(begun.x)
+    prediction = stage.model.source.scheduler_config.get("prediction_type", "epsilon")
+    beside = None if begun.beside is None else backend.asarray(begun.beside)
+    kept = None if begun.kept is None else begun.kept.on(backend)
+    state = plan.start()
+    for i, t in enumerate(plan.timesteps):
+        start = time.perf_counter()
+        evaluation = Evaluation(t, i, len(plan), beside)
+        output = denoise(plan.scale_model_input(x, state), evaluation)
+        clean = partial(_denoised, backend, plan, i, prediction, x, output)
+        x, state = plan.step(x, output, state, noise=partial(_on_backend, backend, draw))
+        if kept is not None:
+            x = kept(x, plan, i + 1)
+        backend.evaluate(x)
+        yield x, clean, time.perf_counter() - start
 
 
 def _denoised(

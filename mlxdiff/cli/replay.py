@@ -23,7 +23,7 @@ def replayed(given: Mapping[str, Any], path: str | None) -> dict[str, Any]:
         path: of the picture; None: there is none.
     Raises: UsageError where the picture was drawn with files that are not at hand.
     """
-    found = {} if path is None else _recorded(path)
+    found = {} if path is None else _recorded(path, set(given) - {"loras", "embeddings"})
     for name, value in _of_kind(Picture):
         if name in found and name not in given:
             raise UsageError(_missing(value, found[name], path))
@@ -35,17 +35,18 @@ def replayed(given: Mapping[str, Any], path: str | None) -> dict[str, Any]:
     return merged
 
 
-def _recorded(path: str) -> dict[str, Any]:
-    """The options that a picture's metadata hold, by Python name."""
+def _recorded(path: str, overridden: set[str]) -> dict[str, Any]:
+    """The options that a picture's metadata hold, by Python name, but for those overridden."""
     from mlxdiff.pictures.metadata import read
 
     metadata = read(path)
     values = metadata.to_dict()
     found = {}
     for entry in _all():
-        if (value := values.get(entry.key or "")) is not None:
+        value = values.get(entry.key or "")
+        if value is not None and entry.name not in overridden:
             found[entry.name] = _accepted(entry, value, path)
-    if metadata.version is None:  # drawn by A1111 or a program that writes as it does
+    if metadata.version is None:  # by A1111, or a program that writes as it does
         found["prompt_syntax"] = "a1111"
     if found.get("model") == BUILTIN_NAME:
         del found["model"]
@@ -57,7 +58,7 @@ def _recorded(path: str) -> dict[str, Any]:
 def _accepted(entry: Option, value: Any, path: str) -> Any:
     """A value of the metadata, if the option takes it: the file may come from anyone."""
     kind = entry.kind
-    fault = f"{path}: {entry.key} in its mlxdiff metadata is {value!r}"
+    fault = f"{path}: {entry.key} in its metadata is {value!r}"
     try:
         if isinstance(kind, (Picture, Each)):
             names = value if isinstance(value, list) else [value]
