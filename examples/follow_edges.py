@@ -30,7 +30,7 @@ pipe = mlxdiff.load()
 prompt = "a red heart left of a blue ring on a white background"
 given = pipe.generate(prompt, seed=0, guidance=4).images[0]
 row = [given, Image.fromarray(edges(np.asarray(given)))]
-pipe.control_with(EDGES)
+pipe.set_controlnets([EDGES])
 for prompt in (
     "a yellow heart left of a purple ring on a black background",
     "a black heart left of a green ring on a pink background",

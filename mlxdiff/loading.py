@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mlxdiff import library
-from mlxdiff.convert import open_vae
 from mlxdiff.errors import UsageError
 from mlxdiff.machine.exact import require as require_exact
 from mlxdiff.pipeline import Pipeline
@@ -70,42 +67,27 @@ def load(asked: LoadOptions) -> Pipeline:
     chosen = make_backend(asked.backend, asked.dtype)
     if asked.exact and not chosen.has_gpu():
         logger.warning("exact has no effect: nothing is computed on a GPU here")
-    other_vae = None if asked.vae is None else open_vae(asked.vae, progress=asked.progress)
-    pipe = Pipeline(source, chosen, vae=other_vae)
-    if asked.controlnets:
-        pipe.control_with(
-            *_several(asked.controlnets), variant=asked.variant, progress=asked.progress
-        )
-    if asked.ip_adapters:
-        pipe.show_with(
-            *_several(asked.ip_adapters),
-            image_encoder=asked.image_encoder,
-            variant=asked.variant,
-            progress=asked.progress,
-        )
-    elif asked.image_encoder is not None:
-        raise UsageError("image_encoder: there is no IP-Adapter; give one (--ip-adapter)")
-    pipe.set_loras(asked.loras)
+    pipe = Pipeline(source, chosen)
     pipe.lora_folder = Path(asked.lora_folder)
+    pipe.set_vae(asked.vae, progress=asked.progress)
+    pipe.set_controlnets(asked.controlnets, variant=asked.variant, progress=asked.progress)
+    pipe.set_ip_adapters(
+        asked.ip_adapters,
+        image_encoder=asked.image_encoder,
+        variant=asked.variant,
+        progress=asked.progress,
+    )
+    pipe.set_loras(asked.loras)
     pipe.set_embeddings(asked.embeddings)
     if asked.memory_limit is not None:
         pipe.limit_memory(asked.memory_limit)
-    if (refiner := asked.refiner) is not None:
-        if not isinstance(refiner, Pipeline):
-            second = library.open_model(
-                refiner,
-                dtype=asked.dtype,
-                quantize=asked.quantize,
-                variant=asked.variant,
-                progress=asked.progress,
-            )
-            refiner = Pipeline(second, chosen)
-        pipe.refine_with(refiner)
+    pipe.set_refiner(
+        asked.refiner,
+        dtype=asked.dtype,
+        quantize=asked.quantize,
+        variant=asked.variant,
+        progress=asked.progress,
+    )
     pipe.save_memory(asked.low_memory, asked.vae_tiling)
     pipe.exact = asked.exact and chosen.has_gpu()
     return pipe
-
-
-def _several(paths: Any) -> Sequence[str | os.PathLike[str]]:
-    """A list of paths; one alone counts as a list of one."""
-    return [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)

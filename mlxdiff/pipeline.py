@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,32 +19,39 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlxdiff import samplers
+from mlxdiff import library, samplers
 from mlxdiff._version import __version__
 from mlxdiff.adapters import lora, textual_inversion
-from mlxdiff.convert import Component, open_controlnet, open_ip_adapter
 from mlxdiff.errors import UsageError
 from mlxdiff.noise import Generator
 from mlxdiff.pictures import preview
 from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
 from mlxdiff.pictures.metadata import Metadata
-from mlxdiff.run import control, image_prompt
+from mlxdiff.run.additions import A, Fetch
+from mlxdiff.run.additions.controlnet import ControlNet
+from mlxdiff.run.additions.embedding import Embedding
+from mlxdiff.run.additions.ip_adapter import IPAdapter
+from mlxdiff.run.additions.lora import LoRA, asked_for
+from mlxdiff.run.additions.refiner import Refiner
+from mlxdiff.run.additions.vae import AnotherVAE
 from mlxdiff.run.denoiser import Evaluation, make_denoiser
 from mlxdiff.run.inputs import Inputs, Stage, Start, make_stages
+from mlxdiff.run.latent_model import LatentModel
 from mlxdiff.run.memory import Device, Estimate, estimate, require
 from mlxdiff.run.model import Model, PromptEmbeddings, draw_noise
 from mlxdiff.run.options import GenerateOptions, RunOptions
 from mlxdiff.run.pixel_model import PixelModel
-from mlxdiff.run.settings import Run, Settings, resolve
+from mlxdiff.run.settings import PlannedRun, Settings, resolve
 from mlxdiff.run.table import takes
-from mlxdiff.store.folder import ModelSource
+from mlxdiff.store.folder import ModelSource, Progress
 from mlxdiff.store.recipes import find_recipe, recipe_of
-from mlxdiff.text import a1111
 
 if TYPE_CHECKING:
     import PIL.Image
 
 logger = logging.getLogger("mlxdiff")
+
+AnyPath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -113,21 +121,19 @@ class Pipeline:
     """A model, ready to draw; keeps its weights between calls.
 
     Attributes:
-        model: its networks, stage by stage.
-        refiner: those of the model that does the last part of the way, if there is one.
+        model: its networks, stage by stage, with all that is added to it.
         lora_folder: where the LoRAs lie that a prompt calls by name.
         memory_limit: gigabytes that a run may take; None: as much as the machine has. What is
             expected to take more is refused (``mlxdiff.run.memory``).
         exact: whether a GPU computes as exactly as the type allows.
     """
 
-    def __init__(self, source: ModelSource, backend: Any, vae: Component | None = None) -> None:
-        self.model = _open_model(source, backend, vae)
-        self.refiner: Model | None = None
+    def __init__(self, source: ModelSource, backend: Any) -> None:
+        self.model = _open_model(source, backend)
         self.memory_limit: float | None = None
         self.exact = False
         self.lora_folder = Path()
-        self._asked: tuple[lora.Given, ...] = ()  # the LoRAs that the last prompt asked for
+        self._prompt_loras: dict[Any, tuple[LoRA, ...]] = {}
 
     def limit_memory(self, gigabytes: float | None) -> None:
         """Refuse runs that are expected to take more than this. Raises: UsageError."""
@@ -137,72 +143,6 @@ class Pipeline:
         self.memory_limit = gigabytes
         self.backend.limit_memory(None if gigabytes is None else int(gigabytes * 1e9))
 
-    def refine_with(self, refiner: Pipeline | None) -> None:
-        """Let another model do the last part of the way (SDXL's refiner); None: none.
-
-        Raises: UsageError where the two do not go together.
-        """
-        if refiner is None:
-            self.refiner = None
-            return
-        first, second = (_only_sdxl(pipe.model) for pipe in (self, refiner))
-        if second.vae_config.latent_channels != first.vae_config.latent_channels:
-            raise UsageError(f"{second.source.path}: its latents are not those of the model")
-        if (second.backend.name, second.backend.dtype) != (first.backend.name, first.backend.dtype):
-            raise UsageError("the refiner must be loaded with the same backend and dtype")
-        second.texts.set_embeddings([e for e in self.embeddings if "clip_g" in e.vectors])
-        self.refiner = second
-
-    def control_with(
-        self,
-        *controlnets: str | os.PathLike[str],
-        variant: str | None = None,
-        progress: Callable[..., None] | None = None,
-    ) -> None:
-        """Let pictures decide what stands where (ControlNet), in place of what did so before; none
-        given: none does.
-
-        Args:
-            controlnets: as ``load`` takes them.
-            variant, progress: as ``load`` takes them.
-        Raises: UsageError, CheckpointError, ConfigError, HubError where one cannot be had or is not
-            made for this model.
-        """
-        model = self.model
-        if isinstance(model, PixelModel):
-            raise UsageError(f"{self.source.path}: draws pixels; it has no part for a ControlNet")
-        found = [open_controlnet(p, model.unet_config, variant, progress) for p in controlnets]
-        for path, one in zip(controlnets, found, strict=True):
-            model.check_latents_of(one.config, path)
-        model.add("controlnet", found)
-
-    def show_with(
-        self,
-        *ip_adapters: str | os.PathLike[str],
-        image_encoder: str | os.PathLike[str] | None = None,
-        variant: str | None = None,
-        progress: Callable[..., None] | None = None,
-    ) -> None:
-        """Let pictures be prompts (IP-Adapter), in place of what did so before; none given: none.
-
-        Args:
-            ip_adapters, image_encoder, variant, progress: as ``load`` takes them.
-        Raises: UsageError, CheckpointError, ConfigError, HubError where one cannot be had or is not
-            made for this model.
-        """
-        model = self.model
-        if isinstance(model, PixelModel):
-            raise UsageError(f"{self.source.path}: draws pixels; it has no part for an IP-Adapter")
-        pairs = [
-            open_ip_adapter(path, model.unet_config, image_encoder, variant, progress)
-            for path in ip_adapters
-        ]
-        for _, encoder in pairs[1:]:
-            if encoder.config != pairs[0][1].config:
-                raise UsageError("IP-Adapters of different image encoders cannot be used together")
-        model.add("ip_adapter", [adapter for adapter, _ in pairs])
-        model.add("image_encoder", [encoder for _, encoder in pairs[:1]])
-
     def save_memory(self, low_memory: bool = True, vae_tiling: bool | None = None) -> None:
         """Trade time for memory, from the next picture on; see ``load``."""
         for model in (self.model, self.refiner):
@@ -210,61 +150,168 @@ class Pipeline:
                 model.save_memory(low_memory, vae_tiling)
         self.backend.limit_cache(low_memory)
 
-    @property
-    def embeddings(self) -> tuple[textual_inversion.Embedding, ...]:
-        """Words with vectors of their own."""
-        return () if isinstance(self.model, PixelModel) else self.model.texts.embeddings
+    # Additions. Each of these replaces the additions of its kind; a failure changes nothing.
+
+    def set_vae(self, vae: AnyPath | None, *, progress: Progress | None = None) -> None:
+        """Encode and decode with another VAE; None: with the model's own.
+
+        Args:
+            vae, progress: as ``load`` takes them.
+        Raises: UsageError, CheckpointError, ConfigError, HubError.
+        """
+        fetch = Fetch(progress=progress)
+        self._set(AnotherVAE, [] if vae is None else [vae], partial(AnotherVAE.open, fetch=fetch))
+
+    def set_controlnets(
+        self,
+        controlnets: AnyPath | Iterable[AnyPath],
+        *,
+        variant: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Let these ControlNets, and no others, decide what stands where.
+
+        Args:
+            controlnets, variant, progress: as ``load`` takes them.
+        Raises: UsageError, CheckpointError, ConfigError, HubError.
+        """
+        fetch = Fetch(variant, progress)
+        self._set(ControlNet, _several(controlnets), partial(ControlNet.open, fetch=fetch))
+
+    def set_ip_adapters(
+        self,
+        ip_adapters: AnyPath | Iterable[AnyPath],
+        *,
+        image_encoder: AnyPath | None = None,
+        variant: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Let pictures be prompts, through these IP-Adapters and no others.
+
+        Args:
+            ip_adapters, image_encoder, variant, progress: as ``load`` takes them.
+        Raises: UsageError, CheckpointError, ConfigError, HubError.
+        """
+        paths = _several(ip_adapters)
+        if not paths and image_encoder is not None:
+            raise UsageError("image_encoder: there is no IP-Adapter; give one (--ip-adapter)")
+        fetch = Fetch(variant, progress)
+        self._set(
+            IPAdapter, paths, partial(IPAdapter.open, image_encoder=image_encoder, fetch=fetch)
+        )
+
+    def set_loras(self, loras: Iterable[lora.Given]) -> None:
+        """Change the model's weights by these LoRAs, and by no others.
+
+        Args:
+            loras: each a path or (path, scale), or one of ``Pipeline.loras``.
+        Raises: UsageError, CheckpointError.
+        """
+        self._set(LoRA, loras, LoRA.open)
 
     def set_embeddings(self, embeddings: Iterable[textual_inversion.Given]) -> None:
         """Let these words, and no others, stand for vectors of their own (textual inversion).
 
         Args:
             embeddings: each a file or (file, word), or one of ``Pipeline.embeddings``.
-        Raises: UsageError, CheckpointError; nothing is changed then.
+        Raises: UsageError, CheckpointError.
         """
-        opened = textual_inversion.open_all(embeddings)
-        if isinstance(self.model, PixelModel):
-            if opened:
-                raise UsageError(f"{self.source.path}: this model has no text encoder")
-            return
-        self.model.texts.set_embeddings(opened)
-        if self.refiner is not None:
-            self.refiner.texts.set_embeddings([e for e in opened if "clip_g" in e.vectors])
+        self._set(Embedding, embeddings, Embedding.open)
+
+    def set_refiner(
+        self,
+        refiner: AnyPath | Pipeline | None,
+        *,
+        dtype: str | None = None,
+        quantize: int | str | None = None,
+        variant: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Let another model do the last part of the way (SDXL's refiner); None: none.
+
+        Args:
+            refiner, dtype, quantize, variant, progress: as ``load`` takes them.
+        Raises: UsageError if the two do not fit; CheckpointError, ConfigError, HubError.
+        """
+
+        def open_refiners(given: Iterable[AnyPath | Pipeline], model: Model) -> Iterator[Refiner]:
+            for one in given:
+                if not isinstance(one, Pipeline):
+                    source = library.open_model(
+                        one,
+                        dtype=dtype,
+                        quantize=quantize,
+                        variant=variant,
+                        progress=progress,
+                    )
+                    one = Pipeline(source, self.backend)
+                yield Refiner.open(one.model, model)
+
+        self._set(Refiner, [] if refiner is None else [refiner], open_refiners)
+
+    def _set(
+        self, kind: type[A], given: Iterable[Any], open_all: Callable[..., Iterable[A]]
+    ) -> None:
+        """Replace the additions of a kind.
+
+        Args:
+            given: what is to be added, as people give it.
+            open_all: opens these, and matches them to the model.
+        Raises: UsageError if the model has no part for them, or one does not fit.
+        """
+        given = given if isinstance(given, (str, bytes, os.PathLike)) else list(given)
+        if given:
+            self.model.require(kind.part)
+        additions = self.model.additions.replaced(kind, open_all(given, self.model))
+        words = additions.of(Embedding)
+        refiners = [one.with_words(words) for one in additions.of(Refiner)]
+        self.model = self.model.with_additions(additions.replaced(Refiner, refiners))
+        self.model.cache.release_others(self.model.additions)
+
+    def control_with(self, *controlnets: AnyPath, **how: Any) -> None:
+        """Deprecated: call ``set_controlnets``."""
+        _warn_renamed("control_with(...)", "set_controlnets([...])")
+        self.set_controlnets(controlnets, **how)
+
+    def show_with(self, *ip_adapters: AnyPath, **how: Any) -> None:
+        """Deprecated: call ``set_ip_adapters``."""
+        _warn_renamed("show_with(...)", "set_ip_adapters([...])")
+        self.set_ip_adapters(ip_adapters, **how)
+
+    def refine_with(self, refiner: Pipeline | None) -> None:
+        """Deprecated: call ``set_refiner``."""
+        _warn_renamed("refine_with(...)", "set_refiner(...)")
+        self.set_refiner(refiner)
+
+    @property
+    def embeddings(self) -> tuple[textual_inversion.Embedding, ...]:
+        """Words with vectors of their own."""
+        return tuple(one.embedding for one in self.model.additions.of(Embedding))
 
     @property
     def loras(self) -> tuple[lora.Lora, ...]:
-        """What the model's weights are changed by, beside what a prompt asks for."""
-        return self.model.loras[: len(self.model.loras) - len(self._asked)]
+        """The LoRAs that change the model's weights, beside those that a prompt asks for."""
+        return tuple(one.matched for one in self.model.additions.of(LoRA))
 
-    def set_loras(self, loras: Iterable[lora.Given]) -> None:
-        """Change the model's weights by these LoRAs and by no others; by none where there are none.
-
-        Args:
-            loras: each a path or (path, scale), or one of ``Pipeline.loras``.
-        Raises: UsageError, CheckpointError; nothing is changed then.
-        """
-        if isinstance(self.model, PixelModel):
-            if next(iter(loras), None) is not None:
-                raise UsageError(f"{self.source.path}: this model has no part for a LoRA")
-            return
-        self.model.set_loras(loras)
-        self._asked = ()
+    @property
+    def refiner(self) -> Model | None:
+        """The model that does the last part of the way, if there is one."""
+        return next((one.model for one in self.model.additions.of(Refiner)), None)
 
     def _asked_for(self, settings: Settings) -> tuple[lora.Given, ...]:
-        """The LoRAs that a prompt asks for (``<lora:name:0.8>``)."""
-        if settings.prompt_syntax == "plain":
-            return ()
-        return tuple(
-            (lora.find(one.name, self.lora_folder), (one.unet, one.text_encoder))
-            for one in a1111.networks(settings.prompt)[1]
-        )
+        """The LoRAs that a prompt asks for (``<lora:name:0.8>``). Raises: UsageError."""
+        return asked_for(settings.prompt, settings.prompt_syntax, self.lora_folder)
 
-    def _change_for(self, settings: Settings) -> None:
-        """Let the model be changed by what this prompt asks for, and not by what the last did."""
+    def _model_for(self, settings: Settings) -> Model:
+        """The model with what this prompt asks for, for one run. Raises: UsageError."""
         asked = self._asked_for(settings)
-        if asked != self._asked and isinstance(self.model, Model):
-            self.model.set_loras((*self.loras, *asked))
-            self._asked = asked
+        if not asked:
+            return self.model
+        if asked not in self._prompt_loras:  # those of the last prompt are kept
+            self._prompt_loras = {asked: LoRA.open(asked, self.model, in_prompt=True)}
+        additions = self.model.additions
+        loras = (*additions.of(LoRA), *self._prompt_loras[asked])
+        return self.model.with_additions(additions.replaced(LoRA, loras))
 
     @property
     def source(self) -> ModelSource:
@@ -316,17 +363,17 @@ class Pipeline:
         return self._prepare(asked).settings
 
     @takes(RunOptions)
-    def prepare(self, asked: RunOptions) -> Run:
+    def prepare(self, asked: RunOptions) -> PlannedRun:
         """Check and plan a run, for ``draw``; arguments as for ``settings``.
 
         Args:
             {options}
-        Returns: Run.
+        Returns: PlannedRun.
         Raises: UsageError where an option cannot be honoured.
         """
         return self._prepare(asked)
 
-    def _prepare(self, asked: RunOptions) -> Run:
+    def _prepare(self, asked: RunOptions) -> PlannedRun:
         run = resolve(self.model, self.refiner, asked)
         self._asked_for(run.settings)  # they must be there
         self._require_memory(run.settings)
@@ -347,6 +394,7 @@ class Pipeline:
             low_memory, quantize: as if the model were loaded so.
         """
         backend, model = self.backend, self.model
+        shown = max((len(prompt.images) for prompt in settings.image_prompts), default=1)
         largest = settings.enlarged or settings
         height, width = largest.height // scale, largest.width // scale
         low_memory = low_memory or model.low_memory
@@ -355,8 +403,9 @@ class Pipeline:
             Device(backend.name, backend.has_gpu(), backend.dtype),
             height,
             width,
-            batch=settings.batch(model) if isinstance(model, Model) else 1,
+            batch=settings.batch(model),
             image=settings.encodes or settings.hires is not None,
+            pictures=shown,
             refiner=self.refiner,
             low_memory=low_memory,
             tiled=isinstance(model, Model)
@@ -394,10 +443,10 @@ class Pipeline:
         """
         return self._steps(self._prepare(asked), {})
 
-    def _steps(self, run: Run, timings: dict[str, Any]) -> Iterator[Step]:
+    def _steps(self, run: PlannedRun, timings: dict[str, Any]) -> Iterator[Step]:
         """Draw the pictures of a run one after the other: each is then exactly what it is alone."""
-        model, backend, settings = self.model, self.backend, run.settings
-        self._change_for(settings)
+        settings, backend = run.settings, self.backend
+        model = self._model_for(settings)
         stages = make_stages(settings, run.plans, model, self.refiner)
         if settings.encodes:
             model.component("vae")
@@ -469,7 +518,7 @@ class Pipeline:
         """
         return self.draw(self._prepare(asked), asked.on_step)
 
-    def draw(self, run: Run, on_step: Callable[[Step], object] | None = None) -> Result:
+    def draw(self, run: PlannedRun, on_step: Callable[[Step], object] | None = None) -> Result:
         """Draw the pictures of a run that ``prepare`` has made.
 
         Args:
@@ -483,8 +532,7 @@ class Pipeline:
                 on_step(step)
             if step.index == step.total - 1:
                 final.append(step.latents)
-        if isinstance(self.model, Model):
-            self.model.component("vae")
+        self.model.load_decoder()
         start = time.perf_counter()
         images = self.decode(np.stack(final))
         if settings.canvas is not None and settings.paste_original:
@@ -503,9 +551,11 @@ class Pipeline:
             peak_memory=self.backend.peak_memory(),
         )
 
-    def _metadata(self, run: Run) -> list[Metadata]:
+    def _metadata(self, run: PlannedRun) -> list[Metadata]:
         """What each picture says of itself."""
-        said = run.settings.describe() | self._describe_additions(run.settings)
+        said = run.settings.describe()
+        said |= self._model_for(run.settings).additions.describe(run.settings)
+        said |= {"quantize": recipe_of(self.source), "exact": self.exact or None}
         own = {key: said.pop(key) for key in METADATA_FIELDS if key in said}
         provenance = self.source.provenance
         first = Metadata(
@@ -523,54 +573,19 @@ class Pipeline:
         )
         return [replace(first, seed=seed) for seed in run.seeds]
 
-    def _describe_additions(self, settings: Settings) -> dict[str, Any]:
-        """What metadata say of all that is added to the model."""
-        said: dict[str, Any] = {}
-        if isinstance(self.model, Model):
-            named = {k: _named(part.provenance) for k, part in self.model.added.items()}
-            nets, adapters = (
-                [named[name] for name in names]
-                for names in (self.model.controlnets, self.model.ip_adapters)
-            )
-            encoder = named.get("image_encoder_0", "")
-            said |= control.describe(settings.controls, nets, settings.guess_mode)
-            said |= image_prompt.describe(settings.image_prompts, adapters, encoder)
-        said["vae"] = None if self.model.vae is None else _named(self.model.vae.provenance)
-        said["refiner"] = None if self.refiner is None else _named(self.refiner.source.provenance)
-        said["embeddings"] = [
-            {"token": e.token, "name": e.path.name, "sha256": e.sha256} for e in self.embeddings
-        ] or None
-        said["quantize"] = recipe_of(self.source)
-        said["exact"] = self.exact or None
-        given = len(self.loras)
-        said["loras"] = [
-            {
-                "name": one.name,
-                "scale": one.scale,
-                **({"text_scale": one.text_scale} if one.text_scale != one.scale else {}),
-                **({"in_prompt": True} if i >= given else {}),
-                "sha256": one.file.sha256,
-                "short_hash": one.file.short_hash,
-            }
-            for i, one in enumerate(self.model.loras)
-        ] or None
-        return said
+
+def _open_model(source: ModelSource, backend: Any) -> Model:
+    kind = PixelModel if source.family == "ddpm" else LatentModel
+    return kind(source, backend)
 
 
-def _open_model(source: ModelSource, backend: Any, vae: Component | None) -> Model | PixelModel:
-    if source.family != "ddpm":
-        return Model(source, backend, vae)
-    if vae is not None:
-        raise UsageError(f"{source.path}: this model draws pixels; it has no part for a VAE")
-    return PixelModel(source, backend)
+def _several(paths: Any) -> list[Any]:
+    """A list of paths; one alone counts as a list of one."""
+    return [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
 
 
-def _only_sdxl(model: Model | PixelModel) -> Model:
-    if isinstance(model, PixelModel) or not model.is_sdxl:
-        raise UsageError(
-            f"{model.source.path}: is no SDXL model; a refiner is one, and works on one"
-        )
-    return model
+def _warn_renamed(old: str, new: str) -> None:
+    warnings.warn(f"{old} is now {new}", DeprecationWarning, stacklevel=3)
 
 
 def _evaluations(
@@ -609,9 +624,3 @@ def _denoised(
 
 def _on_backend(backend: Any, draw: Callable[[], np.ndarray]) -> Any:
     return backend.asarray(draw())
-
-
-def _named(provenance: dict[str, Any]) -> str:
-    """``source@revision``, as hub ids are given."""
-    revision = provenance.get("revision")
-    return f"{provenance['source']}@{revision}" if revision else str(provenance["source"])

@@ -62,8 +62,8 @@ class Opened:
                 checkpoint(name), backend=backend, dtype="float32", quantize=quantize, **given
             )
         pipe = self._pipes[key]
-        pipe.control_with(*(self.controlnet(name, net) for net in controlnets))
-        pipe.show_with(*(self.adapter(name, adapter) for adapter in ip_adapters))
+        pipe.set_controlnets([self.controlnet(name, net) for net in controlnets])
+        pipe.set_ip_adapters([self.adapter(name, adapter) for adapter in ip_adapters])
         pipe.set_loras([(self.lora(file), scale) for file, scale in loras])
         words = [one.partition(":") for one in embeddings]
         pipe.set_embeddings([(GOLDEN / "prompts" / file, word or None) for file, _, word in words])

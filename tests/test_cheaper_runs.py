@@ -188,7 +188,7 @@ def test_deep_features_and_what_is_added(
     run = RUN | more | {"ip_image": photo(40, 40), "control_image": [photo(32, 32)] * 2}
     run |= {"control_scale": [0.8, 0.6], "control_end": [1.0, 0.7]}
     expected = with_old_features(pipe, whole, run)
-    nets = [pipe.model.component(f"controlnet_{i}") for i in (0, 1)]
+    nets = [pipe.model.component("controlnet", i) for i in (0, 1)]
     with calls_of(pipe.model.component("unet")) as calls, calls_of(*nets) as of_nets:
         found = pipe.generate("a", feature_reuse=3, **run).latents
     near(found, expected)

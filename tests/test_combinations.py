@@ -7,6 +7,8 @@ import pytest
 from golden_data import assert_latents_close, cases
 from golden_runs import Opened, assert_drawn_again
 
+from mlxdiff.run.kind import Network
+
 CASES = {case["case"]: case for case in cases("combinations")}
 
 
@@ -23,7 +25,7 @@ def test_they_are_the_same_in_low_memory(model: str, backend: str, opened: Opene
     assert_drawn_again(
         opened, CASES["everything" if model == "sd15" else "sdxl-everything"], backend
     )
-    assert set(pipe.model._loaded) == {"vae"}
+    assert pipe.model.cache.loaded == {Network("vae")}
     pipe.save_memory(False)
 
 

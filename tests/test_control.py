@@ -25,7 +25,7 @@ from mlxdiff.errors import CheckpointError, ConfigError, UsageError
 from mlxdiff.machine.disk import read_json
 from mlxdiff.networks.config import ControlNetConfig, UNet2DConditionConfig
 from mlxdiff.pictures.preprocess import PREPROCESSORS, edges
-from mlxdiff.run.control import Control
+from mlxdiff.run.additions.controlnet import Control
 
 CASES = cases("control")
 SMALL: dict[str, Any] = {"seed": 0, "width": 32, "height": 32, "steps": 2}

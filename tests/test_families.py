@@ -235,7 +235,7 @@ def test_what_cannot_be_honoured_is_refused(
 
 def test_parts_that_do_not_go_together(opened: Opened) -> None:
     with pytest.raises(UsageError, match="no SDXL model"):
-        opened("sd15").refine_with(opened("sdxl-refiner"))
+        opened("sd15").set_refiner(opened("sdxl-refiner"))
 
 
 def test_notes_on_what_has_no_effect(opened: Opened, caplog: pytest.LogCaptureFixture) -> None:

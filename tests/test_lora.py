@@ -21,6 +21,7 @@ from mlxdiff.adapters.lora import changed, match, open_lora
 from mlxdiff.convert import open_source
 from mlxdiff.errors import CheckpointError, UsageError
 from mlxdiff.reference import backend as reference_backend
+from mlxdiff.run.kind import Network
 from mlxdiff.weights.quantization import Quantization
 from mlxdiff.weights.tensors import AdaptedTensor, LazyTensor, quantize_tensor
 
@@ -363,7 +364,11 @@ def test_a_quantized_model(backend: str, keep_stored: bool, files: Path) -> None
     """A picture of a quantized model under a LoRA: of its packed weights and the difference."""
     path = lora_files.write("sd15-kohya", files)
     pipe = mlxdiff.load(checkpoint("sd15"), backend=backend, dtype="float32", quantize=4)
-    model = pipe.model
+
+    def put(name: str, tensors: Any, **how: Any) -> None:
+        loaded = pipe.backend.load(pipe.source.config(name), tensors, **how)
+        pipe.model.cache.keep(Network(name), loaded, pipe.model.additions)
+
     plain = pipe.generate("a", **SMALL).latents
     pipe.set_loras([(path, 0.7)])
     expected = {
@@ -374,12 +379,10 @@ def test_a_quantized_model(backend: str, keep_stored: bool, files: Path) -> None
     for name in ("unet", "text_encoder"):
         tensors = changed(pipe.loras, name, pipe.source.tensors(name))
         assert any(isinstance(t, AdaptedTensor) for t in tensors.values())
-        model._loaded[name] = model.backend.load(
-            pipe.source.config(name), tensors, keep_stored=keep_stored
-        )
+        put(name, tensors, keep_stored=keep_stored)
     under = pipe.generate("a", **SMALL).latents
     for name, tensors in expected.items():
-        model._loaded[name] = model.backend.load(pipe.source.config(name), tensors)
+        put(name, tensors)
     assert_latents_close(under, pipe.generate("a", **SMALL).latents)
     assert np.abs(under - plain).max() > 0.1
     pipe.set_loras([])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import mlxdiff
+from mlxdiff.run.kind import Network
 
 SIDES = ["numpy", pytest.param("mlx", marks=pytest.mark.mlx)]
 MODELS = {"builtin": None, "sd15": "sd15", "sdxl": "sdxl"}
@@ -29,10 +30,10 @@ def test_the_same_picture(side: str) -> None:
     pipe = load("builtin", side, low_memory=True)
     held = []
     got = pipe.generate(
-        "a red circle", **run, on_step=lambda _: held.append(set(pipe.model._loaded))
+        "a red circle", **run, on_step=lambda _: held.append(pipe.model.cache.loaded)
     )
     assert all(names == set() for names in held)  # the U-Net is the run's own
-    assert set(pipe.model._loaded) == {"vae"}
+    assert pipe.model.cache.loaded == {Network("vae")}
     scale = expected.latents.std()
     assert np.abs(got.latents - expected.latents).max() < 1e-4 * scale
     for one, other in zip(got.images, expected.images, strict=True):
@@ -56,13 +57,13 @@ def test_from_a_picture_and_with_a_changing_prompt(side: str) -> None:
 def test_it_can_be_switched() -> None:
     pipe = load("builtin", "numpy")
     pipe.generate("a circle", seed=0, steps=1)
-    assert "unet" in pipe.model._loaded
+    assert Network("unet") in pipe.model.cache.loaded
     pipe.save_memory()
-    assert pipe.model._loaded == {}
+    assert pipe.model.cache.loaded == set()
     assert pipe.model.low_memory
     pipe.save_memory(False)
     pipe.generate("a circle", seed=0, steps=1)
-    assert "unet" in pipe.model._loaded
+    assert Network("unet") in pipe.model.cache.loaded
 
 
 @pytest.mark.mlx

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import tracemalloc
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,11 +12,15 @@ import tiny_models
 from golden_data import checkpoint
 
 import mlxdiff
+from mlxdiff.convert import Component
 from mlxdiff.errors import UsageError
 from mlxdiff.loading import make_backend
 from mlxdiff.networks.config import AutoencoderKLConfig, ComponentConfig, UNet2DConditionConfig
 from mlxdiff.networks.params import expected_parameters
-from mlxdiff.run.memory import Device, Estimate, activation_bytes, require, weight_bytes
+from mlxdiff.run.additions import Additions
+from mlxdiff.run.additions.controlnet import ControlNet
+from mlxdiff.run.kind import Network
+from mlxdiff.run.memory import Device, Estimate, Held, activation_bytes, require, weight_bytes
 from mlxdiff.weights.quantization import Quantization
 from mlxdiff.weights.tensors import LazyTensor, quantize_tensor
 
@@ -109,7 +112,8 @@ def test_weights_are_counted_as_they_are_kept() -> None:
 
 
 def test_stages_add_up_or_follow_each_other() -> None:
-    weights = {"text_encoder": 10, "text_encoder_2": 20, "unet": 100, "vae": 5}
+    sizes = {"text_encoder": 10, "text_encoder_2": 20, "unet": 100, "vae": 5}
+    weights = {Held(Network(name)): size for name, size in sizes.items()}
     work = {"text_encoder": 1, "image": 50, "unet": 7, "vae": 60}
     together = Estimate(weights, work)
     assert together.stages == {"text_encoder": 31, "image": 85, "unet": 142, "vae": 195}
@@ -119,8 +123,8 @@ def test_stages_add_up_or_follow_each_other() -> None:
 
 
 def test_what_does_not_fit_is_refused_with_what_would() -> None:
-    needed = Estimate({"unet": 3 * 10**9}, {"unet": 2 * 10**9})
-    smaller = Estimate({"unet": 3 * 10**9}, {"unet": 10**8})
+    weights = {Held(Network("unet")): 3 * 10**9}
+    needed, smaller = (Estimate(weights, {"unet": work}) for work in (2 * 10**9, 10**8))
     require(needed, None)  # a machine that does not tell
     require(needed, 6 * 10**9)
     require(needed, 4 * 10**9, limit=6)  # the user knows better
@@ -150,14 +154,15 @@ def test_the_machine_itself_is_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
         pipe.settings("a", width=256, height=256)
 
 
-def test_networks_that_were_added_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_networks_that_were_added_count() -> None:
     pipe = mlxdiff.load(checkpoint("sd15"), backend="numpy")
     settings = pipe.settings("a", width=64, height=64)
     alone, tensors = pipe.memory(settings), pipe.source.tensors("unet")
-    added = SimpleNamespace(tensors=lambda: tensors)
-    monkeypatch.setitem(pipe.model.added, "controlnet_0", added)
+    net = ControlNet(Component(None, lambda: tensors, {}))
+    pipe.model = pipe.model.with_additions(Additions((net,)))
     more = pipe.memory(settings)
-    size = more.weights["controlnet_0"]
+    size = more.weights[Held(Network("controlnet", 0))]
+    assert more.to_dict()["weights"]["controlnet_0"] == size
     assert size == 4 * sum(t.size for t in tensors.values())
     assert more.stages["unet"] - alone.stages["unet"] > size
     assert more.stages["text_encoder"] == alone.stages["text_encoder"]

@@ -324,7 +324,7 @@ def test_a_command_resolves_plans_and_opens_once(
 def test_a_control_image_is_opened_once_for_both_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlxdiff.run import control
+    from mlxdiff.run.additions import controlnet as control
 
     opened = []
     own = control.load_image

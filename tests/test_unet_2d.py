@@ -252,8 +252,8 @@ def test_stages_that_are_not_there(pipes: dict[Any, Pipeline]) -> None:
         pipe.encode_image(np.zeros((16, 16, 3), np.uint8))
     with pytest.raises(UsageError, match="no part for a VAE"):
         mlxdiff.load(checkpoint("ddpm"), vae=checkpoint("taesd"))
-    with pytest.raises(UsageError, match="is no SDXL model"):
-        pipe.refine_with(pipe)
+    with pytest.raises(UsageError, match="no part for a refiner"):
+        pipe.set_refiner(pipe)
 
 
 def test_a_label_is_for_models_without_text() -> None:

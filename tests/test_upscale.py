@@ -126,10 +126,12 @@ def test_networks_beside_it_are_refused() -> None:
     with pytest.raises(UsageError, match="this VAE has factor 8, the model's own 4"):
         mlxdiff.load(checkpoint(NAME), vae=checkpoint("taesd"), backend="numpy")
     pipe = mlxdiff.load(checkpoint(NAME), backend="numpy")
-    for kind, says in (("controlnet", "a ControlNet"), ("ip_adapter", "an IP-Adapter")):
-        pipe.model.added = {f"{kind}_0": None}  # type: ignore[dict-item]
-        with pytest.raises(UsageError, match=f"enlarges .* combined with {says}"):
-            pipe.settings("a", image=photo(8, 8))
+    for add, says in (
+        (pipe.set_controlnets, "a ControlNet"),
+        (pipe.set_ip_adapters, "an IP-Adapter"),
+    ):
+        with pytest.raises(UsageError, match=f"enlarges .* cannot be combined with {says}"):
+            add(["anything"])
 
 
 # -------------------------------------------------------------------------- forms, memory, previews

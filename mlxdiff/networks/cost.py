@@ -18,6 +18,7 @@ from mlxdiff.networks.config import (
     AutoencoderTinyConfig,
     BlockSpec,
     CLIPTextConfig,
+    CLIPVisionConfig,
     ComponentConfig,
     UNet2DConditionConfig,
     UNet2DConfig,
@@ -65,7 +66,7 @@ def operations(
     Args:
         config: of the network.
         height, width: of what goes into it: latents for a U-Net and for a VAE that decodes, pixels
-            for one that encodes or for a U-Net that draws pixels. A text encoder has none.
+            for one that encodes or for a U-Net that draws pixels. CLIP has none.
         batch: how many at once: 2 for a U-Net under guidance.
         tokens: length of a text.
         encode: a VAE's encoder, in place of its decoder.
@@ -73,6 +74,8 @@ def operations(
     walk = _Walk(batch)
     if isinstance(config, CLIPTextConfig):
         _clip(walk, config, tokens)
+    elif isinstance(config, CLIPVisionConfig):
+        _clip_vision(walk, config)
     elif isinstance(config, (UNet2DConditionConfig, UNet2DConfig)):
         _unet(walk, config, height, width, tokens)
     elif isinstance(config, AutoencoderTinyConfig):
@@ -393,6 +396,19 @@ def _tiny_decoder(walk: _Walk, config: AutoencoderTinyConfig, height: int, width
 
 
 def _clip(walk: _Walk, config: CLIPTextConfig, tokens: int) -> None:
+    _clip_layers(walk, config, tokens)
+    if config.with_projection:
+        walk.linear(walk.batch, config.hidden_size, config.projection_dim)
+
+
+def _clip_vision(walk: _Walk, config: CLIPVisionConfig) -> None:
+    side, patch = config.image_size, config.patch_size
+    rows, columns = walk.conv((side, side), 3, config.hidden_size, patch, patch, 0)
+    _clip_layers(walk, config, rows * columns + 1)
+    walk.linear(walk.batch, config.hidden_size, config.projection_dim)
+
+
+def _clip_layers(walk: _Walk, config: CLIPTextConfig | CLIPVisionConfig, tokens: int) -> None:
     width, vectors = config.hidden_size, walk.batch * tokens
     for _ in range(config.num_hidden_layers):
         walk.held += vectors * width  # every layer's output is kept
@@ -400,5 +416,3 @@ def _clip(walk: _Walk, config: CLIPTextConfig, tokens: int) -> None:
         walk.linear(vectors, width, config.intermediate_size)
         walk.elementwise(vectors * config.intermediate_size)
         walk.linear(vectors, config.intermediate_size, width)
-    if config.with_projection:
-        walk.linear(walk.batch, width, config.projection_dim)

@@ -22,9 +22,9 @@ from mlxdiff.loading import make_backend
 from mlxdiff.machine import probe
 from mlxdiff.networks.cost import multiply_adds
 from mlxdiff.pipeline import Pipeline, Result, Step
-from mlxdiff.run.model import Model
+from mlxdiff.run.kind import Kind, Network
+from mlxdiff.run.memory import Held
 from mlxdiff.run.options import RunOptions
-from mlxdiff.run.pixel_model import PixelModel
 from mlxdiff.run.settings import Settings, resolve
 from mlxdiff.store.folder import ModelSource
 from mlxdiff.store.recipes import recipe_of
@@ -111,10 +111,10 @@ def bench(
     return record
 
 
-def needed(model: Model | PixelModel, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def needed(model: Kind, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What a model cannot do without: a prompt or a class, a picture, a mask."""
-    if isinstance(model, PixelModel):
-        return {"label": 0} if model.unet_config.takes_label else {}
+    if model.lacks("text"):
+        return {"label": 0} if model.takes_label else {}
     found: dict[str, Any] = {"prompt": PROMPT}
     if model.edits or model.inpaints or model.upscales:
         height, width = model.default_size
@@ -141,21 +141,20 @@ def arithmetic(pipe: Pipeline, settings: Settings) -> dict[str, Any]:
     """Multiply-adds by stage, exactly, and the bytes of weights that a step reads."""
     model = pipe.model
     height, width, _ = model.latent_shape(settings.height, settings.width)
-    batch = settings.batch(model) if isinstance(model, Model) else 1
+    batch = settings.batch(model)
     count: dict[str, int] = {}
     for name in model.source.components:
         config = model.source.config(name)
         if name == "unet":
             count["step"] = multiply_adds(config, height, width, batch=batch)
         elif name == "vae":
-            vae = model.vae_config if isinstance(model, Model) else config
-            count["vae"] = multiply_adds(vae, height, width)
+            count["vae"] = multiply_adds(model.vae_config, height, width)
         else:  # one text at a time
             count["text_encoder"] = count.get("text_encoder", 0) + batch * multiply_adds(config)
     return {
         "batch": batch,
         "multiply_adds": count,
-        "weight_bytes_per_step": pipe.memory(settings).weights["unet"],
+        "weight_bytes_per_step": pipe.memory(settings).weights[Held(Network("unet"))],
     }
 
 

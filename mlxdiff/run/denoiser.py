@@ -1,8 +1,7 @@
-"""What the sampler asks at each evaluation: the U-Net with all that it is told, and guidance.
+"""The prediction of one evaluation: the U-Net with all of its inputs, additions, and guidance.
 
-One object for one prompt: what is the same in every evaluation is put together once, here. Whatever
-takes part in an evaluation (guidance, and later more inputs or networks) has its place here; the
-loop in ``pipeline`` knows nothing of it.
+There is one denoiser for one prompt. It prepares once what is the same in every evaluation. The
+sampling loop in ``pipeline`` calls it and knows nothing of guidance or additions.
 """
 
 from __future__ import annotations
@@ -14,10 +13,8 @@ from typing import Any
 import numpy as np
 
 from mlxdiff.networks.condition import Condition
-from mlxdiff.run.control import ControlNets
-from mlxdiff.run.image_prompt import put_beside
+from mlxdiff.run.additions import Prompted
 from mlxdiff.run.model import Model, PromptEmbeddings
-from mlxdiff.run.pixel_model import PixelModel
 from mlxdiff.run.settings import Settings
 from mlxdiff.samplers.guidance import (
     guidance_scale_embedding,
@@ -29,13 +26,13 @@ from mlxdiff.samplers.guidance import (
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Which evaluation of a run this is.
+    """One evaluation of a run.
 
     Attributes:
         t: the timestep.
         index: 0 for the first of this model's plan.
-        total: evaluations of the plan.
-        beside: what the U-Net of this picture sees beside x, (1, h, w, C'); None: nothing.
+        total: number of evaluations of the plan.
+        beside: further input channels of the U-Net for this picture, (1, h, w, C'); None: none.
     """
 
     t: float
@@ -53,7 +50,7 @@ class TimeEmbeddings:
         batch: samples in an evaluation.
     """
 
-    AT_ONCE = 50  # what the layers make of one is some 100 KB; 1000 evaluations are not rare
+    AT_ONCE = 50  # the layers keep some 100 KB for each, and some runs have 1000 evaluations
 
     def __init__(
         self, timesteps: Sequence[float], embed: Callable[[np.ndarray], Any], batch: int
@@ -75,17 +72,17 @@ class TimeEmbeddings:
 
 
 class Denoiser:
-    """Predictions of a model that draws from text: one, or several and guidance between them.
+    """Predictions of a model that draws from text: one, or several that guidance combines.
 
-    A batch holds the predictions for the negative prompt, then for the prompt; of a model that
-    edits a picture, one for the negative prompt without the picture comes first.
+    A batch holds the prediction for the negative prompt, then that for the prompt. For a model that
+    edits a picture, a prediction for the negative prompt without the picture comes first.
 
     Args:
-        model: whose U-Net is asked.
+        model: the model.
         text: the prompts, embedded.
         settings: of the run.
-        timesteps: of all evaluations of its plan.
-        unet: the model's; None: have it loaded.
+        timesteps: of all evaluations of the plan.
+        unet: the model's U-Net; None: load it.
     """
 
     def __init__(
@@ -104,9 +101,7 @@ class Denoiser:
         self.batch = settings.batch(model)
         states = self._both(text.negative_prompt_embeds, text.prompt_embeds)
         self.text = self.unet.read(states)
-        if model.ip_adapters:
-            put_beside(self.text, self.unet, model, settings.image_prompts, self.batch)
-        # What the U-Net is told beside text and timestep, (B, ...) each.
+        # Inputs of the U-Net beside text and timestep, (B, ...) each.
         self.conditions: dict[str, Any] = {}
         if (time_ids := settings.time_ids(model)) is not None:
             negative_ids, ids = np.array(time_ids, np.float32)[:, None]
@@ -121,13 +116,21 @@ class Denoiser:
             levels = np.full(self.batch, settings.noise_level, np.int32)
             self.conditions["class_labels"] = self.backend.asarray(levels)
         self.times = TimeEmbeddings(timesteps, self._embed, self.batch)
-        self.controlnets = None
-        if model.controlnets:
-            self.controlnets = ControlNets(
-                model, settings.controls, settings.guess_mode, states, self.conditions
+        self.acting = model.additions.act(
+            Prompted(
+                settings=settings,
+                backend=self.backend,
+                component=model.component,
+                take=model.take,
+                unet=self.unet,
+                states=states,
+                text=self.text,
+                conditions=self.conditions,
+                batch=self.batch,
             )
+        )
         self._deep: list[Any] = []
-        self._counting: list[int] = []  # the ControlNets that had a part in these features
+        self._counting: list[list[int]] = []  # the additions that took part in these features
 
     def _embed(self, timesteps: np.ndarray) -> Any:
         """Time embeddings of the batches of these evaluations."""
@@ -138,7 +141,7 @@ class Denoiser:
         return self.unet.embed(self.backend.asarray(timesteps.repeat(self.batch)), **conditions)
 
     def _both(self, negative: np.ndarray | None, positive: np.ndarray | None) -> Any:
-        """One batch of what is said beside the negative and the positive prompt."""
+        """One batch of an input for the negative prompt and for the prompt."""
         if positive is None:
             return None
         if self.guided and negative is not None:
@@ -146,7 +149,7 @@ class Denoiser:
         return self.backend.asarray(positive)
 
     def __call__(self, x: Any, evaluation: Evaluation) -> Any:
-        """The model's output at x_t, after guidance: (1, h, w, C) float32 -> the same."""
+        """Return the model's output at x_t, after guidance: (1, h, w, C) float32, as x."""
         guided = self.guided and self._within(evaluation)
         sample = x
         if evaluation.beside is not None:
@@ -160,10 +163,8 @@ class Denoiser:
         if self.guided and not guided:  # the prompt alone
             last = self.batch - 1, self.batch
             temb, text = temb.rows(*last), text.rows(*last)
-        deep, residuals = self._features(evaluation, len(sample)), None
-        if self.controlnets is not None:
-            index, total = evaluation.index, evaluation.total
-            residuals = self.controlnets(x, evaluation.t, index, total, guided, bool(deep))
+        deep = self._features(evaluation, len(sample))
+        residuals = self._residuals(x, evaluation, guided, shallow=bool(deep))
         out = self.unet.predict(sample, temb, text, deep, residuals)
         if not guided:
             return out
@@ -180,13 +181,25 @@ class Denoiser:
         first, end = guided_evaluations(self.settings.guidance_interval, evaluation.total)
         return first <= evaluation.index < end
 
+    def _residuals(
+        self, x: Any, evaluation: Evaluation, guided: bool, shallow: bool
+    ) -> list[Any] | None:
+        """Sum what the additions add to the U-Net's way down; None: nothing."""
+        index, total = evaluation.index, evaluation.total
+        sums: list[Any] | None = None
+        for acting in self.acting:
+            more = acting(x, evaluation.t, index, total, guided, shallow)
+            if more is not None:
+                sums = more if sums is None else [a + b for a, b in zip(sums, more, strict=True)]
+        return sums
+
     def _features(self, evaluation: Evaluation, batch: int) -> list[Any] | None:
-        """The U-Net's ``deep``: empty where all of it is to run; None: features are not kept."""
+        """The U-Net's ``deep``: empty if the whole U-Net must run; None: features are not kept."""
         every = self.settings.feature_reuse
         if every is None:
             return None
-        index, nets = evaluation.index, self.controlnets
-        counting = [] if nets is None else nets.counting(index, evaluation.total)
+        index = evaluation.index
+        counting = [acting.counting(index, evaluation.total) for acting in self.acting]
         due = index % every == 0 or counting != self._counting
         if due or not self._deep or len(self._deep[0]) < batch:
             self._deep, self._counting = [], counting
@@ -199,12 +212,12 @@ class PixelDenoiser:
     """Predictions of a model without text.
 
     Args:
-        model: whose U-Net is asked.
+        model: the model.
         label: the class to draw, for a model that has classes.
         timesteps: of all evaluations.
     """
 
-    def __init__(self, model: PixelModel, label: int | None, timesteps: Sequence[float]) -> None:
+    def __init__(self, model: Model, label: int | None, timesteps: Sequence[float]) -> None:
         self.backend = model.backend
         self.unet = model.component("unet")
         self._labels = None if label is None else [label]
@@ -218,7 +231,7 @@ class PixelDenoiser:
         return self.unet.embed(self.backend.asarray(timesteps), labels)
 
     def __call__(self, x: Any, evaluation: Evaluation) -> Any:
-        """The model's output at x_t: (1, H, W, C) float32 -> the same."""
+        """Return the model's output at x_t: (1, H, W, C) float32, as x."""
         return self.unet.predict(x, self.times.at(evaluation.index))
 
 
@@ -227,32 +240,32 @@ class EditedDenoiser:
 
     Args:
         denoisers: (last, denoiser) in order, as ``Model.prompt_timeline`` gives the prompts.
-        before: evaluations of the run that another model made before this one's first.
+        before: number of evaluations that another model makes before this one.
     """
 
     def __init__(self, denoisers: list[tuple[int, Denoiser]], before: int) -> None:
         self.denoisers, self.before = denoisers, before
 
     def __call__(self, x: Any, evaluation: Evaluation) -> Any:
-        """The model's output at x_t, after guidance: (1, h, w, C) float32 -> the same."""
+        """Return the model's output at x_t, after guidance: (1, h, w, C) float32, as x."""
         index = self.before + evaluation.index
         found = next((d for last, d in self.denoisers if index <= last), self.denoisers[-1][1])
         return found(x, evaluation)
 
 
 def make_denoiser(
-    model: Model | PixelModel,
+    model: Model,
     settings: Settings,
     timesteps: Sequence[float],
     before: int = 0,
 ) -> Denoiser | EditedDenoiser | PixelDenoiser:
-    """The denoiser of a run; runs the text encoders.
+    """Make the denoiser of a run. This runs the text encoders.
 
     Args:
         timesteps: of all evaluations of the model's plan.
-        before: evaluations of the run that another model makes before this one's first.
+        before: number of evaluations that another model makes before this one.
     """
-    if isinstance(model, PixelModel):
+    if model.lacks("text"):
         return PixelDenoiser(model, settings.label, timesteps)
     timeline = model.prompt_timeline(
         settings.prompt,
@@ -264,7 +277,7 @@ def make_denoiser(
         prompt_syntax=settings.prompt_syntax,
         steps=settings.evaluations,
     )
-    made: dict[tuple[bytes | None, ...], Denoiser] = {}  # what comes back is not made again
+    made: dict[tuple[bytes | None, ...], Denoiser] = {}  # texts that come back are prepared once
     denoisers, unet = [], model.take("unet")
     for last, text in timeline:
         key = tuple(None if array is None else array.tobytes() for array in text)

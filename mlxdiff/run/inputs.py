@@ -1,9 +1,9 @@
-"""What a picture starts from, and what it is held to on the way.
+"""The starting latents of a picture, and what must stay of a given picture.
 
-The order of the draws from a picture's generator is that of diffusers' pipelines: the VAE's sample
-of the image, the noise, the VAE's sample of the masked image. A model that edits takes the mean of
-the image instead, and starts from noise alone. So does an upscaler, which sees the image itself;
-the noise that is added to that is drawn first.
+A picture's generator is drawn from in the order of diffusers' pipelines: the VAE's sample of the
+image, the noise, the VAE's sample of the masked image. A model that edits takes the mean of the
+image, and starts from noise alone. An upscaler starts from noise alone, too: it sees the image
+itself, and the noise that is added to the image is drawn first.
 """
 
 from __future__ import annotations
@@ -18,22 +18,21 @@ from mlxdiff.noise import add_noise
 from mlxdiff.pictures.hires import Hires, enlarge_latents
 from mlxdiff.pictures.image import resize_values, to_model
 from mlxdiff.run.model import ImageLatents, Model
-from mlxdiff.run.pixel_model import PixelModel
 from mlxdiff.run.settings import Settings
 from mlxdiff.samplers import Plan
 
 Draw = Callable[..., np.ndarray]
-"""The next noise of a picture, (1, h, w, C); given ``channels``, of so many."""
+"""Draws the next noise of a picture, (1, h, w, C); ``channels`` takes the place of C."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Puts back, after each step, what a plain model must not repaint.
+    """Puts the part of a picture back, after each step, that a plain model must not repaint.
 
     Attributes:
-        mask: (1, h, w, 1), 1 where it is repainted.
-        clean: the given picture, (1, h, w, C).
-        noise: what the forward process adds to it.
+        mask: (1, h, w, 1), 1 where the picture is repainted.
+        clean: latents of the given picture, (1, h, w, C).
+        noise: the noise that the forward process adds to them.
     """
 
     mask: np.ndarray
@@ -52,12 +51,12 @@ class Kept:
 
 @dataclass(frozen=True)
 class Start:
-    """What one picture starts from.
+    """The start of one picture.
 
     Attributes:
-        x: (1, h, w, C).
-        beside: what the U-Net sees beside it, or None.
-        kept: what is put back after each step, or None.
+        x: the latents, (1, h, w, C).
+        beside: further input channels of the U-Net, or None.
+        kept: puts a part back after each step, or None.
     """
 
     x: np.ndarray
@@ -70,20 +69,17 @@ class Stage(NamedTuple):
 
     Attributes:
         model, settings, plan: of this part.
-        before: evaluations of the run that another model makes before.
+        before: number of evaluations that another model makes before.
     """
 
-    model: Model | PixelModel
+    model: Model
     settings: Settings
     plan: Plan
     before: int = 0
 
 
 def make_stages(
-    settings: Settings,
-    plans: Sequence[Plan],
-    model: Model | PixelModel,
-    refiner: Model | None = None,
+    settings: Settings, plans: Sequence[Plan], model: Model, refiner: Model | None = None
 ) -> list[Stage]:
     """The parts of a run: the model's, then that of a refiner or of a hires pass.
 
@@ -108,7 +104,7 @@ class Inputs:
         settings: of the run.
     """
 
-    def __init__(self, model: Model | PixelModel, settings: Settings) -> None:
+    def __init__(self, model: Model, settings: Settings) -> None:
         self.settings = settings
         self.image: ImageLatents | None = None
         self.masked: ImageLatents | None = None
@@ -117,7 +113,7 @@ class Inputs:
         self.small: np.ndarray | None = None
         self.signal = 1.0
         self.blends = False
-        if not isinstance(model, Model) or settings.image is None:
+        if settings.image is None:
             return
         if settings.noise_level is not None:
             self.small = to_model(settings.image)
@@ -138,11 +134,11 @@ class Inputs:
             self.masked = self.image if self.blends else model.encode_pixels(canvas.masked_image)
 
     def begin(self, plan: Plan, draw: Draw, noise: np.ndarray | None = None) -> Start:
-        """What a picture starts from.
+        """Return the start of a picture.
 
         Args:
             plan: of the model that begins.
-            draw: noise of the picture's own generator.
+            draw: draws noise of the picture's own generator.
             noise: takes the place of the first noise.
         """
         settings, repaints = self.settings, self.mask is not None
@@ -168,13 +164,13 @@ class Inputs:
         return Start(x, beside=np.concatenate([self.mask, masked], axis=-1))
 
     def go_on(self, stage: Stage, start: Start, latents: np.ndarray, draw: Draw) -> Start:
-        """What the next part of a run starts from.
+        """Return the start of the next part of a run.
 
         Args:
-            stage: that part.
-            start: what the part before started from.
-            latents: what it ended with, (1, h, w, C).
-            draw: noise of the picture's own generator, of the size of the next part.
+            stage: the next part.
+            start: the start of the part before.
+            latents: the result of the part before, (1, h, w, C).
+            draw: draws noise of the picture's own generator, of the size of the next part.
         """
         if self.settings.hires is not None:
             return self._enlarge(stage, self.settings.hires, latents, draw)
@@ -185,9 +181,8 @@ class Inputs:
 
     def _enlarge(self, stage: Stage, hires: Hires, latents: np.ndarray, draw: Draw) -> Start:
         model = stage.model
-        assert isinstance(model, Model), "only these are enlarged"
         if hires.upscaler == "lanczos":
-            # Not rounded to 8 bits on the way: the second pass would make much of the last bit.
+            # Not rounded to 8 bits: the second pass would amplify the last bit.
             picture = np.clip(model.decode_pixels(latents[0]), -1.0, 1.0)
             pixels = resize_values(picture, hires.width, hires.height)[None]
             clean = model.encode_pixels(pixels).draw(draw)

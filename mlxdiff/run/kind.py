@@ -10,7 +10,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,12 +42,28 @@ Reason = str | None
 """Why a model lacks a part, and the way out; None if it has the part."""
 
 
+class Network(NamedTuple):
+    """Which network of a model.
+
+    Attributes:
+        name: "unet", "vae", "text_encoder", "text_encoder_2", or the name of a kind that was added.
+        position: of one that was added, among those of its name; None: the model's own.
+    """
+
+    name: str
+    position: int | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.position is None else f"{self.name}_{self.position}"
+
+
 class Kind(ABC):
     """Facts about a model, whichever it is. What only some models have is off here.
 
     Attributes:
         source: the opened model.
         unet_config: config of its U-Net.
+        vae_config: config of the VAE that encodes and decodes; None: there is none.
         is_sdxl: the U-Net takes pooled text and sizes beside the prompt.
         is_latent_consistency: a LatentConsistencyModelPipeline, which counts strength its own way.
         takes_prompt_2: there is a second text encoder.
@@ -63,6 +79,7 @@ class Kind(ABC):
 
     source: ModelSource
     unet_config: Any
+    vae_config: Any = None
 
     is_sdxl: bool = False
     is_latent_consistency: bool = False
@@ -94,6 +111,11 @@ class Kind(ABC):
         """
         if (reason := self.lacks(part)) is not None:
             raise UsageError(f"{self.source.path if subject is None else subject}: {reason}")
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """What this model does, and how that is known; for messages."""
 
     @property
     @abstractmethod
@@ -142,6 +164,19 @@ class Kind(ABC):
             image_scale: image guidance of a model that edits; below 1 there is no guidance.
         """
         return False
+
+    def check_noise_level(self, noise_level: Any) -> None:
+        """Raise UsageError unless the picture of an upscaler can be noised this much."""
+        self.require("upscales", "noise_level")
+
+    @property
+    def low_res_process(self) -> np.ndarray:
+        """alphas_cumprod, by noise level, for noising the picture of an upscaler.
+
+        Raises: ConfigError; UsageError if the model is none.
+        """
+        self.require("upscales", "noise_level")
+        raise NotImplementedError
 
     def check_label(self, label: Any) -> None:
         """Raise UsageError unless the model takes this label, or None."""
@@ -264,10 +299,7 @@ class LatentKind(Kind):
 
     @property
     def low_res_process(self) -> np.ndarray:
-        """alphas_cumprod, by noise level, for noising the picture of an upscaler.
-
-        Raises: ConfigError.
-        """
+        """See ``Kind.low_res_process``."""
         try:
             return samplers.forward_process(self.source.low_res_scheduler_config)
         except ConfigError as error:
@@ -331,6 +363,11 @@ class PixelKind(Kind):
         if part == "label":
             return None if self.takes_label else "this model has no classes"
         return f"this model draws from noise alone; it has no part for {what}"
+
+    @property
+    def description(self) -> str:
+        """See ``Kind.description``."""
+        return "this is a model that draws from noise alone"
 
     @property
     def default_size(self) -> tuple[int, int]:

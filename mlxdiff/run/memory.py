@@ -1,7 +1,7 @@
-"""How much memory a run will take, worked out before anything is loaded; and whether it fits.
+"""Estimates the memory of a run before anything is loaded, and refuses a run that will not fit.
 
-Weights are counted tensor by tensor, as the backend will keep them. What the networks hold while
-they run follows from ``cost.operations``: at each layer the values that are held for later, its
+Weights are counted tensor by tensor, as the backend will keep them. The values that the networks
+hold while they run follow from ``cost.operations``: at each layer the values held for later, its
 inputs and outputs, and its scratch space as the backend bounds it. The constants are those of
 reference/layers.py and models/layers.py; benchmarks/memory.py compares the result with measured
 peaks (docs/performance.md has the table).
@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from mlxdiff.convert import Component
 from mlxdiff.errors import UsageError
 from mlxdiff.networks.config import AutoencoderKLConfig, ComponentConfig
 from mlxdiff.networks.cost import Operation, operations
+from mlxdiff.run.kind import Network, stage_of
 from mlxdiff.store.recipes import Recipe, quantized_model
 from mlxdiff.weights.tensors import LazyTensor, QuantizedTensor
 
@@ -30,17 +32,32 @@ _NUMPY_SCORES, _NUMPY_COLUMNS, _MLX_WORK = 1 << 22, 1 << 25, 64 << 20
 
 @dataclass(frozen=True)
 class Device:
-    """What computes, as far as memory depends on it.
+    """The device that computes, as far as memory depends on it.
 
     Attributes:
         backend: "mlx" or "numpy".
         gpu: whether it is a GPU.
-        dtype: what weights and activations are, the VAE's where its config says so apart.
+        dtype: of weights and activations; a VAE may have its own (``device_of``).
     """
 
     backend: str
     gpu: bool
     dtype: str
+
+
+class Held(NamedTuple):
+    """A network whose weights are held.
+
+    Attributes:
+        network: the network.
+        refiner: it is one of the second model of a run.
+    """
+
+    network: Network
+    refiner: bool = False
+
+    def __str__(self) -> str:
+        return f"refiner {self.network}" if self.refiner else str(self.network)
 
 
 @dataclass(frozen=True)
@@ -49,24 +66,25 @@ class Estimate:
 
     Attributes:
         weights: of each network, in the order in which they are needed.
-        work: of what each stage holds beside weights: text_encoder, image, unet, vae.
+        work: held in each stage beside weights; the stages are text_encoder, image, unet and vae.
         low_memory: whether each stage's networks leave memory after it.
     """
 
-    weights: dict[str, int]
+    weights: dict[Held, int]
     work: dict[str, int]
     low_memory: bool = False
 
     @property
     def stages(self) -> dict[str, int]:
         """The most bytes held in each stage, weights included."""
-        loaded: set[str] = set()
+        loaded: set[Held] = set()
         totals = {}
         for stage, work in self.work.items():
-            own = {name for name in self.weights if _stage(name) == _stage(stage)}
+            needs = "vae" if stage == "image" else stage
+            own = {held for held in self.weights if stage_of(held.network.name) == needs}
             loaded |= own
             # With low memory one network after the other, of two text encoders too.
-            sizes = [self.weights[name] for name in (own if self.low_memory else loaded)]
+            sizes = [self.weights[held] for held in (own if self.low_memory else loaded)]
             totals[stage] = work + (max(sizes, default=0) if self.low_memory else sum(sizes))
         return totals
 
@@ -83,34 +101,58 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"peak_bytes": self.peak, "stages": self.stages, "weights": dict(self.weights)}
+        weights = {str(held): size for held, size in self.weights.items()}
+        return {"peak_bytes": self.peak, "stages": self.stages, "weights": weights}
 
 
-def _stage(name: str) -> str:
-    """The stage that a network belongs to, and a stage as networks have it."""
-    name = name.removeprefix("refiner ").removesuffix("_2")
-    if name not in ("text_encoder", "image", "vae"):
-        return "unet"  # and what is added to it
-    return "vae" if name == "image" else name
+@dataclass(frozen=True)
+class Run:
+    """What the memory of an addition depends on.
+
+    Attributes:
+        device: what computes.
+        unet: config of the U-Net.
+        latent: (h, w) of the latents.
+        batch: predictions of an evaluation.
+        pictures: the most pictures that an IP-Adapter is given.
+    """
+
+    device: Device
+    unet: Any
+    latent: tuple[int, int]
+    batch: int
+    pictures: int = 1
 
 
-class Networks(Protocol):
-    """What is asked of a model: its source, another VAE where it has one, and what was added."""
+class Work(NamedTuple):
+    """Bytes that an addition takes, beside its weights.
+
+    Attributes:
+        before: held once, before the U-Net runs for the first time.
+        beside: held while the U-Net runs, beside the U-Net's own values.
+    """
+
+    before: int = 0
+    beside: int = 0
+
+
+class Estimated(Protocol):
+    """A model, as far as its memory is estimated: see ``run.model.Model``."""
 
     source: Any
-    vae: Any
-    added: Any
+    additions: Any
 
 
 def estimate(
-    networks: Networks,
+    model: Estimated,
     device: Device,
     height: int,
     width: int,
     *,
     batch: int = 1,
     image: bool = False,
-    refiner: Networks | None = None,
+    pictures: int = 1,
+    refiner: Estimated | None = None,
     low_memory: bool = False,
     tiled: bool = False,
     recipe: Recipe | None = None,
@@ -118,40 +160,38 @@ def estimate(
     """The memory of a run.
 
     Args:
-        networks: the model.
+        model: the model.
         device: what it will run on.
         height, width: of the picture, in pixels.
         batch: of the U-Net: 2 under guidance.
         image: whether a picture is encoded first.
+        pictures: the most pictures that an IP-Adapter is given.
         refiner: a second model that draws the last part.
         low_memory: as for ``mlxdiff.load``.
         tiled: whether the VAE decodes in bands (``mlxdiff.networks.tiling``).
         recipe: quantize the weights first; None: they are as they are.
     """
-    weights: dict[str, int] = {}
+    weights: dict[Held, int] = {}
     work: dict[str, int] = {}
-    vae, factor = None, 1
-    if "vae" in networks.source.components:
-        vae = networks.vae.config if networks.vae is not None else networks.source.config("vae")
-        factor = vae.factor
+    models = [(model, False)] if refiner is None else [(model, False), (refiner, True)]
+    factor = 1
+    if "vae" in model.source.components:
+        factor = _network(model, "vae", recipe).config.factor
     latent = height // factor, width // factor
-    for prefix, one in (("", networks), ("refiner ", refiner)):
-        if one is None:
-            continue
+    for one, second in models:
         for name in one.source.components:
-            if name == "vae" and prefix:
+            if name == "vae" and second:
                 continue  # the model's own decodes
-            config = one.source.config(name)
-            source = one.source if recipe is None else quantized_model(one.source, recipe)
-            tensors = source.tensors(name)
-            if name == "vae" and one.vae is not None:
-                config, tensors = one.vae.config, one.vae.tensors()
+            component = _network(one, name, recipe)
+            config, tensors = component.config, component.tensors()
             kind = device_of(device, config)
-            weights[prefix + name] = weight_bytes(tensors, kind, keep_stored=low_memory or None)
-            stage = _stage(name)
+            held = Held(Network(name), second)
+            weights[held] = weight_bytes(tensors, kind, keep_stored=low_memory or None)
             largest = max(tensor.nbytes for tensor in tensors.values())  # read, then converted
             if name == "unet":
                 need = activation_bytes(config, kind, *latent, batch=batch)
+                extra = one.additions.work(Run(kind, config, latent, batch, pictures))
+                need = max(need + extra.beside, extra.before)
             elif name == "vae":
                 need = activation_bytes(config, kind, *latent)
                 if tiled:
@@ -161,14 +201,21 @@ def estimate(
                     work["image"] = max(encode, largest)
             else:
                 need = activation_bytes(config, kind)
+            stage = stage_of(name)
             work[stage] = max(work.get(stage, 0), need, largest)
-        for name, part in one.added.items():
-            weights[prefix + name] = weight_bytes(part.tensors(), device, low_memory or None)
-            if name.startswith("controlnet_"):  # what it gives adds to each skip
-                unet = operations(one.source.config("unet"), *latent, batch=batch)
-                work["unet"] += SIZES[device.dtype] * max(op.held for op in unet)
+        for network, (_, part) in one.additions.networks.items():
+            size = weight_bytes(part.tensors(), device, low_memory or None)
+            weights[Held(network, second)] = size
     order = [s for s in ("text_encoder", "image", "unet", "vae") if s in work]
     return Estimate(weights, {stage: work[stage] for stage in order}, low_memory)
+
+
+def _network(model: Estimated, name: str, recipe: Recipe | None) -> Component:
+    """One of the model's own networks, quantized, with the additions in it."""
+    source = model.source if recipe is None else quantized_model(model.source, recipe)
+    own = Component(source.config(name), lambda: source.tensors(name), source.provenance)
+    changed: Component = model.additions.change(name, own)
+    return changed
 
 
 def device_of(device: Device, config: ComponentConfig) -> Device:

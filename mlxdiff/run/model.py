@@ -1,46 +1,37 @@
-"""A model's networks on a backend, by stages: text, pixels and latents, prediction.
+"""A model at work on a backend: its networks with all additions, and the stages of a run.
 
-What each stage does beside running its network is what diffusers' pipelines for Stable Diffusion,
-SDXL and latent consistency models do: which layer of which text encoder is read, how latents are
-scaled, what a U-Net is told.
+Every kind of model has this interface. A model never changes: ``with_additions`` gives another one
+that shares the loaded networks. So a run keeps the additions that it began with.
 """
 
 from __future__ import annotations
 
-import gc
-import logging
-import time
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from abc import abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mlxdiff.adapters import lora
 from mlxdiff.convert import Component
-from mlxdiff.errors import UsageError
-from mlxdiff.networks import tiling
-from mlxdiff.networks.config import AutoencoderTinyConfig
 from mlxdiff.noise import Generator
-from mlxdiff.pictures import preview
-from mlxdiff.pictures.image import load_image, to_model, to_pil
-from mlxdiff.run.kind import UPSCALER_SCALE, LatentKind
+from mlxdiff.run.additions import Additions
+from mlxdiff.run.additions.controlnet import ControlNet
+from mlxdiff.run.additions.ip_adapter import IPAdapter
+from mlxdiff.run.kind import Kind, Network
+from mlxdiff.run.network_cache import NetworkCache
 from mlxdiff.store.folder import ModelSource
-from mlxdiff.text.encoders import TextEncoders, merged
 
 if TYPE_CHECKING:
     import PIL.Image
-
-
-logger = logging.getLogger("mlxdiff")
+    from typing_extensions import Self
 
 
 class PromptEmbeddings(NamedTuple):
-    """What the U-Net is told of the prompts; float32. The pooled ones are None where it takes none.
+    """What the U-Net takes of the prompts; float32. The pooled ones are None if it takes none.
 
     Attributes:
         prompt_embeds: (1, T, D); T is 77, or a multiple of it for a long prompt in a1111 syntax.
-        negative_prompt_embeds: (1, T, D); None where there is no guidance.
+        negative_prompt_embeds: (1, T, D); None without guidance.
         pooled_prompt_embeds: (1, P).
         negative_pooled_prompt_embeds: (1, P).
     """
@@ -52,7 +43,7 @@ class PromptEmbeddings(NamedTuple):
 
 
 class ImageLatents(NamedTuple):
-    """What a VAE makes of a picture, as the U-Net sees it: (1, H/f, W/f, C) float32.
+    """A picture, encoded by a VAE and scaled for the U-Net: (1, H/f, W/f, C) float32.
 
     Attributes:
         mean: the latents.
@@ -63,146 +54,109 @@ class ImageLatents(NamedTuple):
     std: np.ndarray | None
 
     def draw(self, noise: Callable[[], np.ndarray]) -> np.ndarray:
-        """A sample; asks for noise only where there is a distribution."""
+        """Return a sample; asks for noise only where there is a distribution."""
         return self.mean if self.std is None else self.mean + self.std * noise()
 
 
-class Networks:
-    """The networks of a model, loaded when first needed and kept.
-
-    Attributes:
-        source: the opened model.
-        backend: what it computes on (reference.backend.Backend or models.backend.Backend).
-        vae: where its VAE comes from, if from elsewhere.
-        added: networks beside the model's own, by name.
-        loras: what its weights are changed by.
-        load_seconds: time spent on reading weights so far.
-        low_memory: keep one stage's networks at a time (one text encoder, too), and their weights
-            as they are stored.
-        vae_tiling: decode in bands of rows; None: pictures of more than 256 x 256 pixels, and all
-            with low_memory.
-    """
-
-    def __init__(self, source: ModelSource, backend: Any, vae: Component | None = None) -> None:
-        self.source = source
-        self.backend = backend
-        self.vae = vae
-        self.added: dict[str, Component] = {}
-        self.loras: tuple[lora.Lora, ...] = ()
-        self.load_seconds = 0.0
-        self.low_memory = False
-        self.vae_tiling: bool | None = None
-        self._loaded: dict[str, Any] = {}
-
-    def component(self, name: str) -> Any:
-        """A network of the model ("unet", "vae", "text_encoder" or "text_encoder_2"), or one that
-        was added."""
-        if self.low_memory:
-            self._release_stages_before(name)
-        if name not in self._loaded:
-            start = time.perf_counter()
-            other = self.vae if name == "vae" else self.added.get(name)
-            if other is not None:
-                config, tensors = other.config, other.tensors()
-            else:
-                config, tensors = self.source.config(name), self.source.tensors(name)
-            tensors = lora.changed(self.loras, name, tensors)
-            dtype = "float32" if name == "vae" and config.force_upcast else None
-            stored = True if self.low_memory else None
-            self._loaded[name] = self.backend.load(config, tensors, dtype, stored)
-            self.load_seconds += time.perf_counter() - start
-        return self._loaded[name]
-
-    def add(self, kind: str, components: Sequence[Component]) -> None:
-        """Networks beside the model's own, ``KIND_0``, ``KIND_1``, ..., in place of those of this
-        kind that were added before."""
-        for name in [name for name in self.added if name.rpartition("_")[0] == kind]:
-            del self.added[name]
-            self._loaded.pop(name, None)
-        self.added |= {f"{kind}_{i}": one for i, one in enumerate(components)}
-
-    def take(self, name: str) -> Any:
-        """The same; with low_memory it is the caller's alone, and leaves memory with the caller."""
-        network = self.component(name)
-        return self._loaded.pop(name) if self.low_memory else network
-
-    def save_memory(self, low_memory: bool, vae_tiling: bool | None = None) -> None:
-        """Set ``low_memory`` and ``vae_tiling``; what is loaded otherwise leaves memory."""
-        if low_memory != self.low_memory:
-            self._loaded.clear()
-            self.backend.clear_cache()
-        self.low_memory, self.vae_tiling = low_memory, vae_tiling
-
-    def _release_stages_before(self, name: str) -> None:
-        """Let go of all networks that are not needed at the same time as this one."""
-        alone = name.startswith(("text_encoder", "vae"))
-        for other in list(self._loaded):
-            if other != name and (alone or other.startswith(("text_encoder", "vae"))):
-                del self._loaded[other]
-        gc.collect()  # what a run has left behind may hold its U-Net in a circle of references
-        self.backend.clear_cache()
-
-
-class Model(LatentKind, Networks):
-    """A model that draws latents of a VAE from text: Stable Diffusion and its kin.
+class Model(Kind):
+    """A model at work: facts about it (``Kind``), its networks and its stages.
 
     Args:
-        vae: another VAE than the model's own.
+        source: the opened model.
+        backend: what it computes on (reference.backend.Backend or models.backend.Backend).
+        additions: what is added to it.
+        cache: its networks that are loaded; None: none yet.
+        vae_tiling: see ``tiles``.
     Attributes:
-        unet_config, vae_config: configs of its networks.
-        texts: its text encoders.
+        texts: its text encoders; None: it has none.
     """
 
-    def __init__(self, source: ModelSource, backend: Any, vae: Component | None = None) -> None:
-        LatentKind.__init__(self, source, None if vae is None else vae.config)
-        Networks.__init__(self, source, backend, vae)
-        self.texts = TextEncoders(source, self.component, backend, penultimate=self.is_sdxl)
-        self._linear: np.ndarray | None = None  # from latents to colours
-        own = source.config("vae")
-        for name in ("latent_channels", "factor"):
-            expected, found = getattr(own, name), getattr(self.vae_config, name)
-            if vae is not None and found != expected:
-                raise UsageError(
-                    f"{vae.provenance['source']}: this VAE has {name.replace('_', ' ')} {found}, "
-                    f"the model's own {expected}; use one made for this model"
-                )
-        given = own if vae is None else vae.config
-        if self.upscales and given.scaling_factor != UPSCALER_SCALE:
-            logger.warning(
-                "%s: scaling_factor of the VAE is taken for %g, not %g, as the reference does for "
-                "upscalers",
-                source.path,
-                UPSCALER_SCALE,
-                given.scaling_factor,
-            )
+    texts: Any = None
 
-    @property
-    def controlnets(self) -> list[str]:
-        """Names of the ControlNets that were added."""
-        return [name for name in self.added if name.startswith("controlnet_")]
+    def __init__(
+        self,
+        source: ModelSource,
+        backend: Any,
+        additions: Additions | None = None,
+        cache: NetworkCache | None = None,
+        vae_tiling: bool | None = None,
+    ) -> None:
+        self.source = source
+        self.backend = backend
+        self.additions = Additions() if additions is None else additions
+        self.cache = NetworkCache(backend) if cache is None else cache
+        self.vae_tiling = vae_tiling
 
-    @property
-    def ip_adapters(self) -> list[str]:
-        """Names of the IP-Adapters that were added."""
-        return [name for name in self.added if name.startswith("ip_adapter_")]
+    def with_additions(self, additions: Additions) -> Self:
+        """Return the same model with these additions in place of its own.
 
-    def set_loras(self, loras: Iterable[lora.Given]) -> None:
-        """Let the weights be changed by these LoRAs, and by no others.
-
-        Networks that they or those before change are read again when next needed, so that every bit
-        of what is removed is gone.
-
-        Raises: UsageError, CheckpointError; nothing is changed then.
+        Raises: UsageError if one does not fit the model.
         """
-        names = [name for name in self.source.components if name != "vae"]
-        configs = {name: self.source.config(name) for name in names}
-        opened = lora.open_all(loras, configs, self.source.family)
-        for one in (*self.loras, *opened):
-            for name, deltas in one.deltas.items():
-                if deltas:
-                    self._loaded.pop(name, None)
-        self.loras = opened
+        return type(self)(self.source, self.backend, additions, self.cache, self.vae_tiling)
 
+    @property
+    def controlnets(self) -> tuple[ControlNet, ...]:
+        """The ControlNets that were added."""
+        return self.additions.of(ControlNet)
+
+    @property
+    def ip_adapters(self) -> tuple[IPAdapter, ...]:
+        """The IP-Adapters that were added."""
+        return self.additions.of(IPAdapter)
+
+    # Networks
+
+    def component(self, name: str, position: int | None = None) -> Any:
+        """Return a network, loaded.
+
+        Args:
+            name: "unet", "vae", "text_encoder", "text_encoder_2", or the name of an added network
+                ("controlnet", "ip_adapter", "image_encoder").
+            position: of an added network, among those of its name.
+        """
+        network = Network(name, position)
+        return self.cache.load(network, self.component_of(network), self.additions)
+
+    def take(self, name: str, position: int | None = None) -> Any:
+        """Return a network as ``component`` does.
+
+        In low memory it is the caller's alone, and leaves memory with the caller.
+        """
+        loaded = self.component(name, position)
+        if self.low_memory:
+            self.cache.release(Network(name, position))
+        return loaded
+
+    def component_of(self, network: Network) -> Component:
+        """Config and tensors of a network, with the additions in them."""
+        if network.position is not None:
+            _, component = self.additions.networks[network]
+            return component
+        name = network.name
+        own = Component(
+            self.source.config(name), lambda: self.source.tensors(name), self.source.provenance
+        )
+        return self.additions.change(name, own)
+
+    @property
+    def load_seconds(self) -> float:
+        """Time spent on reading weights so far."""
+        return self.cache.load_seconds
+
+    @property
+    def low_memory(self) -> bool:
+        """Whether one stage's networks are in memory at a time, with weights as stored."""
+        return self.cache.low_memory
+
+    def save_memory(self, low_memory: bool, vae_tiling: bool | None = None) -> None:
+        """Set ``low_memory`` and ``vae_tiling``; release networks that are loaded otherwise."""
+        if low_memory != self.cache.low_memory:
+            self.cache.release_all()
+        self.cache.low_memory, self.vae_tiling = low_memory, vae_tiling
+
+    # Stages
+
+    @abstractmethod
     def encode_prompt(
         self,
         prompt: str,
@@ -223,23 +177,11 @@ class Model(LatentKind, Networks):
             guided: whether the negative prompt is wanted.
             clip_skip: layers left out at the encoders' end. As in the reference tools, in plain
                 syntax of the prompt alone, in a1111 syntax of the negative prompt as well.
-            prompt_syntax: "plain" (what is beyond 77 tokens is cut, with a warning) or "a1111".
-        Returns: PromptEmbeddings.
-        Raises: UsageError where the prompt changes from step to step.
+            prompt_syntax: "plain" (text beyond 77 tokens is cut, with a warning) or "a1111".
+        Raises: UsageError if there is no text encoder, or the prompt changes from step to step.
         """
-        timeline = self.prompt_timeline(
-            prompt,
-            negative_prompt,
-            prompt_2,
-            negative_prompt_2,
-            guided=guided,
-            clip_skip=clip_skip,
-            prompt_syntax=prompt_syntax,
-        )
-        if len(timeline) > 1:
-            raise UsageError("the prompt changes from step to step; it has no one embedding")
-        return timeline[0][1]
 
+    @abstractmethod
     def prompt_timeline(
         self,
         prompt: str,
@@ -252,121 +194,54 @@ class Model(LatentKind, Networks):
         prompt_syntax: str = "plain",
         steps: int = 1000,
     ) -> list[tuple[int, PromptEmbeddings]]:
-        """Run the text encoders on all that the prompts are in the course of a run.
+        """Run the text encoders on every text that the prompts are in the course of a run.
 
         Args: as of ``encode_prompt``, and
             steps: of the run, for prompts that change (a1111 syntax).
         Returns: (last, embeddings) in order: they count for every step, from 0, up to and with
             ``last``; the last of them for the rest.
         """
-        self.texts.check_clip_skip(clip_skip)
-        encode = partial(self.texts.timeline, syntax=prompt_syntax, steps=steps)
-        positive = encode((prompt, prompt_2 or prompt), clip_skip)
-        if not guided:
-            return [(last, PromptEmbeddings(e.embeds, None, e.pooled)) for last, e in positive]
-        if negative_prompt is None and self.zeros_for_empty_prompt:
-            negative = [(last, e.zeros()) for last, e in positive]
-        else:
-            first = negative_prompt or ""
-            skip = None if prompt_syntax == "plain" else clip_skip
-            negative = encode((first, negative_prompt_2 or first), skip)
-            longest = max(e.embeds.shape[1] for _, e in (*positive, *negative))
-            positive, negative = (
-                [(last, self.texts.lengthen(e, longest, clip_skip)) for last, e in timeline]
-                for timeline in (positive, negative)
-            )
-        return [
-            (last, PromptEmbeddings(p.embeds, n.embeds, p.pooled, n.pooled))
-            for last, (p, n) in merged([positive, negative])
-        ]
 
+    @abstractmethod
     def encode_image(self, image: Any, seed: int | None = None) -> np.ndarray:
-        """Latents of an image, as the U-Net sees them.
+        """Return latents of an image, scaled for the U-Net.
 
         Args:
             image: path, PIL image or uint8 array (H, W, 3); its sides must be multiples of the
                 VAE factor.
             seed: draws a sample of the encoder's distribution, if it has one; None takes its mean.
         Returns: (1, H/f, W/f, C) float32.
+        Raises: UsageError if there is no VAE, or it does not divide the sides.
         """
-        latents = self.image_latents(load_image(image))
-        if seed is None:
-            return latents.mean
-        return latents.draw(lambda: draw_noise(Generator(seed), latents.mean.shape[1:]))
 
+    @abstractmethod
     def image_latents(self, pixels: np.ndarray) -> ImageLatents:
-        """What the VAE makes of a picture (H, W, 3) uint8 whose sides it divides."""
-        return self.encode_pixels(to_model(pixels))
+        """Encode a picture (H, W, 3) uint8 whose sides the VAE divides."""
 
+    @abstractmethod
     def encode_pixels(self, pixels: np.ndarray, *, scaled: bool = True) -> ImageLatents:
-        """What the VAE makes of a picture (1, H, W, 3) float32 in [-1, 1].
+        """Encode a picture (1, H, W, 3) float32 in [-1, 1].
 
         Args:
-            scaled: as the U-Net sees latents; False: as the VAE gives them.
-        Raises: UsageError unless it divides the sides.
+            scaled: scale the latents for the U-Net; False: leave them as the VAE gives them.
+        Raises: UsageError unless the VAE divides the sides.
         """
-        self.check_size(width=pixels.shape[2], height=pixels.shape[1])
-        mean, logvar = self.component("vae").encode(self.backend.asarray(pixels))
-        scale, shift = self._latent_scale() if scaled else (np.float32(1), np.float32(0))
-        std = None
-        if logvar is not None:
-            std = (np.exp(0.5 * self.backend.to_numpy(logvar)) * scale).astype(np.float32)
-        mean = ((self.backend.to_numpy(mean) - shift) * scale).astype(np.float32)
-        return ImageLatents(mean, std)
 
+    @abstractmethod
+    def load_decoder(self) -> None:
+        """Load the network that decodes, if there is one."""
+
+    @abstractmethod
     def decode(self, latents: np.ndarray) -> list[PIL.Image.Image]:
-        """Pictures of latents (B, H/f, W/f, C) as the U-Net sees them."""
-        return [to_pil(self.decode_pixels(one)) for one in np.asarray(latents, np.float32)]
+        """Return pictures of latents (B, H/f, W/f, C) as the U-Net draws them."""
 
+    @abstractmethod
     def decode_pixels(self, latents: np.ndarray) -> np.ndarray:
-        """What the VAE makes of latents (H/f, W/f, C): (H, W, 3) float32, about [-1, 1]."""
-        scale, shift = self._latent_scale()
-        z = self.backend.asarray((latents / scale + shift)[None].astype(np.float32))
-        vae, factor = self.component("vae"), self.vae_config.factor
-        height, width = factor * len(latents), factor * len(latents[0])
-        if self.tiles(height, width, self.low_memory, self.vae_tiling):
-            pixels = tiling.decode(self.backend, vae, z)
-        else:
-            pixels = vae.decode(z)
-        found: np.ndarray = self.backend.to_numpy(pixels)[0]
-        return found
+        """Decode latents (H/f, W/f, C): (H, W, 3) float32, about [-1, 1]."""
 
+    @abstractmethod
     def sketch(self, latents: np.ndarray) -> PIL.Image.Image:
-        """A quick picture of latents (H/f, W/f, C): by the VAE where that is a TAESD, else a small
-        one, of a pixel each, by a linear map (``preview``).
-
-        The first call fits the map to the VAE.
-        """
-        if isinstance(self.vae_config, AutoencoderTinyConfig):
-            pixels = self.decode_pixels(np.asarray(latents, np.float32))
-        else:
-            if self._linear is None:
-                chart = preview.chart(self.vae_config.factor)
-                self._linear = preview.fit(self.image_latents(chart).mean[0], chart)
-            pixels = preview.colours(self._linear, latents)
-        if self.low_memory:
-            self._loaded.pop("vae", None)
-        return to_pil(pixels)
-
-    def _latent_scale(self) -> tuple[np.ndarray, np.ndarray]:
-        """``scale, shift`` with latents of the U-Net = (latents of the VAE - shift) * scale."""
-        c = self.vae_config
-        std = np.ones(1) if c.latents_std is None else np.array(c.latents_std)
-        shift = c.shift_factor or 0.0 if c.latents_mean is None else np.array(c.latents_mean)
-        return np.float32(c.scaling_factor / std), np.float32(shift)
-
-    def check_latents_of(self, controlnet: Any, path: Any) -> None:
-        """Raise UsageError unless a ControlNet's config has the latents of this model."""
-        vae = self.vae_config
-        for name, found, expected in (
-            ("latent channels", controlnet.in_channels, vae.latent_channels),
-            ("pixels for each latent", controlnet.factor, vae.factor),
-        ):
-            if found != expected:
-                raise UsageError(
-                    f"{path}: this ControlNet is for models with {found} {name}, this model has "
-                    f"{expected}; use one made for it"
-                )
+        """Return a quick picture of latents (H/f, W/f, C)."""
 
 
 def draw_noise(

@@ -1,47 +1,64 @@
 """A model that draws pixels, without text encoder and VAE: a UNet2DModel (Ho et al. 2020).
 
-It has the stages of ``model.Model`` that such a model has. What is a latent there is a pixel here,
-in [-1, 1]. The defaults are those of diffusers' DDPMPipeline and DDIMPipeline, which take no label:
-where a model wants one, it is handed to its U-Net beside what they hand to it.
+What is a latent elsewhere is a pixel here, in [-1, 1]. diffusers' DDPMPipeline and DDIMPipeline
+take no label: where a model wants one, its U-Net takes it beside what they hand to it.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from mlxdiff.errors import UsageError
 from mlxdiff.pictures.image import to_pil
+from mlxdiff.run.additions import Additions
 from mlxdiff.run.kind import PixelKind
-from mlxdiff.run.model import Networks
+from mlxdiff.run.model import Model
+from mlxdiff.run.network_cache import NetworkCache
 from mlxdiff.store.folder import ModelSource
 
 if TYPE_CHECKING:
     import PIL.Image
 
 
-class PixelModel(PixelKind, Networks):
-    """The network of such a model, loaded when first needed and kept."""
+class PixelModel(PixelKind, Model):
+    """A model that draws pixels. For the arguments see ``Model``."""
 
-    def __init__(self, source: ModelSource, backend: Any) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        backend: Any,
+        additions: Additions | None = None,
+        cache: NetworkCache | None = None,
+        vae_tiling: bool | None = None,
+    ) -> None:
+        Model.__init__(self, source, backend, additions, cache, vae_tiling)
         PixelKind.__init__(self, source)
-        Networks.__init__(self, source, backend)
 
-    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise UsageError: there is no text encoder."""
         raise UsageError(f"{self.source.path}: this model has no text encoder")
 
-    def encode_image(self, *args: Any, **kwargs: Any) -> Any:
+    def encode_image(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise UsageError: there is no VAE."""
         raise UsageError(f"{self.source.path}: this model has no VAE")
 
+    prompt_timeline = encode_prompt
     image_latents = encode_image
+    encode_pixels = encode_image
+
+    def load_decoder(self) -> None:
+        """Do nothing: pixels need no decoder."""
 
     def decode(self, latents: np.ndarray) -> list[PIL.Image.Image]:
-        """Pictures of pixels (B, H, W, 1 or 3) in [-1, 1]; values outside are clipped."""
+        """Return pictures of pixels (B, H, W, 1 or 3) in [-1, 1]; values outside are clipped."""
         return [to_pil(one) for one in latents]
 
+    def decode_pixels(self, latents: np.ndarray) -> np.ndarray:
+        """Return the pixels."""
+        return latents
+
     def sketch(self, latents: np.ndarray) -> PIL.Image.Image:
-        """A picture of pixels (H, W, 1 or 3) in [-1, 1]."""
+        """Return a picture of pixels (H, W, 1 or 3) in [-1, 1]."""
         return to_pil(latents)

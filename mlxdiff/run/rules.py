@@ -98,9 +98,6 @@ def _check_task(model: Model, refiner: Model | None, asked: RunOptions) -> None:
         begins["denoising_start"] = asked.denoising_start
     channels, latent = model.unet_config.in_channels, model.vae_config.latent_channels
     takes = f"its U-Net takes {channels} channels, the latents have {latent}"
-    for added, part in ((model.controlnets, "controlnet"), (model.ip_adapters, "ip_adapter")):
-        if added:
-            model.require(part)
     if model.inpaints and not (repaints(asked) and image is not None):
         raise UsageError(
             f"{model.source.path}: {model.description}: it needs an image (--image) and a mask "

@@ -17,11 +17,10 @@ from mlxdiff.pictures.canvas import Borders, Canvas, check_borders, load_mask, m
 from mlxdiff.pictures.hires import Hires, resolve_hires
 from mlxdiff.pictures.image import load_image, resize
 from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
-from mlxdiff.run.control import Control, resolve_controls
-from mlxdiff.run.image_prompt import ImagePrompt, resolve_image_prompts
+from mlxdiff.run.additions.controlnet import Control, resolve_controls
+from mlxdiff.run.additions.ip_adapter import ImagePrompt, resolve_image_prompts
 from mlxdiff.run.model import Model
 from mlxdiff.run.options import RunOptions, ValueOptions
-from mlxdiff.run.pixel_model import PixelModel
 from mlxdiff.run.rules import check, check_parts, checked_interval, is_scored, repaints
 from mlxdiff.run.table import entries
 from mlxdiff.samplers.guidance import guided_evaluations
@@ -140,7 +139,7 @@ class Settings(ValueOptions):
         return (*shared, *target), (*shared, *target)
 
 
-class Run(NamedTuple):
+class PlannedRun(NamedTuple):
     """A run that can be drawn: checked, and planned.
 
     Attributes:
@@ -157,23 +156,21 @@ class Run(NamedTuple):
 
 
 def resolve(
-    model: Model | PixelModel, refiner: Model | None = None, asked: RunOptions | None = None
-) -> Run:
+    model: Model, refiner: Model | None = None, asked: RunOptions | None = None
+) -> PlannedRun:
     """Check the options of a run, fill in the defaults, and plan it. Raises: UsageError."""
     asked = RunOptions() if asked is None else asked
     seeds = pick_seeds(asked.seed, asked.count)
-    if isinstance(model, PixelModel):
+    if model.lacks("text"):
         settings, plans = _resolve_pixels(model, asked)
     else:
         settings, plans = _resolve_text(model, refiner, asked)
     settings = replace(settings, sampler=plans[0].sampler, schedule=plans[0].schedule)
     noise = _check_noise(settings, asked.noise, len(seeds), model)
-    return Run(settings, plans, seeds, noise)
+    return PlannedRun(settings, plans, seeds, noise)
 
 
-def _resolve_pixels(
-    model: PixelModel, asked: RunOptions
-) -> tuple[Settings, tuple[samplers.Plan, ...]]:
+def _resolve_pixels(model: Model, asked: RunOptions) -> tuple[Settings, tuple[samplers.Plan, ...]]:
     """Settings of a model without text and VAE."""
     # The metadata of a picture may hold what means nothing: an empty prompt, no guidance.
     guidance = None if (asked.guidance or 0.0) <= 1.0 else asked.guidance
@@ -284,7 +281,7 @@ def _settings(asked: RunOptions, **resolved: Any) -> Settings:
 
 
 def _check_noise(
-    settings: Settings, noise: np.ndarray | None, count: int, model: Model | PixelModel
+    settings: Settings, noise: np.ndarray | None, count: int, model: Model
 ) -> np.ndarray | None:
     """The noise that was given, if it fits the run."""
     if noise is None:
@@ -375,13 +372,12 @@ def _with_conditioning(
 
 
 def make_plans(
-    settings: Settings, model: Model | PixelModel, refiner: Model | None = None
+    settings: Settings, model: Model, refiner: Model | None = None
 ) -> tuple[samplers.Plan, ...]:
     """The sampler's plan for the model, and for what comes after: a refiner, or a hires pass."""
     source = model.source
     own_strength = (
-        isinstance(model, Model)
-        and model.is_latent_consistency
+        model.is_latent_consistency
         and settings.canvas is None  # its pipelines do not inpaint; the general one does
         and _samples_with_lcm(settings, model)
     )

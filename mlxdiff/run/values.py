@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlxdiff.errors import UsageError
-
 
 class Unfit(ValueError):
     """A value that an option does not take.
@@ -343,14 +341,6 @@ def listed(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def finite_number(name: str, value: Any) -> float:
-    """A number of any size. Raises: UsageError."""
-    try:
-        return float(Number().accept(value))
-    except Unfit as unfit:
-        raise UsageError(f"{name} is {unfit}") from None
 
 
 def _bounds(least: float | None, most: float | None) -> str:

@@ -1,0 +1,213 @@
+"""Additions to a model: what they have in common. Each kind has a file of its own in this folder.
+
+An addition is opened and matched to a model (``open``, a class method of each kind), and then never
+changes. ``Additions`` holds all additions of a model, and never changes either: to add or remove
+something is to make another ``Additions``. So a run keeps the additions that it began with.
+
+To add a kind: a file here with a subclass of ``Addition``, an entry in ``run.kind`` (which models
+lack a part for it), a ``set_`` method of ``Pipeline``, and an argument of ``mlxdiff.load``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+
+from mlxdiff.convert import Component
+from mlxdiff.networks.condition import Condition
+from mlxdiff.run.kind import Network
+from mlxdiff.run.memory import Run, Work
+from mlxdiff.store.folder import Progress
+
+Path = str | os.PathLike[str]
+
+
+class Fetch(NamedTuple):
+    """How files of an addition are found.
+
+    Attributes:
+        variant: weights variant, such as "fp16"; None: whichever is there.
+        progress: called while files are fetched from the hub.
+    """
+
+    variant: str | None = None
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A U-Net and one prompt, before the first evaluation.
+
+    Attributes:
+        settings: ``run.settings.Settings`` of the run.
+        backend: what it computes on.
+        component, take: load a network, as ``Model.component`` and ``Model.take`` do.
+        unet: the U-Net.
+        states: (B, T, D), the text; the prompt is the last row.
+        text: the same, read by the U-Net. Additions may put more beside it.
+        conditions: the U-Net's other inputs, (B, ...) each.
+        batch: B.
+    """
+
+    settings: Any
+    backend: Any
+    component: Callable[..., Any]
+    take: Callable[..., Any]
+    unet: Any
+    states: Any
+    text: Condition
+    conditions: Mapping[str, Any]
+    batch: int
+
+
+class Acting(Protocol):
+    """Additions of one kind that take part in the evaluations of a prompt."""
+
+    def counting(self, index: int, total: int) -> list[int]:
+        """Positions of those that take part in an evaluation."""
+
+    def __call__(
+        self, x: Any, t: float, index: int, total: int, guided: bool, shallow: bool
+    ) -> list[Any] | None:
+        """Return what they add to the U-Net's way down, the mid block last; None: nothing.
+
+        Args:
+            x: latents (1, h, w, C), as the U-Net takes them.
+            t, index, total: the evaluation.
+            guided: there is a prediction for the negative prompt, too.
+            shallow: only the first part of the U-Net runs; return what is added to it, alone.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Addition:
+    """Something that is added to a model, opened and matched to it. Compared by identity.
+
+    Attributes:
+        part: what a model must have a part for, as ``run.kind.Kind.lacks`` names it.
+    """
+
+    part: ClassVar[str]
+
+    @property
+    def networks(self) -> Mapping[str, Component]:
+        """Networks of its own, by name."""
+        return {}
+
+    @property
+    def changes(self) -> Collection[str]:
+        """Names of the model's own networks that it changes."""
+        return ()
+
+    def work(self, run: Run) -> Work:
+        """Memory that it takes in a run, beside the weights of its networks."""
+        return Work()
+
+    @classmethod
+    def change(cls, items: Sequence[Any], name: str, component: Component) -> Component:
+        """Return a network of the model with these additions in it: config, tensors, or both.
+
+        Args:
+            items: the additions of this kind that change the network, in order.
+            name: of the network.
+        """
+        return component
+
+    @classmethod
+    def describe(cls, items: Sequence[Any], settings: Any) -> dict[str, Any]:
+        """Return metadata of a picture: option names -> JSON values.
+
+        Args:
+            items: the additions of this kind.
+            settings: ``run.settings.Settings`` of the run.
+        """
+        return {}
+
+    @classmethod
+    def act(cls, items: Sequence[Any], prompted: Prompted) -> Acting | None:
+        """Get ready for a prompt. Return what takes part in each evaluation, if anything."""
+        return None
+
+
+A = TypeVar("A", bound=Addition)
+
+
+@dataclass(frozen=True, eq=False)
+class Additions:
+    """All additions of a model, in order.
+
+    Attributes:
+        items: the additions.
+    """
+
+    items: tuple[Addition, ...] = ()
+
+    def of(self, kind: type[A]) -> tuple[A, ...]:
+        """Those of one kind; the position of an addition is its index here."""
+        return tuple(one for one in self.items if isinstance(one, kind))
+
+    def replaced(self, kind: type[A], items: Iterable[A]) -> Additions:
+        """Return the same with these of a kind in place of all others of it."""
+        others = (one for one in self.items if not isinstance(one, kind))
+        return Additions((*others, *items))
+
+    def makers(self, network: Network) -> tuple[Addition, ...]:
+        """The additions that decide what a network is: a network must be loaded anew if they
+        change."""
+        if network.position is None:
+            return tuple(one for one in self.items if network.name in one.changes)
+        owner, _ = self.networks[network]
+        return (owner,)
+
+    def change(self, name: str, component: Component) -> Component:
+        """Return one of the model's own networks as it is with all additions."""
+        for kind, items in self._by_kind():
+            if changing := [one for one in items if name in one.changes]:
+                component = kind.change(changing, name, component)
+        return component
+
+    @property
+    def networks(self) -> dict[Network, tuple[Addition, Component]]:
+        """The networks that were added, and to which addition each belongs.
+
+        A network that several additions share counts once.
+        """
+        found: dict[Network, tuple[Addition, Component]] = {}
+        for one in self.items:
+            for name, component in one.networks.items():
+                same = [c for network, (_, c) in found.items() if network.name == name]
+                if not any(component is other for other in same):
+                    found[Network(name, len(same))] = one, component
+        return found
+
+    def work(self, run: Run) -> Work:
+        """Memory that they take in a run, beside the weights of their networks."""
+        works = [one.work(run) for one in self.items]
+        return Work(
+            before=max((work.before for work in works), default=0),
+            beside=sum(work.beside for work in works),
+        )
+
+    def describe(self, settings: Any) -> dict[str, Any]:
+        """Return metadata of a picture: option names -> JSON values; see ``Addition.describe``."""
+        said: dict[str, Any] = {}
+        for kind, items in self._by_kind():
+            said |= kind.describe(items, settings)
+        return said
+
+    def act(self, prompted: Prompted) -> list[Acting]:
+        """Get ready for a prompt; see ``Addition.act``."""
+        acting = [kind.act(items, prompted) for kind, items in self._by_kind()]
+        return [one for one in acting if one is not None]
+
+    def _by_kind(self) -> list[tuple[type[Addition], list[Addition]]]:
+        kinds = dict.fromkeys(type(one) for one in self.items)
+        return [(kind, [one for one in self.items if type(one) is kind]) for kind in kinds]
+
+
+def named(provenance: Mapping[str, Any]) -> str:
+    """``source@revision``, as hub ids are given."""
+    revision = provenance.get("revision")
+    return f"{provenance['source']}@{revision}" if revision else str(provenance["source"])

@@ -1,0 +1,115 @@
+"""Networks of a model that are loaded, kept between runs."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mlxdiff.convert import Component
+from mlxdiff.run.additions import Additions
+from mlxdiff.run.kind import Network, stage_of
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Something that is kept, and the additions that decided what it is."""
+
+    value: Any
+    makers: tuple[Any, ...]
+
+
+class NetworkCache:
+    """Loads networks when they are first needed, and keeps them.
+
+    A network is loaded anew for a run whose additions make another of it.
+
+    Attributes:
+        backend: what they compute on.
+        load_seconds: time spent on reading weights so far.
+        low_memory: keep the networks of one stage at a time, of text encoders one, and their
+            weights as they are stored.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+        self.load_seconds = 0.0
+        self.low_memory = False
+        self._loaded: dict[Network, _Kept] = {}
+        self._derived: dict[str, _Kept] = {}
+
+    @property
+    def loaded(self) -> set[Network]:
+        """The networks that are in memory."""
+        return set(self._loaded)
+
+    def load(self, network: Network, component: Component, additions: Additions) -> Any:
+        """Return a network on the backend.
+
+        Args:
+            component: its config and tensors, with the additions in them.
+            additions: of the run.
+        """
+        if self.low_memory:
+            self._release_stages_before(network)
+        makers = additions.makers(network)
+        kept = self._loaded.get(network)
+        if kept is None or kept.makers != makers:
+            self._loaded.pop(network, None)
+            del kept  # the old network leaves memory before the new one comes
+            start = time.perf_counter()
+            config = component.config
+            dtype = "float32" if network.name == "vae" and config.force_upcast else None
+            stored = True if self.low_memory else None
+            loaded = self.backend.load(config, component.tensors(), dtype, stored)
+            self.keep(network, loaded, additions)
+            self.load_seconds += time.perf_counter() - start
+            return loaded
+        return kept.value
+
+    def keep(self, network: Network, loaded: Any, additions: Additions) -> None:
+        """Keep a network that is loaded, for runs with these additions."""
+        self._loaded[network] = _Kept(loaded, additions.makers(network))
+
+    def release(self, network: Network) -> None:
+        """Let a network leave memory."""
+        self._loaded.pop(network, None)
+
+    def release_all(self) -> None:
+        """Let all networks leave memory."""
+        self._loaded.clear()
+        self.backend.clear_cache()
+
+    def release_others(self, additions: Additions) -> None:
+        """Let the networks leave memory that are others with these additions."""
+        added = additions.networks
+        for network, kept in list(self._loaded.items()):
+            own = network.position is None or network in added
+            if not own or kept.makers != additions.makers(network):
+                del self._loaded[network]
+
+    def derived(
+        self, name: str, network: Network, additions: Additions, make: Callable[[], Any]
+    ) -> Any:
+        """Return what was made of a network, made anew if the network is another one.
+
+        Args:
+            name: of what is made.
+            network: of which it is made.
+        """
+        makers = additions.makers(network)
+        kept = self._derived.get(name)
+        if kept is None or kept.makers != makers:
+            kept = self._derived[name] = _Kept(make(), makers)
+        return kept.value
+
+    def _release_stages_before(self, network: Network) -> None:
+        """Let all networks leave memory that are not needed at the same time as this one."""
+        alone = stage_of(network.name) != "unet"
+        for other in list(self._loaded):
+            if other != network and (alone or stage_of(other.name) != "unet"):
+                del self._loaded[other]
+        gc.collect()  # what a run has left behind may hold its U-Net in a circle of references
+        self.backend.clear_cache()
