@@ -75,7 +75,7 @@ def _accepted(entry: Option, value: Any, path: str) -> Any:
 def _missing(entry: Option, names: Any, path: str | None) -> str:
     """Which pictures a run needs again."""
     what = entry.name.replace("_", " ")
-    named = " and ".join(repr(name) for name in ([names] if isinstance(names, str) else names))
+    named = " and ".join([names] if isinstance(names, str) else names)
     return f"{path}: was drawn with the {what} {named}: give it with {entry.flag}"
 
 
