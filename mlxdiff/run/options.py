@@ -70,7 +70,7 @@ DType = Annotated[str, values.Choice(DTYPES)]
 PredictionType = Annotated[str, values.Choice(PREDICTIONS)]
 Quantization = Annotated[int | str, values.Bits((*map(str, AFFINE_BITS), *FLOAT_MODES))]
 Enlargement = Annotated[float, values.Number(above=1)]
-Gigabytes = Annotated[float, values.Number(above=0)]
+Gigabytes = Annotated[float, values.Number(above=0, words="gigabytes, such as 4 or 6.5")]
 Picture = Annotated[Any, values.Picture()]
 # One value, or one for each ControlNet or IP-Adapter.
 Pictures = Annotated[Any, values.Each(values.Picture())]

@@ -150,17 +150,21 @@ class Number(Anything):
 
     Attributes:
         above: the value must be greater than this.
+        words: what fits, where the bounds alone do not say it well.
     """
 
     least: float | None = None
     most: float | None = None
     above: float | None = None
+    words: str = ""
 
     metavar = "NUMBER"
 
     @property
     def expected(self) -> str:
         """What fits, in words."""
+        if self.words:
+            return self.words
         if self.above is not None:
             return f"a number above {self.above:g}"
         return f"a number{_bounds(self.least, self.most)}"
