@@ -27,7 +27,7 @@ from mlxdiff.noise import Generator
 from mlxdiff.pictures import preview
 from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
 from mlxdiff.pictures.metadata import Metadata
-from mlxdiff.run.additions import A, Fetch
+from mlxdiff.run.additions import AdditionT, Fetch
 from mlxdiff.run.additions.controlnet import ControlNet
 from mlxdiff.run.additions.embedding import Embedding
 from mlxdiff.run.additions.ip_adapter import IPAdapter
@@ -250,7 +250,10 @@ class Pipeline:
         self._set(Refiner, [] if refiner is None else [refiner], open_refiners)
 
     def _set(
-        self, kind: type[A], given: Iterable[Any], open_all: Callable[..., Iterable[A]]
+        self,
+        kind: type[AdditionT],
+        given: Iterable[Any],
+        open_all: Callable[..., Iterable[AdditionT]],
     ) -> None:
         """Replace the additions of a kind.
 
@@ -259,7 +262,8 @@ class Pipeline:
             open_all: opens these, and matches them to the model.
         Raises: UsageError if the model has no part for them, or one does not fit.
         """
-        given = given if isinstance(given, (str, bytes, os.PathLike)) else list(given)
+        if not isinstance(given, (str, bytes, os.PathLike)):  # else open_all says what is wrong
+            given = list(given)
         if given:
             self.model.require(kind.part)
         additions = self.model.additions.replaced(kind, open_all(given, self.model))

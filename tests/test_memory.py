@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import tracemalloc
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -166,3 +167,12 @@ def test_networks_that_were_added_count() -> None:
     assert size == 4 * sum(t.size for t in tensors.values())
     assert more.stages["unet"] - alone.stages["unet"] > size
     assert more.stages["text_encoder"] == alone.stages["text_encoder"]
+    # In low memory, too, a ControlNet is there together with the U-Net.
+    alone, more = (
+        replace(estimate, low_memory=True, weights=weights)
+        for estimate, weights in (
+            (more, {h: s for h, s in more.weights.items() if h.network.name != "controlnet"}),
+            (more, more.weights),
+        )
+    )
+    assert more.stages["unet"] - alone.stages["unet"] == size

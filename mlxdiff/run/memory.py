@@ -10,7 +10,7 @@ peaks (docs/performance.md has the table).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -83,10 +83,22 @@ class Estimate:
             needs = "vae" if stage == "image" else stage
             own = {held for held in self.weights if stage_of(held.network.name) == needs}
             loaded |= own
-            # With low memory one network after the other, of two text encoders too.
-            sizes = [self.weights[held] for held in (own if self.low_memory else loaded)]
-            totals[stage] = work + (max(sizes, default=0) if self.low_memory else sum(sizes))
+            if self.low_memory:
+                totals[stage] = work + self._most_together(own)
+            else:
+                totals[stage] = work + sum(self.weights[held] for held in loaded)
         return totals
+
+    def _most_together(self, held: Iterable[Held]) -> int:
+        """The most bytes of these weights that are in memory together, in low memory.
+
+        One network comes after the other, but a U-Net stays with what is added to it.
+        """
+        together: dict[Any, int] = {}
+        for one in held:
+            group = one.refiner if stage_of(one.network.name) == "unet" else one
+            together[group] = together.get(group, 0) + self.weights[one]
+        return max(together.values(), default=0)
 
     @property
     def peak(self) -> int:
