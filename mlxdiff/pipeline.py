@@ -12,7 +12,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +25,9 @@ from mlxdiff.adapters import lora, textual_inversion
 from mlxdiff.errors import UsageError
 from mlxdiff.noise import Generator
 from mlxdiff.pictures import preview
+from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
 from mlxdiff.pictures.metadata import Metadata
-from mlxdiff.run.additions import A, Fetch
+from mlxdiff.run.additions import AdditionT, Fetch
 from mlxdiff.run.additions.controlnet import ControlNet
 from mlxdiff.run.additions.embedding import Embedding
 from mlxdiff.run.additions.ip_adapter import IPAdapter
@@ -34,12 +35,14 @@ from mlxdiff.run.additions.lora import LoRA, asked_for
 from mlxdiff.run.additions.refiner import Refiner
 from mlxdiff.run.additions.vae import AnotherVAE
 from mlxdiff.run.denoiser import Evaluation, make_denoiser
-from mlxdiff.run.inputs import Inputs, make_stages
+from mlxdiff.run.inputs import Inputs, Stage, Start, make_stages
 from mlxdiff.run.latent_model import LatentModel
 from mlxdiff.run.memory import Device, Estimate, estimate, require
 from mlxdiff.run.model import Model, PromptEmbeddings, draw_noise
+from mlxdiff.run.options import GenerateOptions, RunOptions
 from mlxdiff.run.pixel_model import PixelModel
-from mlxdiff.run.settings import Settings, pick_seeds, resolve
+from mlxdiff.run.settings import PlannedRun, Settings, resolve
+from mlxdiff.run.table import takes
 from mlxdiff.store.folder import ModelSource, Progress
 from mlxdiff.store.recipes import find_recipe, recipe_of
 
@@ -247,7 +250,10 @@ class Pipeline:
         self._set(Refiner, [] if refiner is None else [refiner], open_refiners)
 
     def _set(
-        self, kind: type[A], given: Iterable[Any], open_all: Callable[..., Iterable[A]]
+        self,
+        kind: type[AdditionT],
+        given: Iterable[Any],
+        open_all: Callable[..., Iterable[AdditionT]],
     ) -> None:
         """Replace the additions of a kind.
 
@@ -256,7 +262,8 @@ class Pipeline:
             open_all: opens these, and matches them to the model.
         Raises: UsageError if the model has no part for them, or one does not fit.
         """
-        given = given if isinstance(given, (str, bytes, os.PathLike)) else list(given)
+        if not isinstance(given, (str, bytes, os.PathLike)):  # else open_all says what is wrong
+            given = list(given)
         if given:
             self.model.require(kind.part)
         additions = self.model.additions.replaced(kind, open_all(given, self.model))
@@ -348,12 +355,33 @@ class Pipeline:
         """See ``Model.decode``."""
         return self.model.decode(latents)
 
-    def settings(self, prompt: str | None = None, **arguments: Any) -> Settings:
-        """Arguments of ``generate``, checked, with the defaults filled in. Raises: UsageError."""
-        settings = resolve(self.model, self.refiner, prompt, **arguments)
-        self._asked_for(settings)  # they must be there
-        self._require_memory(settings)
-        return settings
+    @takes(RunOptions)
+    def settings(self, asked: RunOptions) -> Settings:
+        """Check options of a run, and fill in the defaults.
+
+        Args:
+            {options}
+        Returns: Settings.
+        Raises: UsageError where an option cannot be honoured.
+        """
+        return self._prepare(asked).settings
+
+    @takes(RunOptions)
+    def prepare(self, asked: RunOptions) -> PlannedRun:
+        """Check and plan a run, for ``draw``; arguments as for ``settings``.
+
+        Args:
+            {options}
+        Returns: PlannedRun.
+        Raises: UsageError where an option cannot be honoured.
+        """
+        return self._prepare(asked)
+
+    def _prepare(self, asked: RunOptions) -> PlannedRun:
+        run = resolve(self.model, self.refiner, asked)
+        self._asked_for(run.settings)  # they must be there
+        self._require_memory(run.settings)
+        return run
 
     def memory(
         self,
@@ -407,49 +435,23 @@ class Pipeline:
             )
         require(expected(), self.backend.memory_size(), self.memory_limit, helps)
 
-    def stream(
-        self,
-        prompt: str | None = None,
-        *,
-        seed: int | None = None,
-        count: int = 1,
-        noise: np.ndarray | None = None,
-        **arguments: Any,
-    ) -> Iterator[Step]:
-        """Draw step by step; arguments as for ``generate``.
+    @takes(RunOptions)
+    def stream(self, asked: RunOptions) -> Iterator[Step]:
+        """Draw step by step.
 
+        Args:
+            {options}
         Yields: a Step after each evaluation of the U-Net; the latents of a picture's last step are
             its final ones.
+        Raises: UsageError where an option cannot be honoured.
         """
-        settings = self.settings(prompt, **arguments)
-        seeds = pick_seeds(seed, count)
-        return self._draw(settings, seeds, self._check_noise(settings, seeds, noise), {})
+        return self._steps(self._prepare(asked), {})
 
-    def _check_noise(
-        self, settings: Settings, seeds: list[int], noise: np.ndarray | None
-    ) -> np.ndarray | None:
-        """The noise that was given, if it fits the run."""
-        if noise is None:
-            return None
-        expected = len(seeds), *self.model.latent_shape(settings.height, settings.width)
-        noise = np.asarray(noise, np.float32)
-        if noise.shape != expected:
-            raise UsageError(
-                f"noise has shape {noise.shape}; expected {expected} (pictures, H/f, W/f, C)"
-            )
-        if not settings.adds_noise:
-            raise UsageError("noise: this run begins without any (denoising_start)")
-        return noise
-
-    def _draw(
-        self,
-        settings: Settings,
-        seeds: list[int],
-        noise: np.ndarray | None,
-        timings: dict[str, Any],
-    ) -> Iterator[Step]:
-        model, backend = self._model_for(settings), self.backend
-        stages = make_stages(settings, model, self.refiner)
+    def _steps(self, run: PlannedRun, timings: dict[str, Any]) -> Iterator[Step]:
+        """Draw the pictures of a run one after the other: each is then exactly what it is alone."""
+        settings, backend = run.settings, self.backend
+        model = self._model_for(settings)
+        stages = make_stages(settings, run.plans, model, self.refiner)
         if settings.encodes:
             model.component("vae")
         start = time.perf_counter()
@@ -461,53 +463,33 @@ class Pipeline:
         if settings.hires is not None:
             timings["hires"] = 0.0
         total = sum(len(stage.plan) for stage in stages)
-        # One picture after the other: each is then exactly what it is when asked for alone.
-        for picture, seed in enumerate(seeds):
+        for picture, seed in enumerate(run.seeds):
             generator, index, x = Generator(seed), 0, None
-            given = None if noise is None else noise[picture][None]
+            given = None if run.noise is None else run.noise[picture][None]
             for part, stage in enumerate(stages):
-                plan, size = stage.plan, (stage.settings.height, stage.settings.width)
+                size = stage.settings.height, stage.settings.width
                 draw = partial(draw_noise, generator, model.latent_shape(*size))
-                fresh_noise = partial(_on_backend, backend, draw)
                 if part not in denoisers and stage.model.low_memory:
                     denoisers.clear()
                     denoise = None
                 if x is None:
-                    begun = inputs.begin(plan, draw, given)
+                    begun = inputs.begin(stage.plan, draw, given)
                 else:
                     start = time.perf_counter()
                     begun = inputs.go_on(stage, begun, backend.to_numpy(x), draw)
                     if settings.hires is not None:
                         timings["hires"] += time.perf_counter() - start
-                x = backend.asarray(begun.x)
                 if part not in denoisers:
-                    loaded, start = self._load_seconds, time.perf_counter()
-                    denoisers[part] = make_denoiser(
-                        stage.model, stage.settings, plan.timesteps, stage.before
-                    )
-                    elapsed = time.perf_counter() - start - (self._load_seconds - loaded)
-                    timings["text_encoder"] = timings.get("text_encoder", 0.0) + elapsed
+                    denoisers[part] = self._make_denoiser(stage, timings)
                 denoise = denoisers[part]
-                prediction = stage.model.source.scheduler_config.get("prediction_type", "epsilon")
-                beside = None if begun.beside is None else backend.asarray(begun.beside)
-                kept = None if begun.kept is None else begun.kept.on(backend)
-                state = plan.start()
-                for i, t in enumerate(plan.timesteps):
-                    start = time.perf_counter()
-                    evaluation = Evaluation(t, i, len(plan), beside)
-                    output = denoise(plan.scale_model_input(x, state), evaluation)
-                    clean = partial(_denoised, backend, plan, i, prediction, x, output)
-                    x, state = plan.step(x, output, state, noise=fresh_noise)
-                    if kept is not None:
-                        x = kept(x, plan, i + 1)
-                    backend.evaluate(x)
-                    seconds.append(time.perf_counter() - start)
+                for x, clean, elapsed in _evaluations(stage, begun, denoise, backend, draw):
+                    seconds.append(elapsed)
                     yield Step(
                         index=index,
                         total=total,
                         picture=picture,
                         seed=seed,
-                        seconds=seconds[-1],
+                        seconds=elapsed,
                         latents=backend.to_numpy(x)[0],
                         _decode=model.decode,
                         _sketch=model.sketch,
@@ -516,96 +498,40 @@ class Pipeline:
                     index += 1
             backend.clear_cache()
 
+    def _make_denoiser(self, stage: Stage, timings: dict[str, Any]) -> Any:
+        """Run the text encoders of a stage; what loading takes is not counted."""
+        loaded, start = self._load_seconds, time.perf_counter()
+        made = make_denoiser(stage.model, stage.settings, stage.plan.timesteps, stage.before)
+        elapsed = time.perf_counter() - start - (self._load_seconds - loaded)
+        timings["text_encoder"] = timings.get("text_encoder", 0.0) + elapsed
+        return made
+
     @property
     def _load_seconds(self) -> float:
         refiner = 0.0 if self.refiner is None else self.refiner.load_seconds
         return self.model.load_seconds + refiner
 
-    def generate(
-        self,
-        prompt: str | None = None,
-        *,
-        seed: int | None = None,
-        count: int = 1,
-        noise: np.ndarray | None = None,
-        on_step: Callable[[Step], None] | None = None,
-        **arguments: Any,
-    ) -> Result:
+    @takes(GenerateOptions)
+    def generate(self, asked: GenerateOptions) -> Result:
         """Draw pictures.
 
         Args:
-            prompt: what to draw; may be empty. None for a model without text.
-            seed: as torch takes it; None: random. Picture i has seed + i.
-            count: how many pictures.
-            noise: (count, H/f, W/f, C) float32, standard normal, instead of the first noise that
-                the seed gives.
-            on_step: called with each Step.
-            label: the class to draw, for a model without text that has classes.
-            negative_prompt: what not to draw.
-            prompt_2, negative_prompt_2: for SDXL's second text encoder.
-            prompt_syntax: "plain" (as diffusers reads prompts: cut at 77 tokens) or "a1111"
-                (weights, BREAK, long prompts, prompt editing; docs/prompts.md).
-            clip_skip: layers left out at the end of the text encoders, as diffusers counts them
-                (A1111 counts from 1).
-            width, height: pixels, multiples of the VAE factor; None: the image's, rounded down
-                (of an upscaler four times that), else the model's own.
-            steps: of the sampler, from pure noise; a run that starts from an image does the last
-                of them. None: 20, or 4 for a model that was distilled to need few; for one without
-                text 1000 with ddpm, else 50.
-            guidance: scale of classifier-free guidance; no guidance at 1 and below. None: the
-                reference pipeline's default.
-            guidance_rescale: 0 to 1 (Lin et al. 2023, section 3.4).
-            guidance_interval: (start, end), shares of the run, 0 to 1: guidance only between them
-                (with a refiner, of either model's part). An evaluation without costs half.
-            feature_reuse: run the whole U-Net in every so many evaluations only; in those between
-                its last layer alone, on deep features of the whole one before. 1: always.
-            sampler, schedule: see ``mlxdiff.samplers``.
-            eta: 0 to 1, the share of fresh noise, for the samplers that have it. None: 0.
-            image: a picture to start from: path, Pillow image or array; it is resized.
-            strength: 0 to 1, how far from it. None: the reference pipeline's default; 1 with a
-                mask, which means pure noise there.
-            hires: draw the picture over at this many times its size: enlarged, then image to image.
-            hires_upscaler: "lanczos" (the picture; default), "latent-nearest", "latent-bilinear".
-            hires_strength: 0 to 1, how far from the enlarged picture. None: 0.5.
-            image_guidance: how closely a model that edits (instruct-pix2pix) keeps to the image;
-                below 1 it has no guidance at all. None: 1.5.
-            noise_level: how much noise is added to the image that an upscaler enlarges, a whole
-                number: the more, the more it makes up. None: 20.
-            mask: what to repaint of it (white): path, Pillow image or array, resized, grey, cut at
-                one half. The size is then the model's own unless given.
-            outpaint: (left, top, right, bottom), pixels to add around the image and to paint,
-                beside what the mask says. The size is then that of the wider image, rounded down.
-            paste_original: put back what was not to be repainted, exactly as it was.
-            denoising_end: stop after this share of the way (SDXL); with a refiner, hand over to it
-                there (None: 0.8).
-            denoising_start: with a refiner, where it begins (None: at denoising_end). Else take
-                the image for one that is made up to there, and add no noise (SDXL).
-            original_size, target_size, crop: (height, width), (height, width), (y, x): SDXL's
-                micro-conditioning.
-            control_image: what a ControlNet is shown, resized: path, Pillow image or array; with
-                several nets a list, one for each. This and the next four only with controlnets.
-            control_scale: how strongly it counts; one number, or one for each net. None: 1.
-            control_start, control_end: the share of the way on which it counts. None: 0 and 1.
-            control_preprocess: what is made of its picture first: "none", "edges", "grey" or
-                "tile".
-            guess_mode: let the nets act on the prediction for the prompt alone, so that the
-                picture follows them where the prompt is empty.
-            ip_image: what an IP-Adapter is shown: path, Pillow image or array; with one adapter
-                also a list, of pictures to see together; with several a list, one for each. This
-                and the next only with ip_adapters.
-            ip_scale: how strongly it counts; one number, or one for each adapter. None: 1.
-            aesthetic_score, negative_aesthetic_score: what SDXL's refiner is told beside prompt and
-                negative prompt; None: 6 and 2.5.
+            {options}
         Returns: Result.
-        Raises: UsageError where an argument cannot be honoured.
+        Raises: UsageError where an option cannot be honoured.
         """
-        settings = self.settings(prompt, **arguments)
-        seeds = pick_seeds(seed, count)
-        noise = self._check_noise(settings, seeds, noise)
-        loaded = self._load_seconds
+        return self.draw(self._prepare(asked), asked.on_step)
+
+    def draw(self, run: PlannedRun, on_step: Callable[[Step], object] | None = None) -> Result:
+        """Draw the pictures of a run that ``prepare`` has made.
+
+        Args:
+            on_step: called with each Step.
+        """
+        settings, loaded = run.settings, self._load_seconds
         timings: dict[str, Any] = {}
         final = []
-        for step in self._draw(settings, seeds, noise, timings):
+        for step in self._steps(run, timings):
             if on_step is not None:
                 on_step(step)
             if step.index == step.total - 1:
@@ -622,44 +548,34 @@ class Pipeline:
         return Result(
             images=images,
             latents=np.stack(final),
-            seeds=seeds,
+            seeds=run.seeds,
             settings=settings,
-            metadata=[self._metadata(settings, one) for one in seeds],
+            metadata=self._metadata(run),
             timings=timings,
             peak_memory=self.backend.peak_memory(),
         )
 
-    def _metadata(self, settings: Settings, seed: int) -> Metadata:
-        known = {f.name for f in fields(Metadata)}
-        values = {f.name: getattr(settings, f.name) for f in fields(settings)}
-        for name in ("image", "refined", "canvas", "hires_controls"):
-            del values[name]
-        values |= {} if settings.hires is None else settings.hires.describe()
-        for name in ("controls", "image_prompts", "guess_mode"):
-            del values[name]
-        values |= self._model_for(settings).additions.describe(settings)
-        values["image"] = values.pop("image_name")
-        if settings.prompt_syntax == "plain":  # said only where it is not
-            del values["prompt_syntax"]
-        values["mask"] = values.pop("mask_name")
-        values["paste_original"] = settings.paste_original or None
-        values["quantize"] = recipe_of(self.source)
-        values["exact"] = self.exact or None
+    def _metadata(self, run: PlannedRun) -> list[Metadata]:
+        """What each picture says of itself."""
+        said = run.settings.describe()
+        said |= self._model_for(run.settings).additions.describe(run.settings)
+        said |= {"quantize": recipe_of(self.source), "exact": self.exact or None}
+        own = {key: said.pop(key) for key in METADATA_FIELDS if key in said}
         provenance = self.source.provenance
-        return Metadata(
-            **{name: value for name, value in values.items() if name in known},
-            seed=seed,
+        first = Metadata(
+            **own,
             model=provenance.get("source"),
             revision=provenance.get("revision"),
             dtype=self.backend.dtype,
             backend=self.backend.name,
             version=__version__,
             extra={
-                name: list(value) if isinstance(value, tuple) else value
-                for name, value in values.items()
-                if name not in known and value is not None
+                key: list(value) if isinstance(value, tuple) else value
+                for key, value in said.items()
+                if value is not None
             },
         )
+        return [replace(first, seed=seed) for seed in run.seeds]
 
 
 def _open_model(source: ModelSource, backend: Any) -> Model:
@@ -674,6 +590,33 @@ def _several(paths: Any) -> list[Any]:
 
 def _warn_renamed(old: str, new: str) -> None:
     warnings.warn(f"{old} is now {new}", DeprecationWarning, stacklevel=3)
+
+
+def _evaluations(
+    stage: Stage, begun: Start, denoise: Any, backend: Any, draw: Callable[[], np.ndarray]
+) -> Iterator[tuple[Any, Callable[[], np.ndarray], float]]:
+    """Evaluate the U-Net of a stage again and again, for one picture.
+
+    Args:
+        begun: what the picture starts from.
+        draw: noise of the picture's own generator.
+    Yields: x after each step, (1, h, w, C); what gives it without noise; seconds.
+    """
+    plan, x = stage.plan, backend.asarray(begun.x)
+    prediction = stage.model.source.scheduler_config.get("prediction_type", "epsilon")
+    beside = None if begun.beside is None else backend.asarray(begun.beside)
+    kept = None if begun.kept is None else begun.kept.on(backend)
+    state = plan.start()
+    for i, t in enumerate(plan.timesteps):
+        start = time.perf_counter()
+        evaluation = Evaluation(t, i, len(plan), beside)
+        output = denoise(plan.scale_model_input(x, state), evaluation)
+        clean = partial(_denoised, backend, plan, i, prediction, x, output)
+        x, state = plan.step(x, output, state, noise=partial(_on_backend, backend, draw))
+        if kept is not None:
+            x = kept(x, plan, i + 1)
+        backend.evaluate(x)
+        yield x, clean, time.perf_counter() - start
 
 
 def _denoised(

@@ -212,8 +212,11 @@ def test_both(pipe: Pipeline) -> None:
     [
         ({"guidance_interval": 0.5}, "two numbers"),
         ({"guidance_interval": (0.1, 0.2, 0.3)}, "two numbers"),
-        ({"guidance_interval": ("a", 1)}, "start of guidance_interval is 'a'"),
-        ({"guidance_interval": (0, 1.5)}, "end of guidance_interval is 1.5"),
+        ({"guidance_interval": ("a", 1)}, r"guidance_interval is \('a', 1\); expected two numbers"),
+        (
+            {"guidance_interval": (0, 1.5)},
+            r"guidance_interval is \(0, 1.5\); expected two numbers, 0 to 1",
+        ),
         ({"guidance_interval": (0.5, 0.5)}, "must be less"),
         ({"guidance_interval": (0.0, 0.1)}, "holds none of the run's 6 evaluations"),
         ({"feature_reuse": 0}, "feature_reuse is 0; expected"),

@@ -211,7 +211,7 @@ def test_models_that_need_more_open_and_say_so(tmp_path: Path, channels: int, sa
         ("sd15", {"denoising_end": 0.5}, "only SDXL"),
         ("sd15", {"eta": 0.5}, "ddim and tcd"),
         ("sd15", {"aesthetic_score": 6.0}, "only SDXL"),
-        ("sd15", {"prompt": 3}, "prompt must be a text"),
+        ("sd15", {"prompt": 3}, "prompt is 3; expected a text"),
         ("sd15", {"image": "none.png"}, "none.png"),
         ("sdxl", {"aesthetic_score": 6.0}, "--refiner"),
         ("sdxl", {"denoising_start": 0.5}, "needs an image"),

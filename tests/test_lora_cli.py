@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_cli import QUICK, error_of, generate, pixels, run, texts
 
-from mlxdiff.cli.loras import Asked, LoraParam
+from mlxdiff.cli.loras import Asked, parse
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_path_and_scale(text: str, asked: tuple[str, float | None], here: Path) -> None:
     (here / "with:1").write_bytes(b"")
-    assert LoraParam().convert(text, None, None) == Asked(*asked)
+    assert parse(text) == Asked(*asked)
 
 
 def test_a_picture_under_loras_and_again_from_it(here: Path) -> None:

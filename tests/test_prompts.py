@@ -145,7 +145,7 @@ def test_padding_follows_the_first_end() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"prompt_syntax": "comfy"}, "there are plain, a1111"),
+        ({"prompt_syntax": "comfy"}, "expected one of plain, a1111"),
         ({"clip_skip": 4}, "expected 0 to 3"),
         ({"clip_skip": -1}, "expected 0 to 3"),
         ({"clip_skip": 1.5}, "whole number"),

@@ -227,10 +227,10 @@ def test_pixel_models_clip_unless_their_file_says_no(sampler: str) -> None:
         ("ddpm", {"negative_prompt": "", "guidance": 7.5}, "negative_prompt, guidance: this model"),
         ("ddpm", {"image": np.zeros((16, 16, 3), np.uint8)}, "image: this model draws from noise"),
         ("ddpm", {"width": 32}, "32x16 pixels: this model draws 16x16 only"),
-        ("ddpm", {"label": 1}, "label 1: this model has no classes"),
+        ("ddpm", {"label": 1}, "label: this model has no classes"),
         ("ddpm-labels", {}, "this model needs a label .*0 to 9"),
         ("ddpm-labels", {"label": 10}, "label is 10; expected 0 to 9"),
-        ("ddpm-labels", {"label": True}, "label is True; expected 0 to 9"),
+        ("ddpm-labels", {"label": True}, "label is True; expected a whole number"),
         ("ddim-numbers", {"label": -1}, "label is -1; expected a whole number of at least 0"),
         ("ddpm", {"sampler": "ddpm", "eta": 0.5}, "sampler ddpm has no eta"),
         ("ddpm", {"steps": 1001}, "1001"),
@@ -257,7 +257,7 @@ def test_stages_that_are_not_there(pipes: dict[Any, Pipeline]) -> None:
 
 def test_a_label_is_for_models_without_text() -> None:
     pipe = mlxdiff.load(checkpoint("sd15"), backend="numpy")
-    with pytest.raises(UsageError, match="label 1: this model draws from a prompt"):
+    with pytest.raises(UsageError, match="label: this model draws from a prompt"):
         pipe.settings("a cat", label=1)
     with pytest.raises(UsageError, match="no prompt is given"):
         pipe.settings()

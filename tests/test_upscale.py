@@ -104,7 +104,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (NAME, {"outpaint": (4, 4, 4, 4)}, "no part for a mask"),
     (NAME, {"strength": 0.5}, "strength: .*--noise-level"),
     (NAME, {"image_guidance": 1.5}, "8 channels"),
-    (NAME, {"hires": 2}, "hires does not go together with a model that enlarges"),
+    (NAME, {"hires": 2}, "hires: this is a model that enlarges"),
     (NAME, {"denoising_end": 0.5}, "only SDXL"),
     (NAME, {"width": 30}, "multiple of 4"),
     (NAME, {"image": photo(3, 40)}, "too small"),
@@ -295,5 +295,5 @@ def test_other_models_that_are_told_a_class_are_refused(channels: int, tmp_path:
     config = json.loads((tmp_path / "model/unet/config.json").read_text())
     tensors = random_tensors(UNet2DConditionConfig.from_dict(config))
     save_file(tensors, tmp_path / "model/unet/diffusion_pytorch_model.safetensors")
-    with pytest.raises(UsageError, match="told a class"):
+    with pytest.raises(UsageError, match="takes a class"):
         mlxdiff.load(tmp_path / "model", backend="numpy").settings("a", image=photo(16, 16))

@@ -5,29 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import click
-
 from mlxdiff.errors import UsageError
+from mlxdiff.run.values import Unfit
 
 Asked = tuple[str, str | None]
 
 
-class EmbeddingParam(click.ParamType):
-    """PATH or PATH:WORD. A path that exists is never cut."""
-
-    name = "PATH[:WORD]"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Asked:
-        if isinstance(value, tuple):
-            return value
-        path, colon, word = value.rpartition(":")
-        if not colon or not path or Path(value).expanduser().exists():
-            return str(Path(value).expanduser()), None
-        if not word.strip():
-            self.fail(f"{value!r}: there is no word after the colon", param, ctx)
-        return str(Path(path).expanduser()), word
+def parse(word: str) -> Asked:
+    """Read PATH or PATH:WORD; a path that exists is never cut. Raises: Unfit."""
+    path, colon, token = word.rpartition(":")
+    if not colon or not path or Path(word).expanduser().exists():
+        return str(Path(word).expanduser()), None
+    if not token.strip():
+        raise Unfit(word, "a word after the colon; there is no word")
+    return str(Path(path).expanduser()), token
 
 
 def replayed(asked: tuple[Asked, ...], found: Any, picture: str | None) -> list[Asked]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 
 from mlxdiff.errors import UsageError
+from mlxdiff.run.values import Number, Unfit
 
 
 class Asked(NamedTuple):
@@ -18,28 +18,17 @@ class Asked(NamedTuple):
     scale: float | None
 
 
-class LoraParam(click.ParamType):
-    """PATH or PATH:SCALE. A path that exists is never cut."""
-
-    name = "PATH[:SCALE]"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Asked:
-        if isinstance(value, Asked):
-            return value
-        path, colon, scale = value.rpartition(":")
-        if not colon or not path or Path(value).expanduser().exists():
-            return Asked(value, None)
-        try:
-            number = float(scale)
-        except ValueError:
-            if not Path(path).expanduser().exists():  # the colon is one of the path
-                return Asked(value, None)
-            number = math.nan
-        if not math.isfinite(number):
-            self.fail(f"{value!r}: its scale {scale!r} is not a number", param, ctx)
-        return Asked(path, number)
+def parse(word: str) -> Asked:
+    """Read PATH or PATH:SCALE; a path that exists is never cut. Raises: Unfit."""
+    path, colon, scale = word.rpartition(":")
+    if not colon or not path or Path(word).expanduser().exists():
+        return Asked(word, None)
+    try:
+        return Asked(path, float(Number().accept(float(scale))))
+    except ValueError as error:
+        if not isinstance(error, Unfit) and not Path(path).expanduser().exists():
+            return Asked(word, None)  # the colon is one of the path
+        raise Unfit(word, f"a number for its scale, not {scale!r}") from None
 
 
 def report(loras: tuple[Any, ...]) -> None:

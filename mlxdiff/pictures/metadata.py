@@ -108,7 +108,7 @@ class Metadata:
     def __post_init__(self) -> None:
         if self.model is not None:
             object.__setattr__(self, "model", _public_name(self.model))
-        clash = sorted({*_FIELDS, "schema"} & set(self.extra))
+        clash = sorted({*FIELDS, "schema"} & set(self.extra))
         if clash:
             raise ValueError(f"extra must not repeat a field: {', '.join(clash)}")
 
@@ -120,7 +120,7 @@ class Metadata:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON values: fields, absent ones as None, and `extra` beside them."""
-        return {"schema": SCHEMA, **{k: getattr(self, k) for k in _FIELDS}, **self.extra}
+        return {"schema": SCHEMA, **{k: getattr(self, k) for k in FIELDS}, **self.extra}
 
     def to_json(self) -> str:
         """The `mlxdiff` chunk: `to_dict` as JSON, in ASCII."""
@@ -176,7 +176,7 @@ class Metadata:
                 f"{where}: its mlxdiff metadata has schema {schema!r}, "
                 f"this version reads {SCHEMA!r}; upgrade mlxdiff"
             )
-        known = {name: values.pop(name) for name in _FIELDS if name in values}
+        known = {name: values.pop(name) for name in FIELDS if name in values}
         for name, value in known.items():
             known[name] = _checked(name, value, where)
         return cls(**known, extra=values)
@@ -262,7 +262,8 @@ def read(path: str | os.PathLike[str]) -> Metadata:
     return Metadata.from_parameters(parameters)
 
 
-_FIELDS = tuple(f.name for f in dataclasses.fields(Metadata) if f.name != "extra")
+FIELDS = tuple(f.name for f in dataclasses.fields(Metadata) if f.name != "extra")
+"""Names that have a field of their own; all others are in `extra`."""
 _INTEGERS = {"seed", "width", "height", "steps", "clip_skip"}
 _FLOATS = {"guidance", "guidance_rescale"}
 

@@ -23,6 +23,7 @@ from mlxdiff.networks.cost import multiply_adds
 from mlxdiff.pipeline import Pipeline, Result, Step
 from mlxdiff.run.kind import Kind, Network
 from mlxdiff.run.memory import Held
+from mlxdiff.run.options import RunOptions
 from mlxdiff.run.settings import Settings, resolve
 from mlxdiff.store.folder import ModelSource
 from mlxdiff.store.recipes import recipe_of
@@ -163,7 +164,7 @@ def expected_memory(source: ModelSource) -> dict[str, Any] | None:
     """
     pipe = Pipeline(source, make_backend())
     try:
-        settings = resolve(pipe.model, None, **needed(pipe.model, {}))
+        settings = resolve(pipe.model, None, RunOptions(**needed(pipe.model, {}))).settings
     except UsageError:
         return None
     return {

@@ -8,7 +8,7 @@ itself, and the noise that is added to the image is drawn first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from mlxdiff.noise import add_noise
 from mlxdiff.pictures.hires import Hires, enlarge_latents
 from mlxdiff.pictures.image import resize_values, to_model
 from mlxdiff.run.model import ImageLatents, Model
-from mlxdiff.run.settings import Settings, make_plans
+from mlxdiff.run.settings import Settings
 from mlxdiff.samplers import Plan
 
 Draw = Callable[..., np.ndarray]
@@ -78,9 +78,15 @@ class Stage(NamedTuple):
     before: int = 0
 
 
-def make_stages(settings: Settings, model: Model, refiner: Model | None = None) -> list[Stage]:
-    """The parts of a run: the model's, then that of a refiner or of a hires pass."""
-    first, *others = make_plans(settings, model, refiner)
+def make_stages(
+    settings: Settings, plans: Sequence[Plan], model: Model, refiner: Model | None = None
+) -> list[Stage]:
+    """The parts of a run: the model's, then that of a refiner or of a hires pass.
+
+    Args:
+        plans: of each part, as ``settings.make_plans`` gives them.
+    """
+    first, *others = plans
     stages = [Stage(model, settings, first)]
     for plan in others:
         if settings.enlarged is not None:

@@ -114,6 +114,11 @@ class Kind(ABC):
 
     @property
     @abstractmethod
+    def description(self) -> str:
+        """What this model does, and how that is known; for messages."""
+
+    @property
+    @abstractmethod
     def default_size(self) -> tuple[int, int]:
         """(height, width) in pixels that the model was trained for. Raises: UsageError."""
 
@@ -358,6 +363,11 @@ class PixelKind(Kind):
         if part == "label":
             return None if self.takes_label else "this model has no classes"
         return f"this model draws from noise alone; it has no part for {what}"
+
+    @property
+    def description(self) -> str:
+        """See ``Kind.description``."""
+        return "this is a model that draws from noise alone"
 
     @property
     def default_size(self) -> tuple[int, int]:

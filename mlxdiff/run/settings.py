@@ -1,4 +1,4 @@
-"""What decides a picture: the arguments of a run, with the model's defaults filled in."""
+"""What decides a picture: the options of a run, with the model's defaults filled in."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import secrets
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,18 +16,13 @@ from mlxdiff.errors import UsageError
 from mlxdiff.pictures.canvas import Borders, Canvas, check_borders, load_mask, make_canvas
 from mlxdiff.pictures.hires import Hires, resolve_hires
 from mlxdiff.pictures.image import load_image, resize
+from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
 from mlxdiff.run.additions.controlnet import Control, resolve_controls
 from mlxdiff.run.additions.ip_adapter import ImagePrompt, resolve_image_prompts
-from mlxdiff.run.arguments import (
-    Arguments,
-    check,
-    check_numbers,
-    checked_flag,
-    checked_interval,
-    checked_reuse,
-    is_scored,
-)
 from mlxdiff.run.model import Model
+from mlxdiff.run.options import RunOptions, ValueOptions
+from mlxdiff.run.rules import check, check_parts, checked_interval, is_scored, repaints
+from mlxdiff.run.table import entries
 from mlxdiff.samplers.guidance import guided_evaluations
 from mlxdiff.text import a1111
 
@@ -39,79 +34,38 @@ DEFAULT_SPLIT = 0.8  # of the way, where a refiner takes over; as diffusers' gui
 AESTHETIC_SCORES = 6.0, 2.5  # for the prompt and the negative prompt
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(ValueOptions):
     """All that decides a picture beside models and seed, with every default filled in.
 
-    Sizes are (height, width) in pixels, ``crop`` is (y, x): SDXL's micro-conditioning, else None.
+    The plain values keep their names and meanings (``run.options``). Sizes are (height, width) in
+    pixels; SDXL's micro-conditioning is None for other models, as is what a run has no use for.
 
     Attributes:
         image: the picture to start from, uint8 (height, width, 3); else None.
-        image_name: the name of its file, or what it was given as.
-        strength: how far from it; None where it does not count.
+        image_name: the name of its file, or "(pixels)".
         canvas: the picture and what of it is repainted; else None.
-        hires: what is done to the picture when it is drawn, and the controls at its larger size.
-        image_guidance: how closely a model that edits keeps to its picture; else None.
-        noise_level: how much noise an upscaler's picture gets first; else None.
-        mask_name: of the mask, as ``image_name`` is of the image.
-        outpaint: pixels that were added to the left, top, right and bottom of the image.
-        paste_original: whether what is not repainted is put back, to the bit, in the end.
-        denoising_start: with a refiner, where that begins; else where the run begins, on an image
-            that is taken for a picture half made.
-        denoising_end: where the run ends or, with a refiner, where that takes over.
-        guidance_interval: the shares of the run, 0 to 1, between which there is guidance; None:
-            all of it.
-        feature_reuse: every so many evaluations the whole U-Net runs, and its deep features are
-            kept for those between; None: always.
-        label: the class to draw, for models that have classes in place of a prompt.
+        mask_name: the name of the mask's file, or "(pixels)".
+        hires: how to enlarge the finished picture, and the controls at its larger size.
+        controls: the picture and the numbers of each ControlNet.
+        image_prompts: the pictures of each IP-Adapter.
         refined: whether there is a refiner.
-        prompt_syntax: how the prompts are read, one of prompt.SYNTAXES.
-        clip_skip: layers left out at the end of the text encoders; None: none.
-        controls: what each ControlNet is shown and told.
-        guess_mode: whether ControlNets follow their picture more than the prompt, and under
-            guidance act on the prediction for the prompt alone.
-        image_prompts: what each IP-Adapter is shown.
     """
 
     prompt: str
-    negative_prompt: str | None
-    prompt_2: str | None
-    negative_prompt_2: str | None
     width: int
     height: int
     steps: int
     guidance: float
-    guidance_rescale: float
-    sampler: str
-    schedule: str
-    eta: float | None = None
-    strength: float | None = None
-    denoising_start: float | None = None
-    denoising_end: float | None = None
-    original_size: tuple[int, int] | None = None
-    target_size: tuple[int, int] | None = None
-    crop: tuple[int, int] | None = None
-    aesthetic_score: float | None = None
-    negative_aesthetic_score: float | None = None
-    guidance_interval: tuple[float, float] | None = None
-    feature_reuse: int | None = None
-    label: int | None = None
-    image_name: str | None = None
     image: np.ndarray | None = field(default=None, repr=False, compare=False)
-    refined: bool = False
-    prompt_syntax: str = "plain"
-    clip_skip: int | None = None
+    image_name: str | None = None
+    canvas: Canvas | None = field(default=None, repr=False, compare=False)
+    mask_name: str | None = None
     hires: Hires | None = None
     hires_controls: tuple[Control, ...] = ()
-    image_guidance: float | None = None
-    noise_level: int | None = None
-    mask_name: str | None = None
-    outpaint: Borders | None = None
-    paste_original: bool = False
-    canvas: Canvas | None = field(default=None, repr=False, compare=False)
     controls: tuple[Control, ...] = ()
-    guess_mode: bool = False
     image_prompts: tuple[ImagePrompt, ...] = ()
+    refined: bool = False
 
     @property
     def evaluations(self) -> int:
@@ -147,6 +101,18 @@ class Settings:
             image=None,
         )
 
+    def describe(self) -> dict[str, Any]:
+        """What a picture's metadata say of the run: values by key; defaults go without saying
+        where the metadata have no field for them."""
+        said: dict[str, Any] = {}
+        for name, entry in entries(ValueOptions).items():
+            value = getattr(self, name)
+            if entry.key is not None and (entry.key in METADATA_FIELDS or value != entry.default):
+                said[entry.key] = value
+        if self.hires is not None:
+            said |= self.hires.describe()
+        return said | {"image": self.image_name, "mask": self.mask_name}
+
     def guides(self, model: Model) -> bool:
         """Whether a model of the run takes several predictions an evaluation."""
         return model.is_guided(self.guidance, self.image_guidance if model.edits else None)
@@ -173,128 +139,126 @@ class Settings:
         return (*shared, *target), (*shared, *target)
 
 
+class PlannedRun(NamedTuple):
+    """A run that can be drawn: checked, and planned.
+
+    Attributes:
+        settings: of the run.
+        plans: the sampler's plan for the model, and for what comes after (``make_plans``).
+        seeds: seed of each picture.
+        noise: (pictures, H/f, W/f, C) float32 in place of the first noise; None: as the seeds give.
+    """
+
+    settings: Settings
+    plans: tuple[samplers.Plan, ...]
+    seeds: list[int]
+    noise: np.ndarray | None = None
+
+
 def resolve(
-    model: Model,
-    refiner: Model | None,
-    prompt: str | None = None,
-    *,
-    label: int | None = None,
-    **arguments: Any,
-) -> Settings:
-    """Check the arguments of ``generate`` and fill in the defaults. Raises: UsageError."""
+    model: Model, refiner: Model | None = None, asked: RunOptions | None = None
+) -> PlannedRun:
+    """Check the options of a run, fill in the defaults, and plan it. Raises: UsageError."""
+    asked = RunOptions() if asked is None else asked
+    seeds = pick_seeds(asked.seed, asked.count)
     if model.lacks("text"):
-        return _resolve_pixels(model, prompt, label, **arguments)
-    if label is not None:
-        raise UsageError(f"label {label}: this model draws from a prompt, it has no classes")
-    if prompt is None:
-        raise UsageError(
-            'no prompt is given; for example: mlxdiff generate "a red circle on a blue background"'
-        )
-    return _resolve_text(model, refiner, Arguments(prompt, **arguments))
+        settings, plans = _resolve_pixels(model, asked)
+    else:
+        settings, plans = _resolve_text(model, refiner, asked)
+    settings = replace(settings, sampler=plans[0].sampler, schedule=plans[0].schedule)
+    noise = _check_noise(settings, asked.noise, len(seeds), model)
+    return PlannedRun(settings, plans, seeds, noise)
 
 
-def _resolve_pixels(
-    model: Model,
-    prompt: str | None,
-    label: int | None,
-    *,
-    width: int | None = None,
-    height: int | None = None,
-    steps: int | None = None,
-    sampler: str = "auto",
-    schedule: str = "auto",
-    eta: float | None = None,
-    **others: Any,
-) -> Settings:
+def _resolve_pixels(model: Model, asked: RunOptions) -> tuple[Settings, tuple[samplers.Plan, ...]]:
     """Settings of a model without text and VAE."""
-    # A picture's metadata may say what says nothing: an empty prompt, no guidance.
-    others = {"prompt": prompt or None, **others}
-    for name, most in (("guidance", 1.0), ("guidance_rescale", 0.0)):
-        value = others.get(name)
-        if isinstance(value, (int, float)) and value <= most:
-            del others[name]
-    if given := [name for name, value in others.items() if value is not None]:
-        raise UsageError(
-            f"{', '.join(given)}: this model draws from noise alone; it has no part for that"
-        )
-    check_numbers(1.0, eta=eta)
-    model.check_label(label)
+    # The metadata of a picture may hold what means nothing: an empty prompt, no guidance.
+    guidance = None if (asked.guidance or 0.0) <= 1.0 else asked.guidance
+    asked = replace(asked, prompt=asked.prompt or None, guidance=guidance)
+    check_parts(model, None, asked)
+    model.check_label(asked.label)
+    width, height = asked.width, asked.height
     if width is None or height is None:
         own_height, own_width = model.default_size
         width = own_width if width is None else width
         height = own_height if height is None else height
     model.check_size(width=width, height=height)
-    sampler = model.default_sampler if sampler == "auto" else sampler
-    settings = Settings(
+    sampler = model.default_sampler if asked.sampler == "auto" else asked.sampler
+    settings = _settings(
+        asked,
         prompt="",
-        negative_prompt=None,
-        prompt_2=None,
-        negative_prompt_2=None,
         width=width,
         height=height,
-        steps=model.default_steps(sampler) if steps is None else steps,
+        steps=model.default_steps(sampler) if asked.steps is None else asked.steps,
         guidance=1.0,
-        guidance_rescale=0.0,
         sampler=sampler,
-        schedule=schedule,
-        eta=eta,
-        label=label,
     )
-    plan = make_plans(settings, model)[0]
-    return replace(settings, sampler=plan.sampler, schedule=plan.schedule)
+    return settings, make_plans(settings, model)
 
 
-def _resolve_text(model: Model, refiner: Model | None, asked: Arguments) -> Settings:
+def _resolve_text(
+    model: Model, refiner: Model | None, asked: RunOptions
+) -> tuple[Settings, tuple[samplers.Plan, ...]]:
     """Settings of a model that draws from text."""
+    if asked.prompt is None:
+        raise UsageError(
+            'no prompt is given; for example: mlxdiff generate "a red circle on a blue background"'
+        )
     check(model, refiner, asked)
     interval = checked_interval(asked.guidance_interval)
-    reuse = checked_reuse(asked.feature_reuse)
-    guess_mode = checked_flag("guess_mode", asked.guess_mode)
     pixels = None if asked.image is None else load_image(asked.image)
     outpaint = None if asked.outpaint is None else check_borders(asked.outpaint)
     height, width = _size(model, asked, pixels, outpaint)
-    factor, nets = model.vae_config.factor, len(model.controlnets)
     larger = resolve_hires(
         asked.hires,
         asked.hires_upscaler,
         asked.hires_strength,
         width=width,
         height=height,
-        factor=factor,
+        factor=model.vae_config.factor,
     )
-    hires_controls: tuple[Control, ...] = ()
-    if larger is not None:
-        hires_controls = resolve_controls(nets, larger.width, larger.height, **asked.control)
+    sizes = (
+        [(width, height)] if larger is None else [(width, height), (larger.width, larger.height)]
+    )
+    controls = resolve_controls(
+        len(model.controlnets),
+        sizes,
+        control_image=asked.control_image,
+        control_scale=asked.control_scale,
+        control_start=asked.control_start,
+        control_end=asked.control_end,
+        control_preprocess=asked.control_preprocess,
+    )
     start, end = asked.denoising_start, asked.denoising_end
     if refiner is not None:
         end = DEFAULT_SPLIT if end is None else end
         start = end if start is None else start
-    guidance = model.default_guidance if asked.guidance is None else asked.guidance
-    settings = Settings(
-        prompt=asked.prompt,
-        negative_prompt=asked.negative_prompt,
-        prompt_2=asked.prompt_2,
-        negative_prompt_2=asked.negative_prompt_2,
+    settings = _settings(
+        asked,
         width=width,
         height=height,
         steps=model.default_steps(asked.sampler) if asked.steps is None else asked.steps,
-        guidance=float(guidance),
-        guidance_rescale=float(asked.guidance_rescale),
+        guidance=model.default_guidance if asked.guidance is None else asked.guidance,
         guidance_interval=interval,
-        feature_reuse=reuse,
-        sampler=asked.sampler,
-        schedule=asked.schedule,
-        eta=asked.eta,
+        feature_reuse=None if asked.feature_reuse == 1 else asked.feature_reuse,
         denoising_start=start,
         denoising_end=end,
         refined=refiner is not None,
-        prompt_syntax=asked.prompt_syntax,
-        clip_skip=asked.clip_skip,
-        controls=resolve_controls(nets, width, height, **asked.control),
         hires=larger,
-        hires_controls=hires_controls,
-        guess_mode=guess_mode,
+        controls=controls[0],
+        hires_controls=() if larger is None else controls[1],
         image_prompts=resolve_image_prompts(len(model.ip_adapters), asked.ip_image, asked.ip_scale),
+        # What has a meaning only beside a picture is filled in with it.
+        strength=None,
+        image_guidance=None,
+        noise_level=None,
+        outpaint=None,
+        paste_original=False,
+        original_size=None,
+        target_size=None,
+        crop=None,
+        aesthetic_score=None,
+        negative_aesthetic_score=None,
     )
     if settings.guess_mode and not settings.controls:
         raise UsageError("guess_mode: there is no ControlNet; give one (--controlnet)")
@@ -307,12 +271,34 @@ def _resolve_text(model: Model, refiner: Model | None, asked: Arguments) -> Sett
     _note_what_has_no_effect(model, settings, asked)
     plans = make_plans(settings, model, refiner)
     _check_some_guidance(settings, plans)
-    plan = plans[0]
-    return replace(settings, sampler=plan.sampler, schedule=plan.schedule)
+    return settings, plans
+
+
+def _settings(asked: RunOptions, **resolved: Any) -> Settings:
+    """Settings with the values that are asked for, but for those that are resolved."""
+    kept = {name: getattr(asked, name) for name in entries(ValueOptions)}
+    return Settings(**kept | resolved)
+
+
+def _check_noise(
+    settings: Settings, noise: np.ndarray | None, count: int, model: Model
+) -> np.ndarray | None:
+    """The noise that was given, if it fits the run."""
+    if noise is None:
+        return None
+    expected = count, *model.latent_shape(settings.height, settings.width)
+    noise = np.asarray(noise, np.float32)
+    if noise.shape != expected:
+        raise UsageError(
+            f"noise has shape {noise.shape}; expected {expected} (pictures, H/f, W/f, C)"
+        )
+    if not settings.adds_noise:
+        raise UsageError("noise: this run begins without any (denoising_start)")
+    return noise
 
 
 def _size(
-    model: Model, asked: Arguments, pixels: np.ndarray | None, outpaint: Borders | None
+    model: Model, asked: RunOptions, pixels: np.ndarray | None, outpaint: Borders | None
 ) -> tuple[int, int]:
     """(height, width): what is asked for, else the image's, else the model's own."""
     if pixels is None or (asked.mask is not None and outpaint is None):
@@ -329,14 +315,14 @@ def _size(
 def _with_image(
     settings: Settings,
     model: Model,
-    asked: Arguments,
+    asked: RunOptions,
     pixels: np.ndarray,
     outpaint: Borders | None,
 ) -> Settings:
     """With the picture that the run starts from, and how far from it."""
     width, height = settings.width, settings.height
     settings = replace(settings, image_name=_named(asked.image))
-    if asked.repaints:
+    if repaints(asked):
         greys = None if asked.mask is None else load_mask(asked.mask)
         canvas = make_canvas(pixels, greys, width, height, model.vae_config.factor, outpaint)
         _note_other_shape(pixels, greys)
@@ -358,7 +344,7 @@ def _with_image(
         scale = IMAGE_GUIDANCE if asked.image_guidance is None else asked.image_guidance
         return replace(settings, image_guidance=scale)
     if settings.adds_noise:
-        default = 1.0 if asked.repaints else model.default_strength
+        default = 1.0 if repaints(asked) else model.default_strength
         return replace(settings, strength=default if asked.strength is None else asked.strength)
     if asked.strength is not None:
         logger.warning("strength has no effect: denoising_start says where the run begins")
@@ -366,7 +352,7 @@ def _with_image(
 
 
 def _with_conditioning(
-    settings: Settings, model: Model, refiner: Model | None, asked: Arguments
+    settings: Settings, model: Model, refiner: Model | None, asked: RunOptions
 ) -> Settings:
     """With the numbers that SDXL's U-Nets are told beside the prompt."""
     size = settings.height, settings.width
@@ -527,7 +513,7 @@ def _note_unused_words(model: Model, settings: Settings) -> None:
         logger.warning("an embedding has no effect: its word %r is not in the prompt", word)
 
 
-def _note_what_has_no_effect(model: Model, settings: Settings, asked: Arguments) -> None:
+def _note_what_has_no_effect(model: Model, settings: Settings, asked: RunOptions) -> None:
     """Warn of arguments that change nothing at the values of others."""
     image_guidance = asked.image_guidance
     without_guidance = {

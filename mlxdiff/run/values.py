@@ -1,11 +1,343 @@
-"""Arguments that are given once or several times, and what may be given."""
+"""Kinds of values that an option takes.
+
+A value comes in by three doors: an argument in Python, a word on the command line, JSON in the
+metadata of a picture. Each kind checks all three alike, and says in words what it expects.
+"""
 
 from __future__ import annotations
 
 import math
+import numbers
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from mlxdiff.errors import UsageError
+
+class Unfit(ValueError):
+    """A value that an option does not take.
+
+    Attributes:
+        value: the value, or the one of several that does not fit.
+        expected: what the option takes, in words.
+    """
+
+    def __init__(self, value: Any, expected: str) -> None:
+        super().__init__(f"{value!r}; expected {expected}")
+        self.value, self.expected = value, expected
+
+
+@dataclass(frozen=True)
+class Anything:
+    """Any value: its reader checks it."""
+
+    @property
+    def expected(self) -> str:
+        """What fits, in words."""
+        return "a value"
+
+    @property
+    def metavar(self) -> str:
+        """What stands for the value in the help of the command line."""
+        return "VALUE"
+
+    @property
+    def suggestions(self) -> Sequence[str]:
+        """Words to complete on the command line."""
+        return ()
+
+    def accept(self, value: Any) -> Any:
+        """Return the value in plain Python types. Raises: Unfit."""
+        return value
+
+    def parse(self, word: str) -> Any:
+        """Read a word of the command line. Raises: Unfit."""
+        return self.accept(word)
+
+
+ANYTHING = Anything()
+
+
+@dataclass(frozen=True)
+class Picture(Anything):
+    """A picture: path, Pillow image or array. Metadata hold its name only."""
+
+    expected = "a picture"
+    metavar = "FILE"
+
+
+@dataclass(frozen=True)
+class Text(Anything):
+    """A text; may be empty."""
+
+    expected = "a text"
+    metavar = "TEXT"
+
+    def accept(self, value: Any) -> Any:
+        if not isinstance(value, str):
+            raise Unfit(value, self.expected)
+        return value
+
+
+@dataclass(frozen=True)
+class Place(Anything):
+    """A file, a folder or a hub id.
+
+    Attributes:
+        or_pipeline: whether a Pipeline that is open will do, too.
+    """
+
+    or_pipeline: bool = False
+
+    metavar = "PATH"
+
+    @property
+    def expected(self) -> str:
+        """What fits, in words."""
+        return "a path, a hub id or a Pipeline" if self.or_pipeline else "a path or a hub id"
+
+    def accept(self, value: Any) -> Any:
+        # A Pipeline by what it can do: its class is above this module.
+        is_pipeline = self.or_pipeline and hasattr(value, "generate")
+        if not is_pipeline and not isinstance(value, (str, os.PathLike)):
+            raise Unfit(value, self.expected)
+        return value
+
+
+@dataclass(frozen=True)
+class Flag(Anything):
+    """True or false."""
+
+    expected = "true or false"
+    metavar = ""
+
+    def accept(self, value: Any) -> Any:
+        if not isinstance(value, bool):
+            raise Unfit(value, self.expected)
+        return value
+
+
+@dataclass(frozen=True)
+class Whole(Anything):
+    """A whole number within bounds; None: no bound."""
+
+    least: int | None = None
+    most: int | None = None
+
+    metavar = "INTEGER"
+
+    @property
+    def expected(self) -> str:
+        """What fits, in words."""
+        return f"a whole number{_bounds(self.least, self.most)}"
+
+    def accept(self, value: Any) -> Any:
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if not whole or not _within(value, self.least, self.most):
+            raise Unfit(value, self.expected)
+        return int(value)
+
+    def parse(self, word: str) -> Any:
+        try:
+            return self.accept(int(word))
+        except ValueError:
+            raise Unfit(_number_of(word), self.expected) from None
+
+
+@dataclass(frozen=True)
+class Number(Anything):
+    """A finite number within bounds; None: no bound.
+
+    Attributes:
+        above: the value must be greater than this.
+        words: what fits, where the bounds alone do not say it well.
+    """
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    words: str = ""
+
+    metavar = "NUMBER"
+
+    @property
+    def expected(self) -> str:
+        """What fits, in words."""
+        if self.words:
+            return self.words
+        if self.above is not None:
+            return f"a number above {self.above:g}"
+        return f"a number{_bounds(self.least, self.most)}"
+
+    def accept(self, value: Any) -> Any:
+        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not real or not math.isfinite(value) or not _within(value, self.least, self.most):
+            raise Unfit(value, self.expected)
+        if self.above is not None and value <= self.above:
+            raise Unfit(value, self.expected)
+        return float(value)
+
+    def parse(self, word: str) -> Any:
+        value = _number_of(word)
+        return self.accept(float(value) if isinstance(value, int) else value)
+
+
+@dataclass(frozen=True)
+class Numbers(Anything):
+    """Several numbers of one kind, such as 512x768.
+
+    Attributes:
+        form: how they stand on the command line, such as HxW or Y,X.
+        each: the kind of each number.
+    """
+
+    form: str
+    each: Whole | Number
+
+    @property
+    def _separator(self) -> str:
+        return "x" if "x" in self.form else ","
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the numbers."""
+        return self.form.split(self._separator)
+
+    @property
+    def metavar(self) -> str:
+        """The form."""
+        return self.form
+
+    @property
+    def expected(self) -> str:
+        """What fits, in words."""
+        count = {2: "two", 4: "four"}[len(self.names)]
+        each = self.each.expected.partition("number")
+        return f"{count} {each[0].removeprefix('a ')}numbers{each[2]} ({self.form})"
+
+    def accept(self, value: Any) -> Any:
+        if not isinstance(value, (tuple, list)) or len(value) != len(self.names):
+            raise Unfit(value, self.expected)
+        try:
+            return tuple(self.each.accept(one) for one in value)
+        except Unfit:
+            raise Unfit(value, self.expected) from None
+
+    def parse(self, word: str) -> Any:
+        try:
+            parts = [self.each.parse(part) for part in word.lower().split(self._separator)]
+            return self.accept(parts)
+        except Unfit:
+            raise Unfit(word, self.expected) from None
+
+
+@dataclass(frozen=True)
+class Choice(Anything):
+    """One of several words.
+
+    Attributes:
+        words: the words.
+        hint: what to do where none of them fits.
+    """
+
+    words: tuple[str, ...]
+    hint: str = ""
+
+    @property
+    def metavar(self) -> str:
+        """The words, or NAME where there are many of them."""
+        return f"[{'|'.join(self.words)}]" if len(self.words) <= 4 else "NAME"
+
+    @property
+    def expected(self) -> str:
+        """What fits, in words."""
+        return f"one of {', '.join(self.words)}{self.hint}"
+
+    @property
+    def suggestions(self) -> Sequence[str]:
+        """The words."""
+        return self.words
+
+    def accept(self, value: Any) -> Any:
+        if not isinstance(value, str) or value not in self.words:
+            raise Unfit(value, self.expected)
+        return value
+
+
+@dataclass(frozen=True)
+class Bits(Anything):
+    """Bits of a weight, a float mode, or the name of a recipe (``store.recipes.find_recipe``)."""
+
+    words: tuple[str, ...]
+
+    metavar = "BITS"
+
+    @property
+    def expected(self) -> str:
+        """What fits, in words."""
+        return f"one of {', '.join(self.words)}"
+
+    @property
+    def suggestions(self) -> Sequence[str]:
+        """The bits and the modes."""
+        return self.words
+
+    def accept(self, value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, (int, str)):
+            raise Unfit(value, self.expected)
+        return value
+
+
+@dataclass(frozen=True)
+class Each(Anything):
+    """One value, or a list of them: one for each ControlNet, say. Repeatable on the command line.
+
+    Attributes:
+        kind: the kind of each value.
+    """
+
+    kind: Anything
+
+    @property
+    def metavar(self) -> str:
+        """That of one value."""
+        return self.kind.metavar
+
+    @property
+    def expected(self) -> str:
+        """What fits, in words."""
+        return self.kind.expected
+
+    @property
+    def suggestions(self) -> Sequence[str]:
+        """Those of one value."""
+        return self.kind.suggestions
+
+    def accept(self, value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return [self.kind.accept(one) for one in value]
+        return self.kind.accept(value)
+
+    def parse(self, word: str) -> Any:
+        return self.kind.parse(word)
+
+
+@dataclass(frozen=True)
+class Files(Anything):
+    """Files, each with a scale or a word: see ``cli.loras`` and ``cli.embeddings``.
+
+    Attributes:
+        form: how one stands on the command line.
+    """
+
+    form: str
+
+    expected = "a list of files"
+
+    @property
+    def metavar(self) -> str:
+        """The form."""
+        return self.form
 
 
 def listed(value: Any) -> list[Any]:
@@ -15,9 +347,21 @@ def listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def finite_number(name: str, value: Any) -> float:
-    """A number of any size. Raises: UsageError."""
-    known = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not known or not math.isfinite(value):
-        raise UsageError(f"{name} is {value!r}; expected a number")
-    return float(value)
+def _bounds(least: float | None, most: float | None) -> str:
+    if least is not None and most is not None:
+        return f", {least:g} to {most:g}"
+    return f", at least {least:g}" if least is not None else ""
+
+
+def _within(value: Any, least: float | None, most: float | None) -> bool:
+    return (least is None or value >= least) and (most is None or value <= most)
+
+
+def _number_of(word: str) -> Any:
+    """The number that a word stands for; the word where it stands for none."""
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            pass
+    return word

@@ -131,7 +131,7 @@ class Addition:
         return None
 
 
-A = TypeVar("A", bound=Addition)
+AdditionT = TypeVar("AdditionT", bound=Addition)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,11 +144,11 @@ class Additions:
 
     items: tuple[Addition, ...] = ()
 
-    def of(self, kind: type[A]) -> tuple[A, ...]:
+    def of(self, kind: type[AdditionT]) -> tuple[AdditionT, ...]:
         """Those of one kind; the position of an addition is its index here."""
         return tuple(one for one in self.items if isinstance(one, kind))
 
-    def replaced(self, kind: type[A], items: Iterable[A]) -> Additions:
+    def replaced(self, kind: type[AdditionT], items: Iterable[AdditionT]) -> Additions:
         """Return the same with these of a kind in place of all others of it."""
         others = (one for one in self.items if not isinstance(one, kind))
         return Additions((*others, *items))

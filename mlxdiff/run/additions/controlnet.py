@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,7 +26,7 @@ from mlxdiff.pictures.preprocess import PREPROCESSORS
 from mlxdiff.run.additions import Acting, Addition, Fetch, Prompted, named
 from mlxdiff.run.kind import Kind
 from mlxdiff.run.memory import SIZES, Run, Work
-from mlxdiff.run.values import finite_number, listed
+from mlxdiff.run.values import listed
 
 logger = logging.getLogger("mlxdiff")
 
@@ -60,23 +60,25 @@ class Control:
 
 def resolve_controls(
     count: int,
-    width: int,
-    height: int,
+    sizes: Sequence[tuple[int, int]],
     *,
     control_image: Any = None,
     control_scale: Any = None,
     control_start: Any = None,
     control_end: Any = None,
     control_preprocess: Any = None,
-) -> tuple[Control, ...]:
-    """Check the arguments of ``generate`` for ControlNets.
+) -> list[tuple[Control, ...]]:
+    """Match the options of a run to the ControlNets; open each picture once.
+
+    Each value has been checked by itself (``run.options``).
 
     Args:
         count: number of ControlNets.
-        width, height: of the picture.
+        sizes: (width, height) of the picture, and of what a hires pass makes of it.
         control_image: a picture for each net, in their order; for one net, the picture.
         control_scale, control_start, control_end, control_preprocess: one value for all nets, or
             one for each.
+    Returns: for each size, the controls of all nets.
     Raises: UsageError.
     """
     given = {
@@ -89,7 +91,7 @@ def resolve_controls(
     if count == 0:
         if names := [name for name, value in given.items() if value is not None]:
             raise UsageError(f"{', '.join(names)}: there is no ControlNet; give one (--controlnet)")
-        return ()
+        return [() for _ in sizes]
     nets = "1 ControlNet" if count == 1 else f"{count} ControlNets"
     images = listed(control_image)
     if len(images) != count:
@@ -99,36 +101,43 @@ def resolve_controls(
             "each net, in the same order (--control-image)"
         )
 
-    def each(name: str, default: Any, check: Callable[[str, Any], Any]) -> list[Any]:
+    def each(name: str, default: Any) -> list[Any]:
         values = listed(given[name]) or [default]
         if len(values) not in (1, count):
             raise UsageError(
                 f"{len(values)} values of {name} for {nets}: give one, or one for each"
             )
-        return [check(name, value) for value in values] * (count // len(values))
+        return values * (count // len(values))
 
-    scales = each("control_scale", 1.0, finite_number)
-    starts, ends = each("control_start", 0.0, _share), each("control_end", 1.0, _share)
-    kinds = each("control_preprocess", "none", _preprocessor)
+    scales, kinds = each("control_scale", 1.0), each("control_preprocess", "none")
+    starts, ends = each("control_start", 0.0), each("control_end", 1.0)
     for start, end in zip(starts, ends, strict=True):
         if start >= end:
             raise UsageError(f"control_start {start:g} must be less than control_end {end:g}")
-    controls = []
-    for image, scale, start, end, kind in zip(images, scales, starts, ends, kinds, strict=True):
-        pixels = load_image(image)
-        _note_stretched(pixels, width, height)
-        named = isinstance(image, (str, os.PathLike))
-        controls.append(
+    opened = [load_image(image) for image in images]
+    for pixels in opened:
+        for width, height in sizes:
+            _note_stretched(pixels, width, height)
+    return [
+        tuple(
             Control(
                 image=PREPROCESSORS[kind](resize(pixels, width, height)),
-                image_name=Path(image).name if named else "(pixels)",
+                image_name=_name_of(image),
                 scale=scale,
                 start=start,
                 end=end,
                 preprocess=kind,
             )
+            for image, pixels, scale, start, end, kind in zip(
+                images, opened, scales, starts, ends, kinds, strict=True
+            )
         )
-    return tuple(controls)
+        for width, height in sizes
+    ]
+
+
+def _name_of(image: Any) -> str:
+    return Path(image).name if isinstance(image, (str, os.PathLike)) else "(pixels)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,22 +260,6 @@ def _check_latents(controlnet: Any, model: Kind, path: Any) -> None:
                 f"{path}: this ControlNet is for models with {found} {name}, this model has "
                 f"{expected}; use one made for it"
             )
-
-
-def _share(name: str, value: Any) -> float:
-    share = finite_number(name, value)
-    if not 0.0 <= share <= 1.0:
-        raise UsageError(f"{name} is {share:g}; expected 0 to 1, a share of the way")
-    return share
-
-
-def _preprocessor(name: str, value: Any) -> str:
-    if value not in PREPROCESSORS:
-        raise UsageError(
-            f"{name} {value!r} does not exist; there are {', '.join(PREPROCESSORS)}. For another "
-            "kind of ControlNet give a picture that is made for it already"
-        )
-    return str(value)
 
 
 def _note_stretched(pixels: np.ndarray, width: int, height: int) -> None:

@@ -20,7 +20,7 @@ from mlxdiff.pictures.image import load_image, to_clip
 from mlxdiff.run.additions import Addition, Fetch, Prompted, named
 from mlxdiff.run.kind import Kind
 from mlxdiff.run.memory import Run, Work, activation_bytes
-from mlxdiff.run.values import finite_number, listed
+from mlxdiff.run.values import listed
 
 NETWORK, ENCODER = "ip_adapter", "image_encoder"
 
@@ -67,7 +67,7 @@ def resolve_image_prompts(
         raise UsageError(
             f"{len(scales)} values of ip_scale for {adapters}: give one, or one for each"
         )
-    scales = [finite_number("ip_scale", scale) for scale in scales] * (count // len(scales))
+    scales = scales * (count // len(scales))
     shown = [images] if count == 1 else [[image] for image in images]
     return tuple(
         ImagePrompt(

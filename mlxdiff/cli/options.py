@@ -1,0 +1,112 @@
+"""Options of the command line, made from the tables of ``run.options``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+from mlxdiff.cli import embeddings, loras
+from mlxdiff.run.options import (
+    CommandOptions,
+    FileOptions,
+    LoadOptions,
+    SeedOptions,
+    ValueOptions,
+)
+from mlxdiff.run.table import Option, entries
+from mlxdiff.run.values import Anything, Choice, Each, Files, Flag, Unfit
+
+TABLES: tuple[type, ...] = (LoadOptions, FileOptions, SeedOptions, ValueOptions, CommandOptions)
+"""In the order of ``--help``, section by section."""
+FEW = 6  # words that the help of an option has room for without a list of its own
+
+# How one file with a scale or a word is written.
+_FILES: dict[str, Callable[[str], Any]] = {"loras": loras.parse, "embeddings": embeddings.parse}
+F = TypeVar("F", bound=Callable[..., Any])
+
+if TYPE_CHECKING:  # generic from click 8.4 on, for type checkers only
+    ParamType = click.ParamType[Any]
+else:
+    ParamType = click.ParamType
+
+
+class TableOption(click.Option):
+    """An option of a table.
+
+    Args:
+        section: the title in ``--help`` that it belongs to.
+    """
+
+    def __init__(self, *args: Any, section: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.section = section
+
+
+class Value(ParamType):
+    """A value of a kind of ``run.values``.
+
+    Args:
+        parse: reads a word, in place of the kind.
+    """
+
+    def __init__(self, kind: Anything, parse: Callable[[str], Any] | None = None) -> None:
+        self.kind, self.name = kind, kind.metavar
+        self.parse = kind.parse if parse is None else parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return self.parse(value)
+        except Unfit as unfit:
+            self.fail(str(unfit), param, ctx)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        words = [word for word in self.kind.suggestions if word.startswith(incomplete)]
+        plain = self.kind.metavar in ("FILE", "PATH")
+        return [CompletionItem(word) for word in words] or (
+            [CompletionItem(incomplete, type="file")] if plain else []
+        )
+
+
+def table_options(command: F) -> F:
+    """Give a command every option of all tables that has a flag. What is not given is None."""
+    # Decorators apply from the bottom up.
+    for table in reversed(TABLES):
+        for entry in reversed(list(entries(table).values())):
+            if entry.flags:
+                command = _decorator(entry)(command)
+    return command
+
+
+def given_to(table: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a table that are given."""
+    own = entries(table)
+    return {name: v for name, v in given.items() if name in own and v not in (None, ())}
+
+
+def _decorator(entry: Option) -> Callable[[Any], Any]:
+    kind, text = entry.kind, entry.help
+    if isinstance(kind, Choice) and len(kind.words) > FEW:
+        text += f" One of: {', '.join(kind.words)}."
+    value: dict[str, Any] = {"is_flag": True}
+    if not isinstance(kind, Flag):
+        value = {
+            "type": Value(kind, _FILES.get(entry.name)),
+            "metavar": entry.metavar or kind.metavar,
+            "multiple": isinstance(kind, (Each, Files)),
+        }
+    return click.option(
+        *entry.flags,
+        entry.name,
+        cls=TableOption,
+        section=entry.section,
+        default=None,
+        help=text,
+        **value,
+    )

@@ -1,0 +1,638 @@
+# ruff: noqa: RUF009 - `option` returns dataclasses.field(...), which is what a field is made by.
+"""Every option of ``mlxdiff generate``, once: of a run, of loading, of output.
+
+From these tables come the options and the ``--help`` of the command line, the signatures and
+docstrings of ``Pipeline.generate`` and ``mlxdiff.load``, the checks of single values, and what
+``--from-image`` reads back from a picture. To add an option: one entry here, and its use. Rules
+that join several options are in ``settings``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+
+from mlxdiff import samplers
+from mlxdiff.adapters.lora import Lora
+from mlxdiff.adapters.textual_inversion import Embedding
+from mlxdiff.convert.singlefile import PREDICTIONS
+from mlxdiff.pictures.hires import UPSCALERS
+from mlxdiff.pictures.preprocess import PREPROCESSORS
+from mlxdiff.run import values
+from mlxdiff.run.table import Options, option
+from mlxdiff.text.prompt import SYNTAXES
+from mlxdiff.weights.quantization import AFFINE_BITS, FLOAT_MODES
+
+SECTIONS = (
+    "Prompt",
+    "Model",
+    "Picture",
+    "From a picture",
+    "Hires pass",
+    "Control",
+    "SDXL",
+    "Machine",
+    "Output",
+)
+"""Titles in ``--help``, in order."""
+
+BACKENDS = ("auto", "mlx", "numpy")
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+# Types of values: what a type checker sees, and the kind that checks a value at run time.
+PathLike = str | os.PathLike[str]
+Text = Annotated[str, values.Text()]
+Flag = Annotated[bool, values.Flag()]
+Place = Annotated[PathLike, values.Place()]
+Model = Annotated[Any, values.Place(or_pipeline=True)]
+Places = Annotated[PathLike | Sequence[PathLike], values.Each(values.Place())]
+Whole = Annotated[int, values.Whole()]
+Positive = Annotated[int, values.Whole(least=1)]
+Scale = Annotated[float, values.Number(least=0)]
+Share = Annotated[float, values.Number(least=0, most=1)]
+Size = Annotated[tuple[int, int], values.Numbers("HxW", values.Whole(least=0))]
+Point = Annotated[tuple[int, int], values.Numbers("Y,X", values.Whole())]
+Interval = Annotated[tuple[float, float], values.Numbers("START,END", values.Number(0, 1))]
+Borders = Annotated[
+    tuple[int, int, int, int], values.Numbers("LEFT,TOP,RIGHT,BOTTOM", values.Whole(least=0))
+]
+Sampler = Annotated[str, values.Choice(samplers.NAMES)]
+Schedule = Annotated[str, values.Choice(samplers.SCHEDULES)]
+Syntax = Annotated[str, values.Choice(SYNTAXES)]
+Upscaler = Annotated[str, values.Choice(UPSCALERS)]
+Backend = Annotated[str, values.Choice(BACKENDS)]
+DType = Annotated[str, values.Choice(DTYPES)]
+PredictionType = Annotated[str, values.Choice(PREDICTIONS)]
+Quantization = Annotated[int | str, values.Bits((*map(str, AFFINE_BITS), *FLOAT_MODES))]
+Enlargement = Annotated[float, values.Number(above=1)]
+Gigabytes = Annotated[float, values.Number(above=0, words="gigabytes, such as 4 or 6.5")]
+Picture = Annotated[Any, values.Picture()]
+# One value, or one for each ControlNet or IP-Adapter.
+Pictures = Annotated[Any, values.Each(values.Picture())]
+Scales = Annotated[float | Sequence[float], values.Each(values.Number())]
+Shares = Annotated[float | Sequence[float], values.Each(values.Number(0, 1))]
+Preprocessors = Annotated[
+    str | Sequence[str],
+    values.Each(
+        values.Choice(
+            tuple(PREPROCESSORS),
+            hint=". For another kind of ControlNet give a picture that is already made for it",
+        )
+    ),
+]
+Loras = Annotated[
+    Iterable[PathLike | tuple[PathLike, float | tuple[float, float]] | Lora],
+    values.Files("PATH[:SCALE]"),
+]
+Embeddings = Annotated[
+    Iterable[PathLike | tuple[PathLike, str | None] | Embedding], values.Files("PATH[:WORD]")
+]
+
+_prompt = partial(option, section="Prompt", part="text")
+_picture = partial(option, section="Picture")
+_image = partial(option, section="From a picture", part="image")
+_hires = partial(option, section="Hires pass", part="hires")
+_control = partial(option, section="Control", part="controlnet")
+_shown = partial(option, section="Control", part="ip_adapter")
+_sdxl = partial(option, section="SDXL", part="sdxl")
+
+
+@dataclass(frozen=True)
+class ValueOptions(Options):
+    """Options of a run that are plain values. ``Settings`` has the same ones, filled in."""
+
+    prompt: Text | None = _prompt(
+        "-p",
+        "--prompt",
+        help="What to draw, in place of PROMPT; may be empty.",
+        doc="what to draw; may be empty. None for a model without text.",
+    )
+    _: KW_ONLY
+    negative_prompt: Text | None = _prompt(
+        "-n", "--negative-prompt", help="What not to draw.", elsewhere="negative neg_prompt"
+    )
+    prompt_2: Text | None = _prompt(
+        "--prompt-2",
+        part="prompt_2",
+        help="SDXL: prompt for the second text encoder. Default: the same prompt.",
+    )
+    negative_prompt_2: Text | None = _prompt(
+        "--negative-prompt-2",
+        part="prompt_2",
+        help="SDXL: negative prompt for the second text encoder. Default: the same one.",
+    )
+    prompt_syntax: Syntax = _prompt(
+        "--prompt-syntax",
+        default="plain",
+        help="plain (default): as diffusers reads prompts, cut at 77 tokens. "
+        "a1111: (word:1.2), [word], BREAK, prompts that change, prompts of any length.",
+    )
+    clip_skip: Whole | None = _prompt(
+        "--clip-skip",
+        help="Skip this many layers at the end of the text encoders; A1111 counts one more.",
+        elsewhere="clip_stop_at_last_layers CLIP_stop_at_last_layers",
+    )
+    label: Whole | None = _prompt(
+        "--label",
+        part="label",
+        help="For a model without text that has classes: the class to draw, from 0.",
+        elsewhere="class_labels class_label",
+    )
+    width: Whole | None = _picture(
+        "-W",
+        "--width",
+        help="Width in pixels. Default: that of --image, or the model's own.",
+        doc="pixels, a multiple of the VAE factor. None: that of the image, rounded down (four "
+        "times that for an upscaler), else the model's own.",
+    )
+    height: Whole | None = _picture(
+        "-H",
+        "--height",
+        help="Height in pixels. Default: that of --image, or the model's own.",
+        doc="as width.",
+    )
+    steps: Positive | None = _picture(
+        "--steps",
+        help="Number of sampling steps. Default: 20; 4 for models distilled to need few "
+        "(LCM, Turbo).",
+        doc="number of sampling steps from pure noise; a run from an image does the last of them. "
+        "None: 20; 4 for a model distilled to need few; for a model without text 1000 with ddpm, "
+        "else 50.",
+        elsewhere="num_inference_steps sampling_steps num_steps sample_steps",
+    )
+    guidance: Scale | None = _picture(
+        "-g",
+        "--guidance",
+        "--cfg-scale",
+        part="text",
+        help="Classifier-free guidance scale; 1 and below: no guidance. "
+        "Default: 7.5, SDXL 5, LCM 8.5, x4 upscaler 9, Turbo 0.",
+        doc="classifier-free guidance scale; 1 and below: no guidance. None: the default of the "
+        "reference pipeline.",
+        elsewhere="guidance_scale cfg_scale cfg scale",
+    )
+    guidance_rescale: Share = _picture(
+        "--guidance-rescale",
+        default=0.0,
+        part="text",
+        help="Rescale the guided prediction, 0 (default) to 1 (Lin et al. 2023, section 3.4).",
+    )
+    guidance_interval: Interval | None = _picture(
+        "--guidance-interval",
+        part="text",
+        help="Use guidance only between these shares of the run, 0 to 1. "
+        "A step without guidance costs half.",
+        doc="(start, end): use guidance only between these shares of the run, 0 to 1 (with a "
+        "refiner, of the part of each model). An evaluation without guidance costs half.",
+    )
+    feature_reuse: Positive | None = _picture(
+        "--feature-reuse",
+        part="text",
+        metavar="N",
+        help="Run the whole U-Net only in every Nth evaluation: faster, less exact. Default: 1.",
+        doc="run the whole U-Net only in every Nth evaluation; in those between, run its last "
+        "layer on the deep features of the last whole one. 1: always run all of it.",
+    )
+    sampler: Sampler = _picture(
+        "--sampler",
+        default="auto",
+        help="Sampler (docs/samplers.md). Default: auto.",
+        doc="see ``mlxdiff.samplers``.",
+        elsewhere="sampler_name sampling_method sampler_index",
+    )
+    schedule: Schedule = _picture(
+        "--schedule",
+        default="auto",
+        help="Noise schedule (docs/samplers.md). Default: auto.",
+        doc="see ``mlxdiff.samplers``.",
+        elsewhere="scheduler scheduler_name schedule_type",
+    )
+    eta: Share | None = _picture(
+        "--eta", help="Share of fresh noise, 0 (default) to 1; samplers ddim and tcd."
+    )
+    strength: Share | None = _image(
+        "--strength",
+        help="How far to go from the image, 0 to 1. Default: 0.8, SDXL 0.3, with a mask 1.",
+        doc="how far to go from the image, 0 to 1. None: the default of the reference pipeline; "
+        "with a mask 1, which begins with pure noise there.",
+        elsewhere="denoising_strength image_strength denoise",
+    )
+    image_guidance: Scale | None = _image(
+        "--image-guidance",
+        part="edits",
+        help="instruct-pix2pix: how closely to keep to the image. Below 1: no guidance at all. "
+        "Default: 1.5.",
+        elsewhere="image_guidance_scale image_cfg_scale",
+    )
+    noise_level: Whole | None = _image(
+        "--noise-level",
+        part="upscales",
+        help="x4 upscaler: noise added to the image first; higher values invent more detail. "
+        "Default: 20.",
+    )
+    outpaint: Borders | None = _image(
+        "--outpaint",
+        part="mask",
+        help="With --image: pixels to add around it and to paint.",
+        doc="(left, top, right, bottom): pixels to add around the image and to paint, beside what "
+        "the mask says. The size is then that of the wider image, rounded down.",
+    )
+    paste_original: Flag = _image(
+        "--paste-original",
+        default=False,
+        part="mask",
+        help="With --mask or --outpaint: put the rest of the image back exactly as it was.",
+    )
+    guess_mode: Flag = _control(
+        "--guess-mode",
+        default=False,
+        help="Let ControlNets lead: with guidance, they act only on the prediction for the "
+        "prompt, so that the picture follows them even where the prompt is empty.",
+    )
+    denoising_end: Share | None = _sdxl(
+        "--denoising-end",
+        help="Stop after this share of the run, or hand over to the refiner there (default: 0.8).",
+    )
+    denoising_start: Share | None = _sdxl(
+        "--denoising-start",
+        help="With a refiner: where it begins (default: --denoising-end). Without one: treat the "
+        "image as already denoised to this point, and add no noise.",
+    )
+    aesthetic_score: Scale | None = _sdxl(
+        "--aesthetic-score",
+        part="aesthetic_score",
+        help="For the refiner: score of the prompt. Default: 6.",
+    )
+    negative_aesthetic_score: Scale | None = _sdxl(
+        "--negative-aesthetic-score",
+        part="aesthetic_score",
+        help="For the refiner: score of the negative prompt. Default: 2.5.",
+    )
+    original_size: Size | None = _sdxl(
+        "--original-size",
+        help="Micro-conditioning: size of the original. Default: the size of the picture.",
+        doc="(height, width), micro-conditioning. None: the size of the picture.",
+    )
+    target_size: Size | None = _sdxl(
+        "--target-size",
+        part="target_size",
+        help="Micro-conditioning: size that is wanted. Default: the size of the picture.",
+        doc="(height, width), micro-conditioning. None: the size of the picture.",
+    )
+    crop: Point | None = _sdxl(
+        "--crop",
+        help="Micro-conditioning: upper left corner of the crop. Default: 0,0.",
+        doc="(y, x), micro-conditioning: upper left corner of the crop. None: (0, 0).",
+        elsewhere="crops_coords_top_left",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOptions(Options):
+    """Options of a run that ``settings`` opens or joins: pictures, and what belongs to them."""
+
+    image: Picture | None = _image(
+        "-i",
+        "--image",
+        help="Picture to start from; it is resized.",
+        doc="picture to start from: path, Pillow image or array; it is resized.",
+        elsewhere="init_image image_path init_img input_image",
+    )
+    mask: Picture | None = _image(
+        "--mask",
+        part="mask",
+        help="With --image: what to repaint, in white; it is resized.",
+        doc="what to repaint, in white: path, Pillow image or array; resized, made grey, cut at "
+        "one half. The size of the picture is then the model's own unless given.",
+        elsewhere="mask_image masked_image_path mask_path",
+    )
+    hires: Enlargement | None = _hires(
+        "--hires",
+        metavar="SCALE",
+        help="Enlarge the finished picture this many times, and draw over it at that size.",
+        elsewhere="hr_scale hires_scale enable_hr hr_upscale",
+    )
+    hires_upscaler: Upscaler | None = _hires(
+        "--hires-upscaler",
+        metavar="NAME",
+        help="How to enlarge: the picture (lanczos, default) or its latents (latent-nearest, "
+        "latent-bilinear).",
+        elsewhere="hr_upscaler",
+    )
+    hires_strength: Share | None = _hires(
+        "--hires-strength", help="How far to go from the enlarged picture, 0 to 1. Default: 0.5."
+    )
+    control_image: Pictures | None = _control(
+        "--control-image",
+        help="Picture for a ControlNet; it is resized. Give one for each --controlnet.",
+        doc="picture for a ControlNet, resized: path, Pillow image or array; with several nets a "
+        "list, one for each.",
+        elsewhere="controlnet_image control_image_path controlnet_image_path",
+    )
+    control_scale: Scales | None = _control(
+        "--control-scale",
+        help="How strongly a ControlNet counts; one for all or one for each. Default: 1.",
+        elsewhere="controlnet_conditioning_scale controlnet_strength control_strength",
+    )
+    control_start: Shares | None = _control(
+        "--control-start",
+        help="Share of the run at which a ControlNet begins; one for all or one for each. "
+        "Default: 0.",
+        elsewhere="control_guidance_start",
+    )
+    control_end: Shares | None = _control(
+        "--control-end",
+        help="Share of the run at which a ControlNet ends; one for all or one for each. "
+        "Default: 1.",
+        elsewhere="control_guidance_end",
+    )
+    control_preprocess: Preprocessors | None = _control(
+        "--control-preprocess",
+        metavar="NAME",
+        help="What to make of its picture first: none (default), edges, grey or tile; one for "
+        "all or one for each.",
+    )
+    ip_image: Pictures | None = _shown(
+        "--ip-image",
+        help="Picture for an IP-Adapter to follow. Give one for each --ip-adapter, or several "
+        "for one.",
+        doc="picture for an IP-Adapter to follow: path, Pillow image or array; with one adapter "
+        "also a list of pictures to see together; with several adapters a list, one for each.",
+        elsewhere="ip_adapter_image",
+    )
+    ip_scale: Scales | None = _shown(
+        "--ip-scale",
+        help="How strongly an IP-Adapter counts; one for all or one for each. Default: 1.",
+        elsewhere="ip_adapter_scale",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedOptions(Options):
+    """Options of a run that say which pictures of its kind to draw."""
+
+    seed: Whole | None = _picture(
+        "-s",
+        "--seed",
+        help="Seed, as torch takes it. Default: random, printed.",
+        doc="seed, as torch takes it; picture i has seed + i. None: random.",
+        elsewhere="generator manual_seed",
+    )
+    count: Positive = _picture(
+        "-b",
+        "--count",
+        default=1,
+        key=None,
+        metavar="N",
+        help="Pictures for each prompt, with seeds s, s+1, ... Default: 1.",
+        doc="number of pictures.",
+        elsewhere="num_images_per_prompt batch_size n_iter batch_count num_images n",
+    )
+    noise: np.ndarray | None = option(
+        key=None,
+        doc="(count, H/f, W/f, C) float32, standard normal, in place of the first noise that the "
+        "seed gives.",
+        elsewhere="latents",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(SeedOptions, FileOptions, ValueOptions):
+    """All options of a run."""
+
+    taken_by: ClassVar[str] = "Pipeline.stream"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(RunOptions):
+    """All options of a run, and who watches it."""
+
+    taken_by: ClassVar[str] = "Pipeline.generate"
+
+    on_step: Callable[[Any], object] | None = option(
+        key=None,
+        doc="called with each Step.",
+        elsewhere="callback callback_on_step_end step_callback",
+    )
+
+
+_model = partial(option, section="Model", key=None)
+_machine = partial(option, section="Machine", key=None)
+
+
+@dataclass(frozen=True)
+class LoadOptions(Options):
+    """Options of loading: the model, what is added to it, and what computes."""
+
+    taken_by: ClassVar[str] = "mlxdiff.load"
+
+    model: Place | None = _model(
+        "-m",
+        "--model",
+        key="model",
+        help="Folder, single file, hub id org/name[@revision], or short name "
+        "(see mlxdiff models --known). Default: the built-in model.",
+        doc="a folder or file, a hub id ``org/name[@revision]`` or a short name (fetched and "
+        "converted at first use, see ``mlxdiff.library``). None: the built-in model.",
+        elsewhere="pretrained_model_name_or_path checkpoint model_path model_id",
+    )
+    _: KW_ONLY
+    vae: Place | None = _model(
+        "--vae",
+        key="vae",
+        part="vae",
+        help="Another VAE or a TAESD: its folder, or a model to take it from.",
+        doc="another VAE: the folder of an AutoencoderKL or an AutoencoderTiny (TAESD), or a "
+        "model to take it from.",
+    )
+    refiner: Model | None = _model(
+        "--refiner",
+        key="refiner",
+        part="refiner",
+        metavar="PATH",
+        help="SDXL: a model, as for -m, that draws the last part of the run.",
+        doc="an SDXL model that draws the last part of the run: as for ``model``, or a Pipeline "
+        "of the same backend and dtype.",
+    )
+    loras: Loras = _model(
+        "--lora",
+        default=(),
+        key="loras",
+        part="lora",
+        help="A LoRA (or LoCon, LoHa, LoKr, DoRA) and its scale (default: 1). Repeatable.",
+        doc="files (or folders) that change the model's weights: each a path, or (path, scale).",
+        elsewhere="lora lora_paths lora_weights",
+    )
+    lora_folder: Place = _model(
+        "--lora-folder",
+        default=".",
+        help="Where to look for the LoRAs that a prompt in a1111 syntax names "
+        "(<lora:name:scale>). Default: here.",
+        doc="where to look for the LoRAs that a prompt in a1111 syntax names "
+        "(``<lora:name:0.8>``).",
+    )
+    embeddings: Embeddings = _model(
+        "--embedding",
+        default=(),
+        key="embeddings",
+        part="embedding",
+        help="A textual inversion and its word in the prompt (default: the word in the file, or "
+        "the name of the file). Repeatable.",
+        doc="textual inversions, words with vectors of their own: each a file or (file, word).",
+        elsewhere="embedding textual_inversion textual_inversions",
+    )
+    controlnets: Places = _model(
+        "--controlnet",
+        default=(),
+        key="controlnet",
+        part="controlnet",
+        help="A ControlNet: folder, file or hub id. Repeatable; give --control-image once for "
+        "each.",
+        doc="ControlNets made for this kind of model, each a folder, a file or a hub id; "
+        "``generate`` then takes a control_image for each.",
+        elsewhere="controlnet controlnet_path control_net",
+    )
+    ip_adapters: Places = _model(
+        "--ip-adapter",
+        default=(),
+        key="ip_adapter",
+        part="ip_adapter",
+        help="An IP-Adapter: a file, or the hub id of one. Repeatable; give --ip-image once for "
+        "each.",
+        doc="IP-Adapters made for this kind of model, each a file or the hub id of one; "
+        "``generate`` then takes an ip_image for each.",
+        elsewhere="ip_adapter",
+    )
+    image_encoder: Place | None = _model(
+        "--image-encoder",
+        key="image_encoder",
+        part="ip_adapter",
+        help="CLIP image encoder of the IP-Adapters: a folder or hub id. "
+        "Default: image_encoder beside the file.",
+        doc="the CLIP image encoder of all IP-Adapters, a folder or hub id. None: the folder "
+        "image_encoder beside the file.",
+    )
+    quantize: Quantization | None = _model(
+        "-q",
+        "--quantize",
+        key="quantize",
+        help="Round weights to 2, 3, 4, 5, 6 or 8 bits, or to mxfp4, nvfp4 or mxfp8. "
+        "Default: keep them as they are.",
+        doc="round weights to this many bits (2, 3, 4, 5, 6, 8) or to a float mode (mxfp4, nvfp4, "
+        "mxfp8) while they are read, by the best recipe (docs/quantization.md). None: keep them "
+        "as they are.",
+        elsewhere="bits",
+    )
+    config: Place | None = _model(
+        "--config",
+        help="For a single file: a folder with its configs, or with the parts it lacks.",
+        doc="for a single file: a folder whose configs, scheduler and tokenizer are used, and "
+        "whose weights replace parts that the file does not have.",
+    )
+    prediction_type: PredictionType | None = _model(
+        "--prediction-type",
+        metavar="NAME",
+        help="For a single file: epsilon, v_prediction or sample, whatever the file looks like.",
+    )
+    revision: Text | None = _model(doc="for a hub id: branch, tag or commit.")
+    variant: Text | None = _model(doc='variant of the files: "fp16" and such.')
+    backend: Backend = _machine(
+        "--backend", default="auto", help="What computes. Default: auto.", elsewhere="device"
+    )
+    dtype: DType | None = _machine(
+        "--dtype",
+        metavar="NAME",
+        help="auto (default), float32, float16 or bfloat16.",
+        doc='what the U-Net and the text encoders compute in. None or "auto": float16 on a GPU, '
+        "else float32. The VAE stays in float32 where its config says ``force_upcast``.",
+        elsewhere="torch_dtype precision",
+    )
+    low_memory: Flag = _machine(
+        "--low-memory",
+        default=False,
+        help="Hold one stage of networks at a time, weights as they are stored: slower, the same "
+        "picture.",
+        doc="hold the networks of one stage at a time, and weights as they are stored: each "
+        "picture reads them again, and on a CPU each step expands them again.",
+        elsewhere="low_ram lowvram medvram",
+    )
+    vae_tiling: Flag | None = _machine(
+        "--vae-tiling/--no-vae-tiling",
+        help="Decode in bands of rows: less memory, the same picture. "
+        "Default: above 256x256 pixels.",
+        doc="decode in bands of rows: less memory, the same picture. None: where it has more than "
+        "256 x 256 pixels, and always with low_memory.",
+    )
+    memory_limit: Gigabytes | None = _machine(
+        "--memory-limit",
+        metavar="GB",
+        help="Refuse a run that is expected to take more. Default: what the machine has.",
+        doc="gigabytes that a run may take; a run that is expected to take more is refused. None: "
+        "what the machine has.",
+    )
+    exact: Flag = _machine(
+        "--exact",
+        default=False,
+        key="exact",
+        help="On a GPU: compute as exactly as the type allows; slower (no Winograd convolutions, "
+        "no TF32).",
+        doc="on a GPU, compute as exactly as the type allows; slower (docs/metal.md). Ask for it "
+        "before anything imports MLX.",
+    )
+    progress: Callable[..., None] | None = option(
+        key=None,
+        doc="called while files are fetched, as ``mlxdiff.store.hub.resolve`` calls it.",
+    )
+
+
+_command = partial(option, section="Output", key=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandOptions(Options):
+    """Options of the command line alone."""
+
+    prompt_file: Text | None = option(
+        "--prompt-file",
+        section="Prompt",
+        key=None,
+        metavar="FILE",
+        help="Read prompts from a file, one a line; - is standard input.",
+    )
+    output: Text | None = _command(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="PNG file; {seed} and {index} are filled in. Default: mlxdiff-{seed}.png.",
+    )
+    force: Flag = _command("--force", default=False, help="Overwrite files that exist.")
+    no_metadata: Flag = _command(
+        "--no-metadata", default=False, help="Write no prompt and no settings into the PNG."
+    )
+    from_image: Text | None = _command(
+        "--from-image",
+        metavar="FILE",
+        help="Take the settings of a picture that mlxdiff (or A1111) drew; other options override "
+        "them.",
+    )
+    preview: Flag = _command(
+        "--preview",
+        default=False,
+        help="Show the picture while it is drawn: in the terminal if it can, else in a file.",
+    )
+    preview_every: Positive | None = _command(
+        "--preview-every", metavar="N", help="Steps from one preview to the next. Default: 1."
+    )
+    preview_file: Text | None = _command(
+        "--preview-file",
+        metavar="FILE",
+        help="Write previews as PNG, and keep them: {seed}, {index} and {step} are filled in.",
+    )
+    as_json: Flag = _command(
+        "--json", default=False, help="Print one JSON object for each picture."
+    )
