@@ -262,7 +262,7 @@ WRONG: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "another pipeline": (
         change_index(_class_name="StableDiffusionPipeline"),
         CheckpointError,
-        "not supported: low_res_scheduler",
+        "unsupported part: low_res_scheduler",
     ),
     "another schedule": (
         lambda folder: edit(

@@ -350,16 +350,14 @@ def read_values(
 
 def _decoded(bits: np.ndarray, dtype: str) -> np.ndarray:
     """Convert types that NumPy lacks to float32. Leave other types unchanged."""
+    values = bits
     if dtype == "BF16":
-        wide: np.ndarray = bits.astype(np.uint32) << 16
-        return wide.view(np.float32)
-    if dtype == "F8_E5M2":  # the upper half of a float16
-        half: np.ndarray = bits.astype(np.uint16) << 8
-        values: np.ndarray = half.view(np.float16).astype(np.float32)
-        return values
-    if dtype == "F8_E4M3":
-        return E4M3[bits]
-    return bits
+        values = (bits.astype(np.uint32) << 16).view(np.float32)
+    elif dtype == "F8_E5M2":  # the upper half of a float16
+        values = (bits.astype(np.uint16) << 8).view(np.float16).astype(np.float32)
+    elif dtype == "F8_E4M3":
+        values = E4M3[bits]
+    return values
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
