@@ -108,6 +108,9 @@ def convert(
         ema=ema,
     )
     model.documents()  # reports missing tokenizer files before any weights are read
+    for component in model.components:
+        if component.startswith("text_encoder"):
+            model.tokenizer(component.replace("text_encoder", "tokenizer"))  # and unfit ones
     if chosen is None and is_quantized(model):
         raise UsageError(
             f"{source}: already quantized; convert the original to change its quantization or dtype"

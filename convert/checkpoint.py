@@ -158,6 +158,7 @@ class DiffusersFolder(ModelFolder):
         notes = detect.check_model_index(read_json(path / "model_index.json"), path)
         super().__init__(path)
         self.family = detect.family(self._configs)
+        self._check_tokenizers()
         self.provenance: dict[str, Any] = {"source": name or path.resolve().name}
         if revision is not None:
             self.provenance["revision"] = revision

@@ -55,6 +55,7 @@ from mlxdiff.store.folder import (
     TOKENIZER_FILES,
     ConvertedFolder,
     Progress,
+    check_tokenizer,
     open_folder,
     pad_token,
 )
@@ -474,8 +475,12 @@ class SingleFile:
         from mlxdiff.tokenizer import Tokenizer
 
         if self.base is not None:
-            return self.base.tokenizer(name)
-        return Tokenizer.from_folder(self._vocabulary, pad_token=pad_token(self.family, name))
+            tokenizer, folder = self.base.tokenizer(name), self.base.path / name
+        else:
+            folder = self._vocabulary
+            tokenizer = Tokenizer.from_folder(folder, pad_token=pad_token(self.family, name))
+        check_tokenizer(tokenizer, name, self._configs, str(folder))
+        return tokenizer
 
     @cached_property
     def _vocabulary(self) -> Path:
