@@ -31,8 +31,26 @@ MAX_DOCUMENT = 16 << 20
 to 20 times its size in memory."""
 
 _MOST_AT_ONCE = 1 << 30  # bytes; some systems refuse 2 GiB or more in one call
-_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_NEVER_BLOCK = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+
+
+def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
+    """Open a regular file without blocking; return its descriptor.
+
+    Raises: OSError if it cannot be opened, or is a folder, device, pipe or socket.
+    """
+    try:
+        descriptor = os.open(path, flags | _NEVER_BLOCK, 0o666)
+    except ValueError as error:  # a NUL in the name
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise OSError(errno.EINVAL, "it is a device, pipe or socket, not a file", str(path))
+    return descriptor
 
 
 class SourceFile:
@@ -50,16 +68,8 @@ class SourceFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._descriptor = -1
         self.path = Path(path)
-        try:
-            self._descriptor = os.open(self.path, _READ)
-        except ValueError as error:  # a NUL in the name
-            raise OSError(errno.EINVAL, str(error), str(path)) from None
-        found = os.fstat(self._descriptor)
-        if stat.S_ISDIR(found.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, "a device, pipe or socket, not a file", str(path))
-        self.size = found.st_size
+        self._descriptor = open_regular(path)
+        self.size = os.fstat(self._descriptor).st_size
 
     def __del__(self) -> None:
         if self._descriptor >= 0:
@@ -118,11 +128,7 @@ def open_own(path: str | os.PathLike[str], flags: int) -> int:
         flags: flags of ``os.open``.
     Raises: OSError, also if the path is a symbolic link or not a regular file.
     """
-    descriptor = os.open(path, flags | _NO_LINK | getattr(os, "O_NONBLOCK", 0), 0o666)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "a device, pipe or socket, not a file", str(path))
-    return descriptor
+    return open_regular(path, flags | _NO_LINK)
 
 
 @contextmanager
@@ -145,7 +151,8 @@ def exclusive(path: Path, on_wait: Callable[[str], None] | None = None) -> Itera
     with _open_lock(path) as file:
         held = _acquire(file, on_wait)
         if held and file.writable():
-            file.truncate(0)
+            file.seek(0)
+            file.truncate()
             file.write(str(os.getpid()))
             file.flush()
         yield held  # closing the file releases the lock
