@@ -44,7 +44,11 @@ def open_source(
     """
     path = catalogue.expand(path)
     folder = Path(path)
-    if isinstance(path, str) and not folder.exists() and (reference := parse(path, revision)):
+    if (
+        isinstance(path, str)
+        and not os.path.exists(folder)
+        and (reference := parse(path, revision))
+    ):
         listing = hub.find(reference, variant)
         if listing.entry not in listing.files:
             _only_single_files(path, config, prediction_type, ema)
@@ -64,7 +68,7 @@ def open_source(
             f"{path} is not a hub id (org/name), so it has no revision {revision!r}; leave the "
             "revision out"
         )
-    if folder.is_file() and detect.is_weights(folder):
+    if os.path.isfile(folder) and detect.is_weights(folder):
         if variant:
             raise UsageError(
                 f"{path} is a single file, so it has no variant {variant!r}; leave the variant out"
@@ -73,7 +77,7 @@ def open_source(
             folder, config=config, prediction_type=prediction_type, ema=ema, progress=progress
         )
     _only_single_files(path, config, prediction_type, ema)
-    if (folder / MANIFEST).is_file():
+    if os.path.isfile(folder / MANIFEST):
         if variant:
             raise UsageError(
                 f"{path} is a converted folder, so it has no variant {variant!r}; leave the "

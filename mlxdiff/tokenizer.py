@@ -14,8 +14,8 @@ Source: Radford et al. 2021 (github.com/openai/CLIP, simple_tokenizer.py) as imp
 from __future__ import annotations
 
 import json
+import os
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,7 +102,7 @@ class Tokenizer:
             CheckpointError: a file is missing or damaged, or is not from a CLIP tokenizer.
         """
         folder = Path(path)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise CheckpointError(f"{folder}: no such tokenizer folder")
         written = _read_object(folder / "tokenizer_config.json")
         config = {**_DEFAULTS, **{k: v for k, v in written.items() if v is not None}}
@@ -245,7 +245,9 @@ class Tokenizer:
             return []
         for token in self._backend.get_added_tokens_decoder().values():
             text = text.replace(token.content, " ")
-        words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", text).lower())
+        _check_unicode(text, "the prompt")
+        # Not unicodedata: a row of combining marks takes it quadratic time.
+        words = re.findall(r"[^\W_]+", self._backend.normalizer.normalize_str(text))
         return [word for word in words if word not in self.known_words]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:

@@ -154,7 +154,7 @@ class Metadata:
     def _extra_number(self, name: str) -> str | None:
         """A number of `extra` as A1111 writes it; None where it is absent or no number."""
         value = self.extra.get(name)
-        return _number(value) if type(value) in (int, float) else None
+        return _number(value) if _is_number(value) else None
 
     # In
 
@@ -278,7 +278,7 @@ def _checked(name: str, value: Any, where: str) -> Any:
     if name in _INTEGERS:
         kind, good = "an integer", type(value) is int
     elif name in _FLOATS:
-        kind, good = "a number", type(value) is float or (type(value) is int and _fits(value))
+        kind, good = "a number", _is_number(value)
     else:
         kind, good = "a text", type(value) is str
     if not good:
@@ -288,9 +288,9 @@ def _checked(name: str, value: Any, where: str) -> Any:
     return float(value) if name in _FLOATS else value
 
 
-def _fits(value: int) -> bool:
-    """Return True if an integer is in the range of a float."""
-    return abs(value) < 1 << 1023
+def _is_number(value: Any) -> bool:
+    """Return True for a finite number in the range of a float. JSON has others (1e999)."""
+    return type(value) in (int, float) and abs(value) < 1e308
 
 
 def _pairs(line: str) -> list[tuple[str, str]]:

@@ -620,6 +620,12 @@ class CommandOptions(Options):
         help="Take the settings of a picture that mlxdiff (or A1111) drew; other options override "
         "them.",
     )
+    trust_image: Flag = _command(
+        "--trust-image",
+        default=False,
+        help="With --from-image: open the files that the picture names, wherever they are, and "
+        "fetch its models from the hub.",
+    )
     preview: Flag = _command(
         "--preview",
         default=False,

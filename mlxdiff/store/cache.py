@@ -33,11 +33,11 @@ def cache_folder() -> Path:
     """Return the folder where huggingface_hub keeps models, from the same environment variables."""
     for key in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if os.environ.get(key):
-            return Path(os.path.expandvars(os.environ[key])).expanduser()
+            return Path(os.path.expanduser(os.path.expandvars(os.environ[key])))
     home = os.environ.get("HF_HOME") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"
     )
-    return Path(os.path.expandvars(home)).expanduser() / "hub"
+    return Path(os.path.expanduser(os.path.expandvars(home))) / "hub"
 
 
 def is_offline() -> bool:

@@ -335,7 +335,7 @@ def _never() -> Packed:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     """Read mlxdiff.json. Check its version and its keys."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise CheckpointError(f"{path}: no such folder")
     where = path / MANIFEST
     if not where.is_file():
@@ -400,7 +400,7 @@ def _is_quantization(data: Any) -> bool:
 
 
 def _check_size(path: Path, expected: int) -> None:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"{path}: missing from the converted folder; convert again")
     found = path.stat().st_size
     if found != expected:

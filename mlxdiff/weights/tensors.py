@@ -424,7 +424,7 @@ def open_weights(
     place: dict[str, str] = {}
     weight_map = _read_weight_map(path)
     for shard in sorted(set(weight_map.values())):
-        if not (path.parent / shard).is_file():
+        if not os.path.isfile(path.parent / shard):
             raise CheckpointError(
                 f"{path}: the shard {shard} is missing from the folder; download it"
             )
