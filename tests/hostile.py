@@ -439,7 +439,8 @@ def prompts(folder: Path) -> Make:
     # fmt: off
     pieces = [
         "(", ")", "[", "]", ":", "|", "a", " ", "BREAK", "AND", "\\", "<lora:x:1>", "<lora:", ">",
-        "<", ":1.3)", ":0.5]", "1e999", "9" * 400, "\ud800", "\0", "é", "\u0301\u0323", "a b, ", "((",
+        "<", ":1.3)", ":0.5]", "1e999", "9" * 400, "\ud800", "\0", "é", "\u0301\u0323", "a b, ",
+        "((",
         "[a|b]", "[a:b:3]", "\n", "\u2028", "😀", "<|endoftext|>", "__", "{a|b}", "-",
     ]
     # fmt: on
@@ -682,7 +683,7 @@ def judge(name: str, numbers: Iterator[int] | range, folder: Path) -> Verdict:
     make, verdict = PARSERS[name].prepare(folder), Verdict()
     for number in numbers:
         run = make(random.Random(f"{name}:{number}"))
-        before = _forget_peak()
+        before = _memory()[0]
         start = time.process_time()
         try:
             with _alarm(5 * SECONDS):
@@ -697,7 +698,11 @@ def judge(name: str, numbers: Iterator[int] | range, folder: Path) -> Verdict:
                 raise
             outcome = "crashed"
             verdict.faults.append(f"{name}:{number}: {type(error).__name__}: {str(error)[:200]}")
-        seconds, memory = time.process_time() - start, _peak() - before
+        seconds, peak = time.process_time() - start, _memory()[1]
+        # The peak can be an earlier input's. It is forgotten before it can hide another's.
+        memory = max(0, peak - before)
+        if memory > MEMORY // 4:
+            _forget_peak()
         verdict.outcomes[outcome] += 1
         verdict.seconds, verdict.memory = max(verdict.seconds, seconds), max(verdict.memory, memory)
         if seconds > SECONDS or memory > MEMORY:
@@ -721,19 +726,16 @@ def _alarm(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGPROF, before)
 
 
-def _forget_peak() -> int:
-    """Forget the process's peak of memory. Return its memory now, in bytes; 0 if not on Linux."""
+def _memory() -> tuple[int, int]:
+    """Return the memory of this process now, and its peak, in bytes; 0 and 0 if not on Linux."""
     if sys.platform != "linux":
-        return 0
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
+        return 0, 0
+    status = Path("/proc/self/status").read_text()
+    now, peak = (re.search(rf"{key}:\s+(\d+)", status) for key in ("VmRSS", "VmHWM"))
+    assert now is not None and peak is not None
+    return int(now[1]) << 10, int(peak[1]) << 10
 
 
-def _peak() -> int:
-    return _status("VmHWM") if sys.platform == "linux" else 0
-
-
-def _status(key: str) -> int:
-    found = re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) << 10
+def _forget_peak() -> None:
+    if sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
