@@ -499,4 +499,5 @@ def test_nothing_is_mapped_and_safetensors_is_used() -> None:
 def test_the_policy_is_published() -> None:
     policy = (ROOT / "SECURITY.md").read_text()
     assert re.search(r"[Rr]eport", policy) and "pickle" in policy
-    assert "pip-audit" in (ROOT / ".github/workflows/tests.yml").read_text()
+    assert "make audit" in (ROOT / ".github/workflows/tests.yml").read_text()
+    assert "pip-audit" in (ROOT / ".ci/audit").read_text()
