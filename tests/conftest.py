@@ -34,7 +34,8 @@ NEEDS = {"mlx": ("mlx.core",), "parity": ("torch", "diffusers", "transformers")}
 QUICK = frozenset(
     """
     architecture config convert_keymap convert_pickles cost guidance image known metadata noise
-    packaging params samplers samplers_orders samplers_published samplers_registry tensors tools
+    packaging params samplers samplers_goldens samplers_orders samplers_published samplers_registry
+    tensors tools
     """.split()
 )
 
