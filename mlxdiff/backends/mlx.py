@@ -5,7 +5,7 @@ Import this module, not ``mlx_layers``: without mlx it raises an error that says
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -100,11 +100,6 @@ class MLXBackend:
     def concatenate(self, arrays: list[mx.array], axis: int = 0) -> mx.array:
         """Join arrays along an axis."""
         return mx.concatenate(arrays, axis=axis)
-
-    @staticmethod
-    def activation(name: str) -> Callable[[mx.array], mx.array]:
-        """The function that a config calls by this name."""
-        return nn.activation(name)
 
     @staticmethod
     def has_gpu() -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -80,11 +80,6 @@ class NumPyBackend:
     def concatenate(self, arrays: list[np.ndarray], axis: int = 0) -> np.ndarray:
         """Join arrays along an axis."""
         return np.concatenate(arrays, axis=axis)
-
-    @staticmethod
-    def activation(name: str) -> Callable[[np.ndarray], np.ndarray]:
-        """The function that a config calls by this name."""
-        return nn.activation(name)
 
     @staticmethod
     def has_gpu() -> bool:

@@ -473,7 +473,7 @@ class Model(Networks):
         z = self.backend.asarray((latents / scale + shift)[None].astype(np.float32))
         vae, factor = self.component("vae"), self.vae_config.factor
         if self.tiles(factor * len(latents), factor * len(latents[0]), self.low_memory):
-            pixels = tiling.decode(self.backend, vae, z)
+            pixels = tiling.decode(vae, z)
         else:
             pixels = vae.decode(z)
         found: np.ndarray = self.backend.to_numpy(pixels)[0]
