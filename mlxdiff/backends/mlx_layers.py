@@ -59,7 +59,8 @@ class Module(nn.Module):
         if kept not in self:
             self[kept] = make(self[name])
             mx.eval(self[kept])
-        return self[kept]
+        view: mx.array = self[kept]
+        return view
 
     def __setitem__(self, name: str, value: Any) -> None:
         self.pop(f"_{name}", None)
