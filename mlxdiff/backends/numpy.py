@@ -83,12 +83,12 @@ class NumPyBackend:
 
     @staticmethod
     def has_gpu() -> bool:
-        """Whether arrays are computed on a GPU: no."""
+        """Return False: no GPU computes."""
         return False
 
     @staticmethod
     def device() -> str:
-        """What computes: "CPU"."""
+        """Name what computes: "CPU"."""
         return "CPU"
 
     @staticmethod

@@ -21,7 +21,7 @@ from mlxdiff.networks.layers import Array, Layers
 from mlxdiff.networks.vae import AutoencoderKL
 
 BAND_BYTES = 16 << 20
-"""What a band of a feature map takes, about, in float32."""
+"""The approximate size of a band of a feature map, in float32."""
 
 Bands: TypeAlias = list[
     Array
