@@ -183,9 +183,12 @@ def self_test(on_check: Callable[[Check], None] | None = None) -> dict[str, Any]
 
 
 def _json(check: Check) -> dict[str, Any]:
-    """Return a check's fields, numbers to four digits."""
+    """Return a check's fields, numbers to four digits; JSON has no infinity: null."""
     values = asdict(check)
-    return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in values.items()}
+    for name, value in values.items():
+        if isinstance(value, float):
+            values[name] = float(f"{value:.4g}") if math.isfinite(value) else None
+    return values
 
 
 def _checks(backend: Any, mlx: ModuleType) -> Iterator[Check]:
@@ -397,6 +400,17 @@ def _others(side: int, channels: int) -> Iterator[Operation]:
         0,
         roundings=0,
     )
+    ids = np.arange(77) * 7 % channels
+    yield Operation(
+        "embedding, rows of a table",
+        [_normal(channels, inner)],
+        lambda layers, arrays: _filled(layers.Embedding(channels, inner), arrays)(
+            type(arrays[0])(ids)
+        ),
+        lambda table: table[ids],
+        0,
+        roundings=0,
+    )
     times = np.array([0.0, 1.0, 21.0, 500.0, 999.0])
     # An angle of 999 radians is rounded to 999 u; so is its frequency.
     yield Operation(
@@ -416,8 +430,8 @@ def _normal(*shape: int) -> np.ndarray:
 
 
 def _filled(layer: Any, parameters: Sequence[Any]) -> Any:
-    """Give a layer its weight and its bias."""
-    for name, value in zip(("weight", "bias"), parameters, strict=True):
+    """Give a layer its weight, and its bias where it has one."""
+    for name, value in zip(("weight", "bias"), parameters, strict=False):
         layer.put(name, value)
     return layer
 
@@ -460,7 +474,9 @@ def _verdict(
         allowed = operation.allowed(leg.dtype, judged, TF32)
         if error <= allowed and os.environ.get("MLX_ENABLE_TF32") != "0":
             return NOTE, allowed, "float32 is multiplied as TF32 (--exact does not)"
-    return FAULT, direct, "loses more than rounding explains"
+    finite = math.isfinite(error)
+    text = "loses more than rounding explains" if finite else "gives values that are not finite"
+    return FAULT, direct, text
 
 
 def _difference(found: np.ndarray, judged: np.ndarray) -> float:
