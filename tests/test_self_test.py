@@ -165,18 +165,26 @@ def test_pictures_are_judged_in_levels(dtype: str, off: int, state: str) -> None
 
 @pytest.fixture
 def mlx() -> Any:
+    """The probes of MLX."""
     pytest.importorskip("mlx.core")
     from mlxdiff.models import probe
 
     return probe
 
 
+@pytest.fixture
+def layers() -> Any:
+    """The layers of MLX."""
+    pytest.importorskip("mlx.core")
+    from mlxdiff.models import layers
+
+    return layers
+
+
 @pytest.mark.mlx
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_an_operation_is_right(name: str, dtype: str, mlx: Any) -> None:
-    from mlxdiff.models import layers
-
+def test_an_operation_is_right(name: str, dtype: str, mlx: Any, layers: Any) -> None:
     check = self_test._judged(
         loading.make_backend("mlx"), layers, OPERATIONS[name], Leg("cpu", dtype, mlx.on_cpu)
     )
@@ -185,10 +193,8 @@ def test_an_operation_is_right(name: str, dtype: str, mlx: Any) -> None:
 
 
 @pytest.mark.mlx
-def test_every_layer_is_tested(mlx: Any) -> None:
+def test_every_layer_is_tested(layers: Any) -> None:
     """A layer that the networks get must be among the operations."""
-    from mlxdiff.models import layers
-
     own = {
         name
         for name, value in vars(layers).items()
@@ -201,18 +207,14 @@ def test_every_layer_is_tested(mlx: Any) -> None:
 
 @pytest.mark.mlx
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_quantized_modes_are_right(dtype: str, mlx: Any) -> None:
-    from mlxdiff.models import layers
-
+def test_quantized_modes_are_right(dtype: str, mlx: Any, layers: Any) -> None:
     legs = [Leg("cpu", dtype, mlx.on_cpu)]
     checks = list(self_test._quantized(loading.make_backend("mlx"), layers, legs, large=False))
     assert len(checks) == 9 and all(check.state == OK for check in checks), checks
 
 
 @pytest.mark.mlx
-def test_a_wrong_or_missing_kernel_is_found(mlx: Any) -> None:
-    from mlxdiff.models import layers
-
+def test_a_wrong_or_missing_kernel_is_found(mlx: Any, layers: Any) -> None:
     backend = loading.make_backend("mlx")
     right = OPERATIONS["linear"]
 
@@ -232,11 +234,9 @@ def test_a_wrong_or_missing_kernel_is_found(mlx: Any) -> None:
 
 @pytest.mark.mlx
 def test_the_switch_without_a_gpu_and_with_one_that_ignores_it(
-    mlx: Any, monkeypatch: pytest.MonkeyPatch
+    mlx: Any, layers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A CPU that is taken for a GPU computes the same bits either way."""
-    from mlxdiff.models import layers
-
     backend = loading.make_backend("mlx")
     assert self_test._switch(backend, layers, False).state == OK
     small = replace(OPERATIONS["conv 3x3, small map"], winograd=True)

@@ -10,8 +10,9 @@ import math
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
 
-Array = np.ndarray
+Array = NDArray[np.float64]
 
 
 def convolution(x: Array, weight: Array, bias: Array, stride: int = 1, padding: int = 0) -> Array:

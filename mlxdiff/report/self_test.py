@@ -161,11 +161,13 @@ def self_test(on_check: Callable[[Check], None] | None = None) -> dict[str, Any]
         backend = make_backend("mlx")
     except UsageError as error:
         raise UsageError(f"the self-test is a test of MLX, and there is none: {error}") from None
+    # The only place here that names MLX's layers.
+    from mlxdiff.models import layers
     from mlxdiff.models import probe as mlx
 
     machine, start = probe.facts(), time.perf_counter()
     checks = []
-    for check in _checks(backend, mlx):
+    for check in _checks(backend, layers, mlx):
         checks.append(check)
         if on_check is not None:
             on_check(check)
@@ -191,9 +193,7 @@ def _json(check: Check) -> dict[str, Any]:
     return values
 
 
-def _checks(backend: Any, mlx: ModuleType) -> Iterator[Check]:
-    from mlxdiff.models import layers
-
+def _checks(backend: Any, layers: ModuleType, mlx: ModuleType) -> Iterator[Check]:
     on_gpu = backend.has_gpu()
     cpu = [Leg("cpu", "float32", mlx.on_cpu)]
     if on_gpu:
