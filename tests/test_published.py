@@ -203,7 +203,8 @@ def test_nothing_is_fetched_unasked(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr("socket.socket.connect", refuse)
     record = reference.reference("lcm", backend="numpy")
     assert {case["state"] for case in record["cases"]} == {"skipped"}
-    assert all("--download fetches it" in case["reason"] for case in record["cases"])
+    reasons = {case["reason"] for case in record["cases"]}
+    assert reasons == {"SimianLuo/LCM_Dreamshaper_v7 is not here; --download fetches it"}
     assert not hub.is_offline()
 
 
@@ -219,6 +220,15 @@ def test_names() -> None:
         reference.reference(str(checkpoint("sd15")))
     with pytest.raises(UsageError, match="no such folder"):
         reference.reference("sd14", files="/nowhere")
+
+
+def test_a_reason_names_no_person(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    case = tiny("pndm", tmp_path)
+    place = f"sd15={tmp_path / 'models' / 'sd15'}"
+    record = reference.reference(place, backend="numpy", cases=[case])
+    assert "~/models/sd15" in record["cases"][0]["reason"]
+    assert str(tmp_path) not in json.dumps(record)
 
 
 def test_measures() -> None:

@@ -249,8 +249,10 @@ class _Runner:
 
     @staticmethod
     def _explained(error: MlxdiffError) -> str:
-        reason = " ".join(str(error).split())
-        return f"{reason}; --download fetches it" if "HF_HUB_OFFLINE" in reason else reason
+        """Say why a case is skipped, without the user's name: people post it."""
+        if isinstance(error, HubError) and "HF_HUB_OFFLINE" in str(error):
+            return f"{str(error).partition(': ')[0]} is not here; --download fetches it"
+        return " ".join(str(error).split()).replace(str(Path.home()), "~")
 
 
 def _drawn(pipe: Any, case: Case, paths: dict[File, Path]) -> np.ndarray:

@@ -664,17 +664,17 @@ def _picture(
     levels, rounded up.
     """
     levels = np.abs(found.astype(int) - exact)
+    largest, mean = float(levels.max()), float(levels.mean())
     if dtype == "float32":
-        within = float((levels <= 1).mean())
-        good = within >= 0.998 and levels.mean() <= 0.05
-        text = f"{within:.2%} of the values within 1 level, mean {levels.mean():.3f}"
-        most = 1.0
+        error, allowed = float((levels > 1).mean()), 0.002
+        state = OK if error <= allowed and mean <= 0.05 else FAULT
+        text = f"share of values off by more than a level; largest {largest:g}, mean {mean:.3f}"
     else:
-        good, most = bool(levels.max() <= 4), 4.0
-        text = f"largest and allowed in levels; mean {levels.mean():.3f}"
-    state, largest = (OK if good else FAULT), float(levels.max())
+        error, allowed = largest, 4.0
+        state = OK if error <= allowed else FAULT
+        text = f"in levels of 255; mean {mean:.3f}"
     name = "built-in model against NumPy"
-    return Check(name, device, dtype, state, largest, most, seconds, text)
+    return Check(name, device, dtype, state, error, allowed, seconds, text)
 
 
 def _growth(mlx: ModuleType, device: str) -> Check:
