@@ -1,4 +1,4 @@
-"""``mlxdiff doctor``: what is slow or broken here."""
+"""``mlxdiff doctor``: find what is slow or broken here."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ _ONLY = {
 
 
 @click.command()
-@click.option("--online", is_flag=True, help="Try the Hugging Face hub, too.")
+@click.option("--online", is_flag=True, help="Also try to reach the Hugging Face hub.")
 @click.option(
     "--self-test",
     is_flag=True,
-    help="Run every operation of the models on MLX, about a minute, and say how exact it is.",
+    help="Run every operation of the models on MLX and check its result; takes about a minute.",
 )
 @click.option(
     "--reference",
     metavar="MODEL",
-    help="Draw what diffusers publishes numbers of, and compare: a short name or hub id, "
-    "NAME=PATH, or all.",
+    help="Draw the pictures whose numbers diffusers publishes, and compare. MODEL is a short name, "
+    "a hub id, NAME=PATH, or all.",
 )
 @click.option(
     "--files",
     metavar="FOLDER",
-    help="Pictures and arrays that the published tests fetch; each under its own name.",
+    help="Folder with the pictures and arrays that the published tests fetch.",
 )
-@click.option("--download", is_flag=True, help="Fetch weights that are not here.")
-@click.option("--backend", metavar="NAME", help="auto, mlx or numpy. Default: auto.")
-@click.option("--exact", is_flag=True, help="As exact as the type allows, on a GPU.")
-@click.option("--json", "as_json", is_flag=True, help="As JSON on stdout.")
+@click.option("--download", is_flag=True, help="Fetch weights that are missing.")
+@click.option("--backend", metavar="NAME", help="auto, mlx or numpy; auto by default.")
+@click.option("--exact", is_flag=True, help="On a GPU, compute as exactly as the type allows.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @common_options
 @click.pass_context
 def doctor(
@@ -55,11 +55,11 @@ def doctor(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Look at this machine and say what is slow or broken, and what to do about it.
+    """Find what is slow or broken on this machine, and say what to do about it.
 
-    Ends with 0 also where there is advice; with 2 where mlxdiff cannot be used. --quiet leaves out
-    what is well. With --self-test or --reference it does that instead, and ends with 1 where a
-    number is wrong; their JSON is one line, to post.
+    The exit code is 0, even if there is advice, or 2 if mlxdiff cannot run. --quiet shows problems
+    only. --self-test and --reference check numbers instead; the exit code is then 1 if a number is
+    wrong, and --json prints one line to post.
 
     \b
     mlxdiff doctor --self-test --json >> self-test.jsonl
@@ -149,7 +149,7 @@ def _reference(ctx: click.Context, model: str, as_json: bool, quiet: bool, **opt
 
 
 def _show(state: str, text: str, remedy: str) -> None:
-    """A finding as a paragraph, its state before it."""
+    """Print a finding as a paragraph that starts with its state."""
     indent = " " * 8
     lines = textwrap.wrap(
         text, 92, initial_indent=f"{state:8}", subsequent_indent=indent, break_on_hyphens=False

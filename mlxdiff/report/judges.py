@@ -1,7 +1,6 @@
-"""Each operation of the models again, in float64 and in the plainest NumPy there is.
+"""The operations of the models in float64 and plain NumPy, as judges for the self-test.
 
-The self-test judges MLX by these. They share no code with the backends. Arrays are float64;
-feature maps are (B, H, W, C).
+They share no code with the backends. Arrays are float64; feature maps are (B, H, W, C).
 """
 
 from __future__ import annotations
@@ -118,15 +117,15 @@ def winograd(x: Array, kernel: Array) -> Array:
 def winograd_growth(transforms_rounded: bool) -> float:
     """Return how many unit roundoffs a 3x3 convolution by F(6x6, 3x3) loses, in the mean square.
 
-    Transformed inputs, kernels and products are stored in the working type: three roundings, each
-    of relative error up to u and of u / sqrt(3) in the mean square. For independent inputs of unit
-    variance the transforms have the variances |B_i|^2 and |G_i|^2 along each axis, so that output
-    row p carries sum_i A_pi^2 |B_i|^2 |G_i|^2 u^2, over the 3 terms that the direct method sums.
-    Both axes multiply; the value is that of the worst output, a corner of the 6x6.
+    The working type stores transformed inputs, kernels and products: three roundings, each with a
+    relative error of up to u, and of u / sqrt(3) in the mean square. For independent inputs of unit
+    variance the transforms have the variances |B_i|^2 and |G_i|^2 along each axis. Output row p
+    then has the error variance sum_i A_pi^2 |B_i|^2 |G_i|^2 u^2, relative to the 3 terms of the
+    direct method. The two axes multiply. The result is that of the worst output, a corner.
 
     Args:
-        transforms_rounded: the transforms' own sums round like this too (float32; in half
-            precision they are taken in float32). Each is two passes of 8 terms: 16 more roundings.
+        transforms_rounded: count the roundings inside the transforms too: two passes of 8 terms
+            each. True for float32; half precision sums in float32.
     """
     variances = (_INPUT**2).sum(axis=1) * (_KERNEL**2).sum(axis=1)
     along_one_axis = (_OUTPUT**2 @ variances) / 3

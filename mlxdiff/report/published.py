@@ -1,14 +1,14 @@
-"""The pictures that diffusers' own slow tests publish numbers of, as cases for ``reference``.
+"""The numbers that diffusers' own slow tests publish, as cases for ``reference``.
 
-Facts, each with the test that states it: huggingface/diffusers at commit 58eb52c0 (2026-08-23). A
-case names the model, the arguments and the nine values (a 3x3 corner of one channel, 0 to 1), or
-the file, that the test expects, and how near it wants them. Most of the tests' inputs are numbers;
-pictures that they fetch are named by address, and a user gives them as files.
+These are facts, each with the test that states it, of huggingface/diffusers at commit 58eb52c0
+(2026-08-23). A case gives the model, the arguments, the expected values (a 3x3 corner of one
+channel, 0 to 1, or a file) and the tolerance. Pictures that a test fetches are given by address; a
+user supplies them as files.
 
-Left out, with the reason: FreeU, T2I-Adapter, latent upscaler, depth, AsymmetricAutoencoderKL,
-EDM schedulers, masks for IP-Adapters (mlxdiff has no such part); image to image of latent
-consistency models (the test starts from latents that hold no picture, which mlxdiff cannot be
-asked for); LoRAs whose file the test leaves to the hub.
+Not included: FreeU, T2I-Adapter, the latent upscaler, depth, AsymmetricAutoencoderKL, EDM
+schedulers and masks for IP-Adapters, because mlxdiff has no such part; image to image of latent
+consistency models, because the test starts from latents without a picture; LoRAs without a file
+name in the test.
 """
 
 from __future__ import annotations
@@ -40,28 +40,28 @@ class File:
 
     @property
     def name(self) -> str:
-        """Last part of the address: the name that a user keeps it under."""
+        """Return the last part of the address, the name of the user's copy."""
         return self.url.rpartition("/")[2]
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a test draws, and what it expects.
+    """A picture of a test, with the values that it expects.
 
     Attributes:
         name: short, for people and programs; unique.
         test: file, class and function, below tests/ of diffusers.
-        model: hub id, as the test has it.
+        model: hub id in the test.
         expected: values in the order of the slice, or a file (.npy) of the whole picture.
-        tolerance: as the test has it.
+        tolerance: tolerance of the test.
         arguments: of ``Pipeline.generate``.
         measure: "largest", the largest difference; "cosine", 1 minus the cosine of the angle.
-        dtype: what the test computes in.
-        noise: seed of ``numpy.random.RandomState`` for the first latents, or None: those that the
-            run's own seed gives.
-        rows, columns: of the picture, or of latents.
-        after: index of the evaluation whose latents are expected (all but the first channel, last
-            column), or None for the picture's last channel.
+        dtype: type that the test computes in.
+        noise: seed of ``numpy.random.RandomState`` for the first latents, or None for those of the
+            run's own seed.
+        rows, columns: part of the picture or of the latents that is compared.
+        after: index of the evaluation whose latents are compared (all channels but the first, last
+            column), or None to compare the picture's last channel.
         scheduler: changes of scheduler_config.json.
         files: argument -> picture to give for it.
         controlnets, ip_adapter: hub ids, as ``mlxdiff.load`` takes them.
@@ -88,7 +88,7 @@ class Case:
 
     @property
     def needed(self) -> list[File]:
-        """Files that a user must give."""
+        """Return the files that the user must supply."""
         more = [self.expected] if isinstance(self.expected, File) else []
         return [*self.files.values(), *([self.lora] if self.lora else []), *more]
 
@@ -103,7 +103,7 @@ MIRRORS = {
     # Mirrors of one repository that Runway withdrew in August 2024.
     "botp/stable-diffusion-v1-5-inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
 }
-"""Repository that a test names -> where the same weights are kept now."""
+"""Repository in a test -> repository that has the same weights now."""
 
 _HUB = "https://huggingface.co/"
 _ARRAYS = f"{_HUB}datasets/diffusers/test-arrays/resolve/main/"
@@ -118,7 +118,7 @@ _ASTRONAUT: dict[str, Any] = {
 
 
 def _cases_of(kind: str, **usual: Any) -> Callable[..., Case]:
-    """Return a maker of cases of one test class; what a case gives goes over the usual."""
+    """Return a maker of cases of one test class; a case overrides the usual arguments."""
 
     def make(name: str, function: str, expected: Corner | File, tolerance: float,
              arguments: Mapping[str, Any] | None = None, **more: Any) -> Case:  # fmt: skip

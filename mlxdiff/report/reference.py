@@ -1,7 +1,7 @@
 """``mlxdiff doctor --reference``: draw what diffusers' own slow tests draw, and compare.
 
-The cases are facts (``published``); here is what runs them. Nothing is fetched unless asked for: a
-case whose weights or files are not here is skipped, by name and with what it lacks.
+The cases are facts (``published``); this module runs them. It fetches nothing unless asked to. It
+skips a case whose weights or files are missing, and says which.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Outcome:
-    """A case, and what came of it.
+    """The result of a case.
 
     Attributes:
         case: the case.
         state: "ok"; "miss", further off than the test allows; "skipped".
-        found: our values, in the order of the expected ones; () where a whole picture was compared
-            or nothing was drawn.
+        found: our values, in the order of the expected ones; () if a whole picture was compared or
+            nothing was drawn.
         difference: by the case's measure, or None.
-        seconds: that drawing took, or None.
-        reason: why it was skipped, or "".
+        seconds: time of the drawing, or None.
+        reason: why the case was skipped, or "".
     """
 
     case: Case
@@ -85,16 +85,16 @@ def reference(
     """Reproduce the published numbers of a model.
 
     Args:
-        model: a short name or hub id, NAME=PATH for weights of that model that lie elsewhere, the
-            path of a converted folder that says what it was made of, or "all".
+        model: a short name, a hub id, NAME=PATH for weights of that model in another place, the
+            path of a converted folder that names its source, or "all".
         files: folder with the pictures and arrays that tests fetch, each under its own name.
         backend, exact: as ``mlxdiff.load`` takes them.
         download: fetch weights that are not here.
         cases: to choose from.
         on_outcome: called with each outcome as soon as it is known.
         progress: as ``mlxdiff.load`` takes it.
-    Returns: the record, JSON values only; ``state`` is "miss" where any case is.
-    Raises: UsageError where the model has no published case.
+    Returns: the record, JSON values only; ``state`` is "miss" if any case is.
+    Raises: UsageError if the model has no published case.
     """
     chosen, place = _choose(model, cases)
     machine, device = probe.facts(), make_backend(backend)
@@ -124,13 +124,13 @@ def reference(
 
 
 def canonical(model: str) -> str:
-    """Return the hub id under which the cases know a model: short names and mirrors resolved."""
+    """Return the hub id of a model, with short names and mirrors resolved."""
     repo = str(catalogue.expand(model)).partition("@")[0]
     return MIRRORS.get(repo, repo)
 
 
 def _choose(model: str, cases: Sequence[Case]) -> tuple[list[Case], str | None]:
-    """Return the cases of a model, and where its weights lie, or None for the hub's."""
+    """Return the cases of a model, and the place of its weights, or None for the hub."""
     if model == ALL:
         return list(cases), None
     name, equals, place = model.partition("=")
@@ -159,7 +159,7 @@ def _shortest(model: str) -> str:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Keep the hub from being asked inside the block."""
+    """Ask the hub for nothing inside the block."""
     before = os.environ.get("HF_HUB_OFFLINE")
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
@@ -172,7 +172,7 @@ def _offline() -> Iterator[None]:
 
 
 class _Runner:
-    """Runs cases one after the other; keeps the pipeline while the next case has the same."""
+    """Run cases one after the other; keep the pipeline if the next case needs the same one."""
 
     def __init__(
         self,
@@ -210,14 +210,14 @@ class _Runner:
         return Outcome(case, state, values, difference, seconds)
 
     def _path(self, file: File) -> Path:
-        """Return where a file lies that the user gives. Raises: UsageError where it does not."""
+        """Return the path of a file of the user's. Raises: UsageError if it is missing."""
         if self.files is not None and (self.files / file.name).is_file():
             return self.files / file.name
         raise UsageError(f"needs {file.name} in the folder of --files ({file.url})")
 
     def _load(self, case: Case, paths: dict[File, Path]) -> Any:
-        """Return the pipeline of a case; the one before leaves memory first."""
-        # On a CPU half precision is slow, in NumPy there is none; the weights are rounded anyway.
+        """Return the pipeline of a case; free the one before first."""
+        # A CPU computes in float32. The weights are rounded to the test's type all the same.
         dtype = case.dtype if self.on_gpu or case.dtype == "float32" else None
         lora = None if case.lora is None else paths[case.lora]
         key = (case.model, dtype, case.controlnets, case.ip_adapter, lora)
@@ -249,15 +249,15 @@ class _Runner:
 
     @staticmethod
     def _explained(error: MlxdiffError) -> str:
-        """Say why a case is skipped, without the user's name: people post it."""
+        """Say why a case is skipped, without the name of the user: people post it."""
         if isinstance(error, HubError) and "HF_HUB_OFFLINE" in str(error):
             return f"{str(error).partition(': ')[0]} is not here; --download fetches it"
         return " ".join(str(error).split()).replace(str(Path.home()), "~")
 
 
 def _drawn(pipe: Any, case: Case, paths: dict[File, Path]) -> np.ndarray:
-    """Return what the test looks at: a corner, or the whole picture, float64."""
-    # A scheduler that a test names keeps the checkpoint's own schedule; "auto" would choose one.
+    """Draw a case; return the values that the test compares, float64."""
+    # A test keeps the checkpoint's own schedule with a scheduler that it names; "auto" may not.
     own = {} if case.arguments.get("sampler") == "checkpoint" else {"schedule": "normal"}
     arguments = own | dict(case.arguments)
     for name, file in case.files.items():
@@ -286,7 +286,7 @@ def _drawn(pipe: Any, case: Case, paths: dict[File, Path]) -> np.ndarray:
 
 
 def _expected(case: Case, paths: dict[File, Path]) -> np.ndarray:
-    """Return what the test expects, in the shape of what it looks at."""
+    """Return the values that the test expects, in the shape of the compared ones."""
     if not isinstance(case.expected, File):
         return np.array(case.expected).reshape(3, 3)
     path = paths[case.expected]

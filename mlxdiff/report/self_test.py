@@ -1,12 +1,12 @@
-"""``mlxdiff doctor --self-test``: does MLX compute here what the models need, and how fast.
+"""``mlxdiff doctor --self-test``: check that MLX computes correctly on this machine, and time it.
 
-Every kind of operation that the networks use runs on each device and in each type, and float64
-judges it (``judges``). What an operation may lose is derived, not tuned: see ``Operation.allowed``.
-Then come the quantized modes, the switch that ``--exact`` sets, what a wait and a new compiled
-function cost, and the built-in model: its pictures against NumPy's, its memory against the
-estimate, and the memory of many pictures.
+Every kind of operation that the networks use runs on each device and in each type. float64 judges
+the result (``judges``). The allowed error is derived, not tuned: see ``Operation.allowed``. The
+other checks look at the quantized modes, at the switch that ``--exact`` sets, at the cost of a wait
+and of a new compiled function, and at the built-in model: its pictures against NumPy's, its memory
+against the estimate, and its memory over many pictures.
 
-The record is meant to be posted: it holds no names of people, computers or folders.
+The record is meant for posting: it holds no names of people, computers or folders.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ class Check:
 
     Attributes:
         check: stable name, for programs.
-        device: "gpu", "cpu", or "" where it says nothing.
+        device: "gpu" or "cpu".
         dtype: type of the arrays, or "".
         state: "ok"; "note", worth knowing; "fault", wrong.
-        error: found, relative to the largest value, or in levels or shares as ``text`` says;
-            None for a mere measurement.
-        allowed: the most that is expected of ``error``.
-        seconds: of one run, the quickest of a few; None where no time was taken.
-        text: a sentence.
+        error: the measured error, relative to the largest value unless ``text`` gives another
+            unit; None for a measurement of time alone.
+        allowed: the largest ``error`` that is right.
+        seconds: time of the quickest of a few runs, or None if it was not timed.
+        text: an explanation, or "".
     """
 
     check: str
@@ -84,13 +84,13 @@ class Operation:
 
     Attributes:
         name: for the table.
-        inputs: arrays, float64; the working type rounds them before anybody computes.
+        inputs: float64 arrays; they are rounded to the working type before either side computes.
         run: (layers, arrays of the backend) -> an array of the backend.
         judge: the same in float64.
-        terms: how many terms each sum has; 0 for none.
-        roundings: results of kernels that are stored in the working type, one after the other.
-        elementary: factor of ELEMENTARY in the result: 0 without exp and its kin.
-        winograd: whether Metal computes it by Winograd's method unless told not to.
+        terms: number of terms in each sum, or 0 without sums.
+        roundings: number of results in a row that kernels store in the working type.
+        elementary: factor of ELEMENTARY in the result, or 0 without exp and the like.
+        winograd: True if Metal uses Winograd's method for it by default.
     """
 
     name: str
@@ -105,15 +105,14 @@ class Operation:
     def allowed(self, dtype: str, judged: np.ndarray, sums: float = ROUNDOFF["float32"]) -> float:
         """Return the error that rounding explains, relative to the largest value.
 
-        A sum of n terms in float32 is a random walk of n roundings: a relative error of sqrt(n) u
-        in the mean square, of which the largest of N results has k = sqrt(2 ln(2 N / p)) times as
-        much, but with probability p. To that comes each rounding to the working type, and what
-        exp and its kin lose.
+        A float32 sum of n terms is a random walk of n roundings. Its relative error is sqrt(n) u in
+        the mean square. The largest error of N results is k = sqrt(2 ln(2 N / p)) times that,
+        except with probability p. Each rounding to the working type, and each exp, adds its own.
 
         Args:
             dtype: the working type.
-            judged: the right result, float64.
-            sums: unit roundoff of what is summed.
+            judged: the correct result, float64.
+            sums: unit roundoff of the sums.
         """
         largest = float(np.abs(judged).max())
         spread = float(np.sqrt(np.square(judged).mean())) / largest
@@ -121,7 +120,7 @@ class Operation:
         return walk + self.roundings * ROUNDOFF[dtype] + self.elementary * ELEMENTARY
 
     def allowed_by_winograd(self, dtype: str, judged: np.ndarray) -> float:
-        """Return the same where Winograd's method computes it (``judges.winograd_growth``)."""
+        """Return the allowed error of Winograd's method (``judges.winograd_growth``)."""
         largest = float(np.abs(judged).max())
         spread = float(np.sqrt(np.square(judged).mean())) / largest
         growth = judges.winograd_growth(transforms_rounded=dtype == "float32")
@@ -130,13 +129,13 @@ class Operation:
 
     @staticmethod
     def deviates(judged: np.ndarray) -> float:
-        """Return how many standard deviations the largest of so many results lies out."""
+        """Return the largest deviation to expect of that many results, in standard deviations."""
         return math.sqrt(2 * math.log(2 * judged.size / _RARE))
 
 
 @dataclass(frozen=True)
 class Leg:
-    """A device and a type that the operations run in.
+    """A device and a type to run the operations in.
 
     Attributes:
         device: "gpu" or "cpu".
@@ -154,8 +153,8 @@ def self_test(on_check: Callable[[Check], None] | None = None) -> dict[str, Any]
 
     Args:
         on_check: called with each check as soon as it is done.
-    Returns: the record, JSON values only; ``state`` is "fault" where any check is.
-    Raises: UsageError where there is no MLX.
+    Returns: the record, JSON values only; ``state`` is "fault" if any check is.
+    Raises: UsageError without MLX.
     """
     try:
         backend = make_backend("mlx")
@@ -216,8 +215,8 @@ def operations(large: bool) -> list[Operation]:
     """Return every kind of operation that the networks use.
 
     Args:
-        large: in the sizes of a 512x512 picture, which a GPU computes in no time; else a quarter
-            of the sides and of the channels.
+        large: use the sizes of a 512x512 picture. Otherwise sides are a quarter of them, and
+            channels a fifth, which is fast enough for a CPU.
     """
     side, channels, tokens = (64, 320, 1024) if large else (16, 64, 96)
     return [
@@ -229,7 +228,7 @@ def operations(large: bool) -> list[Operation]:
 
 
 def _convolutions(side: int, channels: int) -> Iterator[Operation]:
-    # inputs, outputs, kernel, stride, padding, side; what the networks have of each kind.
+    # inputs, outputs, kernel, stride, padding, side: each kind that the networks have.
     cases = {
         "conv 3x3, 4 channels in (latents)": (4, channels, 3, 1, 1, side),
         "conv 3x3, 9 channels in (inpainting)": (9, channels, 3, 1, 1, side),
@@ -301,7 +300,7 @@ def _elementwise(side: int, channels: int) -> Iterator[Operation]:
         channels,
         roundings=3,  # MLX's kernel rounds before the weight, after it, and with the bias
     )
-    # Each operation of a formula may be rounded, where its kernel works in the half type.
+    # A kernel that works in the half type rounds after each operation of the formula.
     yield Operation(
         "silu",
         [rows],
@@ -355,7 +354,7 @@ def _attentions(tokens: int) -> Iterator[Operation]:
     for name, (dims, queries, keys, mask) in cases.items():
         heads = 1 if dims > 160 else 2
 
-        # A score's absolute error is a weight's relative one; scores of normal values reach 5.
+        # The absolute error of a score is the relative error of a weight; scores reach 5 here.
         yield Operation(
             name,
             [_normal(1, length, heads * dims) for length in (queries, keys, keys)],
@@ -412,7 +411,7 @@ def _others(side: int, channels: int) -> Iterator[Operation]:
         roundings=0,
     )
     times = np.array([0.0, 1.0, 21.0, 500.0, 999.0])
-    # An angle of 999 radians is rounded to 999 u; so is its frequency.
+    # Rounding the frequency and the angle of 999 radians moves the phase by 999 u each.
     yield Operation(
         "timestep embedding",
         [times],
@@ -424,7 +423,7 @@ def _others(side: int, channels: int) -> Iterator[Operation]:
 
 
 def _normal(*shape: int) -> np.ndarray:
-    """Return normal deviates, the same for a shape on every machine."""
+    """Return normal deviates that depend on the shape alone."""
     seed = sum((i + 1) * side for i, side in enumerate(shape)) % 2**32
     return np.random.RandomState(seed).standard_normal(shape)
 
@@ -443,7 +442,7 @@ def _judged(backend: Any, layers: ModuleType, operation: Operation, leg: Leg) ->
         rounded = [backend.to_numpy(x).astype(np.float64) for x in arrays]
         try:
             run = _timed(backend, lambda: operation.run(layers, arrays))
-        except Exception as failure:  # a kernel that is missing hides no other
+        except Exception as failure:  # a missing kernel must not hide the others
             text = f"does not run: {type(failure).__name__}: {failure}"
             return Check(operation.name, leg.device, leg.dtype, FAULT, text=text)
         found = backend.to_numpy(run.result).astype(np.float64)
@@ -459,7 +458,7 @@ def _judged(backend: Any, layers: ModuleType, operation: Operation, leg: Leg) ->
 def _verdict(
     operation: Operation, leg: Leg, error: float, judged: np.ndarray
 ) -> tuple[str, float, str]:
-    """Return state, allowance and the reason why it is not the direct method's."""
+    """Return the state, the allowed error, and an explanation of another method."""
     direct = operation.allowed(leg.dtype, judged)
     if error <= direct:
         return OK, direct, ""
@@ -480,7 +479,7 @@ def _verdict(
 
 
 def _difference(found: np.ndarray, judged: np.ndarray) -> float:
-    """Return the largest error relative to the largest value; infinite for what is no number."""
+    """Return the largest error relative to the largest value; infinite unless all are finite."""
     if not np.isfinite(found).all():
         return math.inf
     return float(np.abs(found - judged).max() / np.abs(judged).max())
@@ -488,7 +487,7 @@ def _difference(found: np.ndarray, judged: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class _Run:
-    """The result of a run, and the seconds of the quickest of three."""
+    """The result of a run, and the seconds of the quickest run."""
 
     result: Any
     seconds: float
@@ -501,7 +500,7 @@ def _timed(backend: Any, run: Callable[[], Any], times: int = 3) -> _Run:
         result = run()
         backend.evaluate(result)
         best = min(best, time.perf_counter() - start)
-        if best > 1:  # a slow device: once is enough
+        if best > 1:  # do not repeat on a slow device
             break
     return _Run(result, best)
 
@@ -518,7 +517,7 @@ def modes() -> list[Quantization]:
 def _quantized(
     backend: Any, layers: ModuleType, legs: Sequence[Leg], large: bool
 ) -> Iterator[Check]:
-    """A linear layer on packed weights, in each mode, against float64 on what they stand for."""
+    """Check a linear layer on packed weights, in each mode, against the values they stand for."""
     rows, width = (1024, 1280) if large else (64, 256)
     weight = (_normal(width, width) / math.sqrt(width)).astype(np.float32)
     for how in modes():
@@ -531,8 +530,7 @@ def _quantized(
                 partial(_packed_product, packed),
                 partial(judges.linear, weight=values, bias=np.zeros(width)),
                 width,
-                # The scales and the biases are rounded to the working type, then the values that
-                # they give, then the product.
+                # Scales, biases, expanded values and the product are rounded to the working type.
                 roundings=1 if leg.dtype == "float32" else 4,
             )
             yield _judged(backend, layers, operation, leg)
@@ -548,7 +546,7 @@ def _packed_product(packed: Packed, layers: Any, arrays: Sequence[Any]) -> Any:
 
 
 def _switch(backend: Any, layers: ModuleType, on_gpu: bool) -> Check:
-    """Whether MLX_CONV_WINOGRAD=0, which --exact sets, changes bits."""
+    """Check that MLX_CONV_WINOGRAD=0, which --exact sets, changes bits."""
     name = "the switch of --exact"
     if not on_gpu:
         return Check(
@@ -585,7 +583,7 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 def _costs(backend: Any, mlx: ModuleType, on_gpu: bool) -> Iterator[Check]:
-    """What a wait for the device costs, and a compiled function that it has not seen."""
+    """Time a wait for the device, and a compiled function with new constants."""
     device, count = "gpu" if on_gpu else "cpu", 100
     x = backend.asarray(np.zeros(1, np.float32))
     backend.evaluate(x + 1)
@@ -601,7 +599,7 @@ def _costs(backend: Any, mlx: ModuleType, on_gpu: bool) -> Iterator[Check]:
         yield Check("a new compiled function", device, "", OK, text=text)
         return
     functions, x = 5, backend.asarray(np.ones(1024, np.float32))
-    # Constants that no earlier run has had, or the system's own cache would answer.
+    # Use constants that no earlier run used, or the cache of the system would answer.
     first = 1 + time.time() % 1e6 / 1e7
     start = time.perf_counter()
     for i in range(functions):
@@ -623,9 +621,9 @@ def _costs(backend: Any, mlx: ModuleType, on_gpu: bool) -> Iterator[Check]:
 
 
 def _builtin(mlx: ModuleType, on_gpu: bool) -> Iterator[Check]:
-    """Pictures of the built-in model against NumPy's; peak and growth of memory."""
+    """Compare pictures of the built-in model with NumPy's; check the peak and growth of memory."""
     device = "gpu" if on_gpu else "cpu"
-    # MLX's CPU device may take a second for a step; a GPU has time for a whole picture.
+    # A step may take MLX's CPU device a second; a GPU has time for a whole picture.
     arguments: dict[str, Any] = {"seed": 0, "guidance": 4.0, "steps": 12 if on_gpu else 3}
     exact = _pixels(load(backend="numpy").generate(PROMPT, **arguments))
     for dtype in ("float32", "float16"):
@@ -638,15 +636,15 @@ def _drawn(
 ) -> Iterator[Check]:
     """Draw with the built-in model; compare the picture, and its memory with the estimate."""
     pipe = load(backend="mlx", dtype=dtype)
-    gc.collect()  # what an earlier picture left is no part of this one's peak
+    gc.collect()  # an earlier picture must not count in this one's peak
     pipe.backend.reset_peak_memory()
     start = time.perf_counter()
     result = pipe.generate(PROMPT, **arguments)
     seconds = time.perf_counter() - start
     peak, expected = pipe.backend.peak_memory(), pipe.memory(result.settings).peak
     yield _picture(device, dtype, _pixels(result), exact, seconds)
-    # docs/performance.md: measured peaks lie up to 5 % above the estimate. Here with room for an
-    # allocator that rounds each array up to pages, which counts where arrays are small.
+    # docs/performance.md: measured peaks lie up to 5 % above the estimate. These arrays are small,
+    # so that an allocator that rounds each up to whole pages needs more room.
     share = peak / expected
     text = f"peak {peak / 1e6:.1f} MB, estimate {expected / 1e6:.1f} MB"
     state = OK if share <= 1.25 else NOTE
@@ -683,7 +681,7 @@ def _growth(mlx: ModuleType, device: str) -> Check:
     held, start = [], time.perf_counter()
     for seed in range(_PICTURES):
         pipe.generate(PROMPT, seed=seed, steps=1, guidance=1.0)
-        gc.collect()  # cycles of Python objects are its own affair
+        gc.collect()  # Python frees cycles of objects late
         held.append(mlx.active_bytes())
     seconds = (time.perf_counter() - start) / _PICTURES
     grown = max(held[1:]) - held[1]
