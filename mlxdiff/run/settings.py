@@ -123,7 +123,7 @@ class Settings(ValueOptions):
 
     @property
     def altered(self) -> bool:
-        """Whether some steps run without guidance or without the whole network, or a pass follows."""
+        """Whether some steps lack guidance or the whole network, or a second pass follows."""
         parts = self.guidance_interval, self.feature_reuse, self.hires
         return any(part is not None for part in parts)
 
