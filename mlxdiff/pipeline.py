@@ -79,16 +79,16 @@ class Step:
 
     @property
     def denoised(self) -> np.ndarray:
-        """What the model takes the latents for, without noise: (H/f, W/f, C) float32."""
+        """The model's estimate of the latents without noise: (H/f, W/f, C) float32."""
         return self._denoised()
 
     def sketch(self) -> PIL.Image.Image:
-        """What the model takes the picture for, at once: decoded where the VAE is a TAESD, else by
-        a linear map, one pixel a latent."""
+        """A quick estimate of the finished picture: decoded if the VAE is a TAESD, else by a linear
+        map, one pixel for each latent."""
         return self._sketch(self.denoised)
 
     def preview(self) -> PIL.Image.Image:
-        """The latents as they are after this step, decoded: noisy until the last steps."""
+        """The latents after this step, decoded: noisy until the last steps."""
         return self._decode(self.latents[None])[0]
 
 
@@ -98,13 +98,12 @@ class Result:
 
     Attributes:
         images: one for each seed.
-        latents: (B, H/f, W/f, C) float32, as the U-Net left them (scaled, as it sees them).
+        latents: (B, H/f, W/f, C) float32, the final ones, scaled as the U-Net takes them.
         seeds: seed of each picture.
-        settings: what was drawn, with every default filled in.
-        metadata: what a PNG of each picture says of itself (``chunks()`` gives its text chunks).
-        timings: seconds by stage: load, text_encoder, image (encoding the one that was given),
-            hires (enlarging),
-            unet, vae; and steps, the seconds of each evaluation.
+        settings: of the run, with every default filled in.
+        metadata: of each picture (``chunks()`` gives the text chunks of a PNG).
+        timings: seconds by stage: load, text_encoder, image (encoding the given one), hires
+            (enlarging), unet, vae; and steps, the seconds of each evaluation.
         peak_memory: bytes, as the backend counts them.
     """
 
