@@ -139,25 +139,25 @@ class Settings(ValueOptions):
         return (*shared, *target), (*shared, *target)
 
 
-class PlannedRun(NamedTuple):
+class Run(NamedTuple):
     """A run that can be drawn: checked, and planned.
 
     Attributes:
+        model: the model, with all that is added to it for this run.
         settings: of the run.
         plans: the sampler's plan for the model, and for what comes after (``make_plans``).
         seeds: seed of each picture.
         noise: (pictures, H/f, W/f, C) float32 in place of the first noise; None: as the seeds give.
     """
 
+    model: Model
     settings: Settings
     plans: tuple[samplers.Plan, ...]
     seeds: list[int]
     noise: np.ndarray | None = None
 
 
-def resolve(
-    model: Model, refiner: Model | None = None, asked: RunOptions | None = None
-) -> PlannedRun:
+def resolve(model: Model, refiner: Model | None = None, asked: RunOptions | None = None) -> Run:
     """Check the options of a run, fill in the defaults, and plan it. Raises: UsageError."""
     asked = RunOptions() if asked is None else asked
     seeds = pick_seeds(asked.seed, asked.count)
@@ -167,7 +167,7 @@ def resolve(
         settings, plans = _resolve_text(model, refiner, asked)
     settings = replace(settings, sampler=plans[0].sampler, schedule=plans[0].schedule)
     noise = _check_noise(settings, asked.noise, len(seeds), model)
-    return PlannedRun(settings, plans, seeds, noise)
+    return Run(model, settings, plans, seeds, noise)
 
 
 def _resolve_pixels(model: Model, asked: RunOptions) -> tuple[Settings, tuple[samplers.Plan, ...]]:
