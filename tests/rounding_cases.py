@@ -106,6 +106,23 @@ def run(network: Network, component: str, case: str) -> dict[str, np.ndarray]:
     }
 
 
+def drawn(kind: str, seed: int, side: int = 64) -> np.ndarray:
+    """A picture (1, side, side, 3) in [-1, 1]: "noise", "waves" or "flat shapes"."""
+    random = np.random.RandomState(seed)
+    if kind == "noise":
+        picture = random.uniform(-1, 1, (side, side, 3))
+    elif kind == "waves":
+        y, x = np.mgrid[:side, :side] / side
+        a, b, c = 6 * random.uniform(size=(3, 3))
+        picture = np.sin(a * x[..., None] + b * y[..., None] + c)
+    else:
+        ground, shape = random.uniform(-1, 1, (2, 3))
+        top, bottom, left, right = random.randint(0, side, 4)
+        picture = np.tile(ground, (side, side, 1))
+        picture[min(top, bottom) : max(top, bottom), min(left, right) : max(left, right)] = shape
+    return picture[None].astype(np.float32)
+
+
 def thinned(outputs: Mapping[str, np.ndarray], most: int = 1000) -> dict[str, np.ndarray]:
     """At most so many values of each output, evenly spread: what is stored."""
     return {name: x.reshape(-1)[:: 2 * (x.size // (2 * most)) + 1] for name, x in outputs.items()}
