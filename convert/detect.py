@@ -281,8 +281,9 @@ def not_a_model(path: Path) -> CheckpointError:
         return CheckpointError(
             f"{path}: no such file or folder, and not a hub id (org/name){near}; {want}"
         )
+    is_file = os.path.isfile(path)
     return CheckpointError(
-        f"{path}: {_describe_file(path) if os.path.isfile(path) else _describe_folder(path)}; {want}"
+        f"{path}: {_describe_file(path) if is_file else _describe_folder(path)}; {want}"
     )
 
 
