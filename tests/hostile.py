@@ -250,6 +250,30 @@ def manifests(folder: Path) -> Make:
     return lambda chance: chance.choice(halves)(chance)
 
 
+def schedulers(folder: Path) -> Make:
+    """Schedules from wild numbers in scheduler_config.json."""
+    from mlxdiff import samplers
+
+    good = {
+        "_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "rho": 7.0,
+        "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "steps_offset": 1,
+        "prediction_type": "epsilon", "timestep_spacing": "leading", "trained_betas": None,
+        "rescale_betas_zero_snr": False, "solver_order": 2, "sigma_min": None, "sigma_max": None,
+        "original_inference_steps": 50, "final_sigmas_type": "zero", "timestep_scaling": 10.0,
+    }  # fmt: skip
+    wild = [1e-308, 1e-30, 0.5, 0.999, 2, 1e5, 10**9, 10**12, [0.1] * 3, [0.5] * 1000, "trailing"]
+
+    def make(chance: Chance) -> Run:
+        config = dict(good)
+        for key in chance.sample(list(good), chance.choice((1, 1, 2, 3))):
+            config[key] = chance.choice([*wild, *STRANGE])  # type: ignore[assignment]
+        name, schedule = chance.choice(samplers.NAMES), chance.choice(list(samplers.SCHEDULES))
+        steps = chance.choice((1, 2, 5, 20, 50, 1000))
+        return lambda: samplers.plan(config, name, schedule, steps)
+
+    return make
+
+
 WORDS = [
     "a",
     "b",
@@ -642,7 +666,8 @@ PARSERS = {
         Parser(manifests, 3_000, 30),
         Parser(tokenizers, 6_000, 60),
         Parser(pictures, 10_000, 150),
-        Parser(metadata, 12_000, 150),
+        Parser(schedulers, 2_000, 60),
+        Parser(metadata, 10_000, 150),
         Parser(prompts, 12_000, 200),
         Parser(loras, 5_000, 60),
         Parser(hubs, 4_000, 60),
