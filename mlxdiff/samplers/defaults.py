@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlxdiff.samplers import fitted
+from mlxdiff.samplers.process import is_edm
 from mlxdiff.samplers.registry import find, has_schedule
 
 PIXELS = "ddpm"
@@ -34,11 +35,11 @@ def automatic(
 
     - The sampler is dpmpp-2m; for a model that was distilled to a few steps, the sampler that it
       was distilled for.
-    - The schedule of a distilled model is the checkpoint's. It is trailing if the checkpoint says
-      trailing or has zero terminal SNR: its highest sigma is outside the range of Karras' spacing.
-      Else it is karras, or trailing below `FEW_GUIDED` (`FEW_UNGUIDED`) steps. Both start at the
-      last training timestep, to which the initial noise belongs. The spacing in SDXL's config
-      starts later.
+    - The schedule of a distilled model, and of one with EDM's noise, is the checkpoint's. It is
+      trailing if the checkpoint says trailing or has zero terminal SNR: its highest sigma is
+      outside the range of Karras' spacing. Else it is karras, or trailing below `FEW_GUIDED`
+      (`FEW_UNGUIDED`) steps. Both start at the last training timestep, to which the initial noise
+      belongs. The spacing in SDXL's config starts later.
     """
     if (sampler, schedule) == ("auto", "auto") and not altered:
         if fitted.available(config, steps, guidance):
@@ -52,7 +53,8 @@ def automatic(
         if config.get("timestep_spacing") == "trailing" or config.get("rescale_betas_zero_snr"):
             wanted = "trailing"
         # For models that draw pixels nothing was measured: they take the reference's own.
-        if distilled or sampler == "checkpoint" or family == PIXELS:
+        # EDM's noise levels belong to the model.
+        if distilled or sampler == "checkpoint" or family == PIXELS or is_edm(config):
             wanted = "normal"
         schedule = wanted if has_schedule(find(config, sampler).scheduler, wanted) else "normal"
     return sampler, schedule
