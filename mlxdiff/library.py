@@ -84,7 +84,7 @@ def open_model(
     if isinstance(model, str) and not Path(model).exists():
         model = str(catalogue.expand(model))
         reference = parse(model, revision)
-    if reference is None or any(single_file.values()):
+    if reference is None or any(value is not None for value in single_file.values()):
         opened = open_source(model, revision, variant, progress, **single_file)
         if recipe is None:
             return opened
