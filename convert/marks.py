@@ -25,7 +25,7 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 # alphas_cumprod ends at 0 to 5e-8 with zero terminal SNR, at 0.0047 in published schedules.
 _ZERO_SNR = 1e-4
 _SIDES = range(64, 4097, 8)
-_RESOLUTION = re.compile(r"(\d{2,4})(?:x(\d{2,4}))?")
+_RESOLUTION = re.compile(r"(\d{2,4})(?:x(\d{2,4}))?", re.ASCII)
 _WORDS = {"prediction": "prediction type", "zero_snr": "zero terminal SNR", "size": "resolution"}
 
 # scheduler_config.json of playgroundai/playground-v2.5-1024px-aesthetic.
@@ -165,9 +165,7 @@ def of_tensors(tensors: Mapping[str, LazyTensor], where: str) -> Marks:
 def _numbers(tensors: Mapping[str, LazyTensor], name: str, where: str) -> list[float]:
     """Return the values of a small tensor. Raises: CheckpointError."""
     if name not in tensors or not 1 <= tensors[name].size <= 64:
-        raise CheckpointError(
-            f"{where}: {name} is missing or has no sound shape; download it again"
-        )
+        raise CheckpointError(f"{where}: {name} is missing or misshapen; download the file again")
     values = np.asarray(tensors[name].read(), np.float64).ravel()
     if not np.isfinite(values).all():
         raise CheckpointError(f"{where}: {name} holds values that are not finite")

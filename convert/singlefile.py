@@ -289,9 +289,10 @@ class SingleFile:
             if not name.startswith("tokenizer")
         } | {"scheduler/scheduler_config.json": _json(self.scheduler_config)}
         if (scheduler := self.scheduler_config.get("_class_name")) is not None:
-            entry = {"scheduler": ["diffusers", scheduler]}
-            self.model_index |= entry
+            entry: dict[str, Any] = {"scheduler": ["diffusers", scheduler]}
             index = json.loads(self._documents["model_index.json"])
+            entry |= self._index_of_marks(self._configs["unet"].in_channels)
+            self.model_index |= entry
             self._documents["model_index.json"] = _json(index | entry)
         self._change_config("unet", self._marks.unet, read_unet)
         self._change_config("vae", self._marks.vae, read_vae)
@@ -300,6 +301,12 @@ class SingleFile:
         taken = [name for name in base.components if name not in own]
         if taken:
             self.notes += (f"{', '.join(taken)}: used from {base.path}",)
+
+    def _index_of_marks(self, channels: int) -> dict[str, Any]:
+        """Return what the marks add to model_index.json, for a U-Net of these input channels."""
+        edits = channels == 8 and self._marks.process is not None
+        # CosXL Edit takes the picture's latents scaled; InstructPix2Pix models do not.
+        return {"is_cosxl_edit": True} if edits else {}
 
     def _change_config(
         self, component: str, changes: Config, read: Callable[[Config, str], ComponentConfig]
@@ -353,8 +360,7 @@ class SingleFile:
             )
             self._configs[name] = kind.from_dict(one, where)
         self.model_index = {"_class_name": pipeline_class(family, structure), **family.index}
-        if self._marks.process is not None and structure["in_channels"] == 8:
-            self.model_index["is_cosxl_edit"] = True  # it takes the picture's latents scaled
+        self.model_index |= self._index_of_marks(structure["in_channels"])
         for name in ("scheduler", "text_encoder", "text_encoder_2", "unet", "vae"):
             if name == "scheduler":
                 self.model_index[name] = ["diffusers", self.scheduler_config["_class_name"]]
