@@ -104,7 +104,8 @@ def read(path: Path) -> Marks:
                 raise _fault(path, f"{key} is {said!r}; mlxdiff has {known} here")
         elif not _NO_EFFECT.fullmatch(key):
             raise _fault(path, f"model.params.{key} is unknown")
-    return replace(found, **configs)
+    scheduler, vae, unet = (configs[name] for name in ("scheduler", "vae", "unet"))
+    return replace(found, scheduler=scheduler, vae=vae, unet=unet)
 
 
 def _flat(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

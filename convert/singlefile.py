@@ -291,7 +291,7 @@ class SingleFile:
         if (scheduler := self.scheduler_config.get("_class_name")) is not None:
             entry: dict[str, Any] = {"scheduler": ["diffusers", scheduler]}
             index = json.loads(self._documents["model_index.json"])
-            entry |= self._index_of_marks(self._configs["unet"].in_channels)
+            entry |= self._index_of_marks(self.config("unet").in_channels)
             self.model_index |= entry
             self._documents["model_index.json"] = _json(index | entry)
         self._change_config("unet", self._marks.unet, read_unet)

@@ -133,7 +133,7 @@ def test_a_model_with_edms_noise_has_samplers_of_its_own(model: str) -> None:
         if name in EDM_CONTRACT:
             assert samplers.reference_class(config, name) == EDM_CONTRACT[name]
         else:
-            with pytest.raises(UsageError, match=r"EDM's noise.* auto, checkpoint, dpmpp-2m, "):
+            with pytest.raises(UsageError, match=r"continuous.* checkpoint, dpmpp-2m, "):
                 samplers.plan(config, name, "auto", 6)
     assert samplers.reference_class(config, "checkpoint") == config["_class_name"]
     for steps in (4, 30):  # its noise levels are its own, whatever the number of steps
@@ -144,6 +144,21 @@ def test_a_model_with_edms_noise_has_samplers_of_its_own(model: str) -> None:
         samplers.plan(config, "euler", "trailing", 6)
     with pytest.raises(UsageError, match="draw with it alone"):
         samplers.plan(config, "euler", "auto", 6, denoising_end=0.8)
+
+
+def test_continuous_noise_levels_in_eulers_words() -> None:
+    """timestep_type continuous: other classes would give the network numbered timesteps."""
+    config = {**SD, "_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}
+    assert samplers.plan(config, "auto", "auto", 30).sampler == "dpmpp-2m"  # only with v
+    config = {**config, "prediction_type": "v_prediction", "sigma_max": 700.0, "sigma_min": 0.002}
+    plan = samplers.plan(config, "auto", "auto", 30)
+    assert (plan.sampler, plan.schedule) == ("euler", "normal")
+    assert plan.rows == samplers.plan(config, "checkpoint", "auto", 30).rows
+    assert max(plan.timesteps) < 2
+    with pytest.raises(UsageError, match=r"there are auto, checkpoint, euler$"):
+        samplers.plan(config, "dpmpp-2m", "auto", 6)
+    with pytest.raises(UsageError, match="draw with it alone"):
+        samplers.plan(config, "auto", "auto", 6, denoising_end=0.8)
 
 
 @pytest.mark.parametrize(

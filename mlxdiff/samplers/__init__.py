@@ -26,7 +26,7 @@ from mlxdiff.samplers.arguments import SchedulerArguments
 from mlxdiff.samplers.ddim import DDPM
 from mlxdiff.samplers.defaults import PIXELS, automatic, distilled_for, is_turbo
 from mlxdiff.samplers.plan import Plan, Row, State
-from mlxdiff.samplers.process import check_process, is_edm
+from mlxdiff.samplers.process import check_process, is_continuous, is_edm
 from mlxdiff.samplers.registry import (
     NAMES,
     SAMPLERS,
@@ -118,6 +118,11 @@ def plan(
             )
         custom = scheduler.distilled_timesteps(chosen.arguments, steps, distilled_strength)
         chosen = replace(chosen, custom=custom)
+    if is_continuous(scheduler_config) and (denoising_start, denoising_end) != (None, None):
+        raise UsageError(
+            "denoising_start, denoising_end: this model takes continuous noise levels (EDM's) and "
+            "has no numbered timesteps to divide between two models; draw with it alone"
+        )
     grid = chosen.grid()
     first, last = _window(scheduler, grid, steps, strength, denoising_start, denoising_end)
     rows = tuple(scheduler.rows(chosen.arguments, grid, first, eta or 0.0))
@@ -233,7 +238,7 @@ def _choose(
         having = [name for name in SCHEDULE_ARGUMENTS if has_schedule(scheduler, name)]
         existing = samplers_for(config).values()
         others = [one.id for one in existing if has_schedule(one.scheduler, schedule)]
-        of_this = " of this model" if is_edm(config) else ""
+        of_this = " of this model" if is_continuous(config) else ""
         raise UsageError(
             f"sampler {sampler} has no schedule {schedule}; it has {', '.join(having)}; "
             f"{schedule} exists for {', '.join(others) or f'no sampler{of_this}'}"
@@ -273,11 +278,6 @@ def _window(
         _check_share(name, value)
     count, trained = len(grid.timesteps), len(grid.schedule)
     first, last = 0, count
-    if trained == 0 and (denoising_start is not None or denoising_end is not None):
-        raise UsageError(
-            "denoising_start, denoising_end: a model that was trained with EDM's noise has no "
-            "numbered timesteps to divide between two models; draw with it alone"
-        )
     if denoising_start:
         cutoff = round(trained - denoising_start * trained)
         left = int((grid.timesteps < cutoff).sum())

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlxdiff.samplers import fitted
-from mlxdiff.samplers.process import is_edm
-from mlxdiff.samplers.registry import find, has_schedule
+from mlxdiff.samplers.process import is_continuous
+from mlxdiff.samplers.registry import find, has_schedule, samplers_for
 
 PIXELS = "ddpm"
 """The family of models that draw pixels, not latents of a VAE."""
@@ -46,15 +46,16 @@ def automatic(
             return "fitted", "normal"
     distilled = distilled_for(config)
     if sampler == "auto":
-        sampler = distilled or "dpmpp-2m"
+        existing = samplers_for(config)
+        sampler = distilled or ("dpmpp-2m" if "dpmpp-2m" in existing else next(iter(existing)))
     if schedule == "auto":
         few = FEW_UNGUIDED if guidance is not None and guidance <= 1.0 else FEW_GUIDED
         wanted = "karras" if steps >= few else "trailing"
         if config.get("timestep_spacing") == "trailing" or config.get("rescale_betas_zero_snr"):
             wanted = "trailing"
         # For models that draw pixels nothing was measured: they take the reference's own.
-        # EDM's noise levels belong to the model.
-        if distilled or sampler == "checkpoint" or family == PIXELS or is_edm(config):
+        # Continuous noise levels (EDM's) belong to the model.
+        if distilled or sampler == "checkpoint" or family == PIXELS or is_continuous(config):
             wanted = "normal"
         schedule = wanted if has_schedule(find(config, sampler).scheduler, wanted) else "normal"
     return sampler, schedule

@@ -37,9 +37,9 @@ _FOREIGN = {
     "CMStochasticIterative": "consistency training",
     "CosineDPMSolver": "a cosine schedule of EDM's noise",
     "CogVideoX": "CogVideoX's shifted noise schedule",
-    "IPNDM": "a sine schedule",
+    "IPNDM": "a sine schedule of noise",
     "ScoreSde": "a score-based SDE",
-    "UnCLIP": "unCLIP",
+    "UnCLIP": "unCLIP's noise",
 }
 # Values of keys that mean flow matching, in whichever class.
 _FLOW_VALUES = {
@@ -52,6 +52,15 @@ _FLOW_VALUES = {
 def is_edm(config: Mapping[str, Any]) -> bool:
     """Return True if the config belongs to a model that was trained with EDM's parametrisation."""
     return str(config.get("_class_name")) in EDM_CLASSES
+
+
+def is_continuous(config: Mapping[str, Any]) -> bool:
+    """Return True if the network takes the noise level itself, not a numbered timestep.
+
+    Models with EDM's noise do, and EulerDiscreteScheduler has the same in its own words.
+    """
+    continuous = config.get("timestep_type") == "continuous"
+    return is_edm(config) or (continuous and config.get("prediction_type") == "v_prediction")
 
 
 def check_process(config: Mapping[str, Any], where: str = "scheduler_config.json") -> None:
@@ -80,6 +89,7 @@ def check_process(config: Mapping[str, Any], where: str = "scheduler_config.json
 
 def _refusal(where: str, said: str, process: str) -> ConfigError:
     return ConfigError(
-        f"{where}: {said}: the model was trained by {process}, which mlxdiff does not have (it has "
-        "DDPM's noise, as Stable Diffusion, and EDM's); use a model of these, or another program"
+        f"{where}: {said}: the model was trained with {process}, which mlxdiff does not have (it "
+        "has DDPM's noise, as Stable Diffusion, and EDM's); use a model of these, or another "
+        "program"
     )

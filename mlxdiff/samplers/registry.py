@@ -18,7 +18,7 @@ from mlxdiff.samplers import (
     pndm,
     unipc,
 )
-from mlxdiff.samplers.process import check_process, is_edm
+from mlxdiff.samplers.process import check_process, is_continuous, is_edm
 from mlxdiff.samplers.scheduler import Sampler, Scheduler
 
 # The order is the order of lists in messages and help.
@@ -83,11 +83,12 @@ def has_schedule(scheduler: Scheduler, schedule: str) -> bool:
 
 def samplers_for(config: Mapping[str, Any]) -> dict[str, Sampler]:
     """Return the samplers of a model by id, each with the scheduler for the model's process."""
-    if not is_edm(config):
-        return SAMPLERS
-    return {
-        one.id: replace(one, scheduler=one.edm) for one in SAMPLERS.values() if one.edm is not None
-    }
+    every = SAMPLERS.values()
+    if is_edm(config):
+        return {one.id: replace(one, scheduler=one.edm) for one in every if one.edm is not None}
+    if is_continuous(config):
+        return {one.id: one for one in every if "timestep_type" in one.scheduler.defaults}
+    return SAMPLERS
 
 
 def find(config: Mapping[str, Any], sampler: str) -> Sampler:
@@ -104,8 +105,8 @@ def find(config: Mapping[str, Any], sampler: str) -> Sampler:
         return existing[sampler]
     if sampler != "checkpoint":
         raise UsageError(
-            f"sampler {sampler} does not exist for a model that was trained with EDM's noise, "
-            f"as this one; there are auto, checkpoint, {', '.join(existing)}"
+            f"sampler {sampler} does not exist for this model, which takes continuous noise "
+            f"levels (EDM's); there are auto, checkpoint, {', '.join(existing)}"
         )
     classes = {one.scheduler.reference: one.scheduler for one in existing.values()}
     known = [name for name in classes if name is not None]
