@@ -27,6 +27,7 @@ from mlxdiff.networks.config import (
     read_vae,
 )
 from mlxdiff.networks.params import check_parameters, expected_parameters
+from mlxdiff.samplers.process import check_process
 from mlxdiff.store.reference import is_repo_path
 from mlxdiff.weights.quantization import Packed, Quantization
 from mlxdiff.weights.tensors import (
@@ -153,9 +154,9 @@ class ModelFolder:
         self.components: tuple[str, ...] = tuple(c for c in COMPONENTS if self.class_name(c))
         self._configs = {name: self._read_config(name) for name in self.components}
         self._tokenizers: dict[str, Tokenizer] = {}
-        self.scheduler_config: dict[str, Any] = read_json(
-            self.place("scheduler") / "scheduler_config.json"
-        )
+        where = self.place("scheduler") / "scheduler_config.json"
+        self.scheduler_config: dict[str, Any] = read_json(where)
+        check_process(self.scheduler_config, str(where))
         self.low_res_scheduler_config: dict[str, Any] = {}
         if self.class_name(LOW_RES_SCHEDULER):
             where = self.path / LOW_RES_SCHEDULER / "scheduler_config.json"
