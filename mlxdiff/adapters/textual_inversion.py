@@ -10,7 +10,6 @@ one tensor named after the word (diffusers) or with a generic name; ``string_to_
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ import numpy as np
 
 from mlxdiff.convert.checkpoint import all_finite
 from mlxdiff.errors import CheckpointError, UsageError
+from mlxdiff.machine.disk import sha256
 from mlxdiff.networks.config import CLIPTextConfig
 from mlxdiff.weights.pickles import SUFFIXES, PickleFile, open_tensors
 from mlxdiff.weights.tensors import READABLE, LazyTensor
@@ -95,8 +95,7 @@ def open_embedding(path: str | os.PathLike[str], token: str | None = None) -> Em
         told = opened.texts.get("name") or told
     word = token or told or file.stem
     names = () if token or file.stem == word or file.name in FILES else (file.stem,)
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    return Embedding(file, word, names, vectors, digest)
+    return Embedding(file, word, names, vectors, sha256(file))
 
 
 def _find(path: Path) -> Path:

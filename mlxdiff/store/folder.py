@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mlxdiff._version import __version__
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
-from mlxdiff.machine.disk import read_json, sha256
+from mlxdiff.machine.disk import read_document, read_json, sha256
 from mlxdiff.networks.config import (
     CLIPTextConfig,
     ComponentConfig,
@@ -222,7 +222,7 @@ class ModelFolder:
         return {name: path for name, path in paths.items() if path.is_file()}
 
     def documents(self) -> dict[str, bytes]:
-        return {name: path.read_bytes() for name, path in self.document_paths().items()}
+        return {name: read_document(path) for name, path in self.document_paths().items()}
 
 
 class ConvertedFolder(ModelFolder):
