@@ -30,7 +30,7 @@ from mlxdiff.backends import mlx_layers
 from mlxdiff.backends.mlx_layers import StoredWeight
 
 # Freed buffers that are kept on a GPU: enough for the buffers of some layers in turn.
-_CACHE, _LITTLE_CACHE = 1 << 30, 32 << 20
+_CACHE, _LITTLE_CACHE, _LITTLE_CACHE_ON_GPU = 1 << 30, 32 << 20, 256 << 20
 _FLOATS = ("float32", "float16", "bfloat16")
 
 nn: Layers = mlx_layers
