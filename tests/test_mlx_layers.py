@@ -239,8 +239,8 @@ def test_group_norm_in_few_kernels(monkeypatch: pytest.MonkeyPatch, dtype: str) 
     scaled = centred / np.sqrt((centred**2).mean(axis=(1, 3), keepdims=True) + norm.eps)
     plain = scaled.reshape(x.shape) * np.array(norm.weight) + np.array(norm.bias)
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    # MLX's CPU adds up a row of n = 378 values about 3 one by one. Each partial sum 3 k is rounded by
-    # u, so the mean is off by u 3 sqrt(n / 3) in the mean square. (A GPU has many threads.)
+    # MLX's CPU adds up a row of n = 378 values about 3 one by one. Each partial sum 3 k is rounded
+    # by u: the mean is off by u 3 sqrt(n / 3) in the mean square. (A GPU has many threads.)
     weight = np.abs(np.array(norm.weight)).max()
     atol = 5 * weight * 2.0**-24 * 3 * math.sqrt(378 / 3)
     rtol = 2e-6

@@ -119,6 +119,9 @@ class NumPyBackend:
     def limit_cache(self, low_memory: bool) -> None:
         """Nothing: NumPy keeps none."""
 
+    def check_exact(self) -> None:
+        """Nothing: NumPy computes on no GPU."""
+
     def clear_cache(self) -> None:
         """Nothing: NumPy keeps none."""
 
