@@ -409,7 +409,7 @@ class Pipeline:
             pictures=shown,
             refiner=self.refiner,
             low_memory=low_memory,
-            tiled=model.tiles(height, width, low_memory, model.vae_tiling),
+            band_bytes=model.band_bytes(height, width, low_memory),
             recipe=None if quantize is None else find_recipe(quantize),
         )
 
@@ -617,12 +617,10 @@ def _evaluations(
 def _finite(latents: np.ndarray, index: int, total: int, dtype: str) -> np.ndarray:
     """The latents of a step. Raises: MlxdiffError unless they are finite."""
     if not np.isfinite(latents).all():
-        way_out = (
-            "verify the model" if dtype == "float32" else "use dtype float32 (--dtype float32)"
-        )
+        damaged = "the weights are damaged, or the computation overflowed"
+        way_out = "verify the model" if dtype == "float32" else "use float32 (--dtype float32)"
         raise MlxdiffError(
-            f"step {index + 1} of {total} gives latents that are not finite: the weights are damaged, "
-            f"or the computation overflowed; {way_out}"
+            f"step {index + 1} of {total} gives latents that are not finite: {damaged}; {way_out}"
         )
     return latents
 

@@ -42,7 +42,7 @@ def winograd_can_be_switched_off() -> bool:
             del os.environ["MLX_CONV_WINOGRAD"]
         else:
             os.environ["MLX_CONV_WINOGRAD"] = before
-    return not bool(mx.array_equal(*results))
+    return not bool(mx.array_equal(results[0], results[1]))
 
 
 def multiplies_as_tf32() -> bool:
@@ -52,7 +52,7 @@ def multiplies_as_tf32() -> bool:
     """
     side, small = 512, 2.0**-12  # 1 + small is 1 in TF32
     x = mx.full((side, side), 1 + small)
-    return bool((x @ x)[0, 0].item() < side * (1 + small))
+    return bool(((x @ x)[0, 0] < side * (1 + small)).item())
 
 
 def compiled(constant: float) -> Callable[[mx.array], mx.array]:
