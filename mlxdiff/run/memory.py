@@ -335,8 +335,8 @@ def band_bytes(
         return BAND_BYTES if tiling or low_memory or pixels > TILE_PIXELS else None
     if tiling is None and not low_memory and memory is not None:
         kind = device_of(device, config)
-        if activation_bytes(config, kind, height, width) <= memory // 2:
-            return None
+        if activation_bytes(config, kind, height, width) <= memory // 4:
+            return None  # several times as much may be in flight
     most = (64 if low_memory else 256) << 20
     return most if memory is None else max(BAND_BYTES, min(most, memory // 64))
 
@@ -381,35 +381,36 @@ _KERNELS = {"convolution": 4, "linear": 2, "attention": 10, "elementwise": 20}
 _AHEAD = 50
 
 
-# Metal takes commands in portions of about so many bytes of inputs, and the CPU waits for it when
-# so many portions are not done (MLX 0.32: device.cpp, transforms.cpp).
+# Metal takes commands in portions of about so many bytes of inputs. The CPU waits for it when so
+# many portions are not done (MLX 0.32: device.cpp, transforms.cpp), or when MLX's memory limit is
+# reached. So ten larger operations need not fit: they wait for each other.
 _COMMAND_BYTES, _COMMANDS = 50 << 20, 10
+_WINOGRAD_PIXELS = 4096  # of a batch: for fewer MLX convolves directly
 
 
 def _gpu_bytes(work: Sequence[Operation], size: int, expands: bool) -> int:
     """MLX on a GPU, which runs behind the CPU: what is in flight is held too."""
-    most, window, inputs = 0, deque[tuple[int, int]](), 0
+    most, window, in_flight = 0, deque[tuple[int, int]](), 0
     for op in work:
-        own, read = size * op.outputs, size * op.inputs
+        own, read = size * op.outputs, size * (op.inputs + op.weights)
         if op.kind == "convolution":
-            own += _winograd_bytes(op, size)
-            if expands:
-                own += size * op.weights
+            workspace = _winograd_bytes(op, size) + (size * op.weights if expands else 0)
+            own, read = own + workspace, read + workspace
         elif op.kind == "attention":
-            own += 2 * read  # heads zero-padded to a dimension that kernels take
+            own += 2 * size * op.inputs  # heads zero-padded to a dimension that kernels take
         elif op.kind == "elementwise":
-            own += read  # a norm's groups, as rows
+            own += size * op.inputs  # a norm's groups, as rows
         window.append((own, read))
-        inputs += read
-        while len(window) > 1 and inputs - window[0][1] > _COMMANDS * _COMMAND_BYTES:
-            inputs -= window.popleft()[1]
-        most = max(most, size * op.held + read + sum(bytes_ for bytes_, _ in window))
+        in_flight += read
+        while len(window) > 1 and in_flight - window[0][1] > _COMMANDS * _COMMAND_BYTES:
+            in_flight -= window.popleft()[1]
+        most = max(most, size * (op.held + op.inputs) + sum(bytes_ for bytes_, _ in window))
     return most
 
 
 def _winograd_bytes(op: Operation, size: int) -> int:
     """The workspace of Winograd's method: tiles of 6x6 results take 8x8 values, kernels too."""
-    if not op.scratch:  # of 1x1
+    if not op.scratch or op.macs < _WINOGRAD_PIXELS * op.weights:
         return 0
     return size * (64 * (op.inputs + op.outputs) // 36 + 64 * op.weights // 9)
 
