@@ -22,7 +22,7 @@ import numpy as np
 from mlxdiff import library, samplers
 from mlxdiff._version import __version__
 from mlxdiff.adapters import lora, textual_inversion
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import MlxdiffError, UsageError
 from mlxdiff.noise import Generator
 from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
 from mlxdiff.pictures.metadata import Metadata
@@ -408,7 +408,7 @@ class Pipeline:
             pictures=shown,
             refiner=self.refiner,
             low_memory=low_memory,
-            tiled=model.tiles(height, width, low_memory, model.vae_tiling),
+            band_bytes=model.band_bytes(height, width, low_memory),
             recipe=None if quantize is None else find_recipe(quantize),
         )
 
@@ -478,13 +478,14 @@ class Pipeline:
                 denoise = denoisers[part]
                 for x, clean, elapsed in _evaluations(stage, begun, denoise, backend, draw):
                     seconds.append(elapsed)
+                    latents = _finite(backend.to_numpy(x)[0], index, total, backend.dtype)
                     yield Step(
                         index=index,
                         total=total,
                         picture=picture,
                         seed=seed,
                         seconds=elapsed,
-                        latents=backend.to_numpy(x)[0],
+                        latents=latents,
                         _decode=model.decode,
                         _sketch=model.sketch,
                         _denoised=clean,
@@ -609,6 +610,17 @@ def _evaluations(
             x = kept(x, plan, i + 1)
         backend.evaluate(x)
         yield x, clean, time.perf_counter() - start
+
+
+def _finite(latents: np.ndarray, index: int, total: int, dtype: str) -> np.ndarray:
+    """The latents of a step. Raises: MlxdiffError unless they are finite."""
+    if not np.isfinite(latents).all():
+        damaged = "the weights are damaged, or the computation overflowed"
+        way_out = "verify the model" if dtype == "float32" else "use float32 (--dtype float32)"
+        raise MlxdiffError(
+            f"step {index + 1} of {total} gives latents that are not finite: {damaged}; {way_out}"
+        )
+    return latents
 
 
 def _denoised(backend: Any, plan: samplers.Plan, index: int, x: Any, output: Any) -> np.ndarray:

@@ -553,7 +553,8 @@ class LoadOptions(Options):
         metavar="NAME",
         help="auto (default), float32, float16 or bfloat16.",
         doc='what the U-Net and the text encoders compute in. None or "auto": float16 on a GPU, '
-        "else float32. The VAE stays in float32 where its config says ``force_upcast``.",
+        "else float32. The VAE stays in float32 where its config says ``force_upcast``, or where "
+        "float16 overflows.",
         elsewhere="torch_dtype precision",
     )
     low_memory: Flag = _machine(

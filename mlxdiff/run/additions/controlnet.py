@@ -219,7 +219,8 @@ class ControlNets:
         for net, control in zip(self.nets, self.controls, strict=True):
             pixels = (control.image.astype(np.float32) / np.float32(255))[None]
             self.pictures.append(net.embed_image(self.backend.asarray(pixels)))
-        self.backend.evaluate(*self.pictures)
+        # What is lazy belongs to the thread that made it, and each step may run in another.
+        self.backend.evaluate(*self.pictures, *[text.values for text in self.texts])
 
     def counting(self, index: int, total: int) -> list[int]:
         """See ``Acting.counting``."""
