@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlxdiff.convert import detect
+from mlxdiff.convert import recognise
 from mlxdiff.convert.checkpoint import map_component
 from mlxdiff.convert.component import (
     Component,
@@ -28,15 +28,6 @@ from mlxdiff.weights.tensors import LazyTensor
 logger = logging.getLogger("mlxdiff")
 
 _PREFIX = "control_model."
-# Tensor name prefix -> kind of a file that is called a ControlNet but is none.
-_OTHERS = {
-    "lora_controlnet": "a Control-LoRA, which is not supported",
-    "difference": "the difference to a model's U-Net, not a whole ControlNet",
-    "control_type_proj": "a ControlNet-Union, which is not supported",
-    "lllite": "a ControlNet-LLLite, which is not supported",
-    "body.": "a T2I-Adapter, which is not supported",
-    "adapter.body.": "a T2I-Adapter, which is not supported",
-}
 
 
 def open_controlnet(
@@ -74,9 +65,7 @@ def _open_file(path: Path, unet: UNet2DConditionConfig, provenance: dict[str, An
     tensors = _section(file.tensors)
     ldm = "input_hint_block.0.weight" in tensors
     if not ldm and "controlnet_cond_embedding.conv_in.weight" not in tensors:
-        raise CheckpointError(
-            f"{path}: looks like {_looks_like(file.tensors)}; expected a ControlNet"
-        )
+        raise CheckpointError(f"{path}: {recognise.refusal(file.tensors)}; expected a ControlNet")
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     try:
         structure = controlnet_structure(shapes)
@@ -168,13 +157,6 @@ def _number(value: Any) -> str:
 
 def _list(values: Any) -> str:
     return ", ".join(map(str, values))
-
-
-def _looks_like(tensors: Mapping[str, LazyTensor]) -> str:
-    for start, words in _OTHERS.items():
-        if any(name.startswith(start) for name in tensors):
-            return words
-    return detect.looks_like(tensors)
 
 
 def _not_a_controlnet(path: Path) -> CheckpointError:

@@ -22,18 +22,20 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 
 from mlxdiff.adapters import lora_names
 from mlxdiff.adapters.lora_forms import Delta, Form, Full, Magnitude, make_form
 from mlxdiff.adapters.lora_names import Target
-from mlxdiff.convert import detect
+from mlxdiff.convert import recognise
 from mlxdiff.convert.checkpoint import all_finite
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
 from mlxdiff.machine.disk import read_json
 from mlxdiff.networks.params import expected_parameters
+from mlxdiff.store.folder import ModelSource
+from mlxdiff.store.recipes import is_quantized
 from mlxdiff.weights.pickles import PickleFile, open_tensors
 from mlxdiff.weights.quantization import Beside
 from mlxdiff.weights.tensors import (
@@ -84,6 +86,7 @@ class LoraFile:
         settings: prefix of module names ("" for all) -> PEFT's config of the adapter.
         classes: component -> classes of the changed modules, if the modules are numbered
             (``lora_names.numbered``).
+        metadata: the strings in the header of a safetensors file.
     """
 
     path: Path
@@ -93,6 +96,7 @@ class LoraFile:
     short_hash: str
     settings: dict[str, dict[str, Any]] = field(repr=False)
     classes: dict[str, list[str]] = field(default_factory=dict, repr=False)
+    metadata: dict[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,7 @@ def open_lora(path: str | os.PathLike[str]) -> LoraFile:
         for part in ("unet", "text_encoder")
         if part in metadata and f"{part}:0:up" in tensors
     }
-    return LoraFile(path, name, tensors, digest, short[:12], settings, classes)
+    return LoraFile(path, name, tensors, digest, short[:12], settings, classes, metadata)
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -290,6 +294,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     return {
         "kind": "LoRA",
         "path": str(file.path),
+        "use": recognise.use("a LoRA"),
         "made_for": lora_names.made_for({n: t.shape for n, t in file.tensors.items()}),
         "forms": dict(+forms),
         "ranks": sorted(ranks),
@@ -297,6 +302,8 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         "bytes": sum(tensor.nbytes for tensor in file.tensors.values()),
         "sha256": file.sha256,
         "short_hash": file.short_hash,
+        "precision": dict(Counter(tensor.dtype for tensor in file.tensors.values())),
+        "written": recognise.written(file.metadata),
         "not_understood": unknown,
     }
 
@@ -544,8 +551,7 @@ def _raise_faults(
         raise CheckpointError(f"{where}: was made for {theirs}; this model is {ours}")
     if not matched and not misshapen:
         if not any(lora_names.split(name) for name in file.tensors):
-            what = detect.looks_like(file.tensors)
-            raise CheckpointError(f"{where}: is not a LoRA but {what}")
+            raise CheckpointError(f"{where}: is not a LoRA: it {recognise.refusal(file.tensors)}")
         raise CheckpointError(
             f"{where}: none of its {len(file.tensors)} tensors belongs to a weight of this model "
             f"({ours}); it has {_few(list(file.tensors), 3)}; expected names such as "
@@ -596,6 +602,50 @@ def open_all(given: Iterable[Given], configs: Mapping[str, Any], family: str) ->
         own, text = map(float, scales)
         opened.append(match(open_lora(path), (own, text), configs, family))
     return tuple(opened)
+
+
+class _Baked:
+    """A model with LoRAs in its weights. All else is that of the model."""
+
+    def __init__(self, source: ModelSource, loras: Sequence[Lora]) -> None:
+        self._source = source
+        self._loras = loras
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """See ``ModelSource.provenance``. It names the LoRAs, too."""
+        entries = [
+            {"name": one.name, "scale": one.scale, "text_scale": one.text_scale}
+            | {"sha256": one.file.sha256}
+            for one in self._loras
+        ]
+        return self._source.provenance | {"loras": entries}
+
+    def tensors(self, component: str) -> dict[str, LazyTensor]:
+        """See ``ModelSource.tensors``."""
+        return changed(self._loras, component, self._source.tensors(component))
+
+
+def baked(given: Sequence[Given]) -> Callable[[ModelSource], ModelSource]:
+    """Return a function that puts LoRAs into the weights of a model (``convert.convert``).
+
+    The function raises UsageError for a quantized model, which cannot hold the sum, and the errors
+    of ``open_all``.
+    """
+
+    def change(model: ModelSource) -> ModelSource:
+        if is_quantized(model):
+            raise UsageError(
+                f"{model.path}: is quantized, and a LoRA in its weights would be rounded away; "
+                "convert the original with --lora and --quantize"
+            )
+        configs = {name: model.config(name) for name in model.components if name != "vae"}
+        return cast(ModelSource, _Baked(model, open_all(given, configs, model.family)))
+
+    return change
 
 
 def _is_number(value: Any) -> bool:
