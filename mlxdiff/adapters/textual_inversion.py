@@ -187,7 +187,10 @@ def is_embedding(path: str | os.PathLike[str]) -> bool:
         re.fullmatch(r"<[^<>]+>", name) for name in tensors
     )
     few = all(len(t.shape) in (1, 2) and t.size < 2**20 for t in tensors.values())
-    return few and (known or len(tensors) == 1)
+    alone = (
+        len(tensors) == 1 and recognise.is_unknown(tensors) and not any("." in n for n in tensors)
+    )
+    return few and (known or alone)
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
