@@ -190,7 +190,7 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
         convert(tmp_path / "q", tmp_path / "out", to="diffusers", change=change)
 
 
-# ----------------------------------------------------------------------------- the reference opens it
+# --------------------------------------------------------------------- the reference opens it
 
 
 @pytest.mark.parametrize("model", ["sd15", "sdxl"])
