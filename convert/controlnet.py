@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,16 +19,17 @@ from mlxdiff.convert.component import (
     read_component_config,
 )
 from mlxdiff.convert.families import Unrepresentable, controlnet_structure
-from mlxdiff.convert.keymap import Layout, ldm_controlnet
+from mlxdiff.convert.keymap import DIFFUSERS, ldm_controlnet
 from mlxdiff.errors import CheckpointError
 from mlxdiff.networks.config import ControlNetConfig, UNet2DConditionConfig
 from mlxdiff.store.folder import Progress
 from mlxdiff.weights.pickles import PickleFile, open_tensors
-from mlxdiff.weights.tensors import LazyTensor
+from mlxdiff.weights.tensors import LazyTensor, Shape
 
 logger = logging.getLogger("mlxdiff")
 
 _PREFIX = "control_model."
+_CLASSES = ("ControlNetModel", "ControlNetUnionModel")
 
 
 def open_controlnet(
@@ -53,7 +55,7 @@ def open_controlnet(
     else:
         if not (place / "config.json").is_file():
             raise _not_a_controlnet(place)
-        data = read_component_config(place, ("ControlNetModel",), "ControlNet")
+        data = read_component_config(place, _CLASSES, "ControlNet")
         config = ControlNetConfig.from_dict(data, str(place / "config.json"))
         found = open_folder_of("controlnet", place, config, provenance, variant)
     _check_fit(found.config, unet, str(path))
@@ -68,16 +70,30 @@ def _open_file(path: Path, unet: UNet2DConditionConfig, provenance: dict[str, An
         raise CheckpointError(f"{path}: {recognise.refusal(file.tensors)}; expected a ControlNet")
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     try:
-        structure = controlnet_structure(shapes)
+        structure = controlnet_structure(shapes) | _types(shapes)
     except Unrepresentable as error:
         raise CheckpointError(
             f"{path}: is a ControlNet of an unknown structure ({error}); use a diffusers folder"
         ) from None
     config = _config_of(structure, unet, path)
     refused = file.refused if isinstance(file, PickleFile) else {}
-    layout = ldm_controlnet(config) if ldm else Layout()
+    layout = ldm_controlnet(config) if ldm else DIFFUSERS["controlnet"]
     files = map_component(path, tensors, layout, config, str(path), refused)
     return Component(config, lambda: files.read(config), provenance)
+
+
+def _types(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """Return what the config of a ControlNet-Union has beside a ControlNet's; else nothing."""
+    table = shapes.get("task_embedding", ())
+    if len(table) != 2:
+        return {}
+    layers = {m[1] for name in shapes if (m := re.match(r"transformer_layes\.(\d+)\.", name))}
+    return {
+        "_class_name": "ControlNetUnionModel",
+        "num_control_type": table[0],
+        "num_trans_channel": table[1],
+        "num_trans_layer": len(layers),
+    }
 
 
 def _section(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
