@@ -77,6 +77,11 @@ def check_target(model: ModelSource, to: str, dest: str | os.PathLike[str], forc
     families = ", ".join(_PLACES)
     if model.family not in _PLACES or not isinstance(model.config("unet"), UNet2DConditionConfig):
         raise UsageError(f"{model.path}: one file is for {families} only; use --to diffusers")
+    noise = str(model.scheduler_config.get("_class_name"))
+    if noise.startswith("EDM"):
+        raise UsageError(
+            f"{model.path}: one file cannot say that its noise is EDM's ({noise}); use --to diffusers"
+        )
     if not isinstance(model.config("vae"), AutoencoderKLConfig):
         raise UsageError(f"{model.path}: its tiny VAE has no place in one file; use --to diffusers")
 

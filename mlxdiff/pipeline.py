@@ -24,7 +24,6 @@ from mlxdiff._version import __version__
 from mlxdiff.adapters import lora, textual_inversion
 from mlxdiff.errors import UsageError
 from mlxdiff.noise import Generator
-from mlxdiff.pictures import preview
 from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
 from mlxdiff.pictures.metadata import Metadata
 from mlxdiff.run.additions import AdditionT, Fetch
@@ -597,7 +596,6 @@ def _evaluations(
     Yields: x after each step, (1, h, w, C); what gives it without noise; seconds.
     """
     plan, x = stage.plan, backend.asarray(begun.x)
-    prediction = stage.model.source.scheduler_config.get("prediction_type", "epsilon")
     beside = None if begun.beside is None else backend.asarray(begun.beside)
     kept = None if begun.kept is None else begun.kept.on(backend)
     state = plan.start()
@@ -605,7 +603,7 @@ def _evaluations(
         start = time.perf_counter()
         evaluation = Evaluation(t, i, len(plan), beside)
         output = denoise(plan.scale_model_input(x, state), evaluation)
-        clean = partial(_denoised, backend, plan, i, prediction, x, output)
+        clean = partial(_denoised, backend, plan, i, x, output)
         x, state = plan.step(x, output, state, noise=partial(_on_backend, backend, draw))
         if kept is not None:
             x = kept(x, plan, i + 1)
@@ -613,10 +611,8 @@ def _evaluations(
         yield x, clean, time.perf_counter() - start
 
 
-def _denoised(
-    backend: Any, plan: samplers.Plan, index: int, prediction: str, x: Any, output: Any
-) -> np.ndarray:
-    clean: np.ndarray = backend.to_numpy(preview.denoised(plan, index, prediction, x, output))[0]
+def _denoised(backend: Any, plan: samplers.Plan, index: int, x: Any, output: Any) -> np.ndarray:
+    clean: np.ndarray = backend.to_numpy(plan.denoised(x, output, index))[0]
     return clean
 
 

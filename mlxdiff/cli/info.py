@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from mlxdiff.cli import common_options, show_notes
+from mlxdiff.errors import printable
 
 
 @click.command()
@@ -37,11 +38,11 @@ def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
     lines = []
     for key, value in facts.items():
         is_file = "." in key  # keep file names as they are
-        label = f"{indent}{key if is_file else key.replace('_', ' ')}:"
+        label = printable(f"{indent}{key if is_file else key.replace('_', ' ')}:")
         if isinstance(value, dict):
             lines += [label, *_lines(value, indent + "  ")] if value else []
         elif isinstance(value, list):
-            lines += [f"{label} {', '.join(map(str, value))}"] if value else []
+            lines += [f"{label} {printable(', '.join(map(str, value)))}"] if value else []
         elif value is not None:
-            lines.append(f"{label} {value}")
+            lines.append(f"{label} {printable(str(value))}")
     return lines

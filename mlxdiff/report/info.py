@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,11 @@ def describe(
     if verify:
         return _model(path, config) | {"verified": _verified(path)}
     here = None if path is None else Path(path)
-    if here is not None and here.is_file() and _is_picture(here):
+    if here is not None and os.path.isfile(here) and _is_picture(here):
         if textual_inversion.is_embedding(here):
             return textual_inversion.describe(here)
         return metadata.read(here).to_dict()
-    if here is not None and here.exists():
+    if here is not None and os.path.exists(here):
         if lora.is_lora(here):
             return lora.describe(here)
         if textual_inversion.is_embedding(here):
