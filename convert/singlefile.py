@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlxdiff.convert import detect, marks, original_config
+from mlxdiff.convert import detect, marks, original_config, recognise
 from mlxdiff.convert.checkpoint import ComponentFiles, DiffusersFolder, map_component
 from mlxdiff.convert.families import (
     FAMILIES,
@@ -187,14 +187,12 @@ class SingleFile:
         file = open_tensors(self.path)
         if kind := detect.refused(file.tensors):
             raise CheckpointError(
-                f"{self.path}: looks like {kind}, not a supported model; give a Stable Diffusion "
-                "checkpoint"
+                f"{self.path}: looks like {kind}, not a whole model; {recognise.use(kind)}"
             )
         self._sections, averages, rest = split(file.tensors, self.path)
         if not self._sections and not averages:
             raise CheckpointError(
-                f"{self.path}: looks like {detect.looks_like(file.tensors)}, not a whole model; "
-                "give a diffusers folder or a whole checkpoint"
+                f"{self.path}: {recognise.refusal(file.tensors)}; it is not a whole model"
             )
         own = {*self._sections, *(["unet"] if averages else [])}
         self.base = None if config is None else _open_base(Path(config), own)

@@ -21,6 +21,7 @@ from mlxdiff import samplers
 from mlxdiff.adapters.lora import Lora
 from mlxdiff.adapters.textual_inversion import Embedding
 from mlxdiff.convert.singlefile import PREDICTIONS
+from mlxdiff.pictures.control_modes import MODES
 from mlxdiff.pictures.hires import UPSCALERS
 from mlxdiff.pictures.preprocess import PREPROCESSORS
 from mlxdiff.run import values
@@ -85,6 +86,7 @@ Preprocessors = Annotated[
         )
     ),
 ]
+Modes = Annotated[str | Sequence[str], values.Each(values.Choice(MODES))]
 Loras = Annotated[
     Iterable[PathLike | tuple[PathLike, float | tuple[float, float]] | Lora],
     values.Files("PATH[:SCALE]"),
@@ -356,6 +358,13 @@ class FileOptions(Options):
         metavar="NAME",
         help="What to make of its picture first: none (default), edges, grey or tile; one for "
         "all or one for each.",
+    )
+    control_mode: Modes | None = _control(
+        "--control-mode",
+        metavar="NAME",
+        help="Type of its picture, for a ControlNet-Union: openpose, depth, sketch, canny (also "
+        "line art), normal, segment, tile or repaint; one for all or one for each.",
+        elsewhere="control_type",
     )
     ip_image: Pictures | None = _shown(
         "--ip-image",
