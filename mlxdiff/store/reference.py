@@ -51,6 +51,11 @@ class Reference:
         return is_commit(self.revision)
 
 
+def is_address(text: object) -> bool:
+    """Return True if a text is a web address. Only addresses of models on the hub are fetched."""
+    return isinstance(text, str) and text.lower().startswith(("http://", "https://"))
+
+
 def is_commit(revision: str) -> bool:
     """Return True if a revision is the full name of a commit (40 hex digits)."""
     return _COMMIT.fullmatch(revision) is not None
