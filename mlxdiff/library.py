@@ -98,7 +98,7 @@ def open_model(
     if isinstance(model, str) and not os.path.exists(model):
         model = str(catalogue.expand(model))
         reference = parse(model, revision)
-    if reference is None or any(single_file.values()):
+    if reference is None or any(value is not None for value in single_file.values()):
         opened = open_source(model, revision, variant, progress, **single_file)
         if recipe is None:
             return opened
