@@ -250,6 +250,29 @@ def manifests(folder: Path) -> Make:
     return lambda chance: chance.choice(halves)(chance)
 
 
+def original_configs(folder: Path) -> Make:
+    """The .yaml of the LDM code beside a checkpoint."""
+    from mlxdiff.convert import original_config
+
+    good = (
+        b"model:\n  base_learning_rate: 1.0e-04\n  target: ldm.ddpm.LatentDiffusion\n"
+        b'  params:\n    parameterization: "v"\n    linear_start: 0.00085\n    timesteps: 1000\n'
+        b"    use_ema: False # a comment\n    image_size: 64\n    unet_config:\n      params:\n"
+        b"        attention_resolutions: [ 4, 2, 1 ]\n        channel_mult:\n"
+        b"        - 1\n        - 2\n"
+    )
+    bad = folder / "bad.yaml"
+
+    def make(chance: Chance) -> Run:
+        if chance.random() < 0.02:
+            bad.write_bytes(chance.choice(TOKENS) * chance.choice((600, 20_000)))
+        else:
+            bad.write_bytes(spoil_bytes(good, chance))
+        return lambda: original_config.read(bad)
+
+    return make
+
+
 def schedulers(folder: Path) -> Make:
     """Schedules from wild numbers in scheduler_config.json."""
     from mlxdiff import samplers
@@ -368,9 +391,7 @@ def pictures(folder: Path) -> Make:
     def make(chance: Chance) -> Run:
         kind = chance.random()
         if kind < 0.004:  # a bomb: few bytes, many pixels
-            bad.write_bytes(
-                _bomb(*chance.choice([(20_000, 20_000), (60_000, 900), (1, 2**31 - 1)]))
-            )
+            bad.write_bytes(_bomb(*chance.choice(BOMBS)))
         elif kind < 0.1:
             bad.write_bytes(_with_size(sources[0], chance))
         else:
@@ -378,6 +399,9 @@ def pictures(folder: Path) -> Make:
         return read
 
     return make
+
+
+BOMBS = [(20_000, 20_000), (60_000, 900), (1, 2**31 - 1), (7000, 7000)]
 
 
 def _chunk(name: bytes, data: bytes) -> bytes:
@@ -667,7 +691,8 @@ PARSERS = {
         Parser(tokenizers, 6_000, 60),
         Parser(pictures, 10_000, 150),
         Parser(schedulers, 2_000, 60),
-        Parser(metadata, 10_000, 150),
+        Parser(original_configs, 2_000, 60),
+        Parser(metadata, 8_000, 150),
         Parser(prompts, 12_000, 200),
         Parser(loras, 5_000, 60),
         Parser(hubs, 4_000, 60),
