@@ -27,7 +27,7 @@ from mlxdiff.networks.config import (
     read_vae,
 )
 from mlxdiff.networks.params import check_parameters, expected_parameters
-from mlxdiff.samplers.process import check_process
+from mlxdiff.samplers.process import check_process, is_edm
 from mlxdiff.store.reference import is_repo_path
 from mlxdiff.weights.quantization import Packed, Quantization
 from mlxdiff.weights.tensors import (
@@ -156,11 +156,32 @@ class ModelFolder:
         self._tokenizers: dict[str, Tokenizer] = {}
         where = self.place("scheduler") / "scheduler_config.json"
         self.scheduler_config: dict[str, Any] = read_json(where)
-        check_process(self.scheduler_config, str(where))
+        self._check_scheduler(where)
         self.low_res_scheduler_config: dict[str, Any] = {}
         if self.class_name(LOW_RES_SCHEDULER):
             where = self.path / LOW_RES_SCHEDULER / "scheduler_config.json"
             self.low_res_scheduler_config = read_json(where)
+
+    def _check_scheduler(self, where: Path) -> None:
+        """Check that mlxdiff has the noise process of the model.
+
+        diffusers takes the class from model_index.json, and it is in the scheduler's config too.
+        Raises: ConfigError for another process, or two of them.
+        """
+        named = self.class_name("scheduler")
+        if named is not None and "_class_name" not in self.scheduler_config:
+            self.scheduler_config = {"_class_name": named, **self.scheduler_config}
+        check_process(self.scheduler_config, str(where))
+        if named is None:
+            return
+        index = {"_class_name": named}
+        check_process(index, f"{self.path}/model_index.json: scheduler")
+        if is_edm(index) != is_edm(self.scheduler_config):
+            raise ConfigError(
+                f"{where}: _class_name is {self.scheduler_config.get('_class_name')!r}, and "
+                f"model_index.json has {named!r}, a class of another noise process; write the "
+                "right one into both"
+            )
 
     def class_name(self, part: str) -> str | None:
         """Return the class of a part from model_index.json, or None if the model lacks the part."""
