@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import click
-
+from mlxdiff.cli.streams import tell
 from mlxdiff.errors import UsageError
 from mlxdiff.run.values import Number, Unfit
 
@@ -34,7 +33,7 @@ def parse(word: str) -> Asked:
 def report(loras: tuple[Any, ...]) -> None:
     """Say on stderr what each LoRA changes."""
     for lora in loras:
-        click.echo(f"LoRA {lora.report()}", err=True)
+        tell(f"LoRA {lora.report()}")
 
 
 def replayed(
