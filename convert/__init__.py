@@ -24,7 +24,13 @@ from mlxdiff.convert.controlnet import open_controlnet
 from mlxdiff.convert.ip_adapter import open_ip_adapter
 from mlxdiff.convert.report import ComponentReport, Report
 from mlxdiff.convert.singlefile import SingleFile
-from mlxdiff.convert.sources import Model, open_source
+from mlxdiff.convert.sources import (
+    Model,
+    identities,
+    open_source,
+    require_unchanged,
+    used_files,
+)
 from mlxdiff.errors import UsageError
 from mlxdiff.machine.disk import sha256
 from mlxdiff.networks.config import UNetConfig
@@ -85,7 +91,8 @@ def convert(
             quantization.
         group_size, recipe: group size and kind of the quantization.
     Returns: the treatment of every tensor.
-    Raises: UsageError, CheckpointError, ConfigError, HubError.
+    Raises: UsageError, CheckpointError (also for a source that changes meanwhile), ConfigError,
+        HubError.
     """
     begin = time.perf_counter()
     if dtype not in DTYPES:
@@ -98,6 +105,7 @@ def convert(
     check_dest(dest, force)
     if variant is None and dtype == "float32":
         variant = ""
+    seen = identities(source, config)
     model = open_source(
         source,
         revision,
@@ -112,6 +120,7 @@ def convert(
         raise UsageError(
             f"{source}: already quantized; convert the original to change its quantization or dtype"
         )
+    seen = identities(*used_files(model).values()) | seen
     target = model if chosen is None else quantized_model(model, chosen, dtype)
     to_write = sum(
         stored_bytes(t, dtype) for c in target.components for t in target.tensors(c).values()
@@ -129,6 +138,7 @@ def convert(
         provenance=provenance,
         recipe=None if chosen is None else chosen.name,
         force=force,
+        check=lambda: require_unchanged(used_files(model).values(), seen),
         progress=progress
         and (lambda done, total, name: progress(to_hash + done, to_hash + total, name)),
     )
