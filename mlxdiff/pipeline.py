@@ -29,9 +29,9 @@ from mlxdiff.run.additions.controlnet import ControlNet
 from mlxdiff.run.additions.embedding import Embedding
 from mlxdiff.run.additions.ip_adapter import IPAdapter
 from mlxdiff.run.additions.lora import LoRA, asked_for
-from mlxdiff.run.additions.refiner import Refiner
+from mlxdiff.run.additions.refiner import Refiner, refiner_of
 from mlxdiff.run.additions.vae import AnotherVAE
-from mlxdiff.run.drawing import Job, Picture, Result, Run, Step
+from mlxdiff.run.drawing import Picture, Result, Run, Step
 from mlxdiff.run.latent_model import LatentModel
 from mlxdiff.run.memory import Device, Estimate, estimate, require
 from mlxdiff.run.model import Model, PromptEmbeddings
@@ -279,14 +279,14 @@ class Pipeline:
     @property
     def refiner(self) -> Model | None:
         """The model that does the last part of the way, if there is one."""
-        return _refiner_of(self.model)
+        return refiner_of(self.model)
 
-    def _asked_for(self, settings: Settings) -> tuple[lora.Given, ...]:
-        """The LoRAs that a prompt asks for (``<lora:name:0.8>``). Raises: UsageError."""
-        return asked_for(settings.prompt, settings.prompt_syntax, self.lora_folder)
+    def _with_prompt_loras(self, model: Model, settings: Settings) -> Model:
+        """Return the model with the LoRAs that a prompt asks for (``<lora:name:0.8>``).
 
-    def _with_prompt_loras(self, model: Model, asked: tuple[lora.Given, ...]) -> Model:
-        """Return the model with what a prompt asks for. Raises: UsageError, CheckpointError."""
+        Raises: UsageError, CheckpointError.
+        """
+        asked = asked_for(settings.prompt, settings.prompt_syntax, self.lora_folder)
         if not asked:
             return model
         with turn():
@@ -343,13 +343,13 @@ class Pipeline:
         Returns: Settings.
         Raises: UsageError where an option cannot be honoured.
         """
-        return self._plan(self.model, asked).settings
+        return self._plan(asked).settings
 
-    def _plan(self, model: Model, asked: RunOptions) -> PlannedRun:
-        planned = resolve(model, _refiner_of(model), asked)
-        self._asked_for(planned.settings)  # they must be there
+    def _plan(self, asked: RunOptions) -> PlannedRun:
+        model = self.model  # another thread may put another one in its place
+        planned = resolve(model, refiner_of(model), asked)
         self._require_memory(planned.settings)
-        return planned
+        return planned._replace(model=self._with_prompt_loras(model, planned.settings))
 
     def memory(
         self,
@@ -380,8 +380,7 @@ class Pipeline:
             pictures=shown,
             refiner=self.refiner,
             low_memory=low_memory,
-            tiled=isinstance(model, Model)
-            and model.tiles(height, width, low_memory, model.vae_tiling),
+            tiled=model.tiles(height, width, low_memory, model.vae_tiling),
             recipe=None if quantize is None else find_recipe(quantize),
         )
 
@@ -432,15 +431,13 @@ class Pipeline:
 
     def _begin(self, asked: RunOptions) -> Run:
         """Make a run. All that decides its pictures is fixed here."""
-        model = self.model
-        planned = self._plan(model, asked)
-        model = self._with_prompt_loras(model, self._asked_for(planned.settings))
-        return Run(Job(model, _refiner_of(model), planned, self._metadata(model, planned)))
+        planned = self._plan(asked)
+        return Run(planned, self._metadata(planned))
 
-    def _metadata(self, model: Model, planned: PlannedRun) -> list[Metadata]:
+    def _metadata(self, planned: PlannedRun) -> list[Metadata]:
         """Describe each picture of a run."""
-        said = planned.settings.describe()
-        said |= model.additions.describe(planned.settings)
+        model = planned.model
+        said = planned.settings.describe() | model.additions.describe(planned.settings)
         said |= {"quantize": recipe_of(model.source), "exact": self.exact or None}
         own = {key: said.pop(key) for key in METADATA_FIELDS if key in said}
         provenance = model.source.provenance
@@ -472,10 +469,6 @@ def _advice(name: str) -> str:
             if name in (entry.name, *entry.elsewhere):
                 return f"; give {entry.name} to {call}"
     return ""
-
-
-def _refiner_of(model: Model) -> Model | None:
-    return next((one.model for one in model.additions.of(Refiner)), None)
 
 
 def _identity(path: AnyPath) -> tuple[int, ...]:

@@ -92,25 +92,11 @@ def test_parameters_are_those_expected(kind: str, name: str) -> None:
     assert {value.dtype for value in parameters.values()} == {np.dtype(np.float32)}
 
 
-def order_of_sums(config: ComponentConfig) -> float:
-    """How far a network's result may move if each sum is taken in another order.
-
-    In standard deviations of the result; holds for any BLAS. A rounding in float32 is off by u =
-    2^-24 at most, u / sqrt(3) as a standard deviation. The n terms of a sum are about independent,
-    so its partial sums grow as sqrt(i): taken one after the other, their roundings give the sum an
-    error of u sqrt(n / 6) of its own size. (Other orders give less.) Norms keep signals near unit
-    size, so the products' errors add up as a random walk, at most through all weights in series.
-    Two results differ by sqrt(2) times that; six standard deviations are out of reach.
-    """
-    terms = [math.prod(shape[1:]) for shape in expected_parameters(config).values() if shape[1:]]
-    return 6 * math.sqrt(2) * 2**-24 * math.sqrt(sum(terms) / 6)
-
-
 @pytest.mark.parametrize(("kind", "name"), ALL)
 def test_small_workspaces_and_threads_change_nothing(
     monkeypatch: pytest.MonkeyPatch, kind: str, name: str
 ) -> None:
-    expected, bound = results(kind, name), order_of_sums(tiny.config(kind, name))
+    expected, bound = results(kind, name), tiny.order_of_sums(tiny.config(kind, name))
     for constant in ("_BLOCK", "_SCORES", "_COLUMNS"):
         monkeypatch.setattr(layers, constant, 500)
     monkeypatch.setattr(threads, "count", lambda: 2)

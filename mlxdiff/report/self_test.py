@@ -373,12 +373,16 @@ def _attended(heads: int, mask: np.ndarray | None, layers: Any, arrays: Sequence
 
 def _others(side: int, channels: int) -> Iterator[Operation]:
     rows, inner = side * side, 4 * channels
-    for name in ("relu", "tanh"):  # TAESD's
+    exact: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "relu": lambda x: np.maximum(x, 0),
+        "tanh": np.tanh,
+    }
+    for name, judge in exact.items():  # TAESD's
         yield Operation(
             name,
             [_normal(1, rows, channels)],
             lambda layers, arrays, name=name: getattr(layers, name)(arrays[0]),  # type: ignore[misc]
-            {"relu": lambda x: np.maximum(x, 0), "tanh": np.tanh}[name],
+            judge,
             0,
             elementary=1,
         )

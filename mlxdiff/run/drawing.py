@@ -28,6 +28,7 @@ from mlxdiff.pictures import preview
 from mlxdiff.pictures.image import check_writable, png_bytes, side_by_side, write_png
 from mlxdiff.pictures.metadata import Metadata
 from mlxdiff.pictures.names import Template
+from mlxdiff.run.additions.refiner import refiner_of
 from mlxdiff.run.denoiser import Evaluation, make_denoiser
 from mlxdiff.run.inputs import Inputs, Stage, Start, make_stages
 from mlxdiff.run.model import Model, draw_noise
@@ -233,28 +234,6 @@ def _model_name(metadata: Metadata) -> str:
     return name.removesuffix(".safetensors").removesuffix(".ckpt")
 
 
-@dataclass(frozen=True)
-class Job:
-    """All that decides the pictures of a run. Nothing in it changes.
-
-    Attributes:
-        model: with all additions, those that the prompt asks for included.
-        refiner: the model that draws the last part; or None.
-        planned: settings, plans, seeds and noise.
-        metadata: of each picture.
-    """
-
-    model: Model
-    refiner: Model | None
-    planned: PlannedRun
-    metadata: list[Metadata]
-
-    @property
-    def load_seconds(self) -> float:
-        """Seconds that these models have spent on reading weights so far."""
-        return sum(m.load_seconds for m in (self.model, self.refiner) if m is not None)
-
-
 class Run(Iterator[Step]):
     """A run: an iterator of its steps that ends in ``result``.
 
@@ -267,21 +246,24 @@ class Run(Iterator[Step]):
     would draw alone. One thread computes at a time (``machine.turns``). One run is for one thread
     at a time.
 
+    Args:
+        planned: the run, checked and planned.
+        metadata: of its pictures.
     Attributes:
         settings: with every default filled in.
         seeds: of its pictures.
         metadata: of its pictures.
     """
 
-    def __init__(self, job: Job) -> None:
-        self.settings = job.planned.settings
-        self.seeds = list(job.planned.seeds)
-        self.metadata = job.metadata
-        # The generator gets the job and the work, not the run: a run that is dropped before its end
-        # is then in no circle of references, and its networks leave memory at once.
-        self._job = job
-        self._work = _Work(job)
-        self._steps = _draw(job, self._work)
+    def __init__(self, planned: PlannedRun, metadata: list[Metadata]) -> None:
+        self.settings = planned.settings
+        self.seeds = planned.seeds
+        self.metadata = metadata
+        # The generator does not get the run: a run that is dropped before its end is then in no
+        # circle of references, and its networks leave memory at once.
+        self._planned = planned
+        self._work = _Work(planned, metadata)
+        self._steps = _draw(planned, self._work)
         self._handed_out = False
 
     def __repr__(self) -> str:
@@ -308,7 +290,7 @@ class Run(Iterator[Step]):
     @property
     def steps(self) -> int:
         """Evaluations of the U-Net for each picture."""
-        return sum(map(len, self._job.planned.plans))
+        return sum(map(len, self._planned.plans))
 
     @property
     def model_name(self) -> str:
@@ -375,8 +357,11 @@ class _Work:
         finished: pictures that nobody has taken yet.
     """
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, planned: PlannedRun, metadata: list[Metadata]) -> None:
+        self._planned, self._metadata = planned, metadata
+        self._models = [
+            one for one in (planned.model, refiner_of(planned.model)) if one is not None
+        ]
         self.drawn: deque[tuple[int, np.ndarray, dict[str, Any]]] = deque()
         self.finished: list[Picture] = []
         self.timings: dict[str, Any] = {}
@@ -390,16 +375,21 @@ class _Work:
     def turn(self, stage: str | None = None) -> Iterator[None]:
         """Take a turn. Count the seconds of loading, and the other ones for a stage."""
         with turn():
-            start, loaded = time.perf_counter(), self._job.load_seconds
+            start, loaded = time.perf_counter(), self._load_seconds
             timings = self.timings
             try:
                 yield
             finally:
-                loading = self._job.load_seconds - loaded
+                loading = self._load_seconds - loaded
                 timings["load"] += loading
                 if stage is not None:
                     seconds = time.perf_counter() - start - loading
                     timings[stage] = timings.get(stage, 0.0) + seconds
+
+    @property
+    def _load_seconds(self) -> float:
+        """Seconds that the models have spent on reading weights so far."""
+        return sum(model.load_seconds for model in self._models)
 
     def finish(self, index: int, latents: np.ndarray) -> None:
         """Take the final latents of a picture."""
@@ -408,50 +398,50 @@ class _Work:
 
     def decode(self) -> None:
         """Decode the pictures that are drawn. May be called again after an interruption."""
-        job = self._job
-        canvas = job.planned.settings.canvas
+        planned = self._planned
+        model, canvas = planned.model, planned.settings.canvas
         while self.drawn:
             index, latents, self.timings = self.drawn[0]
             if self.finished and self.finished[-1].index == index:
                 self.drawn.popleft()  # interrupted here
                 continue
             with self.turn("vae"):
-                image = job.model.decode(latents[None])[0]
-                if canvas is not None and job.planned.settings.paste_original:
+                image = model.decode(latents[None])[0]
+                if canvas is not None and planned.settings.paste_original:
                     image = canvas.paste_original(image)
-                job.model.backend.clear_cache()
+                model.backend.clear_cache()
             self.finished.append(
                 Picture(
                     index=index,
                     image=image,
                     latents=latents,
-                    seed=job.planned.seeds[index],
-                    metadata=job.metadata[index],
+                    seed=planned.seeds[index],
+                    metadata=self._metadata[index],
                     timings=self.timings,
-                    peak_memory=job.model.backend.peak_memory(),
+                    peak_memory=model.backend.peak_memory(),
                 )
             )
             self.drawn.popleft()
 
 
-def _draw(job: Job, work: _Work) -> Steps[Step | None, None, None]:
+def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
     """Draw the pictures of a run one after the other: each is then exactly what it is alone.
 
     Yields: each Step; None when pictures are finished.
     """
-    model, settings, backend = job.model, job.planned.settings, job.model.backend
-    stages = make_stages(settings, job.planned.plans, model, job.refiner)
+    model, settings, backend = run.model, run.settings, run.model.backend
+    stages = make_stages(settings, run.plans, model, refiner_of(model))
     total = sum(len(stage.plan) for stage in stages)
     inputs: Inputs | None = None
     denoisers: dict[int, Any] = {}
-    last = len(job.planned.seeds) - 1
-    for picture, seed in enumerate(job.planned.seeds):
+    last = len(run.seeds) - 1
+    for picture, seed in enumerate(run.seeds):
         work.begin()
         if inputs is None:
             with work.turn("image" if settings.encodes else None):
                 inputs = Inputs(model, settings)
         generator, index = Generator(seed), 0
-        given = None if job.planned.noise is None else job.planned.noise[picture][None]
+        given = None if run.noise is None else run.noise[picture][None]
         x: Any = None  # after the last step
         for part, stage in enumerate(stages):
             size = stage.settings.height, stage.settings.width

@@ -143,12 +143,14 @@ class PlannedRun(NamedTuple):
     """A run that can be drawn: checked, and planned.
 
     Attributes:
+        model: the model, with all that is added to it for this run.
         settings: of the run.
         plans: the sampler's plan for the model, and for what comes after (``make_plans``).
         seeds: seed of each picture.
         noise: (pictures, H/f, W/f, C) float32 in place of the first noise; None: as the seeds give.
     """
 
+    model: Model
     settings: Settings
     plans: tuple[samplers.Plan, ...]
     seeds: list[int]
@@ -167,7 +169,7 @@ def resolve(
         settings, plans = _resolve_text(model, refiner, asked)
     settings = replace(settings, sampler=plans[0].sampler, schedule=plans[0].schedule)
     noise = _check_noise(settings, asked.noise, len(seeds), model)
-    return PlannedRun(settings, plans, seeds, noise)
+    return PlannedRun(model, settings, plans, seeds, noise)
 
 
 def _resolve_pixels(model: Model, asked: RunOptions) -> tuple[Settings, tuple[samplers.Plan, ...]]:
