@@ -177,14 +177,16 @@ class Pipeline:
             IPAdapter, paths, partial(IPAdapter.open, image_encoder=image_encoder, fetch=fetch)
         )
 
-    def set_loras(self, loras: Iterable[lora.Given]) -> None:
+    def set_loras(self, loras: Iterable[lora.Given], *, progress: Progress | None = None) -> None:
         """Change the model's weights by these LoRAs, and by no others.
 
         Args:
-            loras: each a path or (path, scale), or one of ``Pipeline.loras``.
-        Raises: UsageError, CheckpointError.
+            loras: each a path, a hub id ``org/name[/FILE][@revision]``, one of these with a scale
+                (path, scale), or one of ``Pipeline.loras``.
+            progress: as ``load`` takes it.
+        Raises: UsageError, CheckpointError, HubError.
         """
-        self._set(LoRA, loras, LoRA.open)
+        self._set(LoRA, loras, partial(LoRA.open, progress=progress))
 
     def set_embeddings(self, embeddings: Iterable[textual_inversion.Given]) -> None:
         """Let these words, and no others, stand for vectors of their own (textual inversion).
