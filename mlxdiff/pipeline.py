@@ -38,7 +38,7 @@ from mlxdiff.run.model import Model, PromptEmbeddings
 from mlxdiff.run.options import GenerateOptions, LoadOptions, RunOptions
 from mlxdiff.run.pixel_model import PixelModel
 from mlxdiff.run.settings import PlannedRun, Settings, resolve
-from mlxdiff.run.table import entries, takes
+from mlxdiff.run.table import entries, make, takes
 from mlxdiff.store.folder import ModelSource, Progress
 from mlxdiff.store.recipes import find_recipe, recipe_of
 
@@ -113,8 +113,8 @@ class Pipeline:
 
     def limit_memory(self, gigabytes: float | None) -> None:
         """Refuse runs that are expected to take more than this. Raises: UsageError."""
-        number = isinstance(gigabytes, (int, float)) and not isinstance(gigabytes, bool)
-        if gigabytes is not None and not (number and 0 < gigabytes < 1e6):
+        gigabytes = make(LoadOptions, {"memory_limit": gigabytes}).memory_limit
+        if gigabytes is not None and gigabytes >= 1e6:
             raise UsageError(f"memory_limit is {gigabytes!r}; expected gigabytes, such as 4 or 6.5")
         self.memory_limit = gigabytes
         self.backend.limit_memory(None if gigabytes is None else int(gigabytes * 1e9))
@@ -136,6 +136,7 @@ class Pipeline:
             vae, progress: as ``load`` takes them.
         Raises: UsageError, CheckpointError, ConfigError, HubError.
         """
+        vae = make(LoadOptions, {"vae": vae}).vae
         fetch = Fetch(progress=progress)
         self._set(AnotherVAE, [] if vae is None else [vae], partial(AnotherVAE.open, fetch=fetch))
 
@@ -152,6 +153,7 @@ class Pipeline:
             controlnets, variant, progress: as ``load`` takes them.
         Raises: UsageError, CheckpointError, ConfigError, HubError.
         """
+        controlnets = make(LoadOptions, {"controlnets": controlnets}).controlnets
         fetch = Fetch(variant, progress)
         self._set(ControlNet, _several(controlnets), partial(ControlNet.open, fetch=fetch))
 
@@ -169,7 +171,9 @@ class Pipeline:
             ip_adapters, image_encoder, variant, progress: as ``load`` takes them.
         Raises: UsageError, CheckpointError, ConfigError, HubError.
         """
-        paths = _several(ip_adapters)
+        given = {"ip_adapters": ip_adapters, "image_encoder": image_encoder}
+        asked = make(LoadOptions, given)
+        paths = _several(asked.ip_adapters)
         if not paths and image_encoder is not None:
             raise UsageError("image_encoder: there is no IP-Adapter; give one (--ip-adapter)")
         fetch = Fetch(variant, progress)
@@ -186,6 +190,7 @@ class Pipeline:
             progress: as ``load`` takes it.
         Raises: UsageError, CheckpointError, HubError.
         """
+        loras = make(LoadOptions, {"loras": loras}).loras
         self._set(LoRA, loras, partial(LoRA.open, progress=progress))
 
     def set_embeddings(self, embeddings: Iterable[textual_inversion.Given]) -> None:
@@ -195,6 +200,7 @@ class Pipeline:
             embeddings: each a file or (file, word), or one of ``Pipeline.embeddings``.
         Raises: UsageError, CheckpointError.
         """
+        embeddings = make(LoadOptions, {"embeddings": embeddings}).embeddings
         self._set(Embedding, embeddings, Embedding.open)
 
     def set_refiner(
@@ -212,6 +218,8 @@ class Pipeline:
             refiner, dtype, quantize, variant, progress: as ``load`` takes them.
         Raises: UsageError if the two do not fit; CheckpointError, ConfigError, HubError.
         """
+
+        refiner = make(LoadOptions, {"refiner": refiner}).refiner
 
         def open_refiners(given: Iterable[AnyPath | Pipeline], model: Model) -> Iterator[Refiner]:
             for one in given:
@@ -241,8 +249,7 @@ class Pipeline:
             open_all: opens these, and matches them to the model.
         Raises: UsageError if the model has no part for them, or one does not fit.
         """
-        if not isinstance(given, (str, bytes, os.PathLike)):  # else open_all says what is wrong
-            given = list(given)
+        given = list(given)
         if given:
             self.model.require(kind.part)
         opened = tuple(open_all(given, self.model))

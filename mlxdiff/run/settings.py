@@ -204,7 +204,7 @@ def _resolve_text(
     """Settings of a model that draws from text."""
     if asked.prompt is None:
         raise UsageError(
-            'no prompt is given; for example: mlxdiff generate "a red circle on a blue background"'
+            'no prompt is given; say what to draw, such as "a red circle on a blue background"'
         )
     check(model, refiner, asked)
     interval = checked_interval(asked.guidance_interval)

@@ -229,6 +229,8 @@ class Numbers(Anything):
         return f"{count} {each[0].removeprefix('a ')}numbers{each[2]} ({self.form})"
 
     def accept(self, value: Any) -> Any:
+        if isinstance(value, np.ndarray) and value.ndim == 1:
+            value = tuple(value)
         if not isinstance(value, (tuple, list)) or len(value) != len(self.names):
             raise Unfit(value, self.expected)
         try:
@@ -330,6 +332,8 @@ class Each(Anything):
 
     def accept(self, value: Any) -> Any:
         if isinstance(value, (tuple, list)):
+            return [self.kind.accept(one) for one in value]
+        if isinstance(value, np.ndarray) and value.ndim == 1:  # several numbers, never a picture
             return [self.kind.accept(one) for one in value]
         return self.kind.accept(value)
 
