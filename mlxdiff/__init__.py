@@ -11,13 +11,14 @@ Importing this module is cheap. Heavy modules are loaded on first use.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from mlxdiff._version import __version__
 from mlxdiff.errors import CheckpointError, ConfigError, HubError, MlxdiffError, UsageError
 from mlxdiff.machine.lazy import submodules
 
+TYPE_CHECKING = False  # type checkers take it for true; typing's own takes long to import
 if TYPE_CHECKING:
+    from typing import Any
+
     from mlxdiff.loading import load
     from mlxdiff.pipeline import Picture, Pipeline, Result, Run, Step
 

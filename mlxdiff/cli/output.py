@@ -149,8 +149,8 @@ class Output:
             for picture in run.pictures(on_step):
                 bar.finish()
                 with uninterrupted():
+                    written += 1  # even if it fails: it is then where the error says
                     path = self._save(picture, before + picture.index)
-                    written += 1
                 self._report(run, picture, path, time.perf_counter() - start)
                 start = time.perf_counter()
         except BaseException as error:

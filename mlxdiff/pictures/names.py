@@ -70,7 +70,7 @@ class Template:
     def fill(self, **values: int | str) -> Path:
         """Return the path with these values in it. A text cannot leave the folder.
 
-        Raises: UsageError if the folder of a user (``~name``) is not known.
+        Raises: UsageError if the folder of a user (``~name``) is not known, or a character is none.
         """
         said = ""
         for part in self._parts:
@@ -84,6 +84,8 @@ class Template:
             return Path(said).expanduser()
         except RuntimeError:
             raise UsageError(f"{self}: there is no such user; write the folder out") from None
+        except ValueError:  # a lone surrogate, with which ~ cannot be looked up
+            raise UsageError(f"{self}: holds a character that is none; leave it out") from None
 
 
 def safe(text: str) -> str:
