@@ -64,6 +64,7 @@ def convert(
     progress: Progress | None = None,
     config: str | os.PathLike[str] | None = None,
     prediction_type: str | None = None,
+    zero_snr: bool | None = None,
     ema: bool = False,
     quantize: int | str | None = None,
     group_size: int | None = None,
@@ -84,8 +85,9 @@ def convert(
             download from the hub counts separately, before the conversion.
         config: for a single file: a diffusers or converted folder. Its configs, scheduler and
             tokenizer are used, and its weights for parts that the file lacks.
-        prediction_type: for a single file: "epsilon", "v_prediction" or "sample". Overrides
-            detection.
+        prediction_type: for a single file: "epsilon", "v_prediction" or "sample". Overrides what
+            the file says.
+        zero_snr: for a single file: whether it was trained to zero terminal SNR. Likewise.
         ema: for a single file with both: use the moving averages, not the plain weights.
         quantize: bits of a weight, see ``mlxdiff.store.recipes.find_recipe``; None for no
             quantization.
@@ -113,9 +115,13 @@ def convert(
         progress,
         config=config,
         prediction_type=prediction_type,
+        zero_snr=zero_snr,
         ema=ema,
     )
     model.documents()  # reports missing tokenizer files before any weights are read
+    for component in model.components:
+        if component.startswith("text_encoder"):
+            model.tokenizer(component.replace("text_encoder", "tokenizer"))  # and unfit ones
     if chosen is None and is_quantized(model):
         raise UsageError(
             f"{source}: already quantized; convert the original to change its quantization or dtype"

@@ -57,10 +57,10 @@ def open_controlnet(
     Raises: CheckpointError, ConfigError, HubError.
     """
     place, provenance = find_component(path, "controlnet", variant, progress)
-    if place.is_file():
+    if os.path.isfile(place):
         found = _open_file(place, unet, provenance)
     else:
-        if not (place / "config.json").is_file():
+        if not os.path.isfile(place / "config.json"):
             raise _not_a_controlnet(place)
         data = read_component_config(place, ("ControlNetModel",), "ControlNet")
         config = ControlNetConfig.from_dict(data, str(place / "config.json"))
@@ -178,7 +178,7 @@ def _looks_like(tensors: Mapping[str, LazyTensor]) -> str:
 
 
 def _not_a_controlnet(path: Path) -> CheckpointError:
-    if not path.exists():
+    if not os.path.exists(path):
         return CheckpointError(
             f"{path}: no such file or folder, and not a hub id (org/name); give a ControlNet: a "
             "folder with config.json, one file, or a hub id"

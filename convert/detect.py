@@ -111,8 +111,6 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         "an image-variation model",
     ),
     (r".+\.fuser\..+|(?:.+\.)?position_net\..+", "a GLIGEN model"),
-    (r"edm_mean|edm_std", "Playground 2.5 (trained with EDM's noise, which is not supported)"),
-    (r"edm_vpred\..+", "CosXL (trained with EDM's noise, which is not supported)"),
     (
         r"cond_stage_model\.transformer\.(?:attn_layers|token_emb)\..+",
         "a latent diffusion model older than Stable Diffusion (with a BERT text encoder)",
@@ -143,6 +141,8 @@ _PARTS: tuple[tuple[str, str], ...] = (
         "a text encoder, alone",
     ),
     (r"(?:vision_model|visual)\..+", "a CLIP image encoder"),
+    (r"edm_mean|edm_std", "the marks of Playground 2.5 without its weights"),
+    (r"edm_vpred\..+", "the marks of CosXL without its weights"),
 )
 _WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")

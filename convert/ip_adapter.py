@@ -52,7 +52,7 @@ def open_ip_adapter(
     Raises: CheckpointError, ConfigError, HubError, UsageError.
     """
     place, provenance = find_component(path, ENCODER, variant, progress)
-    if not place.is_file():
+    if not os.path.isfile(place):
         raise _not_an_adapter(place)
     file = open_tensors(place, _TABLES)
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
@@ -168,7 +168,7 @@ def _open_encoder(
 ) -> Component:
     if path is not None:
         folder, provenance = find_component(path, ENCODER, variant, progress)
-    elif not Path(adapter).exists() and (reference := parse(adapter)) is not None:
+    elif not os.path.exists(adapter) and (reference := parse(adapter)) is not None:
         parent = reference.file.rpartition("/")[0]
         if reference.name == _COLLECTION:
             large = (config.kind, config.feature_dim) in _LARGE
@@ -194,7 +194,7 @@ def _open_encoder(
 
 
 def _not_an_adapter(path: Path) -> CheckpointError:
-    if not path.exists():
+    if not os.path.exists(path):
         return CheckpointError(
             f"{path}: no such file, and not the hub id of a file (org/name/FILE.safetensors); give "
             "the file of an IP-Adapter"

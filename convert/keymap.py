@@ -347,7 +347,10 @@ FILE_IGNORED: tuple[Ignored, ...] = (
         "the noise schedule; the scheduler's config gives it",
     ),
     Ignored(r"scale_factor", "the VAE's config has it"),
-    Ignored(r"v_pred|ztsnr", "a mark of the prediction type; it was read"),
+    Ignored(
+        r"v_pred|ztsnr|edm_mean|edm_std|edm_vpred\.sigma_(?:max|min)",
+        "a mark of the training; it was read",
+    ),
     Ignored(r"(?:model_ema|model)\.(?:decay|num_updates)", "training state; not a weight"),
     Ignored(r"embedding_manager\..+", "training state of textual inversion; not a weight"),
     Ignored(

@@ -61,6 +61,7 @@ def load(asked: LoadOptions) -> Pipeline:
         progress=asked.progress,
         config=asked.config,
         prediction_type=asked.prediction_type,
+        zero_snr=asked.zero_snr,
     )
     if asked.exact and asked.backend != "numpy":
         require_exact()

@@ -104,9 +104,7 @@ def test_denoised_takes_the_noise_away(sampler: str, prediction: str) -> None:
         signal, amount = row.level
         alpha, sigma = np.array(row.level) / np.hypot(signal, amount)
         output = {"epsilon": noise, "v_prediction": alpha * noise - sigma * x0, "sample": x0}
-        found = preview.denoised(
-            plan, index, prediction, signal * x0 + amount * noise, output[prediction]
-        )
+        found = plan.denoised(signal * x0 + amount * noise, output[prediction], index)
         assert np.abs(found - x0).max() < 1e-6
 
 

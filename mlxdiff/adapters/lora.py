@@ -132,7 +132,7 @@ def open_lora(path: str | os.PathLike[str]) -> LoraFile:
 
     Raises: UsageError if nothing is found; CheckpointError if the file cannot be read.
     """
-    path, name, opened = _open(Path(path).expanduser())
+    path, name, opened = _open(Path(os.path.expanduser(path)))
     settings: dict[str, dict[str, Any]] = {}
     if isinstance(opened, PickleFile):
         if opened.refused:
@@ -156,14 +156,14 @@ def open_lora(path: str | os.PathLike[str]) -> LoraFile:
 def _open(path: Path) -> tuple[Path, str, PickleFile | TensorFile]:
     """Find and open the file of a LoRA; return its path, its name and the open file."""
     name = path.name
-    if path.is_dir():
+    if os.path.isdir(path):
         found = [path / file for file in _FILES if (path / file).is_file()]
         if not found:
             raise UsageError(
                 f"{path}: this folder contains no LoRA; expected one of {', '.join(_FILES)}"
             )
         path, name = found[0], path.resolve().name
-    elif not path.is_file():
+    elif not os.path.isfile(path):
         raise UsageError(f"{path}: no such LoRA file or folder (--lora PATH[:SCALE])")
     return path, name, open_tensors(path)
 
@@ -202,7 +202,7 @@ def _hashes(path: Path) -> tuple[str, str]:
 def is_lora(path: str | os.PathLike[str]) -> bool:
     """Return True if a file or folder contains a LoRA, by its tensor names."""
     try:
-        tensors = _open(Path(path).expanduser())[2].tensors
+        tensors = _open(Path(os.path.expanduser(path)))[2].tensors
     except (CheckpointError, UsageError):
         return False
     return any((found := lora_names.split(name)) and found[1] != "alpha" for name in tensors)
@@ -461,7 +461,7 @@ def find(name: str, folder: Path) -> Path:
         raise UsageError(f"the prompt asks for the LoRA {name!r}; expected a file name, not a path")
     for ending in _ENDINGS:
         path = folder / f"{name}{ending}"
-        if path.is_file() or (ending == "" and path.is_dir()):
+        if os.path.isfile(path) or (ending == "" and os.path.isdir(path)):
             return path
     try:
         there = sorted(p.stem for p in folder.iterdir() if p.suffix in _ENDINGS[1:])

@@ -100,7 +100,7 @@ def open_embedding(path: str | os.PathLike[str], token: str | None = None) -> Em
 
 
 def _find(path: Path) -> Path:
-    if path.is_dir():
+    if os.path.isdir(path):
         known = [path / name for name in FILES if (path / name).is_file()]
         there = known[:1] or [
             p for p in sorted(path.iterdir()) if p.suffix in (".safetensors", *SUFFIXES)
@@ -111,7 +111,7 @@ def _find(path: Path) -> Path:
                 "give the file itself"
             )
         return there[0]
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(
             f"{path}: no such textual inversion; give a .safetensors, .pt or .bin file, "
             "optionally followed by a colon and the word"

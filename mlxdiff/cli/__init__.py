@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ import click
 
 import mlxdiff
 from mlxdiff.cli.streams import make_printable, tell
-from mlxdiff.errors import MlxdiffError
+from mlxdiff.errors import MlxdiffError, printable
 from mlxdiff.machine import stopping
 
 # name -> module with a click command of the same name, one-line help.
@@ -40,7 +41,7 @@ class _UserError(click.ClickException):
     exit_code = 2
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split("\n")))
+        super().__init__(printable(message))
 
 
 class _Fault(click.ClickException):
@@ -173,11 +174,20 @@ class _Notes(logging.Handler):
         message = record.getMessage()
         if message not in self.said:
             self.said.add(message)
-            tell(f"Note: {message}")
+            tell(f"Note: {printable(message)}")
 
 
 def show_notes(quiet: bool) -> None:
-    """Print the library's warnings to stderr, unless quiet."""
+    """Print the library's warnings to stderr, unless quiet.
+
+    What Python's modules and other libraries say about a strange file is for developers: our
+    errors say it to users.
+    """
+    if not click.get_current_context().meta.get(_DEBUG):
+        warnings.filterwarnings("ignore", module="PIL")
+        for name in ("PIL", "huggingface_hub"):
+            logging.getLogger(name).addHandler(logging.NullHandler())
+            logging.getLogger(name).propagate = False
     logger = logging.getLogger("mlxdiff")
     logger.handlers = [logging.NullHandler() if quiet else _Notes()]
     logger.propagate = False

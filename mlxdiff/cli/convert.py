@@ -38,7 +38,12 @@ from mlxdiff.cli import ProgressBar, common_options, show_notes
 @click.option("--config", help="Folder with the configs or parts that a single file lacks.")
 @click.option(
     "--prediction-type",
-    help="epsilon, v_prediction or sample, for a single file; overrides what was detected.",
+    help="epsilon, v_prediction or sample, for a single file; overrides what it says.",
+)
+@click.option(
+    "--zero-snr/--no-zero-snr",
+    default=None,
+    help="Whether a single file was trained to zero terminal SNR; overrides what it says.",
 )
 @click.option(
     "--ema", is_flag=True, help="Use the moving averages, for a single file that has both."
@@ -57,6 +62,7 @@ def convert(
     variant: str | None,
     config: str | None,
     prediction_type: str | None,
+    zero_snr: bool | None,
     ema: bool,
     force: bool,
     as_json: bool,
@@ -81,6 +87,7 @@ def convert(
             progress=progress,
             config=config,
             prediction_type=prediction_type,
+            zero_snr=zero_snr,
             ema=ema,
             quantize=quantize,
             group_size=group_size,

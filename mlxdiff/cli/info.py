@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import click
 
 from mlxdiff.cli import common_options, show_notes
+from mlxdiff.errors import printable
 
 
 @click.command()
@@ -25,7 +27,7 @@ def info(path: str | None, config: str | None, as_json: bool, quiet: bool) -> No
     from mlxdiff.convert.detect import is_weights
 
     show_notes(quiet)
-    is_picture = path is not None and Path(path).is_file() and not is_weights(Path(path))
+    is_picture = path is not None and os.path.isfile(path) and not is_weights(Path(path))
     if is_picture:
         facts = _picture(str(path))
     elif path is not None and lora.is_lora(path):
@@ -62,11 +64,11 @@ def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
     lines = []
     for key, value in facts.items():
         is_file = "." in key  # keep file names as they are
-        label = f"{indent}{key if is_file else key.replace('_', ' ')}:"
+        label = printable(f"{indent}{key if is_file else key.replace('_', ' ')}:")
         if isinstance(value, dict):
             lines += [label, *_lines(value, indent + "  ")] if value else []
         elif isinstance(value, list):
-            lines += [f"{label} {', '.join(map(str, value))}"] if value else []
+            lines += [f"{label} {printable(', '.join(map(str, value)))}"] if value else []
         elif value is not None:
-            lines.append(f"{label} {value}")
+            lines.append(f"{label} {printable(str(value))}")
     return lines

@@ -24,7 +24,6 @@ from mlxdiff import samplers
 from mlxdiff.errors import UsageError
 from mlxdiff.machine.turns import each_in_turn, turn
 from mlxdiff.noise import Generator
-from mlxdiff.pictures import preview
 from mlxdiff.pictures.image import check_writable, png_bytes, side_by_side, write_png
 from mlxdiff.pictures.metadata import Metadata
 from mlxdiff.pictures.names import Template
@@ -500,7 +499,6 @@ def _evaluations(
         gives it without noise; seconds.
     """
     plan, x = stage.plan, backend.asarray(begun.x)
-    prediction = stage.model.source.scheduler_config.get("prediction_type", "epsilon")
     beside = None if begun.beside is None else backend.asarray(begun.beside)
     kept = None if begun.kept is None else begun.kept.on(backend)
     state = plan.start()
@@ -508,7 +506,7 @@ def _evaluations(
         start = time.perf_counter()
         evaluation = Evaluation(t, i, len(plan), beside)
         output = denoise(plan.scale_model_input(x, state), evaluation)
-        clean = partial(_denoised, backend, plan, i, prediction, x, output)
+        clean = partial(_denoised, backend, plan, i, x, output)
         x, state = plan.step(x, output, state, noise=partial(_on_backend, backend, draw))
         if kept is not None:
             x = kept(x, plan, i + 1)
@@ -516,10 +514,8 @@ def _evaluations(
         yield x, backend.to_numpy(x)[0], clean, time.perf_counter() - start
 
 
-def _denoised(
-    backend: Any, plan: samplers.Plan, index: int, prediction: str, x: Any, output: Any
-) -> np.ndarray:
-    clean: np.ndarray = backend.to_numpy(preview.denoised(plan, index, prediction, x, output))[0]
+def _denoised(backend: Any, plan: samplers.Plan, index: int, x: Any, output: Any) -> np.ndarray:
+    clean: np.ndarray = backend.to_numpy(plan.denoised(x, output, index))[0]
     return clean
 
 

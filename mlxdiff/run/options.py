@@ -539,7 +539,11 @@ class LoadOptions(Options):
     prediction_type: PredictionType | None = _model(
         "--prediction-type",
         metavar="NAME",
-        help="For a single file: epsilon, v_prediction or sample, whatever the file looks like.",
+        help="For a single file: epsilon, v_prediction or sample, whatever the file says.",
+    )
+    zero_snr: Flag | None = _model(
+        "--zero-snr/--no-zero-snr",
+        help="For a single file: whether it was trained to zero terminal SNR, whatever it says.",
     )
     revision: Text | None = _model(doc="for a hub id: branch, tag or commit.")
     variant: Text | None = _model(doc='variant of the files: "fp16" and such.')
@@ -622,6 +626,12 @@ class CommandOptions(Options):
         metavar="FILE",
         help="Take the settings of a picture that mlxdiff (or A1111) drew; other options override "
         "them.",
+    )
+    trust_image: Flag = _command(
+        "--trust-image",
+        default=False,
+        help="With --from-image: open the files that the picture names, wherever they are, and "
+        "fetch its models from the hub.",
     )
     preview: Flag = _command(
         "--preview",

@@ -29,6 +29,8 @@ from mlxdiff.networks.config import (
     read_vae,
 )
 from mlxdiff.networks.params import check_parameters, expected_parameters
+from mlxdiff.samplers.process import check_process
+from mlxdiff.store.reference import is_repo_path
 from mlxdiff.weights.quantization import Packed, Quantization
 from mlxdiff.weights.tensors import (
     DTYPES,
@@ -123,6 +125,22 @@ def pad_token(family: str, tokenizer: str) -> str:
     return "!" if family == "sd2" or tokenizer == "tokenizer_2" else "<|endoftext|>"
 
 
+def check_tokenizer(
+    tokenizer: Tokenizer, name: str, configs: Mapping[str, ComponentConfig], where: str
+) -> None:
+    """Check that a tokenizer fits its text encoder (see ``Tokenizer.check_fits``).
+
+    Args:
+        name: "tokenizer" or "tokenizer_2".
+        configs: component -> config.
+        where: folder of the tokenizer.
+    Raises: CheckpointError.
+    """
+    config = configs.get(name.replace("tokenizer", "text_encoder"))
+    if isinstance(config, CLIPTextConfig):
+        tokenizer.check_fits(config.vocab_size, config.max_position_embeddings, where)
+
+
 class ModelFolder:
     """A folder in diffusers' form: model_index.json and one folder for each part.
 
@@ -137,9 +155,10 @@ class ModelFolder:
         self.model_index: dict[str, Any] = read_json(self.path / "model_index.json")
         self.components: tuple[str, ...] = tuple(c for c in COMPONENTS if self.class_name(c))
         self._configs = {name: self._read_config(name) for name in self.components}
-        self.scheduler_config: dict[str, Any] = read_json(
-            self.place("scheduler") / "scheduler_config.json"
-        )
+        self._tokenizers: dict[str, Tokenizer] = {}
+        where = self.place("scheduler") / "scheduler_config.json"
+        self.scheduler_config: dict[str, Any] = read_json(where)
+        check_process(self.scheduler_config, str(where))
         self.low_res_scheduler_config: dict[str, Any] = {}
         if self.class_name(LOW_RES_SCHEDULER):
             where = self.path / LOW_RES_SCHEDULER / "scheduler_config.json"
@@ -171,13 +190,27 @@ class ModelFolder:
         return self._configs[component]
 
     def tokenizer(self, name: str = "tokenizer") -> Tokenizer:
+        if name not in self._tokenizers:
+            self._tokenizers[name] = self._read_tokenizer(name)
+        return self._tokenizers[name]
+
+    def _read_tokenizer(self, name: str) -> Tokenizer:
         from mlxdiff.tokenizer import Tokenizer
 
         folder = self.path / name
         files = (folder / "tokenizer_config.json", folder / "special_tokens_map.json")
+        pad: str | None = pad_token(self.family, name)
         if any("pad_token" in read_json(file) for file in files if file.is_file()):
-            return Tokenizer.from_folder(folder)
-        return Tokenizer.from_folder(folder, pad_token=pad_token(self.family, name))
+            pad = None
+        tokenizer = Tokenizer.from_folder(folder, pad_token=pad)
+        check_tokenizer(tokenizer, name, self._configs, str(folder))
+        return tokenizer
+
+    def _check_tokenizers(self) -> None:
+        """Read the tokenizer of each text encoder. Raises: CheckpointError if one does not fit."""
+        for component in self.components:
+            if component.startswith("text_encoder"):
+                self.tokenizer(component.replace("text_encoder", "tokenizer"))
 
     def document_paths(self) -> dict[str, Path]:
         """Return the files of ``documents``: relative path there -> path on this disk."""
@@ -207,6 +240,7 @@ class ConvertedFolder(ModelFolder):
             raise CheckpointError(f"{path}: model_index.json lacks unet or vae; convert again")
         for name, entry in self.manifest["files"].items():
             _check_size(path / name, entry["bytes"])
+        self._check_tokenizers()
         self._tensors = {name: self._open(name) for name in self.components}
 
     def _open(self, component: str) -> dict[str, LazyTensor]:
@@ -304,7 +338,7 @@ def _never() -> Packed:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     """Read mlxdiff.json. Check its version and its keys."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise CheckpointError(f"{path}: no such folder")
     where = path / MANIFEST
     if not where.is_file():
@@ -329,8 +363,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         and isinstance(manifest.get("source"), dict)
         and isinstance(files, dict)
         and all(
-            isinstance(e, dict) and type(e.get("bytes")) is int and isinstance(e.get("sha256"), str)
-            for e in files.values()
+            is_repo_path(name)
+            and isinstance(e, dict)
+            and type(e.get("bytes")) is int
+            and isinstance(e.get("sha256"), str)
+            for name, e in files.items()
         )
     )
     if not sound:
@@ -366,7 +403,7 @@ def _is_quantization(data: Any) -> bool:
 
 
 def _check_size(path: Path, expected: int) -> None:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"{path}: missing from the converted folder; convert again")
     found = path.stat().st_size
     if found != expected:
