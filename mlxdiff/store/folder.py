@@ -5,6 +5,7 @@ docs/checkpoint-format.md describes the folder. Its tensors are in safetensors f
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mlxdiff._version import __version__
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
 from mlxdiff.machine.disk import read_document, read_json, sha256
+from mlxdiff.machine.temporary import claimed_folder, remove_leftovers
 from mlxdiff.networks.config import (
     CLIPTextConfig,
     ComponentConfig,
@@ -450,6 +452,7 @@ def write_folder(
     force: bool = False,
     progress: Progress | None = None,
     shard_bytes: int = SHARD_BYTES,
+    check: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write a model as a converted folder. The same source gives the same bytes.
 
@@ -466,6 +469,8 @@ def write_folder(
         force: replace ``dest`` if it is a converted folder. Nothing else is ever replaced.
         progress: called after each tensor.
         shard_bytes: largest size of a file. Larger components are split into several files.
+        check: called when everything is written, before the folder gets its name. An error of it
+            is an error of the whole.
     Returns: dest.
     Raises: UsageError (dest, dtype, space), CheckpointError (a tensor cannot be read or stored).
     """
@@ -526,6 +531,7 @@ def write_folder(
         (folder / MANIFEST).write_bytes(json_bytes(manifest))
         if card:
             (folder / "README.md").write_text(card, encoding="utf-8")
+        check()
     return dest
 
 
@@ -569,6 +575,7 @@ def _quantization_table(
 def new_folder(dest: Path, size: int, force: bool) -> Iterator[Path]:
     """Make a temporary folder. Rename it to ``dest`` if the block succeeds, else remove it."""
     check_dest(dest, force)
+    _remove_leftovers(dest.absolute())
     parents = [p for p in dest.absolute().parents if not p.exists()]
     temporary = dest.absolute().with_name(f".{dest.name}.{uuid.uuid4().hex[:8]}.partial")
     old = temporary.with_suffix(".old")
@@ -581,22 +588,39 @@ def new_folder(dest: Path, size: int, force: bool) -> Iterator[Path]:
                     f"{dest}: needs {size / 1e9:.2f} GB, only {free / 1e9:.2f} GB are free there; "
                     "make room, or give a folder on another disk"
                 )
-            yield temporary
-            if dest.exists():
-                check_dest(dest, force)  # another process may have made it meanwhile
-                dest.rename(old)
-            temporary.rename(dest)
+            with claimed_folder(temporary):
+                yield temporary
+                if dest.exists():
+                    check_dest(dest, force)  # another process may have made it meanwhile
+                    dest.rename(old)
+                temporary.rename(dest)
         except OSError as error:
             raise UsageError(f"{dest}: cannot be written ({error.strerror or error})") from error
     except BaseException:
         if old.exists() and not dest.exists():
             old.rename(dest)
+        shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(temporary, ignore_errors=True)
         for parent in parents:
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_leftovers(dest: Path) -> None:
+    """Remove what killed conversions have left beside a folder, and bring back what they replaced.
+
+    A run with ``force`` that was killed between its two renames has left the old folder under its
+    temporary name and nothing under ``dest``.
+    """
+    hidden = f".{glob.escape(dest.name)}.{'[0-9a-f]' * 8}"
+    remove_leftovers(dest.parent, f"{hidden}.partial")
+    for old in dest.parent.glob(f"{hidden}.old"):
+        if dest.exists():
+            remove_leftovers(dest.parent, old.name)
+        else:
+            old.rename(dest)
 
 
 def check_dest(dest: str | os.PathLike[str], force: bool) -> None:
