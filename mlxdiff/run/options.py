@@ -475,8 +475,10 @@ class LoadOptions(Options):
         default=(),
         key="loras",
         part="lora",
-        help="A LoRA (or LoCon, LoHa, LoKr, DoRA) and its scale (default: 1). Repeatable.",
-        doc="files (or folders) that change the model's weights: each a path, or (path, scale).",
+        help="A LoRA (or LoCon, LoHa, LoKr, DoRA): file, folder or hub id org/name[/FILE], and its "
+        "scale (default: 1). Repeatable.",
+        doc="files, folders or hub ids ``org/name[/FILE][@revision]`` that change the model's "
+        "weights: each alone, or (path, scale).",
         elsewhere="lora lora_paths lora_weights",
     )
     lora_folder: Place = _model(
@@ -624,7 +626,8 @@ class CommandOptions(Options):
         "-o",
         "--output",
         metavar="FILE",
-        help="PNG file; {seed} and {index} are filled in. Default: mlxdiff-{seed}.png.",
+        help="PNG file; {seed}, {index}, {step}, {frame}, {prompt}, {model} and {date} are filled "
+        "in, numbers also as {seed:05d}. Default: mlxdiff-{seed}.png, numbered if it exists.",
     )
     force: Flag = _command("--force", default=False, help="Overwrite files that exist.")
     no_metadata: Flag = _command(
@@ -653,7 +656,8 @@ class CommandOptions(Options):
     preview_file: Text | None = _command(
         "--preview-file",
         metavar="FILE",
-        help="Write previews as PNG, and keep them: {seed}, {index} and {step} are filled in.",
+        help="Write previews as PNG, and keep them: {step} and all that --output takes are filled "
+        "in.",
     )
     as_json: Flag = _command(
         "--json", default=False, help="Print one JSON object for each picture."

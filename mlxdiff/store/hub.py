@@ -57,6 +57,7 @@ from mlxdiff.store.selection import (
     Unusable,
     component_selector,
     file_selector,
+    lora_selector,
     model_selector,
 )
 
@@ -113,6 +114,15 @@ def resolve_component(
     """
     select = component_selector(component, variant)
     return fetch(_find(parse_or_raise(repo), select), progress)
+
+
+def resolve_lora(repo: str, *, progress: Progress | None = None) -> Path:
+    """Return the file of a LoRA, `org/name[/FILE][@revision]`.
+
+    Args, Raises: as for `resolve`.
+    """
+    reference = parse_or_raise(repo)
+    return fetch(_find(reference, lora_selector(reference)), progress)
 
 
 def fetch_files(repo: str, files: Sequence[str], *, progress: Progress | None = None) -> Path:
