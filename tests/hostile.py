@@ -521,6 +521,38 @@ def prompts(folder: Path) -> Make:
     return make
 
 
+def templates(folder: Path) -> Make:
+    """Names of output files, and what is filled in."""
+    from mlxdiff.pictures.names import Template
+
+    # fmt: off
+    pieces = [
+        "{seed}", "{index:09d}", "{step}", "{prompt}", "{model}", "{date}", "{", "}", "{{", "}}",
+        "{seed:>9999999999}", "{seed.__class__}", "{0}", "{}", "{seed!r}", "{prompt:5}", "a", "~",
+        "../", "/", "~x/", "\0", "\ud800", "é", "\u202e", "%s", "$HOME", "x" * 300, ".png", " ",
+    ]
+    # fmt: on
+
+    def make(chance: Chance) -> Run:
+        text = "".join(chance.choice(pieces) for _ in range(chance.randint(0, 6))) + ".png"
+        values: dict[str, Any] = {"date": "2026-01-01", "index": 0, "step": 1, "frame": 0}
+        values["seed"] = chance.choice((0, -1, 2**64, 10**100))
+        words = "".join(chance.choice(pieces) for _ in range(3))
+        values["prompt"] = words * chance.choice((1, 5000))
+        values["model"] = chance.choice(("org/name", "../x", "", "\ud800", "."))
+
+        def read() -> None:
+            filled = Template(text, "--output").fill(**values)
+            own = Template(text, "--output").fields
+            if not own & {"prompt", "model"} or "/" in text or text.startswith("~"):
+                return
+            assert "/" not in str(filled) and len(filled.name.encode("utf-8", "replace")) < 3000
+
+        return read
+
+    return make
+
+
 def loras(folder: Path) -> Make:
     """LoRA and textual inversion files."""
     from golden_data import checkpoint
@@ -531,7 +563,9 @@ def loras(folder: Path) -> Make:
 
     model = open_source(checkpoint("sd15"))
     named = {name: model.config(name) for name in model.components if name != "vae"}
+    tensors = {name: model.tensors(name) for name in named}
     texts = {"text_encoder": model.config("text_encoder")}
+    scales = (1.0, 0.0, -1e9, 1e9, 1e-30)
     width = texts["text_encoder"].hidden_size
     save_file({"<toy>": np.ones((2, width), np.float32)}, folder / "toy.safetensors")
     goods = [write_lora(name, folder) for name in LORAS] + [folder / "toy.safetensors"]
@@ -541,8 +575,13 @@ def loras(folder: Path) -> Make:
     def read() -> None:
         with suppress(MlxdiffError):
             match(open_embedding(bad), texts)
-        matched = lora.match(lora.open_lora(bad), 1.0, named, "sd1")
+        scale = scales[bad.stat().st_size % len(scales)]
+        matched = lora.match(lora.open_lora(bad), scale, named, "sd1")
         matched.report()
+        for component, deltas in matched.deltas.items():
+            changed = lora.changed([matched], component, tensors[component])
+            for name in list(deltas)[:2]:
+                assert np.isfinite(changed[name].read()).all()
 
     def make(chance: Chance) -> Run:
         data = chance.choice(contents)
@@ -693,7 +732,8 @@ PARSERS = {
         Parser(schedulers, 2_000, 60),
         Parser(original_configs, 2_000, 60),
         Parser(metadata, 8_000, 150),
-        Parser(prompts, 12_000, 200),
+        Parser(prompts, 10_000, 200),
+        Parser(templates, 2_000, 100),
         Parser(loras, 5_000, 60),
         Parser(hubs, 4_000, 60),
     )
