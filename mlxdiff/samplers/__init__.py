@@ -107,7 +107,8 @@ def plan(
     """
     partial = any(share is not None for share in (strength, denoising_start, denoising_end))
     altered = altered or partial  # fits are for whole runs
-    chosen = _choose(scheduler_config, sampler, schedule, steps, family, guidance, altered)
+    with _finite(sampler, steps):
+        chosen = _choose(scheduler_config, sampler, schedule, steps, family, guidance, altered)
     scheduler = chosen.scheduler
     if eta is not None and not scheduler.has_eta:
         having = [one.id for one in SAMPLERS.values() if one.scheduler.has_eta]
