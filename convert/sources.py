@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -52,7 +52,11 @@ def open_source(
     }
     path = catalogue.expand(path)
     folder = Path(path)
-    if isinstance(path, str) and not folder.exists() and (reference := parse(path, revision)):
+    if (
+        isinstance(path, str)
+        and not os.path.exists(folder)
+        and (reference := parse(path, revision))
+    ):
         listing = hub.find(reference, variant)
         if listing.entry not in listing.files:
             _only_single_files(path, options)
@@ -75,14 +79,14 @@ def open_source(
             f"{path} is not a hub id (org/name), so it has no revision {revision!r}; leave the "
             "revision out"
         )
-    if folder.is_file() and detect.is_weights(folder):
+    if os.path.isfile(folder) and detect.is_weights(folder):
         if variant:
             raise UsageError(
                 f"{path} is a single file, so it has no variant {variant!r}; leave the variant out"
             )
         return SingleFile(folder, progress=progress, **options)
     _only_single_files(path, options)
-    if (folder / MANIFEST).is_file():
+    if os.path.isfile(folder / MANIFEST):
         if variant:
             raise UsageError(
                 f"{path} is a converted folder, so it has no variant {variant!r}; leave the "
@@ -90,6 +94,57 @@ def open_source(
             )
         return open_folder(folder)
     return DiffusersFolder(folder, variant=variant or None)
+
+
+# A source that changes while it is read would give a mixture of two models.
+
+Identity: TypeAlias = tuple[int, ...]
+"""Numbers that change when a file is replaced or written to."""
+
+
+def identities(*places: str | os.PathLike[str] | None) -> dict[Path, Identity]:
+    """Return the identity of these files, and of the files in these folders and their folders.
+
+    A place that is not on this disk (a hub id) has none.
+    """
+    found: dict[Path, Identity] = {}
+    for place in places:
+        path = Path() if place is None else Path(place)
+        if place is None or not path.exists():
+            continue
+        files = [path] if path.is_file() else [*path.glob("*"), *path.glob("*/*")]
+        found |= {file: _identity(file) for file in files if file.is_file()}
+    return found
+
+
+def used_files(model: Model) -> dict[str, Path]:
+    """Return every file that a model is read from: name -> path."""
+    base = model.base if isinstance(model, SingleFile) else model
+    files = {} if isinstance(model, ConvertedFolder) else model.source_files()
+    if isinstance(base, ModelFolder):
+        files |= {f"{base.path}/{name}": path for name, path in base.document_paths().items()}
+    if isinstance(base, ConvertedFolder):
+        files |= {f"{base.path}/{name}": base.path / name for name in base.manifest["files"]}
+    return files
+
+
+def require_unchanged(files: Iterable[Path], seen: Mapping[Path, Identity]) -> None:
+    """Raise CheckpointError if a file is not the one that it was."""
+    for path in files:
+        try:
+            same = path not in seen or _identity(path) == seen[path]
+        except OSError:
+            same = False
+        if not same:
+            raise CheckpointError(
+                f"{path}: changed while it was converted; wait until it is complete, then run the "
+                "command again"
+            )
+
+
+def _identity(path: Path) -> Identity:
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _only_single_files(path: str | os.PathLike[str], options: Mapping[str, Any]) -> None:

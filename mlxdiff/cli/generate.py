@@ -16,6 +16,7 @@ from mlxdiff.cli.options import given_to, table_options
 from mlxdiff.cli.output import Output
 from mlxdiff.cli.replay import replayed
 from mlxdiff.cli.sections import SectionedCommand
+from mlxdiff.cli.streams import tell
 from mlxdiff.errors import UsageError
 from mlxdiff.run.options import SECTIONS, CommandOptions, LoadOptions, RunOptions
 from mlxdiff.run.table import make
@@ -37,7 +38,7 @@ def generate(text: str | None, quiet: bool, **given: Any) -> None:
     command = make(CommandOptions, given_to(CommandOptions, given))
     asked = given_to(LoadOptions, given) | given_to(RunOptions, given)
     places = {"PROMPT": text, "--prompt": asked.pop("prompt", None)}
-    asked = replayed(asked, command.from_image)
+    asked = replayed(asked, command.from_image, command.trust_image)
     prompts = _prompts(places, command.prompt_file, asked.pop("prompt", None))
     if prompts == [None] and "model" not in asked:  # a model of one's own may draw without
         raise UsageError(
@@ -49,24 +50,25 @@ def generate(text: str | None, quiet: bool, **given: Any) -> None:
     from mlxdiff.run.settings import pick_seeds
 
     seeds = pick_seeds(for_run.pop("seed", None), for_run.get("count", 1))
-    output = Output(command, quiet, len(prompts), seeds)
+    output = Output(command, quiet, prompts, seeds)
     with ProgressBar("fetching", quiet) as progress:
         pipe = load(**given_to(LoadOptions, asked), progress=progress)
     if not quiet:
         _report_additions(pipe)
-    for index, one in enumerate(prompts):
-        run = pipe.prepare(one, seed=seeds[0], **for_run)
-        if index == 0:  # what can be refused is refused before anything is drawn
-            output.check()
-        output.draw(pipe, run, index, start)
-        start = time.perf_counter()
+    with output:
+        for index, one in enumerate(prompts):
+            run = pipe.stream(one, seed=seeds[0], **for_run)
+            if index == 0:  # what can be refused is refused before anything is drawn
+                output.check(run)
+            output.draw(pipe, run, index, start)
+            start = time.perf_counter()
 
 
 def _report_additions(pipe: Any) -> None:
     """Say on stderr which words have vectors of their own, and what each LoRA changes."""
     for word in pipe.embeddings:
         many = "1 vector" if word.count == 1 else f"{word.count} vectors"
-        click.echo(f"Embedding {word.path.name}: {word.token!r} stands for {many}", err=True)
+        tell(f"Embedding {word.path.name}: {word.token!r} stands for {many}")
     lora_options.report(pipe.loras)
 
 
