@@ -214,7 +214,8 @@ def test_words_unknown_to_the_built_in_model_are_noted_once(here: Path) -> None:
     assert sum("knows only these words" in note for note in notes) == 1
     for word in ("horse", "ugly", "moon"):
         assert sum(f"does not know '{word}'" in note for note in notes) == 1
-    assert run("generate", "a red circle", "-s", "2", *QUICK).stderr.count("Note: ") == 0
+    own = ("-W", "64", "-H", "64")
+    assert run("generate", "a red circle", "-s", "2", *QUICK, *own).stderr.count("Note: ") == 0
 
 
 def test_what_has_no_effect_is_noted(here: Path) -> None:
