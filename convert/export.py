@@ -80,7 +80,8 @@ def check_target(model: ModelSource, to: str, dest: str | os.PathLike[str], forc
     noise = str(model.scheduler_config.get("_class_name"))
     if noise.startswith("EDM"):
         raise UsageError(
-            f"{model.path}: one file cannot say that its noise is EDM's ({noise}); use --to diffusers"
+            f"{model.path}: one file cannot say that its noise is EDM's ({noise}); use --to "
+            "diffusers"
         )
     if not isinstance(model.config("vae"), AutoencoderKLConfig):
         raise UsageError(f"{model.path}: its tiny VAE has no place in one file; use --to diffusers")
