@@ -76,8 +76,8 @@ def _open_file(
     if MARK in file.tensors:
         if unet_tensors is None:
             raise CheckpointError(
-                f"{path}: is a Control-LoRA, a difference to the U-Net of a model; give the model's "
-                "U-Net, too"
+                f"{path}: is a Control-LoRA, a difference to the U-Net of a model; give the "
+                "tensors of the model's U-Net, too"
             )
         return open_control_lora(path, file.tensors, unet, unet_tensors, provenance)
     tensors = _section(file.tensors)
