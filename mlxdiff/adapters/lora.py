@@ -431,6 +431,8 @@ def _all_fit(
     table: Mapping[str, tuple[Target, ...]],
 ) -> bool:
     def fits(module: str) -> bool:
+        if module not in table:
+            return False
         tensors = {part: tensor for part, (_, tensor) in groups[module, ""].items()}
         (target,) = table[module]
         try:
