@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -289,13 +290,14 @@ def not_a_model(path: Path) -> CheckpointError:
         "give a diffusers folder (with model_index.json), a converted folder, a single file, a "
         "hub id or a short name (mlxdiff models --known)"
     )
-    if not path.exists():
+    if not os.path.exists(path):
         near = catalogue.suggestion(str(path))
         return CheckpointError(
             f"{path}: no such file or folder, and not a hub id (org/name){near}; {want}"
         )
+    is_file = os.path.isfile(path)
     return CheckpointError(
-        f"{path}: {_describe_file(path) if path.is_file() else _describe_folder(path)}; {want}"
+        f"{path}: {_describe_file(path) if is_file else _describe_folder(path)}; {want}"
     )
 
 

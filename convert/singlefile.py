@@ -41,6 +41,7 @@ from mlxdiff.convert.keymap import (
     openclip_text,
 )
 from mlxdiff.errors import CheckpointError, HubError, UsageError
+from mlxdiff.machine.disk import read_document
 from mlxdiff.networks.config import (
     AutoencoderKLConfig,
     CLIPTextConfig,
@@ -543,7 +544,7 @@ class SingleFile:
             if name.startswith("text")
         ]
         return self._documents | {
-            f"{folder}/{file}": (self._vocabulary / file).read_bytes()
+            f"{folder}/{file}": read_document(self._vocabulary / file)
             for folder in folders
             for file in TOKENIZER_FILES
             if (self._vocabulary / file).is_file()

@@ -13,7 +13,6 @@ one tensor named after the word (diffusers) or with a generic name; ``string_to_
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import os
 import re
@@ -27,6 +26,7 @@ import numpy as np
 from mlxdiff.convert import recognise
 from mlxdiff.convert.checkpoint import all_finite
 from mlxdiff.errors import CheckpointError, UsageError
+from mlxdiff.machine.disk import sha256
 from mlxdiff.networks.config import CLIPTextConfig
 from mlxdiff.pictures.image import open_picture
 from mlxdiff.weights.pickles import SUFFIXES, PickleFile, open_tensors
@@ -85,8 +85,7 @@ def open_embedding(path: str | os.PathLike[str], token: str | None = None) -> Em
     vectors = {part: _vectors(file, part or told or "*", tensor) for part, tensor in parts.items()}
     word = token or told or file.stem
     names = () if token or file.stem == word or file.name in FILES else (file.stem,)
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    return Embedding(file, word, names, vectors, digest)
+    return Embedding(file, word, names, vectors, sha256(file))
 
 
 Parts: TypeAlias = Mapping[str, LazyTensor]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 from mlxdiff.errors import ConfigError
 
@@ -57,7 +57,13 @@ class _Reader:
             raise self.fail(key, value, "a number")
         return float(value)
 
-    def flag(self, key: str, default: bool) -> bool:
+    @overload
+    def flag(self, key: str, default: bool) -> bool: ...
+
+    @overload
+    def flag(self, key: str, default: None) -> bool | None: ...
+
+    def flag(self, key: str, default: bool | None) -> bool | None:
         value = self.take(key, default)
         if value is None:
             return default
@@ -902,6 +908,8 @@ class AutoencoderKLConfig:
     Latents that the U-Net sees: ``(z - shift_factor) * scaling_factor``, or, where the file gives
     ``latents_mean`` and ``latents_std``, ``(z - mean) * scaling_factor / std``.
 
+    ``force_upcast`` asks for float32, in place of half precision; None: the file does not say.
+
     Source: Rombach et al. 2022.
     """
 
@@ -916,7 +924,7 @@ class AutoencoderKLConfig:
     shift_factor: float | None
     latents_mean: tuple[float, ...] | None
     latents_std: tuple[float, ...] | None
-    force_upcast: bool
+    force_upcast: bool | None
     use_quant_conv: bool
     use_post_quant_conv: bool
     mid_block_add_attention: bool
@@ -976,7 +984,7 @@ class AutoencoderKLConfig:
             shift_factor=reader.number("shift_factor", None),
             latents_mean=moments["latents_mean"],
             latents_std=moments["latents_std"],
-            force_upcast=reader.flag("force_upcast", True),
+            force_upcast=reader.flag("force_upcast", None),
             use_quant_conv=reader.flag("use_quant_conv", True),
             use_post_quant_conv=reader.flag("use_post_quant_conv", True),
             mid_block_add_attention=reader.flag("mid_block_add_attention", True),

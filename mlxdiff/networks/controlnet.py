@@ -199,11 +199,16 @@ class ControlNetModel(UNetEncoder):
     def _scaled(self, outputs: list[Array], scale: float, guess_mode: bool) -> list[Array]:
         """Scale all outputs, or the first of them."""
         if self.config.global_pool_conditions:
-            outputs = [x.mean(axis=(1, 2), keepdims=True) for x in outputs]
+            outputs = [self._pooled(x) for x in outputs]
             guess_mode = False
         count = len(self.controlnet_down_blocks) + 1
         scales = guess_scales(count) if guess_mode else [1.0] * count
         return [x * (scale * s) for x, s in zip(outputs, scales, strict=False)]
+
+    def _pooled(self, x: Array) -> Array:
+        """The mean over all pixels. In float32: a sum in float16 overflows at 65504."""
+        wide = self.nn.cast(x, self.nn.float32)
+        return self.nn.cast(wide.mean(axis=(1, 2), keepdims=True), self.dtype)
 
 
 def guess_scales(count: int) -> list[float]:

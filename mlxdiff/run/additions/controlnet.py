@@ -264,7 +264,9 @@ class ControlNets:
             self.pictures.append(net.embed_image(self.backend.asarray(pixels), control.type))
             types.append(None if control.type is None else net.embed_type(control.type))
         self.types = types
-        self.backend.evaluate(*self.pictures, *(one for one in types if one is not None))
+        # What is lazy belongs to the thread that made it, and each step may run in another.
+        lazy = [*self.pictures, *(one for one in types if one is not None)]
+        self.backend.evaluate(*lazy, *(text.values for text in self.texts))
 
     def counting(self, index: int, total: int) -> list[int]:
         """See ``Acting.counting``."""
