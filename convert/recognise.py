@@ -28,7 +28,7 @@ _USES: dict[str, str] = {
     "a ControlNet-LLLite": "not supported; use a ControlNet of the same kind (--controlnet)",
     "a ControlNet-Union": "give it with --controlnet PATH, --control-image and --control-mode",
     "a ControlNeXt": "not supported; use a ControlNet of the same kind (--controlnet)",
-    "a Control-LoRA": "not supported; use the whole ControlNet of the same kind (--controlnet)",
+    "a Control-LoRA": "give it with --controlnet PATH and a picture with --control-image",
     "the difference to a model": "not supported; use the whole ControlNet (--controlnet)",
     "a ControlNet": "give it with --controlnet PATH and a picture with --control-image",
     "a T2I-Adapter": "not supported; use a ControlNet of the same kind (--controlnet)",
