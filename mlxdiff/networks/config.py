@@ -589,6 +589,21 @@ class UNet2DConditionConfig:
 
 
 @dataclass(frozen=True)
+class ControlTypes:
+    """What a ControlNet-Union has beside a ControlNet: it knows several types of picture.
+
+    Attributes:
+        count: number of types.
+        channels: width of the vector that stands for a type.
+        layers: transformer layers on it.
+    """
+
+    count: int
+    channels: int
+    layers: int
+
+
+@dataclass(frozen=True)
 class ControlNetConfig(UNet2DConditionConfig):
     """A ControlNet, as diffusers' ControlNetModel: the first half of a U-Net, and what it is shown.
 
@@ -600,6 +615,7 @@ class ControlNetConfig(UNet2DConditionConfig):
             the size of the latents; each after the first halves it.
         channel_order: "rgb", or "bgr" where the picture's channels are to be turned round.
         global_pool_conditions: what it adds is the same at every place (the mean over all).
+        types: the types of picture that a ControlNet-Union knows; None for a ControlNet.
 
     Source: Zhang et al. 2023 (arXiv 2302.05543).
     """
@@ -608,6 +624,7 @@ class ControlNetConfig(UNet2DConditionConfig):
     conditioning_embedding_out_channels: tuple[int, ...]
     channel_order: str
     global_pool_conditions: bool
+    types: ControlTypes | None
 
     @property
     def up_blocks(self) -> tuple[BlockSpec, ...]:
@@ -632,8 +649,18 @@ class ControlNetConfig(UNet2DConditionConfig):
         cls, data: Mapping[str, Any], where: str = "controlnet/config.json"
     ) -> ControlNetConfig:
         """Read a config.json. Raises: ConfigError."""
-        reader = _Reader(data, where, ("ControlNetModel",))
-        own = {
+        reader = _Reader(data, where, ("ControlNetModel", "ControlNetUnionModel"))
+        types = None
+        if data.get("_class_name") == "ControlNetUnionModel":
+            types = ControlTypes(
+                reader.integer("num_control_type", 6),
+                reader.integer("num_trans_channel", 320),
+                reader.integer("num_trans_layer", 1),
+            )
+            reader.integer("num_trans_head", 8)  # no effect: see networks.controlnet
+            reader.integer("num_proj_channel", 320)  # the first width, or the shapes do not fit
+        own: dict[str, Any] = {
+            "types": types,
             "conditioning_channels": reader.only("conditioning_channels", 3, 3),
             "conditioning_embedding_out_channels": reader.integers(
                 "conditioning_embedding_out_channels", (16, 32, 96, 256)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 import numbers
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from mlxdiff.store.reference import is_address, parse
 
 
 class Unfit(ValueError):
@@ -65,6 +67,9 @@ class Picture(Anything):
     expected = "a picture"
     metavar = "FILE"
 
+    def accept(self, value: Any) -> Any:
+        return no_address(value)
+
 
 @dataclass(frozen=True)
 class Text(Anything):
@@ -77,6 +82,17 @@ class Text(Anything):
         if not isinstance(value, str):
             raise Unfit(value, self.expected)
         return value
+
+
+@dataclass(frozen=True)
+class File(Text):
+    """A file of this machine."""
+
+    expected = "a path"
+    metavar = "FILE"
+
+    def accept(self, value: Any) -> Any:
+        return no_address(super().accept(value))
 
 
 @dataclass(frozen=True)
@@ -101,7 +117,8 @@ class Place(Anything):
         is_pipeline = self.or_pipeline and hasattr(value, "generate")
         if not is_pipeline and not isinstance(value, (str, os.PathLike)):
             raise Unfit(value, self.expected)
-        return value
+        # The address of a model on the hub is a reference to it.
+        return value if is_address(value) and parse(value) is not None else no_address(value)
 
 
 @dataclass(frozen=True)
@@ -238,10 +255,12 @@ class Choice(Anything):
     Attributes:
         words: the words.
         hint: what to do where none of them fits.
+        spelled: returns the word that another name stands for, or None.
     """
 
     words: tuple[str, ...]
     hint: str = ""
+    spelled: Callable[[str], str | None] | None = None
 
     @property
     def metavar(self) -> str:
@@ -259,9 +278,12 @@ class Choice(Anything):
         return self.words
 
     def accept(self, value: Any) -> Any:
-        if not isinstance(value, str) or value not in self.words:
-            raise Unfit(value, self.expected)
-        return value
+        if isinstance(value, str) and value in self.words:
+            return value
+        if isinstance(value, str) and self.spelled is not None:
+            if (word := self.spelled(value)) is not None:
+                return word
+        raise Unfit(value, self.expected)
 
 
 @dataclass(frozen=True)
@@ -334,6 +356,11 @@ class Files(Anything):
 
     expected = "a list of files"
 
+    def accept(self, value: Any) -> Any:
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            no_address(one[0] if isinstance(one, tuple) and one else one)
+        return value
+
     @property
     def metavar(self) -> str:
         """The form."""
@@ -345,6 +372,13 @@ def listed(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def no_address(value: Any) -> Any:
+    """Return a value that is no web address. Raises: Unfit."""
+    if is_address(value):
+        raise Unfit(value, "a file: download it first, and give its path")
+    return value
 
 
 def _bounds(least: float | None, most: float | None) -> str:
