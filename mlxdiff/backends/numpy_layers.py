@@ -557,7 +557,7 @@ def attention(
                 if mask is not None:
                     np.copyto(scores, -np.inf, where=~mask[rows])
                 _exponentials(scores, _longest(queries) * _longest(keys))
-                sums = scores @ values
+                sums = np.matmul(scores, values)
                 np.divide(sums[:, :-1], sums[:, -1:], out=out[b, rows, head])
 
     with threads.one_blas_thread:
