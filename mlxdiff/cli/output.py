@@ -112,6 +112,8 @@ class StepBar:
                 file=sys.stderr,
             )
         self.bar.update(1, step.seconds)
+        if step.index + 1 == step.total:
+            self.finish()  # what comes next may print a line: the decoder is read
 
     def finish(self) -> None:
         """End the bar of a picture, if there is one."""
