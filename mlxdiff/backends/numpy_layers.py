@@ -28,6 +28,7 @@ _COLUMNS = 1 << 23  # values of unfolded input that a convolution holds at a tim
 _LEAST_BLOCKS = 4  # that make another thread worth its start
 _LEAST_MACS = 1 << 23  # multiply-adds that do: about 0.2 ms
 
+Part = TypeVar("Part")
 Result = TypeVar("Result")
 
 
@@ -40,7 +41,7 @@ def _blocks(rows: int, row_size: int) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _for_each(function: Callable[[slice], Result], blocks: Sequence[slice]) -> list[Result]:
+def _for_each(function: Callable[[Part], Result], blocks: Sequence[Part]) -> list[Result]:
     """The function's results for all blocks, in order. Many blocks are shared among threads."""
     return threads.for_each(function, blocks, len(blocks) // _LEAST_BLOCKS)
 

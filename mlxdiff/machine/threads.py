@@ -112,22 +112,21 @@ class _OneBlasThread:
     """
 
     def __init__(self) -> None:
-        self._get, self._set = _openblas() or (None, None)
-        self.possible = self._set is not None
+        found = _openblas()
+        self.possible = found is not None
+        self._get, self._set = found or (lambda: 1, lambda number: None)
         self._lock = Lock()
         self._users = 0
         self._before = 1
 
     def after_fork(self) -> None:
         """Begin anew: the other threads, and so their contexts, do not survive a fork."""
-        if self._users and self._set is not None:
+        if self._users:
             self._set(self._before)
         self._lock = Lock()
         self._users = 0
 
     def __enter__(self) -> None:
-        if self._get is None or self._set is None:
-            return
         with self._lock:
             if self._users == 0:
                 self._before = self._get()
@@ -136,8 +135,6 @@ class _OneBlasThread:
             self._users += 1
 
     def __exit__(self, *_: object) -> None:
-        if self._set is None:
-            return
         with self._lock:
             self._users -= 1
             if self._users == 0 and self._before != 1:
