@@ -357,6 +357,11 @@ class GroupNorm(Module):
 
         return normalize
 
+    def silu_over(self, bands: Sequence[np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+        """What gives the silu of each normalized band."""
+        normalize = self.over(bands)
+        return lambda x: silu(normalize(x))
+
     def _factors(self, parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Centre, scale and shift of each channel, for one picture's pixels (N, C) in parts."""
         count = sum(map(len, parts))
@@ -564,6 +569,11 @@ def attention(
     with threads.one_blas_thread:
         threads.for_each(compute, [parts[i::count] for i in range(count)], count)
     return out.reshape(shape)
+
+
+def pad_heads(x: np.ndarray, heads: int) -> np.ndarray:
+    """Keys or values (B, L, heads * D) as ``attention`` takes them: as they are."""
+    return x
 
 
 def _longest(vectors: np.ndarray) -> float:

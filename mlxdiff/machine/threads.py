@@ -15,6 +15,7 @@ import contextvars
 import ctypes
 import importlib
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -39,7 +40,7 @@ def count() -> int:
     The variables that limit BLAS's threads (probe.THREAD_VARIABLES) limit it too.
     """
     for variable in THREAD_VARIABLES:
-        if os.environ.get(variable, "").isdecimal():
+        if re.fullmatch("[0-9]{1,4}", os.environ.get(variable, "")):
             return max(1, int(os.environ[variable]))
     return usable_cores()
 
