@@ -205,11 +205,8 @@ def _parts(rows: int, width: int) -> list[slice]:
 
 
 def _for_each(work: Callable[[slice], None], parts: list[slice]) -> None:
-    """Run the work for all parts, on several threads if there is more than one part."""
-    if len(parts) == 1:
-        work(parts[0])
-    else:
-        list(threads.pool().map(work, parts))
+    """Run the work for all parts, on several threads."""
+    threads.for_each(work, parts, len(parts))
 
 
 def _round_affine(w: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
