@@ -29,7 +29,14 @@ from mlxdiff.errors import UsageError
 from mlxdiff.machine.disk import sha256
 from mlxdiff.networks.config import UNetConfig
 from mlxdiff.store.folder import ConvertedFolder, ModelSource, Progress, check_dest, write_folder
-from mlxdiff.store.recipes import find_recipe, is_quantized, quantized_model, recipe_of
+from mlxdiff.store.recipes import (
+    AS_STORED,
+    find_recipe,
+    is_quantized,
+    quantized_model,
+    recipe_of,
+    unpacked_model,
+)
 from mlxdiff.weights.tensors import DTYPES, LazyTensor, QuantizedTensor, stored_bytes
 
 __all__ = [
@@ -108,11 +115,15 @@ def convert(
         ema=ema,
     )
     model.documents()  # reports missing tokenizer files before any weights are read
-    if chosen is None and is_quantized(model):
+    if chosen is None and isinstance(model, ConvertedFolder) and is_quantized(model):
         raise UsageError(
             f"{source}: already quantized; convert the original to change its quantization or dtype"
         )
-    target = model if chosen is None else quantized_model(model, chosen, dtype)
+    if chosen is None:
+        name, target = AS_STORED, unpacked_model(model, dtype)
+    else:
+        name, target = chosen.name, quantized_model(model, chosen, dtype)
+    recipe_name = name if is_quantized(target) else None
     to_write = sum(
         stored_bytes(t, dtype) for c in target.components for t in target.tensors(c).values()
     )
@@ -127,7 +138,7 @@ def convert(
         dest,
         dtype,
         provenance=provenance,
-        recipe=None if chosen is None else chosen.name,
+        recipe=recipe_name,
         force=force,
         progress=progress
         and (lambda done, total, name: progress(to_hash + done, to_hash + total, name)),
@@ -137,7 +148,7 @@ def convert(
         dest=Path(dest),
         family=model.family,
         dtype=dtype,
-        recipe=None if chosen is None else chosen.name,
+        recipe=recipe_name,
         components=tuple(
             _component_report(model, name, _stored_size(target, name, dtype))
             for name in model.components
@@ -187,8 +198,8 @@ def _component_report(model: Model, name: str, bytes_out: int) -> ComponentRepor
         parameters=parameters,
         transforms=dict(transforms),
         ignored=ignored,
-        dtypes=dict(Counter(t.dtype for t in tensors.values())),
-        bytes_in=sum(t.nbytes for t in tensors.values()),
+        dtypes=dict(Counter(t.form or t.dtype for t in tensors.values())),
+        bytes_in=sum(t.file_bytes for t in tensors.values()),
         bytes_out=bytes_out,
     )
 
@@ -217,7 +228,7 @@ def describe(
             "class": model.class_name(name),
             "tensors": len(tensors),
             "parameters": sum(t.size for t in tensors),
-            "bytes": sum(t.nbytes for t in tensors),
+            "bytes": sum(t.file_bytes for t in tensors),
             "bits_per_weight": _bits(tensors),
             "dtypes": dict(Counter(map(_kind, tensors))),
         }
@@ -242,9 +253,11 @@ def describe(
 
 def _bits(tensors: Collection[LazyTensor]) -> float:
     """Return the stored bits per value, with scales and biases included."""
-    return round(8 * sum(t.nbytes for t in tensors) / sum(t.size for t in tensors), 2)
+    return round(8 * sum(t.file_bytes for t in tensors) / sum(t.size for t in tensors), 2)
 
 
 def _kind(tensor: LazyTensor) -> str:
-    """Return the stored form of a tensor: "F16", or "affine-4-64"."""
+    """Return the stored form of a tensor: "F16", "affine-4-64" or "gguf q8_0"."""
+    if tensor.form:
+        return tensor.form
     return str(tensor.quantization) if isinstance(tensor, QuantizedTensor) else tensor.dtype

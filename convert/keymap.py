@@ -313,6 +313,37 @@ def openclip_text(config: CLIPTextConfig) -> Layout:
     return Layout(names=pieces, ignored=tuple(ignored))
 
 
+# stable-diffusion.cpp stores OpenCLIP's encoder under transformers' names, with OpenCLIP's joined
+# queries, keys and values and its projection -> OpenCLIP's names.
+_STABLE_DIFFUSION_CPP = (
+    Rule(r"text_model\.embeddings\.token_embedding\.weight", "token_embedding.weight"),
+    Rule(r"text_model\.embeddings\.position_embedding\.weight", "positional_embedding"),
+    Rule(r"text_model\.final_layer_norm\.(\w+)", r"ln_final.\1"),
+    Rule(r"text_model\.text_projection", "text_projection"),
+    Rule(
+        r"text_model\.encoder\.layers\.(\d+)\.self_attn\.in_proj\.(\w+)",
+        r"transformer.resblocks.\1.attn.in_proj_\2",
+    ),
+    *(
+        Rule(
+            rf"text_model\.encoder\.layers\.(\d+)\.{re.escape(ours)}\.(\w+)",
+            rf"transformer.resblocks.\1.{theirs}.\2",
+        )
+        for ours, theirs in _OPENCLIP_LAYER.items()
+    ),
+)
+
+
+def openclip_names(names: Iterable[str]) -> dict[str, str]:
+    """Return name -> OpenCLIP's name for an encoder in stable-diffusion.cpp's naming."""
+    result = {}
+    for name in names:
+        matches = ((rule, re.fullmatch(rule.source, name)) for rule in _STABLE_DIFFUSION_CPP)
+        found = next((m.expand(rule.target) for rule, m in matches if m), name)
+        result[name] = found
+    return result
+
+
 def _table(targets: Iterable[str], places: Mapping[str, str]) -> dict[str, tuple[Piece, ...]]:
     """Return source name -> target for every target. The longest known module prefix counts."""
     table: dict[str, tuple[Piece, ...]] = {}
@@ -348,14 +379,27 @@ FILE_IGNORED: tuple[Ignored, ...] = (
     ),
     Ignored(r"scale_factor", "the VAE's config has it"),
     Ignored(r"v_pred|ztsnr", "a mark of the prediction type; it was read"),
-    Ignored(r"(?:model_ema|model)\.(?:decay|num_updates)", "training state; not a weight"),
+    Ignored(
+        r"(?:model_ema|model|ema)\.(?:decay|num_updates)|global_step|epoch|iteration|state\.step"
+        r"|(?:optimizers?|optimizer_states?|lr_schedulers?|callbacks|loops|grad_scaler|scaler)\..+"
+        r"|loss\..+",
+        "training state; not a weight",
+    ),
     Ignored(r"embedding_manager\..+", "training state of textual inversion; not a weight"),
     Ignored(
         r"(?:cond_stage_model|conditioner\.embedders\.\d)(?:\.transformer)?\.logit_scale",
         _IMAGE_HALF,
     ),
+    Ignored(
+        r"(?:cond_stage_model|conditioner\.embedders\.\d)\.text_projection(?:\.weight)?",
+        "left over by ComfyUI; the text encoder's own projection stands among its weights",
+    ),
 )
 """Names in a single file that belong to no component."""
+
+
+STRAY = re.compile(r"(?:.+\.)?(?:position_ids|logit_scale|attn_mask|text_projection(?:\.weight)?)")
+"""Names that other tools leave behind under the prefix of a text encoder that is not there."""
 
 
 @dataclass(frozen=True)

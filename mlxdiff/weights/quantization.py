@@ -111,6 +111,18 @@ class Packed(NamedTuple):
         parts = (self.weight, self.scales, self.biases, self.global_scale)
         return sum(part.nbytes for part in parts if part is not None)
 
+    def is_finite(self) -> bool:
+        """Return True if no value is NaN or infinite."""
+        if self.global_scale is not None and not np.isfinite(self.global_scale):
+            return False
+        if self.biases is not None:
+            return bool(np.isfinite(self.scales).all() and np.isfinite(self.biases).all())
+        if self.quantization.mode == "nvfp4":
+            return not (self.scales & 127 == 127).any()
+        codes = self.weight.view(np.uint8)
+        floats = self.quantization.mode == "mxfp8" and (codes & 127 == 127).any()
+        return not (floats or (self.scales == 255).any())
+
     def rows(self, choose: Callable[[np.ndarray], np.ndarray]) -> Packed:
         """Return some of the rows. ``choose`` selects them from an array, on its first axis."""
         biases = None if self.biases is None else choose(self.biases)

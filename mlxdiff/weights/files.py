@@ -1,0 +1,82 @@
+"""Open a file of weights in any container, with its quantized layers decoded."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mlxdiff.errors import CheckpointError
+from mlxdiff.weights import gguf
+from mlxdiff.weights.gguf import GGUFFile
+from mlxdiff.weights.pickles import PickleFile, open_tensors
+from mlxdiff.weights.scaled import decode, foreign_form
+from mlxdiff.weights.tensors import LazyTensor
+
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+"""Usual suffixes of files of weights."""
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A file of weights, opened.
+
+    Attributes:
+        path: the file.
+        tensors: name -> tensor. A quantized layer is one tensor with the shape of the layer.
+        metadata: texts in its header.
+        ignored: (name, reason) of what has no use.
+        refused: name -> description of values that are not readable tensors, see PickleFile.
+        notes: facts about the file, one line each.
+    """
+
+    path: Path
+    tensors: dict[str, LazyTensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+    ignored: tuple[tuple[str, str], ...] = ()
+    refused: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def open_file(path: str | os.PathLike[str]) -> WeightFile:
+    """Open a file in safetensors, PyTorch's format or GGUF. Its content decides, not its name.
+
+    Raises: CheckpointError for a damaged file, and for a quantized form that only another program
+        reads.
+    """
+    path = Path(path)
+    if _head(path).startswith(gguf.MAGIC):
+        container = GGUFFile(path)
+        texts = {k: v for k, v in container.metadata.items() if isinstance(v, str)}
+        decoded = decode(path, container.tensors, {})
+        return WeightFile(path, decoded.tensors, texts, tuple(decoded.ignored), {}, decoded.notes)
+    file = open_tensors(path)
+    if words := foreign_form(file.tensors):
+        raise CheckpointError(f"{path}: holds {words}")
+    pickled = isinstance(file, PickleFile)
+    metadata = {} if pickled else file.metadata
+    decoded = decode(path, file.tensors, metadata)
+    return WeightFile(
+        path,
+        decoded.tensors,
+        metadata,
+        (*(file.ignored if pickled else ()), *decoded.ignored),
+        file.refused if pickled else {},
+        decoded.notes,
+    )
+
+
+def is_weights(path: Path) -> bool:
+    """Return True if a file should be opened as weights: by its suffix or by its content."""
+    if path.suffix.lower() in SUFFIXES:
+        return True
+    head = _head(path)
+    return head[8:9] == b"{" or head.startswith((gguf.MAGIC, b"PK\x03\x04", b"\x80\x02\x8a\x0a"))
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(16)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
