@@ -19,8 +19,9 @@ from mlxdiff.errors import CheckpointError
 from mlxdiff.machine.disk import read_json
 from mlxdiff.networks.config import ComponentConfig
 from mlxdiff.networks.params import expected_parameters
-from mlxdiff.store.folder import ModelFolder
-from mlxdiff.weights.pickles import SUFFIXES, PickleFile, open_tensors
+from mlxdiff.store.folder import COMPONENTS, ModelFolder
+from mlxdiff.weights.files import open_file as open_weight_file
+from mlxdiff.weights.pickles import SUFFIXES
 from mlxdiff.weights.quantization import Packed
 from mlxdiff.weights.tensors import (
     READABLE,
@@ -72,10 +73,9 @@ def open_component(entry: Path, component: str, config: ComponentConfig) -> Comp
     ignored: list[tuple[str, str]] = []
 
     def open_file(path: Path) -> dict[str, LazyTensor]:
-        file = open_tensors(path)
-        if isinstance(file, PickleFile):
-            refused.update(file.refused)
-            ignored.extend(file.ignored)
+        file = open_weight_file(path)
+        refused.update(file.refused)
+        ignored.extend(file.ignored)
         return file.tensors
 
     tensors = open_weights(entry, open_file)
@@ -159,7 +159,10 @@ class DiffusersFolder(ModelFolder):
         path = Path(path)
         if not (path / "model_index.json").is_file():
             raise detect.not_a_model(path)
-        notes = detect.check_model_index(read_json(path / "model_index.json"), path)
+        index = read_json(path / "model_index.json")
+        notes = detect.check_model_index(index, path)
+        parts = {name: path / name for name in COMPONENTS if isinstance(index.get(name), list)}
+        detect.check_not_quantized(path, parts)
         super().__init__(path)
         self.family = detect.family(self._configs)
         self.provenance: dict[str, Any] = {"source": name or path.resolve().name}
@@ -310,6 +313,11 @@ def _no_weights(folder: Path) -> CheckpointError:
         return CheckpointError(
             f"{folder}: has {others[0]}, but no weights under a name of diffusers or transformers; "
             "rename it (diffusion_pytorch_model.safetensors, model.safetensors, or .bin)"
+        )
+    if any(n.endswith(".flashpack") for n in names):
+        return CheckpointError(
+            f"{folder}: has its weights in flashpack's form (model.flashpack), which is not "
+            "supported; use the safetensors files of the model"
         )
     if any(n.endswith((".msgpack", ".onnx", ".h5", ".pb")) for n in names):
         return CheckpointError(

@@ -68,6 +68,7 @@ class Layout:
 
 
 _NO_PROJECTION = "this encoder's class is CLIPTextModel, which has no projection"
+_POSITIONS = "a buffer that counts 0, 1, 2, ...; not a weight"
 _IMAGE_HALF = "belongs to the image half of CLIP, which text-to-image does not use"
 
 
@@ -93,10 +94,7 @@ TRANSFORMERS_CLIP_TEXT = Layout(
     # transformers >= 5.6 writes CLIPTextModel without the prefix.
     rules=(Rule(r"((?:embeddings|encoder|final_layer_norm)\..+)", r"text_model.\1"),),
     ignored=(
-        Ignored(
-            r"(?:text_model\.)?embeddings\.position_ids",
-            "a buffer that counts 0, 1, 2, ...; not a weight",
-        ),
+        Ignored(r"(?:text_model\.)?embeddings\.position_ids", _POSITIONS),
         Ignored(
             r"text_projection\.weight",
             _NO_PROJECTION,
@@ -111,12 +109,7 @@ TRANSFORMERS_CLIP_TEXT = Layout(
 DIFFUSERS: dict[str, Layout] = {
     "controlnet": Layout(),
     "image_encoder": Layout(
-        ignored=(
-            Ignored(
-                r"vision_model\.embeddings\.position_ids",
-                "a buffer that counts 0, 1, 2, ...; not a weight",
-            ),
-        )
+        ignored=(Ignored(r"vision_model\.embeddings\.position_ids", _POSITIONS),)
     ),
     "text_encoder": TRANSFORMERS_CLIP_TEXT,
     "text_encoder_2": TRANSFORMERS_CLIP_TEXT,
@@ -303,6 +296,7 @@ def openclip_text(config: CLIPTextConfig) -> Layout:
     pieces |= _table((t for t in expected_parameters(config) if t not in fused), places)
     ignored = [
         Ignored(r"logit_scale|attn_mask|visual\..+", _IMAGE_HALF),
+        Ignored(r"(?:.+\.)?position_ids", _POSITIONS),
         Ignored(
             rf"transformer\.resblocks\.{config.num_hidden_layers}\..+",
             "the last layer: the model reads the output of the layer before it",

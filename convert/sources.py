@@ -12,6 +12,7 @@ from mlxdiff.convert.singlefile import SingleFile
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
 from mlxdiff.machine.disk import read_json
 from mlxdiff.store import catalogue, hub
+from mlxdiff.store.cache import snapshot_of
 from mlxdiff.store.folder import MANIFEST, ConvertedFolder, ModelFolder, Progress, open_folder
 from mlxdiff.store.reference import parse
 from mlxdiff.store.selection import PREFERRED_VARIANT, Listing
@@ -43,7 +44,7 @@ def open_source(
     Raises: CheckpointError, ConfigError, HubError, UsageError.
     """
     path = catalogue.expand(path)
-    folder = Path(path)
+    folder = snapshot_of(Path(path))
     if isinstance(path, str) and not folder.exists() and (reference := parse(path, revision)):
         listing = hub.find(reference, variant)
         if listing.entry not in listing.files:

@@ -13,9 +13,6 @@ from mlxdiff.weights.pickles import PickleFile, open_tensors
 from mlxdiff.weights.scaled import decode, foreign_form
 from mlxdiff.weights.tensors import LazyTensor
 
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
-"""Usual suffixes of files of weights."""
-
 
 @dataclass(frozen=True)
 class WeightFile:
@@ -64,14 +61,6 @@ def open_file(path: str | os.PathLike[str]) -> WeightFile:
         file.refused if pickled else {},
         decoded.notes,
     )
-
-
-def is_weights(path: Path) -> bool:
-    """Return True if a file should be opened as weights: by its suffix or by its content."""
-    if path.suffix.lower() in SUFFIXES:
-        return True
-    head = _head(path)
-    return head[8:9] == b"{" or head.startswith((gguf.MAGIC, b"PK\x03\x04", b"\x80\x02\x8a\x0a"))
 
 
 def _head(path: Path) -> bytes:

@@ -314,6 +314,8 @@ class GGUFFile:
     def _entry(self, reader: _Reader) -> tuple[str, Shape, int, int]:
         """Read a tensor's description: name, shape, type number, offset in the data."""
         name = reader.text()
+        if not name:
+            raise self._fault("is a damaged GGUF file: one of its tensors has no name")
         dimensions = reader.number("I")
         if dimensions > 8:
             raise self._fault(f"damaged: tensor {shown(name)!r} has {dimensions} dimensions")

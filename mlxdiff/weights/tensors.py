@@ -616,7 +616,7 @@ def write_safetensors(
                 loaded = tensor.read()
             size = 0
             for part, (shape, _, get) in arrays[name].items():
-                values = np.ascontiguousarray(get(loaded))
+                values = np.asarray(get(loaded), order="C")
                 if values.shape != shape:
                     raise AssertionError(f"{part}: read {values.shape}, announced {shape}")
                 put(values.reshape(-1).view(np.uint8).data)

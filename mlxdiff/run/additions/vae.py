@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from mlxdiff.convert import Component, open_vae
 from mlxdiff.errors import UsageError
+from mlxdiff.networks.config import AutoencoderKLConfig
 from mlxdiff.run.additions import Addition, Fetch, Path, named
 from mlxdiff.run.kind import UPSCALER_SCALE, Kind
 from mlxdiff.store.folder import ModelSource
@@ -32,9 +33,15 @@ class AnotherVAE(Addition):
             paths: one, as ``convert.open_vae`` takes it.
         Raises: CheckpointError, ConfigError, HubError; UsageError if its latents are others.
         """
-        opened = [open_vae(path, fetch.variant, fetch.progress) for path in paths]
-        own = model.source.config("vae") if opened else None
+        paths = list(paths)
+        if not paths:
+            return ()
+        source = model.source
+        own = source.config("vae")
+        replaced = Component(own, lambda: source.tensors("vae"), source.provenance)
+        opened = [open_vae(path, fetch.variant, fetch.progress, replaced) for path in paths]
         for vae in opened:
+            check_scale(vae, own, model)
             for name in ("latent_channels", "factor"):
                 expected, found = getattr(own, name), getattr(vae.config, name)
                 if found != expected:
@@ -60,6 +67,18 @@ class AnotherVAE(Addition):
     def describe(cls, items: Sequence[AnotherVAE], settings: Any) -> dict[str, Any]:
         """See ``Addition.describe``."""
         return {"vae": named(items[-1].component.provenance)}
+
+
+def check_scale(vae: Component, own: Any, model: Kind) -> None:
+    """Refuse a VAE whose latents have another scale. Raises: UsageError."""
+    kinds = [type(one) for one in (vae.config, own)]
+    scales = vae.config.scaling_factor, own.scaling_factor
+    if kinds == [AutoencoderKLConfig] * 2 and scales[0] != scales[1] and not model.upscales:
+        raise UsageError(
+            f"{vae.provenance['source']}: this VAE's latents have the scale {scales[0]:g}, the "
+            f"model's {scales[1]:g}; it belongs to another family (SDXL has 0.13025, SD 1 and 2 "
+            "have 0.18215); use one made for this model"
+        )
 
 
 def note_scale(source: ModelSource, vae: Any) -> None:
