@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mlxdiff.errors import CheckpointError
-from mlxdiff.weights.quantization import Packed, Quantization, packed
+from mlxdiff.weights.quantization import Packed, Quantization, fits, packed
 from mlxdiff.weights.tensors import (
     MAX_HEADER_BYTES,
     MAX_NAME,
@@ -362,9 +362,9 @@ class GGUFFile:
                 out[start : start + step] = form.decode(stored[start : start + step])
             return out.reshape(shape)
 
-        if form.group is None or len(shape) != 2 or shape[1] % form.values:
+        how = None if form.group is None else Quantization(form.bits, form.values)
+        if how is None or len(shape) != 2 or not fits(shape, how):
             return LazyTensor(shape, "F32", read, form=label, stored=size)
-        how = Quantization(form.bits, form.values)
         return quantized(
             shape,
             "F16",

@@ -154,7 +154,7 @@ def packed_shapes(shape: tuple[int, ...], how: Quantization) -> dict[str, tuple[
 
 def fits(shape: tuple[int, ...], how: Quantization) -> bool:
     """Return True if a tensor of this shape can be stored with this quantization."""
-    return len(shape) >= 2 and shape[-1] % how.group_size == 0
+    return len(shape) >= 2 and shape[-1] > 0 and shape[-1] % how.group_size == 0
 
 
 def quantize(array: np.ndarray, how: Quantization, fitted: bool = False) -> Packed:
