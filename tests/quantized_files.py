@@ -81,6 +81,19 @@ def q8_0(array: np.ndarray) -> bytes:
     return np.concatenate([scale[:, None].view(np.uint8), codes.view(np.uint8)], 1).tobytes()
 
 
+def q4_0(array: np.ndarray) -> bytes:
+    """Blocks of ggml's q4_0: the value furthest from 0 becomes -8 times the scale."""
+    groups = array.astype(np.float32).reshape(-1, 32)
+    furthest = np.take_along_axis(groups, np.abs(groups).argmax(1)[:, None], 1)
+    scale = (furthest / -8).astype("<f2")
+    step = np.where(scale == 0, 1, scale).astype(np.float32)
+    codes = np.clip(np.rint(groups / step) + 8, 0, 15).astype(np.uint8)
+    return np.concatenate([scale.view(np.uint8), codes[:, :16] | codes[:, 16:] << 4], 1).tobytes()
+
+
+_BLOCKS = {"q8_0": q8_0, "q4_0": q4_0}
+
+
 def write_gguf(
     path: Path,
     tensors: Mapping[str, np.ndarray],
@@ -91,7 +104,7 @@ def write_gguf(
     """Write a GGUF file.
 
     Args:
-        form: name and values -> "F16", "F32" or "q8_0".
+        form: name and values -> "F16", "F32", "q8_0" or "q4_0".
         metadata: texts and lists of integers.
         flatten: store a tensor whose rows do not fit blocks of 256 as ComfyUI-GGUF does.
     """
@@ -102,11 +115,10 @@ def write_gguf(
         if flatten and array.ndim > 1 and array.size % 256 == 0 and shape[-1] % 256:
             entries[f"comfy.gguf.orig_shape.{name}"] = list(shape)
             array = array.reshape(-1, 256)
-        data = (
-            q8_0(array)
-            if kind == "q8_0"
-            else array.astype(kind.lower()[0] + str(int(kind[1:]) // 8)).tobytes()
-        )
+        if kind in _BLOCKS:
+            data = _BLOCKS[kind](array)
+        else:
+            data = array.astype({"F16": "<f2", "F32": "<f4"}[kind]).tobytes()
         sides = array.shape[::-1]
         infos.append(
             _text(name)

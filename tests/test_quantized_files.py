@@ -367,6 +367,55 @@ def test_a_packed_model_draws_as_the_dequantized_one(backend: str, tmp_path: Pat
     np.testing.assert_allclose(pictures[0], pictures[2], atol=2e-4 * pictures[0].std(), rtol=0)
 
 
+@pytest.mark.parametrize("case", sorted(PACKED))
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_products_with_packed_weights(case: str, dtype: str, tmp_path: Path) -> None:
+    """The kernels that a GPU uses, on the CPU: a global scale is not lost in half precision."""
+    mx = pytest.importorskip("mlx.core")
+    from mlxdiff.backends.mlx_layers import StoredWeight, _quantized_product
+
+    file = open_file(write_safetensors(tmp_path / "x.safetensors", layer(case)))
+    tensor = file.tensors["l.weight"]
+    assert isinstance(tensor, QuantizedTensor)
+    kind = getattr(mx, dtype)
+    weight = StoredWeight(tensor.read_packed(), kind)
+    assert weight.expand().dtype == kind
+    want = tensor.read().astype(np.float64)
+    exact = np.array(weight.expand().astype(mx.float32))
+    np.testing.assert_allclose(exact, want, rtol=2**-11, atol=2**-24)
+    # Large activations: their product with a weight without its scale leaves float16's range.
+    # Small ones: times the scale they would leave it, too. (mxfp8 has no such scale; on a CPU MLX's kernel
+    # multiplies by the scales of groups last, and mlxdiff does not use it there.)
+    for width in (100, 1, 0.1) if tensor.has_global_scale else (1, 0.1):
+        x = np.random.default_rng(0).normal(0, width, (4, want.shape[1])).astype(dtype)
+        out = _quantized_product(mx.array(x), weight, tensor.quantization)
+        assert out.dtype == kind
+        found, product = np.array(out.astype(mx.float32)), x.astype(np.float64) @ want.T
+        # n = 256 partial sums, each rounded by eps of its size, which is at most about twice the root
+        # of the sum of squares: sqrt(n) * 2 * eps of it if the errors are independent.
+        eps = 2**-11 if dtype == "float16" else 2**-24
+        size = np.sqrt((x.astype(np.float64) ** 2) @ (want.T**2))
+        assert np.abs(found - product).max() <= 32 * eps * size.max(), width
+
+
+@pytest.mark.parametrize("backend", ["numpy", "mlx"])
+def test_rows_of_packed_weights(backend: str, tmp_path: Path) -> None:
+    file = open_file(write_safetensors(tmp_path / "x.safetensors", layer("nvfp4")))
+    tensor = file.tensors["l.weight"]
+    assert isinstance(tensor, QuantizedTensor)
+    ids, want = np.array([3, 0, 7]), tensor.read()
+    if backend == "numpy":
+        from mlxdiff.backends.numpy_layers import StoredWeight as Stored
+
+        found = Stored(tensor.read_packed()).take(ids)
+    else:
+        mx = pytest.importorskip("mlx.core")
+        from mlxdiff.backends.mlx_layers import StoredWeight
+
+        found = np.array(StoredWeight(tensor.read_packed(), mx.float32).take(mx.array(ids)))
+    np.testing.assert_array_equal(found, want[ids])
+
+
 def test_a_quantized_file_can_be_quantized_again(tmp_path: Path) -> None:
     folder = wide(tmp_path / "folder")
     path = quantized_file(tmp_path / "x.safetensors", ldm_tensors(folder), "fp8")

@@ -346,8 +346,6 @@ def _before_the_next(out: mx.array) -> mx.array:
 def _quantized_product(x: mx.array, weight: StoredWeight, how: Quantization) -> mx.array:
     """x times the transposed weight, by kernels that expand it piece by piece."""
     rows, biases = weight.shape[0], weight.biases
-    # Half of a global scale's exponent goes to each side: the product of x with the unscaled weight
-    # can leave the range of float16, and so can x times the whole scale.
     before, after = _split_scale(weight.global_scale)
     if before != 1:
         x = x * before
@@ -365,10 +363,15 @@ def _quantized_product(x: mx.array, weight: StoredWeight, how: Quantization) -> 
 
 
 def _split_scale(scale: float | None) -> tuple[float, float]:
-    """Return two factors of a scale; the first is a power of two, and both have like exponents."""
+    """Return two factors of a global scale: for x, and for its product with the unscaled weight.
+
+    The first is a power of two between 4 and 8 times the scale, at most 1. So the product is at
+    most 8 times the result and fits float16 if that does, and x keeps its bits: a scale is about
+    the largest weight / 448 (8 bits) or / 2688 (nvfp4), and then x = 0.1 stays above 2^-15.
+    """
     if not scale:  # none; or 0, and then one factor is enough
         return 1.0, 1.0 if scale is None else scale
-    before = 2.0 ** (math.frexp(scale)[1] // 2)
+    before = min(1.0, 2.0 ** (math.frexp(abs(scale))[1] + 2))
     return before, scale / before
 
 
