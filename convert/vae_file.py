@@ -197,10 +197,10 @@ def _tiny_config(path: Path, shapes: Mapping[str, Shape]) -> AutoencoderTinyConf
         counts: list[int] = []
         convolutions = []
         for number in sorted(layers):
-            shape = layers[number]
-            if shape is not None:
+            convolution = layers[number]
+            if convolution is not None:
                 counts.append(0)
-                convolutions.append(shape)
+                convolutions.append(convolution)
             elif counts:
                 counts[-1] += 1
         if len(convolutions) < 2 or counts.pop() != 0:

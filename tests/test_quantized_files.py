@@ -384,8 +384,8 @@ def test_products_with_packed_weights(case: str, dtype: str, tmp_path: Path) -> 
     exact = np.array(weight.expand().astype(mx.float32))
     np.testing.assert_allclose(exact, want, rtol=2**-11, atol=2**-24)
     # Large activations: their product with a weight without its scale leaves float16's range.
-    # Small ones: times the scale they would leave it, too. (mxfp8 has no such scale; on a CPU MLX's kernel
-    # multiplies by the scales of groups last, and mlxdiff does not use it there.)
+    # Small ones: times the scale they would leave it, too. mxfp8 has no such scale. MLX's kernel
+    # for a CPU multiplies by the groups' scales last; mxfp8 can overflow there, but it is not used.
     for width in (100, 1, 0.1) if tensor.has_global_scale else (1, 0.1):
         x = np.random.default_rng(0).normal(0, width, (4, want.shape[1])).astype(dtype)
         out = _quantized_product(mx.array(x), weight, tensor.quantization)

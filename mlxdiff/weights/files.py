@@ -42,25 +42,19 @@ def open_file(path: str | os.PathLike[str]) -> WeightFile:
         reads.
     """
     path = Path(path)
-    if _head(path).startswith(gguf.MAGIC):
-        container = GGUFFile(path)
-        texts = {k: v for k, v in container.metadata.items() if isinstance(v, str)}
-        decoded = decode(path, container.tensors, {})
-        return WeightFile(path, decoded.tensors, texts, tuple(decoded.ignored), {}, decoded.notes)
-    file = open_tensors(path)
+    file = GGUFFile(path) if _head(path).startswith(gguf.MAGIC) else open_tensors(path)
     if words := foreign_form(file.tensors):
         raise CheckpointError(f"{path}: holds {words}")
-    pickled = isinstance(file, PickleFile)
-    metadata = {} if pickled else file.metadata
+    metadata: dict[str, str] = {}
+    ignored: tuple[tuple[str, str], ...] = ()
+    refused: dict[str, str] = {}
+    if isinstance(file, PickleFile):
+        ignored, refused = file.ignored, file.refused
+    else:
+        metadata = {k: v for k, v in file.metadata.items() if isinstance(v, str)}
     decoded = decode(path, file.tensors, metadata)
-    return WeightFile(
-        path,
-        decoded.tensors,
-        metadata,
-        (*(file.ignored if pickled else ()), *decoded.ignored),
-        file.refused if pickled else {},
-        decoded.notes,
-    )
+    ignored += tuple(decoded.ignored)
+    return WeightFile(path, decoded.tensors, metadata, ignored, refused, decoded.notes)
 
 
 def _head(path: Path) -> bytes:
