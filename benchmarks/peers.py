@@ -230,11 +230,10 @@ def measure_decode(side: str, file: str, size: int) -> dict[str, Any]:
 
     z = mx.array(np.random.default_rng(1).standard_normal((1, size // 8, size // 8, 4), np.float32))
     if side == "mlxdiff":
-        from mlxdiff.backends.mlx import MLXBackend
         from mlxdiff.networks.tiling import decode
 
         vae = our_network("vae")
-        run = lambda: decode(MLXBackend(), vae, z)  # noqa: E731
+        run = lambda: decode(vae, z)  # noqa: E731
     else:
         vae = their_network("vae")
         run = lambda: vae.decode(z * vae.scaling_factor)  # noqa: E731

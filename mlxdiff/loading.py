@@ -69,13 +69,11 @@ def load(asked: LoadOptions) -> Pipeline:
         logger.warning("exact has no effect: nothing is computed on a GPU here")
     pipe = Pipeline(source, chosen)
     pipe.lora_folder = Path(asked.lora_folder)
-    pipe.set_vae(asked.vae, progress=asked.progress)
-    pipe.set_controlnets(asked.controlnets, variant=asked.variant, progress=asked.progress)
+    variant, progress = asked.variant, asked.progress
+    pipe.set_vae(asked.vae, progress=progress)
+    pipe.set_controlnets(asked.controlnets, variant=variant, progress=progress)
     pipe.set_ip_adapters(
-        asked.ip_adapters,
-        image_encoder=asked.image_encoder,
-        variant=asked.variant,
-        progress=asked.progress,
+        asked.ip_adapters, image_encoder=asked.image_encoder, variant=variant, progress=progress
     )
     pipe.set_loras(asked.loras)
     pipe.set_embeddings(asked.embeddings)
@@ -85,8 +83,8 @@ def load(asked: LoadOptions) -> Pipeline:
         asked.refiner,
         dtype=asked.dtype,
         quantize=asked.quantize,
-        variant=asked.variant,
-        progress=asked.progress,
+        variant=variant,
+        progress=progress,
     )
     pipe.save_memory(asked.low_memory, asked.vae_tiling)
     pipe.exact = asked.exact and chosen.has_gpu()

@@ -32,7 +32,7 @@ from mlxdiff.run.additions.controlnet import ControlNet
 from mlxdiff.run.additions.embedding import Embedding
 from mlxdiff.run.additions.ip_adapter import IPAdapter
 from mlxdiff.run.additions.lora import LoRA, asked_for
-from mlxdiff.run.additions.refiner import Refiner
+from mlxdiff.run.additions.refiner import Refiner, refiner_of
 from mlxdiff.run.additions.vae import AnotherVAE
 from mlxdiff.run.denoiser import Evaluation, make_denoiser
 from mlxdiff.run.inputs import Inputs, Stage, Start, make_stages
@@ -41,7 +41,7 @@ from mlxdiff.run.memory import Device, Estimate, estimate, require
 from mlxdiff.run.model import Model, PromptEmbeddings, draw_noise
 from mlxdiff.run.options import GenerateOptions, RunOptions
 from mlxdiff.run.pixel_model import PixelModel
-from mlxdiff.run.settings import PlannedRun, Settings, resolve
+from mlxdiff.run.settings import Run, Settings, resolve
 from mlxdiff.run.table import takes
 from mlxdiff.store.folder import ModelSource, Progress
 from mlxdiff.store.recipes import find_recipe, recipe_of
@@ -79,16 +79,16 @@ class Step:
 
     @property
     def denoised(self) -> np.ndarray:
-        """What the model takes the latents for, without noise: (H/f, W/f, C) float32."""
+        """The model's estimate of the latents without noise: (H/f, W/f, C) float32."""
         return self._denoised()
 
     def sketch(self) -> PIL.Image.Image:
-        """What the model takes the picture for, at once: decoded where the VAE is a TAESD, else by
-        a linear map, one pixel a latent."""
+        """A quick estimate of the finished picture: decoded if the VAE is a TAESD, else by a linear
+        map, one pixel for each latent."""
         return self._sketch(self.denoised)
 
     def preview(self) -> PIL.Image.Image:
-        """The latents as they are after this step, decoded: noisy until the last steps."""
+        """The latents after this step, decoded: noisy until the last steps."""
         return self._decode(self.latents[None])[0]
 
 
@@ -98,13 +98,12 @@ class Result:
 
     Attributes:
         images: one for each seed.
-        latents: (B, H/f, W/f, C) float32, as the U-Net left them (scaled, as it sees them).
+        latents: (B, H/f, W/f, C) float32, the final ones, scaled as the U-Net takes them.
         seeds: seed of each picture.
-        settings: what was drawn, with every default filled in.
-        metadata: what a PNG of each picture says of itself (``chunks()`` gives its text chunks).
-        timings: seconds by stage: load, text_encoder, image (encoding the one that was given),
-            hires (enlarging),
-            unet, vae; and steps, the seconds of each evaluation.
+        settings: of the run, with every default filled in.
+        metadata: of each picture (``chunks()`` gives the text chunks of a PNG).
+        timings: seconds by stage: load, text_encoder, image (encoding the given one), hires
+            (enlarging), unet, vae; and steps, the seconds of each evaluation.
         peak_memory: bytes, as the backend counts them.
     """
 
@@ -300,15 +299,14 @@ class Pipeline:
     @property
     def refiner(self) -> Model | None:
         """The model that does the last part of the way, if there is one."""
-        return next((one.model for one in self.model.additions.of(Refiner)), None)
-
-    def _asked_for(self, settings: Settings) -> tuple[lora.Given, ...]:
-        """The LoRAs that a prompt asks for (``<lora:name:0.8>``). Raises: UsageError."""
-        return asked_for(settings.prompt, settings.prompt_syntax, self.lora_folder)
+        return refiner_of(self.model)
 
     def _model_for(self, settings: Settings) -> Model:
-        """The model with what this prompt asks for, for one run. Raises: UsageError."""
-        asked = self._asked_for(settings)
+        """The model with the LoRAs that this prompt asks for (``<lora:name:0.8>``).
+
+        Raises: UsageError, CheckpointError.
+        """
+        asked = asked_for(settings.prompt, settings.prompt_syntax, self.lora_folder)
         if not asked:
             return self.model
         if asked not in self._prompt_loras:  # those of the last prompt are kept
@@ -367,21 +365,20 @@ class Pipeline:
         return self._prepare(asked).settings
 
     @takes(RunOptions)
-    def prepare(self, asked: RunOptions) -> PlannedRun:
+    def prepare(self, asked: RunOptions) -> Run:
         """Check and plan a run, for ``draw``; arguments as for ``settings``.
 
         Args:
             {options}
-        Returns: PlannedRun.
+        Returns: Run.
         Raises: UsageError where an option cannot be honoured.
         """
         return self._prepare(asked)
 
-    def _prepare(self, asked: RunOptions) -> PlannedRun:
+    def _prepare(self, asked: RunOptions) -> Run:
         run = resolve(self.model, self.refiner, asked)
-        self._asked_for(run.settings)  # they must be there
         self._require_memory(run.settings)
-        return run
+        return run._replace(model=self._model_for(run.settings))
 
     def memory(
         self,
@@ -412,8 +409,7 @@ class Pipeline:
             pictures=shown,
             refiner=self.refiner,
             low_memory=low_memory,
-            tiled=isinstance(model, Model)
-            and model.tiles(height, width, low_memory, model.vae_tiling),
+            tiled=model.tiles(height, width, low_memory, model.vae_tiling),
             recipe=None if quantize is None else find_recipe(quantize),
         )
 
@@ -447,11 +443,10 @@ class Pipeline:
         """
         return self._steps(self._prepare(asked), {})
 
-    def _steps(self, run: PlannedRun, timings: dict[str, Any]) -> Iterator[Step]:
+    def _steps(self, run: Run, timings: dict[str, Any]) -> Iterator[Step]:
         """Draw the pictures of a run one after the other: each is then exactly what it is alone."""
-        settings, backend = run.settings, self.backend
-        model = self._model_for(settings)
-        stages = make_stages(settings, run.plans, model, self.refiner)
+        model, backend, settings = run.model, self.backend, run.settings
+        stages = make_stages(settings, run.plans, model, refiner_of(model))
         if settings.encodes:
             model.component("vae")
         start = time.perf_counter()
@@ -522,7 +517,7 @@ class Pipeline:
         """
         return self.draw(self._prepare(asked), asked.on_step)
 
-    def draw(self, run: PlannedRun, on_step: Callable[[Step], object] | None = None) -> Result:
+    def draw(self, run: Run, on_step: Callable[[Step], object] | None = None) -> Result:
         """Draw the pictures of a run that ``prepare`` has made.
 
         Args:
@@ -536,9 +531,9 @@ class Pipeline:
                 on_step(step)
             if step.index == step.total - 1:
                 final.append(step.latents)
-        self.model.load_decoder()
+        run.model.load_decoder()
         start = time.perf_counter()
-        images = self.decode(np.stack(final))
+        images = run.model.decode(np.stack(final))
         if settings.canvas is not None and settings.paste_original:
             images = [settings.canvas.paste_original(image) for image in images]
         self.backend.clear_cache()
@@ -555,10 +550,9 @@ class Pipeline:
             peak_memory=self.backend.peak_memory(),
         )
 
-    def _metadata(self, run: PlannedRun) -> list[Metadata]:
+    def _metadata(self, run: Run) -> list[Metadata]:
         """What each picture says of itself."""
-        said = run.settings.describe()
-        said |= self._model_for(run.settings).additions.describe(run.settings)
+        said = run.settings.describe() | run.model.additions.describe(run.settings)
         said |= {"quantize": recipe_of(self.source), "exact": self.exact or None}
         own = {key: said.pop(key) for key in METADATA_FIELDS if key in said}
         provenance = self.source.provenance

@@ -33,8 +33,8 @@ NEEDS = {"mlx": ("mlx.core",), "parity": ("torch", "diffusers", "transformers")}
 # processor time does not belong here.
 QUICK = frozenset(
     """
-    architecture condition config convert_keymap convert_pickles cost guidance image known
-    metadata noise packaging params samplers samplers_orders samplers_published samplers_registry
+    architecture config convert_keymap convert_pickles cost guidance image metadata noise packaging
+    params samplers samplers_goldens samplers_orders samplers_published samplers_registry
     tensors tools
     """.split()
 )

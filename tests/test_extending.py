@@ -70,13 +70,13 @@ def run(copy: Path, *command: str) -> str:
     return done.stdout
 
 
-def draw(copy: Path, sampler: str, steps: int) -> np.ndarray:
+def draw(copy: Path, sampler: str, steps: int, *more: str, name: str = "") -> np.ndarray:
     """A picture of the built-in model, from the command line; (H, W, 3), 0 to 255."""
-    name = f"{sampler}-{steps}.png"
+    name = name or f"{sampler}-{steps}.png"
     options = ["--steps", str(steps), "--sampler", sampler, "--schedule", "karras", "-g", "1"]
     prompt = "a large red circle on a blue background"
-    more = ["--seed", "0", "--backend", "numpy", "-o", name]
-    run(copy, "-m", "mlxdiff", "generate", prompt, *options, *more)
+    options += ["--seed", "0", "--backend", "numpy", "-o", name, *more]
+    run(copy, "-m", "mlxdiff", "generate", prompt, *options)
     with Image.open(copy / name) as picture:
         return np.asarray(picture, np.float64)
 
@@ -94,6 +94,33 @@ def test_a_sampler_is_one_file_and_two_lines(copy: Path) -> None:
     # The other lists follow: A1111's names, the page, and the checks of every plan.
     tests = ("samplers_registry", "samplers")
     run(copy, "-m", "pytest", "-q", *(f"tests/test_{name}.py" for name in tests))
+
+
+def test_an_option_is_one_entry_and_its_use(copy: Path) -> None:
+    assert follow("An option", copy) == ([], 7)
+    assert "--noise-scale" in run(copy, "-m", "mlxdiff", "generate", "--help")
+    plain, same = draw(copy, "euler", 2), draw(copy, "euler", 2, "--noise-scale", "1", name="1.png")
+    less = draw(copy, "euler", 2, "--noise-scale", "0.8", name="less.png")
+    assert (plain == same).all() and (plain != less).any()
+    # The picture holds it, and draws itself again.
+    run(copy, "-m", "mlxdiff", "generate", "--from-image", "less.png", "-o", "again.png")
+    with Image.open(copy / "again.png") as again:
+        assert (np.asarray(again) == less).all()
+    # Python has it too: in the signature, checked, and with the name that others give it.
+    code = """
+import inspect, mlxdiff
+from mlxdiff.pipeline import Pipeline
+assert "noise_scale" in inspect.signature(Pipeline.generate).parameters
+pipe = mlxdiff.load(backend="numpy")
+for wrong in ({"noise_scale": "much"}, {"initial_noise_multiplier": 1.1}):
+    try:
+        pipe.settings("a red circle", **wrong)
+    except mlxdiff.UsageError as error:
+        print(error)
+"""
+    said = run(copy, "-c", code)
+    assert "noise_scale is 'much'; expected a number" in said
+    assert "did you mean noise_scale?" in said
 
 
 def test_a_hunk_that_does_not_fit_is_an_error() -> None:

@@ -240,6 +240,6 @@ def test_parts_that_do_not_go_together(opened: Opened) -> None:
 
 def test_notes_on_what_has_no_effect(opened: Opened, caplog: pytest.LogCaptureFixture) -> None:
     opened("lcm").settings("a", negative_prompt="b")
-    assert "told the guidance scale" in caplog.text
+    assert "takes the guidance scale as an input" in caplog.text
     opened("sdxl").settings("a", image=photo(32, 32), denoising_start=0.5, strength=0.5)
     assert "strength has no effect" in caplog.text

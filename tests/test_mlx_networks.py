@@ -10,19 +10,20 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import test_cost
 import tiny_models as tiny
 
 mx = pytest.importorskip("mlx.core")
 
 import mlx.nn as mlx_nn  # noqa: E402
+from mlx.optimizers import SGD  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
 from mlxdiff.backends.mlx import MLXBackend  # noqa: E402
 from mlxdiff.backends.numpy import NumPyBackend as Reference  # noqa: E402
 from mlxdiff.networks.condition import Condition  # noqa: E402
-from mlxdiff.networks.config import (  # noqa: E402
-    ComponentConfig,
-)
+from mlxdiff.networks.config import ComponentConfig  # noqa: E402
+from mlxdiff.networks.layers import Sizes  # noqa: E402
 from mlxdiff.networks.params import expected_parameters  # noqa: E402
 
 pytestmark = pytest.mark.mlx
@@ -138,3 +139,52 @@ def test_networks_can_be_trained(kind: str, name: str) -> None:
     assert {key: value.shape for key, value in gradients.items()} == expected_parameters(config)
     for key, value in gradients.items():
         assert np.isfinite(value).all() and np.abs(value).max() > 0, key
+
+
+OTHERS = {
+    name: config
+    for name, config in test_cost.ALL_CONFIGS.items()
+    if not name.startswith(("clip", "unet ", "vae"))
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_networks_can_be_trained(name: str) -> None:
+    config, random = OTHERS[name], np.random.RandomState(1)
+    network = MLXBackend().load(config, tiny.lazy(tiny.random_arrays(config)))
+    parts = (False, True) if name == "taesd" else (False,)
+
+    def array(*shape: int) -> mx.array:
+        return mx.array(random.standard_normal(shape).astype(np.float32))
+
+    def loss() -> mx.array:
+        total = mx.array(0.0)
+        for encode in parts:
+            out = network.run_once(Sizes(array, 8, 8, 2, 5, encode))
+            for _, part in tree_flatten(out):
+                total = total if part is None else total + mx.square(part).mean()
+        return total
+
+    _, gradients = mlx_nn.value_and_grad(network, loss)()
+    gradients = dict(tree_flatten(gradients))
+    assert {key: value.shape for key, value in gradients.items()} == expected_parameters(config)
+    for key, value in gradients.items():
+        assert np.isfinite(value).all() and np.abs(value).max() > 0, key
+
+
+def test_a_trained_network_computes_with_its_new_weights() -> None:
+    """No view of an old weight is left beside it."""
+    config = tiny.config("unet", "sd1")
+    network = MLXBackend().load(config, tiny.lazy(tiny.random_arrays(config)))
+    inputs = to_mlx(tiny.unet_inputs(config))
+
+    def loss() -> mx.array:
+        return mx.square(network(**inputs)).mean()
+
+    before, gradients = mlx_nn.value_and_grad(network, loss)()
+    SGD(learning_rate=0.01).update(network, gradients)
+    after = loss()
+    assert float(after) < float(before)
+    trained = {key: np.array(value) for key, value in tree_flatten(network.parameters())}
+    fresh = MLXBackend().load(config, tiny.lazy(trained))
+    np.testing.assert_array_equal(network(**inputs), fresh(**inputs))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,15 @@ from sides import Side
 from mlxdiff.backends import numpy_layers as layers
 from mlxdiff.errors import UsageError
 from mlxdiff.machine import threads
+from mlxdiff.networks import registry
 from mlxdiff.networks.config import (
     AutoencoderKLConfig,
     CLIPTextConfig,
     ComponentConfig,
     UNet2DConditionConfig,
 )
+from mlxdiff.networks.cost import multiply_adds
+from mlxdiff.networks.layers import Array, Layers, Module, Sizes
 from mlxdiff.networks.params import expected_parameters
 from mlxdiff.networks.registry import build
 from mlxdiff.networks.unet import UNet2DConditionModel
@@ -88,25 +92,11 @@ def test_parameters_are_those_expected(kind: str, name: str) -> None:
     assert {value.dtype for value in parameters.values()} == {np.dtype(np.float32)}
 
 
-def order_of_sums(config: ComponentConfig) -> float:
-    """How far a network's result may move if each sum is taken in another order.
-
-    In standard deviations of the result; holds for any BLAS. A rounding in float32 is off by u =
-    2^-24 at most, u / sqrt(3) as a standard deviation. The n terms of a sum are about independent,
-    so its partial sums grow as sqrt(i): taken one after the other, their roundings give the sum an
-    error of u sqrt(n / 6) of its own size. (Other orders give less.) Norms keep signals near unit
-    size, so the products' errors add up as a random walk, at most through all weights in series.
-    Two results differ by sqrt(2) times that; six standard deviations are out of reach.
-    """
-    terms = [math.prod(shape[1:]) for shape in expected_parameters(config).values() if shape[1:]]
-    return 6 * math.sqrt(2) * 2**-24 * math.sqrt(sum(terms) / 6)
-
-
 @pytest.mark.parametrize(("kind", "name"), ALL)
 def test_small_workspaces_and_threads_change_nothing(
     monkeypatch: pytest.MonkeyPatch, kind: str, name: str
 ) -> None:
-    expected, bound = results(kind, name), order_of_sums(tiny.config(kind, name))
+    expected, bound = results(kind, name), tiny.order_of_sums(tiny.config(kind, name))
     for constant in ("_BLOCK", "_SCORES", "_COLUMNS"):
         monkeypatch.setattr(layers, constant, 500)
     monkeypatch.setattr(threads, "count", lambda: 2)
@@ -272,3 +262,43 @@ def test_full_size_names_and_shapes_without_memory(name: str, backend: str) -> N
     if name in MILLIONS:
         count = sum(math.prod(shape) for shape in shapes.values())
         assert count / 1e6 == pytest.approx(MILLIONS[name], abs=0.05)
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """The config of a network that is only here."""
+
+    width: int = 6
+
+
+class MLP(Module):
+    """Two linear maps with silu between them: (B, W) -> (B, W)."""
+
+    def __init__(self, nn: Layers, config: MLPConfig) -> None:
+        super().__init__(nn)
+        self.width = config.width
+        self.layers = [nn.Linear(config.width, 8), nn.Linear(8, config.width, bias=False)]
+
+    def __call__(self, x: Array) -> Array:
+        first, last = self.layers
+        return last(self.nn.silu(first(x)))
+
+    def run_once(self, sizes: Sizes) -> Array:
+        return self(sizes.array(sizes.batch, self.width))
+
+
+def test_a_new_network_is_a_class_a_config_and_a_row(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is loaded on both backends, and its parameters and its cost are known."""
+    monkeypatch.setitem(registry.NETWORKS, MLPConfig, MLP)
+    side, config = Side(backend), MLPConfig()
+    shapes = {"layers.0.weight": (8, 6), "layers.0.bias": (8,), "layers.1.weight": (6, 8)}
+    assert expected_parameters(config) == shapes
+    assert multiply_adds(config, batch=3) == 3 * 2 * 6 * 8
+    arrays = tiny.random_arrays(config)
+    mlp = side.backend.load(config, tiny.lazy(arrays))
+    x = np.random.RandomState(0).standard_normal((3, 6)).astype(np.float32)
+    hidden = x @ arrays["layers.0.weight"].T + arrays["layers.0.bias"]
+    expected = hidden / (1 + np.exp(-hidden)) @ arrays["layers.1.weight"].T
+    np.testing.assert_allclose(side.run(mlp, x), expected, atol=1e-5)

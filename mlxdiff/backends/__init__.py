@@ -1,4 +1,4 @@
-"""What computes: NumPy, or MLX (only this package imports mlx). Importing it loads nothing.
+"""The two backends, NumPy and MLX. Only this package imports mlx; importing it loads nothing.
 
-``protocol`` says what a backend offers; ``numpy`` and ``mlx`` are the two.
+``protocol`` defines what a backend offers. ``numpy`` and ``mlx`` implement it, each on its layers.
 """

@@ -5,7 +5,7 @@ Import this module, not ``mlx_layers``: without mlx it raises an error that says
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -41,8 +41,7 @@ class MLXBackend:
 
     Attributes:
         name: "mlx".
-        dtype: name of the dtype that weights get unless ``load`` is told otherwise: float32,
-            float16 or bfloat16.
+        dtype: name of the default dtype of weights: float32, float16 or bfloat16.
     Raises: UsageError for another dtype.
     """
 
@@ -102,18 +101,13 @@ class MLXBackend:
         return mx.concatenate(arrays, axis=axis)
 
     @staticmethod
-    def activation(name: str) -> Callable[[mx.array], mx.array]:
-        """The function that a config calls by this name."""
-        return nn.activation(name)
-
-    @staticmethod
     def has_gpu() -> bool:
-        """Whether arrays are computed on a GPU."""
+        """Return whether a GPU computes."""
         return mx.default_device() == mx.gpu
 
     @staticmethod
     def device() -> str:
-        """What computes: "CPU", or "Metal" or "CUDA" with the name of the GPU."""
+        """Name what computes: "CPU", or "Metal" or "CUDA" with the name of the GPU."""
         if not MLXBackend.has_gpu():
             return "CPU"
         kind = "Metal" if mx.metal.is_available() else "CUDA"
@@ -172,7 +166,7 @@ def _weight(
 
 
 def _device_info() -> dict[str, Any]:
-    """What MLX knows of its default device; the keys differ from device to device."""
+    """MLX's facts on its default device. The keys differ between devices."""
     try:
         return dict(mx.device_info())
     except (AttributeError, RuntimeError):  # an MLX that tells of Metal only

@@ -59,7 +59,8 @@ class Module(nn.Module):
         if kept not in self:
             self[kept] = make(self[name])
             mx.eval(self[kept])
-        return self[kept]
+        view: mx.array = self[kept]
+        return view
 
     def __setitem__(self, name: str, value: Any) -> None:
         self.pop(f"_{name}", None)
@@ -242,7 +243,7 @@ class GroupNorm(Module):
         return values.reshape(self.num_groups, -1)
 
     def over(self, bands: Sequence[mx.array]) -> Callable[[mx.array], mx.array]:
-        """What normalizes each part of a feature map that is given as bands of rows."""
+        """Take the statistics over all bands of rows; return the map for each band."""
         mean = self._group_mean(bands)
         variance = self._group_mean(bands, mean)
         scale = mx.rsqrt(variance + self.eps) * self.weight.astype(mx.float32)
@@ -336,8 +337,10 @@ def _matrix(weight: mx.array) -> mx.array:
 
 
 def _before_the_next(out: mx.array) -> mx.array:
-    """What an expanded weight gave, computed now on a CPU: or the next ones would be expanded,
-    ahead of their use, beside it."""
+    """Compute the product of an expanded weight now, on a CPU.
+
+    Else MLX would expand the next weights ahead of their use, beside it.
+    """
     if mx.default_device() != mx.gpu:
         mx.eval(out)
     return out
@@ -376,7 +379,7 @@ def _split_scale(scale: float | None) -> tuple[float, float]:
 
 
 def _add_beside(x: mx.array, weight: StoredWeight, out: mx.array) -> mx.array:
-    """What x gives with the whole weight; ``out`` is what it gives with the packed one."""
+    """Add the LoRA of a weight to ``out``, the product of x with the packed weight."""
     down, up = weight.down, weight.up
     if weight.gain is not None:
         out = out * weight.gain
@@ -387,7 +390,7 @@ def _add_beside(x: mx.array, weight: StoredWeight, out: mx.array) -> mx.array:
 
 
 def _conv_by_rows(x: mx.array, weight: mx.array, stride: int, padding: int) -> mx.array:
-    """A convolution, as many rows of the output at a time as unfold to _WORK_BYTES."""
+    """A convolution by bands of output rows, each of which unfolds to at most _WORK_BYTES."""
     (batch, height, width, _), kernel = x.shape, weight.shape[1]
     height, width = ((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
     rows = max(1, _WORK_BYTES // (4 * batch * width * weight[0].size))

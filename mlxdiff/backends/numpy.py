@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -81,18 +81,13 @@ class NumPyBackend:
         return np.concatenate(arrays, axis=axis)
 
     @staticmethod
-    def activation(name: str) -> Callable[[np.ndarray], np.ndarray]:
-        """The function that a config calls by this name."""
-        return nn.activation(name)
-
-    @staticmethod
     def has_gpu() -> bool:
-        """Whether arrays are computed on a GPU: no."""
+        """Return False: no GPU computes."""
         return False
 
     @staticmethod
     def device() -> str:
-        """What computes: "CPU"."""
+        """Name what computes: "CPU"."""
         return "CPU"
 
     @staticmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from mlxdiff.networks.config import ComponentConfig
@@ -48,11 +48,6 @@ class Backend(Protocol):
 
     def concatenate(self, arrays: list[Array], axis: int = 0) -> Array:
         """Join arrays along an axis."""
-        ...
-
-    @staticmethod
-    def activation(name: str) -> Callable[[Array], Array]:
-        """Return the function of this name in a config: silu, gelu or quick_gelu."""
         ...
 
     @staticmethod

@@ -28,7 +28,7 @@ def parse(word: str) -> Asked:
     except ValueError as error:
         if not isinstance(error, Unfit) and not Path(path).expanduser().exists():
             return Asked(word, None)  # the colon is one of the path
-        raise Unfit(word, f"a number for its scale, not {scale!r}") from None
+        raise Unfit(word, f"PATH:SCALE; its scale {scale!r} is not a number") from None
 
 
 def report(loras: tuple[Any, ...]) -> None:

@@ -92,7 +92,7 @@ class ResnetBlock2D(Module):
         return self.conv2(h, lambda: shortcut(x))
 
     def _shift(self, temb: Array) -> tuple[Array]:
-        """What is added to each channel: (B, temb_channels) -> (B, 1, 1, C)."""
+        """Make the shift of each channel: (B, temb_channels) -> (B, 1, 1, C)."""
         return (self.time_emb_proj(self.nn.silu(temb))[:, None, None, :],)
 
 
@@ -141,7 +141,7 @@ class Attention(Module):
 
     Args:
         x: tokens, the rows of all samples in one matrix (B * L, query_dim), or a feature map.
-        encoder_hidden_states: what x attends to, of (B, S, context_dim); None: x itself.
+        encoder_hidden_states: x attends to these states, (B, S, context_dim). None: to itself.
         batch: B; None where x is a feature map.
     Returns: the shape of x.
     Source: diffusers models/attention_processor.py Attention.
@@ -196,7 +196,7 @@ class Attention(Module):
         return self.to_k(context), self.to_v(context)
 
     def absorb(self, texts: Sequence[Condition]) -> None:
-        """Make keys and values of all that will be attended to, and give up what makes them."""
+        """Make the keys and values of these texts, then drop the layers that make them."""
         for text in texts:
             self.nn.evaluate(text.made_by(self, self._keys_values))
         del self.to_k, self.to_v

@@ -15,7 +15,7 @@ CLIPConfig = CLIPTextConfig | CLIPVisionConfig
 
 
 class CLIPTextOutput(NamedTuple):
-    """What a text encoder says about a prompt.
+    """The states of a text encoder for a prompt.
 
     Attributes:
         last_hidden_state: (B, T, D), after the final layer norm.

@@ -15,7 +15,7 @@ from mlxdiff.networks.layers import Array, Layers, Module, Sizes
 
 
 class CLIPVisionOutput(NamedTuple):
-    """What an image encoder says about a picture.
+    """The states of an image encoder for a picture.
 
     Attributes:
         image_embeds: (B, P), the class token, normalized and projected.

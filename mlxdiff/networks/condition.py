@@ -1,4 +1,4 @@
-"""What a network is told in many evaluations alike, and what its layers make of it."""
+"""Inputs that stay the same over many evaluations, and the arrays that layers make of them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 class Condition:
-    """Something that a network is told all through a run: the text, or the timesteps.
+    """An input of a network that a whole run shares: the text, or the timesteps.
 
-    What a layer makes of it depends on nothing else, so it is computed at its first use and kept.
-    A Condition must not outlive the weights it was used with.
+    A layer makes arrays of it alone (keys and values, a shift). They are computed at their first
+    use and kept. Drop a Condition together with the weights that it was used with.
 
     Args:
         values: (N, ...) array of either backend: a row for each sample of a batch or, for the
@@ -24,7 +24,7 @@ class Condition:
         self._beside: dict[int, list[tuple[Any, Any, float]]] = {}
 
     def rows(self, start: int, stop: int) -> Condition:
-        """Some of these samples; what layers make is shared with the whole."""
+        """Take some of these samples. They share with the whole what layers make."""
         part = Condition(self.values)
         first = self._rows.start or 0
         part._rows = slice(first + start, first + stop)
@@ -33,10 +33,10 @@ class Condition:
         return part
 
     def made_by(self, layer: object, make: Callable[[Any], tuple[Any, ...]]) -> tuple[Any, ...]:
-        """What a layer makes of the values, for these rows.
+        """Return the arrays that a layer makes of the values, for these rows.
 
         Args:
-            layer: whose it is to keep.
+            layer: owns the arrays.
             make: computes arrays (N, ...) from all values.
         """
         # The layer is kept beside it: an id is only its own while it lives.
@@ -45,16 +45,16 @@ class Condition:
         return made if self._rows == slice(None) else tuple(one[self._rows] for one in made)
 
     def put_beside(self, layer: object, keys: Any, values: Any, scale: float) -> None:
-        """Let a layer of attention see something beside these values, on its own.
+        """Give a layer of attention other keys and values beside these.
 
         Args:
-            layer: which one.
-            keys, values: (N, ...), as it would make them itself.
-            scale: times what it sees there.
+            layer: the layer.
+            keys, values: (N, ...), as the layer would make them.
+            scale: factor of their attention.
         """
         self._beside.setdefault(id(layer), []).append((keys, values, scale))
 
     def beside(self, layer: object) -> list[tuple[Any, Any, float]]:
-        """What a layer sees beside these values, for these rows."""
+        """Return the other keys and values of a layer, with their scale, for these rows."""
         found = self._beside.get(id(layer), [])
         return [(keys[self._rows], values[self._rows], scale) for keys, values, scale in found]

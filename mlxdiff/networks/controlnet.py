@@ -41,7 +41,7 @@ class ControlNetConditioningEmbedding(Module):
 
 
 class ControlNetModel(UNetEncoder):
-    """Predicts what is to be added inside the U-Net, so that its picture follows another."""
+    """Predicts arrays to add inside the U-Net, so that its picture follows a control image."""
 
     config: ControlNetConfig
 
@@ -71,12 +71,12 @@ class ControlNetModel(UNetEncoder):
 
         Args:
             sample: (B, H, W, in_channels).
-            temb, text: B rows of what ``embed`` and ``read`` give, as for the U-Net.
+            temb, text: B rows of the results of ``embed`` and ``read``, as for the U-Net.
             condition: the picture, by ``embed_image``; (1, H, W, C) for all of the batch.
-            scale: times all that is added.
-            guess_mode: the less, the earlier in the U-Net: from a tenth to all of it.
-        Returns: for each output of the U-Net's way down, and for the mid block, what is to be
-            added: (B, H', W', C'), or (B, 1, 1, C') where the config says
+            scale: factor of all results.
+            guess_mode: scale the results from 0.1, at the first layer, to 1, at the mid block.
+        Returns: one array for each output of the U-Net's way down, and one for the mid block, to
+            add to it: (B, H', W', C'), or (B, 1, 1, C') if the config has
             ``global_pool_conditions``.
         """
         x = self.conv_in(self.nn.cast(sample, self.dtype)) + condition
@@ -94,7 +94,7 @@ class ControlNetModel(UNetEncoder):
         scale: float = 1.0,
         guess_mode: bool = False,
     ) -> Array:
-        """The first of what ``predict`` returns, for which no more than the first layer runs."""
+        """Return the first result of ``predict``. Only the first layer runs."""
         x = self.conv_in(self.nn.cast(sample, self.dtype)) + condition
         return self._scaled([self.controlnet_down_blocks[0](x)], scale, guess_mode)[0]
 
@@ -112,7 +112,7 @@ class ControlNetModel(UNetEncoder):
         )
 
     def _scaled(self, outputs: list[Array], scale: float, guess_mode: bool) -> list[Array]:
-        """All outputs, or the first of them, as they are to be added."""
+        """Scale all outputs, or the first of them."""
         if self.config.global_pool_conditions:
             outputs = [x.mean(axis=(1, 2), keepdims=True) for x in outputs]
             guess_mode = False

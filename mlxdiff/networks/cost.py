@@ -1,10 +1,10 @@
-"""What a network costs at a size: multiply-adds, exactly, and the values it holds meanwhile.
+"""The cost of a network at a size: its exact multiply-adds, and the values that it holds.
 
 The network runs on layers that compute nothing (``networks.recorder``); nothing is loaded. Counted
 as arithmetic are convolutions, linear maps and the two products of attention, as the plain network
-has them: what an implementation adds (zero-padded heads) or saves (keys and values of the prompt
-kept from step to step) does not change the count. Sums, normalizations and activations are not
-counted: they are a thousandth of the arithmetic.
+has them. An implementation may add some (zero-padded heads) or save some (keys and values of the
+prompt are kept from step to step); the count stays the same. Sums, normalizations and activations
+are not counted: they are a thousandth of the arithmetic.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def operations(
 
     Args:
         config: of the network.
-        height, width: of what goes into it: latents for a U-Net and for a VAE that decodes, pixels
-            for one that encodes or for a U-Net that draws pixels. CLIP's encoders have none.
+        height, width: of its input: latents for a U-Net and for a VAE that decodes, pixels for a
+            VAE that encodes or for a U-Net that draws pixels. CLIP's encoders have none.
         batch: how many at once: 2 for a U-Net under guidance.
         tokens: length of a text.
         encode: a VAE's encoder, in place of its decoder.

@@ -1,7 +1,7 @@
 """IP-Adapter (Ye et al. 2023).
 
-Pictures become tokens beside the text's: a projection of what CLIP says of the picture, and keys
-and values of their own in every layer of the U-Net that attends to the text. Shape letters: B
+Pictures become tokens beside the text's: a projection of CLIP's features, and keys and
+values of their own in every layer of the U-Net that attends to the text. Shape letters: B
 batch, F width of CLIP's features, N tokens, D width of the text states.
 Source: diffusers models/embeddings.py and attention_processor.py (IPAdapterAttnProcessor).
 """
@@ -139,10 +139,10 @@ class ImageKeysValues(Module):
 
 
 class IPAdapterModel(Module):
-    """What an IP-Adapter makes of pictures.
+    """Turns pictures into keys and values for a U-Net.
 
     Args:
-        features: what CLIP says of B pictures: (B, F), or (B, M, F) where the config's kind is not
+        features: CLIP's vectors of B pictures: (B, F), or (B, M, F) if the config's kind is not
             "image".
     Returns: for each layer of the U-Net that attends to the text (the way down, the way up, the
         middle), keys and values (B, N, width).

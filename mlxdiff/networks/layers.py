@@ -1,7 +1,7 @@
-"""What a network is built from: the layers and array functions that a backend hands to it.
+"""The layers and array functions that a network is built from.
 
-A network is written once. It gets its layers as its first argument, calls them by the names below,
-and imports no array library::
+A network is written once and imports no array library. A backend hands its layers to it, as its
+first argument::
 
     class MLP(Module):
         def __init__(self, nn: Layers, width: int) -> None:
@@ -148,8 +148,8 @@ class Sizes:
 
     Attributes:
         array: makes an input of a shape.
-        height, width: of what goes into it: latents for a U-Net and for a VAE that decodes, pixels
-            for one that encodes or for a U-Net that draws pixels.
+        height, width: of its input: latents for a U-Net and for a VAE that decodes, pixels for a
+            VAE that encodes or for a U-Net that draws pixels.
         batch: how many at once: 2 for a U-Net under guidance.
         tokens: length of a text.
         encode: a VAE's encoder, in place of its decoder.

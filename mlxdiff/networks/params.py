@@ -1,8 +1,8 @@
-"""What a checkpoint must hold, exactly: name and shape of every tensor, worked out from the config.
+"""The name and shape of every tensor that a checkpoint must hold, from the config.
 
 Names are diffusers' and transformers' parameter names (the text encoder's with the ``text_model.``
 prefix of published files). Shapes are in the layout of the converted folder: linear (out, in),
-convolution (out, kH, kW, in). The network itself says them, built from layers that are shapes.
+convolution (out, kH, kW, in). They are read off the network, built from the recording layers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _parameters(config: ComponentConfig) -> dict[str, Shape]:
 
 
 def check_parameters(found: Mapping[str, Shape], config: ComponentConfig, where: str) -> None:
-    """Hold tensors against ``expected_parameters(config)``: every name, every shape, nothing else.
+    """Check tensors against ``expected_parameters(config)``: all names, all shapes, nothing else.
 
     Raises: CheckpointError that lists at most ten names of each kind of fault, and how many there
         are.

@@ -1,7 +1,7 @@
-"""Layers that compute nothing: a network built from them says its parameters and its work.
+"""Layers that compute nothing, but record a network's parameters and work.
 
 They are a third set beside NumPy's and MLX's (``networks.layers.Layers``). An array is a shape.
-What a network does to arrays is written on a tape, in the order in which it is done::
+A tape records what a network does to arrays, in order::
 
     network = build(recorder, config)
     network.parameters()               # name -> shape
@@ -9,9 +9,9 @@ What a network does to arrays is written on a tape, in the order in which it is 
         network(recorder.parameter(2, 64, 64, 4), ...)
     tape.operations
 
-Counted as arithmetic are convolutions, linear maps and the two products of attention. The held
-values are those that Python holds at an operation, as NumPy would: of arrays that others need
-later, and of those that a variable still names.
+Convolutions, linear maps and the two products of attention count as arithmetic. The held values
+are those of all arrays that Python holds at that moment, as NumPy does: a later layer needs them,
+or a variable still names them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Operation:
         kind: "convolution", "linear", "attention", or "elementwise" (norms and activations).
         macs: multiply-adds.
         weights: number of weight values that it multiplies with, biases left out.
-        held: values that others need later: skips, shortcuts, the text.
+        held: values of other arrays that exist meanwhile: skips, shortcuts, variables of callers.
         inputs, outputs: values that it reads and writes.
         scratch: values that it would unfold its input to (convolution), or its scores (attention).
         row: those of them that cannot be split: for a line of output, or a query of each head.
@@ -57,7 +57,7 @@ class Operation:
 
 
 class Tape:
-    """What is done to arrays inside a ``with`` statement, in order.
+    """Records the work on arrays inside a ``with`` statement, in order.
 
     Attributes:
         operations: each layer's work.

@@ -7,35 +7,41 @@ over all bands first. So each layer goes over all bands before the next one begi
 differs from the whole decoder's by the rounding of sums alone (tests/test_tiling.py holds it to
 2e-5 of the picture's range).
 
-One implementation for both backends: it asks of the layers only what both have.
+It is written once for both backends, as the networks are (``networks.layers``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import TypeAlias
+
+from mlxdiff.networks.blocks import ResnetBlock2D
+from mlxdiff.networks.layers import Array, Layers
+from mlxdiff.networks.vae import AutoencoderKL
 
 BAND_BYTES = 16 << 20
-"""What a band of a feature map takes, about, in float32."""
+"""The approximate size of a band of a feature map, in float32."""
 
-Bands = list[Any]  # of arrays (1, rows, W, C) of either backend; consumed: set to None as they go
+Bands: TypeAlias = list[
+    Array
+]  # of arrays (1, rows, W, C) of either backend; consumed: set to None as they go
 
 
-def decode(backend: Any, vae: Any, z: Any) -> Any:
+def decode(vae: AutoencoderKL, z: Array) -> Array:
     """As ``vae.decode``.
 
     Args:
-        backend: of the network.
-        vae: an AutoencoderKL.
+        vae: the autoencoder.
         z: (1, H, W, C), unscaled latents.
     Returns: (1, f * H, f * W, 3) float32, nominally in [-1, 1].
     """
-    decoder, run = vae.decoder, _Runner(backend)
+    nn, decoder = vae.nn, vae.decoder
+    run = _Runner(nn)
     first, last = decoder.mid_block.resnets
     bands = run.resnet(first, run.split([decoder.conv_in(vae.decoder_input(z))]))
     for attention in decoder.mid_block.attentions:
-        bands = run.split([attention(backend.concatenate(bands, axis=1))])
+        bands = run.split([attention(nn.concatenate(bands, axis=1))])
     bands = run.resnet(last, bands)
     for block in decoder.up_blocks:
         for resnet in block.resnets:
@@ -43,16 +49,15 @@ def decode(backend: Any, vae: Any, z: Any) -> Any:
         for upsampler in block.upsamplers:
             bands = run.split(run.with_halo(bands, upsampler, 2))
     normalize = decoder.conv_norm_out.over(bands)
-    out = run.with_halo(bands, lambda x: decoder.conv_out(run.silu(normalize(x))))
-    return backend.asarray(backend.concatenate(out, axis=1), "float32")
+    out = run.with_halo(bands, lambda x: decoder.conv_out(nn.silu(normalize(x))))
+    return nn.cast(nn.concatenate(out, axis=1), nn.float32)
 
 
 class _Runner:
     """Layers on bands."""
 
-    def __init__(self, backend: Any) -> None:
-        self.backend = backend
-        self.silu: Callable[[Any], Any] = backend.activation("silu")
+    def __init__(self, nn: Layers) -> None:
+        self.nn = nn
 
     def split(self, bands: Bands) -> Bands:
         """The same rows in bands of BAND_BYTES."""
@@ -66,27 +71,27 @@ class _Runner:
             parts += [band[:, a:b] for a, b in pairwise(edges)]
         return parts
 
-    def resnet(self, block: Any, bands: Bands) -> Bands:
+    def resnet(self, block: ResnetBlock2D, bands: Bands) -> Bands:
         """A ResnetBlock2D without timestep."""
         first = block.norm1.over(bands)
-        h = self.with_halo(bands, lambda x: block.conv1(self.silu(first(x))), keep=True)
+        h = self.with_halo(bands, lambda x: block.conv1(self.nn.silu(first(x))), keep=True)
         second = block.norm2.over(h)
         shortcut = block.conv_shortcut
 
-        def add(out: Any, i: int) -> Any:
+        def add(out: Array, i: int) -> Array:
             x, bands[i] = bands[i], None
             return out + (x if shortcut is None else shortcut(x))
 
-        return self.with_halo(h, lambda x: block.conv2(self.silu(second(x))), finish=add)
+        return self.with_halo(h, lambda x: block.conv2(self.nn.silu(second(x))), finish=add)
 
     def with_halo(
         self,
         bands: Bands,
-        layer: Callable[[Any], Any],
+        layer: Callable[[Array], Array],
         factor: int = 1,
         *,
         keep: bool = False,
-        finish: Callable[[Any, int], Any] = lambda out, i: out,
+        finish: Callable[[Array, int], Array] = lambda out, i: out,
     ) -> Bands:
         """A layer that looks one row up and down, on each band.
 
@@ -100,10 +105,10 @@ class _Runner:
             above = bands[i - 1][:, -1:] if i else None
             below = bands[i + 1][:, :1] if i + 1 < len(bands) else None
             parts = [part for part in (above, band, below) if part is not None]
-            out = layer(self.backend.concatenate(parts, axis=1) if len(parts) > 1 else band)
+            out = layer(self.nn.concatenate(parts, axis=1) if len(parts) > 1 else band)
             start = 0 if above is None else factor
             out = finish(out[:, start : start + factor * band.shape[1]], i)
-            self.backend.evaluate(out)
+            self.nn.evaluate(out)
             results.append(out)
             if i and not keep:
                 bands[i - 1] = None  # its last row was needed until here

@@ -349,7 +349,7 @@ class UNetEncoder(Module):
 
         Args:
             x: output of conv_in, (B, H, W, C).
-            temb, text: B rows of what ``embed`` and ``read`` give.
+            temb, text: B rows of the results of ``embed`` and ``read``.
         Returns: output of the mid block; x and the output of every layer of the down path.
         """
         skips = [x]
@@ -411,9 +411,9 @@ class UNet2DConditionModel(UNetEncoder):
         return self(sample, sizes.array(sizes.batch), text, **self.conditions(sizes))
 
     def absorb(self, texts: Sequence[Condition]) -> None:
-        """Give up the weights that make keys and values of text, once these texts have theirs.
+        """Make the keys and values of these texts, then drop the weights that make them.
 
-        Only these can be given to ``predict`` from then on.
+        After this, ``predict`` takes these texts only.
         """
         mid = [] if self.mid_block is None else [self.mid_block]
         for part in (*self.down_blocks, *mid, *self.up_blocks):
@@ -445,8 +445,8 @@ class UNet2DConditionModel(UNetEncoder):
 
         Args:
             sample: (B, H, W, in_channels).
-            temb: B rows of what ``embed`` gives.
-            text: B rows of what ``read`` gives.
+            temb: B rows of the result of ``embed``.
+            text: B rows of the result of ``read``.
             deep, residuals: as when called.
         Returns: as when called.
         """

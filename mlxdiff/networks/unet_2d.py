@@ -107,7 +107,7 @@ class UNet2DModel(Module):
         return temb
 
     def predict(self, sample: Array, temb: Condition) -> Array:
-        """Run the network, with B rows of what ``embed`` gives."""
+        """Run the network, with B rows of the result of ``embed``."""
         x = self.conv_in(self.nn.cast(sample, self.dtype))
         skips = [x]
         for block in self.down_blocks:

@@ -163,7 +163,7 @@ class AutoencoderKL(Module):
         return self.nn.cast(self.decoder(self.decoder_input(z)), self.nn.float32)
 
     def decoder_input(self, z: Array) -> Array:
-        """What the decoder is given for latents (B, H, W, C): the same shape."""
+        """Make the decoder's input of latents (B, H, W, C): the same shape."""
         z = self.nn.cast(z, self.dtype)
         return z if self.post_quant_conv is None else self.post_quant_conv(z)
 

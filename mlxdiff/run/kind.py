@@ -245,7 +245,7 @@ class LatentKind(Kind):
 
     @property
     def description(self) -> str:
-        """What this model does, and how that is known; for messages."""
+        """See ``Kind.description``."""
         if self.inpaints:
             does = "an inpainting model"
         elif self.edits:
@@ -362,12 +362,12 @@ class PixelKind(Kind):
         what = _PIXEL_PARTS[part]
         if part == "label":
             return None if self.takes_label else "this model has no classes"
-        return f"this model draws from noise alone; it has no part for {what}"
+        return f"{self.description}; it has no part for {what}"
 
     @property
     def description(self) -> str:
         """See ``Kind.description``."""
-        return "this is a model that draws from noise alone"
+        return "this model draws from noise alone"
 
     @property
     def default_size(self) -> tuple[int, int]:

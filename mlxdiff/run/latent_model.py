@@ -151,7 +151,7 @@ class LatentModel(LatentKind, Model):
         vae, factor = self.component("vae"), self.vae_config.factor
         height, width = factor * len(latents), factor * len(latents[0])
         if self.tiles(height, width, self.low_memory, self.vae_tiling):
-            pixels = tiling.decode(self.backend, vae, z)
+            pixels = tiling.decode(vae, z)
         else:
             pixels = vae.decode(z)
         found: np.ndarray = self.backend.to_numpy(pixels)[0]

@@ -119,7 +119,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Run:
+class UNetRun:
     """What the memory of an addition depends on.
 
     Attributes:
@@ -203,7 +203,7 @@ def estimate(
             largest = max(tensor.nbytes for tensor in tensors.values())  # read, then converted
             if name == "unet":
                 need = activation_bytes(config, kind, *latent, batch=batch)
-                extra = one.additions.work(Run(kind, config, latent, batch, pictures))
+                extra = one.additions.work(UNetRun(kind, config, latent, batch, pictures))
                 need = max(need + extra.beside, extra.before)
             elif name == "vae":
                 need = activation_bytes(config, kind, *latent)

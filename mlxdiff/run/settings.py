@@ -28,9 +28,9 @@ from mlxdiff.text import a1111
 
 logger = logging.getLogger("mlxdiff")
 
-IMAGE_GUIDANCE = 1.5  # of models that edit a picture, as diffusers' pipelines have it
-NOISE_LEVEL = 20  # of the picture that is enlarged, as diffusers' pipeline has it
-DEFAULT_SPLIT = 0.8  # of the way, where a refiner takes over; as diffusers' guide to SDXL has it
+IMAGE_GUIDANCE = 1.5  # for models that edit a picture; the default of diffusers' pipelines
+NOISE_LEVEL = 20  # for upscalers; the default of diffusers' pipeline
+DEFAULT_SPLIT = 0.8  # share of the run after which a refiner takes over; as in diffusers' guide
 AESTHETIC_SCORES = 6.0, 2.5  # for the prompt and the negative prompt
 
 
@@ -84,7 +84,7 @@ class Settings(ValueOptions):
 
     @property
     def enlarged(self) -> Settings | None:
-        """Those of the second pass of a hires run; None where there is none."""
+        """Settings of the second pass of a hires run; None if there is none."""
         if self.hires is None:
             return None
         size, larger = (self.height, self.width), (self.hires.height, self.hires.width)
@@ -93,7 +93,7 @@ class Settings(ValueOptions):
             width=self.hires.width,
             height=self.hires.height,
             strength=self.hires.strength,
-            # What was the picture's size is its size again.
+            # A size that was the picture's own stays so.
             original_size=larger if self.original_size == size else self.original_size,
             target_size=larger if self.target_size == size else self.target_size,
             controls=self.hires_controls,
@@ -123,12 +123,12 @@ class Settings(ValueOptions):
 
     @property
     def altered(self) -> bool:
-        """Whether it is not one whole run of the whole network, guided in all steps."""
+        """Whether some steps lack guidance or the whole network, or a second pass follows."""
         parts = self.guidance_interval, self.feature_reuse, self.hires
         return any(part is not None for part in parts)
 
     def time_ids(self, model: Model) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-        """The numbers that an SDXL U-Net is told beside the negative and the positive prompt."""
+        """Micro-conditioning of an SDXL U-Net, for the negative and for the positive prompt."""
         if self.original_size is None or self.crop is None:
             return None
         shared = (*self.original_size, *self.crop)
@@ -139,25 +139,25 @@ class Settings(ValueOptions):
         return (*shared, *target), (*shared, *target)
 
 
-class PlannedRun(NamedTuple):
+class Run(NamedTuple):
     """A run that can be drawn: checked, and planned.
 
     Attributes:
+        model: the model, with all that is added to it for this run.
         settings: of the run.
         plans: the sampler's plan for the model, and for what comes after (``make_plans``).
         seeds: seed of each picture.
         noise: (pictures, H/f, W/f, C) float32 in place of the first noise; None: as the seeds give.
     """
 
+    model: Model
     settings: Settings
     plans: tuple[samplers.Plan, ...]
     seeds: list[int]
     noise: np.ndarray | None = None
 
 
-def resolve(
-    model: Model, refiner: Model | None = None, asked: RunOptions | None = None
-) -> PlannedRun:
+def resolve(model: Model, refiner: Model | None = None, asked: RunOptions | None = None) -> Run:
     """Check the options of a run, fill in the defaults, and plan it. Raises: UsageError."""
     asked = RunOptions() if asked is None else asked
     seeds = pick_seeds(asked.seed, asked.count)
@@ -167,7 +167,7 @@ def resolve(
         settings, plans = _resolve_text(model, refiner, asked)
     settings = replace(settings, sampler=plans[0].sampler, schedule=plans[0].schedule)
     noise = _check_noise(settings, asked.noise, len(seeds), model)
-    return PlannedRun(settings, plans, seeds, noise)
+    return Run(model, settings, plans, seeds, noise)
 
 
 def _resolve_pixels(model: Model, asked: RunOptions) -> tuple[Settings, tuple[samplers.Plan, ...]]:
@@ -319,7 +319,7 @@ def _with_image(
     pixels: np.ndarray,
     outpaint: Borders | None,
 ) -> Settings:
-    """With the picture that the run starts from, and how far from it."""
+    """Add the picture that the run starts from, and how far to go from it."""
     width, height = settings.width, settings.height
     settings = replace(settings, image_name=_named(asked.image))
     if repaints(asked):
@@ -354,7 +354,7 @@ def _with_image(
 def _with_conditioning(
     settings: Settings, model: Model, refiner: Model | None, asked: RunOptions
 ) -> Settings:
-    """With the numbers that SDXL's U-Nets are told beside the prompt."""
+    """Add SDXL's micro-conditioning."""
     size = settings.height, settings.width
     settings = replace(
         settings, original_size=asked.original_size or size, crop=asked.crop or (0, 0)
@@ -374,7 +374,7 @@ def _with_conditioning(
 def make_plans(
     settings: Settings, model: Model, refiner: Model | None = None
 ) -> tuple[samplers.Plan, ...]:
-    """The sampler's plan for the model, and for what comes after: a refiner, or a hires pass."""
+    """Plan the sampler for the model, and for what follows: a refiner, or a hires pass."""
     source = model.source
     own_strength = (
         model.is_latent_consistency
@@ -416,7 +416,7 @@ def make_plans(
 
 
 def _check_editing(settings: Settings) -> None:
-    """Refuse a prompt that changes from step to step together with what holds on to one."""
+    """Refuse feature reuse together with a prompt that changes from step to step."""
     if settings.prompt_syntax == "plain" or settings.feature_reuse is None:
         return
     texts = (
@@ -447,18 +447,18 @@ def _check_some_guidance(settings: Settings, plans: tuple[samplers.Plan, ...]) -
 
 
 def _named(picture: Any) -> str:
-    """What the metadata call a picture that was given."""
+    """Name of a picture in metadata."""
     return Path(picture).name if isinstance(picture, (str, os.PathLike)) else "(pixels)"
 
 
 def _given_size(pixels: np.ndarray, outpaint: Borders | None) -> tuple[int, int]:
-    """(height, width) of the image, with what is added around it."""
+    """(height, width) of the image, borders included."""
     left, top, right, bottom = outpaint or (0, 0, 0, 0)
     return top + pixels.shape[0] + bottom, left + pixels.shape[1] + right
 
 
 def _note_other_shape(pixels: np.ndarray, mask: np.ndarray | None) -> None:
-    """Say so where a mask must be squeezed to lie on its image."""
+    """Warn if a mask has another shape than its image."""
     if mask is None:
         return
     (rows, columns), (mask_rows, mask_columns) = pixels.shape[:2], mask.shape[:2]
@@ -477,7 +477,7 @@ def _note_other_shape(pixels: np.ndarray, mask: np.ndarray | None) -> None:
 def _default_size(
     model: Model, given: tuple[int, int] | None, width: int | None, height: int | None
 ) -> tuple[int, int]:
-    """(height, width): as given, rounded down to what the model can draw, else the model's."""
+    """(height, width): the given one, rounded down to what the model can draw, else the model's."""
     if width is not None and height is not None:
         return height, width
     if given is None:
@@ -486,7 +486,7 @@ def _default_size(
     rows, columns = given
     if min(rows, columns) < factor:
         raise UsageError(
-            f"the image is {columns}x{rows} pixels, too small for this model; say width and height"
+            f"the image is {columns}x{rows} pixels, too small for this model; give width and height"
         )
     # An upscaler's picture has the size of the latents, and is rounded down all the same, as in the
     # reference.
@@ -533,7 +533,7 @@ def _note_what_has_no_effect(model: Model, settings: Settings, asked: RunOptions
         if off:
             why = f"image guidance {image_guidance:g} is below 1, which means no guidance at all"
         if model.unet_config.time_cond_proj_dim is not None:
-            why = "this model is told the guidance scale and makes one prediction"
+            why = "this model takes the guidance scale as an input and makes one prediction"
         logger.warning("%s has no effect: %s", " and ".join(given), why)
     if settings.negative_prompt is None and settings.negative_prompt_2 is not None:
         if model.zeros_for_empty_prompt:
@@ -541,7 +541,7 @@ def _note_what_has_no_effect(model: Model, settings: Settings, asked: RunOptions
 
 
 def pick_seeds(seed: int | None, count: int) -> list[int]:
-    """The seeds of a run: seed, seed + 1, ...; a random first one where none is given."""
+    """The seeds of a run: seed, seed + 1, ...; the first is random if none is given."""
     if count < 1:
         raise UsageError(f"count is {count}; expected at least 1")
     first = secrets.randbits(32) if seed is None else seed

@@ -4,8 +4,8 @@
 
 The networks are diffusers' and transformers'. They compute in float64, with weights and inputs of
 float32: ``float64/COMPONENT/CASE/INPUT/OUTPUT``. ``torch/COMPONENT/CASE`` is the error of the same
-networks in float32 on this machine (rounding_cases.error). Then the script prints the table of
-docs/numerics.md.
+networks in float32 on this machine (rounding_cases.error). Then the script prints the tables
+of docs/numerics.md.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ sys.path.insert(0, str(HERE.parent))
 from adapter_files import ADAPTERS, adapter_tensors  # noqa: E402
 from golden_data import checkpoint  # noqa: E402
 from golden_runs import Opened  # noqa: E402
-from rounding_cases import CASES, Inputs, Network, error, errors, run, thinned  # noqa: E402
+from rounding_cases import CASES, Inputs, Network, drawn, error, errors, run, thinned  # noqa: E402
+from rounding_cases import network as ours  # noqa: E402
 
 
 def array(x: torch.Tensor) -> np.ndarray:
@@ -169,6 +170,28 @@ def report() -> None:
             print(f"| {component} | {ours['numpy'][1]:.1e} | {' | '.join(cells)} |", flush=True)
 
 
+@torch.no_grad()
+def report_pictures(count: int = 20) -> None:
+    """Print how far a VAE encoder is from float64 at most, by kind of picture."""
+    component, case = "VAE encoder", "sdxl-refiner"
+    kinds = ("noise", "waves", "flat shapes")
+    print(f"| | {' | '.join(kinds)} |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        networks = {
+            backend: ours(component, case, backend, Opened(Path(folder)))
+            for backend in ("numpy", "mlx")
+        }
+        networks["torch"] = network(component, case, torch.float32)
+        judge = network(component, case, torch.float64)
+        for name, one in networks.items():
+            worst = []
+            for kind in kinds:
+                given = [{"image": drawn(kind, seed)} for seed in range(count)]
+                pairs = [(one(x)["mean"], judge(x)["mean"]) for x in given]
+                worst.append(max(np.abs(a - b).max() / b.std() for a, b in pairs))
+            print(f"| {name} | {' | '.join(f'{x:.1e}' for x in worst)} |", flush=True)
+
+
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     for library in (logging, transformers.utils.logging):
@@ -176,3 +199,4 @@ if __name__ == "__main__":
         library.disable_progress_bar()
     write()
     report()
+    report_pictures()

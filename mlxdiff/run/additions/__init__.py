@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 from mlxdiff.convert import Component
 from mlxdiff.networks.condition import Condition
 from mlxdiff.run.kind import Network
-from mlxdiff.run.memory import Run, Work
+from mlxdiff.run.memory import UNetRun, Work
 from mlxdiff.store.folder import Progress
 
 Path = str | os.PathLike[str]
@@ -101,7 +101,7 @@ class Addition:
         """Names of the model's own networks that it changes."""
         return ()
 
-    def work(self, run: Run) -> Work:
+    def work(self, run: UNetRun) -> Work:
         """Memory that it takes in a run, beside the weights of its networks."""
         return Work()
 
@@ -182,7 +182,7 @@ class Additions:
                     found[Network(name, len(same))] = one, component
         return found
 
-    def work(self, run: Run) -> Work:
+    def work(self, run: UNetRun) -> Work:
         """Memory that they take in a run, beside the weights of their networks."""
         works = [one.work(run) for one in self.items]
         return Work(

@@ -25,7 +25,7 @@ from mlxdiff.pictures.image import load_image, resize
 from mlxdiff.pictures.preprocess import PREPROCESSORS
 from mlxdiff.run.additions import Acting, Addition, Fetch, Prompted, named
 from mlxdiff.run.kind import Kind
-from mlxdiff.run.memory import SIZES, Run, Work
+from mlxdiff.run.memory import SIZES, UNetRun, Work
 from mlxdiff.run.values import listed
 
 logger = logging.getLogger("mlxdiff")
@@ -170,7 +170,7 @@ class ControlNet(Addition):
         """See ``Addition.networks``."""
         return {NETWORK: self.component}
 
-    def work(self, run: Run) -> Work:
+    def work(self, run: UNetRun) -> Work:
         """What it adds to each skip of the U-Net is held until the U-Net takes it."""
         unet = operations(run.unet, *run.latent, batch=run.batch)
         return Work(beside=SIZES[run.device.dtype] * max(op.held for op in unet))

@@ -19,7 +19,7 @@ from mlxdiff.errors import UsageError
 from mlxdiff.pictures.image import load_image, to_clip
 from mlxdiff.run.additions import Addition, Fetch, Prompted, named
 from mlxdiff.run.kind import Kind
-from mlxdiff.run.memory import Run, Work, activation_bytes
+from mlxdiff.run.memory import UNetRun, Work, activation_bytes
 from mlxdiff.run.values import listed
 
 NETWORK, ENCODER = "ip_adapter", "image_encoder"
@@ -123,7 +123,7 @@ class IPAdapter(Addition):
         """See ``Addition.networks``."""
         return {NETWORK: self.adapter, ENCODER: self.encoder}
 
-    def work(self, run: Run) -> Work:
+    def work(self, run: UNetRun) -> Work:
         """The image encoder runs once, before the U-Net."""
         need = activation_bytes(self.encoder.config, run.device, batch=run.pictures)
         return Work(before=need)

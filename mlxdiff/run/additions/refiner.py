@@ -41,3 +41,8 @@ class Refiner(Addition):
     def describe(cls, items: Sequence[Refiner], settings: Any) -> dict[str, Any]:
         """See ``Addition.describe``."""
         return {"refiner": named(items[-1].model.source.provenance)}
+
+
+def refiner_of(model: Model) -> Model | None:
+    """The refiner that was added to a model, if there is one."""
+    return next((one.model for one in model.additions.of(Refiner)), None)
