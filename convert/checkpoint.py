@@ -19,7 +19,7 @@ from mlxdiff.errors import CheckpointError
 from mlxdiff.machine.disk import read_json
 from mlxdiff.networks.config import ComponentConfig
 from mlxdiff.networks.params import expected_parameters
-from mlxdiff.store.folder import COMPONENTS, ModelFolder
+from mlxdiff.store.folder import ModelFolder
 from mlxdiff.weights.files import open_file as open_weight_file
 from mlxdiff.weights.pickles import SUFFIXES
 from mlxdiff.weights.quantization import Packed
@@ -159,10 +159,7 @@ class DiffusersFolder(ModelFolder):
         path = Path(path)
         if not (path / "model_index.json").is_file():
             raise detect.not_a_model(path)
-        index = read_json(path / "model_index.json")
-        notes = detect.check_model_index(index, path)
-        parts = {name: path / name for name in COMPONENTS if isinstance(index.get(name), list)}
-        detect.check_not_quantized(path, parts)
+        notes = detect.check_model_index(read_json(path / "model_index.json"), path)
         super().__init__(path)
         self.family = detect.family(self._configs)
         self.provenance: dict[str, Any] = {"source": name or path.resolve().name}

@@ -215,6 +215,7 @@ def check_model_index(index: Mapping[str, Any], path: Path) -> tuple[str, ...]:
             needed.add(tokenizer)
     if missing := sorted(needed - present):
         raise CheckpointError(f"{path}: model_index.json has no {' and no '.join(missing)}")
+    check_not_quantized(path, {part: path / part for part in COMPONENTS if part in present})
     return tuple(notes)
 
 
@@ -335,6 +336,11 @@ def _describe_file(path: Path) -> str:
         return (
             "is a DDUF file, a zip archive of a diffusers folder; unpack it (unzip FILE -d FOLDER) "
             "and give the folder"
+        )
+    if suffix == ".flashpack":
+        return (
+            "holds weights in flashpack's form, which is not supported; use the safetensors files "
+            "of the model"
         )
     if suffix in _PICTURES:
         return "is a picture, not a model"

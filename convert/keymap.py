@@ -96,7 +96,7 @@ TRANSFORMERS_CLIP_TEXT = Layout(
     ignored=(
         Ignored(r"(?:text_model\.)?embeddings\.position_ids", _POSITIONS),
         Ignored(
-            r"text_projection\.weight",
+            r"(?:text_model\.)?text_projection(?:\.weight)?",
             _NO_PROJECTION,
         ),
         Ignored(
@@ -379,6 +379,11 @@ FILE_IGNORED: tuple[Ignored, ...] = (
         r"|loss\..+",
         "training state; not a weight",
     ),
+    Ignored(
+        r"(?:unet_ema|ema_unet|ema_model|ema)\..+",
+        "moving averages in the form of another tool; the plain weights are used",
+    ),
+    Ignored(r"safety_checker\..+", "a picture classifier; it does not draw"),
     Ignored(r"embedding_manager\..+", "training state of textual inversion; not a weight"),
     Ignored(
         r"(?:cond_stage_model|conditioner\.embedders\.\d)(?:\.transformer)?\.logit_scale",

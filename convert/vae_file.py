@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,19 +145,18 @@ def _open_tiny(
     path: Path, tensors: Mapping[str, LazyTensor]
 ) -> tuple[VAEConfig, Callable[[], dict[str, LazyTensor]]]:
     halves = _halves(path, tensors)
-    for half, other in (("encoder", "decoder"), ("decoder", "encoder")):
-        if half not in halves:
-            beside = path.with_name(path.name.replace(other, half))
-            if beside == path or not beside.is_file():
-                partner = beside.name if beside != path else f"taesd_{half}{path.suffix}"
-                raise CheckpointError(
-                    f"{path}: is TAESD's {other} alone; put its {half} ({partner}) beside it, or "
-                    "give a folder with both (madebyollin/taesd)"
-                )
-            halves |= _halves(beside, _section(open_file(beside)))
+    (found, *both) = halves
+    other = "decoder" if found == "encoder" else "encoder"
+    beside = path.with_name(path.name.replace(found, other))
+    if not both and beside != path and beside.is_file():
+        halves |= _halves(beside, _section(open_file(beside)))
+    if "decoder" not in halves:
+        raise CheckpointError(
+            f"{path}: is TAESD's encoder alone; put its decoder ({beside.name}) beside it"
+        )
     named = {f"{half}.{name}": t for half, part in halves.items() for name, t in part.items()}
     shapes = {name: tensor.shape for name, tensor in named.items()}
-    config = _tiny_config(path, shapes)
+    config = _tiny_config(path, shapes, halves)
     files = map_component(path, named, Layout(), config, str(path))
     return config, lambda: files.read(config)
 
@@ -184,10 +184,12 @@ def _halves(path: Path, tensors: Mapping[str, LazyTensor]) -> dict[str, dict[str
     return result
 
 
-def _tiny_config(path: Path, shapes: Mapping[str, Shape]) -> AutoencoderTinyConfig:
+def _tiny_config(
+    path: Path, shapes: Mapping[str, Shape], halves: Collection[str]
+) -> AutoencoderTinyConfig:
     """Derive the config from the layers: convolutions (weight) and blocks (conv.0.weight)."""
     data: dict[str, Any] = {}
-    for half in ("encoder", "decoder"):
+    for half in halves:
         layers: dict[int, Shape | None] = {}
         for name, shape in shapes.items():
             match = re.fullmatch(rf"{half}\.layers\.(\d+)\.(weight|conv\.0\.weight)", name)
@@ -211,6 +213,10 @@ def _tiny_config(path: Path, shapes: Mapping[str, Shape]) -> AutoencoderTinyConf
         pixels, latents = ends if half == "encoder" else ends[::-1]
         data["in_channels" if half == "encoder" else "out_channels"] = pixels
         data["latent_channels"] = latents
-    return AutoencoderTinyConfig.from_dict(
+    if "encoder" not in halves:
+        data["num_encoder_blocks"] = data["num_decoder_blocks"][::-1]
+        data["encoder_block_out_channels"] = data["decoder_block_out_channels"]
+    config = AutoencoderTinyConfig.from_dict(
         {"_class_name": "AutoencoderTiny", **data}, f"{path} (derived from its shapes)"
     )
+    return replace(config, has_encoder="encoder" in halves)

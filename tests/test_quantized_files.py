@@ -145,6 +145,29 @@ def test_packed_gguf_has_the_same_bits(form: Any, tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.array(found), values)
 
 
+@pytest.mark.parametrize(("dtype", "least", "most"), [("float16", 0.0, 0.125), ("bfloat16", 1, 2)])
+def test_cost_of_half_precision_scales(dtype: str, least: float, most: float) -> None:
+    """q8_0 computed in half precision, in steps of the form: why bfloat16 does not keep it packed.
+
+    scale * 255 + bias: the product has 19 bits and is rounded to 11 (float16: half a unit of 2^-2
+    steps is 0.125) or 8 (bfloat16: 1 step, and the scale loses 3 of its bits).
+    """
+    mx = pytest.importorskip("mlx.core")
+    from mlxdiff.weights.gguf import _packed
+    from mlxdiff.weights.quantization import Quantization
+
+    blocks = np.random.default_rng(0).integers(0, 256, (4096, 34), dtype=np.uint8)
+    scales = np.random.default_rng(1).uniform(1e-3, 2e-3, 4096).astype("<f2")
+    blocks[:, :2] = scales[:, None].view(np.uint8)
+    form, how = BLOCKS[8], Quantization(8, 32)
+    packed = _packed(blocks, (4096, 32), form, how)
+    kind = getattr(mx, dtype)
+    parts = (mx.array(part).astype(kind) for part in (packed.scales, packed.biases))
+    found = np.array(mx.dequantize(mx.array(packed.weight), *parts, 32, 8).astype(mx.float32))
+    error = np.abs(found - form.decode(blocks)) / np.abs(scales.astype(np.float32))[:, None]
+    assert least <= error.max() <= most * 1.01, error.max()
+
+
 # ---------------------------------------------------------------------------------------- marks
 
 
@@ -391,8 +414,8 @@ def test_products_with_packed_weights(case: str, dtype: str, tmp_path: Path) -> 
         out = _quantized_product(mx.array(x), weight, tensor.quantization)
         assert out.dtype == kind
         found, product = np.array(out.astype(mx.float32)), x.astype(np.float64) @ want.T
-        # n = 256 partial sums, each rounded by eps of its size, which is at most about twice the root
-        # of the sum of squares: sqrt(n) * 2 * eps of it if the errors are independent.
+        # n = 256 partial sums, each rounded by eps of its size, which is at most about twice the
+        # root of the sum of squares: sqrt(n) * 2 * eps of it if the errors are independent.
         eps = 2**-11 if dtype == "float16" else 2**-24
         size = np.sqrt((x.astype(np.float64) ** 2) @ (want.T**2))
         assert np.abs(found - product).max() <= 32 * eps * size.max(), width

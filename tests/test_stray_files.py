@@ -63,6 +63,8 @@ STRAYS: dict[str, tuple[str, Tensors]] = {
         "sd15",
         {"cond_stage_model.logit_scale": LOGIT, "cond_stage_model.text_projection": SQUARE},
     ),
+    "moving averages of another tool": ("sd15", {"ema.unet.conv_in.weight": SQUARE}),
+    "a safety checker": ("sd15", {"safety_checker.concept_embeds": SQUARE}),
     "training state": (
         "sd15",
         {
@@ -174,6 +176,9 @@ def test_a_cache_folder_of_the_hub_is_a_model(tmp_path: Path) -> None:
     assert open_source(repo).path.name == "4567"
     assert open_vae(repo).config == open_source(checkpoint("sd15")).config("vae")
     assert open_source(cache_folder(tmp_path / "b", "0123", main=None)).path.name == "0123"
+    shutil.copytree(repo, tmp_path / "copy")
+    assert open_source(tmp_path / "copy").path.name == "4567"
+    assert open_source(repo / "snapshots").path.name == "4567"
     with pytest.raises(UsageError, match="has the snapshots 0123, 4567; give one folder"):
         open_source(cache_folder(tmp_path / "c", "0123", "4567", main=None))
 
@@ -285,11 +290,27 @@ def test_taesds_own_files(tmp_path: Path) -> None:
             np.testing.assert_array_equal(vae.tensors()[key].read(), tensor.read(), name)
 
 
-def test_half_a_taesd_names_the_other_half(tmp_path: Path) -> None:
-    path = taesd_files(tmp_path / "all")["taesd_decoder.pth"]
-    alone = shutil.copy(path, tmp_path / "taesd_decoder.pth")
-    with pytest.raises(CheckpointError, match=r"decoder alone; put its encoder \(taesd_encoder"):
-        open_vae(alone)
+def test_half_a_taesd(tmp_path: Path) -> None:
+    """A decoder alone draws; it cannot start from a picture. An encoder alone is of no use."""
+    files = taesd_files(tmp_path / "all")
+    decoder, encoder = (
+        shutil.copy(files[f"taesd_{half}.pth"], tmp_path) for half in ("decoder", "encoder")
+    )
+    Path(encoder).unlink()
+    draw: dict[str, Any] = {"prompt": "a red circle", "seed": 3, "steps": 1}
+    pipes = [
+        mlxdiff.load(checkpoint("sd15"), backend="numpy", vae=vae)
+        for vae in (decoder, checkpoint("taesd"))
+    ]
+    one, other = (np.asarray(pipe.generate(**draw).images[0]) for pipe in pipes)
+    np.testing.assert_array_equal(one, other)
+    with pytest.raises(UsageError, match="decoder alone, which cannot encode") as error:
+        pipes[0].generate(**draw, image=np.zeros((64, 64, 3), np.uint8), strength=1.0)
+    assert "\n" not in str(error.value)
+    shutil.copy(files["taesd_encoder.pth"], encoder)
+    Path(decoder).unlink()
+    with pytest.raises(CheckpointError, match=r"encoder alone; put its decoder \(taesd_decoder"):
+        open_vae(encoder)
 
 
 def test_other_files_are_no_vaes(tmp_path: Path) -> None:

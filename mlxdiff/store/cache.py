@@ -51,13 +51,15 @@ def snapshot_folder(reference: Reference, commit: str) -> Path:
 
 
 def snapshot_of(path: Path) -> Path:
-    """Return the snapshot in a repo's cache folder ``models--org--name``; other paths unchanged.
+    """Return the snapshot in a repo's cache folder, or in a copy of one; other paths unchanged.
 
     The snapshot is the commit of ``refs/main``, or else the only one.
     Raises: UsageError if there are several, or none.
     """
+    if path.name == "snapshots":
+        path = path.parent
     snapshots = path / "snapshots"
-    if not path.name.startswith("models--") or not snapshots.is_dir():
+    if not snapshots.is_dir() or (path / "model_index.json").is_file():
         return path
     main = path / "refs" / "main"
     if main.is_file() and (found := snapshots / main.read_text().strip()).is_dir():

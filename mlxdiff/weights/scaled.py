@@ -35,7 +35,7 @@ MARK = ".comfy_quant"
 METADATA = "_quantization_metadata"
 MAX_MARK = 1 << 16  # bytes of a mark; real ones have some dozens
 PREFIX = "model.diffusion_model."
-"""Prefix that some tools leave out of the layers' names in the metadata."""
+"""Prefix that some tools add to the layers' names, or leave out of them, in the metadata only."""
 
 _EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
 _OLD_MARK = re.compile(r"(?:.*\.)?scaled_fp8")
@@ -52,7 +52,7 @@ FOREIGN: tuple[tuple[str, str], ...] = (
         "original model, and -q 4 for small weights",
     ),
     (
-        r".*\.quant_state\.bitsandbytes__\w+|.*\.weight\.(?:absmax|quant_map|nested_\w+)",
+        r".*\.quant_state\.bitsandbytes__\w+|.*\.weight\.(?:absmax|quant_map|nested_\w+)|.*\.SCB",
         "weights quantized by bitsandbytes; use the original model, and -q 4 for small weights",
     ),
     (
@@ -60,7 +60,11 @@ FOREIGN: tuple[tuple[str, str], ...] = (
         "weights quantized by quanto; use the original model, and -q 8 for small weights",
     ),
     (
-        r".*\.(?:svd_up|svd_down)",
+        r".*\.weight(?:_|:_?)(?:qdata|tensor_data)|.*\._weight_qdata",
+        "weights quantized by torchao; use the original model, and -q 8 for small weights",
+    ),
+    (
+        r".*\.(?:svd_up|svd_down|zero_point)",
         "weights quantized by SDNQ; use the original model, and -q 4 for small weights",
     ),
 )
@@ -89,11 +93,15 @@ class Decoded:
         return (f"quantized tensors in the file: {found}",)
 
 
-def foreign_form(names: Mapping[str, Any]) -> str | None:
+def foreign_form(tensors: Mapping[str, LazyTensor]) -> str | None:
     """Describe quantized weights that only another program reads. Return None for other files."""
     for pattern, words in FOREIGN:
-        if any(re.fullmatch(pattern, name) for name in names):
+        if any(map(re.compile(pattern).fullmatch, tensors)):
             return words
+    for name in tensors:
+        weight = tensors.get(f"{name.removesuffix('.scale')}.weight")
+        if name.endswith(".scale") and weight is not None and weight.dtype in ("I8", "U8"):
+            return FOREIGN[-1][1]  # SDNQ without the parts of its other forms
     return None
 
 
@@ -174,8 +182,8 @@ def _listed(
         raise CheckpointError(f"{path}: {METADATA} lists no layers")
     marks: dict[str, dict[str, Any]] = {}
     for name, value in layers.items():
-        full = name if f"{name}.weight" in tensors else PREFIX + name
-        layer = full if f"{full}.weight" in tensors else name
+        spellings = (name, PREFIX + name, name.removeprefix(PREFIX))
+        layer = next((one for one in spellings if f"{one}.weight" in tensors), name)
         if layer in marks:
             raise CheckpointError(f"{path}: {METADATA} lists {shown(layer)} twice")
         marks[layer] = _checked(path, name, value)
