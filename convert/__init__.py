@@ -31,6 +31,7 @@ from mlxdiff.networks.config import UNetConfig
 from mlxdiff.store.folder import ConvertedFolder, ModelSource, Progress, check_dest, write_folder
 from mlxdiff.store.recipes import (
     AS_STORED,
+    Recipe,
     find_recipe,
     is_quantized,
     quantized_model,
@@ -154,8 +155,20 @@ def convert(
             for name in model.components
         ),
         ignored=model.ignored if isinstance(model, SingleFile) else (),
-        notes=() if isinstance(model, ConvertedFolder) else model.notes,
+        notes=() if isinstance(model, ConvertedFolder) else model.notes + _twice(model, chosen),
         seconds=time.perf_counter() - begin,
+    )
+
+
+def _twice(model: Model, recipe: Recipe | None) -> tuple[str, ...]:
+    """Return a note if a recipe rounds tensors that are quantized in the source."""
+    if recipe is None or not any(
+        tensor.form for name in model.components for tensor in model.tensors(name).values()
+    ):
+        return ()
+    return (
+        f"the source is quantized, so {recipe.name} rounds its values a second time; the original "
+        "model gives better pictures",
     )
 
 

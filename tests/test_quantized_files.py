@@ -179,11 +179,13 @@ def opened(path: Path, tensors: Mapping[str, Raw], metadata: Any = None) -> np.n
 
 
 @pytest.mark.parametrize("bare", [False, True])
-@pytest.mark.parametrize("short", [False, True])
-def test_marks_in_the_metadata(bare: bool, short: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("short", "inside"), [(False, True), (True, True), (False, False)])
+def test_marks_in_the_metadata(bare: bool, short: bool, inside: bool, tmp_path: Path) -> None:
     prefix = "model.diffusion_model."
     tensors = {
-        prefix + name: value for name, value in layer("nvfp4").items() if "comfy" not in name
+        prefix * inside + name: value
+        for name, value in layer("nvfp4").items()
+        if "comfy" not in name
     }
     mark = "nvfp4" if bare else {"format": "nvfp4"}
     name = "l" if short else f"{prefix}l"
@@ -286,6 +288,11 @@ BAD: dict[str, tuple[Mapping[str, Raw], str]] = {
         {"a.weight": F32, "a.weight.quant_state.bitsandbytes__nf4": F32},
         "quantized by bitsandbytes",
     ),
+    "sdnq, plain": (
+        {"a.weight": raw(np.ones((4, 4), np.int8)), "a.scale": F32},
+        "quantized by SDNQ",
+    ),
+    "torchao": ({"a.weight_qdata": F32}, "quantized by torchao"),
     "sdnq": ({"a.weight": F32, "a.svd_up": F32, "a.svd_down": F32}, "quantized by SDNQ"),
     "quanto": ({"a.weight._data": F32, "a.weight._scale": F32}, "quantized by quanto"),
 }
@@ -444,6 +451,7 @@ def test_a_quantized_file_can_be_quantized_again(tmp_path: Path) -> None:
     path = quantized_file(tmp_path / "x.safetensors", ldm_tensors(folder), "fp8")
     report = convert(path, tmp_path / "out", config=folder, quantize=8)
     assert report.recipe == "uniform-8-64"
+    assert "rounds its values a second time" in report.notes[-1]
     with pytest.raises(UsageError, match="already quantized"):
         convert(tmp_path / "out", tmp_path / "again")
 

@@ -405,6 +405,10 @@ E4M3 = _e4m3_values()
 """Byte of the 8-bit float e4m3 -> its value."""
 
 
+E5M2 = (np.arange(256, dtype=np.uint16) << 8).view(np.float16).astype(np.float32)
+"""Byte of the 8-bit float e5m2 -> its value. It is the upper half of a float16."""
+
+
 @cache
 def _e4m3_midpoints() -> np.ndarray:
     """Return the midpoints between neighbours of the values 0 ... 448."""

@@ -29,7 +29,7 @@ import numpy as np
 
 from mlxdiff.errors import CheckpointError
 from mlxdiff.weights.quantization import E4M3, Packed, Quantization, dequantize, fits, packed
-from mlxdiff.weights.tensors import FLOATS, LazyTensor, Shape, quantized, shown
+from mlxdiff.weights.tensors import EIGHT_BITS, FLOATS, LazyTensor, Shape, quantized, shown
 
 MARK = ".comfy_quant"
 METADATA = "_quantization_metadata"
@@ -409,8 +409,12 @@ def _eight_bit_floats(layer: _Layer, weight: LazyTensor, scale: LazyTensor | Non
         return layer.packed(weight.shape, how, read, has_global_scale=True)
 
     def rows() -> Callable[[slice], np.ndarray]:
-        values, scales = weight.read(), read_scale()
-        return lambda part: values[part].astype(np.float32) * _of(scales, part)
+        scales = read_scale()
+        if bits is None:
+            values = weight.read()
+            return lambda part: values[part].astype(np.float32) * _of(scales, part)
+        codes, table = bits(), EIGHT_BITS[weight.dtype]
+        return lambda part: table[codes[part]] * _of(scales, part)
 
     return layer.decoded(weight.shape, rows)
 

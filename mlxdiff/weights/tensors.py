@@ -25,6 +25,7 @@ from mlxdiff.errors import CheckpointError, ConfigError
 from mlxdiff.machine.disk import read_json
 from mlxdiff.weights.quantization import (
     E4M3,
+    E5M2,
     E8M0,
     Beside,
     Packed,
@@ -58,6 +59,9 @@ _STORED: dict[str, tuple[int, str]] = {
     "F8_E5M2": (1, "|u1"),
     "F8_E8M0": (1, "|u1"),
 }
+EIGHT_BITS = {"F8_E4M3": E4M3, "F8_E5M2": E5M2, "F8_E8M0": E8M0}
+"""8-bit type -> value of each byte."""
+
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types that weights in a converted folder can have."""
 
@@ -424,12 +428,8 @@ def _decoded(bits: np.ndarray, dtype: str) -> np.ndarray:
     values = bits
     if dtype == "BF16":
         values = (bits.astype(np.uint32) << 16).view(np.float32)
-    elif dtype == "F8_E5M2":  # the upper half of a float16
-        values = (bits.astype(np.uint16) << 8).view(np.float16).astype(np.float32)
-    elif dtype == "F8_E4M3":
-        values = E4M3[bits]
-    elif dtype == "F8_E8M0":
-        values = E8M0[bits]
+    elif dtype in EIGHT_BITS:
+        values = EIGHT_BITS[dtype][bits]
     return values
 
 
