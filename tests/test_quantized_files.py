@@ -25,7 +25,7 @@ from quantized_files import (
     write_safetensors,
 )
 from safetensors.numpy import save_file
-from single_files import Tensors, ldm_tensors
+from single_files import Tensors, ldm_tensors, real_names, sparse_file
 
 import mlxdiff
 from mlxdiff.convert import convert, describe, open_source
@@ -548,6 +548,19 @@ def test_a_whole_gguf_model_without_metadata(name: str, tmp_path: Path) -> None:
         for key, tensor in wanted.tensors(component).items():
             found = source.tensors(component)[key].read()
             np.testing.assert_array_equal(found, tensor.read().astype(np.float32), key)
+
+
+@pytest.mark.parametrize(("name", "family"), [("sd15", "sd1"), ("sd21", "sd2"), ("sdxl", "sdxl")])
+def test_stable_diffusion_cpps_names_need_no_config(name: str, family: str, tmp_path: Path) -> None:
+    """Real names and shapes; stable-diffusion.cpp leaves out the schedule and the positions."""
+    named: Any = real_names(name)
+    shapes = {
+        key: shape
+        for key, shape in sd_cpp_names(named).items()
+        if not key.endswith(("position_ids", "logit_scale")) and "." in key
+    }
+    facts = describe(sparse_file(tmp_path / "x.safetensors", shapes))
+    assert facts["family"] == family and "vae" in facts["components"]
 
 
 def test_rows_of_joined_matrices_stay_packed(tmp_path: Path) -> None:

@@ -395,6 +395,8 @@ FILES: dict[str, tuple[bytes, str]] = {
     "gguf.safetensors": (GARBAGE, "GGUF"),
     "gguf.ckpt": (GARBAGE, "GGUF"),
     "gguf": (GARBAGE, "GGUF"),
+    "short.gguf": (b"x", "not a GGUF file"),
+    "lfs.gguf": (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
     "x.dduf": (b"PK\3\4", "DDUF file, .* unpack it"),
     "empty.safetensors": (b"", "is empty"),
     "half.safetensors": (struct.pack("<Q", 1000) + b'{"a":{"dtype":"F16"', "truncated"),

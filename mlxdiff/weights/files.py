@@ -42,7 +42,7 @@ def open_file(path: str | os.PathLike[str]) -> WeightFile:
         reads.
     """
     path = Path(path)
-    file = GGUFFile(path) if _head(path).startswith(gguf.MAGIC) else open_tensors(path)
+    file = GGUFFile(path) if _is_gguf(path) else open_tensors(path)
     if words := foreign_form(file.tensors):
         raise CheckpointError(f"{path}: holds {words}")
     metadata: dict[str, str] = {}
@@ -57,9 +57,13 @@ def open_file(path: str | os.PathLike[str]) -> WeightFile:
     return WeightFile(path, decoded.tensors, metadata, ignored, refused, decoded.notes)
 
 
-def _head(path: Path) -> bytes:
+def _is_gguf(path: Path) -> bool:
+    """Return True for GGUF, by content; if unclear, by suffix."""
     try:
         with path.open("rb") as file:
-            return file.read(16)
+            head = file.read(9)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if head[8:9] == b"{" or head.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return False
+    return head.startswith(gguf.MAGIC) or path.suffix.lower() == ".gguf"

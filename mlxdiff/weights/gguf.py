@@ -28,6 +28,7 @@ from mlxdiff.weights.tensors import (
     MAX_NAME,
     LazyTensor,
     Shape,
+    foreign,
     lazy,
     quantized,
     read_values,
@@ -268,8 +269,13 @@ class GGUFFile:
         return CheckpointError(f"{self.path}: {what}")
 
     def _read(self, reader: _Reader) -> None:
-        if reader.take(4) != MAGIC:
-            raise self._fault("is not a GGUF file")
+        head = reader.take(min(16, reader.end))
+        if not head.startswith(MAGIC):
+            raise self._fault(
+                foreign(head, reader.end) or f"not a GGUF file, or damaged ({reader.end} bytes)"
+            )
+        reader.place = len(MAGIC)
+        reader.skip(0)
         version = reader.number("I")
         if version not in VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
