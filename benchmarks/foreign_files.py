@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-FORMS = ("float16", "fp8_scaled", "int8_convrot", "mxfp8", "nvfp4", "q8_0", "q4_0", "q4_K")
+FORMS = ("float16", "fp8_scaled", "int8_convrot", "q8_0", "q4_0", "mxfp8", "nvfp4", "q4_K")
+DRAWN = ("fp8_scaled", "fp8 plain", "int8 rows", "q8_0", "q4_0")
 UNET = "model.diffusion_model."
 
 
@@ -69,16 +70,16 @@ def _layers(names: dict[str, tuple[int, ...]], form: str) -> dict[str, tuple[str
             result[name] = ("I8", shape)
             result[f"{stem}.weight_scale"] = ("F32", (shape[0], *(1,) * (len(shape) - 1)))
             rotated = matrix and shape[1] % 256 == 0
-            result[f"{stem}.comfy_quant"] = ("U8", (60 if rotated else 29,))
+            result[f"{stem}.comfy_quant"] = ("U8", (100 if rotated else 99,))
         elif form == "mxfp8" and matrix and shape[1] % 32 == 0:
             rows, blocks = -(-shape[0] // 128) * 128, -(-(shape[1] // 32) // 4) * 4
             result |= {name: ("F8_E4M3", shape), f"{stem}.weight_scale": ("U8", (rows, blocks))}
-            result[f"{stem}.comfy_quant"] = ("U8", (19,))
+            result[f"{stem}.comfy_quant"] = ("U8", (40,))
         elif form == "nvfp4" and matrix and shape[1] % 16 == 0:
             rows, blocks = -(-shape[0] // 128) * 128, -(-(shape[1] // 16) // 4) * 4
             result[name] = ("U8", (shape[0], shape[1] // 2))
             result[f"{stem}.weight_scale"] = ("F8_E4M3", (rows, blocks))
-            result |= {f"{stem}.weight_scale_2": ("F32", ()), f"{stem}.comfy_quant": ("U8", (19,))}
+            result |= {f"{stem}.weight_scale_2": ("F32", ()), f"{stem}.comfy_quant": ("U8", (40,))}
         else:
             result[name] = ("F16", shape)
     return result
@@ -88,7 +89,7 @@ def _marks(form: str, size: int) -> bytes:
     mark: dict[str, Any] = {"format": form}
     if form == "int8_convrot":
         mark = {"format": "int8_tensorwise"}
-        if size == 60:
+        if size == 100:
             mark |= {"convrot": True, "convrot_groupsize": 256}
     return json.dumps(mark).encode().ljust(size)[:size]
 
@@ -209,7 +210,7 @@ def convert_one(source: Path) -> None:
 # ----------------------------------------------------------------------------------------- pictures
 
 
-def pictures(count: int, steps: int) -> None:
+def pictures(count: int, steps: int, forms: Sequence[str]) -> None:
     """Draw with the built-in model in each form. Print the PSNR against float16."""
     from quantized_files import e4m3, int8_rows, raw, scaled_fp8, text, write_safetensors
 
@@ -236,7 +237,7 @@ def pictures(count: int, steps: int) -> None:
     ][:count]
     drawn: dict[str, list[np.ndarray]] = {}
     with tempfile.TemporaryDirectory() as place:
-        for form in ("float16", "fp8_scaled", "fp8 plain", "int8 rows", "q8_0", "q4_0"):
+        for form in ("float16", *forms):
             path = Path(place) / f"x.{'gguf' if form.startswith('q') else 'safetensors'}"
             if form.startswith("q"):
                 _write_gguf_model(path, tensors, form)
@@ -297,10 +298,11 @@ if __name__ == "__main__":
     parser.add_argument("path", nargs="?", type=Path)
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--forms", nargs="+", default=DRAWN, choices=DRAWN)
     arguments = parser.parse_args()
     if arguments.what == "memory":
         measure(arguments.path)
     elif arguments.what == "convert":
         convert_one(arguments.path)
     else:
-        pictures(arguments.count, arguments.steps)
+        pictures(arguments.count, arguments.steps, arguments.forms)
