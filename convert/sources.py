@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from mlxdiff.convert import detect
 from mlxdiff.convert.checkpoint import DiffusersFolder
@@ -28,6 +29,7 @@ def open_source(
     *,
     config: str | os.PathLike[str] | None = None,
     prediction_type: str | None = None,
+    zero_snr: bool | None = None,
     ema: bool = False,
 ) -> Model:
     """Open a model of any form.
@@ -39,23 +41,31 @@ def open_source(
         variant: weights variant, for example "fp16"; "" for the plain files. Default: the plain
             files of a folder, the fp16 files of a hub model (half the bytes); each only if present.
         progress: called while files are fetched from the hub.
-        config, prediction_type, ema: for a single file, see ``SingleFile``.
+        config, prediction_type, zero_snr, ema: for a single file, see ``SingleFile``.
     Returns: the model, after all checks that do not read the weights.
     Raises: CheckpointError, ConfigError, HubError, UsageError.
     """
+    options: dict[str, Any] = {
+        "config": config,
+        "prediction_type": prediction_type,
+        "zero_snr": zero_snr,
+        "ema": ema,
+    }
     path = catalogue.expand(path)
     folder = snapshot_of(Path(path))
-    if isinstance(path, str) and not folder.exists() and (reference := parse(path, revision)):
+    if (
+        isinstance(path, str)
+        and not os.path.exists(folder)
+        and (reference := parse(path, revision))
+    ):
         listing = hub.find(reference, variant)
         if listing.entry not in listing.files:
-            _only_single_files(path, config, prediction_type, ema)
+            _only_single_files(path, options)
             return _open_hub(listing, variant, progress)
         single = SingleFile(
             hub.fetch(listing, progress),
-            config=config,
-            prediction_type=prediction_type,
-            ema=ema,
             progress=progress,
+            **options,
         )
         name = f"{reference.name}/{listing.entry}"
         single.provenance |= {"source": name, "revision": listing.commit}
@@ -65,16 +75,14 @@ def open_source(
             f"{path} is not a hub id (org/name), so it has no revision {revision!r}; leave the "
             "revision out"
         )
-    if folder.is_file() and detect.is_weights(folder):
+    if os.path.isfile(folder) and detect.is_weights(folder):
         if variant:
             raise UsageError(
                 f"{path} is a single file, so it has no variant {variant!r}; leave the variant out"
             )
-        return SingleFile(
-            folder, config=config, prediction_type=prediction_type, ema=ema, progress=progress
-        )
-    _only_single_files(path, config, prediction_type, ema)
-    if (folder / MANIFEST).is_file():
+        return SingleFile(folder, progress=progress, **options)
+    _only_single_files(path, options)
+    if os.path.isfile(folder / MANIFEST):
         if variant:
             raise UsageError(
                 f"{path} is a converted folder, so it has no variant {variant!r}; leave the "
@@ -84,13 +92,13 @@ def open_source(
     return DiffusersFolder(folder, variant=variant or None)
 
 
-def _only_single_files(
-    path: str | os.PathLike[str], config: object, prediction_type: object, ema: bool
-) -> None:
-    given = {"--config": config, "--prediction-type": prediction_type, "--ema": ema or None}
-    for name, value in given.items():
-        if value is not None:
-            raise UsageError(f"{path} is not a single file; {name} is for single files only")
+def _only_single_files(path: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
+    """Refuse options that are for single files. Raises: UsageError."""
+    for name, value in options.items():
+        if value is not None and not (name == "ema" and not value):
+            raise UsageError(
+                f"{path} is not a single file; --{name.replace('_', '-')} is for single files only"
+            )
 
 
 def _open_hub(

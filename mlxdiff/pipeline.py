@@ -22,9 +22,8 @@ import numpy as np
 from mlxdiff import library, samplers
 from mlxdiff._version import __version__
 from mlxdiff.adapters import lora, textual_inversion
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import MlxdiffError, UsageError
 from mlxdiff.noise import Generator
-from mlxdiff.pictures import preview
 from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
 from mlxdiff.pictures.metadata import Metadata
 from mlxdiff.run.additions import AdditionT, Fetch
@@ -409,7 +408,7 @@ class Pipeline:
             pictures=shown,
             refiner=self.refiner,
             low_memory=low_memory,
-            tiled=model.tiles(height, width, low_memory, model.vae_tiling),
+            band_bytes=model.band_bytes(height, width, low_memory),
             recipe=None if quantize is None else find_recipe(quantize),
         )
 
@@ -479,13 +478,14 @@ class Pipeline:
                 denoise = denoisers[part]
                 for x, clean, elapsed in _evaluations(stage, begun, denoise, backend, draw):
                     seconds.append(elapsed)
+                    latents = _finite(backend.to_numpy(x)[0], index, total, backend.dtype)
                     yield Step(
                         index=index,
                         total=total,
                         picture=picture,
                         seed=seed,
                         seconds=elapsed,
-                        latents=backend.to_numpy(x)[0],
+                        latents=latents,
                         _decode=model.decode,
                         _sketch=model.sketch,
                         _denoised=clean,
@@ -597,7 +597,6 @@ def _evaluations(
     Yields: x after each step, (1, h, w, C); what gives it without noise; seconds.
     """
     plan, x = stage.plan, backend.asarray(begun.x)
-    prediction = stage.model.source.scheduler_config.get("prediction_type", "epsilon")
     beside = None if begun.beside is None else backend.asarray(begun.beside)
     kept = None if begun.kept is None else begun.kept.on(backend)
     state = plan.start()
@@ -605,7 +604,7 @@ def _evaluations(
         start = time.perf_counter()
         evaluation = Evaluation(t, i, len(plan), beside)
         output = denoise(plan.scale_model_input(x, state), evaluation)
-        clean = partial(_denoised, backend, plan, i, prediction, x, output)
+        clean = partial(_denoised, backend, plan, i, x, output)
         x, state = plan.step(x, output, state, noise=partial(_on_backend, backend, draw))
         if kept is not None:
             x = kept(x, plan, i + 1)
@@ -613,10 +612,19 @@ def _evaluations(
         yield x, clean, time.perf_counter() - start
 
 
-def _denoised(
-    backend: Any, plan: samplers.Plan, index: int, prediction: str, x: Any, output: Any
-) -> np.ndarray:
-    clean: np.ndarray = backend.to_numpy(preview.denoised(plan, index, prediction, x, output))[0]
+def _finite(latents: np.ndarray, index: int, total: int, dtype: str) -> np.ndarray:
+    """The latents of a step. Raises: MlxdiffError unless they are finite."""
+    if not np.isfinite(latents).all():
+        damaged = "the weights are damaged, or the computation overflowed"
+        way_out = "verify the model" if dtype == "float32" else "use float32 (--dtype float32)"
+        raise MlxdiffError(
+            f"step {index + 1} of {total} gives latents that are not finite: {damaged}; {way_out}"
+        )
+    return latents
+
+
+def _denoised(backend: Any, plan: samplers.Plan, index: int, x: Any, output: Any) -> np.ndarray:
+    clean: np.ndarray = backend.to_numpy(plan.denoised(x, output, index))[0]
     return clean
 
 

@@ -12,6 +12,7 @@ import logging
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 import click
 
 import mlxdiff
-from mlxdiff.errors import MlxdiffError
+from mlxdiff.errors import MlxdiffError, printable
 
 # name -> module with a click command of the same name, one-line help.
 COMMANDS = {
@@ -40,7 +41,7 @@ class _UserError(click.ClickException):
     exit_code = 2
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split("\n")))
+        super().__init__(printable(message))
 
 
 class _Fault(click.ClickException):
@@ -181,11 +182,20 @@ class _Notes(logging.Handler):
         message = record.getMessage()
         if message not in self.said:
             self.said.add(message)
-            click.echo(f"Note: {message}", err=True)
+            click.echo(f"Note: {printable(message)}", err=True)
 
 
 def show_notes(quiet: bool) -> None:
-    """Print the library's warnings to stderr, unless quiet."""
+    """Print the library's warnings to stderr, unless quiet.
+
+    What Python's modules and other libraries say about a strange file is for developers: our
+    errors say it to users.
+    """
+    if not click.get_current_context().meta.get(_DEBUG):
+        warnings.filterwarnings("ignore", module="PIL")
+        for name in ("PIL", "huggingface_hub"):
+            logging.getLogger(name).addHandler(logging.NullHandler())
+            logging.getLogger(name).propagate = False
     logger = logging.getLogger("mlxdiff")
     logger.handlers = [logging.NullHandler() if quiet else _Notes()]
     logger.propagate = False

@@ -36,7 +36,7 @@ def generate(text: str | None, quiet: bool, **given: Any) -> None:
     command = make(CommandOptions, given_to(CommandOptions, given))
     asked = given_to(LoadOptions, given) | given_to(RunOptions, given)
     places = {"PROMPT": text, "--prompt": asked.pop("prompt", None)}
-    asked = replayed(asked, command.from_image)
+    asked = replayed(asked, command.from_image, command.trust_image)
     prompts = _prompts(places, command.prompt_file, asked.pop("prompt", None))
     if prompts == [None] and "model" not in asked:  # a model of one's own may draw without
         raise UsageError(

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import UsageError, one_line, quoted
 from mlxdiff.pictures.image import open_picture
 from mlxdiff.samplers import SAMPLERS
 
@@ -59,7 +59,8 @@ _SAMPLER_IDS = {name.lower(): key for key, name in SAMPLER_NAMES.items()}
 _SCHEDULE_IDS = {name.lower(): key for key, name in SCHEDULE_NAMES.items()}
 _SCHEDULE_IDS |= {"simple": "trailing"}
 
-_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_KEY = re.compile(r"\w[\w \-/]+")
+_VALUE = re.compile(r'\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _SIZE = re.compile(r"(\d{1,9})x(\d{1,9})")
 _NEGATIVE = "Negative prompt:"
 
@@ -153,7 +154,7 @@ class Metadata:
     def _extra_number(self, name: str) -> str | None:
         """A number of `extra` as A1111 writes it; None where it is absent or no number."""
         value = self.extra.get(name)
-        return _number(value) if type(value) in (int, float) else None
+        return _number(value) if _is_number(value) else None
 
     # In
 
@@ -167,13 +168,15 @@ class Metadata:
         try:
             values = json.loads(text, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"{where}: its mlxdiff metadata is not JSON ({error})") from None
+            raise UsageError(
+                f"{where}: its mlxdiff metadata is not JSON ({one_line(error)})"
+            ) from None
         if not isinstance(values, dict):
             raise UsageError(f"{where}: its mlxdiff metadata is not a JSON object")
         schema = values.pop("schema", None)
         if schema != SCHEMA:
             raise UsageError(
-                f"{where}: its mlxdiff metadata has schema {schema!r}, "
+                f"{where}: its mlxdiff metadata has schema {quoted(schema)}, "
                 f"this version reads {SCHEMA!r}; upgrade mlxdiff"
             )
         known = {name: values.pop(name) for name in FIELDS if name in values}
@@ -189,7 +192,7 @@ class Metadata:
         own reader. Values that cannot be what their key says are left in `extra`.
         """
         lines = text.strip().split("\n")
-        pairs = _PAIR.findall(lines[-1])
+        pairs = _pairs(lines[-1])
         if len(pairs) < 3:
             pairs = []
         else:
@@ -251,7 +254,7 @@ def read(path: str | os.PathLike[str]) -> Metadata:
             texts: Mapping[Any, Any] = getattr(picture, "text", None) or picture.info
             comment = _exif_comment(picture)
         except Exception as error:  # whatever a damaged file makes Pillow's many readers raise
-            raise UsageError(f"{path}: cannot be decoded ({error})") from error
+            raise UsageError(f"{path}: cannot be decoded ({one_line(error)})") from error
     if isinstance(texts.get(JSON_KEY), str):
         return Metadata.from_json(texts[JSON_KEY], where=str(path))
     parameters = texts.get(PARAMETERS_KEY) or comment
@@ -275,12 +278,41 @@ def _checked(name: str, value: Any, where: str) -> Any:
     if name in _INTEGERS:
         kind, good = "an integer", type(value) is int
     elif name in _FLOATS:
-        kind, good = "a number", type(value) in (int, float)
+        kind, good = "a number", _is_number(value)
     else:
         kind, good = "a text", type(value) is str
     if not good:
-        raise UsageError(f"{where}: {name} in its mlxdiff metadata is {value!r}, expected {kind}")
+        raise UsageError(
+            f"{where}: {name} in its mlxdiff metadata is {quoted(value)}, expected {kind}"
+        )
     return float(value) if name in _FLOATS else value
+
+
+def _is_number(value: Any) -> bool:
+    """Return True for a finite number in the range of a float. JSON has others (1e999)."""
+    return type(value) in (int, float) and abs(value) < 1e308
+
+
+def _pairs(line: str) -> list[tuple[str, str]]:
+    """Split ``Key: value, ...`` as A1111's regular expression does, in linear time.
+
+    A key is what stands before a colon: word characters, blanks, hyphens and slashes, from the
+    first word character on. A value ends at a comma, or is quoted.
+    """
+    pairs = []
+    place, colon = 0, line.find(":")
+    while colon >= 0:
+        begin = colon
+        while begin > place and (line[begin - 1].isalnum() or line[begin - 1] in "_ -/"):
+            begin -= 1
+        key = _KEY.search(line, begin, colon)
+        if key is not None:
+            value = _VALUE.match(line, colon + 1)
+            assert value is not None  # it matches everywhere
+            pairs.append((key[0], value[1]))
+            place = value.end()
+        colon = line.find(":", max(place, colon + 1))
+    return pairs
 
 
 def _no_constant(name: str) -> None:
@@ -341,7 +373,7 @@ def _unquote(text: str) -> str:
         return text
     try:
         return str(json.loads(text))
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

@@ -21,6 +21,7 @@ from mlxdiff import samplers
 from mlxdiff.adapters.lora import Lora
 from mlxdiff.adapters.textual_inversion import Embedding
 from mlxdiff.convert.singlefile import PREDICTIONS
+from mlxdiff.pictures.control_modes import MODES
 from mlxdiff.pictures.hires import UPSCALERS
 from mlxdiff.pictures.preprocess import PREPROCESSORS
 from mlxdiff.run import values
@@ -85,6 +86,7 @@ Preprocessors = Annotated[
         )
     ),
 ]
+Modes = Annotated[str | Sequence[str], values.Each(values.Choice(MODES))]
 Loras = Annotated[
     Iterable[PathLike | tuple[PathLike, float | tuple[float, float]] | Lora],
     values.Files("PATH[:SCALE]"),
@@ -357,6 +359,13 @@ class FileOptions(Options):
         help="What to make of its picture first: none (default), edges, grey or tile; one for "
         "all or one for each.",
     )
+    control_mode: Modes | None = _control(
+        "--control-mode",
+        metavar="NAME",
+        help="Type of its picture, for a ControlNet-Union: openpose, depth, sketch, canny (also "
+        "line art), normal, segment, tile or repaint; one for all or one for each.",
+        elsewhere="control_type",
+    )
     ip_image: Pictures | None = _shown(
         "--ip-image",
         help="Picture for an IP-Adapter to follow. Give one for each --ip-adapter, or several "
@@ -537,7 +546,11 @@ class LoadOptions(Options):
     prediction_type: PredictionType | None = _model(
         "--prediction-type",
         metavar="NAME",
-        help="For a single file: epsilon, v_prediction or sample, whatever the file looks like.",
+        help="For a single file: epsilon, v_prediction or sample, whatever the file says.",
+    )
+    zero_snr: Flag | None = _model(
+        "--zero-snr/--no-zero-snr",
+        help="For a single file: whether it was trained to zero terminal SNR, whatever it says.",
     )
     revision: Text | None = _model(doc="for a hub id: branch, tag or commit.")
     variant: Text | None = _model(doc='variant of the files: "fp16" and such.')
@@ -549,7 +562,8 @@ class LoadOptions(Options):
         metavar="NAME",
         help="auto (default), float32, float16 or bfloat16.",
         doc='what the U-Net and the text encoders compute in. None or "auto": float16 on a GPU, '
-        "else float32. The VAE stays in float32 where its config says ``force_upcast``.",
+        "else float32. The VAE stays in float32 where its config says ``force_upcast``, or where "
+        "float16 overflows.",
         elsewhere="torch_dtype precision",
     )
     low_memory: Flag = _machine(
@@ -619,6 +633,12 @@ class CommandOptions(Options):
         metavar="FILE",
         help="Take the settings of a picture that mlxdiff (or A1111) drew; other options override "
         "them.",
+    )
+    trust_image: Flag = _command(
+        "--trust-image",
+        default=False,
+        help="With --from-image: open the files that the picture names, wherever they are, and "
+        "fetch its models from the hub.",
     )
     preview: Flag = _command(
         "--preview",

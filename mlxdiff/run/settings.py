@@ -221,13 +221,14 @@ def _resolve_text(
         [(width, height)] if larger is None else [(width, height), (larger.width, larger.height)]
     )
     controls = resolve_controls(
-        len(model.controlnets),
+        [net.component.config for net in model.controlnets],
         sizes,
         control_image=asked.control_image,
         control_scale=asked.control_scale,
         control_start=asked.control_start,
         control_end=asked.control_end,
         control_preprocess=asked.control_preprocess,
+        control_mode=asked.control_mode,
     )
     start, end = asked.denoising_start, asked.denoising_end
     if refiner is not None:

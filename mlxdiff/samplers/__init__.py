@@ -26,6 +26,7 @@ from mlxdiff.samplers.arguments import SchedulerArguments
 from mlxdiff.samplers.ddim import DDPM
 from mlxdiff.samplers.defaults import PIXELS, automatic, distilled_for, is_turbo
 from mlxdiff.samplers.plan import Plan, Row, State
+from mlxdiff.samplers.process import check_process, is_continuous, is_edm
 from mlxdiff.samplers.registry import (
     NAMES,
     SAMPLERS,
@@ -36,6 +37,8 @@ from mlxdiff.samplers.registry import (
     find,
     has_schedule,
     of_class,
+    samplers_for,
+    schedule_arguments,
 )
 from mlxdiff.samplers.schedule import NoiseSchedule, ays, check_steps
 from mlxdiff.samplers.scheduler import Grid, Scheduler
@@ -48,9 +51,11 @@ __all__ = [
     "Row",
     "State",
     "automatic",
+    "check_process",
     "distilled_for",
     "evaluations_per_step",
     "forward_process",
+    "is_edm",
     "is_turbo",
     "of_class",
     "plan",
@@ -113,6 +118,11 @@ def plan(
             )
         custom = scheduler.distilled_timesteps(chosen.arguments, steps, distilled_strength)
         chosen = replace(chosen, custom=custom)
+    if is_continuous(scheduler_config) and (denoising_start, denoising_end) != (None, None):
+        raise UsageError(
+            "denoising_start, denoising_end: this model takes continuous noise levels (EDM's) and "
+            "has no numbered timesteps to divide between two models; draw with it alone"
+        )
     grid = chosen.grid()
     first, last = _window(scheduler, grid, steps, strength, denoising_start, denoising_end)
     rows = tuple(scheduler.rows(chosen.arguments, grid, first, eta or 0.0))
@@ -223,14 +233,16 @@ def _choose(
     sampler, schedule = automatic(config, sampler, schedule, steps, family, guidance, altered)
     found = find(config, sampler)
     scheduler = found.scheduler
-    if not has_schedule(scheduler, schedule):
+    asked = schedule_arguments(scheduler, schedule)
+    if asked is None:
         having = [name for name in SCHEDULE_ARGUMENTS if has_schedule(scheduler, name)]
-        others = [one.id for one in SAMPLERS.values() if has_schedule(one.scheduler, schedule)]
+        existing = samplers_for(config).values()
+        others = [one.id for one in existing if has_schedule(one.scheduler, schedule)]
+        of_this = " of this model" if is_continuous(config) else ""
         raise UsageError(
             f"sampler {sampler} has no schedule {schedule}; it has {', '.join(having)}; "
-            f"{schedule} exists for {', '.join(others)}"
+            f"{schedule} exists for {', '.join(others) or f'no sampler{of_this}'}"
         )
-    asked = SCHEDULE_ARGUMENTS[schedule]
     overrides = {**found.arguments, **asked}
     if schedule == "ays" or set(asked) & set(SIGMA_FLAGS):
         # The schedule that the user asks for replaces the file's own spacing of sigmas.

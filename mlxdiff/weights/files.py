@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlxdiff.errors import CheckpointError
+from mlxdiff.machine.disk import SourceFile
 from mlxdiff.weights import gguf
 from mlxdiff.weights.gguf import GGUFFile
 from mlxdiff.weights.pickles import PickleFile, open_tensors
@@ -20,6 +21,7 @@ class WeightFile:
 
     Attributes:
         path: the file.
+        container: "safetensors", "PyTorch's pickle" or "GGUF".
         tensors: name -> tensor. A quantized layer is one tensor with the shape of the layer.
         metadata: texts in its header.
         ignored: (name, reason) of what has no use.
@@ -28,6 +30,7 @@ class WeightFile:
     """
 
     path: Path
+    container: str
     tensors: dict[str, LazyTensor]
     metadata: dict[str, str] = field(default_factory=dict)
     ignored: tuple[tuple[str, str], ...] = ()
@@ -45,23 +48,24 @@ def open_file(path: str | os.PathLike[str]) -> WeightFile:
     file = GGUFFile(path) if _is_gguf(path) else open_tensors(path)
     if words := foreign_form(file.tensors):
         raise CheckpointError(f"{path}: holds {words}")
+    container = "GGUF" if isinstance(file, GGUFFile) else "safetensors"
     metadata: dict[str, str] = {}
     ignored: tuple[tuple[str, str], ...] = ()
     refused: dict[str, str] = {}
     if isinstance(file, PickleFile):
-        ignored, refused = file.ignored, file.refused
+        container, ignored, refused = "PyTorch's pickle", file.ignored, file.refused
     else:
         metadata = {k: v for k, v in file.metadata.items() if isinstance(v, str)}
     decoded = decode(path, file.tensors, metadata)
     ignored += tuple(decoded.ignored)
-    return WeightFile(path, decoded.tensors, metadata, ignored, refused, decoded.notes)
+    return WeightFile(path, container, decoded.tensors, metadata, ignored, refused, decoded.notes)
 
 
 def _is_gguf(path: Path) -> bool:
     """Return True for GGUF, by content; if unclear, by suffix."""
     try:
-        with path.open("rb") as file:
-            head = file.read(9)
+        file = SourceFile(path)
+        head = bytes(file.read(0, min(9, file.size)))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
     if head[8:9] == b"{" or head.startswith((b"PK\x03\x04", b"\x80\x02")):

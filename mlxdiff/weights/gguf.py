@@ -17,11 +17,12 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from mlxdiff.errors import CheckpointError
+from mlxdiff.machine.disk import SourceFile
 from mlxdiff.weights.quantization import Packed, Quantization, fits, packed
 from mlxdiff.weights.tensors import (
     MAX_HEADER_BYTES,
@@ -243,6 +244,7 @@ REFUSED = {
 """Type number -> name of the forms that are not supported."""
 
 _ROWS = 1 << 20  # values that are decoded at a time
+_PIECE = 1 << 16  # bytes of the header that are read at a time
 
 
 class GGUFFile:
@@ -260,8 +262,8 @@ class GGUFFile:
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, LazyTensor] = {}
         try:
-            with self.path.open("rb") as file:
-                self._read(_Reader(file, self._fault))
+            self._file = SourceFile(self.path)
+            self._read(_Reader(self._file, self._fault))
         except OSError as error:
             raise self._fault(f"cannot be read ({error.strerror or error})") from None
 
@@ -275,7 +277,6 @@ class GGUFFile:
                 foreign(head, reader.end) or f"not a GGUF file, or damaged ({reader.end} bytes)"
             )
         reader.place = len(MAGIC)
-        reader.skip(0)
         version = reader.number("I")
         if version not in VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
@@ -352,14 +353,14 @@ class GGUFFile:
     def _tensor(self, name: str, stored: Shape, kind: int, offset: int) -> LazyTensor:
         shape = self._original(name, stored)
         if kind in PLAIN:
-            return lazy(self.path, name, PLAIN[kind], shape, offset)
-        form, path = BLOCKS[kind], self.path
+            return lazy(self._file, name, PLAIN[kind], shape, offset)
+        form, file = BLOCKS[kind], self._file
         size = math.prod(shape) // form.values * form.bytes
         label = f"gguf {form.name}"
 
         def blocks() -> np.ndarray:
             rows = (math.prod(shape) // form.values, form.bytes)
-            return read_values(path, name, "U8", rows, offset)
+            return read_values(file, name, "U8", rows, offset)
 
         def read() -> np.ndarray:
             stored, out = blocks(), np.empty((math.prod(shape) // form.values, form.values), "f4")
@@ -414,10 +415,11 @@ class _Reader:
         end: length of the file.
     """
 
-    def __init__(self, file: BinaryIO, fault: Callable[[str], CheckpointError]) -> None:
+    def __init__(self, file: SourceFile, fault: Callable[[str], CheckpointError]) -> None:
         self._file, self._fault = file, fault
         self.place = 0
-        self.end = os.fstat(file.fileno()).st_size
+        self.end = file.size
+        self._start, self._piece = 0, bytearray()
 
     def _check(self, size: int) -> None:
         if size > self.end - self.place:
@@ -426,14 +428,20 @@ class _Reader:
             raise self._fault(f"damaged: its header has more than {MAX_HEADER_BYTES} bytes")
 
     def take(self, size: int) -> bytes:
+        """Read the next bytes. The file is read in pieces, because headers have many entries."""
         self._check(size)
+        begin = self.place - self._start
+        if not 0 <= begin <= begin + size <= len(self._piece):
+            length = min(max(size, _PIECE), self.end - self.place)
+            self._start, self._piece = self.place, self._file.read(self.place, length)
+            begin = 0
         self.place += size
-        return self._file.read(size)
+        return bytes(self._piece[begin : begin + size])
 
     def skip(self, size: int) -> None:
+        """Go on without reading."""
         self._check(size)
         self.place += size
-        self._file.seek(self.place)
 
     def number(self, kind: str) -> Any:
         raw = self.take(struct.calcsize("<" + kind))
