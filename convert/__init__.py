@@ -25,7 +25,13 @@ from mlxdiff.convert.export import check_target, model_card, write_diffusers, wr
 from mlxdiff.convert.ip_adapter import open_ip_adapter
 from mlxdiff.convert.report import ComponentReport, Report
 from mlxdiff.convert.singlefile import SingleFile
-from mlxdiff.convert.sources import Model, open_source
+from mlxdiff.convert.sources import (
+    Model,
+    identities,
+    open_source,
+    require_unchanged,
+    used_files,
+)
 from mlxdiff.errors import UsageError
 from mlxdiff.machine.disk import sha256
 from mlxdiff.networks.config import UNetConfig
@@ -101,7 +107,8 @@ def convert(
             (one file in LDM naming).
         change: changes the model before it is written (``adapters.lora.baked``).
     Returns: the treatment of every tensor.
-    Raises: UsageError, CheckpointError, ConfigError, HubError.
+    Raises: UsageError, CheckpointError (also for a source that changes meanwhile), ConfigError,
+        HubError.
     """
     begin = time.perf_counter()
     if dtype not in DTYPES:
@@ -117,6 +124,7 @@ def convert(
         check_dest(dest, force)
     if variant is None and dtype == "float32":
         variant = ""
+    seen = identities(source, config)
     model = open_source(
         source,
         revision,
@@ -139,6 +147,7 @@ def convert(
             f"{source}: already quantized; convert the original to change its quantization or dtype"
         )
     source_model: ModelSource = model if change is None else change(unpacked_model(model))
+    seen = identities(*used_files(model).values()) | seen
     if chosen is not None:
         target = quantized_model(source_model, chosen, dtype)
     else:
@@ -159,10 +168,14 @@ def convert(
     after: Progress | None = progress and (
         lambda done, total, name: progress(to_hash + done, to_hash + total, name)
     )
+
+    def check() -> None:
+        require_unchanged(used_files(model).values(), seen)
+
     if to == "single":
-        write_single(target, dest, dtype, progress=after)
+        write_single(target, dest, dtype, check=check, progress=after)
     elif to == "diffusers":
-        write_diffusers(target, dest, dtype, card=card, force=force, progress=after)
+        write_diffusers(target, dest, dtype, card=card, force=force, check=check, progress=after)
     else:
         write_folder(
             target,
@@ -172,6 +185,7 @@ def convert(
             recipe=name,
             card=card,
             force=force,
+            check=check,
             progress=after,
         )
     return Report(

@@ -94,6 +94,7 @@ def write_diffusers(
     *,
     card: str = "",
     force: bool = False,
+    check: Callable[[], None] = lambda: None,
     progress: Progress | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -104,7 +105,7 @@ def write_diffusers(
         dest: folder to make.
         dtype: type of all weights: "float16", "bfloat16" or "float32".
         card: text of the model card.
-        force, progress, shard_bytes: see ``store.folder.write_folder``.
+        force, check, progress, shard_bytes: see ``store.folder.write_folder``.
     Raises: UsageError, CheckpointError.
     """
     tensors = {
@@ -134,6 +135,7 @@ def write_diffusers(
         for name, content in files.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
+        check()
 
 
 def write_single(
@@ -141,6 +143,7 @@ def write_single(
     dest: str | os.PathLike[str],
     dtype: str,
     *,
+    check: Callable[[], None] = lambda: None,
     progress: Progress | None = None,
 ) -> str:
     """Write one file in the naming of latent diffusion, as A1111, ComfyUI and others read it.
@@ -148,7 +151,7 @@ def write_single(
     A v-prediction model gets the marks that ComfyUI knows (``v_pred``, ``ztsnr``).
 
     Args:
-        model, dtype, progress: see ``write_diffusers``.
+        model, dtype, check, progress: see ``write_diffusers``.
         dest: file to write.
     Returns: sha256 of the file.
     Raises: UsageError, CheckpointError.
@@ -183,6 +186,7 @@ def write_single(
     try:
         dest.absolute().parent.mkdir(parents=True, exist_ok=True)
         digest = write_safetensors(temporary, tensors, dtype, advance, metadata=metadata)
+        check()
         temporary.replace(dest)
     except OSError as error:
         raise UsageError(f"{dest}: cannot be written ({error.strerror or error})") from error

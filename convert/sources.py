@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,7 +15,7 @@ from mlxdiff.machine.disk import read_json
 from mlxdiff.store import catalogue, hub
 from mlxdiff.store.cache import snapshot_of
 from mlxdiff.store.folder import MANIFEST, ConvertedFolder, ModelFolder, Progress, open_folder
-from mlxdiff.store.reference import parse
+from mlxdiff.store.reference import is_address, parse
 from mlxdiff.store.selection import PREFERRED_VARIANT, Listing
 
 Model: TypeAlias = DiffusersFolder | SingleFile | ConvertedFolder
@@ -70,6 +70,11 @@ def open_source(
         name = f"{reference.name}/{listing.entry}"
         single.provenance |= {"source": name, "revision": listing.commit}
         return single
+    if is_address(path):
+        raise UsageError(
+            f"{path}: only addresses of models on huggingface.co are fetched; download the file, "
+            "and give its path"
+        )
     if revision is not None:
         raise UsageError(
             f"{path} is not a hub id (org/name), so it has no revision {revision!r}; leave the "
@@ -90,6 +95,57 @@ def open_source(
             )
         return open_folder(folder)
     return DiffusersFolder(folder, variant=variant or None)
+
+
+# A source that changes while it is read would give a mixture of two models.
+
+Identity: TypeAlias = tuple[int, ...]
+"""Numbers that change when a file is replaced or written to."""
+
+
+def identities(*places: str | os.PathLike[str] | None) -> dict[Path, Identity]:
+    """Return the identity of these files, and of the files in these folders and their folders.
+
+    A place that is not on this disk (a hub id) has none.
+    """
+    found: dict[Path, Identity] = {}
+    for place in places:
+        path = Path() if place is None else Path(place)
+        if place is None or not path.exists():
+            continue
+        files = [path] if path.is_file() else [*path.glob("*"), *path.glob("*/*")]
+        found |= {file: _identity(file) for file in files if file.is_file()}
+    return found
+
+
+def used_files(model: Model) -> dict[str, Path]:
+    """Return every file that a model is read from: name -> path."""
+    base = model.base if isinstance(model, SingleFile) else model
+    files = {} if isinstance(model, ConvertedFolder) else model.source_files()
+    if isinstance(base, ModelFolder):
+        files |= {f"{base.path}/{name}": path for name, path in base.document_paths().items()}
+    if isinstance(base, ConvertedFolder):
+        files |= {f"{base.path}/{name}": base.path / name for name in base.manifest["files"]}
+    return files
+
+
+def require_unchanged(files: Iterable[Path], seen: Mapping[Path, Identity]) -> None:
+    """Raise CheckpointError if a file is not the one that it was."""
+    for path in files:
+        try:
+            same = path not in seen or _identity(path) == seen[path]
+        except OSError:
+            same = False
+        if not same:
+            raise CheckpointError(
+                f"{path}: changed while it was converted; wait until it is complete, then run the "
+                "command again"
+            )
+
+
+def _identity(path: Path) -> Identity:
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _only_single_files(path: str | os.PathLike[str], options: Mapping[str, Any]) -> None:

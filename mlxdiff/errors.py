@@ -20,6 +20,10 @@ class UsageError(MlxdiffError):
     """An argument, an option or a combination of options that mlxdiff cannot honour."""
 
 
+class UnknownAttribute(UsageError, AttributeError):
+    """An attribute that an object does not have."""
+
+
 class ConfigError(MlxdiffError):
     """A configuration file that is malformed or asks for an unsupported feature."""
 

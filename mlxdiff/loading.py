@@ -78,7 +78,7 @@ def load(asked: LoadOptions) -> Pipeline:
     pipe.set_ip_adapters(
         asked.ip_adapters, image_encoder=asked.image_encoder, variant=variant, progress=progress
     )
-    pipe.set_loras(asked.loras)
+    pipe.set_loras(asked.loras, progress=progress)
     pipe.set_embeddings(asked.embeddings)
     if asked.memory_limit is not None:
         pipe.limit_memory(asked.memory_limit)

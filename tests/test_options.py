@@ -88,7 +88,6 @@ def test_settings_have_every_value() -> None:
         (mlxdiff.Pipeline.generate, GenerateOptions, "self"),
         (mlxdiff.Pipeline.stream, RunOptions, "self"),
         (mlxdiff.Pipeline.settings, RunOptions, "self"),
-        (mlxdiff.Pipeline.prepare, RunOptions, "self"),
         (mlxdiff.load, LoadOptions, None),
     ],
 )

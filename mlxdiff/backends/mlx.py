@@ -5,6 +5,7 @@ Import this module, not ``mlx_layers``: without mlx it raises an error that says
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
@@ -39,6 +40,8 @@ _FLOATS = ("float32", "float16", "bfloat16")
 
 nn: Layers = mlx_layers
 
+_PROCESS = os.getpid()  # that imported MLX
+
 
 class MLXBackend:
     """Loads networks and converts arrays.
@@ -53,6 +56,7 @@ class MLXBackend:
 
     def __init__(self, dtype: str = "float32") -> None:
         _dtype(dtype)
+        _require_own_process()
         self.dtype = dtype
         _default_memory_limit()
 
@@ -91,6 +95,7 @@ class MLXBackend:
 
     def asarray(self, x: np.ndarray | mx.array, dtype: str | None = None) -> mx.array:
         """An MLX array of these values, in the dtype of this name (or int32); None: as they are."""
+        _require_own_process()
         return mx.array(x, None if dtype is None else _dtype(dtype, "int32"))
 
     def to_numpy(self, x: mx.array) -> np.ndarray:
@@ -176,6 +181,15 @@ class MLXBackend:
     def clear_cache(self) -> None:
         """Give freed buffers back to the system."""
         mx.clear_cache()
+
+
+def _require_own_process() -> None:
+    """Refuse a forked process: the threads of MLX do not survive a fork, and it would hang."""
+    if os.getpid() != _PROCESS:
+        raise UsageError(
+            "MLX does not work in a forked process; start it with "
+            "multiprocessing.get_context('spawn'), or use the NumPy backend"
+        )
 
 
 def _weight(

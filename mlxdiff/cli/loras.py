@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import click
-
+from mlxdiff.cli.streams import tell
 from mlxdiff.errors import UsageError, quoted
 from mlxdiff.run.values import Number, Unfit
 
@@ -35,7 +34,7 @@ def parse(word: str) -> Asked:
 def report(loras: tuple[Any, ...]) -> None:
     """Say on stderr what each LoRA changes."""
     for lora in loras:
-        click.echo(f"LoRA {lora.report()}", err=True)
+        tell(f"LoRA {lora.report()}")
 
 
 def replayed(

@@ -7,22 +7,25 @@ Rounding follows diffusers' image_processor.py, so that equal latents give equal
 from __future__ import annotations
 
 import contextlib
+import io
 import os
-import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 
 from mlxdiff.errors import MlxdiffError, UsageError, one_line
 from mlxdiff.machine.disk import open_regular
+from mlxdiff.machine.temporary import temporary_file
 
 if TYPE_CHECKING:
     from PIL import Image
 
 ImageLike = Union[str, "os.PathLike[str]", "Image.Image", np.ndarray, Any]
 """A picture as users give it: a path, a Pillow image, or an array (NumPy's or MLX's)."""
+
+_TRIAL = 65536  # bytes that are written to find out if a folder can be written to
 
 _OTHER_FORMATS = {
     ".jpg",
@@ -253,21 +256,62 @@ def save_png(
         UsageError: the file exists and `overwrite` is False, its folder is missing, or it cannot be
             written.
     """
+    check_writable(path, overwrite)
+    try:
+        data = png_bytes(image, text, compress_level)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({_reason(error)})") from error
+    write_png(data, path, overwrite)
+
+
+def png_bytes(
+    image: Image.Image | np.ndarray,
+    text: Mapping[str, str] | None = None,
+    compress_level: int = 6,
+) -> bytes:
+    """Encode a picture as PNG; arguments as for `save_png`."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    path = Path(path)
-    check_writable(path, overwrite)
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     chunks = PngInfo()
     for key, value in (text or {}).items():
         chunks.add_text(key, value)
+    encoded = io.BytesIO()
+    image.save(encoded, format="PNG", pnginfo=chunks, compress_level=compress_level)
+    return encoded.getvalue()
+
+
+def write_png(data: bytes, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Write the bytes of a PNG file as `save_png` does. Raises: UsageError."""
+    path = Path(path)
+    check_writable(path, overwrite)
     try:
-        with _replacing(path, overwrite) as file:
-            image.save(file, format="PNG", pnginfo=chunks, compress_level=compress_level)
-    except OSError as error:
+        with temporary_file(path.parent) as (temporary, file):
+            file.write(data)
+            file.flush()
+            if os.name == "nt":
+                file.close()  # an open file cannot be renamed there
+            if overwrite:
+                os.replace(temporary, path)
+            else:
+                _rename_new(temporary, path)
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be written ({_reason(error)})") from error
+
+
+def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
+    """Put pictures of one size into rows of at most four."""
+    from PIL import Image
+
+    columns = min(4, len(images))
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    sheet = Image.new(images[0].mode, (columns * width, rows * height))
+    for place, image in enumerate(images):
+        sheet.paste(image, (place % columns * width, place // columns * height))
+    return sheet
 
 
 def check_writable(path: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -283,19 +327,15 @@ def check_writable(path: str | os.PathLike[str], overwrite: bool = False) -> Non
         raise _exists(path)
 
 
-@contextlib.contextmanager
-def _replacing(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path`; rename it to `path` on success, delete it on failure."""
-    temporary = path.parent / f".mlxdiff-{secrets.token_hex(8)}.tmp"
+def require_right_to_write(folder: str | os.PathLike[str]) -> None:
+    """Write a file into a folder and delete it. Raises: UsageError if that fails."""
     try:
-        with open(temporary, "xb") as file:
-            yield file
-        if overwrite:
-            os.replace(temporary, path)
-        else:
-            _rename_new(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with temporary_file(Path(folder)) as (_, file):
+            file.write(bytes(_TRIAL))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{folder}: cannot be written to ({_reason(error)}); make room or choose another folder"
+        ) from error
 
 
 def _rename_new(source: Path, path: Path) -> None:

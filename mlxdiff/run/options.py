@@ -49,6 +49,7 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 PathLike = str | os.PathLike[str]
 Text = Annotated[str, values.Text()]
 Flag = Annotated[bool, values.Flag()]
+File = Annotated[str, values.File()]
 Place = Annotated[PathLike, values.Place()]
 Model = Annotated[Any, values.Place(or_pipeline=True)]
 Places = Annotated[PathLike | Sequence[PathLike], values.Each(values.Place())]
@@ -62,8 +63,8 @@ Interval = Annotated[tuple[float, float], values.Numbers("START,END", values.Num
 Borders = Annotated[
     tuple[int, int, int, int], values.Numbers("LEFT,TOP,RIGHT,BOTTOM", values.Whole(least=0))
 ]
-Sampler = Annotated[str, values.Choice(samplers.NAMES)]
-Schedule = Annotated[str, values.Choice(samplers.SCHEDULES)]
+Sampler = Annotated[str, values.Choice(samplers.NAMES, spelled=samplers.spelled)]
+Schedule = Annotated[str, values.Choice(samplers.SCHEDULES, spelled=samplers.find_schedule)]
 Syntax = Annotated[str, values.Choice(SYNTAXES)]
 Upscaler = Annotated[str, values.Choice(UPSCALERS)]
 Backend = Annotated[str, values.Choice(BACKENDS)]
@@ -203,8 +204,9 @@ class ValueOptions(Options):
     sampler: Sampler = _picture(
         "--sampler",
         default="auto",
-        help="Sampler (docs/samplers.md). Default: auto.",
-        doc="see ``mlxdiff.samplers``.",
+        help="Sampler (docs/samplers.md); A1111's and diffusers' names are understood. "
+        "Default: auto.",
+        doc="see ``mlxdiff.samplers``; A1111's and diffusers' names are understood.",
         elsewhere="sampler_name sampling_method sampler_index",
     )
     schedule: Schedule = _picture(
@@ -473,8 +475,10 @@ class LoadOptions(Options):
         default=(),
         key="loras",
         part="lora",
-        help="A LoRA (or LoCon, LoHa, LoKr, DoRA) and its scale (default: 1). Repeatable.",
-        doc="files (or folders) that change the model's weights: each a path, or (path, scale).",
+        help="A LoRA (or LoCon, LoHa, LoKr, DoRA): file, folder or hub id org/name[/FILE], and its "
+        "scale (default: 1). Repeatable.",
+        doc="files, folders or hub ids ``org/name[/FILE][@revision]`` that change the model's "
+        "weights: each alone, or (path, scale).",
         elsewhere="lora lora_paths lora_weights",
     )
     lora_folder: Place = _model(
@@ -611,7 +615,7 @@ _command = partial(option, section="Output", key=None)
 class CommandOptions(Options):
     """Options of the command line alone."""
 
-    prompt_file: Text | None = option(
+    prompt_file: File | None = option(
         "--prompt-file",
         section="Prompt",
         key=None,
@@ -622,13 +626,14 @@ class CommandOptions(Options):
         "-o",
         "--output",
         metavar="FILE",
-        help="PNG file; {seed} and {index} are filled in. Default: mlxdiff-{seed}.png.",
+        help="PNG file; {seed}, {index}, {step}, {frame}, {prompt}, {model} and {date} are filled "
+        "in, numbers also as {seed:05d}. Default: mlxdiff-{seed}.png, numbered if it exists.",
     )
     force: Flag = _command("--force", default=False, help="Overwrite files that exist.")
     no_metadata: Flag = _command(
         "--no-metadata", default=False, help="Write no prompt and no settings into the PNG."
     )
-    from_image: Text | None = _command(
+    from_image: File | None = _command(
         "--from-image",
         metavar="FILE",
         help="Take the settings of a picture that mlxdiff (or A1111) drew; other options override "
@@ -651,7 +656,8 @@ class CommandOptions(Options):
     preview_file: Text | None = _command(
         "--preview-file",
         metavar="FILE",
-        help="Write previews as PNG, and keep them: {seed}, {index} and {step} are filled in.",
+        help="Write previews as PNG, and keep them: {step} and all that --output takes are filled "
+        "in.",
     )
     as_json: Flag = _command(
         "--json", default=False, help="Print one JSON object for each picture."

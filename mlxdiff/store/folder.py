@@ -5,6 +5,7 @@ docs/checkpoint-format.md describes the folder. Its tensors are in safetensors f
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ import numpy as np
 from mlxdiff._version import __version__
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
 from mlxdiff.machine.disk import read_document, read_json, sha256
+from mlxdiff.machine.temporary import claimed_folder, remove_leftovers
 from mlxdiff.networks.config import (
     CLIPTextConfig,
     ComponentConfig,
@@ -29,7 +31,7 @@ from mlxdiff.networks.config import (
     read_vae,
 )
 from mlxdiff.networks.params import check_parameters, expected_parameters
-from mlxdiff.samplers.process import check_process
+from mlxdiff.samplers.process import check_process, is_edm
 from mlxdiff.store.reference import is_repo_path
 from mlxdiff.weights.quantization import Packed, Quantization
 from mlxdiff.weights.tensors import (
@@ -163,11 +165,32 @@ class ModelFolder:
         self._tokenizers: dict[str, Tokenizer] = {}
         where = self.place("scheduler") / "scheduler_config.json"
         self.scheduler_config: dict[str, Any] = read_json(where)
-        check_process(self.scheduler_config, str(where))
+        self._check_scheduler(where)
         self.low_res_scheduler_config: dict[str, Any] = {}
         if self.class_name(LOW_RES_SCHEDULER):
             where = self.path / LOW_RES_SCHEDULER / "scheduler_config.json"
             self.low_res_scheduler_config = read_json(where)
+
+    def _check_scheduler(self, where: Path) -> None:
+        """Check that mlxdiff has the noise process of the model.
+
+        diffusers takes the class from model_index.json, and it is in the scheduler's config too.
+        Raises: ConfigError for another process, or two of them.
+        """
+        named = self.class_name("scheduler")
+        if named is not None and "_class_name" not in self.scheduler_config:
+            self.scheduler_config = {"_class_name": named, **self.scheduler_config}
+        check_process(self.scheduler_config, str(where))
+        if named is None:
+            return
+        index = {"_class_name": named}
+        check_process(index, f"{self.path}/model_index.json: scheduler")
+        if is_edm(index) != is_edm(self.scheduler_config):
+            raise ConfigError(
+                f"{where}: _class_name is {self.scheduler_config.get('_class_name')!r}, and "
+                f"model_index.json has {named!r}, a class of another noise process; write the "
+                "right one into both"
+            )
 
     def class_name(self, part: str) -> str | None:
         """Return the class of a part from model_index.json, or None if the model lacks the part."""
@@ -448,6 +471,7 @@ def write_folder(
     force: bool = False,
     progress: Progress | None = None,
     shard_bytes: int = SHARD_BYTES,
+    check: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write a model as a converted folder. The same source gives the same bytes.
 
@@ -464,6 +488,8 @@ def write_folder(
         force: replace ``dest`` if it is a converted folder. Nothing else is ever replaced.
         progress: called after each tensor.
         shard_bytes: largest size of a file. Larger components are split into several files.
+        check: called when everything is written, before the folder gets its name. An error of it
+            is an error of the whole.
     Returns: dest.
     Raises: UsageError (dest, dtype, space), CheckpointError (a tensor cannot be read or stored).
     """
@@ -524,6 +550,7 @@ def write_folder(
         (folder / MANIFEST).write_bytes(json_bytes(manifest))
         if card:
             (folder / "README.md").write_text(card, encoding="utf-8")
+        check()
     return dest
 
 
@@ -577,6 +604,7 @@ def _quantization_table(
 def new_folder(dest: Path, size: int, force: bool) -> Iterator[Path]:
     """Make a temporary folder. Rename it to ``dest`` if the block succeeds, else remove it."""
     check_dest(dest, force)
+    _remove_leftovers(dest.absolute())
     parents = [p for p in dest.absolute().parents if not p.exists()]
     temporary = dest.absolute().with_name(f".{dest.name}.{uuid.uuid4().hex[:8]}.partial")
     old = temporary.with_suffix(".old")
@@ -589,22 +617,39 @@ def new_folder(dest: Path, size: int, force: bool) -> Iterator[Path]:
                     f"{dest}: needs {size / 1e9:.2f} GB, only {free / 1e9:.2f} GB are free there; "
                     "make room, or give a folder on another disk"
                 )
-            yield temporary
-            if dest.exists():
-                check_dest(dest, force)  # another process may have made it meanwhile
-                dest.rename(old)
-            temporary.rename(dest)
+            with claimed_folder(temporary):
+                yield temporary
+                if dest.exists():
+                    check_dest(dest, force)  # another process may have made it meanwhile
+                    dest.rename(old)
+                temporary.rename(dest)
         except OSError as error:
             raise UsageError(f"{dest}: cannot be written ({error.strerror or error})") from error
     except BaseException:
         if old.exists() and not dest.exists():
             old.rename(dest)
+        shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(temporary, ignore_errors=True)
         for parent in parents:
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_leftovers(dest: Path) -> None:
+    """Remove what killed conversions have left beside a folder, and bring back what they replaced.
+
+    A run with ``force`` that was killed between its two renames has left the old folder under its
+    temporary name and nothing under ``dest``.
+    """
+    hidden = f".{glob.escape(dest.name)}.{'[0-9a-f]' * 8}"
+    remove_leftovers(dest.parent, f"{hidden}.partial")
+    for old in dest.parent.glob(f"{hidden}.old"):
+        if dest.exists():
+            remove_leftovers(dest.parent, old.name)
+        else:
+            old.rename(dest)
 
 
 def check_dest(dest: str | os.PathLike[str], force: bool) -> None:

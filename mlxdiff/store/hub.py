@@ -57,6 +57,7 @@ from mlxdiff.store.selection import (
     Unusable,
     component_selector,
     file_selector,
+    lora_selector,
     model_selector,
 )
 
@@ -65,6 +66,7 @@ logger = logging.getLogger("mlxdiff")
 Progress = Callable[[int, int, str], None]
 """Called with the bytes done, the total bytes, and the name of the current file."""
 
+_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -112,6 +114,15 @@ def resolve_component(
     """
     select = component_selector(component, variant)
     return fetch(_find(parse_or_raise(repo), select), progress)
+
+
+def resolve_lora(repo: str, *, progress: Progress | None = None) -> Path:
+    """Return the file of a LoRA, `org/name[/FILE][@revision]`.
+
+    Args, Raises: as for `resolve`.
+    """
+    reference = parse_or_raise(repo)
+    return fetch(_find(reference, lora_selector(reference)), progress)
 
 
 def fetch_files(repo: str, files: Sequence[str], *, progress: Progress | None = None) -> Path:
@@ -441,7 +452,7 @@ def _explained(error: Exception, reference: Reference, lacking: str) -> HubError
         reference: the requested model.
         lacking: what the cache lacks, or "".
     """
-    from huggingface_hub import errors
+    from huggingface_hub import errors, get_token
 
     name, revision = reference.name, reference.revision
     if isinstance(error, errors.GatedRepoError):  # first: a subclass of RepositoryNotFoundError
@@ -460,10 +471,14 @@ def _explained(error: Exception, reference: Reference, lacking: str) -> HubError
             f"https://huggingface.co/{name}/tree/main"
         )
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if status == 401:
+    if status == 401 and get_token() is not None:
+        from_variable = any(os.environ.get(key) for key in _TOKEN_VARIABLES)
+        place = "HF_TOKEN" if from_variable else "`hf auth login`"
+        way_out = "unset HF_TOKEN" if from_variable else "`hf auth logout`"
         return HubError(
-            f"{name}: the hub does not accept your token; it may have expired: renew it with "
-            "`hf auth login`, or correct or unset HF_TOKEN"
+            f"{name}: the hub refuses your access token (of {place}): it is expired or wrong; make "
+            f"a new one at https://huggingface.co/settings/tokens, or use none ({way_out}): public "
+            "models need none"
         )
     if isinstance(error, errors.HfHubHTTPError) and status is not None:
         return HubError(

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
+
 from mlxdiff.convert import Component, open_vae
 from mlxdiff.errors import UsageError
-from mlxdiff.networks.config import AutoencoderKLConfig
+from mlxdiff.networks.config import AutoencoderTinyConfig
 from mlxdiff.run.additions import Addition, Fetch, Path, named
 from mlxdiff.run.kind import UPSCALER_SCALE, Kind
 from mlxdiff.store.folder import ModelSource
@@ -41,7 +43,6 @@ class AnotherVAE(Addition):
         replaced = Component(own, lambda: source.tensors("vae"), source.provenance)
         opened = [open_vae(path, fetch.variant, fetch.progress, replaced) for path in paths]
         for vae in opened:
-            check_scale(vae, own, model)
             for name in ("latent_channels", "factor"):
                 expected, found = getattr(own, name), getattr(vae.config, name)
                 if found != expected:
@@ -51,6 +52,8 @@ class AnotherVAE(Addition):
                     )
             if model.upscales:
                 note_scale(model.source, vae.config)
+            else:
+                _check_scale(vae, own)
         return tuple(cls(vae) for vae in opened)
 
     @property
@@ -69,16 +72,23 @@ class AnotherVAE(Addition):
         return {"vae": named(items[-1].component.provenance)}
 
 
-def check_scale(vae: Component, own: Any, model: Kind) -> None:
-    """Refuse a VAE whose latents have another scale. Raises: UsageError."""
-    kinds = [type(one) for one in (vae.config, own)]
-    scales = vae.config.scaling_factor, own.scaling_factor
-    if kinds == [AutoencoderKLConfig] * 2 and scales[0] != scales[1] and not model.upscales:
-        raise UsageError(
-            f"{vae.provenance['source']}: this VAE's latents have the scale {scales[0]:g}, the "
-            f"model's {scales[1]:g}; it belongs to another family (SDXL has 0.13025, SD 1 and 2 "
-            "have 0.18215); use one made for this model"
-        )
+def _check_scale(vae: Component, own: Any) -> None:
+    """Refuse a VAE of another family: its latents have another scale or mean.
+
+    A TAESD is made for the scale of its family, and its config does not say which.
+    Raises: UsageError.
+    """
+    found = vae.config
+    if isinstance(found, AutoencoderTinyConfig) or isinstance(own, AutoencoderTinyConfig):
+        return
+    for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+        ours, theirs = getattr(own, name) or 0.0, getattr(found, name) or 0.0
+        if not np.allclose(ours, theirs, rtol=1e-3, atol=1e-6):
+            raise UsageError(
+                f"{vae.provenance['source']}: this VAE is of another family: its {name} is "
+                f"{theirs or 'none'}, that of the model's own {ours or 'none'}; use one made for "
+                "this model"
+            )
 
 
 def note_scale(source: ModelSource, vae: Any) -> None:
