@@ -46,13 +46,14 @@ def _block(kind: str) -> bytes:
     chance = np.random.default_rng(0)
     if kind == "F16":
         return chance.normal(0, 0.02, 1 << 23).astype("<f2").tobytes()
-    # float16 numbers inside stay below 120 << 8: about 30000.
-    return chance.integers(0, 120, 1 << 24, dtype=np.uint8).tobytes()
+    # In GGUF, float16 numbers of such bytes stay below 0.01.
+    most = 32 if kind == "GGUF" else 120
+    return chance.integers(0, most, 1 << 24, dtype=np.uint8).tobytes()
 
 
 def _bytes(count: int, kind: str) -> Iterator[bytes]:
     """Yield random bytes of finite values."""
-    block = _block("F16" if kind == "F16" else "U8")
+    block = _block(kind if kind in ("F16", "GGUF") else "U8")
     for start in range(0, count, len(block)):
         yield block[: min(len(block), count - start)]
 
@@ -154,7 +155,7 @@ def write_gguf(path: Path, names: dict[str, tuple[int, ...]], form: str) -> None
     with path.open("wb") as file:
         file.write(head + bytes(-len(head) % 32))
         for size, kind in sizes:
-            for part in _bytes(size, "F16" if kind == 1 else "U8"):
+            for part in _bytes(size, "F16" if kind == 1 else "GGUF"):
                 file.write(part)
             file.write(bytes(-size % 32))
 

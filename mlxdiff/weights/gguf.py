@@ -61,7 +61,7 @@ class BlockForm:
         bytes: bytes of a block.
         decode: takes blocks, (N, bytes) uint8; returns their values, (N, values) float32.
         group: for forms that MLX can hold: takes blocks; returns integers (N, values) uint8, scales
-            (N,) float16 and biases (N,) float16 of the equal affine groups.
+            (N,) float16 and biases (N,), float16 numbers, of the equal affine groups.
         bits: bits of these integers.
     """
 
@@ -81,6 +81,11 @@ def _half(blocks: np.ndarray, place: int) -> np.ndarray:
     return np.ascontiguousarray(blocks[:, place : place + 2]).view("<f2")[:, 0]
 
 
+def _whole(scales: np.ndarray) -> np.ndarray:
+    """Return float16 scales as float32, where products with small integers are exact."""
+    return scales.astype(np.float32)
+
+
 def _nibbles(octets: np.ndarray) -> np.ndarray:
     """Return the low halves of the bytes of a row, then the high halves: (N, B) -> (N, 2 B)."""
     return np.concatenate([octets & 15, octets >> 4], axis=-1)
@@ -94,7 +99,7 @@ def _fifth_bits(blocks: np.ndarray, place: int) -> np.ndarray:
 
 def _q4_0(b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     d = _half(b, 0)
-    return _nibbles(b[:, 2:]), d, d * np.float16(-8)
+    return _nibbles(b[:, 2:]), d, _whole(d) * -8
 
 
 def _q4_1(b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -103,7 +108,7 @@ def _q4_1(b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _q5_0(b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     d = _half(b, 0)
-    return _nibbles(b[:, 6:]) | _fifth_bits(b, 2), d, d * np.float16(-16)
+    return _nibbles(b[:, 6:]) | _fifth_bits(b, 2), d, _whole(d) * -16
 
 
 def _q5_1(b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -112,7 +117,7 @@ def _q5_1(b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _q8_0(b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     d = _half(b, 0)
-    return b[:, 2:] ^ np.uint8(128), d, d * np.float16(-128)
+    return b[:, 2:] ^ np.uint8(128), d, _whole(d) * -128
 
 
 def _affine(
@@ -403,7 +408,8 @@ def _packed(blocks: np.ndarray, shape: Shape, form: BlockForm, how: Quantization
     step = _ROWS // form.values
     for start in range(0, len(blocks), step):
         part = slice(start, start + step)
-        codes[part], scales[part], biases[part] = form.group(blocks[part])
+        with np.errstate(over="ignore"):  # a scale above 511 becomes infinite, and is then refused
+            codes[part], scales[part], biases[part] = form.group(blocks[part])
     return packed(codes.reshape(shape), scales, biases, how)
 
 
