@@ -196,9 +196,7 @@ class StoredWeight(Module):
         """Rows of the weight by their number."""
         if not isinstance(self.stored, Packed):
             return _expand(self.stored[ids], self.dtype)
-        weight, scales, biases, how = self.stored
-        rows = Packed(weight[ids], scales[ids], None if biases is None else biases[ids], how)
-        return _expand(rows, self.dtype)
+        return _expand(self.stored.rows(lambda part: part[ids]), self.dtype)
 
 
 def _expand(stored: Packed | np.ndarray, dtype: type) -> np.ndarray:
