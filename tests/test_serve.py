@@ -257,8 +257,10 @@ def test_a_bad_request_names_the_field(shelf: Shelf, given: dict[str, Any], said
 
 def test_a_bomb_is_refused_before_it_is_decoded(shelf: Shelf) -> None:
     start = time.perf_counter()
-    with pytest.raises(UsageError, match="20000x20000 pixels"):
+    with pytest.raises(UsageError, match="too many pixels"):
         order_of({"prompt": "", "image": png(20000, 20000, "1")}, shelf, Limits())
+    with pytest.raises(UsageError, match="5000x5000 pixels; at most"):
+        order_of({"prompt": "", "image": png(5000, 5000, "1")}, shelf, Limits())
     assert time.perf_counter() - start < 30
 
 

@@ -7,7 +7,6 @@ that stands for a huge picture costs nothing.
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -33,10 +32,13 @@ def decode(data: bytes, what: str, most_pixels: int) -> Image.Image:
     """
     from PIL import Image
 
+    bomb = Image.DecompressionBombError, Image.DecompressionBombWarning
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    except bomb:
+        raise UsageError(
+            f"{what}: has far too many pixels; at most {most_pixels} are taken"
+        ) from None
     except Exception:  # a damaged file can make Pillow's readers raise anything
         raise UsageError(f"{what}: is not a picture ({', '.join(FORMATS)} are read)") from None
     width, height = picture.size

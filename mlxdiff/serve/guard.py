@@ -105,6 +105,10 @@ class Policy:
         return self.token is None or hmac.compare_digest(token.encode(), self.token.encode())
 
 
+_CLOSE = {"Connection": "close"}
+"""What comes after such an answer is not read."""
+
+
 class Guard:
     """Checks each request before the application sees it.
 
@@ -224,13 +228,15 @@ class Guard:
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, left))
             except (asyncio.TimeoutError, TimeoutError):
-                raise HTTPException(408, "the request arrives too slowly") from None
+                raise HTTPException(408, "the request arrives too slowly", _CLOSE) from None
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
                 more = message.get("more_body", False)
                 if received > policy.upload_bytes:
                     raise HTTPException(
-                        413, f"the request is too large; at most {policy.upload_bytes} bytes"
+                        413,
+                        f"the request is too large; at most {policy.upload_bytes} bytes",
+                        _CLOSE,
                     )
             return message
 
@@ -258,6 +264,8 @@ async def _answer(
     body = b"" if error is None else json.dumps({"error": {"message": error}}).encode()
     kind = [] if error is None else [(b"content-type", b"application/json")]
     length = [(b"content-length", str(len(body)).encode())]
+    if status >= 400:  # a body that is still to come is not read
+        length.append((b"connection", b"close"))
     await send(
         {
             "type": "http.response.start",
