@@ -43,7 +43,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "s_tmax": (0, float("inf")),
     "s_tmin": (0,),
     "s_noise": (1,),
-    "eta": (0,),
     "override_settings_restore_afterwards": (True, False),
     "refiner_checkpoint": ("", "None"),
     "refiner_switch_at": (0, 1, 0.8),
@@ -87,6 +86,9 @@ _EXTRAS_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "extras_upscaler_2_visibility": (0,),
     "upscale_first": (False, True),
 }
+_TAKE_ETA = frozenset({"ddim", "tcd"})
+_ANCESTRAL = frozenset({"euler-a", "dpmpp-2m-sde"})
+"""Samplers whose eta is 1. All others have none: clients send it all the same."""
 _SAMPLERS = {name.lower(): one for one, name in SAMPLER_NAMES.items()} | {
     one: one for one in SAMPLER_NAMES
 }
@@ -239,9 +241,11 @@ class A1111API:
             asked["hires"] = scale
             asked["hires_strength"] = strength
             asked["hires_upscaler"] = _known(_UPSCALERS, "hr_upscaler", upscaler)
-        eta = left.get("eta")
-        if eta not in (None, 0) and asked["sampler"] in ("ddim", "tcd"):
-            asked["eta"] = left.pop("eta")
+        eta = take("eta", None)
+        if asked["sampler"] in _TAKE_ETA:
+            asked["eta"] = eta
+        elif asked["sampler"] in _ANCESTRAL and eta not in (None, 1):
+            raise UsageError(f"eta is {eta!r}, which {asked['sampler']} does not take; send 1")
         neutral = {
             key: value for key, value in left.items() if "mask" in asked or key not in _NO_MASK
         }
