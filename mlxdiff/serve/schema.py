@@ -185,7 +185,7 @@ def _facts(kind: Kind, lacks: Mapping[str, str | None]) -> dict[str, Any]:
 def _described(
     entry: Option, taken_by: str, lacks: Mapping[str, str | None] | None
 ) -> dict[str, Any]:
-    said = {
+    said: dict[str, Any] = {
         "name": entry.name,
         "flags": list(entry.flags),
         "section": entry.section,
