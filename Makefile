@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 VECLIB_MAXIMUM_THREADS=1 \
   $(BIN)/python -m pytest -q
 
-.PHONY: help demo quick test parity lint types wheel clean
+.PHONY: help demo quick test parity lint types audit wheel clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ lint: $(STAMP)  ## Check style and format.
 types: $(STAMP)  ## Check types with mypy's strict settings.
 	rm -rf build/typed && $(BIN)/python -m pip install -q --no-deps --target build/typed .
 	$(BIN)/mypy build/typed/mlxdiff
+
+audit: $(STAMP)  ## Look for known holes in the dependencies (asks PyPI).
+	.ci/audit
 
 wheel: $(STAMP)  ## Build the wheel and the source distribution.
 	$(BIN)/python -m build

@@ -153,11 +153,12 @@ class DiffusersFolder(ModelFolder):
         without: Collection[str] = (),
     ) -> None:
         path = Path(path)
-        if not (path / "model_index.json").is_file():
+        if not os.path.isfile(path / "model_index.json"):
             raise detect.not_a_model(path)
         notes = detect.check_model_index(read_json(path / "model_index.json"), path)
         super().__init__(path)
         self.family = detect.family(self._configs)
+        self._check_tokenizers()
         self.provenance: dict[str, Any] = {"source": name or path.resolve().name}
         if revision is not None:
             self.provenance["revision"] = revision

@@ -75,7 +75,7 @@ def find_component(
     """
     path = catalogue.expand(path)
     folder = Path(path)
-    reference = None if folder.exists() else parse(str(path))
+    reference = None if os.path.exists(folder) else parse(str(path))
     if reference is None:
         return folder, {"source": folder.resolve().name}
     if reference.file:

@@ -109,7 +109,10 @@ TRANSFORMERS_CLIP_TEXT = Layout(
 )
 
 DIFFUSERS: dict[str, Layout] = {
-    "controlnet": Layout(),
+    # torch's attention joins queries, keys and values under names of its own.
+    "controlnet": Layout(
+        rules=(Rule(r"(transformer_layes\.\d+\.attn\.in_proj)_(weight|bias)", r"\1.\2"),)
+    ),
     "image_encoder": Layout(
         ignored=(
             Ignored(
@@ -347,7 +350,10 @@ FILE_IGNORED: tuple[Ignored, ...] = (
         "the noise schedule; the scheduler's config gives it",
     ),
     Ignored(r"scale_factor", "the VAE's config has it"),
-    Ignored(r"v_pred|ztsnr", "a mark of the prediction type; it was read"),
+    Ignored(
+        r"v_pred|ztsnr|edm_mean|edm_std|edm_vpred\.sigma_(?:max|min)",
+        "a mark of the training; it was read",
+    ),
     Ignored(r"(?:model_ema|model)\.(?:decay|num_updates)", "training state; not a weight"),
     Ignored(r"embedding_manager\..+", "training state of textual inversion; not a weight"),
     Ignored(

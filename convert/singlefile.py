@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlxdiff.convert import detect
+from mlxdiff.convert import detect, marks, original_config, recognise
 from mlxdiff.convert.checkpoint import ComponentFiles, DiffusersFolder, map_component
 from mlxdiff.convert.families import (
     FAMILIES,
@@ -41,12 +41,16 @@ from mlxdiff.convert.keymap import (
     openclip_text,
 )
 from mlxdiff.errors import CheckpointError, HubError, UsageError
+from mlxdiff.machine.disk import read_document
 from mlxdiff.networks.config import (
     AutoencoderKLConfig,
     CLIPTextConfig,
     ComponentConfig,
     UNet2DConditionConfig,
+    read_unet,
+    read_vae,
 )
+from mlxdiff.samplers import check_process
 from mlxdiff.store import hub
 from mlxdiff.store.folder import (
     COMPONENTS,
@@ -55,6 +59,7 @@ from mlxdiff.store.folder import (
     TOKENIZER_FILES,
     ConvertedFolder,
     Progress,
+    check_tokenizer,
     open_folder,
     pad_token,
 )
@@ -64,7 +69,7 @@ from mlxdiff.weights.tensors import LazyTensor, raise_faults, shard_files
 if TYPE_CHECKING:
     from mlxdiff.tokenizer import Tokenizer
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
+PREDICTIONS = marks.PREDICTIONS
 VOCABULARY = "openai/clip-vit-large-patch14"
 """The repository with the vocab.json and merges.txt of all these families."""
 VOCABULARY_FILES = ("vocab.json", "merges.txt")
@@ -82,7 +87,6 @@ _SECTIONS = {
     "conditioner.embedders.1.model.": ("text_encoder_2", "openclip"),
 }
 _EMA = "model_ema."
-_ZERO_SNR = 1e-4  # alphas_cumprod ends at 0 to 5e-8 here, and at 0.0047 in published schedules
 _V_MARK = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _V_SPREAD = 0.09
 
@@ -116,10 +120,12 @@ def split(
     Raises: CheckpointError if the file has a component twice.
     """
     if kind := detect.unet_alone(tensors):
-        return {"unet": Section("", kind, dict(tensors))}, {}, {}
+        rest = {n: tensor for n, tensor in tensors.items() if ignored_for(n, FILE_IGNORED)}
+        own = {name: tensor for name, tensor in tensors.items() if name not in rest}
+        return {"unet": Section("", kind, own)}, {}, rest
     sections: dict[str, Section] = {}
     averages: dict[str, LazyTensor] = {}
-    rest: dict[str, LazyTensor] = {}
+    rest = {}
     for name, tensor in tensors.items():
         if ignored_for(name, FILE_IGNORED):
             rest[name] = tensor
@@ -149,7 +155,9 @@ class SingleFile:
         path: the file, in safetensors or PyTorch's format.
         config: a diffusers or converted folder. Its configs, scheduler and tokenizer are used, and
             its weights for parts that the file lacks.
-        prediction_type: "epsilon", "v_prediction" or "sample". Overrides detection.
+        prediction_type: "epsilon", "v_prediction" or "sample". Overrides what the file, a .yaml
+            beside it and the folder say.
+        zero_snr: True if the model was trained to zero terminal SNR, False if not; likewise.
         ema: use the moving averages of the U-Net if the file has both.
         progress: called while the tokenizer's vocabulary is fetched.
     Attributes:
@@ -166,6 +174,7 @@ class SingleFile:
         *,
         config: str | os.PathLike[str] | None = None,
         prediction_type: str | None = None,
+        zero_snr: bool | None = None,
         ema: bool = False,
         progress: Progress | None = None,
     ) -> None:
@@ -178,14 +187,12 @@ class SingleFile:
         file = open_tensors(self.path)
         if kind := detect.refused(file.tensors):
             raise CheckpointError(
-                f"{self.path}: looks like {kind}, not a supported model; give a Stable Diffusion "
-                "checkpoint"
+                f"{self.path}: looks like {kind}, not a whole model; {recognise.use(kind)}"
             )
         self._sections, averages, rest = split(file.tensors, self.path)
         if not self._sections and not averages:
             raise CheckpointError(
-                f"{self.path}: looks like {detect.looks_like(file.tensors)}, not a whole model; "
-                "give a diffusers folder or a whole checkpoint"
+                f"{self.path}: {recognise.refusal(file.tensors)}; it is not a whole model"
             )
         own = {*self._sections, *(["unet"] if averages else [])}
         self.base = None if config is None else _open_base(Path(config), own)
@@ -196,13 +203,20 @@ class SingleFile:
             self.ignored += file.ignored
             self._refused = file.refused
         structure = self._structure()
+        self._marks = self._read_marks(file)
+        self.notes += self._marks.notes
+        asked = {"prediction_type": prediction_type, "zero_snr": zero_snr}
         if self.base is None:
-            self._infer_configs(structure, file, prediction_type)
+            self._infer_configs(structure, asked)
         else:
-            self._use_configs_of(self.base, own, structure, prediction_type)
+            self._use_configs_of(self.base, own, structure, asked)
+        check_process(self.scheduler_config, f"{self.path}: its scheduler_config.json")
         self.provenance: dict[str, Any] = {"source": self.path.name}
         if self.base is not None:
             self.provenance["config"] = self.base.provenance.get("source")
+        if (said := self._marks.ema) is not None and said.value and averages and not ema:
+            ema = True
+            self.notes += (f"--ema: {said.by} says true",)
         self._sort_remaining(averages, rest, ema)
         refused = file.refused if isinstance(file, PickleFile) else {}
         self.files: dict[str, ComponentFiles] = {
@@ -213,6 +227,14 @@ class SingleFile:
         return CheckpointError(f"{self.path}: {what}")
 
     # ------------------------------------------------------------------------------------- configs
+
+    def _read_marks(self, file: Any) -> marks.Marks:
+        """Read what the file, and a .yaml beside it, say about the training."""
+        where = str(self.path)
+        found = marks.of_tensors(file.tensors, where)
+        found = found.over(marks.of_metadata(getattr(file, "metadata", {}), where))
+        config = original_config.beside(self.path)
+        return found if config is None else found.over(original_config.read(config))
 
     def _structure(self) -> Config | None:
         """Return the structure of the U-Net from its shapes. None: no U-Net in LDM naming."""
@@ -234,9 +256,12 @@ class SingleFile:
         base: DiffusersFolder | ConvertedFolder,
         own: set[str],
         structure: Config | None,
-        prediction_type: str | None,
+        asked: Mapping[str, Any],
     ) -> None:
-        """Use the configs of a folder, and its weights for parts that the file lacks."""
+        """Use the configs of a folder, and its weights for parts that the file lacks.
+
+        What the marks of the file say counts more than the folder.
+        """
         if foreign := [name for name in sorted(own) if name not in base.components]:
             raise self._fault(
                 f"has a {' and a '.join(foreign)}, which {base.path} does not have; "
@@ -252,30 +277,55 @@ class SingleFile:
         self.family = base.family
         self.components = base.components
         self.model_index = dict(base.model_index)
-        self.scheduler_config = dict(base.scheduler_config)
+        self.scheduler_config, notes = marks.settle(
+            self._marks, base.scheduler_config, **asked, folder=str(base.path)
+        )
+        self.notes += notes
         self.low_res_scheduler_config = dict(base.low_res_scheduler_config)
-        if prediction_type is not None:
-            self.scheduler_config["prediction_type"] = prediction_type
         self._configs: dict[str, ComponentConfig] = {c: base.config(c) for c in base.components}
         self._documents = {
             name: content
             for name, content in base.documents().items()
             if not name.startswith("tokenizer")
         } | {"scheduler/scheduler_config.json": _json(self.scheduler_config)}
+        if (scheduler := self.scheduler_config.get("_class_name")) is not None:
+            entry: dict[str, Any] = {"scheduler": ["diffusers", scheduler]}
+            index = json.loads(self._documents["model_index.json"])
+            entry |= self._index_of_marks(self.config("unet").in_channels)
+            self.model_index |= entry
+            self._documents["model_index.json"] = _json(index | entry)
+        self._change_config("unet", self._marks.unet, read_unet)
+        self._change_config("vae", self._marks.vae, read_vae)
         if isinstance(base, DiffusersFolder):
             self.notes += base.notes
         taken = [name for name in base.components if name not in own]
         if taken:
             self.notes += (f"{', '.join(taken)}: used from {base.path}",)
 
+    def _index_of_marks(self, channels: int) -> dict[str, Any]:
+        """Return what the marks add to model_index.json, for a U-Net of these input channels."""
+        edits = channels == 8 and self._marks.process is not None
+        # CosXL Edit takes the picture's latents scaled; InstructPix2Pix models do not.
+        return {"is_cosxl_edit": True} if edits else {}
+
+    def _change_config(
+        self, component: str, changes: Config, read: Callable[[Config, str], ComponentConfig]
+    ) -> None:
+        """Put what the marks say into the config that a folder gave."""
+        document = f"{component}/config.json"
+        data = json.loads(self._documents[document])
+        if all(key in data and data[key] == value for key, value in changes.items()):
+            return
+        self._documents[document] = _json(data | changes)
+        self._configs[component] = read(data | changes, f"{self.path}: {component}")
+        self.notes += (f"{component}: {', '.join(changes)} as the file says, not the folder",)
+
     def _family(self, structure: Config) -> Family:
         text = [s for name, s in self._sections.items() if name.startswith("text")]
         naming = text[0].naming if len(text) == 1 else None
         return guess(structure, naming)
 
-    def _infer_configs(
-        self, structure: Config | None, file: Any, prediction_type: str | None
-    ) -> None:
+    def _infer_configs(self, structure: Config | None, asked: Mapping[str, Any]) -> None:
         """Infer all configs from the names and shapes in the file."""
         if structure is None:
             what = "holds only moving averages of a U-Net (model_ema)"
@@ -293,21 +343,13 @@ class SingleFile:
                 f"is {family.words}, but has no {' and no '.join(missing)}; give a diffusers or "
                 "converted folder that has them, with --config FOLDER"
             )
-        prediction, zero_snr = self._prediction(family, structure, file, prediction_type)
+        prediction = self._prediction(family, structure, asked["prediction_type"])
         scheduler = family.scheduler if prediction != "v_prediction" else family.v_scheduler
-        self.scheduler_config = scheduler | {"prediction_type": prediction}
+        scheduler = scheduler | {"prediction_type": prediction}
+        self.scheduler_config, notes = marks.settle(self._marks, scheduler, **asked, folder=None)
+        self.notes += notes
         self.low_res_scheduler_config = dict(family.low_res_scheduler)
-        if zero_snr:
-            if scheduler["_class_name"] == "PNDMScheduler":
-                self.scheduler_config["_class_name"] = "DDIMScheduler"
-            self.scheduler_config |= {
-                "rescale_betas_zero_snr": True,
-                "timestep_spacing": "trailing",
-            }
-            self.notes += ("its noise schedule ends at zero signal",)
-        data = self._component_configs(
-            family, structure, _size(family, prediction, structure, file)
-        )
+        data = self._component_configs(family, structure, _size(family, prediction, self._marks))
         self.family = family.name
         self.components = tuple(name for name in COMPONENTS if name in data)
         self._configs = {}
@@ -318,6 +360,7 @@ class SingleFile:
             )
             self._configs[name] = kind.from_dict(one, where)
         self.model_index = {"_class_name": pipeline_class(family, structure), **family.index}
+        self.model_index |= self._index_of_marks(structure["in_channels"])
         for name in ("scheduler", "text_encoder", "text_encoder_2", "unet", "vae"):
             if name == "scheduler":
                 self.model_index[name] = ["diffusers", self.scheduler_config["_class_name"]]
@@ -339,8 +382,10 @@ class SingleFile:
         self._documents |= {f"{n}/scheduler_config.json": _json(c) for n, c in schedulers.items()}
         self._documents |= {f"{name}/config.json": _json(one) for name, one in data.items()}
 
-    def _component_configs(self, family: Family, structure: Config, size: int) -> dict[str, Config]:
-        """Return the config.json of each component."""
+    def _component_configs(
+        self, family: Family, structure: Config, size: tuple[int, int]
+    ) -> dict[str, Config]:
+        """Return the config.json of each component, for pictures of (height, width) pixels."""
         data: dict[str, Config] = {}
         try:
             for name, config in family.text_encoders.items():
@@ -354,33 +399,22 @@ class SingleFile:
             unet = unet_config(family, structure, pooled)
         except CheckpointError as error:
             raise self._fault(str(error)) from None
-        data["unet"] = unet | {"sample_size": size // factor}
-        data["vae"] = family.vae | vae | {"sample_size": size}
+        latents = [side // factor for side in size]
+        square = latents[0] == latents[1]
+        data["unet"] = unet | {"sample_size": latents[0] if square else latents} | self._marks.unet
+        data["vae"] = family.vae | vae | {"sample_size": max(size)} | self._marks.vae
         return data
 
-    def _prediction(
-        self, family: Family, structure: Config, file: Any, asked: str | None
-    ) -> tuple[str, bool]:
-        """Return the prediction type, and True if the schedule ends at zero signal.
+    def _prediction(self, family: Family, structure: Config, asked: str | None) -> str:
+        """Return the prediction type.
 
-        The first source that gives a prediction type counts: the caller; the marks v_pred and ztsnr
-        that ComfyUI knows; the file's metadata (modelspec.prediction_type); for SD 2, the spread of
-        one bias, which is above 0.09 in the published v models (ComfyUI's rule); else the family.
+        The first source that gives one counts: the caller; the marks; for SD 2, the spread of one
+        bias, which is above 0.09 in the published v models (ComfyUI's rule); else the family.
         """
-        tensors, metadata = file.tensors, getattr(file, "metadata", {})
-        zero_snr = "ztsnr" in tensors
-        schedule = tensors.get("alphas_cumprod")
-        if schedule is not None and len(schedule.shape) == 1 and schedule.size:
-            first, last = np.asarray(schedule.read(), np.float32)[[0, -1]]
-            zero_snr = zero_snr or bool(first > 0.9 and abs(last) < _ZERO_SNR)
         if asked is not None:
-            return asked, zero_snr
-        if "v_pred" in tensors:
-            return "v_prediction", zero_snr
-        for key in ("modelspec.prediction_type", "modelspec.predict_key"):
-            said = metadata.get(key, "").lower().replace("-", "_")
-            if said in ("v", "v_prediction", "v_pred", "epsilon", "eps"):
-                return "v_prediction" if said.startswith("v") else "epsilon", zero_snr
+            return asked
+        if self._marks.prediction is not None:
+            return str(self._marks.prediction.value)
         mark = self._sections["unet"].tensors.get(_V_MARK)
         if family.name == "sd2" and structure["in_channels"] == 4 and mark is not None:
             spread = float(np.std(mark.read().astype(np.float32)))
@@ -389,8 +423,8 @@ class SingleFile:
                 f"prediction type: {found}, guessed from one bias of the U-Net; if the pictures "
                 "are noise or flat, give the other one with --prediction-type",
             )
-            return found, zero_snr
-        return family.prediction, zero_snr
+            return found
+        return family.prediction
 
     # ------------------------------------------------------------------------------------- weights
 
@@ -474,8 +508,12 @@ class SingleFile:
         from mlxdiff.tokenizer import Tokenizer
 
         if self.base is not None:
-            return self.base.tokenizer(name)
-        return Tokenizer.from_folder(self._vocabulary, pad_token=pad_token(self.family, name))
+            tokenizer, folder = self.base.tokenizer(name), self.base.path / name
+        else:
+            folder = self._vocabulary
+            tokenizer = Tokenizer.from_folder(folder, pad_token=pad_token(self.family, name))
+        check_tokenizer(tokenizer, name, self._configs, str(folder))
+        return tokenizer
 
     @cached_property
     def _vocabulary(self) -> Path:
@@ -506,7 +544,7 @@ class SingleFile:
             if name.startswith("text")
         ]
         return self._documents | {
-            f"{folder}/{file}": (self._vocabulary / file).read_bytes()
+            f"{folder}/{file}": read_document(self._vocabulary / file)
             for folder in folders
             for file in TOKENIZER_FILES
             if (self._vocabulary / file).is_file()
@@ -531,14 +569,14 @@ def _open_base(path: Path, own: Collection[str]) -> DiffusersFolder | ConvertedF
     return DiffusersFolder(path, without=own)
 
 
-def _size(family: Family, prediction: str, structure: Config, file: Any) -> int:
-    """Return the picture side in pixels, from the file's metadata or from the family."""
-    said = getattr(file, "metadata", {}).get("modelspec.resolution", "").split("x")[0]
-    if said.isdecimal() and 64 <= int(said) <= 4096 and int(said) % 64 == 0:
-        return int(said)
+def _size(family: Family, prediction: str, said: marks.Marks) -> tuple[int, int]:
+    """Return (height, width) of the pictures in pixels, from the marks or from the family."""
+    if said.size is not None:
+        height, width = said.size.value
+        return height, width
     if family is FAMILIES["sd2"] and prediction == "v_prediction":
-        return 768
-    return family.size
+        return 768, 768
+    return family.size, family.size
 
 
 def _json(data: Any) -> bytes:

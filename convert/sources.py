@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from mlxdiff.convert import detect
 from mlxdiff.convert.checkpoint import DiffusersFolder
@@ -13,7 +14,7 @@ from mlxdiff.errors import CheckpointError, ConfigError, UsageError
 from mlxdiff.machine.disk import read_json
 from mlxdiff.store import catalogue, hub
 from mlxdiff.store.folder import MANIFEST, ConvertedFolder, ModelFolder, Progress, open_folder
-from mlxdiff.store.reference import parse
+from mlxdiff.store.reference import is_address, parse
 from mlxdiff.store.selection import PREFERRED_VARIANT, Listing
 
 Model: TypeAlias = DiffusersFolder | SingleFile | ConvertedFolder
@@ -27,6 +28,7 @@ def open_source(
     *,
     config: str | os.PathLike[str] | None = None,
     prediction_type: str | None = None,
+    zero_snr: bool | None = None,
     ema: bool = False,
 ) -> Model:
     """Open a model of any form.
@@ -38,42 +40,53 @@ def open_source(
         variant: weights variant, for example "fp16"; "" for the plain files. Default: the plain
             files of a folder, the fp16 files of a hub model (half the bytes); each only if present.
         progress: called while files are fetched from the hub.
-        config, prediction_type, ema: for a single file, see ``SingleFile``.
+        config, prediction_type, zero_snr, ema: for a single file, see ``SingleFile``.
     Returns: the model, after all checks that do not read the weights.
     Raises: CheckpointError, ConfigError, HubError, UsageError.
     """
+    options: dict[str, Any] = {
+        "config": config,
+        "prediction_type": prediction_type,
+        "zero_snr": zero_snr,
+        "ema": ema,
+    }
     path = catalogue.expand(path)
     folder = Path(path)
-    if isinstance(path, str) and not folder.exists() and (reference := parse(path, revision)):
+    if (
+        isinstance(path, str)
+        and not os.path.exists(folder)
+        and (reference := parse(path, revision))
+    ):
         listing = hub.find(reference, variant)
         if listing.entry not in listing.files:
-            _only_single_files(path, config, prediction_type, ema)
+            _only_single_files(path, options)
             return _open_hub(listing, variant, progress)
         single = SingleFile(
             hub.fetch(listing, progress),
-            config=config,
-            prediction_type=prediction_type,
-            ema=ema,
             progress=progress,
+            **options,
         )
         name = f"{reference.name}/{listing.entry}"
         single.provenance |= {"source": name, "revision": listing.commit}
         return single
+    if is_address(path):
+        raise UsageError(
+            f"{path}: only addresses of models on huggingface.co are fetched; download the file, "
+            "and give its path"
+        )
     if revision is not None:
         raise UsageError(
             f"{path} is not a hub id (org/name), so it has no revision {revision!r}; leave the "
             "revision out"
         )
-    if folder.is_file() and detect.is_weights(folder):
+    if os.path.isfile(folder) and detect.is_weights(folder):
         if variant:
             raise UsageError(
                 f"{path} is a single file, so it has no variant {variant!r}; leave the variant out"
             )
-        return SingleFile(
-            folder, config=config, prediction_type=prediction_type, ema=ema, progress=progress
-        )
-    _only_single_files(path, config, prediction_type, ema)
-    if (folder / MANIFEST).is_file():
+        return SingleFile(folder, progress=progress, **options)
+    _only_single_files(path, options)
+    if os.path.isfile(folder / MANIFEST):
         if variant:
             raise UsageError(
                 f"{path} is a converted folder, so it has no variant {variant!r}; leave the "
@@ -83,13 +96,64 @@ def open_source(
     return DiffusersFolder(folder, variant=variant or None)
 
 
-def _only_single_files(
-    path: str | os.PathLike[str], config: object, prediction_type: object, ema: bool
-) -> None:
-    given = {"--config": config, "--prediction-type": prediction_type, "--ema": ema or None}
-    for name, value in given.items():
-        if value is not None:
-            raise UsageError(f"{path} is not a single file; {name} is for single files only")
+# A source that changes while it is read would give a mixture of two models.
+
+Identity: TypeAlias = tuple[int, ...]
+"""Numbers that change when a file is replaced or written to."""
+
+
+def identities(*places: str | os.PathLike[str] | None) -> dict[Path, Identity]:
+    """Return the identity of these files, and of the files in these folders and their folders.
+
+    A place that is not on this disk (a hub id) has none.
+    """
+    found: dict[Path, Identity] = {}
+    for place in places:
+        path = Path() if place is None else Path(place)
+        if place is None or not path.exists():
+            continue
+        files = [path] if path.is_file() else [*path.glob("*"), *path.glob("*/*")]
+        found |= {file: _identity(file) for file in files if file.is_file()}
+    return found
+
+
+def used_files(model: Model) -> dict[str, Path]:
+    """Return every file that a model is read from: name -> path."""
+    base = model.base if isinstance(model, SingleFile) else model
+    files = {} if isinstance(model, ConvertedFolder) else model.source_files()
+    if isinstance(base, ModelFolder):
+        files |= {f"{base.path}/{name}": path for name, path in base.document_paths().items()}
+    if isinstance(base, ConvertedFolder):
+        files |= {f"{base.path}/{name}": base.path / name for name in base.manifest["files"]}
+    return files
+
+
+def require_unchanged(files: Iterable[Path], seen: Mapping[Path, Identity]) -> None:
+    """Raise CheckpointError if a file is not the one that it was."""
+    for path in files:
+        try:
+            same = path not in seen or _identity(path) == seen[path]
+        except OSError:
+            same = False
+        if not same:
+            raise CheckpointError(
+                f"{path}: changed while it was converted; wait until it is complete, then run the "
+                "command again"
+            )
+
+
+def _identity(path: Path) -> Identity:
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _only_single_files(path: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
+    """Refuse options that are for single files. Raises: UsageError."""
+    for name, value in options.items():
+        if value is not None and not (name == "ema" and not value):
+            raise UsageError(
+                f"{path} is not a single file; --{name.replace('_', '-')} is for single files only"
+            )
 
 
 def _open_hub(

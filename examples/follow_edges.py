@@ -21,7 +21,7 @@ if len(sys.argv) > 1:
     model, controlnet, picture, prompt = sys.argv[1:]
     pipe = mlxdiff.load(model, controlnets=[controlnet])
     result = pipe.generate(prompt, control_image=picture, control_preprocess="edges", seed=0)
-    result.images[0].save("followed.png")
+    result.save("followed.png", overwrite=True)
     print(f"followed.png follows the edges of {picture}")
     sys.exit()
 

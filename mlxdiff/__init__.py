@@ -4,29 +4,33 @@
 
     pipe = mlxdiff.load()  # the built-in model; or give a folder or a hub id
     result = pipe.generate("a red circle on a blue background", seed=0)
-    result.images[0].save("circle.png")
+    result.save("circle.png")
 
 Importing this module is cheap. Heavy modules are loaded on first use.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from mlxdiff._version import __version__
 from mlxdiff.errors import CheckpointError, ConfigError, HubError, MlxdiffError, UsageError
+from mlxdiff.machine.lazy import submodules
 
+TYPE_CHECKING = False  # type checkers take it for true; typing's own takes long to import
 if TYPE_CHECKING:
+    from typing import Any
+
     from mlxdiff.loading import load
-    from mlxdiff.pipeline import Pipeline, Result, Step
+    from mlxdiff.pipeline import Picture, Pipeline, Result, Run, Step
 
 __all__ = [
     "CheckpointError",
     "ConfigError",
     "HubError",
     "MlxdiffError",
+    "Picture",
     "Pipeline",
     "Result",
+    "Run",
     "Step",
     "UsageError",
     "__version__",
@@ -34,16 +38,19 @@ __all__ = [
 ]
 
 
+_submodule = submodules(__name__)
+
+
 def __getattr__(name: str) -> Any:
     if name == "load":
         from mlxdiff.loading import load
 
         return load
-    if name in ("Pipeline", "Result", "Step"):
+    if name in ("Picture", "Pipeline", "Result", "Run", "Step"):
         from mlxdiff import pipeline
 
         return getattr(pipeline, name)
-    raise AttributeError(f"module 'mlxdiff' has no attribute {name!r}")
+    return _submodule(name)  # mlxdiff.convert, mlxdiff.pictures, ...
 
 
 def __dir__() -> list[str]:

@@ -20,7 +20,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,16 @@ from mlxdiff.convert import convert, open_source
 from mlxdiff.convert.report import human_bytes
 from mlxdiff.convert.sources import check_published
 from mlxdiff.errors import CheckpointError, ConfigError, HubError, UsageError
-from mlxdiff.machine.disk import exclusive, require_space
+from mlxdiff.machine.disk import exclusive, read_document, require_space
 from mlxdiff.store import catalogue, hub
-from mlxdiff.store.cache import CHECK_SECONDS, cache_folder, is_offline, missing_bytes
+from mlxdiff.store.cache import (
+    CHECK_SECONDS,
+    cache_folder,
+    cached_commit,
+    find_cached,
+    is_offline,
+    missing_bytes,
+)
 from mlxdiff.store.folder import (
     FORMAT_VERSION,
     MANIFEST,
@@ -41,8 +48,15 @@ from mlxdiff.store.folder import (
     open_folder,
 )
 from mlxdiff.store.recipes import find_recipe, quantized_model
-from mlxdiff.store.reference import Reference, parse
-from mlxdiff.store.selection import Listing
+from mlxdiff.store.reference import Reference, is_commit, parse
+from mlxdiff.store.selection import (
+    COMPONENTS,
+    Incomplete,
+    Listing,
+    Select,
+    component_selector,
+    model_selector,
+)
 
 logger = logging.getLogger("mlxdiff")
 
@@ -54,7 +68,7 @@ def folder() -> Path:
     home = os.environ.get("MLXDIFF_HOME") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or "~/.cache", "mlxdiff"
     )
-    return Path(os.path.expandvars(home)).expanduser().absolute() / "models"
+    return Path(os.path.expanduser(os.path.expandvars(home))).absolute() / "models"
 
 
 def open_model(
@@ -81,10 +95,10 @@ def open_model(
     """
     recipe = None if quantize is None else find_recipe(quantize)
     reference = None
-    if isinstance(model, str) and not Path(model).exists():
+    if isinstance(model, str) and not os.path.exists(model):
         model = str(catalogue.expand(model))
         reference = parse(model, revision)
-    if reference is None or any(single_file.values()):
+    if reference is None or any(value is not None for value in single_file.values()):
         opened = open_source(model, revision, variant, progress, **single_file)
         if recipe is None:
             return opened
@@ -276,7 +290,7 @@ class _Shelf:
     def _read(self) -> dict[str, Any]:
         """Read the index: request -> commit, fingerprint, checked; {} if it is damaged."""
         try:
-            seen = json.loads(self._index.read_text(encoding="utf-8"))["seen"]
+            seen = json.loads(read_document(self._index))["seen"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return {}
         return seen if isinstance(seen, dict) else {}
@@ -373,7 +387,7 @@ def _read_entry(path: Path) -> Entry:
     family = dtype = "damaged"
     revision = ""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(read_document(path / MANIFEST))
         source = manifest["source"]
         name, revision = str(source["source"]), str(source.get("revision", ""))
         family, dtype = str(manifest["family"]), str(manifest["dtype"])
@@ -397,10 +411,47 @@ def local_path(model: str) -> Path | None:
 
     A local file or folder of that name takes precedence: the result is then None.
     """
-    if Path(model).exists():
+    if os.path.exists(model):
         return None
     found = _matching(model, entries())
     return max(found, key=lambda entry: entry.date).path if found else None
+
+
+def without_hub(model: str) -> str | None:
+    """Return the name of a model or part with its commit, so that opening it asks no hub.
+
+    A name that is no hub id is returned as it is: it is a local file or folder, or an error.
+
+    Returns: None if this machine does not hold it whole.
+    """
+    if os.path.exists(model):
+        return model
+    reference = parse(str(catalogue.expand(model)))
+    if reference is None:
+        return model
+    known = [entry.revision for entry in _matching(model, entries()) if is_commit(entry.revision)]
+    commit = known[0] if known else cached_commit(reference)
+    if commit is None:
+        return None
+    pinned = replace(reference, revision=commit)
+    parts = ("vae", "controlnet", "unet", "image_encoder", "text_encoder")
+    if not known and not any(
+        _is_cached(pinned, select)
+        for select in (
+            model_selector(pinned, None),
+            *(component_selector(part, None) for part in parts),
+        )
+    ):
+        return None
+    return str(pinned)
+
+
+def _is_cached(reference: Reference, select: Select) -> bool:
+    try:
+        find_cached(reference, select, COMPONENTS)
+    except Incomplete:
+        return False
+    return True
 
 
 def _matching(name: str, there: list[Entry]) -> list[Entry]:

@@ -61,10 +61,13 @@ def load(asked: LoadOptions) -> Pipeline:
         progress=asked.progress,
         config=asked.config,
         prediction_type=asked.prediction_type,
+        zero_snr=asked.zero_snr,
     )
     if asked.exact and asked.backend != "numpy":
         require_exact()
     chosen = make_backend(asked.backend, asked.dtype)
+    if asked.exact:
+        chosen.check_exact()
     if asked.exact and not chosen.has_gpu():
         logger.warning("exact has no effect: nothing is computed on a GPU here")
     pipe = Pipeline(source, chosen)
@@ -75,7 +78,7 @@ def load(asked: LoadOptions) -> Pipeline:
     pipe.set_ip_adapters(
         asked.ip_adapters, image_encoder=asked.image_encoder, variant=variant, progress=progress
     )
-    pipe.set_loras(asked.loras)
+    pipe.set_loras(asked.loras, progress=progress)
     pipe.set_embeddings(asked.embeddings)
     if asked.memory_limit is not None:
         pipe.limit_memory(asked.memory_limit)

@@ -7,24 +7,21 @@ seed gives the same picture.
 
 from __future__ import annotations
 
-import logging
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlxdiff import library, samplers
+from mlxdiff import library
 from mlxdiff._version import __version__
 from mlxdiff.adapters import lora, textual_inversion
-from mlxdiff.errors import UsageError
-from mlxdiff.noise import Generator
-from mlxdiff.pictures import preview
+from mlxdiff.errors import UnknownAttribute, UsageError
+from mlxdiff.machine.turns import in_turn, turn
 from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
 from mlxdiff.pictures.metadata import Metadata
 from mlxdiff.run.additions import AdditionT, Fetch
@@ -34,90 +31,52 @@ from mlxdiff.run.additions.ip_adapter import IPAdapter
 from mlxdiff.run.additions.lora import LoRA, asked_for
 from mlxdiff.run.additions.refiner import Refiner, refiner_of
 from mlxdiff.run.additions.vae import AnotherVAE
-from mlxdiff.run.denoiser import Evaluation, make_denoiser
-from mlxdiff.run.inputs import Inputs, Stage, Start, make_stages
+from mlxdiff.run.drawing import Picture, Result, Run, Step
 from mlxdiff.run.latent_model import LatentModel
 from mlxdiff.run.memory import Device, Estimate, estimate, require
-from mlxdiff.run.model import Model, PromptEmbeddings, draw_noise
-from mlxdiff.run.options import GenerateOptions, RunOptions
+from mlxdiff.run.model import Model, PromptEmbeddings
+from mlxdiff.run.options import GenerateOptions, LoadOptions, RunOptions
 from mlxdiff.run.pixel_model import PixelModel
-from mlxdiff.run.settings import Run, Settings, resolve
-from mlxdiff.run.table import takes
+from mlxdiff.run.settings import PlannedRun, Settings, resolve
+from mlxdiff.run.table import entries, make, takes
 from mlxdiff.store.folder import ModelSource, Progress
 from mlxdiff.store.recipes import find_recipe, recipe_of
 
 if TYPE_CHECKING:
     import PIL.Image
 
-logger = logging.getLogger("mlxdiff")
+__all__ = ["Picture", "Pipeline", "Result", "Run", "Step"]
 
 AnyPath = str | os.PathLike[str]
 
 
-@dataclass(frozen=True)
-class Step:
-    """One finished evaluation of the U-Net.
-
-    Attributes:
-        index: 0 for the first step of a picture.
-        total: evaluations for each picture, a refiner's included.
-        picture: which picture of the run, from 0.
-        seed: its seed.
-        seconds: how long this evaluation took.
-        latents: (H/f, W/f, C) float32, after the step.
-    """
-
-    index: int
-    total: int
-    picture: int
-    seed: int
-    seconds: float
-    latents: np.ndarray
-    _decode: Callable[[np.ndarray], list[PIL.Image.Image]] = field(repr=False)
-    _sketch: Callable[[np.ndarray], PIL.Image.Image] = field(repr=False)
-    _denoised: Callable[[], np.ndarray] = field(repr=False)
-
-    @property
-    def denoised(self) -> np.ndarray:
-        """The model's estimate of the latents without noise: (H/f, W/f, C) float32."""
-        return self._denoised()
-
-    def sketch(self) -> PIL.Image.Image:
-        """A quick estimate of the finished picture: decoded if the VAE is a TAESD, else by a linear
-        map, one pixel for each latent."""
-        return self._sketch(self.denoised)
-
-    def preview(self) -> PIL.Image.Image:
-        """The latents after this step, decoded: noisy until the last steps."""
-        return self._decode(self.latents[None])[0]
-
-
-@dataclass(frozen=True)
-class Result:
-    """Finished pictures.
-
-    Attributes:
-        images: one for each seed.
-        latents: (B, H/f, W/f, C) float32, the final ones, scaled as the U-Net takes them.
-        seeds: seed of each picture.
-        settings: of the run, with every default filled in.
-        metadata: of each picture (``chunks()`` gives the text chunks of a PNG).
-        timings: seconds by stage: load, text_encoder, image (encoding the given one), hires
-            (enlarging), unet, vae; and steps, the seconds of each evaluation.
-        peak_memory: bytes, as the backend counts them.
-    """
-
-    images: list[PIL.Image.Image]
-    latents: np.ndarray
-    seeds: list[int]
-    settings: Settings
-    metadata: list[Metadata]
-    timings: dict[str, Any]
-    peak_memory: int
+# Names of other libraries, and what to do here.
+_ELSEWHERE = {
+    "disable_attention_slicing": "nothing is needed: attention takes little memory",
+    "enable_attention_slicing": "nothing is needed: attention takes little memory",
+    "enable_model_cpu_offload": "call save_memory()",
+    "enable_sequential_cpu_offload": "call save_memory()",
+    "enable_vae_slicing": "nothing is needed: pictures are decoded one after the other",
+    "enable_vae_tiling": "call save_memory(False, vae_tiling=True)",
+    "enable_xformers_memory_efficient_attention": "nothing is needed: attention is fast as it is",
+    "fuse_lora": "call set_loras([...])",
+    "load_ip_adapter": "call set_ip_adapters([...])",
+    "load_lora_weights": "call set_loras([...])",
+    "load_textual_inversion": "call set_embeddings([...])",
+    "scheduler": "give sampler and schedule to generate",
+    "set_adapters": "call set_loras([(path, scale), ...])",
+    "set_ip_adapter_scale": "give ip_scale to generate",
+    "to": "give backend to mlxdiff.load",
+    "unload_lora_weights": "call set_loras([])",
+}
 
 
 class Pipeline:
     """A model, ready to draw; keeps its weights between calls.
+
+    Several threads may use one pipeline: each run draws what it would draw alone, one thread
+    computes at a time. A run keeps the additions that the pipeline had when it was made
+    (docs/embedding.md).
 
     Attributes:
         model: its networks, stage by stage, with all that is added to it.
@@ -134,20 +93,39 @@ class Pipeline:
         self.lora_folder = Path()
         self._prompt_loras: dict[Any, tuple[LoRA, ...]] = {}
 
+    def __repr__(self) -> str:
+        name = self.source.provenance.get("source", self.source.path)
+        kinds = [type(one).__name__ for one in self.model.additions.items]
+        added = "".join(f", {kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        backend = f"{self.backend.name}, {self.backend.dtype}"
+        return f"<Pipeline: {name} ({self.source.family}), {backend}{added}>"
+
+    def __getattr__(self, name: str) -> Any:
+        raise UnknownAttribute(f"a Pipeline has no {name}{_advice(name)}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _ATTRIBUTES:
+            how = f"; call set_{name}(...)" if hasattr(type(self), f"set_{name}") else ""
+            raise UnknownAttribute(
+                f"a Pipeline takes no {name}: setting it would change nothing{how or _advice(name)}"
+            )
+        super().__setattr__(name, value)
+
     def limit_memory(self, gigabytes: float | None) -> None:
         """Refuse runs that are expected to take more than this. Raises: UsageError."""
-        number = isinstance(gigabytes, (int, float)) and not isinstance(gigabytes, bool)
-        if gigabytes is not None and not (number and 0 < gigabytes < 1e6):
+        gigabytes = make(LoadOptions, {"memory_limit": gigabytes}).memory_limit
+        if gigabytes is not None and gigabytes >= 1e6:
             raise UsageError(f"memory_limit is {gigabytes!r}; expected gigabytes, such as 4 or 6.5")
         self.memory_limit = gigabytes
         self.backend.limit_memory(None if gigabytes is None else int(gigabytes * 1e9))
 
     def save_memory(self, low_memory: bool = True, vae_tiling: bool | None = None) -> None:
         """Trade time for memory, from the next picture on; see ``load``."""
-        for model in (self.model, self.refiner):
-            if model is not None:
-                model.save_memory(low_memory, vae_tiling)
-        self.backend.limit_cache(low_memory)
+        with turn():
+            for model in (self.model, self.refiner):
+                if model is not None:
+                    model.save_memory(low_memory, vae_tiling)
+            self.backend.limit_cache(low_memory)
 
     # Additions. Each of these replaces the additions of its kind; a failure changes nothing.
 
@@ -158,6 +136,7 @@ class Pipeline:
             vae, progress: as ``load`` takes them.
         Raises: UsageError, CheckpointError, ConfigError, HubError.
         """
+        vae = make(LoadOptions, {"vae": vae}).vae
         fetch = Fetch(progress=progress)
         self._set(AnotherVAE, [] if vae is None else [vae], partial(AnotherVAE.open, fetch=fetch))
 
@@ -174,6 +153,7 @@ class Pipeline:
             controlnets, variant, progress: as ``load`` takes them.
         Raises: UsageError, CheckpointError, ConfigError, HubError.
         """
+        controlnets = make(LoadOptions, {"controlnets": controlnets}).controlnets
         fetch = Fetch(variant, progress)
         self._set(ControlNet, _several(controlnets), partial(ControlNet.open, fetch=fetch))
 
@@ -191,7 +171,9 @@ class Pipeline:
             ip_adapters, image_encoder, variant, progress: as ``load`` takes them.
         Raises: UsageError, CheckpointError, ConfigError, HubError.
         """
-        paths = _several(ip_adapters)
+        given = {"ip_adapters": ip_adapters, "image_encoder": image_encoder}
+        asked = make(LoadOptions, given)
+        paths = _several(asked.ip_adapters)
         if not paths and image_encoder is not None:
             raise UsageError("image_encoder: there is no IP-Adapter; give one (--ip-adapter)")
         fetch = Fetch(variant, progress)
@@ -199,14 +181,17 @@ class Pipeline:
             IPAdapter, paths, partial(IPAdapter.open, image_encoder=image_encoder, fetch=fetch)
         )
 
-    def set_loras(self, loras: Iterable[lora.Given]) -> None:
+    def set_loras(self, loras: Iterable[lora.Given], *, progress: Progress | None = None) -> None:
         """Change the model's weights by these LoRAs, and by no others.
 
         Args:
-            loras: each a path or (path, scale), or one of ``Pipeline.loras``.
-        Raises: UsageError, CheckpointError.
+            loras: each a path, a hub id ``org/name[/FILE][@revision]``, one of these with a scale
+                (path, scale), or one of ``Pipeline.loras``.
+            progress: as ``load`` takes it.
+        Raises: UsageError, CheckpointError, HubError.
         """
-        self._set(LoRA, loras, LoRA.open)
+        loras = make(LoadOptions, {"loras": loras}).loras
+        self._set(LoRA, loras, partial(LoRA.open, progress=progress))
 
     def set_embeddings(self, embeddings: Iterable[textual_inversion.Given]) -> None:
         """Let these words, and no others, stand for vectors of their own (textual inversion).
@@ -215,6 +200,7 @@ class Pipeline:
             embeddings: each a file or (file, word), or one of ``Pipeline.embeddings``.
         Raises: UsageError, CheckpointError.
         """
+        embeddings = make(LoadOptions, {"embeddings": embeddings}).embeddings
         self._set(Embedding, embeddings, Embedding.open)
 
     def set_refiner(
@@ -232,6 +218,8 @@ class Pipeline:
             refiner, dtype, quantize, variant, progress: as ``load`` takes them.
         Raises: UsageError if the two do not fit; CheckpointError, ConfigError, HubError.
         """
+
+        refiner = make(LoadOptions, {"refiner": refiner}).refiner
 
         def open_refiners(given: Iterable[AnyPath | Pipeline], model: Model) -> Iterator[Refiner]:
             for one in given:
@@ -261,15 +249,16 @@ class Pipeline:
             open_all: opens these, and matches them to the model.
         Raises: UsageError if the model has no part for them, or one does not fit.
         """
-        if not isinstance(given, (str, bytes, os.PathLike)):  # else open_all says what is wrong
-            given = list(given)
+        given = list(given)
         if given:
             self.model.require(kind.part)
-        additions = self.model.additions.replaced(kind, open_all(given, self.model))
-        words = additions.of(Embedding)
-        refiners = [one.with_words(words) for one in additions.of(Refiner)]
-        self.model = self.model.with_additions(additions.replaced(Refiner, refiners))
-        self.model.cache.release_others(self.model.additions)
+        opened = tuple(open_all(given, self.model))
+        with turn():
+            additions = self.model.additions.replaced(kind, opened)
+            words = additions.of(Embedding)
+            refiners = [one.with_words(words) for one in additions.of(Refiner)]
+            self.model = self.model.with_additions(additions.replaced(Refiner, refiners))
+            self.model.cache.release_others(self.model.additions)
 
     def control_with(self, *controlnets: AnyPath, **how: Any) -> None:
         """Deprecated: call ``set_controlnets``."""
@@ -301,19 +290,20 @@ class Pipeline:
         """The model that does the last part of the way, if there is one."""
         return refiner_of(self.model)
 
-    def _model_for(self, settings: Settings) -> Model:
-        """The model with the LoRAs that this prompt asks for (``<lora:name:0.8>``).
+    def _with_prompt_loras(self, model: Model, settings: Settings) -> Model:
+        """Return the model with the LoRAs that a prompt asks for (``<lora:name:0.8>``).
 
         Raises: UsageError, CheckpointError.
         """
         asked = asked_for(settings.prompt, settings.prompt_syntax, self.lora_folder)
         if not asked:
-            return self.model
-        if asked not in self._prompt_loras:  # those of the last prompt are kept
-            self._prompt_loras = {asked: LoRA.open(asked, self.model, in_prompt=True)}
-        additions = self.model.additions
-        loras = (*additions.of(LoRA), *self._prompt_loras[asked])
-        return self.model.with_additions(additions.replaced(LoRA, loras))
+            return model
+        with turn():
+            key = asked, tuple(_identity(path) for path, _ in asked)
+            if key not in self._prompt_loras:  # those of the last prompt are kept
+                self._prompt_loras = {key: LoRA.open(asked, model, in_prompt=True)}
+            loras = (*model.additions.of(LoRA), *self._prompt_loras[key])
+        return model.with_additions(model.additions.replaced(LoRA, loras))
 
     @property
     def source(self) -> ModelSource:
@@ -336,7 +326,7 @@ class Pipeline:
         prompt_syntax: str = "plain",
     ) -> PromptEmbeddings:
         """See ``Model.encode_prompt``."""
-        return self.model.encode_prompt(
+        return in_turn(self.model.encode_prompt)(
             prompt,
             negative_prompt,
             prompt_2,
@@ -347,11 +337,11 @@ class Pipeline:
 
     def encode_image(self, image: Any, seed: int | None = None) -> np.ndarray:
         """See ``Model.encode_image``."""
-        return self.model.encode_image(image, seed)
+        return in_turn(self.model.encode_image)(image, seed)
 
     def decode(self, latents: np.ndarray) -> list[PIL.Image.Image]:
         """See ``Model.decode``."""
-        return self.model.decode(latents)
+        return in_turn(self.model.decode)(latents)
 
     @takes(RunOptions)
     def settings(self, asked: RunOptions) -> Settings:
@@ -362,23 +352,13 @@ class Pipeline:
         Returns: Settings.
         Raises: UsageError where an option cannot be honoured.
         """
-        return self._prepare(asked).settings
+        return self._plan(asked).settings
 
-    @takes(RunOptions)
-    def prepare(self, asked: RunOptions) -> Run:
-        """Check and plan a run, for ``draw``; arguments as for ``settings``.
-
-        Args:
-            {options}
-        Returns: Run.
-        Raises: UsageError where an option cannot be honoured.
-        """
-        return self._prepare(asked)
-
-    def _prepare(self, asked: RunOptions) -> Run:
-        run = resolve(self.model, self.refiner, asked)
-        self._require_memory(run.settings)
-        return run._replace(model=self._model_for(run.settings))
+    def _plan(self, asked: RunOptions) -> PlannedRun:
+        model = self.model  # another thread may put another one in its place
+        planned = resolve(model, refiner_of(model), asked)
+        self._require_memory(planned.settings)
+        return planned._replace(model=self._with_prompt_loras(model, planned.settings))
 
     def memory(
         self,
@@ -409,7 +389,7 @@ class Pipeline:
             pictures=shown,
             refiner=self.refiner,
             low_memory=low_memory,
-            tiled=model.tiles(height, width, low_memory, model.vae_tiling),
+            band_bytes=model.band_bytes(height, width, low_memory),
             recipe=None if quantize is None else find_recipe(quantize),
         )
 
@@ -432,79 +412,16 @@ class Pipeline:
         require(expected(), self.backend.memory_size(), self.memory_limit, helps)
 
     @takes(RunOptions)
-    def stream(self, asked: RunOptions) -> Iterator[Step]:
-        """Draw step by step.
+    def stream(self, asked: RunOptions) -> Run:
+        """Draw step by step, and end in ``run.result``.
 
         Args:
             {options}
-        Yields: a Step after each evaluation of the U-Net; the latents of a picture's last step are
-            its final ones.
+        Returns: a Run, which yields a Step after each evaluation of the U-Net. The latents of a
+            picture's last step are its final ones.
         Raises: UsageError where an option cannot be honoured.
         """
-        return self._steps(self._prepare(asked), {})
-
-    def _steps(self, run: Run, timings: dict[str, Any]) -> Iterator[Step]:
-        """Draw the pictures of a run one after the other: each is then exactly what it is alone."""
-        model, backend, settings = run.model, self.backend, run.settings
-        stages = make_stages(settings, run.plans, model, refiner_of(model))
-        if settings.encodes:
-            model.component("vae")
-        start = time.perf_counter()
-        inputs = Inputs(model, settings)
-        if settings.encodes:
-            timings["image"] = time.perf_counter() - start
-        denoisers: dict[int, Any] = {}
-        seconds = timings["steps"] = []
-        if settings.hires is not None:
-            timings["hires"] = 0.0
-        total = sum(len(stage.plan) for stage in stages)
-        for picture, seed in enumerate(run.seeds):
-            generator, index, x = Generator(seed), 0, None
-            given = None if run.noise is None else run.noise[picture][None]
-            for part, stage in enumerate(stages):
-                size = stage.settings.height, stage.settings.width
-                draw = partial(draw_noise, generator, model.latent_shape(*size))
-                if part not in denoisers and stage.model.low_memory:
-                    denoisers.clear()
-                    denoise = None
-                if x is None:
-                    begun = inputs.begin(stage.plan, draw, given)
-                else:
-                    start = time.perf_counter()
-                    begun = inputs.go_on(stage, begun, backend.to_numpy(x), draw)
-                    if settings.hires is not None:
-                        timings["hires"] += time.perf_counter() - start
-                if part not in denoisers:
-                    denoisers[part] = self._make_denoiser(stage, timings)
-                denoise = denoisers[part]
-                for x, clean, elapsed in _evaluations(stage, begun, denoise, backend, draw):
-                    seconds.append(elapsed)
-                    yield Step(
-                        index=index,
-                        total=total,
-                        picture=picture,
-                        seed=seed,
-                        seconds=elapsed,
-                        latents=backend.to_numpy(x)[0],
-                        _decode=model.decode,
-                        _sketch=model.sketch,
-                        _denoised=clean,
-                    )
-                    index += 1
-            backend.clear_cache()
-
-    def _make_denoiser(self, stage: Stage, timings: dict[str, Any]) -> Any:
-        """Run the text encoders of a stage; what loading takes is not counted."""
-        loaded, start = self._load_seconds, time.perf_counter()
-        made = make_denoiser(stage.model, stage.settings, stage.plan.timesteps, stage.before)
-        elapsed = time.perf_counter() - start - (self._load_seconds - loaded)
-        timings["text_encoder"] = timings.get("text_encoder", 0.0) + elapsed
-        return made
-
-    @property
-    def _load_seconds(self) -> float:
-        refiner = 0.0 if self.refiner is None else self.refiner.load_seconds
-        return self.model.load_seconds + refiner
+        return self._begin(asked)
 
     @takes(GenerateOptions)
     def generate(self, asked: GenerateOptions) -> Result:
@@ -515,53 +432,30 @@ class Pipeline:
         Returns: Result.
         Raises: UsageError where an option cannot be honoured.
         """
-        return self.draw(self._prepare(asked), asked.on_step)
+        run = self._begin(asked)
+        if asked.on_step is not None:
+            for step in run:
+                asked.on_step(step)
+        return run.result
 
-    def draw(self, run: Run, on_step: Callable[[Step], object] | None = None) -> Result:
-        """Draw the pictures of a run that ``prepare`` has made.
+    def _begin(self, asked: RunOptions) -> Run:
+        """Make a run. All that decides its pictures is fixed here."""
+        planned = self._plan(asked)
+        return Run(planned, self._metadata(planned))
 
-        Args:
-            on_step: called with each Step.
-        """
-        settings, loaded = run.settings, self._load_seconds
-        timings: dict[str, Any] = {}
-        final = []
-        for step in self._steps(run, timings):
-            if on_step is not None:
-                on_step(step)
-            if step.index == step.total - 1:
-                final.append(step.latents)
-        run.model.load_decoder()
-        start = time.perf_counter()
-        images = run.model.decode(np.stack(final))
-        if settings.canvas is not None and settings.paste_original:
-            images = [settings.canvas.paste_original(image) for image in images]
-        self.backend.clear_cache()
-        timings["vae"] = time.perf_counter() - start
-        timings["unet"] = sum(timings["steps"])
-        timings["load"] = self._load_seconds - loaded
-        return Result(
-            images=images,
-            latents=np.stack(final),
-            seeds=run.seeds,
-            settings=settings,
-            metadata=self._metadata(run),
-            timings=timings,
-            peak_memory=self.backend.peak_memory(),
-        )
-
-    def _metadata(self, run: Run) -> list[Metadata]:
-        """What each picture says of itself."""
-        said = run.settings.describe() | run.model.additions.describe(run.settings)
-        said |= {"quantize": recipe_of(self.source), "exact": self.exact or None}
+    def _metadata(self, planned: PlannedRun) -> list[Metadata]:
+        """Describe each picture of a run."""
+        model = planned.model
+        said = planned.settings.describe() | model.additions.describe(planned.settings)
+        said |= {"quantize": recipe_of(model.source), "exact": self.exact or None}
         own = {key: said.pop(key) for key in METADATA_FIELDS if key in said}
-        provenance = self.source.provenance
+        provenance = model.source.provenance
         first = Metadata(
             **own,
             model=provenance.get("source"),
             revision=provenance.get("revision"),
-            dtype=self.backend.dtype,
-            backend=self.backend.name,
+            dtype=model.backend.dtype,
+            backend=model.backend.name,
             version=__version__,
             extra={
                 key: list(value) if isinstance(value, tuple) else value
@@ -569,7 +463,27 @@ class Pipeline:
                 if value is not None
             },
         )
-        return [replace(first, seed=seed) for seed in run.seeds]
+        return [replace(first, seed=seed) for seed in planned.seeds]
+
+
+_ATTRIBUTES = frozenset({"model", "memory_limit", "exact", "lora_folder", "_prompt_loras"})
+
+
+def _advice(name: str) -> str:
+    """Say what takes the place of an attribute that a Pipeline does not have."""
+    if name in _ELSEWHERE:
+        return f"; {_ELSEWHERE[name]}"
+    for table, call in ((GenerateOptions, "generate"), (LoadOptions, "mlxdiff.load")):
+        for entry in entries(table).values():
+            if name in (entry.name, *entry.elsewhere):
+                return f"; give {entry.name} to {call}"
+    return ""
+
+
+def _identity(path: AnyPath) -> tuple[int, ...]:
+    """Return numbers that change when a file does."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _open_model(source: ModelSource, backend: Any) -> Model:
@@ -584,41 +498,3 @@ def _several(paths: Any) -> list[Any]:
 
 def _warn_renamed(old: str, new: str) -> None:
     warnings.warn(f"{old} is now {new}", DeprecationWarning, stacklevel=3)
-
-
-def _evaluations(
-    stage: Stage, begun: Start, denoise: Any, backend: Any, draw: Callable[[], np.ndarray]
-) -> Iterator[tuple[Any, Callable[[], np.ndarray], float]]:
-    """Evaluate the U-Net of a stage again and again, for one picture.
-
-    Args:
-        begun: what the picture starts from.
-        draw: noise of the picture's own generator.
-    Yields: x after each step, (1, h, w, C); what gives it without noise; seconds.
-    """
-    plan, x = stage.plan, backend.asarray(begun.x)
-    prediction = stage.model.source.scheduler_config.get("prediction_type", "epsilon")
-    beside = None if begun.beside is None else backend.asarray(begun.beside)
-    kept = None if begun.kept is None else begun.kept.on(backend)
-    state = plan.start()
-    for i, t in enumerate(plan.timesteps):
-        start = time.perf_counter()
-        evaluation = Evaluation(t, i, len(plan), beside)
-        output = denoise(plan.scale_model_input(x, state), evaluation)
-        clean = partial(_denoised, backend, plan, i, prediction, x, output)
-        x, state = plan.step(x, output, state, noise=partial(_on_backend, backend, draw))
-        if kept is not None:
-            x = kept(x, plan, i + 1)
-        backend.evaluate(x)
-        yield x, clean, time.perf_counter() - start
-
-
-def _denoised(
-    backend: Any, plan: samplers.Plan, index: int, prediction: str, x: Any, output: Any
-) -> np.ndarray:
-    clean: np.ndarray = backend.to_numpy(preview.denoised(plan, index, prediction, x, output))[0]
-    return clean
-
-
-def _on_backend(backend: Any, draw: Callable[[], np.ndarray]) -> Any:
-    return backend.asarray(draw())

@@ -14,13 +14,14 @@ Source: Radford et al. 2021 (github.com/openai/CLIP, simple_tokenizer.py) as imp
 from __future__ import annotations
 
 import json
+import os
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxdiff.errors import CheckpointError, UsageError, one_line
+from mlxdiff.errors import CheckpointError, UsageError, one_line, quoted
+from mlxdiff.machine.disk import read_document
 
 if TYPE_CHECKING:
     import os
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 CONTEXT_LENGTH = 77
 """Length of the input of every CLIP text encoder that Stable Diffusion uses."""
+
+MAX_ID = 1 << 20
+"""Ids are below this. CLIP has 49408; the largest vocabularies of other models have 262144."""
 
 _PATTERN = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -98,7 +102,7 @@ class Tokenizer:
             CheckpointError: a file is missing or damaged, or is not from a CLIP tokenizer.
         """
         folder = Path(path)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise CheckpointError(f"{folder}: no such tokenizer folder")
         written = _read_object(folder / "tokenizer_config.json")
         config = {**_DEFAULTS, **{k: v for k, v in written.items() if v is not None}}
@@ -112,18 +116,21 @@ class Tokenizer:
             config["pad_token"] = pad_token
         try:
             backend = _build(vocab, merges, config, added)
-        except Exception as error:  # `tokenizers` raises bare Exceptions
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # `tokenizers` raises bare Exceptions, and panics
             raise CheckpointError(
                 f"{folder}: not a usable CLIP tokenizer ({one_line(error)}); fetch the folder again"
             ) from error
+        _check_ids(backend, added, str(folder))
 
         def id_of(key: str) -> int:
             token = str(_content(config[key]))
             index = backend.token_to_id(token)
-            if index is None or not (token in vocab or token in _contents(added)):
+            if index is None or not (token in vocab or token in _contents(added.values())):
                 raise CheckpointError(
-                    f"{folder}: {key} {token!r} is not in its vocabulary of {len(vocab)} entries; "
-                    "fetch the folder again or correct tokenizer_config.json"
+                    f"{folder}: {key} {quoted(token)} is not in its vocabulary of {len(vocab)} "
+                    "entries; fetch the folder again or correct tokenizer_config.json"
                 )
             return int(index)
 
@@ -149,12 +156,14 @@ class Tokenizer:
 
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
         for token in tokens:
+            _check_unicode(token, "the word")
             if not token.strip() or backend.token_to_id(token) is not None:
                 raise UsageError(
                     f"{token!r} cannot be a new token: it is empty, or the tokenizer has it "
                     "already; give it another name"
                 )
             backend.add_tokens([token])
+        _check_ids(backend, {}, "the tokenizer")
         return Tokenizer(
             backend,
             bos_token_id=self.bos_token_id,
@@ -173,6 +182,31 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of ids, added tokens included."""
         return int(self._backend.get_vocab_size())
+
+    def check_fits(self, rows: int, positions: int, where: str) -> None:
+        """Check that a text encoder has an embedding for each id and each position.
+
+        MLX does not check an index: an id without a row would read foreign memory.
+
+        Args:
+            rows: ids that the encoder knows (its vocab_size).
+            positions: longest input of the encoder (its max_position_embeddings).
+            where: folder of the tokenizer, for the message.
+        Raises: CheckpointError.
+        """
+        token, largest = max(self._backend.get_vocab().items(), key=lambda item: item[1])
+        if largest >= rows:
+            raise CheckpointError(
+                f"{where}: does not belong to this text encoder: its token {quoted(token)} has the "
+                f"id {largest}, but the encoder knows the ids 0 to {rows - 1}; use the tokenizer "
+                "that was published with the model"
+            )
+        if self.model_max_length > positions:
+            raise CheckpointError(
+                f"{where}: does not belong to this text encoder: model_max_length is "
+                f"{self.model_max_length}, but the encoder takes {positions} tokens; use the "
+                "tokenizer that was published with the model"
+            )
 
     def encode(self, text: str, pad: bool = True) -> list[int]:
         """Encode a text.
@@ -211,7 +245,9 @@ class Tokenizer:
             return []
         for token in self._backend.get_added_tokens_decoder().values():
             text = text.replace(token.content, " ")
-        words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", text).lower())
+        _check_unicode(text, "the prompt")
+        # Not unicodedata: a row of combining marks takes it quadratic time.
+        words = re.findall(r"[^\W_]+", self._backend.normalizer.normalize_str(text))
         return [word for word in words if word not in self.known_words]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
@@ -222,21 +258,26 @@ class Tokenizer:
     def _encode(self, text: str) -> tokenizers.Encoding:
         if not isinstance(text, str):
             raise UsageError(f"a prompt must be text, not {type(text).__name__}")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UsageError(
-                f"the prompt is not valid Unicode: character {error.start + 1} is a lone surrogate "
-                f"(U+{ord(text[error.start]):04X}); write the prompt in valid UTF-8"
-            ) from None
+        _check_unicode(text, "the prompt")
         return self._backend.encode(text, add_special_tokens=False)
+
+
+def _check_unicode(text: str, what: str) -> None:
+    """Raise UsageError if a text holds half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{what} is not valid Unicode: character {error.start + 1} is a lone surrogate "
+            f"(U+{ord(text[error.start]):04X}); write {what} in valid UTF-8"
+        ) from None
 
 
 def _build(
     vocab: dict[str, int],
     merges: list[tuple[str, str]],
     config: Mapping[str, Any],
-    added: list[Any],
+    added: Mapping[int, Any],
 ) -> tokenizers.Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
     from tokenizers.models import BPE
@@ -261,8 +302,32 @@ def _build(
         ]
     )
     backend.decoder = decoders.ByteLevel()
-    backend.add_tokens(_special_tokens(config, added))
+    backend.add_tokens(_special_tokens(config, list(added.values())))
     return backend
+
+
+def _check_ids(backend: tokenizers.Tokenizer, added: Mapping[int, Any], where: str) -> None:
+    """Check that all tokens have different ids, and added tokens the ids in the files.
+
+    The backend numbers added tokens itself, from the size of the vocabulary on. In a vocabulary
+    with gaps such a number can be taken.
+
+    Raises: CheckpointError.
+    """
+    owner: dict[int, str] = {}
+    for token, index in backend.get_vocab().items():
+        if owner.setdefault(index, token) != token:
+            raise CheckpointError(
+                f"{where}: the tokens {quoted(owner[index])} and {quoted(token)} have the same id "
+                f"{index}; fetch the tokenizer again"
+            )
+    for index, entry in added.items():
+        found = backend.token_to_id(entry["content"])
+        if found != index:
+            raise CheckpointError(
+                f"{where}: the added token {quoted(entry['content'])} has the id {index} in its "
+                f"file, but {found} in the vocabulary; fetch the tokenizer again"
+            )
 
 
 # Files
@@ -328,7 +393,7 @@ def _check_saved(
         if not (
             isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, str) for p in pair)
         ):
-            raise CheckpointError(f"{file}: {merge!r} is not a merge; fetch the file again")
+            raise CheckpointError(f"{file}: {quoted(merge)} is not a merge; fetch the file again")
         merges.append((pair[0], pair[1]))
     return _check_vocab(model["vocab"], file), merges
 
@@ -346,7 +411,7 @@ def _check_vocab(vocab: Any, file: Path) -> dict[str, int]:
     if (
         not isinstance(vocab, dict)
         or not vocab
-        or not all(type(i) is int and 0 <= i < 2**32 for i in vocab.values())
+        or not all(type(i) is int and 0 <= i < MAX_ID for i in vocab.values())
     ):
         raise CheckpointError(f"{file}: not a vocabulary (token -> id); fetch the file again")
     return vocab
@@ -354,7 +419,7 @@ def _check_vocab(vocab: Any, file: Path) -> dict[str, int]:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_bytes().decode("utf-8")
+        return read_document(file).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(
             f"{file}: cannot be read as UTF-8 text ({one_line(error)}); fetch the file again"
@@ -367,7 +432,7 @@ def _read_object(file: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(_read_text(file))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{file}: not readable as JSON ({one_line(error)}); fetch the file again"
         ) from error
@@ -380,7 +445,7 @@ def _max_length(config: Mapping[str, Any], folder: Path) -> int:
     length = config.get("model_max_length", CONTEXT_LENGTH)
     if isinstance(length, bool) or not isinstance(length, int | float) or not length >= 2:
         raise CheckpointError(
-            f"{folder}/tokenizer_config.json: model_max_length is {length!r}; "
+            f"{folder}/tokenizer_config.json: model_max_length is {quoted(length)}; "
             f"expected {CONTEXT_LENGTH}"
         )
     # transformers writes 1e30 if the length is unknown.
@@ -411,8 +476,8 @@ def _contents(tokens: Iterable[Any]) -> set[str]:
     return {str(_content(token)) for token in tokens}
 
 
-def _added_tokens(folder: Path, config: dict[str, Any], saved: Mapping[str, Any]) -> list[Any]:
-    """Return the tokens beside the vocabulary, by id. Put them into `config` too."""
+def _added_tokens(folder: Path, config: dict[str, Any], saved: Mapping[str, Any]) -> dict[int, Any]:
+    """Return the tokens beside the vocabulary by id, in order. Put them into `config` too."""
     added: dict[int, Any] = {}
     if "added_tokens_decoder" in config:
         where = folder / "tokenizer_config.json"
@@ -440,23 +505,26 @@ def _added_tokens(folder: Path, config: dict[str, Any], saved: Mapping[str, Any]
         ]
     for index, token in pairs:
         if not isinstance(token, dict) or not isinstance(token.get("content"), str):
-            raise CheckpointError(f"{where}: {token!r} is not an added token; fetch the file again")
-        try:
-            added[int(index)] = token
-        except (TypeError, ValueError):
             raise CheckpointError(
-                f"{where}: added token {token['content']!r} has id {index!r}; fetch the file again"
-            ) from None
+                f"{where}: {quoted(token)} is not an added token; fetch the file again"
+            )
+        if not re.fullmatch("[0-9]{1,7}", str(index), re.ASCII) or int(index) >= MAX_ID:
+            raise CheckpointError(
+                f"{where}: added token {quoted(token['content'])} has id {quoted(index)}; "
+                "fetch the file again"
+            )
+        added[int(index)] = token
     by_content = {token["content"]: token for token in added.values()}
     for key in _SPECIAL_KEYS:
         if config.get(key) is not None:
             content = _content(config[key])
             if not isinstance(content, str):
                 raise CheckpointError(
-                    f"{folder}: {key} is {config[key]!r}; expected a token; fetch the folder again"
+                    f"{folder}: {key} is {quoted(config[key])}; expected a token; "
+                    "fetch the folder again"
                 )
             config[key] = by_content.get(content, config[key])
-    return [token for _, token in sorted(added.items(), key=lambda item: item[0])]
+    return dict(sorted(added.items()))
 
 
 def _special_tokens(config: Mapping[str, Any], added: list[Any]) -> list[tokenizers.AddedToken]:

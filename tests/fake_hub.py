@@ -7,7 +7,7 @@ import http.server
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -37,6 +37,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         ranges: Range headers.
         damage: file -> number of times that it is sent with wrong bytes.
         pause: seconds before a large file is sent.
+        lie: changes the listing before it is sent.
+        etag: the ETag of every file; None: its digest.
+        more: bytes to send after each file, without end if None.
     """
 
     files: ClassVar[dict[str, str | bytes]] = {}
@@ -47,6 +50,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
     ranges: ClassVar[list[str]] = []
     damage: ClassVar[dict[str, int]] = {}
     pause = 0.0
+    lie: ClassVar[Callable[[dict[str, Any]], None] | None] = None
+    etag: str | None = None
+    more: bytes | None = b""
     protocol_version = "HTTP/1.1"
 
     def do_HEAD(self) -> None:
@@ -60,6 +66,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         elif path.startswith("/api/models/org/name"):
             self.asked.append(path)
             info = {"id": "org/name", "sha": self.commit, "siblings": self.listing()}
+            if type(self).lie is not None:
+                type(self).lie(info)  # type: ignore[misc]
             self.reply(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
         elif path.startswith("/org/name/resolve/"):
             revision, _, file = path.removeprefix("/org/name/resolve/").partition("/")
@@ -84,7 +92,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def send_file(self, file: str) -> None:
         body = self.body(file)
-        headers = {"ETag": f'"{digest_of(body)}"', "X-Repo-Commit": self.commit}
+        headers = {"ETag": f'"{self.etag or digest_of(body)}"', "X-Repo-Commit": self.commit}
         if self.command == "HEAD":
             self.reply(200, body, headers)
             return
@@ -94,6 +102,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
             body = bytes(reversed(body))
         if len(body) > LARGE:
             time.sleep(self.pause)
+        if self.more is None:
+            self.send_without_end(body, headers)
+            return
+        body += self.more
         if wanted := self.headers.get("Range"):
             self.ranges.append(wanted)
             start = int(wanted.removeprefix("bytes=").partition("-")[0])
@@ -101,6 +113,19 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.reply(206, body[start:], headers | {"Content-Range": span})
         else:
             self.reply(200, body, headers)
+
+    def send_without_end(self, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(200)
+        for key, value in {**headers, "Connection": "close"}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.close_connection = True
+        try:
+            self.wfile.write(body)
+            for _ in range(100):  # 100 MB
+                self.wfile.write(bytes(1 << 20))
+        except OSError:
+            pass  # the other side has had enough
 
     def reply(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)

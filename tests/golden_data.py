@@ -27,13 +27,15 @@ FAMILIES = (
     "bk-sdm-tiny",
     "sd-turbo",
     "sdxl-turbo",
+    "playground",
+    "cosxl",
     "taesd",
     "img2img",
 )
 """What make_family_goldens.py writes; of these, taesd is a VAE alone and img2img has no model."""
-INPAINTING = ("inpainting", "sd15-inpainting", "sdxl-inpainting")
-"""What make_image_goldens.py writes: with a mask; the first has no model of its own."""
-EDITING = ("pix2pix", "sdxl-pix2pix")
+INPAINTING = ("inpainting", "edm-inpainting", "sd15-inpainting", "sdxl-inpainting")
+"""What make_image_goldens.py writes: with a mask; the first two have no model of their own."""
+EDITING = ("pix2pix", "sdxl-pix2pix", "cosxl-edit")
 """What it writes of models that edit a picture by instruction; beside these, hires."""
 
 

@@ -75,6 +75,38 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "variance_type": "fixed_small",
     },
 }
+# Trained with EDM's noise: Playground 2.5 as published, CosXL as diffusers' guide has it.
+EDM_CONFIGS: dict[str, dict[str, Any]] = {
+    "playground": {
+        "_class_name": "EDMDPMSolverMultistepScheduler",
+        "_diffusers_version": "0.27.0.dev0",
+        "algorithm_type": "dpmsolver++",
+        "dynamic_thresholding_ratio": 0.995,
+        "euler_at_final": False,
+        "final_sigmas_type": "zero",
+        "lower_order_final": True,
+        "num_train_timesteps": 1000,
+        "prediction_type": "epsilon",
+        "rho": 7.0,
+        "sample_max_value": 1.0,
+        "sigma_data": 0.5,
+        "sigma_max": 80.0,
+        "sigma_min": 0.002,
+        "solver_order": 2,
+        "solver_type": "midpoint",
+        "thresholding": False,
+    },
+    "cosxl": {
+        "_class_name": "EDMEulerScheduler",
+        "num_train_timesteps": 1000,
+        "prediction_type": "v_prediction",
+        "sigma_data": 1.0,
+        "sigma_max": 120.0,
+        "sigma_min": 0.002,
+        "sigma_schedule": "exponential",
+    },
+}
+EVERY_CONFIG = CONFIGS | EDM_CONFIGS
 
 STEPS = {"sd15": 10, "sd21v": 16, "sdxl": 7, "zsnr": 6, "sample": 5}
 

@@ -20,6 +20,7 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
 from mlxdiff.errors import UsageError
+from mlxdiff.pictures.image import png_bytes
 from mlxdiff.pictures.metadata import Metadata
 from mlxdiff.serve import engine as engine_module
 from mlxdiff.serve.desk import Desk
@@ -80,7 +81,11 @@ class FakePipeline:
             sampler="euler",
             version="0",
         )
-        return SimpleNamespace(images=[image], metadata=[metadata])
+        return SimpleNamespace(
+            images=[image],
+            metadata=[metadata],
+            png=lambda: png_bytes(image, metadata.chunks()),
+        )
 
 
 @dataclass

@@ -14,11 +14,11 @@ import sampler_cases as cases
 from mlxdiff import samplers
 from mlxdiff.noise import Generator
 
-GOLDEN = Path(__file__).parent / "golden" / "samplers" / "runs.npz"
+GOLDEN = Path(__file__).parent / "golden" / "samplers"
 
 
-def _stored() -> Iterator[dict[str, Any]]:
-    with np.load(GOLDEN) as data:
+def _stored(name: str) -> Iterator[dict[str, Any]]:
+    with np.load(GOLDEN / name) as data:
         arrays = {name: data[name] for name in data.files}
     t = s = x = 0
     for scale, cell in zip(
@@ -34,7 +34,9 @@ def _stored() -> Iterator[dict[str, Any]]:
         t, s, x = t + cell["timesteps"], s + cell["sigmas"], x + cell["samples"]
 
 
-RUNS = list(_stored())
+RUNS = list(_stored("runs.npz"))
+EDM_RUNS = list(_stored("edm.npz"))
+EVERY_RUN = [*RUNS, *EDM_RUNS]
 NAMES = [
     "checkpoint",
     *(one.id for one in samplers.SAMPLERS.values() if one.scheduler.reference is not None),
@@ -42,7 +44,7 @@ NAMES = [
 
 
 def _config(run: dict[str, Any]) -> dict[str, Any]:
-    return {**cases.CONFIGS[run["config"]], **run.get("overrides", {})}
+    return {**cases.EVERY_CONFIG[run["config"]], **run.get("overrides", {})}
 
 
 def _family(run: dict[str, Any]) -> str:
@@ -56,15 +58,16 @@ def _label(run: dict[str, Any]) -> str:
 def test_the_grid_is_complete() -> None:
     """Every sampler with every schedule that it has, in five configs: several hundred runs."""
     assert len(RUNS) > 500
-    seen = {(run["sampler"], run["schedule"]) for run in RUNS}
-    for name in NAMES[1:]:
-        for schedule in samplers.SCHEDULES[1:]:
-            try:
-                samplers.timesteps(cases.CONFIGS["sd15"], name, schedule, 10)
-            except samplers.UsageError:
-                assert (name, schedule) not in seen
-            else:
-                assert (name, schedule) in seen
+    for runs, config in ((RUNS, "sd15"), (EDM_RUNS, "playground"), (EDM_RUNS, "cosxl")):
+        seen = {(run["sampler"], run["schedule"]) for run in runs}
+        for name in NAMES[1:]:
+            for schedule in samplers.SCHEDULES[1:]:
+                try:
+                    samplers.timesteps(cases.EVERY_CONFIG[config], name, schedule, 10)
+                except samplers.UsageError:
+                    assert (name, schedule) not in seen
+                else:
+                    assert (name, schedule) in seen
 
 
 @pytest.mark.parametrize("sampler", NAMES)
@@ -76,7 +79,7 @@ def test_timesteps_and_sigmas(sampler: str) -> None:
     here are equal bit for bit. Zero terminal SNR subtracts square roots from each other, which
     enlarges that.
     """
-    for run in (run for run in RUNS if run["sampler"] == sampler):
+    for run in (run for run in EVERY_RUN if run["sampler"] == sampler):
         zero_snr = run["config"] == "zsnr"
         times, sigmas = samplers.timesteps(
             _config(run), sampler, run["schedule"], run["steps"], family=_family(run)
@@ -146,7 +149,7 @@ def _check(run: dict[str, Any], array: Any, to_numpy: Any) -> None:
 
 @pytest.mark.parametrize("sampler", NAMES)
 def test_steps_numpy(sampler: str) -> None:
-    for run in (run for run in RUNS if run["sampler"] == sampler):
+    for run in (run for run in EVERY_RUN if run["sampler"] == sampler):
         _check(run, lambda x: x, lambda x: x)
 
 
@@ -159,5 +162,5 @@ def test_steps_mlx(sampler: str) -> None:
         assert isinstance(x, mx.array) and x.dtype == mx.float32
         return np.array(x)
 
-    for run in (run for run in RUNS if run["sampler"] == sampler):
+    for run in (run for run in EVERY_RUN if run["sampler"] == sampler):
         _check(run, mx.array, to_numpy)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sampler_cases import CONFIGS
+from sampler_cases import CONFIGS, EDM_CONFIGS
 
 from mlxdiff import samplers
+from mlxdiff.errors import ConfigError, UsageError
 from mlxdiff.pictures.metadata import SAMPLER_NAMES, SCHEDULE_NAMES
 from mlxdiff.samplers.registry import SCHEDULE_ARGUMENTS, has_schedule
 
@@ -111,6 +112,164 @@ def test_the_page_says_which_combinations_exist() -> None:
         for one in samplers.SAMPLERS.values()
     }
     assert found == {sampler: having for sampler, having in expected.items() if len(having) > 1}
+
+
+# --- the noise process ----------------------------------------------------------------------------
+
+# As the other rows of CONTRACT, for models that were trained with EDM's noise.
+EDM_CONTRACT = {
+    "dpmpp-2m": "EDMDPMSolverMultistepScheduler",
+    "dpmpp-3m": "EDMDPMSolverMultistepScheduler",
+    "dpmpp-2m-sde": "EDMDPMSolverMultistepScheduler",
+    "euler": "EDMEulerScheduler",
+}
+
+
+@pytest.mark.parametrize("model", EDM_CONFIGS)
+def test_a_model_with_edms_noise_has_samplers_of_its_own(model: str) -> None:
+    config = EDM_CONFIGS[model]
+    assert samplers.is_edm(config) and not samplers.is_edm(SD)
+    for name in samplers.SAMPLERS:
+        if name in EDM_CONTRACT:
+            assert samplers.reference_class(config, name) == EDM_CONTRACT[name]
+        else:
+            with pytest.raises(UsageError, match=r"continuous.* checkpoint, dpmpp-2m, "):
+                samplers.plan(config, name, "auto", 6)
+    assert samplers.reference_class(config, "checkpoint") == config["_class_name"]
+    for steps in (4, 30):  # its noise levels are its own, whatever the number of steps
+        plan = samplers.plan(config, "auto", "auto", steps, guidance=5.0)
+        assert (plan.sampler, plan.schedule) == ("dpmpp-2m", "normal")
+        assert plan.rows[0].level == (1.0, pytest.approx(config["sigma_max"]))
+    with pytest.raises(UsageError, match="trailing; it has normal, karras, exponential"):
+        samplers.plan(config, "euler", "trailing", 6)
+    with pytest.raises(UsageError, match="draw with it alone"):
+        samplers.plan(config, "euler", "auto", 6, denoising_end=0.8)
+
+
+def test_continuous_noise_levels_in_eulers_words() -> None:
+    """timestep_type continuous: other classes would give the network numbered timesteps."""
+    config = {**SD, "_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}
+    assert samplers.plan(config, "auto", "auto", 30).sampler == "dpmpp-2m"  # only with v
+    config = {**config, "prediction_type": "v_prediction", "sigma_max": 700.0, "sigma_min": 0.002}
+    plan = samplers.plan(config, "auto", "auto", 30)
+    assert (plan.sampler, plan.schedule) == ("euler", "normal")
+    assert plan.rows == samplers.plan(config, "checkpoint", "auto", 30).rows
+    assert max(plan.timesteps) < 2
+    with pytest.raises(UsageError, match=r"there are auto, checkpoint, euler$"):
+        samplers.plan(config, "dpmpp-2m", "auto", 6)
+    with pytest.raises(UsageError, match="draw with it alone"):
+        samplers.plan(config, "auto", "auto", 6, denoising_end=0.8)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"sigma_min": 0.0},
+        {"sigma_max": 0.001},
+        {"sigma_data": 0.0},
+        {"rho": -1.0},
+        {"sigma_max": float("inf")},
+        {"sigma_schedule": "linear"},
+        {"prediction_type": "sample"},
+        {"algorithm_type": "dpmsolver"},
+        {"solver_order": 3, "algorithm_type": "sde-dpmsolver++"},
+    ],
+)
+def test_wild_numbers_of_edms_noise_are_refused(changed: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(changed))):
+        samplers.plan(EDM_CONFIGS["playground"] | changed, "checkpoint", "auto", 6)
+    with pytest.raises(UsageError, match="at least 2 steps"):
+        samplers.plan(EDM_CONFIGS["cosxl"], "checkpoint", "auto", 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "flow matching"),
+        ({"_class_name": "FlowMatchLCMScheduler"}, "flow matching"),
+        ({"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction"}, "flow"),
+        ({"_class_name": "EulerDiscreteScheduler", "use_flow_sigmas": True}, "use_flow_sigmas"),
+        ({"_class_name": "CosineDPMSolverMultistepScheduler"}, "cosine"),
+        ({"_class_name": "CMStochasticIterativeScheduler"}, "consistency"),
+        ({"_class_name": "IPNDMScheduler"}, "sine"),
+        ({"_class_name": "SomebodysScheduler"}, "unknown"),
+        ({"_class_name": ["x"]}, "unknown"),
+    ],
+)
+@pytest.mark.parametrize("sampler", ["auto", "euler", "checkpoint"])
+def test_another_noise_process_is_refused_by_name(
+    config: dict[str, Any], says: str, sampler: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        samplers.plan({**SD, **config}, sampler, "normal", 6)
+
+
+def test_other_solvers_of_the_same_process_pass() -> None:
+    for name in ("KDPM2DiscreteScheduler", "SASolverScheduler", "FlaxPNDMScheduler"):
+        config = {**SD, "_class_name": name}
+        assert samplers.plan(config, "auto", "auto", 6).sampler == "dpmpp-2m"
+    with pytest.raises(ConfigError, match=r"not implemented.*choose a sampler by name"):
+        samplers.plan({**SD, "_class_name": "KDPM2DiscreteScheduler"}, "checkpoint", "normal", 6)
+
+
+# --- names of other programs ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "schedule"),
+    [
+        ("dpmpp-2m", "dpmpp-2m", "auto"),
+        ("DPM++ 2M", "dpmpp-2m", "auto"),
+        ("DPM++ 2M Karras", "dpmpp-2m", "karras"),
+        ("dpm++ 2m sde  exponential", "dpmpp-2m-sde", "exponential"),
+        ("DPM++ 2M SDE Karras", "dpmpp-2m-sde", "karras"),
+        ("Euler a", "euler-a", "auto"),
+        ("euler_ancestral", "euler-a", "auto"),
+        ("k_euler_a", "euler-a", "auto"),
+        ("LMS Karras", "lms", "karras"),
+        ("PLMS", "pndm", "auto"),
+        ("UniPC", "unipc", "auto"),
+        ("dpmpp_2m", "dpmpp-2m", "auto"),
+        ("dpmpp_2m_karras", "dpmpp-2m", "karras"),
+        ("EulerDiscreteScheduler", "euler", "auto"),
+        ("EulerAncestralDiscreteScheduler", "euler-a", "auto"),
+        ("DPMSolverMultistepScheduler", "dpmpp-2m", "auto"),
+        ("DPMSolverSinglestep", "dpmpp-2s", "auto"),
+        ("PNDMScheduler", "pndm", "auto"),
+        ("AUTO", "auto", "auto"),
+    ],
+)
+def test_names_of_other_programs(name: str, sampler: str, schedule: str) -> None:
+    assert samplers.resolve(name, "auto") == (sampler, schedule)
+    expected = samplers.plan(SD, sampler, schedule, 6)
+    assert samplers.plan(SD, name, "auto", 6) == expected
+
+
+def test_every_sampler_has_its_names() -> None:
+    for one in samplers.SAMPLERS.values():
+        for name in (one.id, one.a1111, *one.also):
+            assert samplers.resolve(name, "auto") == (one.id, "auto")
+        if one.scheduler.reference is not None:
+            found, _ = samplers.resolve(one.scheduler.reference, "auto")
+            assert samplers.SAMPLERS[found].scheduler is one.scheduler
+    for schedule, name in SCHEDULE_NAMES.items():
+        assert samplers.resolve("euler", name) == ("euler", schedule)
+
+
+@pytest.mark.parametrize(
+    "name", ["DPM++ SDE Karras", "DPM++ 2S a", "DPM2 a", "Restart", "EDMEulerScheduler", "", " "]
+)
+def test_what_does_not_exist_here_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=r"unknown sampler .*there are auto, checkpoint"):
+        samplers.plan(SD, name, "auto", 6)
+
+
+def test_a_name_with_a_schedule_beside_another_schedule() -> None:
+    assert samplers.resolve("DPM++ 2M Karras", "karras") == ("dpmpp-2m", "karras")
+    with pytest.raises(UsageError, match="names the schedule karras; leave trailing out"):
+        samplers.resolve("DPM++ 2M Karras", "SGM Uniform")
+    with pytest.raises(UsageError, match="unknown schedule 'no'; there are auto, normal"):
+        samplers.resolve("euler", "no")
 
 
 # --- no second list -------------------------------------------------------------------------------

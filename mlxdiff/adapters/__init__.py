@@ -2,3 +2,7 @@
 
 This part does not depend on a backend: it computes with NumPy, and the networks take the results.
 """
+
+from mlxdiff.machine.lazy import submodules
+
+__getattr__ = submodules(__name__)

@@ -2,24 +2,25 @@
 
 Subcommands are imported on use, so that ``mlxdiff --help`` is fast. Exit codes: 0 for success; 2
 for an error that the user can fix (one line, no traceback); 1 for a fault of mlxdiff; 130 for
-Ctrl-C; 143 for SIGTERM. Both signals clean up first.
+Ctrl-C, 143 for SIGTERM, 129 for SIGHUP. These signals clean up first (``machine.stopping``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
 
 import mlxdiff
-from mlxdiff.errors import MlxdiffError
+from mlxdiff.cli.streams import make_printable, tell
+from mlxdiff.errors import MlxdiffError, printable
+from mlxdiff.machine import stopping
 
 # name -> module with a click command of the same name, one-line help.
 COMMANDS = {
@@ -43,34 +44,13 @@ class _UserError(click.ClickException):
     exit_code = 2
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split("\n")))
+        super().__init__(printable(message))
 
 
 class _Fault(click.ClickException):
     """A fault of mlxdiff."""
 
     exit_code = 1
-
-
-class _Terminated(KeyboardInterrupt):
-    """Raised when the process receives SIGTERM."""
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that no partial file remains."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise _Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread can handle signals
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class Main(click.Group):
@@ -89,15 +69,26 @@ class Main(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, help_) for name, (_, help_) in COMMANDS.items()])
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        make_printable()
+        with stopping.handled():
+            return super().main(*args, **kwargs)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        found = super().resolve_command(ctx, args)
+        stopping.begin_work()  # the modules of the command are imported
+        return found
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with _terminable():
-                return super().invoke(ctx)
+            return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # on a broken pipe, click exits quietly
         except KeyboardInterrupt as stop:
-            click.echo("Interrupted; no partial files remain.", err=True)
-            code = 143 if isinstance(stop, _Terminated) else 130
+            tell("Interrupted; no partial files remain.")
+            code = stop.code if isinstance(stop, stopping.Stopped) else 130
             raise click.exceptions.Exit(code) from None
         except Exception as error:
             if ctx.meta.get(_DEBUG):
@@ -156,21 +147,23 @@ class ProgressBar:
             done, total: bytes done, and bytes in all.
             item: name of the current item.
         """
-        if self.bar is None or self.bar.length != max(total, 1):
-            self.__exit__()
-            self.bar = click.progressbar(
-                length=max(total, 1),
-                label=self.label,
-                item_show_func=lambda name: name,
-                show_eta=False,
-                file=sys.stderr,
-            )
-        self.bar.update(done - self.bar.pos, item)
+        with contextlib.suppress(OSError):  # a lost stderr is no reason to stop
+            if self.bar is None or self.bar.length != max(total, 1):
+                self.__exit__()
+                self.bar = click.progressbar(
+                    length=max(total, 1),
+                    label=self.label,
+                    item_show_func=lambda name: name,
+                    show_eta=False,
+                    file=sys.stderr,
+                )
+            self.bar.update(done - self.bar.pos, item)
 
     def __exit__(self, *error: object) -> None:
-        if self.bar is not None:
-            self.bar.render_finish()
-            self.bar = None
+        bar, self.bar = self.bar, None
+        if bar is not None:
+            with contextlib.suppress(OSError):
+                bar.render_finish()
 
 
 class _Notes(logging.Handler):
@@ -184,11 +177,20 @@ class _Notes(logging.Handler):
         message = record.getMessage()
         if message not in self.said:
             self.said.add(message)
-            click.echo(f"Note: {message}", err=True)
+            tell(f"Note: {printable(message)}")
 
 
 def show_notes(quiet: bool) -> None:
-    """Print the library's warnings to stderr, unless quiet."""
+    """Print the library's warnings to stderr, unless quiet.
+
+    What Python's modules and other libraries say about a strange file is for developers: our
+    errors say it to users.
+    """
+    if not click.get_current_context().meta.get(_DEBUG):
+        warnings.filterwarnings("ignore", module="PIL")
+        for name in ("PIL", "huggingface_hub"):
+            logging.getLogger(name).addHandler(logging.NullHandler())
+            logging.getLogger(name).propagate = False
     logger = logging.getLogger("mlxdiff")
     logger.handlers = [logging.NullHandler() if quiet else _Notes()]
     logger.propagate = False

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
-from mlxdiff.errors import UsageError
-from mlxdiff.run.values import Unfit
+from mlxdiff.errors import UsageError, quoted
+from mlxdiff.run.values import Unfit, no_address
 
 Asked = tuple[str, str | None]
 
 
 def parse(word: str) -> Asked:
     """Read PATH or PATH:WORD; a path that exists is never cut. Raises: Unfit."""
-    path, colon, token = word.rpartition(":")
-    if not colon or not path or Path(word).expanduser().exists():
-        return str(Path(word).expanduser()), None
+    path, colon, token = no_address(word).rpartition(":")
+    if not colon or not path or os.path.exists(os.path.expanduser(word)):
+        return os.path.expanduser(word), None
     if not token.strip():
         raise Unfit(word, "a word after the colon; there is no word")
-    return str(Path(path).expanduser()), token
+    return os.path.expanduser(path), token
 
 
 def replayed(asked: tuple[Asked, ...], found: Any, picture: str | None) -> list[Asked]:
@@ -41,9 +42,9 @@ def replayed(asked: tuple[Asked, ...], found: Any, picture: str | None) -> list[
         if not isinstance(one, dict) or not all(
             isinstance(one.get(key), str) for key in ("token", "name", "sha256")
         ):
-            raise UsageError(f"{picture}: embeddings in its mlxdiff metadata holds {one!r}")
+            raise UsageError(f"{picture}: embeddings in its mlxdiff metadata holds {quoted(one)}")
         file = Path(Path(one["name"]).name)  # never a place of its own choosing
-        if file.is_file() and sha256(file) == one["sha256"]:
+        if os.path.isfile(file) and sha256(file) == one["sha256"]:
             here.append((str(file), one["token"]))
         else:
             missing.append(f"{file} (the word {one['token']!r})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from mlxdiff.cli.options import given_to, table_options
 from mlxdiff.cli.output import Output
 from mlxdiff.cli.replay import replayed
 from mlxdiff.cli.sections import SectionedCommand
+from mlxdiff.cli.streams import tell
 from mlxdiff.errors import UsageError
 from mlxdiff.run.options import SECTIONS, CommandOptions, LoadOptions, RunOptions
 from mlxdiff.run.table import make
@@ -36,7 +38,7 @@ def generate(text: str | None, quiet: bool, **given: Any) -> None:
     command = make(CommandOptions, given_to(CommandOptions, given))
     asked = given_to(LoadOptions, given) | given_to(RunOptions, given)
     places = {"PROMPT": text, "--prompt": asked.pop("prompt", None)}
-    asked = replayed(asked, command.from_image)
+    asked = replayed(asked, command.from_image, command.trust_image)
     prompts = _prompts(places, command.prompt_file, asked.pop("prompt", None))
     if prompts == [None] and "model" not in asked:  # a model of one's own may draw without
         raise UsageError(
@@ -48,24 +50,25 @@ def generate(text: str | None, quiet: bool, **given: Any) -> None:
     from mlxdiff.run.settings import pick_seeds
 
     seeds = pick_seeds(for_run.pop("seed", None), for_run.get("count", 1))
-    output = Output(command, quiet, len(prompts), seeds)
+    output = Output(command, quiet, prompts, seeds)
     with ProgressBar("fetching", quiet) as progress:
         pipe = load(**given_to(LoadOptions, asked), progress=progress)
     if not quiet:
         _report_additions(pipe)
-    for index, one in enumerate(prompts):
-        run = pipe.prepare(one, seed=seeds[0], **for_run)
-        if index == 0:  # what can be refused is refused before anything is drawn
-            output.check()
-        output.draw(pipe, run, index, start)
-        start = time.perf_counter()
+    with output:
+        for index, one in enumerate(prompts):
+            run = pipe.stream(one, seed=seeds[0], **for_run)
+            if index == 0:  # what can be refused is refused before anything is drawn
+                output.check(run)
+            output.draw(pipe, run, index, start)
+            start = time.perf_counter()
 
 
 def _report_additions(pipe: Any) -> None:
     """Say on stderr which words have vectors of their own, and what each LoRA changes."""
     for word in pipe.embeddings:
         many = "1 vector" if word.count == 1 else f"{word.count} vectors"
-        click.echo(f"Embedding {word.path.name}: {word.token!r} stands for {many}", err=True)
+        tell(f"Embedding {word.path.name}: {word.token!r} stands for {many}")
     lora_options.report(pipe.loras)
 
 
@@ -86,11 +89,11 @@ def _prompts(
     if prompt_file is None:
         return [next(iter(given.values()), recorded)]
     try:
-        lines = (
-            sys.stdin.read() if prompt_file == "-" else Path(prompt_file).read_text("utf-8")
-        ).splitlines()
+        text = sys.stdin.read() if prompt_file == "-" else Path(prompt_file).read_text("utf-8")
     except UnicodeDecodeError:
         raise UsageError(f"{prompt_file}: not a UTF-8 text file") from None
+    # Lines as text editors have them: str.splitlines would also cut at U+2028 and the like.
+    lines = re.split(r"\r\n|\n|\r", text.removeprefix("\ufeff"))
     prompts: list[str | None] = [line for line in lines if line.strip()]
     if not prompts:
         raise UsageError(f"{prompt_file}: holds no prompt; expected one on each line")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import click
-
-from mlxdiff.errors import UsageError
+from mlxdiff.cli.streams import tell
+from mlxdiff.errors import UsageError, quoted
 from mlxdiff.run.values import Number, Unfit
 
 
@@ -21,12 +21,12 @@ class Asked(NamedTuple):
 def parse(word: str) -> Asked:
     """Read PATH or PATH:SCALE; a path that exists is never cut. Raises: Unfit."""
     path, colon, scale = word.rpartition(":")
-    if not colon or not path or Path(word).expanduser().exists():
+    if not colon or not path or os.path.exists(os.path.expanduser(word)):
         return Asked(word, None)
     try:
         return Asked(path, float(Number().accept(float(scale))))
     except ValueError as error:
-        if not isinstance(error, Unfit) and not Path(path).expanduser().exists():
+        if not isinstance(error, Unfit) and not os.path.exists(os.path.expanduser(path)):
             return Asked(word, None)  # the colon is one of the path
         raise Unfit(word, f"PATH:SCALE; its scale {scale!r} is not a number") from None
 
@@ -34,7 +34,7 @@ def parse(word: str) -> Asked:
 def report(loras: tuple[Any, ...]) -> None:
     """Say on stderr what each LoRA changes."""
     for lora in loras:
-        click.echo(f"LoRA {lora.report()}", err=True)
+        tell(f"LoRA {lora.report()}")
 
 
 def replayed(
@@ -62,7 +62,7 @@ def replayed(
     missing = []
     for name, scale, digest in recorded:
         here = Path(name)
-        if here.is_file() and (digest is None or sha256(here) == digest):
+        if os.path.isfile(here) and (digest is None or sha256(here) == digest):
             loras.append((name, scale))
         else:
             missing.append(f"{name}:{scale[0]:g}")
@@ -83,9 +83,9 @@ def _recorded(found: Any, picture: str | None) -> list[tuple[str, tuple[float, f
         values = one if isinstance(one, dict) else {}
         scale: Any = values.get("scale")
         text: Any = values.get("text_scale", scale)
-        good = all(type(number) in (int, float) for number in (scale, text))
+        good = all(type(number) in (int, float) and abs(number) < 1e9 for number in (scale, text))
         if not good or not isinstance(values.get("name"), str):
-            raise UsageError(f"{picture}: loras in its mlxdiff metadata holds {one!r}")
+            raise UsageError(f"{picture}: loras in its mlxdiff metadata holds {quoted(one)}")
         digest = one.get("sha256")
         name = Path(one["name"]).name  # never a place of its own choosing
         result.append(

@@ -9,18 +9,18 @@ from __future__ import annotations
 import base64
 import io
 import os
-import string
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-import click
-
+from mlxdiff.cli.streams import tell
 from mlxdiff.errors import UsageError
+from mlxdiff.pictures.names import Template
 
 ROWS = 12  # height of a preview in the terminal, in lines of text
 _PIXELS = 4  # maximum number of pixels per latent along a side, in a file: a PNG takes time
+_MARK = {"Comment": "A preview by mlxdiff"}  # text in the file, by which it is known again
 _KITTY_CHUNK = 4096
 _KITTY_ID = 1112  # a new picture with the same id replaces the old one
 
@@ -66,38 +66,47 @@ class Preview:
     """Show or write the previews of a run.
 
     Args:
-        file: path template with {seed}, {index} and {step}. None shows previews in the terminal,
-            or writes them beside the pictures if the terminal shows none.
+        file: path template, see ``pictures.names``. None shows previews in the terminal, or writes
+            them beside the pictures if the terminal shows none.
         every: number of steps between previews.
         force: replace existing files.
     Raises: UsageError.
     """
 
     def __init__(self, file: str | None, every: int, force: bool) -> None:
-        self.file, self.every, self.force = file, every, force
+        self.file = None if file is None else Template(file, "--preview-file")
+        self.every, self.force = every, force
         self.protocol = None if file else terminal_protocol(os.environ, sys.stderr)
         # The last preview: picture, its size in a file, and the path of the final picture.
         self.last: Any = None
         self.path: Path | None = None  # file of the last preview
+        self._values: Sequence[Mapping[str, int | str]] = ()
         self._ours: set[Path] = set()
         self._begun = False
         if every < 1:
             raise UsageError(f"--preview-every is {every}; expected at least 1")
-        if file is not None:
-            _check_template(file)
 
-    def check(self, outputs: list[Path], seeds: list[int]) -> None:
-        """Raise UsageError if a preview cannot be written or would overwrite a picture."""
-        from mlxdiff.pictures.image import check_writable
+    def check(self, outputs: list[Path], values: Sequence[Mapping[str, int | str]]) -> None:
+        """Raise UsageError if a preview cannot be written or would overwrite a picture.
 
+        Args:
+            outputs: files of the final pictures.
+            values: of the fields of their names.
+        """
+        from mlxdiff.pictures.image import check_writable, require_right_to_write
+
+        self._values = values
         if self.protocol is not None:
             return
+        finals = {other.absolute() for other in outputs}
         for index, output in enumerate(outputs):
-            path = self._path(seeds[index % len(seeds)], index, 1, output)
-            if path.absolute() in [other.absolute() for other in outputs]:
+            path = self._path(index, 1, output)
+            if path.absolute() in finals:
                 raise UsageError(f"{path}: is the output file; give another name for the preview")
             path.parent.mkdir(parents=True, exist_ok=True)
-            check_writable(path, overwrite=self.force)
+            if index == 0:
+                require_right_to_write(path.parent)
+            check_writable(path, overwrite=self.force or self._is_left_over(path))
 
     def show(self, pipe: Any, step: Any, output: Path, index: int) -> None:
         """Show a preview, if one is due at this step.
@@ -118,20 +127,31 @@ class Preview:
         if self.protocol is not None:
             self._draw(image)
             return
-        path = self._path(step.seed, index, step.index + 1, output)
+        path = self._path(index, step.index + 1, output)
         if not self._begun and self.file is None:
-            click.echo(
+            tell(
                 "Note: this terminal cannot show pictures (Kitty, Ghostty, iTerm2, WezTerm and "
-                f"mintty can); the preview is in {path} until the picture is finished",
-                err=True,
+                f"mintty can); the preview is in {path} until the picture is finished"
             )
         self._begun = True
         self._write(path)
 
-    def _path(self, seed: int, index: int, step: int, output: Path) -> Path:
+    def _path(self, index: int, step: int, output: Path) -> Path:
         if self.file is None:
             return _beside(output)
-        return Path(self.file.format(seed=seed, index=index, step=step)).expanduser()
+        return self.file.fill(**{**self._values[index], "step": step})
+
+    def _is_left_over(self, path: Path) -> bool:
+        """Return True for a preview beside a picture whose run was killed."""
+        from mlxdiff.pictures.image import open_picture
+
+        if self.file is not None or not path.is_file():
+            return False
+        try:
+            with open_picture(path) as picture:
+                return _MARK.items() <= picture.info.items()
+        except UsageError:
+            return False
 
     def _draw(self, image: Any) -> None:
         data = io.BytesIO()
@@ -151,8 +171,8 @@ class Preview:
         image, size, _ = self.last
         if image.width < size[0]:
             image = resize(np.asarray(image), *size)
-        ours = self.force or path in self._ours
-        save_png(image, path, overwrite=ours, compress_level=1)
+        ours = self.force or path in self._ours or self._is_left_over(path)
+        save_png(image, path, _MARK, overwrite=ours, compress_level=1)
         self._ours.add(path)
         self.path = path
 
@@ -178,16 +198,3 @@ def _unused(path: Path) -> Path:
     """Return the path, or a numbered variant that does not exist."""
     names = [path] + [path.with_name(f"{path.stem}-{i}.png") for i in range(2, 1000)]
     return next((name for name in names if not name.exists()), path)
-
-
-def _check_template(file: str) -> None:
-    try:
-        fields = {name for _, name, _, _ in string.Formatter().parse(file) if name is not None}
-    except ValueError as error:
-        raise UsageError(f"--preview-file {file!r}: {error}; write {{{{ for a brace") from None
-    if fields - {"seed", "index", "step"}:
-        raise UsageError(
-            f"--preview-file {file!r}: unknown field; use only {{seed}}, {{index}} and {{step}}"
-        )
-    if not file.lower().endswith(".png"):
-        raise UsageError(f"--preview-file {file!r}: previews are PNG files; end it in .png")

@@ -1,29 +1,40 @@
-"""``--from-image``: the options that a picture was drawn with."""
+"""``--from-image``: the options that a picture was drawn with.
+
+A picture can come from a stranger. What it names is opened if it is in the working folder, or is a
+model of the hub that is on this machine already. Only ``--trust-image`` lets a picture choose other
+files, or fetch from the hub.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from mlxdiff.cli import embeddings, loras
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import UsageError, quoted
 from mlxdiff.run.options import GenerateOptions, LoadOptions
 from mlxdiff.run.table import Option, entries
-from mlxdiff.run.values import Each, Files, Picture, Unfit
+from mlxdiff.run.values import Each, Files, Picture, Place, Unfit
 
 BUILTIN_NAME = "builtin"  # what pictures of the built-in model say that they are made with
 TABLES: tuple[type, ...] = (LoadOptions, GenerateOptions)
 
 
-def replayed(given: Mapping[str, Any], path: str | None) -> dict[str, Any]:
+def replayed(given: Mapping[str, Any], path: str | None, trust: bool = False) -> dict[str, Any]:
     """The options given on the command line, and those of a picture that are not given.
 
     Args:
         given: by Python name.
         path: of the picture; None: there is none.
+        trust: open whatever the picture names.
     Raises: UsageError where the picture was drawn with files that are not at hand.
     """
     found = {} if path is None else _recorded(path, set(given) - {"loras", "embeddings"})
+    if path is not None and not trust:
+        for name, entry in _of_kind(Place):
+            if name in found:
+                found[name] = _at_hand(entry, found[name], path)
     for name, value in _of_kind(Picture):
         if name in found and name not in given:
             raise UsageError(_missing(value, found[name], path))
@@ -58,7 +69,7 @@ def _recorded(path: str, overridden: set[str]) -> dict[str, Any]:
 def _accepted(entry: Option, value: Any, path: str) -> Any:
     """A value of the metadata, if the option takes it: the file may come from anyone."""
     kind = entry.kind
-    fault = f"{path}: {entry.key} in its metadata is {value!r}"
+    fault = f"{path}: {entry.key} in its metadata is {quoted(value)}"
     try:
         if isinstance(kind, (Picture, Each)):
             names = value if isinstance(value, list) else [value]
@@ -70,6 +81,41 @@ def _accepted(entry: Option, value: Any, path: str) -> Any:
         return kind.accept(value)
     except Unfit as unfit:
         raise UsageError(f"{fault}; expected {unfit.expected}") from None
+
+
+def _at_hand(entry: Option, names: Any, path: str) -> Any:
+    """The places that a picture names, if they can be opened without trust in it.
+
+    Raises: UsageError.
+    """
+    if isinstance(names, (list, tuple)):
+        return [_at_hand(entry, name, path) for name in names]
+    if not isinstance(names, str):
+        return names
+    from mlxdiff.library import without_hub
+
+    what = entry.name.replace("_", " ")
+    if _leads_away(names):
+        why = "which is outside this folder"
+    elif (place := without_hub(names)) is not None:
+        return place
+    else:
+        why = "which is not on this machine"
+    raise UsageError(
+        f"{path}: names the {what} {quoted(names)}, {why}: give it with {entry.flag}, or let the "
+        "picture choose with --trust-image"
+    )
+
+
+def _leads_away(name: str) -> bool:
+    """Return True for a path that leads out of the working folder on any system."""
+    windows = PureWindowsPath(name)
+    return (
+        name.startswith("~")
+        or PurePosixPath(name).is_absolute()
+        or bool(windows.drive or windows.root)
+        or ".." in windows.parts  # it separates at both kinds of slashes
+    )
 
 
 def _missing(entry: Option, names: Any, path: str | None) -> str:

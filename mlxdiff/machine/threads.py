@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -12,7 +13,7 @@ from mlxdiff.machine.probe import THREAD_VARIABLES, usable_cores
 def count() -> int:
     """Return the number of threads that BLAS may use. Default: the usable cores of this process."""
     for variable in THREAD_VARIABLES:
-        if os.environ.get(variable, "").isdecimal():
+        if re.fullmatch("[0-9]{1,4}", os.environ.get(variable, "")):
             return max(1, int(os.environ[variable]))
     return usable_cores()
 

@@ -7,7 +7,6 @@ that stands for a huge picture costs nothing.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from mlxdiff.errors import UsageError
@@ -51,18 +50,6 @@ def decode(data: bytes, what: str, most_pixels: int) -> Image.Image:
     except Exception as error:
         raise UsageError(f"{what}: cannot be decoded ({error})") from None
     return picture
-
-
-def encode_png(picture: Image.Image, text: Mapping[str, str] | None = None) -> bytes:
-    """Encode a picture as PNG, with text chunks by keyword."""
-    from PIL.PngImagePlugin import PngInfo
-
-    chunks = PngInfo()
-    for key, value in (text or {}).items():
-        chunks.add_text(key, value)
-    data = io.BytesIO()
-    picture.save(data, format="PNG", pnginfo=chunks, compress_level=1 if text is None else 6)
-    return data.getvalue()
 
 
 def enlarge(picture: Image.Image, width: int, height: int) -> Image.Image:

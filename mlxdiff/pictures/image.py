@@ -7,21 +7,25 @@ Rounding follows diffusers' image_processor.py, so that equal latents give equal
 from __future__ import annotations
 
 import contextlib
+import io
 import os
-import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 
-from mlxdiff.errors import MlxdiffError, UsageError
+from mlxdiff.errors import MlxdiffError, UsageError, one_line
+from mlxdiff.machine.disk import open_regular
+from mlxdiff.machine.temporary import temporary_file
 
 if TYPE_CHECKING:
     from PIL import Image
 
 ImageLike = Union[str, "os.PathLike[str]", "Image.Image", np.ndarray, Any]
 """A picture as users give it: a path, a Pillow image, or an array (NumPy's or MLX's)."""
+
+_TRIAL = 65536  # bytes that are written to find out if a folder can be written to
 
 _OTHER_FORMATS = {
     ".jpg",
@@ -35,6 +39,21 @@ _OTHER_FORMATS = {
     ".heic",
     ".jxl",
 }
+
+
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "PPM", "HEIF")
+"""Pillow's names of the formats that are read, whatever a file is called. Pillow knows more, and
+hands some of them to interpreters (PostScript) or to readers that few people test. AVIF is read
+where Pillow was built with it, HEIF where the package pillow-heif is installed."""
+
+MAX_PIXELS = 50_000_000
+"""Largest picture that is read. Cameras and phones write up to 50 megapixels; a run uses a few."""
+
+_HEAVY = ("WEBP", "AVIF", "HEIF", "GIF")
+"""Formats whose readers make several copies of a picture. Half as many pixels are read."""
+
+_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}
+"""Kinds of HEIF: bytes 8 to 11 of the file."""
 
 
 def load_image(source: ImageLike) -> np.ndarray:
@@ -71,20 +90,62 @@ def open_picture(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     from PIL import Image, UnidentifiedImageError
 
     path = Path(path)
-    if os.path.isdir(path):
-        raise UsageError(f"{path}: is a folder; give a picture file")
     try:
-        picture = Image.open(path)
+        file = open(open_regular(path), "rb")
     except FileNotFoundError:
         raise UsageError(f"{path}: no such picture file; check the path") from None
-    except UnidentifiedImageError:
-        raise UsageError(
-            f"{path}: is not a picture in a format that Pillow reads (PNG, JPEG, WebP, ...)"
-        ) from None
-    except Exception as error:  # a damaged file can make Pillow's readers raise anything
+    except IsADirectoryError:
+        raise UsageError(f"{path}: is a folder; give a picture file") from None
+    except OSError as error:
         raise UsageError(f"{path}: cannot be opened as a picture ({_reason(error)})") from error
-    with picture:
-        yield picture
+    with file:
+        head = file.read(12)
+        file.seek(0)
+        is_heif = head[4:8] == b"ftyp" and head[8:12] in _BRANDS
+        if is_heif:
+            _register_heif()
+        Image.init()
+        try:
+            picture = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+        except UnidentifiedImageError:
+            also = "; it is HEIC: run `pip install pillow-heif` to read it, or save it as PNG"
+            raise UsageError(
+                f"{path}: is not a picture in a format that Pillow reads for mlxdiff "
+                "(PNG, JPEG, WebP, TIFF, BMP, GIF, AVIF, PGM)" + (also if is_heif else "")
+            ) from None
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            raise _too_large(path) from None
+        except Exception as error:  # a damaged file can make Pillow's readers raise anything
+            raise UsageError(f"{path}: cannot be opened as a picture ({_reason(error)})") from error
+        with picture:
+            if picture.width * picture.height > _most_pixels(picture):
+                raise _too_large(path, picture)
+            yield picture
+
+
+def _register_heif() -> None:
+    """Let Pillow read HEIF, if the plug-in is installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return
+    register_heif_opener()
+
+
+def _most_pixels(picture: Image.Image) -> int:
+    """Return how many pixels are read. A picture then takes less than 500 MB."""
+    is_heavy = picture.format in _HEAVY or picture.mode == "CMYK"
+    return MAX_PIXELS // 2 if is_heavy else MAX_PIXELS
+
+
+def _too_large(path: Path, picture: Image.Image | None = None) -> UsageError:
+    """Return the error for a picture of more pixels than are read; Pillow may not tell its size."""
+    size = "" if picture is None else f", {picture.width}x{picture.height} pixels"
+    most = MAX_PIXELS if picture is None else _most_pixels(picture)
+    return UsageError(
+        f"{path}: is too large{size}; at most {most // 1_000_000} megapixels are read; make it "
+        "smaller first"
+    )
 
 
 def to_model(image: np.ndarray) -> np.ndarray:
@@ -134,6 +195,10 @@ def to_clip(image: np.ndarray, size: int) -> np.ndarray:
 
     rows, columns = image.shape[:2]
     short = min(rows, columns)
+    if size * size * max(rows, columns) > MAX_PIXELS * short:
+        raise UsageError(
+            f"a picture of {columns}x{rows} pixels is too narrow for the image encoder; crop it"
+        )
     height, width = int(size * rows / short), int(size * columns / short)
     picture = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
     top, left = (height - size) // 2, (width - size) // 2
@@ -191,21 +256,62 @@ def save_png(
         UsageError: the file exists and `overwrite` is False, its folder is missing, or it cannot be
             written.
     """
+    check_writable(path, overwrite)
+    try:
+        data = png_bytes(image, text, compress_level)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({_reason(error)})") from error
+    write_png(data, path, overwrite)
+
+
+def png_bytes(
+    image: Image.Image | np.ndarray,
+    text: Mapping[str, str] | None = None,
+    compress_level: int = 6,
+) -> bytes:
+    """Encode a picture as PNG; arguments as for `save_png`."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    path = Path(path)
-    check_writable(path, overwrite)
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     chunks = PngInfo()
     for key, value in (text or {}).items():
         chunks.add_text(key, value)
+    encoded = io.BytesIO()
+    image.save(encoded, format="PNG", pnginfo=chunks, compress_level=compress_level)
+    return encoded.getvalue()
+
+
+def write_png(data: bytes, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Write the bytes of a PNG file as `save_png` does. Raises: UsageError."""
+    path = Path(path)
+    check_writable(path, overwrite)
     try:
-        with _replacing(path, overwrite) as file:
-            image.save(file, format="PNG", pnginfo=chunks, compress_level=compress_level)
-    except OSError as error:
+        with temporary_file(path.parent) as (temporary, file):
+            file.write(data)
+            file.flush()
+            if os.name == "nt":
+                file.close()  # an open file cannot be renamed there
+            if overwrite:
+                os.replace(temporary, path)
+            else:
+                _rename_new(temporary, path)
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be written ({_reason(error)})") from error
+
+
+def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
+    """Put pictures of one size into rows of at most four."""
+    from PIL import Image
+
+    columns = min(4, len(images))
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    sheet = Image.new(images[0].mode, (columns * width, rows * height))
+    for place, image in enumerate(images):
+        sheet.paste(image, (place % columns * width, place // columns * height))
+    return sheet
 
 
 def check_writable(path: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -221,19 +327,15 @@ def check_writable(path: str | os.PathLike[str], overwrite: bool = False) -> Non
         raise _exists(path)
 
 
-@contextlib.contextmanager
-def _replacing(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path`; rename it to `path` on success, delete it on failure."""
-    temporary = path.parent / f".mlxdiff-{secrets.token_hex(8)}.tmp"
+def require_right_to_write(folder: str | os.PathLike[str]) -> None:
+    """Write a file into a folder and delete it. Raises: UsageError if that fails."""
     try:
-        with open(temporary, "xb") as file:
-            yield file
-        if overwrite:
-            os.replace(temporary, path)
-        else:
-            _rename_new(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with temporary_file(Path(folder)) as (_, file):
+            file.write(bytes(_TRIAL))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{folder}: cannot be written to ({_reason(error)}); make room or choose another folder"
+        ) from error
 
 
 def _rename_new(source: Path, path: Path) -> None:
@@ -259,16 +361,40 @@ def _exists(path: Path) -> UsageError:
 
 
 def _to_rgb(picture: Image.Image, what: str) -> np.ndarray:
-    from PIL import ImageOps
-
+    """Decode a picture to uint8 (H, W, 3), strip by strip: a second copy of it is never made."""
     try:
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith("I;16"):
-            grey = (np.asarray(picture) >> 8).astype(np.uint8)
-            return np.repeat(grey[..., None], 3, axis=2)
-        return np.array(picture.convert("RGB"))
+        picture.load()
+        turn = _TURNS.get(picture.getexif().get(_ORIENTATION, 1))
+        width, height = picture.size
+        pixels = np.empty((height, width, 3), np.uint8)
+        rows = max(1, _STRIP // width)
+        for top in range(0, height, rows):
+            strip = picture.crop((0, top, width, min(top + rows, height)))
+            pixels[top : top + rows] = _strip_to_rgb(strip)
+        return pixels if turn is None else np.ascontiguousarray(turn(pixels))
     except Exception as error:  # as in open_picture
         raise UsageError(f"{what}: cannot be decoded ({_reason(error)})") from error
+
+
+_STRIP = 1 << 20  # pixels that are converted at a time
+_ORIENTATION = 0x0112  # EXIF tag
+_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.transpose(1, 0, 2),
+    6: lambda pixels: pixels[::-1].transpose(1, 0, 2),
+    7: lambda pixels: pixels[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda pixels: pixels[:, ::-1].transpose(1, 0, 2),
+}
+"""EXIF orientation -> what turns the stored pixels the right way."""
+
+
+def _strip_to_rgb(strip: Image.Image) -> np.ndarray:
+    if strip.mode.startswith("I;16"):
+        grey = (np.asarray(strip) >> 8).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    return np.asarray(strip.convert("RGB"))
 
 
 def _from_array(source: Any) -> np.ndarray:
@@ -292,4 +418,4 @@ def _from_array(source: Any) -> np.ndarray:
 def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error)

@@ -21,32 +21,15 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import UsageError, one_line, quoted
 from mlxdiff.pictures.image import open_picture
-from mlxdiff.samplers import SAMPLERS
+from mlxdiff.samplers.names import SAMPLER_NAMES, SCHEDULE_NAMES, find_sampler, find_schedule
 
 if TYPE_CHECKING:
     from PIL import Image
 
 SCHEMA = "mlxdiff.image/1"
 PARAMETERS_KEY, JSON_KEY = "parameters", "mlxdiff"
-
-SAMPLER_NAMES = {one.id: one.a1111 for one in SAMPLERS.values()}
-"""Our sampler ids -> the names that A1111 shows, or would."""
-
-SCHEDULE_NAMES = {
-    "auto": "Automatic",
-    "normal": "Uniform",
-    "karras": "Karras",
-    "exponential": "Exponential",
-    "beta": "Beta",
-    "lu": "Lu",
-    "trailing": "SGM Uniform",
-    "leading": "DDIM",
-    "linspace": "Linspace",
-    "ays": "Align Your Steps",
-}
-"""Our schedule ids -> A1111's "Schedule type"."""
 
 UPSCALER_NAMES = {
     "lanczos": "Lanczos",
@@ -55,11 +38,8 @@ UPSCALER_NAMES = {
 }
 """Our ids of what enlarges a picture -> A1111's "Hires upscaler"."""
 
-_SAMPLER_IDS = {name.lower(): key for key, name in SAMPLER_NAMES.items()}
-_SCHEDULE_IDS = {name.lower(): key for key, name in SCHEDULE_NAMES.items()}
-_SCHEDULE_IDS |= {"simple": "trailing"}
-
-_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_KEY = re.compile(r"\w[\w \-/]+")
+_VALUE = re.compile(r'\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _SIZE = re.compile(r"(\d{1,9})x(\d{1,9})")
 _NEGATIVE = "Negative prompt:"
 
@@ -153,7 +133,7 @@ class Metadata:
     def _extra_number(self, name: str) -> str | None:
         """A number of `extra` as A1111 writes it; None where it is absent or no number."""
         value = self.extra.get(name)
-        return _number(value) if type(value) in (int, float) else None
+        return _number(value) if _is_number(value) else None
 
     # In
 
@@ -167,13 +147,15 @@ class Metadata:
         try:
             values = json.loads(text, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"{where}: its mlxdiff metadata is not JSON ({error})") from None
+            raise UsageError(
+                f"{where}: its mlxdiff metadata is not JSON ({one_line(error)})"
+            ) from None
         if not isinstance(values, dict):
             raise UsageError(f"{where}: its mlxdiff metadata is not a JSON object")
         schema = values.pop("schema", None)
         if schema != SCHEMA:
             raise UsageError(
-                f"{where}: its mlxdiff metadata has schema {schema!r}, "
+                f"{where}: its mlxdiff metadata has schema {quoted(schema)}, "
                 f"this version reads {SCHEMA!r}; upgrade mlxdiff"
             )
         known = {name: values.pop(name) for name in FIELDS if name in values}
@@ -189,7 +171,7 @@ class Metadata:
         own reader. Values that cannot be what their key says are left in `extra`.
         """
         lines = text.strip().split("\n")
-        pairs = _PAIR.findall(lines[-1])
+        pairs = _pairs(lines[-1])
         if len(pairs) < 3:
             pairs = []
         else:
@@ -260,7 +242,7 @@ def of_picture(picture: Image.Image, where: str) -> Metadata:
         texts: Mapping[Any, Any] = getattr(picture, "text", None) or picture.info
         comment = _exif_comment(picture)
     except Exception as error:  # whatever a damaged file makes Pillow's many readers raise
-        raise UsageError(f"{where}: cannot be decoded ({error})") from error
+        raise UsageError(f"{where}: cannot be decoded ({one_line(error)})") from error
     if isinstance(texts.get(JSON_KEY), str):
         return Metadata.from_json(texts[JSON_KEY], where=where)
     parameters = texts.get(PARAMETERS_KEY) or comment
@@ -285,12 +267,41 @@ def _checked(name: str, value: Any, where: str) -> Any:
     if name in _INTEGERS:
         kind, good = "an integer", type(value) is int
     elif name in _FLOATS:
-        kind, good = "a number", type(value) in (int, float)
+        kind, good = "a number", _is_number(value)
     else:
         kind, good = "a text", type(value) is str
     if not good:
-        raise UsageError(f"{where}: {name} in its mlxdiff metadata is {value!r}, expected {kind}")
+        raise UsageError(
+            f"{where}: {name} in its mlxdiff metadata is {quoted(value)}, expected {kind}"
+        )
     return float(value) if name in _FLOATS else value
+
+
+def _is_number(value: Any) -> bool:
+    """Return True for a finite number in the range of a float. JSON has others (1e999)."""
+    return type(value) in (int, float) and abs(value) < 1e308
+
+
+def _pairs(line: str) -> list[tuple[str, str]]:
+    """Split ``Key: value, ...`` as A1111's regular expression does, in linear time.
+
+    A key is what stands before a colon: word characters, blanks, hyphens and slashes, from the
+    first word character on. A value ends at a comma, or is quoted.
+    """
+    pairs = []
+    place, colon = 0, line.find(":")
+    while colon >= 0:
+        begin = colon
+        while begin > place and (line[begin - 1].isalnum() or line[begin - 1] in "_ -/"):
+            begin -= 1
+        key = _KEY.search(line, begin, colon)
+        if key is not None:
+            value = _VALUE.match(line, colon + 1)
+            assert value is not None  # it matches everywhere
+            pairs.append((key[0], value[1]))
+            place = value.end()
+        colon = line.find(":", max(place, colon + 1))
+    return pairs
 
 
 def _no_constant(name: str) -> None:
@@ -351,20 +362,18 @@ def _unquote(text: str) -> str:
         return text
     try:
         return str(json.loads(text))
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
 def _sampler_and_schedule(name: str | None, kind: str | None) -> tuple[str | None, str | None]:
-    """Our ids of A1111's names. Before its version 1.9 the schedule stood in the sampler's name."""
-    if name is not None and kind is None:
-        head, _, tail = name.rpartition(" ")
-        if head.lower() in _SAMPLER_IDS and tail in ("Karras", "Exponential"):
-            name, kind = head, tail
-    if kind is None and name is not None:
-        kind = SCHEDULE_NAMES["auto"]
-    sampler = None if name is None else _SAMPLER_IDS.get(name.lower(), name)
-    return sampler, None if kind is None else _SCHEDULE_IDS.get(kind.lower(), kind)
+    """Return our ids of A1111's names. An unknown name stays as it is."""
+    if name is None:
+        return None, None if kind is None else find_schedule(kind) or kind
+    sampler, own = find_sampler(name) or (name, None)
+    if kind is None:
+        return sampler, own or "auto"
+    return sampler, find_schedule(kind) or kind
 
 
 def _exif_comment(picture: Image.Image) -> str | None:

@@ -8,12 +8,7 @@ needed, and the map suits any VAE.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-
-from mlxdiff.samplers.plan import Plan
-from mlxdiff.samplers.scheduler import to_x0
 
 PATCHES = 8  # patches along a side of the chart; each covers 2 x 2 latents
 
@@ -59,19 +54,3 @@ def colours(linear: np.ndarray, latents: np.ndarray) -> np.ndarray:
 def _with_one(latents: np.ndarray) -> np.ndarray:
     flat = latents.reshape(-1, latents.shape[-1]).astype(np.float32)
     return np.concatenate([flat, np.ones((len(flat), 1), np.float32)], axis=1)
-
-
-def denoised(plan: Plan, index: int, prediction: str, x: Any, output: Any) -> Any:
-    """Compute the network's prediction of x_0.
-
-    Args:
-        plan, index: the sampler's plan, and the row at which the network was evaluated.
-        prediction: ``prediction_type`` of the scheduler's config.
-        x, output: the sample before that row, and the network's output for it.
-    """
-    signal, noise = plan.rows[index].level
-    size = float(np.hypot(signal, noise))
-    if prediction == "epsilon" and signal < 1e-3 * size:
-        return x  # x is pure noise here and contains no x_0
-    of_x, of_output = to_x0(prediction, signal / size, noise / size)
-    return of_x / size * x + of_output * output

@@ -6,8 +6,9 @@ sampling loop in ``pipeline`` calls it and knows nothing of guidance or addition
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,20 @@ class TimeEmbeddings:
         return self._made.rows(row, row + self._batch)
 
 
+def _embed(
+    backend: Any, unet: Any, conditions: Mapping[str, Any], batch: int, timesteps: np.ndarray
+) -> Any:
+    """Return the time embeddings of the batches of these evaluations.
+
+    Args:
+        conditions: further inputs of a batch, (batch, ...) each.
+    """
+    repeated = {
+        name: backend.concatenate([values] * len(timesteps)) for name, values in conditions.items()
+    }
+    return unet.embed(backend.asarray(timesteps.repeat(batch)), **repeated)
+
+
 class Denoiser:
     """Predictions of a model that draws from text: one, or several that guidance combines.
 
@@ -101,6 +116,8 @@ class Denoiser:
         self.batch = settings.batch(model)
         states = self._both(text.negative_prompt_embeds, text.prompt_embeds)
         self.text = self.unet.read(states)
+        # What is lazy belongs to the thread that made it, and each step may run in another.
+        self.backend.evaluate(self.text.values)
         # Inputs of the U-Net beside text and timestep, (B, ...) each.
         self.conditions: dict[str, Any] = {}
         if (time_ids := settings.time_ids(model)) is not None:
@@ -115,7 +132,9 @@ class Denoiser:
         if settings.noise_level is not None:
             levels = np.full(self.batch, settings.noise_level, np.int32)
             self.conditions["class_labels"] = self.backend.asarray(levels)
-        self.times = TimeEmbeddings(timesteps, self._embed, self.batch)
+        # Not a method of this object: it would keep the object in a circle of references.
+        embed = partial(_embed, self.backend, self.unet, self.conditions, self.batch)
+        self.times = TimeEmbeddings(timesteps, embed, self.batch)
         self.acting = model.additions.act(
             Prompted(
                 settings=settings,
@@ -131,14 +150,6 @@ class Denoiser:
         )
         self._deep: list[Any] = []
         self._counting: list[list[int]] = []  # the additions that took part in these features
-
-    def _embed(self, timesteps: np.ndarray) -> Any:
-        """Time embeddings of the batches of these evaluations."""
-        conditions = {
-            name: self.backend.concatenate([values] * len(timesteps))
-            for name, values in self.conditions.items()
-        }
-        return self.unet.embed(self.backend.asarray(timesteps.repeat(self.batch)), **conditions)
 
     def _both(self, negative: np.ndarray | None, positive: np.ndarray | None) -> Any:
         """One batch of an input for the negative prompt and for the prompt."""
@@ -220,15 +231,11 @@ class PixelDenoiser:
     def __init__(self, model: Model, label: int | None, timesteps: Sequence[float]) -> None:
         self.backend = model.backend
         self.unet = model.component("unet")
-        self._labels = None if label is None else [label]
-        self._dtype = np.int32 if model.unet_config.class_embed_type is None else np.float32
-        self.times = TimeEmbeddings(timesteps, self._embed, 1)
-
-    def _embed(self, timesteps: np.ndarray) -> Any:
-        labels = None
-        if self._labels is not None:
-            labels = self.backend.asarray(np.array(self._labels * len(timesteps), self._dtype))
-        return self.unet.embed(self.backend.asarray(timesteps), labels)
+        dtype = np.int32 if model.unet_config.class_embed_type is None else np.float32
+        labels = None if label is None else self.backend.asarray(np.array([label], dtype))
+        conditions = {} if labels is None else {"class_labels": labels}
+        embed = partial(_embed, self.backend, self.unet, conditions, 1)
+        self.times = TimeEmbeddings(timesteps, embed, 1)
 
     def __call__(self, x: Any, evaluation: Evaluation) -> Any:
         """Return the model's output at x_t: (1, H, W, C) float32, as x."""

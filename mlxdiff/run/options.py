@@ -21,6 +21,7 @@ from mlxdiff import samplers
 from mlxdiff.adapters.lora import Lora
 from mlxdiff.adapters.textual_inversion import Embedding
 from mlxdiff.convert.singlefile import PREDICTIONS
+from mlxdiff.pictures.control_modes import MODES
 from mlxdiff.pictures.hires import UPSCALERS
 from mlxdiff.pictures.preprocess import PREPROCESSORS
 from mlxdiff.run import values
@@ -48,6 +49,7 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 PathLike = str | os.PathLike[str]
 Text = Annotated[str, values.Text()]
 Flag = Annotated[bool, values.Flag()]
+File = Annotated[str, values.File()]
 Place = Annotated[PathLike, values.Place()]
 Model = Annotated[Any, values.Place(or_pipeline=True)]
 Places = Annotated[PathLike | Sequence[PathLike], values.Each(values.Place())]
@@ -61,8 +63,8 @@ Interval = Annotated[tuple[float, float], values.Numbers("START,END", values.Num
 Borders = Annotated[
     tuple[int, int, int, int], values.Numbers("LEFT,TOP,RIGHT,BOTTOM", values.Whole(least=0))
 ]
-Sampler = Annotated[str, values.Choice(samplers.NAMES)]
-Schedule = Annotated[str, values.Choice(samplers.SCHEDULES)]
+Sampler = Annotated[str, values.Choice(samplers.NAMES, spelled=samplers.spelled)]
+Schedule = Annotated[str, values.Choice(samplers.SCHEDULES, spelled=samplers.find_schedule)]
 Syntax = Annotated[str, values.Choice(SYNTAXES)]
 Upscaler = Annotated[str, values.Choice(UPSCALERS)]
 Backend = Annotated[str, values.Choice(BACKENDS)]
@@ -85,6 +87,7 @@ Preprocessors = Annotated[
         )
     ),
 ]
+Modes = Annotated[str | Sequence[str], values.Each(values.Choice(MODES))]
 Loras = Annotated[
     Iterable[PathLike | tuple[PathLike, float | tuple[float, float]] | Lora],
     values.Files("PATH[:SCALE]"),
@@ -201,8 +204,9 @@ class ValueOptions(Options):
     sampler: Sampler = _picture(
         "--sampler",
         default="auto",
-        help="Sampler (docs/samplers.md). Default: auto.",
-        doc="see ``mlxdiff.samplers``.",
+        help="Sampler (docs/samplers.md); A1111's and diffusers' names are understood. "
+        "Default: auto.",
+        doc="see ``mlxdiff.samplers``; A1111's and diffusers' names are understood.",
         elsewhere="sampler_name sampling_method sampler_index",
     )
     schedule: Schedule = _picture(
@@ -357,6 +361,13 @@ class FileOptions(Options):
         help="What to make of its picture first: none (default), edges, grey or tile; one for "
         "all or one for each.",
     )
+    control_mode: Modes | None = _control(
+        "--control-mode",
+        metavar="NAME",
+        help="Type of its picture, for a ControlNet-Union: openpose, depth, sketch, canny (also "
+        "line art), normal, segment, tile or repaint; one for all or one for each.",
+        elsewhere="control_type",
+    )
     ip_image: Pictures | None = _shown(
         "--ip-image",
         help="Picture for an IP-Adapter to follow. Give one for each --ip-adapter, or several "
@@ -464,8 +475,10 @@ class LoadOptions(Options):
         default=(),
         key="loras",
         part="lora",
-        help="A LoRA (or LoCon, LoHa, LoKr, DoRA) and its scale (default: 1). Repeatable.",
-        doc="files (or folders) that change the model's weights: each a path, or (path, scale).",
+        help="A LoRA (or LoCon, LoHa, LoKr, DoRA): file, folder or hub id org/name[/FILE], and its "
+        "scale (default: 1). Repeatable.",
+        doc="files, folders or hub ids ``org/name[/FILE][@revision]`` that change the model's "
+        "weights: each alone, or (path, scale).",
         elsewhere="lora lora_paths lora_weights",
     )
     lora_folder: Place = _model(
@@ -537,7 +550,11 @@ class LoadOptions(Options):
     prediction_type: PredictionType | None = _model(
         "--prediction-type",
         metavar="NAME",
-        help="For a single file: epsilon, v_prediction or sample, whatever the file looks like.",
+        help="For a single file: epsilon, v_prediction or sample, whatever the file says.",
+    )
+    zero_snr: Flag | None = _model(
+        "--zero-snr/--no-zero-snr",
+        help="For a single file: whether it was trained to zero terminal SNR, whatever it says.",
     )
     revision: Text | None = _model(doc="for a hub id: branch, tag or commit.")
     variant: Text | None = _model(doc='variant of the files: "fp16" and such.')
@@ -549,7 +566,8 @@ class LoadOptions(Options):
         metavar="NAME",
         help="auto (default), float32, float16 or bfloat16.",
         doc='what the U-Net and the text encoders compute in. None or "auto": float16 on a GPU, '
-        "else float32. The VAE stays in float32 where its config says ``force_upcast``.",
+        "else float32. The VAE stays in float32 where its config says ``force_upcast``, or where "
+        "float16 overflows.",
         elsewhere="torch_dtype precision",
     )
     low_memory: Flag = _machine(
@@ -597,7 +615,7 @@ _command = partial(option, section="Output", key=None)
 class CommandOptions(Options):
     """Options of the command line alone."""
 
-    prompt_file: Text | None = option(
+    prompt_file: File | None = option(
         "--prompt-file",
         section="Prompt",
         key=None,
@@ -608,17 +626,24 @@ class CommandOptions(Options):
         "-o",
         "--output",
         metavar="FILE",
-        help="PNG file; {seed} and {index} are filled in. Default: mlxdiff-{seed}.png.",
+        help="PNG file; {seed}, {index}, {step}, {frame}, {prompt}, {model} and {date} are filled "
+        "in, numbers also as {seed:05d}. Default: mlxdiff-{seed}.png, numbered if it exists.",
     )
     force: Flag = _command("--force", default=False, help="Overwrite files that exist.")
     no_metadata: Flag = _command(
         "--no-metadata", default=False, help="Write no prompt and no settings into the PNG."
     )
-    from_image: Text | None = _command(
+    from_image: File | None = _command(
         "--from-image",
         metavar="FILE",
         help="Take the settings of a picture that mlxdiff (or A1111) drew; other options override "
         "them.",
+    )
+    trust_image: Flag = _command(
+        "--trust-image",
+        default=False,
+        help="With --from-image: open the files that the picture names, wherever they are, and "
+        "fetch its models from the hub.",
     )
     preview: Flag = _command(
         "--preview",
@@ -631,7 +656,8 @@ class CommandOptions(Options):
     preview_file: Text | None = _command(
         "--preview-file",
         metavar="FILE",
-        help="Write previews as PNG, and keep them: {seed}, {index} and {step} are filled in.",
+        help="Write previews as PNG, and keep them: {step} and all that --output takes are filled "
+        "in.",
     )
     as_json: Flag = _command(
         "--json", default=False, help="Print one JSON object for each picture."

@@ -19,6 +19,7 @@ from mlxdiff.pictures.image import load_image, resize
 from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
 from mlxdiff.run.additions.controlnet import Control, resolve_controls
 from mlxdiff.run.additions.ip_adapter import ImagePrompt, resolve_image_prompts
+from mlxdiff.run.habits import note_habits, note_seed
 from mlxdiff.run.model import Model
 from mlxdiff.run.options import RunOptions, ValueOptions
 from mlxdiff.run.rules import check, check_parts, checked_interval, is_scored, repaints
@@ -139,7 +140,7 @@ class Settings(ValueOptions):
         return (*shared, *target), (*shared, *target)
 
 
-class Run(NamedTuple):
+class PlannedRun(NamedTuple):
     """A run that can be drawn: checked, and planned.
 
     Attributes:
@@ -157,9 +158,14 @@ class Run(NamedTuple):
     noise: np.ndarray | None = None
 
 
-def resolve(model: Model, refiner: Model | None = None, asked: RunOptions | None = None) -> Run:
+def resolve(
+    model: Model, refiner: Model | None = None, asked: RunOptions | None = None
+) -> PlannedRun:
     """Check the options of a run, fill in the defaults, and plan it. Raises: UsageError."""
     asked = RunOptions() if asked is None else asked
+    sampler, schedule = samplers.resolve(asked.sampler, asked.schedule)
+    asked = replace(asked, sampler=sampler, schedule=schedule)
+    note_seed(asked.seed)
     seeds = pick_seeds(asked.seed, asked.count)
     if model.lacks("text"):
         settings, plans = _resolve_pixels(model, asked)
@@ -167,7 +173,7 @@ def resolve(model: Model, refiner: Model | None = None, asked: RunOptions | None
         settings, plans = _resolve_text(model, refiner, asked)
     settings = replace(settings, sampler=plans[0].sampler, schedule=plans[0].schedule)
     noise = _check_noise(settings, asked.noise, len(seeds), model)
-    return Run(model, settings, plans, seeds, noise)
+    return PlannedRun(model, settings, plans, seeds, noise)
 
 
 def _resolve_pixels(model: Model, asked: RunOptions) -> tuple[Settings, tuple[samplers.Plan, ...]]:
@@ -202,7 +208,7 @@ def _resolve_text(
     """Settings of a model that draws from text."""
     if asked.prompt is None:
         raise UsageError(
-            'no prompt is given; for example: mlxdiff generate "a red circle on a blue background"'
+            'no prompt is given; say what to draw, such as "a red circle on a blue background"'
         )
     check(model, refiner, asked)
     interval = checked_interval(asked.guidance_interval)
@@ -221,13 +227,14 @@ def _resolve_text(
         [(width, height)] if larger is None else [(width, height), (larger.width, larger.height)]
     )
     controls = resolve_controls(
-        len(model.controlnets),
+        [net.component.config for net in model.controlnets],
         sizes,
         control_image=asked.control_image,
         control_scale=asked.control_scale,
         control_start=asked.control_start,
         control_end=asked.control_end,
         control_preprocess=asked.control_preprocess,
+        control_mode=asked.control_mode,
     )
     start, end = asked.denoising_start, asked.denoising_end
     if refiner is not None:
@@ -269,6 +276,7 @@ def _resolve_text(
     _check_editing(settings)
     _note_unused_words(model, settings)
     _note_what_has_no_effect(model, settings, asked)
+    note_habits(model, asked, height, width)
     plans = make_plans(settings, model, refiner)
     _check_some_guidance(settings, plans)
     return settings, plans

@@ -9,9 +9,13 @@ from __future__ import annotations
 import math
 import numbers
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+
+from mlxdiff.store.reference import is_address, parse
 
 
 class Unfit(ValueError):
@@ -23,7 +27,7 @@ class Unfit(ValueError):
     """
 
     def __init__(self, value: Any, expected: str) -> None:
-        super().__init__(f"{value!r}; expected {expected}")
+        super().__init__(f"{_shown(value)}; expected {expected}")
         self.value, self.expected = value, expected
 
 
@@ -62,8 +66,17 @@ ANYTHING = Anything()
 class Picture(Anything):
     """A picture: path, Pillow image or array. Metadata hold its name only."""
 
-    expected = "a picture"
+    expected = "a path, a Pillow image or an array; open bytes and files with PIL.Image.open"
     metavar = "FILE"
+
+    def accept(self, value: Any) -> Any:
+        if isinstance(value, (str, os.PathLike)):
+            fits = value != ""
+        else:  # a Pillow image and arrays of all libraries offer themselves as arrays
+            fits = hasattr(value, "__array__") or hasattr(value, "__array_interface__")
+        if not fits or isinstance(value, np.generic):
+            raise Unfit(value, self.expected)
+        return no_address(value)
 
 
 @dataclass(frozen=True)
@@ -77,6 +90,17 @@ class Text(Anything):
         if not isinstance(value, str):
             raise Unfit(value, self.expected)
         return value
+
+
+@dataclass(frozen=True)
+class File(Text):
+    """A file of this machine."""
+
+    expected = "a path"
+    metavar = "FILE"
+
+    def accept(self, value: Any) -> Any:
+        return no_address(super().accept(value))
 
 
 @dataclass(frozen=True)
@@ -101,7 +125,10 @@ class Place(Anything):
         is_pipeline = self.or_pipeline and hasattr(value, "generate")
         if not is_pipeline and not isinstance(value, (str, os.PathLike)):
             raise Unfit(value, self.expected)
-        return value
+        if value == "":  # an unset variable of a shell or a form
+            raise Unfit(value, self.expected)
+        # The address of a model on the hub is a reference to it.
+        return value if is_address(value) and parse(value) is not None else no_address(value)
 
 
 @dataclass(frozen=True)
@@ -112,9 +139,9 @@ class Flag(Anything):
     metavar = ""
 
     def accept(self, value: Any) -> Any:
-        if not isinstance(value, bool):
+        if not isinstance(value, (bool, np.bool_)):
             raise Unfit(value, self.expected)
-        return value
+        return bool(value)
 
 
 @dataclass(frozen=True)
@@ -132,7 +159,7 @@ class Whole(Anything):
         return f"a whole number{_bounds(self.least, self.most)}"
 
     def accept(self, value: Any) -> Any:
-        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, (bool, np.bool_))
         if not whole or not _within(value, self.least, self.most):
             raise Unfit(value, self.expected)
         return int(value)
@@ -170,7 +197,7 @@ class Number(Anything):
         return f"a number{_bounds(self.least, self.most)}"
 
     def accept(self, value: Any) -> Any:
-        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        real = isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
         if not real or not math.isfinite(value) or not _within(value, self.least, self.most):
             raise Unfit(value, self.expected)
         if self.above is not None and value <= self.above:
@@ -216,6 +243,8 @@ class Numbers(Anything):
         return f"{count} {each[0].removeprefix('a ')}numbers{each[2]} ({self.form})"
 
     def accept(self, value: Any) -> Any:
+        if isinstance(value, np.ndarray) and value.ndim == 1:
+            value = tuple(value)
         if not isinstance(value, (tuple, list)) or len(value) != len(self.names):
             raise Unfit(value, self.expected)
         try:
@@ -238,10 +267,12 @@ class Choice(Anything):
     Attributes:
         words: the words.
         hint: what to do where none of them fits.
+        spelled: returns the word that another name stands for, or None.
     """
 
     words: tuple[str, ...]
     hint: str = ""
+    spelled: Callable[[str], str | None] | None = None
 
     @property
     def metavar(self) -> str:
@@ -259,9 +290,12 @@ class Choice(Anything):
         return self.words
 
     def accept(self, value: Any) -> Any:
-        if not isinstance(value, str) or value not in self.words:
-            raise Unfit(value, self.expected)
-        return value
+        if isinstance(value, str) and value in self.words:
+            return value
+        if isinstance(value, str) and self.spelled is not None:
+            if (word := self.spelled(value)) is not None:
+                return word
+        raise Unfit(value, self.expected)
 
 
 @dataclass(frozen=True)
@@ -283,9 +317,11 @@ class Bits(Anything):
         return self.words
 
     def accept(self, value: Any) -> Any:
-        if isinstance(value, bool) or not isinstance(value, (int, str)):
+        if isinstance(value, str):
+            return value
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise Unfit(value, self.expected)
-        return value
+        return int(value)
 
 
 @dataclass(frozen=True)
@@ -316,6 +352,8 @@ class Each(Anything):
     def accept(self, value: Any) -> Any:
         if isinstance(value, (tuple, list)):
             return [self.kind.accept(one) for one in value]
+        if isinstance(value, np.ndarray) and value.ndim == 1:  # several numbers, never a picture
+            return [self.kind.accept(one) for one in value]
         return self.kind.accept(value)
 
     def parse(self, word: str) -> Any:
@@ -332,12 +370,24 @@ class Files(Anything):
 
     form: str
 
-    expected = "a list of files"
+    @property
+    def expected(self) -> str:
+        """What fits, in words."""
+        word = "a word" if "WORD" in self.form else "a scale"
+        return f"a list of paths, each alone or as (path, {word.removeprefix('a ')})"
 
     @property
     def metavar(self) -> str:
         """The form."""
         return self.form
+
+    def accept(self, value: Any) -> Any:
+        if isinstance(value, (str, bytes, os.PathLike)) or not isinstance(value, Iterable):
+            raise Unfit(value, self.expected)
+        files = tuple(value)
+        for one in files:
+            no_address(one[0] if isinstance(one, tuple) and one else one)
+        return files
 
 
 def listed(value: Any) -> list[Any]:
@@ -345,6 +395,21 @@ def listed(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def no_address(value: Any) -> Any:
+    """Return a value that is no web address. Raises: Unfit."""
+    if is_address(value):
+        raise Unfit(value, "a file: download it first, and give its path")
+    return value
+
+
+def _shown(value: Any) -> str:
+    """Write a value out on one line, shortened."""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return f"{len(value)} bytes"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _bounds(least: float | None, most: float | None) -> str:

@@ -25,17 +25,20 @@ from mlxdiff.samplers import fitted
 from mlxdiff.samplers.arguments import SchedulerArguments
 from mlxdiff.samplers.ddim import DDPM
 from mlxdiff.samplers.defaults import PIXELS, automatic, distilled_for, is_turbo
+from mlxdiff.samplers.names import find_schedule, resolve, spelled
 from mlxdiff.samplers.plan import Plan, Row, State
+from mlxdiff.samplers.process import check_process, is_continuous, is_edm
 from mlxdiff.samplers.registry import (
     NAMES,
     SAMPLERS,
     SCHEDULE_ARGUMENTS,
     SCHEDULES,
     SIGMA_FLAGS,
-    check_known,
     find,
     has_schedule,
     of_class,
+    samplers_for,
+    schedule_arguments,
 )
 from mlxdiff.samplers.schedule import NoiseSchedule, ays, check_steps
 from mlxdiff.samplers.scheduler import Grid, Scheduler
@@ -48,13 +51,18 @@ __all__ = [
     "Row",
     "State",
     "automatic",
+    "check_process",
     "distilled_for",
     "evaluations_per_step",
+    "find_schedule",
     "forward_process",
+    "is_edm",
     "is_turbo",
     "of_class",
     "plan",
     "reference_class",
+    "resolve",
+    "spelled",
     "takes_distilled_strength",
     "timesteps",
 ]
@@ -79,7 +87,7 @@ def plan(
 
     Args:
         scheduler_config: the checkpoint's scheduler_config.json.
-        sampler, schedule: ids from `NAMES` and `SCHEDULES`.
+        sampler, schedule: ids from `NAMES` and `SCHEDULES`, or other names of theirs (names.py).
         steps: as diffusers counts num_inference_steps; len(plan) counts model evaluations.
         eta: share of fresh noise, 0 to 1, for the samplers that take it (None: 0).
         family: the model's family ("sd1", "sdxl", ...). It decides about schedules that were made
@@ -113,6 +121,11 @@ def plan(
             )
         custom = scheduler.distilled_timesteps(chosen.arguments, steps, distilled_strength)
         chosen = replace(chosen, custom=custom)
+    if is_continuous(scheduler_config) and (denoising_start, denoising_end) != (None, None):
+        raise UsageError(
+            "denoising_start, denoising_end: this model takes continuous noise levels (EDM's) and "
+            "has no numbered timesteps to divide between two models; draw with it alone"
+        )
     grid = chosen.grid()
     first, last = _window(scheduler, grid, steps, strength, denoising_start, denoising_end)
     rows = tuple(scheduler.rows(chosen.arguments, grid, first, eta or 0.0))
@@ -218,19 +231,20 @@ def _choose(
     """Resolve ids to a scheduler and its arguments; raise UsageError for what does not exist."""
     if not isinstance(config, Mapping):
         raise ConfigError(f"scheduler_config.json must hold an object, not {type(config).__name__}")
-    check_known("sampler", sampler, NAMES)
-    check_known("schedule", schedule, SCHEDULES)
+    sampler, schedule = resolve(sampler, schedule)
     sampler, schedule = automatic(config, sampler, schedule, steps, family, guidance, altered)
     found = find(config, sampler)
     scheduler = found.scheduler
-    if not has_schedule(scheduler, schedule):
+    asked = schedule_arguments(scheduler, schedule)
+    if asked is None:
         having = [name for name in SCHEDULE_ARGUMENTS if has_schedule(scheduler, name)]
-        others = [one.id for one in SAMPLERS.values() if has_schedule(one.scheduler, schedule)]
+        existing = samplers_for(config).values()
+        others = [one.id for one in existing if has_schedule(one.scheduler, schedule)]
+        of_this = " of this model" if is_continuous(config) else ""
         raise UsageError(
             f"sampler {sampler} has no schedule {schedule}; it has {', '.join(having)}; "
-            f"{schedule} exists for {', '.join(others)}"
+            f"{schedule} exists for {', '.join(others) or f'no sampler{of_this}'}"
         )
-    asked = SCHEDULE_ARGUMENTS[schedule]
     overrides = {**found.arguments, **asked}
     if schedule == "ays" or set(asked) & set(SIGMA_FLAGS):
         # The schedule that the user asks for replaces the file's own spacing of sigmas.

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlxdiff.samplers import fitted
-from mlxdiff.samplers.registry import find, has_schedule
+from mlxdiff.samplers.process import is_continuous
+from mlxdiff.samplers.registry import find, has_schedule, samplers_for
 
 PIXELS = "ddpm"
 """The family of models that draw pixels, not latents of a VAE."""
@@ -34,25 +35,27 @@ def automatic(
 
     - The sampler is dpmpp-2m; for a model that was distilled to a few steps, the sampler that it
       was distilled for.
-    - The schedule of a distilled model is the checkpoint's. It is trailing if the checkpoint says
-      trailing or has zero terminal SNR: its highest sigma is outside the range of Karras' spacing.
-      Else it is karras, or trailing below `FEW_GUIDED` (`FEW_UNGUIDED`) steps. Both start at the
-      last training timestep, to which the initial noise belongs. The spacing in SDXL's config
-      starts later.
+    - The schedule of a distilled model, and of one with EDM's noise, is the checkpoint's. It is
+      trailing if the checkpoint says trailing or has zero terminal SNR: its highest sigma is
+      outside the range of Karras' spacing. Else it is karras, or trailing below `FEW_GUIDED`
+      (`FEW_UNGUIDED`) steps. Both start at the last training timestep, to which the initial noise
+      belongs. The spacing in SDXL's config starts later.
     """
     if (sampler, schedule) == ("auto", "auto") and not altered:
         if fitted.available(config, steps, guidance):
             return "fitted", "normal"
     distilled = distilled_for(config)
     if sampler == "auto":
-        sampler = distilled or "dpmpp-2m"
+        existing = samplers_for(config)
+        sampler = distilled or ("dpmpp-2m" if "dpmpp-2m" in existing else next(iter(existing)))
     if schedule == "auto":
         few = FEW_UNGUIDED if guidance is not None and guidance <= 1.0 else FEW_GUIDED
         wanted = "karras" if steps >= few else "trailing"
         if config.get("timestep_spacing") == "trailing" or config.get("rescale_betas_zero_snr"):
             wanted = "trailing"
         # For models that draw pixels nothing was measured: they take the reference's own.
-        if distilled or sampler == "checkpoint" or family == PIXELS:
+        # Continuous noise levels (EDM's) belong to the model.
+        if distilled or sampler == "checkpoint" or family == PIXELS or is_continuous(config):
             wanted = "normal"
         schedule = wanted if has_schedule(find(config, sampler).scheduler, wanted) else "normal"
     return sampler, schedule

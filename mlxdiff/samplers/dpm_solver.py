@@ -11,18 +11,22 @@ solvers take these outputs from earlier steps, singlestep solvers from inside th
 
 Source: Lu et al. 2022, DPM-Solver (arXiv 2206.00927) and DPM-Solver++ (arXiv 2211.01095). Equal to
 diffusers' DPMSolverMultistepScheduler, whose third order takes half the second difference that the
-parabola needs and so has order 2 (docs/samplers.md), and DPMSolverSinglestepScheduler.
+parabola needs and so has order 2 (docs/samplers.md), DPMSolverSinglestepScheduler, and
+EDMDPMSolverMultistepScheduler.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from mlxdiff.errors import ConfigError
+from mlxdiff.samplers import edm
 from mlxdiff.samplers import schedule as sch
 from mlxdiff.samplers.arguments import SchedulerArguments
 from mlxdiff.samplers.plan import Row
@@ -33,8 +37,12 @@ from mlxdiff.samplers.scheduler import (
     Grid,
     Sampler,
     Scheduler,
+    Terms,
     vp_terms,
 )
+
+Level = Callable[[float], tuple[float, float]]
+"""Karras sigma -> (alpha, sigma) of the kept sample."""
 
 _SHARED = {
     **TRAINING,
@@ -151,9 +159,11 @@ class _Step:
     curve: float
 
     @classmethod
-    def between(cls, algorithm: str, sigma_from: float, sigma_to: float) -> _Step:
-        alpha_s, sigma_s = sch.alpha_sigma(sigma_from)
-        alpha_t, sigma_t = sch.alpha_sigma(sigma_to)
+    def between(
+        cls, algorithm: str, sigma_from: float, sigma_to: float, level: Level = sch.alpha_sigma
+    ) -> _Step:
+        alpha_s, sigma_s = level(sigma_from)
+        alpha_t, sigma_t = level(sigma_to)
         h = log_ratio(sigma_from, sigma_to)
         stochastic, noise = algorithm.startswith("sde-"), 0.0
         if algorithm.endswith("++"):
@@ -230,8 +240,31 @@ def second_order(sigmas: Sequence[float]) -> Iterator[tuple[float, tuple[float, 
 # --- rows -----------------------------------------------------------------------------------------
 
 
+def _vp_terms(
+    arguments: SchedulerArguments, sigma_karras: float, *, noise: bool = False
+) -> dict[str, Any]:
+    return vp_terms(arguments, *sch.alpha_sigma(sigma_karras), noise=noise)
+
+
+@dataclass(frozen=True)
+class _Process:
+    """A noise process: its levels (alpha, sigma), and the `Row` fields of a level."""
+
+    level: Level
+    terms: Terms
+
+
+_DDPM = _Process(sch.alpha_sigma, _vp_terms)
+_EDM = _Process(edm.level, edm.terms)
+
+
 def _rows(
-    arguments: SchedulerArguments, grid: Grid, start: int, orders: Sequence[int], singlestep: bool
+    process: _Process,
+    arguments: SchedulerArguments,
+    grid: Grid,
+    start: int,
+    orders: Sequence[int],
+    singlestep: bool,
 ) -> Iterator[Row]:
     """Yield the rows from grid index `start` on; row i has at most order `orders[i]`."""
     algorithm = arguments.algorithm_type
@@ -252,11 +285,10 @@ def _rows(
         else:
             origin, weights = i, _weights_multistep
             h = [log_ratio(sigmas[j], sigmas[j + 1]) for j in range(i, i - order, -1)]
-        step = _Step.between(algorithm, sigmas[origin], sigmas[i + 1])
-        alpha, sigma = sch.alpha_sigma(sigmas[i])
+        step = _Step.between(algorithm, sigmas[origin], sigmas[i + 1], process.level)
         yield Row(
             timestep=timestep,
-            **vp_terms(arguments, alpha, sigma, noise=by_noise),
+            **process.terms(arguments, sigmas[i], noise=by_noise),
             anchor_x=float(origin == i),
             anchor_last=float(origin != i),
             scale=step.x,
@@ -267,10 +299,12 @@ def _rows(
 
 
 def _multistep_rows(
-    arguments: SchedulerArguments, grid: Grid, start: int, eta: float
+    process: _Process, arguments: SchedulerArguments, grid: Grid, start: int, eta: float
 ) -> Iterator[Row]:
-    if arguments.algorithm_type == "sde-dpmsolver" and arguments.solver_order == 3:
-        raise ConfigError("scheduler_config.json: sde-dpmsolver has no solver_order 3")
+    algorithm = arguments.algorithm_type
+    without = ("sde-dpmsolver", "sde-dpmsolver++") if process is _EDM else ("sde-dpmsolver",)
+    if algorithm in without and arguments.solver_order == 3:
+        raise ConfigError(f"scheduler_config.json: {algorithm} has no solver_order 3")
     count = len(grid.timesteps)
     orders = [arguments.solver_order] * count
     few = arguments.lower_order_final and count < 15
@@ -278,7 +312,7 @@ def _multistep_rows(
         orders[-2] = min(orders[-2], 2)
     if few or arguments.euler_at_final or arguments.final_sigmas_type == "zero":
         orders[-1] = 1
-    return _rows(arguments, grid, start, orders, singlestep=False)
+    return _rows(process, arguments, grid, start, orders, singlestep=False)
 
 
 def _singlestep_rows(
@@ -289,7 +323,7 @@ def _singlestep_rows(
     orders = (list(range(1, order + 1)) * (count // order + 1))[:count]
     if count % order == 0 and (arguments.lower_order_final or to_zero):
         orders[-1] = 1
-    return _rows(arguments, grid, start, orders, singlestep=True)
+    return _rows(_DDPM, arguments, grid, start, orders, singlestep=True)
 
 
 def _multistep_grid(
@@ -317,8 +351,28 @@ MULTISTEP = Scheduler(
         "algorithm_type": ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver", "deis"),
     },
     grid=_multistep_grid,
-    rows=_multistep_rows,
+    rows=partial(_multistep_rows, _DDPM),
     takes_timesteps=True,
+)
+
+EDM = Scheduler(
+    reference="EDMDPMSolverMultistepScheduler",
+    defaults={
+        **edm.DEFAULTS,
+        **THRESHOLDING,
+        "solver_order": 2,
+        "algorithm_type": "dpmsolver++",
+        "solver_type": "midpoint",
+        "lower_order_final": True,
+        "euler_at_final": False,
+    },
+    choices={
+        **_CHOICES,
+        **edm.CHOICES,
+        "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),
+    },
+    grid=edm.grid,
+    rows=partial(_multistep_rows, _EDM),
 )
 
 SINGLESTEP = Scheduler(
@@ -332,16 +386,26 @@ SINGLESTEP = Scheduler(
 
 SAMPLERS = (
     Sampler(
-        "dpmpp-2m", "DPM++ 2M", MULTISTEP, {"algorithm_type": "dpmsolver++", "solver_order": 2}
+        "dpmpp-2m",
+        "DPM++ 2M",
+        MULTISTEP,
+        {"algorithm_type": "dpmsolver++", "solver_order": 2},
+        also=("k_dpmpp_2m",),
+        edm=EDM,
     ),
     Sampler(
-        "dpmpp-3m", "DPM++ 3M", MULTISTEP, {"algorithm_type": "dpmsolver++", "solver_order": 3}
+        "dpmpp-3m",
+        "DPM++ 3M",
+        MULTISTEP,
+        {"algorithm_type": "dpmsolver++", "solver_order": 3},
+        edm=EDM,
     ),
     Sampler(
         "dpmpp-2m-sde",
         "DPM++ 2M SDE",
         MULTISTEP,
         {"algorithm_type": "sde-dpmsolver++", "solver_order": 2},
+        edm=EDM,
     ),
     Sampler(
         "dpm-2m",

@@ -8,17 +8,19 @@ come back up.
 Source: Karras et al. 2022 (arXiv 2206.00364), algorithm 1 without churn (Heun) and its first-order
 part (Euler). The ancestral step is the posterior of Ho et al. 2020 in sigma, as in k-diffusion's
 sample_euler_ancestral. Equal to diffusers' EulerDiscreteScheduler,
-EulerAncestralDiscreteScheduler and HeunDiscreteScheduler.
+EulerAncestralDiscreteScheduler, HeunDiscreteScheduler and EDMEulerScheduler.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
 from mlxdiff.errors import UsageError
+from mlxdiff.samplers import edm
 from mlxdiff.samplers import schedule as sch
 from mlxdiff.samplers.arguments import SchedulerArguments
 from mlxdiff.samplers.plan import Row
@@ -29,6 +31,7 @@ from mlxdiff.samplers.scheduler import (
     Grid,
     Sampler,
     Scheduler,
+    Terms,
     ve_terms,
 )
 
@@ -68,12 +71,14 @@ def grid(arguments: SchedulerArguments, steps: int, custom: Sequence[int] | None
     return Grid(schedule, times, sigmas, float(top))
 
 
-def _euler_rows(arguments: SchedulerArguments, grid: Grid, start: int, eta: float) -> Iterator[Row]:
+def _rows(
+    terms: Terms, arguments: SchedulerArguments, grid: Grid, start: int, eta: float
+) -> Iterator[Row]:
     sigmas = grid.levels()
     for i, timestep in grid.evaluations(start):
         yield Row(
             timestep=timestep,
-            **ve_terms(arguments, sigmas[i], noise=True),
+            **terms(arguments, sigmas[i], noise=True),
             scale=1.0,
             weights=(sigmas[i + 1] - sigmas[i],),
         )
@@ -133,8 +138,16 @@ EULER = Scheduler(
         "final_sigmas_type": "zero",
     },
     grid=grid,
-    rows=_euler_rows,
+    rows=partial(_rows, ve_terms),
     takes_timesteps=True,
+)
+
+EDM = Scheduler(
+    reference="EDMEulerScheduler",
+    defaults=edm.DEFAULTS,
+    choices=edm.CHOICES,
+    grid=partial(edm.grid, double=True),
+    rows=partial(_rows, edm.terms),
 )
 
 ANCESTRAL = Scheduler(
@@ -156,7 +169,7 @@ HEUN = Scheduler(
 )
 
 SAMPLERS = (
-    Sampler("euler", "Euler", EULER),
-    Sampler("euler-a", "Euler a", ANCESTRAL),
-    Sampler("heun", "Heun", HEUN),
+    Sampler("euler", "Euler", EULER, also=("k_euler",), edm=EDM),
+    Sampler("euler-a", "Euler a", ANCESTRAL, also=("euler_ancestral", "k_euler_a")),
+    Sampler("heun", "Heun", HEUN, also=("k_heun",)),
 )

@@ -64,6 +64,8 @@ class Row:
         level: (signal, noise): the forward process at this row is signal * x_0 + noise * noise.
         input_scale: the network takes input_scale * x.
         draws: True if the step draws noise (also noise with coefficient 0, as in the reference).
+        x0: coefficients of x and of the output that give the predicted x_0. (1, 0), x itself, where
+            x is noise alone and the output says nothing of x_0.
         All other fields are coefficients of the module's equation.
     """
 
@@ -81,6 +83,7 @@ class Row:
     limit: Limit | None = None
     after_limit: tuple[float, float] = (0.0, 1.0)
     input_scale: float = 1.0
+    x0: tuple[float, float] = (1.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,16 @@ class Plan:
             anchor=anchor if self._anchored else None,
         )
         return _combine(terms), following
+
+    def denoised(self, x: Array, output: Array, index: int) -> Array:
+        """Return the network's prediction of x_0 at a row, without a limit.
+
+        Args:
+            x, output: as `step` takes them.
+            index: the row.
+        """
+        of_x, of_output = self.rows[index].x0
+        return _combine([(of_x, x), (of_output, output)])
 
     def add_noise(self, x0: Array, noise: Array, index: int = 0) -> Array:
         """Add noise to `x0` up to the level of a row, to start image to image or to keep an area.

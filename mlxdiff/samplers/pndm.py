@@ -21,7 +21,7 @@ from mlxdiff.samplers import schedule as sch
 from mlxdiff.samplers.arguments import SchedulerArguments
 from mlxdiff.samplers.ddim import level
 from mlxdiff.samplers.plan import Row
-from mlxdiff.samplers.scheduler import TRAINING, Grid, Sampler, Scheduler
+from mlxdiff.samplers.scheduler import TRAINING, Grid, Sampler, Scheduler, to_x0
 
 _RUNGE_KUTTA_STEPS = 3
 _RUNGE_KUTTA = 4 * _RUNGE_KUTTA_STEPS  # evaluations
@@ -104,9 +104,11 @@ def _row(
     scale, push = alpha_next / alpha, sigma_next - alpha_next / alpha * sigma
     if arguments.prediction_type == "v_prediction":  # noise = alpha v + sigma x, of the combined v
         scale, push = scale + push * sigma, push * alpha
+    seen = level(float(known[timestep]))
     return Row(
         timestep=timestep,
-        level=level(float(known[timestep])),
+        level=seen,
+        x0=to_x0(arguments.prediction_type, *seen),
         data=(0.0, 1.0),
         anchor_x=float(not again),
         anchor_last=float(again),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from mlxdiff.errors import ConfigError, UsageError
@@ -17,6 +18,7 @@ from mlxdiff.samplers import (
     pndm,
     unipc,
 )
+from mlxdiff.samplers.process import check_process, is_continuous, is_edm
 from mlxdiff.samplers.scheduler import Sampler, Scheduler
 
 # The order is the order of lists in messages and help.
@@ -34,18 +36,19 @@ _FILES = (
 SAMPLERS: dict[str, Sampler] = {one.id: one for file in _FILES for one in file.SAMPLERS}
 """Sampler id -> sampler; without `auto` and `checkpoint`."""
 
-SCHEDULE_ARGUMENTS: dict[str, dict[str, Any]] = {
-    "normal": {},
-    "karras": {"use_karras_sigmas": True},
-    "exponential": {"use_exponential_sigmas": True},
-    "beta": {"use_beta_sigmas": True},
-    "lu": {"use_lu_lambdas": True},
-    "trailing": {"timestep_spacing": "trailing"},
-    "leading": {"timestep_spacing": "leading"},
-    "linspace": {"timestep_spacing": "linspace"},
-    "ays": {},
+SCHEDULE_ARGUMENTS: dict[str, tuple[dict[str, Any], ...]] = {
+    "normal": ({},),
+    "karras": ({"use_karras_sigmas": True}, {"sigma_schedule": "karras"}),
+    "exponential": ({"use_exponential_sigmas": True}, {"sigma_schedule": "exponential"}),
+    "beta": ({"use_beta_sigmas": True},),
+    "lu": ({"use_lu_lambdas": True},),
+    "trailing": ({"timestep_spacing": "trailing"},),
+    "leading": ({"timestep_spacing": "leading"},),
+    "linspace": ({"timestep_spacing": "linspace"},),
+    "ays": (),
 }
-"""Schedule id -> the arguments that it sets. `ays` passes a list of timesteps instead."""
+"""Schedule id -> the arguments that it sets: of the first set that the scheduler class takes.
+`ays` passes a list of timesteps instead."""
 
 SIGMA_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 """The arguments that choose a spacing of sigmas."""
@@ -63,24 +66,49 @@ def check_known(what: str, name: str, names: tuple[str, ...]) -> None:
         raise UsageError(f"unknown {what} {name!r}; there are {', '.join(names)}")
 
 
-def has_schedule(scheduler: Scheduler, schedule: str) -> bool:
-    """Return True if the scheduler class takes the argument that the schedule sets."""
+def schedule_arguments(scheduler: Scheduler, schedule: str) -> dict[str, Any] | None:
+    """Return the arguments that a schedule sets, or None if the scheduler class takes none."""
     if schedule == "ays":
-        return scheduler.takes_timesteps
-    return set(SCHEDULE_ARGUMENTS[schedule]) <= set(scheduler.defaults)
+        return {} if scheduler.takes_timesteps else None
+    for arguments in SCHEDULE_ARGUMENTS[schedule]:
+        if set(arguments) <= set(scheduler.defaults):
+            return arguments
+    return None
+
+
+def has_schedule(scheduler: Scheduler, schedule: str) -> bool:
+    """Return True if the schedule exists for the scheduler."""
+    return schedule_arguments(scheduler, schedule) is not None
+
+
+def samplers_for(config: Mapping[str, Any]) -> dict[str, Sampler]:
+    """Return the samplers of a model by id, each with the scheduler for the model's process."""
+    every = SAMPLERS.values()
+    if is_edm(config):
+        return {one.id: replace(one, scheduler=one.edm) for one in every if one.edm is not None}
+    if is_continuous(config):
+        return {one.id: one for one in every if "timestep_type" in one.scheduler.defaults}
+    return SAMPLERS
 
 
 def find(config: Mapping[str, Any], sampler: str) -> Sampler:
     """Return the sampler of an id other than `auto`.
 
     `checkpoint` is the class that the config names, without fixed arguments.
-    Raises: UsageError for an unknown id; ConfigError if the config names a class that is not
-        implemented.
+    Raises: UsageError for an unknown id, or an id that the model's process does not have;
+        ConfigError if the config names a class or a process that is not implemented.
     """
     check_known("sampler", sampler, NAMES)
+    check_process(config)
+    existing = samplers_for(config)
+    if sampler in existing:
+        return existing[sampler]
     if sampler != "checkpoint":
-        return SAMPLERS[sampler]
-    classes = {one.scheduler.reference: one.scheduler for one in SAMPLERS.values()}
+        raise UsageError(
+            f"sampler {sampler} does not exist for this model, which takes continuous noise "
+            f"levels (EDM's); there are auto, checkpoint, {', '.join(existing)}"
+        )
+    classes = {one.scheduler.reference: one.scheduler for one in existing.values()}
     known = [name for name in classes if name is not None]
     name = config.get("_class_name")
     if name not in known:

@@ -36,12 +36,17 @@ THRESHOLDING = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sam
 CLIPPING = {"clip_sample": False, "clip_sample_range": 1.0}
 
 
+Terms = Callable[..., dict[str, Any]]
+"""(arguments, sigma_karras, noise=...) -> the `Row` fields that a noise level decides."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """The timesteps and noise levels of a run.
 
     Attributes:
-        schedule: the noise schedule of the training.
+        schedule: the noise schedule of the training; empty for EDM's process, which has no
+            numbered timesteps.
         timesteps: the reference's `scheduler.timesteps`: int64 or float32, falling.
         sigmas: the reference's `scheduler.sigmas`, the final one included, float32; None where the
             class has none.
@@ -124,12 +129,16 @@ class Sampler:
         a1111: its name in AUTOMATIC1111's web UI, or the name that fits there.
         scheduler: the scheduler behind it.
         arguments: arguments of the scheduler that the id fixes, whatever the file says.
+        also: names that other programs give it, beside A1111's and the class of diffusers.
+        edm: the scheduler for models with EDM's parametrisation; None: the id has none.
     """
 
     id: str
     a1111: str
     scheduler: Scheduler
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    also: tuple[str, ...] = ()
+    edm: Scheduler | None = None
 
 
 # --- what a row is made of ------------------------------------------------------------------------
@@ -197,14 +206,39 @@ def _data(
 
     `x_scale` turns the kept sample into x.
     """
+
+    def kept(of_x: float, of_output: float) -> tuple[float, float]:
+        return of_x * x_scale, of_output
+
+    prediction = arguments.prediction_type
+    slope = kept(*to_noise(prediction, alpha, sigma)) if noise else None
+    # Next to no signal: the noise that the network predicts says nothing of x_0.
+    hidden = prediction == "epsilon" and alpha < 1e-3
+    if hidden and slope is not None and _limit(arguments) is None:
+        return {"data": slope}
+    x0 = kept(*to_x0(prediction, alpha, sigma))
+    fields = limited(arguments, x0, slope, (x_scale / sigma, -alpha / sigma))
+    return fields if not hidden else {**fields, "x0": (1.0, 0.0)}
+
+
+def limited(
+    arguments: SchedulerArguments,
+    x0: tuple[float, float],
+    slope: tuple[float, float] | None,
+    slope_of_x0: tuple[float, float],
+) -> dict[str, Any]:
+    """Return the `Row` fields data, x0 and, where the arguments bound x_0, limit and after_limit.
+
+    Args:
+        x0: coefficients of the sample and of the output that give x_0.
+        slope: those that give the noise, if the row's data are the noise; else None.
+        slope_of_x0: coefficients of the sample and of x_0 that give the noise.
+    """
     bound = _limit(arguments)
-    convert = to_noise if noise and bound is None else to_x0
-    of_x, of_output = convert(arguments.prediction_type, alpha, sigma)
-    terms: dict[str, Any] = {"data": (of_x * x_scale, of_output)}
-    if bound is not None:
-        terms["limit"] = bound
-        terms["after_limit"] = (x_scale / sigma, -alpha / sigma) if noise else (0.0, 1.0)
-    return terms
+    if bound is None:
+        return {"data": x0 if slope is None else slope, "x0": x0}
+    after = (0.0, 1.0) if slope is None else slope_of_x0
+    return {"data": x0, "x0": x0, "limit": bound, "after_limit": after}
 
 
 def _limit(arguments: SchedulerArguments) -> Limit | None:

@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 
 from mlxdiff.errors import UsageError
 from mlxdiff.pictures import encoded, metadata
+from mlxdiff.pictures.image import png_bytes
 from mlxdiff.pictures.metadata import SAMPLER_NAMES, SCHEDULE_NAMES, UPSCALER_NAMES
 from mlxdiff.serve.desk import Desk, Endpoint, json_body
 from mlxdiff.serve.engine import Job
@@ -623,5 +624,5 @@ def _stamp(seconds: float) -> str:
 def _enlarged(image: Any, width: int, height: int, crop: bool) -> bytes:
     image = encoded.opaque(image)
     if crop:
-        return encoded.encode_png(encoded.fit(image, width, height, fill=False))
-    return encoded.encode_png(encoded.enlarge(image, width, height))
+        return png_bytes(encoded.fit(image, width, height, fill=False))
+    return png_bytes(encoded.enlarge(image, width, height))

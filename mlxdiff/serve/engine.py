@@ -20,7 +20,7 @@ from typing import Any
 
 from mlxdiff.errors import MlxdiffError, UsageError
 from mlxdiff.loading import load
-from mlxdiff.pictures.encoded import encode_png
+from mlxdiff.pictures.image import png_bytes
 from mlxdiff.run.settings import pick_seeds
 from mlxdiff.serve.gallery import Gallery
 
@@ -255,7 +255,7 @@ class Job:
             self._previewed = now
             sketch = step.sketch()
             sketch.thumbnail((PREVIEW_PIXELS, PREVIEW_PIXELS))
-            self.preview = encode_png(sketch)
+            self.preview = png_bytes(sketch, compress_level=1)
         if self.step == self.steps:
             self.stage = "saving"
         self._changed()
@@ -426,7 +426,7 @@ class Engine:
                 continue
             job._set_stage("saving")
             metadata = result.metadata[0]
-            png = encode_png(result.images[0], metadata.chunks())
+            png = result.png()
             kept = self.gallery.add(png) if order.save else None
             job.drawn.append(Drawn(kept, png, seed, metadata.to_dict(), metadata.to_parameters()))
             self._picture_seconds = time.perf_counter() - start

@@ -10,11 +10,19 @@ import json
 import os
 import re
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
 from mlxdiff.errors import one_line
-from mlxdiff.store.reference import SINGLE_FILE_SUFFIXES, Reference, is_commit
+from mlxdiff.machine.disk import read_document
+from mlxdiff.store.reference import (
+    SINGLE_FILE_SUFFIXES,
+    Reference,
+    is_commit,
+    is_digest,
+    is_repo_path,
+)
 from mlxdiff.store.selection import INDEX, File, Incomplete, Listing, Select, Unusable
 
 CHECK_SECONDS = 24 * 60 * 60
@@ -25,11 +33,11 @@ def cache_folder() -> Path:
     """Return the folder where huggingface_hub keeps models, from the same environment variables."""
     for key in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if os.environ.get(key):
-            return Path(os.path.expandvars(os.environ[key])).expanduser()
+            return Path(os.path.expanduser(os.path.expandvars(os.environ[key])))
     home = os.environ.get("HF_HOME") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"
     )
-    return Path(os.path.expandvars(home)).expanduser() / "hub"
+    return Path(os.path.expanduser(os.path.expandvars(home))) / "hub"
 
 
 def is_offline() -> bool:
@@ -64,7 +72,7 @@ def cached_commit(reference: Reference) -> str | None:
     if reference.is_pinned:
         return reference.revision
     try:
-        commit = _ref_file(reference).read_text(encoding="utf-8").strip()
+        commit = read_document(_ref_file(reference)).decode("utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return None
     return commit if is_commit(commit) else None
@@ -80,8 +88,9 @@ def remember_commit(reference: Reference, commit: str) -> None:
             os.utime(file)
         else:
             file.parent.mkdir(parents=True, exist_ok=True)
-            new = file.with_name(f".{file.name}.{os.getpid()}")
-            new.write_text(commit, encoding="utf-8")
+            new = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
+            with new.open("x", encoding="utf-8") as opened:
+                opened.write(commit)
             new.replace(file)
     except OSError:
         pass  # The cache is read-only: the next run looks the branch up again.
@@ -160,8 +169,7 @@ def check_complete(snapshot: Path, files: set[str], components: tuple[str, ...])
 def _file_of(path: Path) -> File:
     """Describe a cached file. Its link to a blob gives the digest."""
     blob = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
-    digest = blob if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob) else ""
-    return File(path.stat().st_size, digest)
+    return File(path.stat().st_size, blob if is_digest(blob) else "")
 
 
 def _is_present(path: Path, file: File) -> bool:
@@ -184,12 +192,15 @@ def _shard_names(index: Path) -> set[str]:
     shards = _read_object(index).get("weight_map")
     if not isinstance(shards, dict):
         raise Incomplete(f"{index.name} names no shards")
-    return {str(shard) for shard in shards.values()}
+    names = {shard if isinstance(shard, str) else "" for shard in shards.values()}
+    if not all(is_repo_path(name) and "/" not in name for name in names):
+        raise Incomplete(f"{index.name} names a shard that is not a file in its folder")
+    return names
 
 
 def _read_object(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(read_document(file).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise Incomplete(f"{file.name} cannot be read ({one_line(error)})") from None
     if not isinstance(value, dict):

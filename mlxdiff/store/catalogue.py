@@ -105,7 +105,7 @@ def expand(model: str | os.PathLike[str]) -> str | os.PathLike[str]:
     known = _BY_NAME.get(name)
     if known is None:
         return model
-    if Path(model).exists():
+    if os.path.exists(model):
         logger.warning(
             "%s: using the local %s of this name, not the well-known model (%s)",
             model,

@@ -5,6 +5,7 @@ docs/checkpoint-format.md describes the folder. Its tensors are in safetensors f
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mlxdiff._version import __version__
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
-from mlxdiff.machine.disk import read_json, sha256
+from mlxdiff.machine.disk import read_document, read_json, sha256
+from mlxdiff.machine.temporary import claimed_folder, remove_leftovers
 from mlxdiff.networks.config import (
     CLIPTextConfig,
     ComponentConfig,
@@ -27,6 +29,8 @@ from mlxdiff.networks.config import (
     read_vae,
 )
 from mlxdiff.networks.params import check_parameters, expected_parameters
+from mlxdiff.samplers.process import check_process, is_edm
+from mlxdiff.store.reference import is_repo_path
 from mlxdiff.weights.quantization import Packed, Quantization
 from mlxdiff.weights.tensors import (
     DTYPES,
@@ -121,6 +125,22 @@ def pad_token(family: str, tokenizer: str) -> str:
     return "!" if family == "sd2" or tokenizer == "tokenizer_2" else "<|endoftext|>"
 
 
+def check_tokenizer(
+    tokenizer: Tokenizer, name: str, configs: Mapping[str, ComponentConfig], where: str
+) -> None:
+    """Check that a tokenizer fits its text encoder (see ``Tokenizer.check_fits``).
+
+    Args:
+        name: "tokenizer" or "tokenizer_2".
+        configs: component -> config.
+        where: folder of the tokenizer.
+    Raises: CheckpointError.
+    """
+    config = configs.get(name.replace("tokenizer", "text_encoder"))
+    if isinstance(config, CLIPTextConfig):
+        tokenizer.check_fits(config.vocab_size, config.max_position_embeddings, where)
+
+
 class ModelFolder:
     """A folder in diffusers' form: model_index.json and one folder for each part.
 
@@ -135,13 +155,35 @@ class ModelFolder:
         self.model_index: dict[str, Any] = read_json(self.path / "model_index.json")
         self.components: tuple[str, ...] = tuple(c for c in COMPONENTS if self.class_name(c))
         self._configs = {name: self._read_config(name) for name in self.components}
-        self.scheduler_config: dict[str, Any] = read_json(
-            self.place("scheduler") / "scheduler_config.json"
-        )
+        self._tokenizers: dict[str, Tokenizer] = {}
+        where = self.place("scheduler") / "scheduler_config.json"
+        self.scheduler_config: dict[str, Any] = read_json(where)
+        self._check_scheduler(where)
         self.low_res_scheduler_config: dict[str, Any] = {}
         if self.class_name(LOW_RES_SCHEDULER):
             where = self.path / LOW_RES_SCHEDULER / "scheduler_config.json"
             self.low_res_scheduler_config = read_json(where)
+
+    def _check_scheduler(self, where: Path) -> None:
+        """Check that mlxdiff has the noise process of the model.
+
+        diffusers takes the class from model_index.json, and it is in the scheduler's config too.
+        Raises: ConfigError for another process, or two of them.
+        """
+        named = self.class_name("scheduler")
+        if named is not None and "_class_name" not in self.scheduler_config:
+            self.scheduler_config = {"_class_name": named, **self.scheduler_config}
+        check_process(self.scheduler_config, str(where))
+        if named is None:
+            return
+        index = {"_class_name": named}
+        check_process(index, f"{self.path}/model_index.json: scheduler")
+        if is_edm(index) != is_edm(self.scheduler_config):
+            raise ConfigError(
+                f"{where}: _class_name is {self.scheduler_config.get('_class_name')!r}, and "
+                f"model_index.json has {named!r}, a class of another noise process; write the "
+                "right one into both"
+            )
 
     def class_name(self, part: str) -> str | None:
         """Return the class of a part from model_index.json, or None if the model lacks the part."""
@@ -169,13 +211,27 @@ class ModelFolder:
         return self._configs[component]
 
     def tokenizer(self, name: str = "tokenizer") -> Tokenizer:
+        if name not in self._tokenizers:
+            self._tokenizers[name] = self._read_tokenizer(name)
+        return self._tokenizers[name]
+
+    def _read_tokenizer(self, name: str) -> Tokenizer:
         from mlxdiff.tokenizer import Tokenizer
 
         folder = self.path / name
         files = (folder / "tokenizer_config.json", folder / "special_tokens_map.json")
+        pad: str | None = pad_token(self.family, name)
         if any("pad_token" in read_json(file) for file in files if file.is_file()):
-            return Tokenizer.from_folder(folder)
-        return Tokenizer.from_folder(folder, pad_token=pad_token(self.family, name))
+            pad = None
+        tokenizer = Tokenizer.from_folder(folder, pad_token=pad)
+        check_tokenizer(tokenizer, name, self._configs, str(folder))
+        return tokenizer
+
+    def _check_tokenizers(self) -> None:
+        """Read the tokenizer of each text encoder. Raises: CheckpointError if one does not fit."""
+        for component in self.components:
+            if component.startswith("text_encoder"):
+                self.tokenizer(component.replace("text_encoder", "tokenizer"))
 
     def document_paths(self) -> dict[str, Path]:
         """Return the files of ``documents``: relative path there -> path on this disk."""
@@ -189,7 +245,7 @@ class ModelFolder:
         return {name: path for name, path in paths.items() if path.is_file()}
 
     def documents(self) -> dict[str, bytes]:
-        return {name: path.read_bytes() for name, path in self.document_paths().items()}
+        return {name: read_document(path) for name, path in self.document_paths().items()}
 
 
 class ConvertedFolder(ModelFolder):
@@ -205,6 +261,7 @@ class ConvertedFolder(ModelFolder):
             raise CheckpointError(f"{path}: model_index.json lacks unet or vae; convert again")
         for name, entry in self.manifest["files"].items():
             _check_size(path / name, entry["bytes"])
+        self._check_tokenizers()
         self._tensors = {name: self._open(name) for name in self.components}
 
     def _open(self, component: str) -> dict[str, LazyTensor]:
@@ -302,7 +359,7 @@ def _never() -> Packed:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     """Read mlxdiff.json. Check its version and its keys."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise CheckpointError(f"{path}: no such folder")
     where = path / MANIFEST
     if not where.is_file():
@@ -327,8 +384,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         and isinstance(manifest.get("source"), dict)
         and isinstance(files, dict)
         and all(
-            isinstance(e, dict) and type(e.get("bytes")) is int and isinstance(e.get("sha256"), str)
-            for e in files.values()
+            is_repo_path(name)
+            and isinstance(e, dict)
+            and type(e.get("bytes")) is int
+            and isinstance(e.get("sha256"), str)
+            for name, e in files.items()
         )
     )
     if not sound:
@@ -364,7 +424,7 @@ def _is_quantization(data: Any) -> bool:
 
 
 def _check_size(path: Path, expected: int) -> None:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"{path}: missing from the converted folder; convert again")
     found = path.stat().st_size
     if found != expected:
@@ -388,9 +448,11 @@ def write_folder(
     *,
     provenance: Mapping[str, Any] | None = None,
     recipe: str | None = None,
+    card: str = "",
     force: bool = False,
     progress: Progress | None = None,
     shard_bytes: int = SHARD_BYTES,
+    check: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write a model as a converted folder. The same source gives the same bytes.
 
@@ -402,10 +464,13 @@ def write_folder(
         dest: folder to make, with its parents.
         dtype: type of all weights: "float16", "bfloat16" or "float32".
         recipe: name of the quantization recipe, for the manifest.
+        card: text of the model card, README.md. It may be edited later, so it has no hash.
         provenance: source entry of the manifest. Default: ``source.provenance``.
         force: replace ``dest`` if it is a converted folder. Nothing else is ever replaced.
         progress: called after each tensor.
         shard_bytes: largest size of a file. Larger components are split into several files.
+        check: called when everything is written, before the folder gets its name. An error of it
+            is an error of the whole.
     Returns: dest.
     Raises: UsageError (dest, dtype, space), CheckpointError (a tensor cannot be read or stored).
     """
@@ -422,12 +487,12 @@ def write_folder(
         if progress is not None:
             progress(done, total, name)
 
-    with _new_folder(dest, total, force) as folder:
+    with new_folder(dest, total, force) as folder:
         files: dict[str, bytes] = dict(source.documents())
         digests: dict[str, str] = {}
         for component, part in tensors.items():
             (folder / component).mkdir()
-            shards = _shards(part, dtype, shard_bytes)
+            shards = split_into_shards(part, dtype, shard_bytes)
             for file, members in shards.items():
                 digests[f"{component}/{file}"] = write_safetensors(
                     folder / component / file,
@@ -443,7 +508,7 @@ def write_folder(
                     for name, tensor in members.items()
                     for stored in stored_arrays(name, tensor, dtype)
                 }
-                files[f"{component}/model.safetensors.index.json"] = _json(
+                files[f"{component}/model.safetensors.index.json"] = json_bytes(
                     {"metadata": {"total_size": size}, "weight_map": weight_map}
                 )
         for name, content in files.items():
@@ -463,14 +528,21 @@ def write_folder(
                 for name in sorted(digests)
             },
         }
-        (folder / MANIFEST).write_bytes(_json(manifest))
+        (folder / MANIFEST).write_bytes(json_bytes(manifest))
+        if card:
+            (folder / "README.md").write_text(card, encoding="utf-8")
+        check()
     return dest
 
 
-def _shards(
-    tensors: Mapping[str, LazyTensor], dtype: str, limit: int
+def split_into_shards(
+    tensors: Mapping[str, LazyTensor], dtype: str, limit: int, stem: str = "model"
 ) -> dict[str, dict[str, LazyTensor]]:
-    """Split tensors into files of at most ``limit`` bytes. A larger tensor gets its own."""
+    """Split tensors into files of at most ``limit`` bytes. A larger tensor gets its own.
+
+    Args:
+        stem: start of the names of the files.
+    """
     groups: list[dict[str, LazyTensor]] = [{}]
     room = limit
     for name, tensor in tensors.items():
@@ -481,9 +553,9 @@ def _shards(
         groups[-1][name] = tensor
         room -= size
     if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
+        return {f"{stem}.safetensors": groups[0]}
     total = len(groups)
-    return {f"model-{i:05d}-of-{total:05d}.safetensors": g for i, g in enumerate(groups, 1)}
+    return {f"{stem}-{i:05d}-of-{total:05d}.safetensors": g for i, g in enumerate(groups, 1)}
 
 
 def _quantization_table(
@@ -500,9 +572,10 @@ def _quantization_table(
 
 
 @contextmanager
-def _new_folder(dest: Path, size: int, force: bool) -> Iterator[Path]:
+def new_folder(dest: Path, size: int, force: bool) -> Iterator[Path]:
     """Make a temporary folder. Rename it to ``dest`` if the block succeeds, else remove it."""
     check_dest(dest, force)
+    _remove_leftovers(dest.absolute())
     parents = [p for p in dest.absolute().parents if not p.exists()]
     temporary = dest.absolute().with_name(f".{dest.name}.{uuid.uuid4().hex[:8]}.partial")
     old = temporary.with_suffix(".old")
@@ -515,22 +588,39 @@ def _new_folder(dest: Path, size: int, force: bool) -> Iterator[Path]:
                     f"{dest}: needs {size / 1e9:.2f} GB, only {free / 1e9:.2f} GB are free there; "
                     "make room, or give a folder on another disk"
                 )
-            yield temporary
-            if dest.exists():
-                check_dest(dest, force)  # another process may have made it meanwhile
-                dest.rename(old)
-            temporary.rename(dest)
+            with claimed_folder(temporary):
+                yield temporary
+                if dest.exists():
+                    check_dest(dest, force)  # another process may have made it meanwhile
+                    dest.rename(old)
+                temporary.rename(dest)
         except OSError as error:
             raise UsageError(f"{dest}: cannot be written ({error.strerror or error})") from error
     except BaseException:
         if old.exists() and not dest.exists():
             old.rename(dest)
+        shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(temporary, ignore_errors=True)
         for parent in parents:
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_leftovers(dest: Path) -> None:
+    """Remove what killed conversions have left beside a folder, and bring back what they replaced.
+
+    A run with ``force`` that was killed between its two renames has left the old folder under its
+    temporary name and nothing under ``dest``.
+    """
+    hidden = f".{glob.escape(dest.name)}.{'[0-9a-f]' * 8}"
+    remove_leftovers(dest.parent, f"{hidden}.partial")
+    for old in dest.parent.glob(f"{hidden}.old"):
+        if dest.exists():
+            remove_leftovers(dest.parent, old.name)
+        else:
+            old.rename(dest)
 
 
 def check_dest(dest: str | os.PathLike[str], force: bool) -> None:
@@ -553,5 +643,6 @@ def check_dest(dest: str | os.PathLike[str], force: bool) -> None:
         )
 
 
-def _json(data: Any) -> bytes:
+def json_bytes(data: Any) -> bytes:
+    """Return the text of a JSON file as this package writes it."""
     return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()

@@ -4,6 +4,14 @@ A commit that is whole in the cache needs no network. A branch is looked up once
 look-up fails, the cached copy is used, with a note. Only missing files are fetched. They go into
 the cache that huggingface_hub shares with other programs. Each file is checked against the hub's
 digest, and an interrupted download continues where it stopped.
+
+What a hub says is not trusted: it can be a mirror (HF_ENDPOINT). Only checked names become paths:
+a commit is 40 hex digits, a blob has the name of its digest in the listing (hex, never an ETag), a
+file stays inside its repo. A body is cut off at the size in the listing.
+
+huggingface_hub does the requests: addresses, tokens, retries, errors. Its hf_hub_download is not
+used, because it names files after the ETag of an answer, asks the network for whole models in the
+cache, and starts interrupted downloads again from the beginning.
 """
 
 from __future__ import annotations
@@ -12,13 +20,15 @@ import errno
 import hashlib
 import logging
 import os
+import shutil
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlxdiff.errors import HubError, one_line
-from mlxdiff.machine.disk import exclusive, require_space
+from mlxdiff.errors import HubError, MlxdiffError, one_line, quoted
+from mlxdiff.machine.disk import SourceFile, exclusive, open_own, require_space
 from mlxdiff.store.cache import (
     cache_folder,
     check_complete,
@@ -30,7 +40,14 @@ from mlxdiff.store.cache import (
     repo_folder,
     snapshot_folder,
 )
-from mlxdiff.store.reference import WEIGHT_SUFFIXES, Reference, parse_or_raise
+from mlxdiff.store.reference import (
+    WEIGHT_SUFFIXES,
+    Reference,
+    is_commit,
+    is_digest,
+    is_repo_path,
+    parse_or_raise,
+)
 from mlxdiff.store.selection import (
     COMPONENTS,
     File,
@@ -40,6 +57,7 @@ from mlxdiff.store.selection import (
     Unusable,
     component_selector,
     file_selector,
+    lora_selector,
     model_selector,
 )
 
@@ -48,6 +66,7 @@ logger = logging.getLogger("mlxdiff")
 Progress = Callable[[int, int, str], None]
 """Called with the bytes done, the total bytes, and the name of the current file."""
 
+_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -97,6 +116,15 @@ def resolve_component(
     return fetch(_find(parse_or_raise(repo), select), progress)
 
 
+def resolve_lora(repo: str, *, progress: Progress | None = None) -> Path:
+    """Return the file of a LoRA, `org/name[/FILE][@revision]`.
+
+    Args, Raises: as for `resolve`.
+    """
+    reference = parse_or_raise(repo)
+    return fetch(_find(reference, lora_selector(reference)), progress)
+
+
 def fetch_files(repo: str, files: Sequence[str], *, progress: Progress | None = None) -> Path:
     """Return the snapshot folder of a repo with these files in it. Cached files need no network.
 
@@ -127,6 +155,7 @@ def _endpoint() -> str | None:
 
 def reach(seconds: float = 10.0) -> None:
     """Check that the hub answers. Raises: HubError if it does not."""
+    from http.client import HTTPException
     from urllib.error import HTTPError, URLError
     from urllib.request import Request, urlopen
 
@@ -135,7 +164,7 @@ def reach(seconds: float = 10.0) -> None:
         urlopen(Request(address, method="HEAD"), timeout=seconds).close()
     except HTTPError:
         return  # an error status is an answer too
-    except (URLError, OSError, ValueError) as error:
+    except (URLError, HTTPException, OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise HubError(f"{address} does not answer ({one_line(reason)})") from None
 
@@ -196,12 +225,32 @@ def _ask(reference: Reference, lacking: str) -> tuple[str, dict[str, File]]:
         )
     except Exception as error:
         raise _explained(error, reference, lacking) from error
-    return str(info.sha), {
-        file.rfilename: File(
-            int(file.size or 0), str(getattr(file.lfs, "sha256", None) or file.blob_id or "")
-        )
-        for file in info.siblings or ()
-    }
+    commit = info.sha
+    if not isinstance(commit, str) or not is_commit(commit):
+        raise _malformed(reference, "commit", commit)
+    return commit, dict(_listed(reference, file) for file in info.siblings or ())
+
+
+def _listed(reference: Reference, sibling: Any) -> tuple[str, File]:
+    """Check a file of the hub's listing. Its name, digest and size decide what is written here."""
+    name, size = sibling.rfilename, sibling.size
+    digest = getattr(sibling.lfs, "sha256", None) or sibling.blob_id or ""
+    if not isinstance(name, str) or not is_repo_path(name):
+        raise _malformed(reference, "name of a file", name)
+    if digest and not (isinstance(digest, str) and is_digest(digest)):
+        raise _malformed(reference, f"digest of {name}", digest)
+    if size is None:
+        size, digest = 0, ""
+    if type(size) is not int or not 0 <= size < 1 << 50:
+        raise _malformed(reference, f"size of {name}", size)
+    return name, File(size, digest)
+
+
+def _malformed(reference: Reference, what: str, value: object) -> HubError:
+    return HubError(
+        f"{reference}: the hub's answer is malformed: it gives {quoted(value)} as the {what}; "
+        f"check HF_ENDPOINT (now {_endpoint() or 'not set'})"
+    )
 
 
 def fetch(listing: Listing, progress: Progress | None = None) -> Path:
@@ -258,14 +307,19 @@ def _fetch(listing: Listing, missing: Mapping[str, File], progress: Progress | N
             if progress is not None:
                 progress(min(done + size, total), total, name)
 
+        if not file.digest:
+            raise HubError(
+                f"{listing.reference}: the hub gives no size and digest for {name}, so it cannot "
+                f"be checked; use another mirror (HF_ENDPOINT, now {_endpoint() or 'not set'})"
+            )
         try:
             # A file that arrives damaged gets a second try.
             if not (_download(listing, name, file, tell) or _download(listing, name, file, tell)):
                 raise HubError(
-                    f"{listing.reference}: {name} arrived damaged twice (its digest differs from "
-                    "the hub's); try again later"
+                    f"{listing.reference}: {name} arrived damaged twice (its size or digest "
+                    "differs from the hub's); try again later"
                 )
-        except HubError:
+        except MlxdiffError:
             raise
         except Exception as error:
             lacking = "its copy in the cache is not whole"
@@ -276,102 +330,112 @@ def _fetch(listing: Listing, missing: Mapping[str, File], progress: Progress | N
 
 def _is_sound(path: Path, file: File) -> bool:
     """Return True if a file has the size and the digest that the hub gives."""
-    if not file.digest:
-        return True
-    size = path.stat().st_size
-    if size != file.size:
+    source, place = SourceFile(path), 0
+    if source.size != file.size:
         return False
     digest = hashlib.sha256()
     if len(file.digest) == 40:  # git's hash of a blob
-        digest = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
-    with path.open("rb") as opened:
-        while piece := opened.read(1 << 22):
-            digest.update(piece)
+        digest = hashlib.sha1(f"blob {source.size}\0".encode(), usedforsecurity=False)
+    while place < source.size:
+        piece = source.read(place, min(1 << 22, source.size - place))
+        digest.update(piece)
+        place += len(piece)
     return digest.hexdigest() == file.digest
 
 
 def _download(listing: Listing, name: str, file: File, tell: Callable[[int], None]) -> bool:
-    """Fetch one file into the cache. Return False, and remove the file, if it arrived damaged.
+    """Fetch one file into the cache, in huggingface_hub's layout: a blob and a link to it.
 
-    Large files are fetched by `_download_blob` first, because huggingface_hub 2 restarts
-    interrupted downloads. It then finds the finished blob and only links to it.
+    Returns: False if it arrived damaged; then nothing of it is kept.
     """
-    from huggingface_hub import hf_hub_download
+    folder = repo_folder(listing.reference.name)
+    blob = folder / "blobs" / file.digest
+    lock = cache_folder() / ".locks" / folder.name / f"{file.digest}.mlxdiff.lock"
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    waiting = f"{name}: another process (%s) is fetching this file; waiting for it"
+    with exclusive(lock, lambda pid: logger.warning(waiting, pid)):
+        if not _is_there(blob, file) and not _download_blob(listing, name, file, blob, tell):
+            return False
+        _link(snapshot_folder(listing.reference, listing.commit) / name, blob)
+        return True
+
+
+def _is_there(blob: Path, file: File) -> bool:
+    """Return True if the cache holds a blob. A large one was checked when it was fetched."""
+    if not blob.is_file() or blob.stat().st_size != file.size:
+        return False
+    return len(file.digest) == 64 or _is_sound(blob, file)
+
+
+def _download_blob(
+    listing: Listing, name: str, file: File, blob: Path, tell: Callable[[int], None]
+) -> bool:
+    """Fetch a blob. Continue an interrupted download."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import (
         are_progress_bars_disabled,
+        build_hf_headers,
         disable_progress_bars,
         enable_progress_bars,
     )
 
+    reference = listing.reference
+    partial = blob.with_name(f"{file.digest}.mlxdiff.incomplete")
     disabled = are_progress_bars_disabled()
     disable_progress_bars()
-    is_large = len(file.digest) == 64
     try:
-        if is_large and not _download_blob(listing, name, file, tell):
-            return False
-        path = Path(
-            hf_hub_download(
-                listing.reference.name,
-                name,
-                revision=listing.commit,
-                cache_dir=cache_folder(),
-                endpoint=_endpoint(),
-                library_name="mlxdiff",
-            )
-        )
-    finally:
-        if not disabled:
-            enable_progress_bars()
-    if is_large or _is_sound(path, file):
-        return True
-    if path.is_symlink():
-        (path.parent / os.readlink(path)).unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
-    return False
-
-
-def _download_blob(listing: Listing, name: str, file: File, tell: Callable[[int], None]) -> bool:
-    """Fetch a large file into the cache. Continue an interrupted download."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
-
-    reference = listing.reference
-    blob = repo_folder(reference.name) / "blobs" / file.digest
-    partial = blob.with_name(f"{file.digest}.mlxdiff.incomplete")
-    lock = cache_folder() / ".locks" / blob.parent.parent.name / f"{file.digest}.mlxdiff.lock"
-    blob.parent.mkdir(parents=True, exist_ok=True)
-    waiting = f"{name}: another process (%s) is fetching this file; waiting for it"
-    with exclusive(lock, lambda pid: logger.warning(waiting, pid)):
-        if blob.exists():
-            if blob.stat().st_size == file.size:
-                return True
-            blob.unlink()
-        with partial.open("ab") as opened:
-            if opened.tell() > file.size:
-                opened.truncate(0)
+        with open(open_own(partial, os.O_RDWR | os.O_CREAT), "r+b") as opened:
+            if opened.seek(0, os.SEEK_END) > file.size:
+                opened.truncate(opened.seek(0))
             tell(opened.tell())
             http_get(
                 hf_hub_url(reference.name, name, revision=listing.commit, endpoint=_endpoint()),
-                _Counted(opened, tell),  # type: ignore[arg-type]
+                _Body(opened, file.size, tell),  # type: ignore[arg-type]
                 resume_size=opened.tell(),
                 headers={**build_hf_headers(library_name="mlxdiff"), "Accept-Encoding": "identity"},
                 expected_size=file.size,
             )
-        if not _is_sound(partial, file):
-            partial.unlink()
-            return False
-        partial.replace(blob)
-        return True
+    except _TooLong:
+        partial.unlink()
+        return False
+    finally:
+        if not disabled:
+            enable_progress_bars()
+    if not _is_sound(partial, file):
+        partial.unlink()
+        return False
+    partial.replace(blob)
+    return True
 
 
-class _Counted:
-    """A file that reports its position after each write."""
+def _link(name: Path, blob: Path) -> None:
+    """Give a blob its name in a snapshot: a relative link, or a copy where there are no links."""
+    name.parent.mkdir(parents=True, exist_ok=True)
+    new = name.with_name(f".{uuid.uuid4().hex[:8]}.mlxdiff")
+    try:
+        try:
+            new.symlink_to(os.path.relpath(blob, name.parent))
+        except OSError:
+            shutil.copyfile(blob, new)
+        new.replace(name)
+    finally:
+        new.unlink(missing_ok=True)
 
-    def __init__(self, file: Any, tell: Callable[[int], None]) -> None:
-        self._file, self._tell = file, tell
+
+class _TooLong(Exception):
+    """The hub sends more bytes than its listing says."""
+
+
+class _Body:
+    """The file that a body is written to. It reports its position, and ends at the listed size."""
+
+    def __init__(self, file: Any, size: int, tell: Callable[[int], None]) -> None:
+        self._file, self._size, self._tell = file, size, tell
 
     def write(self, data: bytes) -> int:
+        if self._file.tell() + len(data) > self._size:
+            raise _TooLong
         written: int = self._file.write(data)
         self._tell(self._file.tell())
         return written
@@ -388,7 +452,7 @@ def _explained(error: Exception, reference: Reference, lacking: str) -> HubError
         reference: the requested model.
         lacking: what the cache lacks, or "".
     """
-    from huggingface_hub import errors
+    from huggingface_hub import errors, get_token
 
     name, revision = reference.name, reference.revision
     if isinstance(error, errors.GatedRepoError):  # first: a subclass of RepositoryNotFoundError
@@ -407,6 +471,15 @@ def _explained(error: Exception, reference: Reference, lacking: str) -> HubError
             f"https://huggingface.co/{name}/tree/main"
         )
     status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401 and get_token() is not None:
+        from_variable = any(os.environ.get(key) for key in _TOKEN_VARIABLES)
+        place = "HF_TOKEN" if from_variable else "`hf auth login`"
+        way_out = "unset HF_TOKEN" if from_variable else "`hf auth logout`"
+        return HubError(
+            f"{name}: the hub refuses your access token (of {place}): it is expired or wrong; make "
+            f"a new one at https://huggingface.co/settings/tokens, or use none ({way_out}): public "
+            "models need none"
+        )
     if isinstance(error, errors.HfHubHTTPError) and status is not None:
         return HubError(
             f"{name}: the hub answered with an error ({status}); try again later; "

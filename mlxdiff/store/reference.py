@@ -25,6 +25,7 @@ _URL = re.compile(
     re.ASCII,
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,26 @@ class Reference:
     def is_pinned(self) -> bool:
         """True if the revision is a commit. A commit never changes."""
         return is_commit(self.revision)
+
+
+def is_digest(text: str) -> bool:
+    """Return True for git's sha1 of a blob or a sha256, in lower-case hex."""
+    return _DIGEST.fullmatch(text) is not None
+
+
+def is_repo_path(text: str) -> bool:
+    """Return True for the path of a file in a repo that cannot lead out of the repo's folder."""
+    return (
+        len(text) <= 1000
+        and "\\" not in text
+        and min(text, default="\0") >= " "  # no control characters
+        and not {"", ".", ".."} & set(text.split("/"))
+    )
+
+
+def is_address(text: object) -> bool:
+    """Return True if a text is a web address. Only addresses of models on the hub are fetched."""
+    return isinstance(text, str) and text.lower().startswith(("http://", "https://"))
 
 
 def is_commit(revision: str) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mlxdiff.errors import HubError
-from mlxdiff.store.reference import SINGLE_FILE_SUFFIXES, Reference
+from mlxdiff.store.reference import SINGLE_FILE_SUFFIXES, WEIGHT_SUFFIXES, Reference
 
 COMPONENTS = (
     "scheduler",
@@ -173,6 +173,43 @@ def component_selector(component: str, variant: str | None) -> Select:
         return Selection({f"{folder}/{name}" if folder else name for name in chosen}, folder)
 
     return select
+
+
+ADAPTERS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+"""Names under which diffusers and PEFT publish a LoRA."""
+
+
+def lora_selector(reference: Reference) -> Select:
+    """Select a LoRA: the named file, one of ADAPTERS, or the only weight file in the root."""
+
+    def select(files: set[str], is_complete: bool) -> Selection:
+        if reference.file:
+            file = reference.file
+            if file not in files:
+                raise Incomplete(f"{file} is missing")
+        else:
+            file = _only_lora(files, reference.name)
+        beside = file.rpartition("/")[0]
+        config = f"{beside}/adapter_config.json" if beside else "adapter_config.json"
+        return Selection({file} | ({config} & files), file)
+
+    return select
+
+
+def _only_lora(files: set[str], name: str) -> str:
+    """Return the file of the LoRA in a repo. Raises: Unusable."""
+    for known in ADAPTERS:
+        if known in files:
+            return known
+    in_root = sorted(file for file in files if "/" not in file and file.endswith(WEIGHT_SUFFIXES))
+    candidates = [file for file in in_root if file.endswith(".safetensors")] or in_root
+    if len(candidates) == 1:
+        return candidates[0]
+    if not candidates:
+        raise Unusable("it holds no file of weights, so it is no LoRA")
+    listed = ", ".join(f"{name}/{file}" for file in candidates[:6])
+    more = f" and {len(candidates) - 6} more" if len(candidates) > 6 else ""
+    raise Unusable(f"it holds {len(candidates)} files that may be a LoRA; name one: {listed}{more}")
 
 
 def file_selector(wanted: Sequence[str]) -> Select:

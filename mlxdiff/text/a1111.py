@@ -19,9 +19,17 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from mlxdiff.errors import UsageError
+import numpy as np
+
+from mlxdiff.errors import UsageError, quoted
 
 UP, DOWN = 1.1, 1 / 1.1
+
+MAX_LENGTH = 100_000
+"""Longest prompt, in characters: some 400 chunks of 75 tokens."""
+
+MAX_DEPTH = 100
+"""Deepest nesting of brackets in prompt editing."""
 
 
 class Piece(NamedTuple):
@@ -52,27 +60,28 @@ _SIGN = re.compile(
     """,
     re.VERBOSE,
 )
-_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_BREAK = re.compile(r"\bBREAK\b")
 
 
 def weigh(text: str) -> list[Piece]:
     """Split a prompt into pieces, in order; merge neighbours of equal weight.
 
-    Raises: UsageError if a weight is not a number.
+    Raises: UsageError if a weight is not a number, or the prompt is too long.
     """
-    pieces: list[Piece] = []
+    check_length(text)
+    texts: list[str | None] = []
+    factors: list[tuple[int, int, float]] = []  # first piece, end, factor; inner brackets first
     opened: dict[str, list[int]] = {"(": [], "[": []}
 
     def multiply(start: int, factor: float) -> None:
-        for i in range(start, len(pieces)):
-            pieces[i] = pieces[i]._replace(weight=pieces[i].weight * factor)
+        factors.append((start, len(texts), factor))
 
     for match in _SIGN.finditer(text):
         sign = match[0]
         if match["escaped"] is not None:
-            pieces.append(Piece(match["escaped"]))
+            texts.append(match["escaped"])
         elif match["open"]:
-            opened[sign].append(len(pieces))
+            opened[sign].append(len(texts))
         elif match["weight"] and opened["("]:
             multiply(opened["("].pop(), _number(match["weight"], sign))
         elif sign == ")" and opened["("]:
@@ -80,30 +89,61 @@ def weigh(text: str) -> list[Piece]:
         elif sign == "]" and opened["["]:
             multiply(opened["["].pop(), DOWN)
         else:
-            for i, part in enumerate(_BREAK.split(sign)):
-                pieces += [Piece(None)] * (i > 0) + [Piece(part)]
+            parts = _BREAK.split(sign)
+            for i, part in enumerate(parts):
+                part = part.lstrip() if i > 0 else part
+                part = part.rstrip() if i + 1 < len(parts) else part
+                texts += [*[None] * (i > 0), part]
     # An unclosed bracket extends to the end.
     for sign, factor in (("(", UP), ("[", DOWN)):
         for start in opened[sign]:
             multiply(start, factor)
-    return _merged(pieces) or [Piece("")]
+    weights = np.ones(len(texts))
+    with np.errstate(over="ignore", under="ignore"):
+        for start, end, factor in factors:
+            weights[start:end] *= factor
+    if not np.isfinite(weights).all():
+        raise UsageError("the weights of nested brackets multiply to infinity; use fewer brackets")
+    return _merged(texts, weights.tolist()) or [Piece("")]
+
+
+def check_length(text: str) -> None:
+    """Raise UsageError if a prompt has more than MAX_LENGTH characters."""
+    if len(text) > MAX_LENGTH:
+        raise UsageError(
+            f"the prompt has {len(text)} characters; at most {MAX_LENGTH} are read; shorten it"
+        )
 
 
 def _number(text: str, where: str) -> float:
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        raise UsageError(f"the weight in {where!r} is not a number; write (word:1.2)") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise UsageError(f"the weight in {quoted(where)} is not a number; write (word:1.2)")
+    return value
 
 
-def _merged(pieces: list[Piece]) -> list[Piece]:
+def _merged(texts: list[str | None], weights: list[float]) -> list[Piece]:
     merged: list[Piece] = []
-    for piece in pieces:
-        last = merged[-1] if merged else Piece(None)
-        if piece.text is None or last.text is None or piece.weight != last.weight:
-            merged.append(piece)
+    run: list[str] = []  # texts of equal weight, not in ``merged`` yet
+
+    def end_run(weight: float) -> None:
+        if run:
+            merged.append(Piece("".join(run), weight))
+            run.clear()
+
+    last = 1.0
+    for text, weight in zip(texts, weights, strict=True):
+        if text is None or weight != last:
+            end_run(last)
+        if text is None:
+            merged.append(Piece(None, weight))
         else:
-            merged[-1] = last._replace(text=last.text + piece.text)
+            run.append(text)
+        last = weight
+    end_run(last)
     return merged
 
 
@@ -124,7 +164,7 @@ class _Alternation(NamedTuple):
     options: list[list[object]]
 
 
-_NUMBER = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\]")
+_NUMBER = re.compile(r"\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)\s*\]")
 _PLAIN = re.compile(r"(?:[^\\\[\]():|]|\\.)+", re.DOTALL)
 
 
@@ -139,7 +179,9 @@ def edits(text: str, steps: int) -> list[tuple[int, str]]:
         text: the prompt.
         steps: number of steps in the run; a ``when`` with a decimal point is a fraction of it.
     Returns: (last, text) in order; each text applies up to and including step ``last``, from 0.
+    Raises: UsageError if the prompt is too long, or its brackets are nested too deep.
     """
+    check_length(text)
     try:
         tree = _Parser(text, steps).whole()
     except _NoMatch:  # as in the web UI: a stray bar, for example, makes the whole prompt plain
@@ -153,6 +195,8 @@ class _Parser:
 
     def __init__(self, text: str, steps: int) -> None:
         self.text, self.steps, self.place = text, steps, 0
+        self.depth = 0
+        self.failed: set[int] = set()  # places where no bracket matches: each is tried once
 
     def whole(self) -> list[object]:
         """Parse the whole prompt; treat unmatched brackets and colons as plain text."""
@@ -174,11 +218,19 @@ class _Parser:
                 self.place = match.end()
                 continue
             start = self.place
+            if start in self.failed:
+                return tree
+            if self.depth == MAX_DEPTH:
+                raise UsageError(f"the prompt has more than {MAX_DEPTH} nested brackets; use fewer")
+            self.depth += 1
             try:
                 tree += self.bracketed()
             except _NoMatch:
                 self.place = start
+                self.failed.add(start)
                 return tree
+            finally:
+                self.depth -= 1
 
     def bracketed(self) -> list[object]:
         """Parse ``(...)``, ``(...:...)``, ``[...]``, an edit or an alternation."""
@@ -249,24 +301,25 @@ def networks(text: str) -> tuple[str, list[Network]]:
     Raises: UsageError for another kind of network, or if a strength is not a number.
     """
     found = []
-    for match in _NETWORK.finditer(text):
+    end = text.rfind(">") + 1  # beyond it each "<" would be followed to the end of the text
+    for match in _NETWORK.finditer(text, 0, end):
         kind, (name, *arguments) = match[1], match[2].split(":")
         if kind not in ("lora", "lyco"):
             raise UsageError(
-                f"the prompt has {match[0]!r}, an extra network of kind {kind!r}; "
+                f"the prompt has {quoted(match[0])}, an extra network of kind {quoted(kind)}; "
                 "only <lora:name:strength> is supported; remove the tag"
             )
         given = dict(a.partition("=")[::2] for a in arguments if "=" in a)
         plain = [a for a in arguments if "=" not in a]
         if unknown := [*(set(given) - {"te", "unet"}), *plain[2:]]:
             raise UsageError(
-                f"the prompt has {match[0]!r}: unknown argument {', '.join(unknown)}; write "
+                f"the prompt has {quoted(match[0])}: unknown argument {', '.join(unknown)}; write "
                 "<lora:name:strength> or <lora:name:te=0.5:unet=1>"
             )
         text_encoder = _strength(given.get("te", plain[0] if plain else "1"), match[0])
         default = plain[1] if len(plain) > 1 else str(text_encoder)
         found.append(Network(name, _strength(given.get("unet", default), match[0]), text_encoder))
-    return _NETWORK.sub("", text), found
+    return _NETWORK.sub("", text[:end]) + text[end:], found
 
 
 def _strength(text: str, where: str) -> float:
@@ -276,7 +329,7 @@ def _strength(text: str, where: str) -> float:
         value = math.nan
     if not math.isfinite(value):
         raise UsageError(
-            f"the prompt has {where!r}: {text!r} is not a number; write <lora:name:0.8>"
+            f"the prompt has {quoted(where)}: {quoted(text)} is not a number; write <lora:name:0.8>"
         )
     return value
 

@@ -30,12 +30,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
 from mlxdiff.errors import CheckpointError
+from mlxdiff.machine.disk import Cursor, SourceFile
 from mlxdiff.weights.tensors import (
     MAX_NAME,
     LazyTensor,
     Shape,
     TensorFile,
     foreign,
+    is_unicode,
     read_values,
     shown,
 )
@@ -648,15 +650,14 @@ class PickleFile:
         self.texts: dict[str, str] = {}
         self.refused: dict[str, str] = {}
         try:
-            with self.path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                head = file.read(512)
-                interpreter = _Interpreter()
-                read = _read_zip if head.startswith(b"PK\x03\x04") else _read_stream
-                if (other := foreign(head, size)) is not None:
-                    raise _Fault(other)
-                root, places = read(file, size, interpreter)
-                self._take(root, places, interpreter)
+            file = SourceFile(self.path)
+            head = Cursor(file).read(512)
+            interpreter = _Interpreter()
+            read = _read_zip if head.startswith(b"PK\x03\x04") else _read_stream
+            if (other := foreign(head, file.size)) is not None:
+                raise _Fault(other)
+            root, places = read(Cursor(file), file.size, interpreter)
+            self._take(root, places, interpreter, file)
         except OSError as error:
             raise CheckpointError(
                 f"{self.path}: cannot be read ({error.strerror or error})"
@@ -664,7 +665,9 @@ class PickleFile:
         except _Fault as fault:
             raise CheckpointError(f"{self.path}: {shown(str(fault))}") from None
 
-    def _take(self, root: Any, places: dict[str, int], interpreter: _Interpreter) -> None:
+    def _take(
+        self, root: Any, places: dict[str, int], interpreter: _Interpreter, file: SourceFile
+    ) -> None:
         inner = _tables(root) if self._tables and isinstance(root, _Table) else {}
         if joined := [table for table in self._tables if table in inner]:
             items = [
@@ -684,13 +687,13 @@ class PickleFile:
             if max(len(name), len(value)) <= MAX_NAME
         }
         for name, value in items:
-            if not isinstance(name, str) or len(name) > MAX_NAME:
+            if not isinstance(name, str) or len(name) > MAX_NAME or not is_unicode(name):
                 if isinstance(value, _Tensor):
                     raise _Fault("a tensor's name is not text, or is too long")
             elif name in self.tensors or name in self.refused:
                 raise _Fault(f"{shown(name)!r} occurs twice")
             elif isinstance(value, _Tensor):
-                self.tensors[name] = self._lazy(name, value, places)
+                self.tensors[name] = self._lazy(name, value, places, file)
             else:
                 self.refused[name] = _describe(value)
         odd = sorted(name for name in interpreter.names if not _understood(name))
@@ -703,9 +706,11 @@ class PickleFile:
             *((name, _reason(name)) for name in odd),
         )
 
-    def _lazy(self, name: str, tensor: _Tensor, places: dict[str, int]) -> LazyTensor:
+    def _lazy(
+        self, name: str, tensor: _Tensor, places: dict[str, int], file: SourceFile
+    ) -> LazyTensor:
         """Check a tensor against its storage. Make it a LazyTensor."""
-        storage, dtype, path = tensor.storage, tensor.dtype, self.path
+        storage, dtype = tensor.storage, tensor.dtype
         shape, strides = _sizes(tensor.shape), _sizes(tensor.strides)
         if dtype is None or shape is None or strides is None or len(shape) != len(strides):
             raise _Fault(f"damaged: tensor {shown(name)!r} has a malformed shape or strides")
@@ -725,7 +730,7 @@ class PickleFile:
         offset = places[storage.key] + storage.start + begin
         steps = None if _contiguous(shape, strides) else strides
         return LazyTensor(
-            shape, dtype, lambda: read_values(path, name, dtype, shape, offset, steps)
+            shape, dtype, lambda: read_values(file, name, dtype, shape, offset, steps)
         )
 
 
@@ -742,8 +747,7 @@ def open_tensors(path: Path, tables: tuple[str, ...] = ()) -> PickleFile | Tenso
 def is_pickle(path: Path) -> bool:
     """Return True for PyTorch's format, by content; if unclear, by suffix."""
     try:
-        with path.open("rb") as file:
-            head = file.read(9)
+        head = Cursor(SourceFile(path)).read(9)
     except OSError:
         head = b""
     if head[8:9] == b"{":
@@ -840,7 +844,7 @@ def _holds_tensors(table: _Table) -> bool:
 # ------------------------------------------------------------------------ torch 1.6 and later: zip
 
 
-def _read_zip(file: BinaryIO, size: int, interpreter: _Interpreter) -> tuple[Any, dict[str, int]]:
+def _read_zip(file: Cursor, size: int, interpreter: _Interpreter) -> tuple[Any, dict[str, int]]:
     """Return the pickled value and the offset of each storage in the file. Raises: _Fault."""
     entries = _zip_entries(file, size)
     roots = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
@@ -881,7 +885,7 @@ def _read_zip(file: BinaryIO, size: int, interpreter: _Interpreter) -> tuple[Any
     return root, places
 
 
-def _zip_entries(file: BinaryIO, size: int) -> dict[str, tuple[int, int | None]]:
+def _zip_entries(file: Cursor, size: int) -> dict[str, tuple[int, int | None]]:
     """Return entry -> offset and length of its bytes. Check that they do not overlap.
 
     The length is None if the bytes are compressed or encrypted.
@@ -964,9 +968,7 @@ def _zip64(extra: bytes, *fields: int) -> list[int]:
 # ---------------------------------------------------------- before torch 1.6: consecutive pickles
 
 
-def _read_stream(
-    file: BinaryIO, size: int, interpreter: _Interpreter
-) -> tuple[Any, dict[str, int]]:
+def _read_stream(file: Cursor, size: int, interpreter: _Interpreter) -> tuple[Any, dict[str, int]]:
     """Return the pickled value and the offset of each storage in the file. Raises: _Fault."""
     file.seek(0)
     stream = io.BytesIO(file.read(MAX_PICKLE))

@@ -1,10 +1,14 @@
 """Tensors in safetensors files: described by their headers, read on demand, written one by one.
 
-Opening a file reads only its header. The bytes of a tensor are mapped only while an array of it
-exists, so memory depends on the largest tensor, not on the file. mlxdiff has its own reader because
-safetensors' NumPy reader refuses bfloat16, and because every fault of a file must give one clear
-CheckpointError. Format: https://github.com/huggingface/safetensors (8 bytes with the header length,
-little-endian; a JSON header; the tensors).
+Opening a file reads only its header. The bytes of a tensor are read (pread) only while an array of
+it exists, so memory depends on the largest tensor, not on the file. Nothing is mapped: a mapped
+file that shrinks kills the process.
+
+The safetensors library checks each header first. Its NumPy reader is not used for the values: it
+refuses bfloat16 and 8-bit floats, does not tell where a tensor lies in the file, and does not tell
+users what is wrong. Its writer needs all tensors of a file in memory at once.
+Format: https://github.com/huggingface/safetensors (8 bytes with the header length, little-endian; a
+JSON header; the tensors).
 """
 
 from __future__ import annotations
@@ -12,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import mmap
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from mlxdiff.errors import CheckpointError, ConfigError
-from mlxdiff.machine.disk import read_json
+from mlxdiff.errors import CheckpointError, ConfigError, one_line, quoted, shortened
+from mlxdiff.machine.disk import SourceFile, read_json
 from mlxdiff.weights.quantization import (
     E4M3,
     Beside,
@@ -35,7 +38,8 @@ from mlxdiff.weights.quantization import (
 
 Shape = tuple[int, ...]
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the format's reference implementation
+MAX_HEADER_BYTES = 8 << 20  # SDXL has 400 kB; a LoRA with a list of its training texts some MB
+MAX_EXPLAINED_BYTES = 2 << 20  # a larger header that safetensors refuses is not looked at again
 MAX_NAME = 1000
 
 # Type name in a safetensors header -> bytes per value, NumPy type of the stored bits.
@@ -74,7 +78,7 @@ class LazyTensor:
         shape: shape of the array that ``read`` returns.
         dtype: safetensors' name of the stored type ("F16", "BF16", ...).
         read: reads the values. BF16 and the 8-bit floats become float32, exactly. The array may be
-            a read-only view of the file. Raises: CheckpointError.
+            read-only. Raises: CheckpointError.
     """
 
     shape: Shape
@@ -176,7 +180,8 @@ class TensorFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        header, start, end = _read_header(self.path)
+        file = _opened(self.path)
+        header, start, end = _read_header(file)
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
             raise self._fault("__metadata__ is not a table of strings")
@@ -186,7 +191,9 @@ class TensorFile:
         for name, entry in header.items():
             if len(name) > MAX_NAME:
                 raise self._fault(f"a tensor's name has {len(name)} characters")
-            tensor, begin, stop = self._entry(name, entry, start)
+            if not is_unicode(name):
+                raise self._fault(f"the name of tensor {name!r} is not valid Unicode")
+            tensor, begin, stop = self._entry(file, name, entry, start)
             self.tensors[name] = tensor
             spans.append((begin, stop, name))
         place = 0
@@ -205,7 +212,9 @@ class TensorFile:
     def _fault(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {what}")
 
-    def _entry(self, name: str, entry: Any, start: int) -> tuple[LazyTensor, int, int]:
+    def _entry(
+        self, file: SourceFile, name: str, entry: Any, start: int
+    ) -> tuple[LazyTensor, int, int]:
         """Check one header entry. Return the tensor, its begin and its end in the data."""
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise self._fault(
@@ -214,20 +223,20 @@ class TensorFile:
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in _STORED:
             known = ", ".join(_STORED)
-            raise self._fault(f"tensor {name!r} has type {shown(repr(dtype))}; known: {known}")
+            raise self._fault(f"tensor {name!r} has type {quoted(dtype)}; known: {known}")
         if not _are_sizes(shape):
-            raise self._fault(f"tensor {name!r} has shape {shown(repr(shape))}")
+            raise self._fault(f"tensor {name!r} has shape {quoted(shape)}")
         if not _are_sizes(offsets) or len(offsets) != 2:
-            raise self._fault(f"tensor {name!r} has data_offsets {shown(repr(offsets))}")
+            raise self._fault(f"tensor {name!r} has data_offsets {quoted(offsets)}")
         begin, stop = offsets
         size = math.prod(shape) * _STORED[dtype][0]
         if stop - begin != size:
             raise self._fault(
                 f"tensor {name!r} has {stop - begin} bytes; {dtype} {shape} needs {size}"
             )
-        path, offset, shape = self.path, start + begin, tuple(shape)
+        offset, shape = start + begin, tuple(shape)
         return (
-            LazyTensor(shape, dtype, lambda: read_values(path, name, dtype, shape, offset)),
+            LazyTensor(shape, dtype, lambda: read_values(file, name, dtype, shape, offset)),
             begin,
             stop,
         )
@@ -242,42 +251,75 @@ def _are_sizes(values: Any) -> bool:
     )
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """Return the header of a safetensors file, the offset of its data, and the file's length."""
+def is_unicode(text: str) -> bool:
+    """Return True if a text holds no half of a surrogate pair, so that it can be written."""
     try:
-        with path.open("rb") as file:
-            end = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > end - 8 or length > MAX_HEADER_BYTES:
-                raise CheckpointError(f"{path}: {_not_safetensors(prefix, end)}")
-            raw = file.read(length)
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _opened(path: Path) -> SourceFile:
+    """Open a weight file. Raises: CheckpointError."""
+    try:
+        return SourceFile(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _read_header(file: SourceFile) -> tuple[dict[str, Any], int, int]:
+    """Return the header of a safetensors file, the offset of its data, and the file's length."""
+    path, end = file.path, file.size
+    try:
+        prefix = bytes(file.read(0, min(end, 8)))
+        length = int.from_bytes(prefix, "little")
+        if end >= 8 + length > MAX_HEADER_BYTES and not foreign(prefix, end):
+            raise CheckpointError(
+                f"{path}: its header has {length} bytes; at most {MAX_HEADER_BYTES} are read"
+            )
+        if len(prefix) < 8 or length > end - 8:
+            raise CheckpointError(f"{path}: {_not_safetensors(prefix, end)}")
+        refused = _refusal(path)
+        if refused and length > MAX_EXPLAINED_BYTES:
+            raise CheckpointError(f"{path}: not a sound safetensors file ({refused})")
+        raw = file.read(8, length)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: not a safetensors file (its header is not JSON: {error})"
+            f"{path}: not a safetensors file (its header is not JSON: {one_line(error)})"
         ) from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: not a safetensors file (its header is not a JSON object)")
     return header, 8 + length, end
 
 
+def _refusal(path: Path) -> str:
+    """Return the reason why the safetensors library refuses a file, or ""."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np", backend="pread"):
+            return ""
+    except (SafetensorError, OSError, ValueError) as error:
+        return one_line(error)
+
+
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in pairs:
         if name in result:
-            raise ValueError(f"{shown(repr(name))} occurs twice")
+            raise ValueError(f"{quoted(name)} occurs twice")
         result[name] = value
     return result
 
 
 def shown(text: str) -> str:
     """Prepare text from a file for a message: one line, limited length, no control characters."""
-    text = text if text.isprintable() else repr(text)
-    return text if len(text) <= 200 else text[:200] + "..."
+    return shortened(text if text.isprintable() else repr(text))
 
 
 def _not_safetensors(prefix: bytes, size: int) -> str:
@@ -306,23 +348,23 @@ def foreign(prefix: bytes, size: int) -> str | None:
 
 
 def read_values(
-    path: Path,
+    file: SourceFile,
     name: str,
     dtype: str,
     shape: Shape,
     offset: int,
     strides: tuple[int, ...] | None = None,
 ) -> np.ndarray:
-    """Map the bytes of one tensor. They leave memory together with the array.
+    """Read one tensor.
 
     Args:
-        path: file that holds the bytes.
+        file: file that holds the bytes.
         name: name of the tensor, for messages.
         dtype, shape: see LazyTensor.
         offset: position of the first value in the file, in bytes.
         strides: step to the next value along each axis, in values, not negative. None: contiguous.
-    Returns: see ``LazyTensor.read``. A view of the file is read-only.
-    Raises: CheckpointError.
+    Returns: see ``LazyTensor.read``; read-only.
+    Raises: CheckpointError, also if the file has become shorter.
     """
     width, stored = _STORED[dtype]
     if math.prod(shape) == 0:
@@ -331,15 +373,14 @@ def read_values(
         count = math.prod(shape)
     else:
         count = 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
-    start = offset - offset % mmap.ALLOCATIONGRANULARITY
     try:
-        with path.open("rb") as file:
-            data = mmap.mmap(
-                file.fileno(), offset - start + count * width, access=mmap.ACCESS_READ, offset=start
-            )
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: tensor {name!r} cannot be read ({error})") from None
-    values = np.frombuffer(data, stored, count, offset - start)
+        data = file.read(offset, count * width)
+    except OSError as error:
+        raise CheckpointError(
+            f"{file.path}: tensor {shown(name)!r} cannot be read ({error.strerror})"
+        ) from None
+    values = np.frombuffer(data, stored)
+    values.flags.writeable = False
     if strides is None:
         values = values.reshape(shape)
     else:
@@ -383,7 +424,7 @@ def open_weights(
     place: dict[str, str] = {}
     weight_map = _read_weight_map(path)
     for shard in sorted(set(weight_map.values())):
-        if not (path.parent / shard).is_file():
+        if not os.path.isfile(path.parent / shard):
             raise CheckpointError(
                 f"{path}: the shard {shard} is missing from the folder; download it"
             )
@@ -498,6 +539,7 @@ def write_safetensors(
     tensors: Mapping[str, LazyTensor],
     dtype: str,
     on_tensor: Callable[[int, str], None] = lambda size, name: None,
+    metadata: Mapping[str, str] | None = None,
 ) -> str:
     """Write a safetensors file, one tensor at a time, in the given order.
 
@@ -506,6 +548,7 @@ def write_safetensors(
         tensors: name -> tensor.
         dtype: "float32", "float16" or "bfloat16".
         on_tensor: called with bytes and name after each tensor.
+        metadata: strings for the header. None: that the arrays are in MLX's layout.
     Returns: sha256 of the file, in hex.
     Raises: CheckpointError if a tensor cannot be read or cast.
     """
@@ -513,7 +556,7 @@ def write_safetensors(
     arrays = {
         name: stored_arrays(name, t, dtype, f"{folder}/{name}") for name, t in tensors.items()
     }
-    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "mlx"})}
     place = 0
     for parts in arrays.values():
         for name, (shape, kind, _) in parts.items():

@@ -22,7 +22,7 @@ from diffusers import AutoencoderTiny, DiffusionPipeline
 from make_goldens import CIRCLE, TREE, nhwc
 from PIL import Image
 
-from mlxdiff.samplers import SAMPLERS
+from mlxdiff.samplers.registry import samplers_for
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -73,12 +73,14 @@ def prepare(pipe: Any, arguments: dict[str, Any]) -> Any:
     if sampler == "checkpoint":
         kind, settings = getattr(diffusers, own["_class_name"]), {}
     else:
-        chosen = SAMPLERS[sampler]
+        chosen = samplers_for(own)[sampler]
         kind, settings = getattr(diffusers, str(chosen.scheduler.reference)), dict(chosen.arguments)
         if "clip_sample" in inspect.signature(kind.__init__).parameters:
             settings |= OWN
-    if arguments.get("schedule") == "karras":
-        settings = settings | {"use_karras_sigmas": True}
+    if (schedule := arguments.get("schedule")) in ("karras", "exponential"):
+        edm = own["_class_name"].startswith("EDM")
+        more = {"sigma_schedule": schedule} if edm else {f"use_{schedule}_sigmas": True}
+        settings = settings | more
     pipe.scheduler = kind.from_config(own, **settings)
     pipe.set_progress_bar_config(disable=True)
     return pipe

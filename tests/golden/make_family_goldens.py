@@ -58,6 +58,7 @@ from make_checkpoints import (
     write_json,
     write_tokenizer,
 )
+from sampler_cases import EDM_CONFIGS
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 DOWN, CROSS_DOWN = "DownBlock2D", "CrossAttnDownBlock2D"
@@ -244,6 +245,29 @@ def make_sdxl_turbo(folder: Path) -> None:
     make_turbo(folder, "sdxl", "EulerAncestralDiscreteScheduler")
 
 
+def make_playground(folder: Path) -> None:
+    """playgroundai/playground-v2.5: SDXL with EDM's noise and latents of unlike size.
+
+    The numbers of the latents suit the tiny VAE; the published ones are as many.
+    """
+    make_turbo(folder, "segmind-vega", "EDMDPMSolverMultistepScheduler")
+    write_json(folder / "scheduler/scheduler_config.json", EDM_CONFIGS["playground"])
+    (folder / "vae").mkdir()
+    config = json.loads((checkpoint("segmind-vega") / "vae/config.json").read_text())
+    latents = {
+        "scaling_factor": 0.5,
+        "latents_mean": [-0.3, 0.4, -0.2, 0.5],
+        "latents_std": [1.7, 1.2, 1.3, 1.05],
+    }
+    write_json(folder / "vae/config.json", config | latents)
+
+
+def make_cosxl(folder: Path) -> None:
+    """stabilityai/cosxl: SDXL with EDM's noise and v-prediction."""
+    make_turbo(folder, "segmind-vega", "EDMEulerScheduler")
+    write_json(folder / "scheduler/scheduler_config.json", EDM_CONFIGS["cosxl"])
+
+
 @torch.no_grad()
 def make_taesd(folder: Path) -> None:
     """madebyollin/taesd, narrower: the VAE alone."""
@@ -271,9 +295,16 @@ MAKERS = {
     "bk-sdm-tiny": make_bk_sdm_tiny,
     "sd-turbo": make_sd_turbo,
     "sdxl-turbo": make_sdxl_turbo,
+    "playground": make_playground,
+    "cosxl": make_cosxl,
     "taesd": make_taesd,
 }
-BASES = {"sd-turbo": "sd21v", "sdxl-turbo": "sdxl"}
+BASES = {
+    "sd-turbo": "sd21v",
+    "sdxl-turbo": "sdxl",
+    "playground": "segmind-vega",
+    "cosxl": "segmind-vega",
+}
 
 
 # ------------------------------------------------------------------------------------- the pictures
@@ -330,6 +361,21 @@ PICTURES: dict[str, dict[str, dict[str, Any]]] = {
         "one-step": case(**SQUARE, steps=1, guidance=0.0),
         "four-steps": case(TREE, **SQUARE, steps=4, guidance=0.0, seed=8, count=2),
         "image": case(**PHOTO, steps=4, guidance=0.0, strength=0.5),
+    },
+    "playground": {
+        "checkpoint": case(**SQUARE, sampler="checkpoint", negative_prompt="blurry"),
+        "steps": case(TREE, width=96, height=64, steps=20, sampler="dpmpp-2m"),
+        "third-order": case(**SQUARE, sampler="dpmpp-3m", schedule="exponential", steps=16),
+        "sde-two": case(**SQUARE, sampler="dpmpp-2m-sde", count=2, seed=5, guidance=3.0),
+        "euler": case(**SQUARE, sampler="euler", guidance=1.0),
+        "image": case(**PHOTO, sampler="checkpoint", steps=10, strength=0.6),
+        "image-euler-two": case(TREE, **PHOTO, sampler="euler", count=2, seed=2),
+    },
+    "cosxl": {
+        "checkpoint": case(**SQUARE, sampler="checkpoint", negative_prompt="blurry"),
+        "dpmpp-2m": case(TREE, **SQUARE, sampler="dpmpp-2m", steps=20),
+        "karras": case(**SQUARE, sampler="euler", schedule="karras", count=2),
+        "image": case(**PHOTO, sampler="checkpoint", steps=10, strength=0.6),
     },
     "taesd": {
         "text": case(**SQUARE, vae="taesd", sampler="dpmpp-2m"),

@@ -44,6 +44,7 @@ from golden_data import checkpoint, mask, photo
 from make_checkpoints import make_unet, make_vae, write_json
 from make_family_goldens import CROSS_DOWN, CROSS_UP, DOWN, SDXL, TO_IMAGE, UP
 from PIL import Image
+from sampler_cases import EDM_CONFIGS
 
 # -------------------------------------------------------------------------------------- checkpoints
 
@@ -68,6 +69,7 @@ BASES = {
     "pix2pix": "bk-sdm-tiny",
     "sdxl-pix2pix": "segmind-vega",
     "x4-upscaler": "sd21v",
+    "cosxl-edit": "sdxl-pix2pix",
 }
 # As published: stabilityai/stable-diffusion-x4-upscaler, scheduler and low_res_scheduler.
 UPSCALER_BETAS = {
@@ -99,6 +101,9 @@ def make_model(name: str, folder: Path) -> None:
     if name == "x4-upscaler":
         make_upscaler(folder)
         return
+    if name == "cosxl-edit":
+        make_cosxl_edit(folder)
+        return
     sdxl = name.startswith("sdxl")
     unet = make_unet(
         200 + list(BASES).index(name),
@@ -109,6 +114,17 @@ def make_model(name: str, folder: Path) -> None:
     unet.to(torch.float16).save_pretrained(folder / "unet")
     index = json.loads((checkpoint(BASES[name]) / "model_index.json").read_text())
     write_json(folder / "model_index.json", index | {"_class_name": KINDS[name].__name__})
+
+
+def make_cosxl_edit(folder: Path) -> None:
+    """stabilityai/cosxl, cosxl_edit.safetensors, as diffusers' guide opens it: EDM's noise, and the
+    picture's latents scaled."""
+    config = EDM_CONFIGS["cosxl"]
+    (folder / "scheduler").mkdir(parents=True)
+    write_json(folder / "scheduler/scheduler_config.json", config)
+    index = json.loads((checkpoint(BASES["cosxl-edit"]) / "model_index.json").read_text())
+    own = {"scheduler": ["diffusers", config["_class_name"]], "is_cosxl_edit": True}
+    write_json(folder / "model_index.json", index | own)
 
 
 def make_upscaler(folder: Path) -> None:
@@ -272,6 +288,10 @@ PICTURES: dict[str, dict[str, dict[str, Any]]] = {
         "refined": case(sampler="euler-a", **SPLIT),
     },
 }
+PICTURES["edm-inpainting"] = {
+    "cosxl-checkpoint": case(model="cosxl", sampler="checkpoint", **FIVE),
+    "cosxl-strength": case(TREE, model="cosxl", sampler="dpmpp-2m", strength=0.7, **FIVE),
+}
 EDITS: dict[str, dict[str, dict[str, Any]]] = {
     "pix2pix": {
         "checkpoint": edit(sampler="checkpoint", negative_prompt="blurry"),
@@ -291,6 +311,10 @@ EDITS: dict[str, dict[str, dict[str, Any]]] = {
         "end": edit(sampler="dpmpp-2m", denoising_end=0.6, **FIVE),
         "refined": edit(sampler="euler-a", **SPLIT),
     },
+}
+EDITS["cosxl-edit"] = {
+    "checkpoint": edit(sampler="checkpoint", negative_prompt="blurry", **FIVE),
+    "dpmpp-2m": edit(TREE, image=[64, 96], sampler="dpmpp-2m", image_guidance=1.2, **FIVE),
 }
 PICTURES |= EDITS
 PICTURES["x4-upscaler"] = {
@@ -344,6 +368,7 @@ KINDS = {
     "sdxl-inpainting": StableDiffusionXLInpaintPipeline,
     "pix2pix": StableDiffusionInstructPix2PixPipeline,
     "sdxl-pix2pix": StableDiffusionXLInstructPix2PixPipeline,
+    "cosxl-edit": StableDiffusionXLInstructPix2PixPipeline,
     "x4-upscaler": StableDiffusionUpscalePipeline,
 }
 
@@ -354,7 +379,8 @@ def load(name: str, arguments: dict[str, Any], kind: Any = None) -> Any:
     if kind is None:
         xl = hasattr(pipe, "text_encoder_2")
         kind = StableDiffusionXLInpaintPipeline if xl else StableDiffusionInpaintPipeline
-    return prepare(kind.from_pipe(pipe), arguments)
+    more = {"is_cosxl_edit": True} if name == "cosxl-edit" else {}
+    return prepare(kind.from_pipe(pipe, **more), arguments)
 
 
 def outpainted(arguments: dict[str, Any]) -> tuple[Image.Image, Image.Image]:
@@ -397,7 +423,7 @@ def run(family: str, arguments: dict[str, Any], seed: int) -> Drawn:
         given |= {side: arguments[side] for side in ("width", "height")}
         # The SDXL class needs less than 1 with denoising_start, and ignores it.
         given.setdefault("strength", 0.9999 if "denoising_start" in arguments else 1.0)
-    elif family.startswith("sdxl"):
+    elif family in ("sdxl-pix2pix", "cosxl-edit"):
         given |= {"width": image.width, "height": image.height}
     if "refiner" not in arguments:
         return draw(pipe, prompt, **given)

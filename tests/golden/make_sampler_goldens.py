@@ -1,11 +1,12 @@
 """Make tests/golden/samplers/*.npz: what torch draws, and what diffusers' schedulers do.
 
-    python tests/golden/make_sampler_goldens.py     # needs torch==2.13.0 diffusers==0.42.1 scipy
+    python tests/golden/make_sampler_goldens.py [runs edm noise]
+                                        # needs torch==2.13.0 diffusers==0.42.1 scipy
 
-runs.npz: `cells`, a JSON list of runs (config name, overrides, sampler, schedule, steps, options),
-and for all of them
-end to end: `timesteps`, `sigmas`, `levels` (the initial scale) and `samples`, x before and after
-    each step. noise.npz: torch.randn on the CPU, several draws from one generator.
+runs.npz, and edm.npz for models that were trained with EDM's noise: `cells`, a JSON list of runs
+(config name, overrides, sampler, schedule, steps, options), and for all of them end to end:
+`timesteps`, `sigmas`, `scales` (the initial scale) and `samples`, x before and after each step.
+noise.npz: torch.randn on the CPU, several draws from one generator.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ CLASSES = {
     one.id: (one.scheduler.reference, dict(one.arguments))
     for one in SAMPLERS.values()
     if one.scheduler.reference is not None
+}
+EDM_CLASSES = {
+    one.id: (one.edm.reference, dict(one.arguments))
+    for one in SAMPLERS.values()
+    if one.edm is not None
 }
 # Arguments off the beaten track: (overrides of the config, samplers, schedule, steps).
 VARIANTS: list[tuple[dict[str, Any], str, str, int]] = [
@@ -128,14 +134,34 @@ for extra, steps in (
 ):
     VARIANTS.append((extra, "checkpoint", "normal", steps))
 
+# Of models with EDM's noise: (config, overrides, sampler, steps).
+EDM_VARIANTS: list[tuple[str, dict[str, Any], str, int]] = [
+    ("playground", {"thresholding": True, "dynamic_thresholding_ratio": 0.9}, "dpmpp-2m", 6),
+    ("playground", {"solver_type": "heun"}, "dpmpp-2m", 6),
+    ("playground", {"solver_type": "heun"}, "dpmpp-2m-sde", 6),
+    ("playground", {"euler_at_final": True, "final_sigmas_type": "sigma_min"}, "dpmpp-2m", 16),
+    ("playground", {"lower_order_final": False}, "dpmpp-3m", 6),
+    ("playground", {"rho": 4.0, "sigma_min": 0.1, "sigma_max": 20.0}, "dpmpp-2m", 6),
+    ("playground", {"solver_order": 3, "prediction_type": "v_prediction"}, "checkpoint", 7),
+    ("playground", {"solver_order": 1, "algorithm_type": "sde-dpmsolver++"}, "checkpoint", 7),
+    ("cosxl", {"final_sigmas_type": "sigma_min", "prediction_type": "epsilon"}, "euler", 6),
+    ("cosxl", {"_use_default_values": ["sigma_schedule"]}, "checkpoint", 6),
+]
+
 STRENGTH = 0.7
 
 
-def exists(cls: type, sampler: str, schedule: str) -> bool:
-    """Whether the class takes the argument that the schedule sets."""
+def sets(cls: type, schedule: str) -> dict[str, Any] | None:
+    """The arguments that the schedule sets; None: the class takes none of them."""
     if schedule == "ays":
-        return "timesteps" in inspect.signature(cls.set_timesteps).parameters
-    return set(SCHEDULES[schedule]) <= set(inspect.signature(cls.__init__).parameters)
+        return {} if "timesteps" in inspect.signature(cls.set_timesteps).parameters else None
+    taken = set(inspect.signature(cls.__init__).parameters)
+    return next((one for one in SCHEDULES[schedule] if set(one) <= taken), None)
+
+
+def exists(cls: type, sampler: str, schedule: str) -> bool:
+    """Whether the class takes an argument that the schedule sets."""
+    return sets(cls, schedule) is not None
 
 
 def cells() -> list[dict[str, Any]]:
@@ -176,15 +202,38 @@ def cells() -> list[dict[str, Any]]:
     return found
 
 
+def edm_cells() -> list[dict[str, Any]]:
+    """Runs of models with EDM's noise: every combination, the middle of a run, the variants."""
+    import diffusers
+
+    found: list[dict[str, Any]] = []
+    for sampler, (name, _) in EDM_CLASSES.items():
+        cls = getattr(diffusers, name)
+        for config in cases.EDM_CONFIGS:
+            for schedule in SCHEDULES:
+                for steps in (6, 20) if exists(cls, sampler, schedule) else ():
+                    found.append(
+                        {"config": config, "sampler": sampler, "schedule": schedule, "steps": steps}
+                    )
+            cell = {"config": config, "sampler": sampler, "schedule": "normal", "steps": 9}
+            found.append({**cell, "strength": STRENGTH})
+    for config, overrides, sampler, steps in EDM_VARIANTS:
+        cell = {"config": config, "sampler": sampler, "schedule": "normal", "steps": steps}
+        found.append({**cell, "overrides": overrides})
+    return found
+
+
 def run(cell: dict[str, Any]) -> tuple[np.ndarray, np.ndarray | None, float, list[np.ndarray]]:
     """Timesteps, sigmas, initial scale and samples of one run by diffusers."""
     import diffusers
     import torch
     from diffusers.schedulers.scheduling_utils import AysSchedules
 
-    config = {**cases.CONFIGS[cell["config"]], **cell.get("overrides", {})}
-    name, fixed = CLASSES.get(cell["sampler"], (config["_class_name"], {}))
-    scheduler = getattr(diffusers, name).from_config(config, **fixed, **SCHEDULES[cell["schedule"]])
+    config = {**cases.EVERY_CONFIG[cell["config"]], **cell.get("overrides", {})}
+    classes = EDM_CLASSES if cell["config"] in cases.EDM_CONFIGS else CLASSES
+    name, fixed = classes.get(cell["sampler"], (config["_class_name"], {}))
+    cls = getattr(diffusers, name)
+    scheduler = cls.from_config(config, **fixed, **sets(cls, cell["schedule"]))
     if cell["schedule"] == "ays":
         key = (
             "StableDiffusionXLTimesteps" if cell["config"] == "sdxl" else "StableDiffusionTimesteps"
@@ -238,12 +287,8 @@ def draws() -> dict[str, np.ndarray]:
     return found
 
 
-def main() -> None:
-    import diffusers
-
-    diffusers.logging.set_verbosity_error()
-    warnings.simplefilter("ignore")
-    every = cells()
+def write(path: Path, every: list[dict[str, Any]]) -> None:
+    """Run all cells and store what came out."""
     times, sigmas, scales, samples = [], [], [], []
     for cell in every:
         t, s, scale, xs = run(cell)
@@ -254,19 +299,31 @@ def main() -> None:
         scales.append(scale)
         samples.extend(xs)
         cell["samples"] = len(xs)
-    folder = HERE / "samplers"
-    folder.mkdir(exist_ok=True)
     np.savez_compressed(
-        folder / "runs.npz",
+        path,
         cells=np.frombuffer(json.dumps(every).encode(), np.uint8),
         timesteps=np.concatenate(times),
         sigmas=np.concatenate(sigmas),
         scales=np.array(scales),
         samples=np.array(samples),
     )
-    np.savez_compressed(folder / "noise.npz", **draws())
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    print(f"{len(every)} runs", sizes)
+    print(f"{path.name}: {len(every)} runs, {path.stat().st_size} bytes")
+
+
+def main() -> None:
+    import diffusers
+
+    diffusers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    folder = HERE / "samplers"
+    folder.mkdir(exist_ok=True)
+    wanted = sys.argv[1:] or ["runs", "edm", "noise"]
+    if "runs" in wanted:
+        write(folder / "runs.npz", cells())
+    if "edm" in wanted:
+        write(folder / "edm.npz", edm_cells())
+    if "noise" in wanted:
+        np.savez_compressed(folder / "noise.npz", **draws())
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,8 +10,12 @@ from typing import Any, ClassVar
 
 from mlxdiff.adapters import lora
 from mlxdiff.convert import Component
+from mlxdiff.errors import HubError
 from mlxdiff.run.additions import Addition
 from mlxdiff.run.kind import Kind
+from mlxdiff.store import hub
+from mlxdiff.store.folder import Progress
+from mlxdiff.store.reference import parse
 from mlxdiff.text import a1111
 
 
@@ -30,9 +35,22 @@ class LoRA(Addition):
 
     @classmethod
     def open(
-        cls, given: Iterable[lora.Given], model: Kind, in_prompt: bool = False
+        cls,
+        given: Iterable[lora.Given],
+        model: Kind,
+        in_prompt: bool = False,
+        progress: Progress | None = None,
     ) -> tuple[LoRA, ...]:
-        """Open LoRAs for a model. Raises: UsageError, CheckpointError."""
+        """Open LoRAs for a model.
+
+        Args:
+            given: as ``adapters.lora.open_all`` takes them; a path may be a hub id.
+            in_prompt: the prompt asks for them.
+            progress: called while files are fetched from the hub.
+        Raises: UsageError, CheckpointError, HubError.
+        """
+        if not isinstance(given, (str, bytes, os.PathLike)):  # else open_all says what is wrong
+            given = [_fetched(one, progress) for one in given]
         names = [name for name in model.source.components if name != "vae"]
         configs = {name: model.source.config(name) for name in names}
         opened = lora.open_all(given, configs, model.source.family)
@@ -65,7 +83,21 @@ class LoRA(Addition):
         return {"loras": said}
 
 
-def asked_for(prompt: str, syntax: str, folder: Path) -> tuple[lora.Given, ...]:
+def _fetched(one: lora.Given, progress: Progress | None) -> lora.Given:
+    """Return a LoRA on this disk: a hub id becomes the path of its file. Raises: HubError."""
+    path = one[0] if isinstance(one, tuple) and one else one
+    if not isinstance(path, str) or Path(path).expanduser().exists() or parse(path) is None:
+        return one
+    try:
+        file = hub.resolve_lora(path, progress=progress)
+    except HubError as error:
+        raise HubError(f"{path}: no such LoRA file or folder, and from the hub: {error}") from None
+    return (file, *one[1:]) if isinstance(one, tuple) else file
+
+
+def asked_for(
+    prompt: str, syntax: str, folder: Path
+) -> tuple[tuple[Path, tuple[float, float]], ...]:
     """The LoRAs that a prompt asks for (``<lora:name:0.8>``), which must lie in a folder.
 
     Raises: UsageError.

@@ -1,0 +1,556 @@
+"""The drawing of a run: steps, pictures, result.
+
+A run belongs to what it began with: its models with all additions, its settings and its metadata
+are fixed when it is made, and nothing that happens to the pipeline later changes them. The order
+of the work and the draws of noise are those of diffusers' pipelines.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from collections.abc import Generator as Steps
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlxdiff import samplers
+from mlxdiff.errors import MlxdiffError, UsageError
+from mlxdiff.machine.turns import each_in_turn, turn
+from mlxdiff.noise import Generator
+from mlxdiff.pictures.image import check_writable, png_bytes, side_by_side, write_png
+from mlxdiff.pictures.metadata import Metadata
+from mlxdiff.pictures.names import Template
+from mlxdiff.run.additions.refiner import refiner_of
+from mlxdiff.run.denoiser import Evaluation, make_denoiser
+from mlxdiff.run.inputs import Inputs, Stage, Start, make_stages
+from mlxdiff.run.model import Model, draw_noise
+from mlxdiff.run.settings import PlannedRun, Settings
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+GROUP = 4
+"""Pictures that are drawn before they are decoded, in low memory, where U-Net and VAE are not in
+memory together. Otherwise each picture is decoded when it is drawn."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One finished evaluation of the U-Net.
+
+    Attributes:
+        index: 0 for the first step of a picture.
+        total: evaluations for each picture, a refiner's included.
+        picture: which picture of the run, from 0.
+        seed: its seed.
+        seconds: how long this evaluation took.
+        latents: (H/f, W/f, C) float32, after the step.
+    """
+
+    index: int
+    total: int
+    picture: int
+    seed: int
+    seconds: float
+    latents: np.ndarray
+    _model: Model = field(repr=False)
+    _denoised: Callable[[], np.ndarray] = field(repr=False)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Step {self.index + 1} of {self.total}, picture {self.picture}, seed {self.seed}, "
+            f"{self.seconds:.2f} s>"
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Step):
+            return NotImplemented
+        own = (self.index, self.total, self.picture, self.seed)
+        same = own == (other.index, other.total, other.picture, other.seed)
+        return same and np.array_equal(self.latents, other.latents)
+
+    def __hash__(self) -> int:
+        return hash((self.index, self.total, self.picture, self.seed))
+
+    @property
+    def denoised(self) -> np.ndarray:
+        """The model's estimate of the latents without noise: (H/f, W/f, C) float32."""
+        with turn():
+            return self._denoised()
+
+    def sketch(self) -> PIL.Image.Image:
+        """A quick estimate of the finished picture: decoded if the VAE is a TAESD, else by a linear
+        map, one pixel for each latent."""
+        with turn():
+            return self._model.sketch(self.denoised)
+
+    def preview(self) -> PIL.Image.Image:
+        """The latents after this step, decoded: noisy until the last steps."""
+        with turn():
+            return self._model.decode(self.latents[None])[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A finished picture of a run.
+
+    Attributes:
+        index: which picture of the run, from 0.
+        image: the picture.
+        latents: (H/f, W/f, C) float32, the final ones, scaled as the U-Net takes them.
+        seed: its seed.
+        metadata: how it was made (``chunks()`` gives the text chunks of a PNG).
+        timings: see ``Result``; what several pictures share counts for the first of them.
+        peak_memory: bytes that the process held at most so far, as the backend counts them.
+    """
+
+    index: int
+    image: PIL.Image.Image
+    latents: np.ndarray
+    seed: int
+    metadata: Metadata
+    timings: dict[str, Any]
+    peak_memory: int
+
+    def __repr__(self) -> str:
+        width, height = self.image.size
+        return f"<Picture {self.index}, {width}x{height}, seed {self.seed}>"
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """Finished pictures. Two results are equal if their pictures and metadata are.
+
+    Attributes:
+        images: one for each seed.
+        latents: (B, H/f, W/f, C) float32, the final ones, scaled as the U-Net takes them.
+        seeds: seed of each picture.
+        settings: of the run, with every default filled in.
+        metadata: of each picture (``chunks()`` gives the text chunks of a PNG).
+        timings: seconds by stage: load, text_encoder, image (encoding the given one), hires
+            (enlarging), unet, vae; and steps, the seconds of each evaluation.
+        peak_memory: bytes, as the backend counts them.
+    """
+
+    images: list[PIL.Image.Image]
+    latents: np.ndarray
+    seeds: list[int]
+    settings: Settings
+    metadata: list[Metadata]
+    timings: dict[str, Any]
+    peak_memory: int
+
+    def __repr__(self) -> str:
+        width, height = self.images[0].size
+        many = "1 picture" if len(self.images) == 1 else f"{len(self.images)} pictures"
+        seeds = f"{self.seeds[0]}" + (f" to {self.seeds[-1]}" if len(self.seeds) > 1 else "")
+        return f"<Result: {many}, {width}x{height}, seed {seeds}>"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Result):
+            return NotImplemented
+        return (
+            (self.seeds, self.metadata) == (other.seeds, other.metadata)
+            and np.array_equal(self.latents, other.latents)
+            and all(map(_same_pixels, self.images, other.images))
+        )
+
+    def __hash__(self) -> int:
+        return hash((tuple(self.seeds), self.latents.shape))
+
+    def png(self, index: int = 0) -> bytes:
+        """Return a picture as the bytes of a PNG file, with its settings in it.
+
+        Args:
+            index: which picture, from 0.
+        Raises: UsageError if there is no such picture.
+        """
+        if not 0 <= index < len(self.images):
+            raise UsageError(f"index is {index}; there are {len(self.images)} pictures, from 0")
+        return png_bytes(self.images[index], self.metadata[index].chunks())
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
+        """Write all pictures as PNG files, with their settings in them.
+
+        Args:
+            path: the file; with several pictures a template with ``{seed}`` or ``{index}``. Also
+                ``{step}`` (their number), ``{frame}`` (0), ``{prompt}``, ``{model}`` and ``{date}``
+                are filled in, numbers also as ``{seed:05d}``. Its folder must exist.
+            overwrite: replace existing files.
+        Returns: the files, in order.
+        Raises: UsageError. Nothing is written if one of the files cannot be.
+        """
+        template = Template(_path_text(path), "path")
+        paths = [
+            template.fill(**name_values(one, index, self.steps_of_a_picture))
+            for index, one in enumerate(self.metadata)
+        ]
+        if len(set(paths)) < len(paths):
+            raise UsageError(
+                f"{template} gives {len(paths)} pictures the same name; put {{index}} or {{seed}} "
+                "into it"
+            )
+        for one in paths:
+            check_writable(one, overwrite)
+        for index, one in enumerate(paths):
+            write_png(self.png(index), one, overwrite)
+        return paths
+
+    @property
+    def steps_of_a_picture(self) -> int:
+        """Evaluations of the U-Net for each picture."""
+        return len(self.timings["steps"]) // len(self.images)
+
+    def _repr_png_(self) -> bytes:
+        """Show the pictures in a notebook, side by side."""
+        if len(self.images) == 1:
+            return self.png()
+        return png_bytes(side_by_side(self.images))
+
+
+def name_values(metadata: Metadata, index: int, steps: int) -> dict[str, int | str]:
+    """Return the values for the name of a picture's file, see ``pictures.names.Template``."""
+    return {
+        "seed": 0 if metadata.seed is None else metadata.seed,
+        "index": index,
+        "step": steps,
+        "frame": 0,
+        "prompt": metadata.prompt,
+        "model": _model_name(metadata),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _model_name(metadata: Metadata) -> str:
+    name = (metadata.model or "model").rpartition("/")[2]
+    return name.removesuffix(".safetensors").removesuffix(".ckpt")
+
+
+class Run(Iterator[Step]):
+    """A run: an iterator of its steps that ends in ``result``.
+
+        run = pipe.stream("a lighthouse", seed=7)
+        for step in run:
+            print(step.index, "of", step.total)
+        run.result.save("lighthouse.png")
+
+    Several runs of one pipeline can be under way, in one thread or in several: each draws what it
+    would draw alone. One thread computes at a time (``machine.turns``). One run is for one thread
+    at a time.
+
+    Args:
+        planned: the run, checked and planned.
+        metadata: of its pictures.
+    Attributes:
+        settings: with every default filled in.
+        seeds: of its pictures.
+        metadata: of its pictures.
+    """
+
+    def __init__(self, planned: PlannedRun, metadata: list[Metadata]) -> None:
+        self.settings = planned.settings
+        self.seeds = planned.seeds
+        self.metadata = metadata
+        # The generator does not get the run: a run that is dropped before its end is then in no
+        # circle of references, and its networks leave memory at once.
+        self._planned = planned
+        self._work = _Work(planned, metadata)
+        self._steps = _draw(planned, self._work)
+        self._handed_out = False
+
+    def __repr__(self) -> str:
+        many = "1 picture" if len(self.seeds) == 1 else f"{len(self.seeds)} pictures"
+        size = f"{self.settings.width}x{self.settings.height}"
+        return f"<Run: {len(self.finished)} of {many} finished, {size}, seed {self.seeds[0]}>"
+
+    def __iter__(self) -> Run:
+        return self
+
+    def __next__(self) -> Step:
+        if inspect.getgeneratorstate(self._steps) == inspect.GEN_RUNNING:
+            raise UsageError(
+                "this run is being drawn in another thread; start one of its own for each thread"
+            )
+        while (step := next(self._steps)) is None:
+            pass
+        return step
+
+    def close(self) -> None:
+        """Stop drawing. Finished pictures stay in ``finished``."""
+        self._steps.close()
+
+    @property
+    def steps(self) -> int:
+        """Evaluations of the U-Net for each picture."""
+        return sum(map(len, self._planned.plans))
+
+    @property
+    def model_name(self) -> str:
+        """Name of the model in the names of files."""
+        return _model_name(self.metadata[0])
+
+    @property
+    def finished(self) -> tuple[Picture, ...]:
+        """The pictures that are finished so far."""
+        return tuple(self._work.finished)
+
+    @property
+    def result(self) -> Result:
+        """The finished pictures: equal to what ``generate`` returns. Draws what is not drawn yet.
+
+        Raises: UsageError if the run was closed, failed, or gave its pictures away (``pictures``).
+        """
+        for _ in self:
+            pass
+        done = self._work.finished
+        if self._handed_out or len(done) < len(self.seeds):
+            why = "its pictures were handed out" if self._handed_out else "it was stopped"
+            raise UsageError(f"this run has no result: {why}; start another one with stream(...)")
+        return Result(
+            images=[one.image for one in done],
+            latents=np.stack([one.latents for one in done]),
+            seeds=self.seeds,
+            settings=self.settings,
+            metadata=self.metadata,
+            timings=_sum(one.timings for one in done),
+            peak_memory=done[-1].peak_memory,
+        )
+
+    def pictures(self, on_step: Callable[[Step], object] | None = None) -> Iterator[Picture]:
+        """Draw, and yield each picture when it is finished. The run does not keep it.
+
+        A picture counts as taken when the caller comes back for the next one.
+
+        Args:
+            on_step: called with each Step.
+        """
+        self._handed_out = True
+        finished = self._work.finished
+        for step in self._steps:
+            if step is not None and on_step is not None:
+                on_step(step)
+            while finished:
+                yield finished[0]
+                del finished[0]
+
+    def rescue(self) -> list[Picture]:
+        """Stop drawing, decode what is drawn, and return the pictures that were not taken yet."""
+        self.close()
+        self._work.decode()
+        return list(self._work.finished)
+
+
+class _Work:
+    """What a run has done so far.
+
+    Attributes:
+        timings: of the picture that is drawn now.
+        drawn: index, latents and timings of pictures that are not decoded yet.
+        finished: pictures that nobody has taken yet.
+    """
+
+    def __init__(self, planned: PlannedRun, metadata: list[Metadata]) -> None:
+        self._planned, self._metadata = planned, metadata
+        self._models = [
+            one for one in (planned.model, refiner_of(planned.model)) if one is not None
+        ]
+        self.drawn: deque[tuple[int, np.ndarray, dict[str, Any]]] = deque()
+        self.finished: list[Picture] = []
+        self.timings: dict[str, Any] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin the timings of a picture."""
+        self.timings = {"load": 0.0, "text_encoder": 0.0, "steps": []}
+
+    @contextmanager
+    def turn(self, stage: str | None = None) -> Iterator[None]:
+        """Take a turn. Count the seconds of loading, and the other ones for a stage."""
+        with turn():
+            start, loaded = time.perf_counter(), self._load_seconds
+            timings = self.timings
+            try:
+                yield
+            finally:
+                loading = self._load_seconds - loaded
+                timings["load"] += loading
+                if stage is not None:
+                    seconds = time.perf_counter() - start - loading
+                    timings[stage] = timings.get(stage, 0.0) + seconds
+
+    @property
+    def _load_seconds(self) -> float:
+        """Seconds that the models have spent on reading weights so far."""
+        return sum(model.load_seconds for model in self._models)
+
+    def finish(self, index: int, latents: np.ndarray) -> None:
+        """Take the final latents of a picture."""
+        self.timings["unet"] = sum(self.timings["steps"])
+        self.drawn.append((index, latents, self.timings))
+
+    def decode(self) -> None:
+        """Decode the pictures that are drawn. May be called again after an interruption."""
+        planned = self._planned
+        model, canvas = planned.model, planned.settings.canvas
+        while self.drawn:
+            index, latents, self.timings = self.drawn[0]
+            if self.finished and self.finished[-1].index == index:
+                self.drawn.popleft()  # interrupted here
+                continue
+            with self.turn("vae"):
+                image = model.decode(latents[None])[0]
+                if canvas is not None and planned.settings.paste_original:
+                    image = canvas.paste_original(image)
+                model.backend.clear_cache()
+            self.finished.append(
+                Picture(
+                    index=index,
+                    image=image,
+                    latents=latents,
+                    seed=planned.seeds[index],
+                    metadata=self._metadata[index],
+                    timings=self.timings,
+                    peak_memory=model.backend.peak_memory(),
+                )
+            )
+            self.drawn.popleft()
+
+
+def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
+    """Draw the pictures of a run one after the other: each is then exactly what it is alone.
+
+    Yields: each Step; None when pictures are finished.
+    """
+    model, settings, backend = run.model, run.settings, run.model.backend
+    stages = make_stages(settings, run.plans, model, refiner_of(model))
+    total = sum(len(stage.plan) for stage in stages)
+    inputs: Inputs | None = None
+    denoisers: dict[int, Any] = {}
+    last = len(run.seeds) - 1
+    for picture, seed in enumerate(run.seeds):
+        work.begin()
+        if inputs is None:
+            with work.turn("image" if settings.encodes else None):
+                inputs = Inputs(model, settings)
+        generator, index = Generator(seed), 0
+        given = None if run.noise is None else run.noise[picture][None]
+        x: Any = None  # after the last step
+        for part, stage in enumerate(stages):
+            size = stage.settings.height, stage.settings.width
+            draw = partial(draw_noise, generator, model.latent_shape(*size))
+            denoise = None
+            if part not in denoisers and stage.model.low_memory:
+                denoisers.clear()
+            if x is None:
+                with work.turn():
+                    begun = inputs.begin(stage.plan, draw, given)
+            else:
+                with work.turn("hires" if settings.hires is not None else None):
+                    begun = inputs.go_on(stage, begun, backend.to_numpy(x), draw)
+            if part not in denoisers:
+                with work.turn("text_encoder"):
+                    denoisers[part] = make_denoiser(
+                        stage.model, stage.settings, stage.plan.timesteps, stage.before
+                    )
+            denoise = denoisers[part]
+            steps = _evaluations(stage, begun, denoise, backend, draw)
+            for x, latents, clean, elapsed in each_in_turn(steps):  # noqa: B007 - x is used later
+                work.timings["steps"].append(elapsed)
+                _require_finite(latents, index, total, backend.dtype)
+                if index == total - 1:
+                    work.finish(picture, latents)
+                yield Step(
+                    index=index,
+                    total=total,
+                    picture=picture,
+                    seed=seed,
+                    seconds=elapsed,
+                    latents=latents,
+                    _model=model,
+                    _denoised=clean,
+                )
+                index += 1
+                del clean
+        del x, begun, denoise, steps, draw
+        backend.clear_cache()
+        if model.low_memory and picture < last and len(work.drawn) < GROUP:
+            continue
+        if model.low_memory:
+            denoisers.clear()
+        work.decode()
+        yield None
+
+
+def _evaluations(
+    stage: Stage, begun: Start, denoise: Any, backend: Any, draw: Callable[[], np.ndarray]
+) -> Iterator[tuple[Any, np.ndarray, Callable[[], np.ndarray], float]]:
+    """Evaluate the U-Net of a stage again and again, for one picture.
+
+    Args:
+        begun: the start of the picture.
+        draw: noise of the picture's own generator.
+    Yields: x after each step, (1, h, w, C); the same as float32 NumPy (h, w, C); a function that
+        gives it without noise; seconds.
+    """
+    plan, x = stage.plan, backend.asarray(begun.x)
+    beside = None if begun.beside is None else backend.asarray(begun.beside)
+    kept = None if begun.kept is None else begun.kept.on(backend)
+    state = plan.start()
+    for i, t in enumerate(plan.timesteps):
+        start = time.perf_counter()
+        evaluation = Evaluation(t, i, len(plan), beside)
+        output = denoise(plan.scale_model_input(x, state), evaluation)
+        clean = partial(_denoised, backend, plan, i, x, output)
+        x, state = plan.step(x, output, state, noise=partial(_on_backend, backend, draw))
+        if kept is not None:
+            x = kept(x, plan, i + 1)
+        backend.evaluate(x)
+        yield x, backend.to_numpy(x)[0], clean, time.perf_counter() - start
+
+
+def _require_finite(latents: np.ndarray, index: int, total: int, dtype: str) -> None:
+    """Raise MlxdiffError unless the latents of a step are finite."""
+    if np.isfinite(latents).all():
+        return
+    damaged = "the weights are damaged, or the computation overflowed"
+    way_out = "verify the model" if dtype == "float32" else "use float32 (--dtype float32)"
+    raise MlxdiffError(
+        f"step {index + 1} of {total} gives latents that are not finite: {damaged}; {way_out}"
+    )
+
+
+def _denoised(backend: Any, plan: samplers.Plan, index: int, x: Any, output: Any) -> np.ndarray:
+    clean: np.ndarray = backend.to_numpy(plan.denoised(x, output, index))[0]
+    return clean
+
+
+def _on_backend(backend: Any, draw: Callable[[], np.ndarray]) -> Any:
+    return backend.asarray(draw())
+
+
+def _sum(timings: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    """Add up the timings of pictures."""
+    total: dict[str, Any] = {}
+    for one in timings:
+        for stage, value in one.items():
+            total[stage] = total[stage] + value if stage in total else value
+    return total
+
+
+def _same_pixels(image: PIL.Image.Image, other: PIL.Image.Image) -> bool:
+    own = (image.mode, image.size, image.tobytes())
+    return own == (other.mode, other.size, other.tobytes())
+
+
+def _path_text(path: Any) -> str:
+    if not isinstance(path, (str, os.PathLike)):
+        raise UsageError(f"path is {path!r}; expected the name of a PNG file")
+    return os.fspath(path)

@@ -1,0 +1,741 @@
+"""Hostile input for every parser: generators with fixed seeds, and the judge of what becomes of it.
+
+An input is known by its parser and its number, and is the same each time (``pictures:17``). Each
+must be read, or refused by an MlxdiffError of one line, within SECONDS of processor time and MEMORY
+bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import re
+import signal
+import struct
+import sys
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from folders import TEXT, diffusers_folder
+from lora_files import write as write_lora
+from PIL import Image, PngImagePlugin
+from safetensors.numpy import save_file
+
+from mlxdiff.errors import MlxdiffError
+
+SECONDS = 2.0
+MEMORY = 512 << 20
+
+Chance = random.Random
+Run = Callable[[], object]
+Make = Callable[[Chance], Run]
+"""Makes the next input, and returns what reads it."""
+
+# ---------------------------------------------------------------------------------------- spoiling
+
+# fmt: off
+STRANGE: list[Any] = [
+    None, True, False, -1, 0, 1, 1.5, 1e308, -1e-320, 10**30, 2**31, 2**53, 2**63, 2**64,
+    10**400, float("inf"), float("nan"), "x", "", "1", "NaN", "é" * 300, "x" * 5000, "../x", "..",
+    "/etc/passwd", "~root/x", "C:\\x", "\\\\host\\x", "a/../../b", "\x00", "\x1b[2J", "\ud800",
+    "\u202e", "a\nb", "a" * 40, "0" * 64, "model-00001-of-00002.safetensors", [], {}, [1], [None],
+    [[[]]], {"a": 1}, {"": ""}, [0] * 40, "@DEEP@", "@HUGE@",
+]
+TOKENS = [
+    b"[", b"{", b'"', b"]", b"}", b":", b",", b"null", b"true", b"1e999", b"-1", b"9" * 30, b"\0",
+    b"\\u0000", b"\\ud800", b"\x80", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"{" * 99,
+]
+# fmt: on
+DEEP = "[" * 6000 + "]" * 6000
+HUGE = "9" * 6000
+
+
+def _text(data: bytes) -> str:
+    """Decode JSON that can be damaged; keep halves of surrogate pairs where possible."""
+    try:
+        return data.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        return data.decode("utf-8", "replace")
+
+
+def spoil_bytes(data: bytes, chance: Chance, within: int = 1 << 30) -> bytes:
+    """Change, remove, double, move or insert a few bytes, or cut the end off."""
+    spoilt = bytearray(data)
+    for _ in range(chance.choice((1, 1, 2, 3, 8))):
+        place, length = (
+            chance.randrange(min(len(spoilt), within) or 1),
+            chance.choice((1, 1, 4, 20)),
+        )
+        kind = chance.randrange(8)
+        if kind == 0 and spoilt:
+            spoilt[place] = chance.randrange(256)
+        elif kind == 1:
+            del spoilt[place : place + length]
+        elif kind == 2:
+            spoilt[place:place] = chance.choice(TOKENS)
+        elif kind == 3:
+            token = chance.choice(TOKENS)
+            spoilt[place : place + len(token)] = token
+        elif kind == 4:
+            spoilt[place:place] = spoilt[place : place + length] * chance.choice((1, 2, 50))
+        elif kind == 5:
+            other = chance.randrange(len(spoilt) or 1)
+            spoilt[place : place + length] = spoilt[other : other + length]
+        elif kind == 6 and spoilt:
+            spoilt[place] ^= 1 << chance.randrange(8)
+        elif chance.random() < 0.3:
+            del spoilt[place:]
+    return bytes(spoilt)
+
+
+def spoil_value(value: Any, chance: Chance) -> Any:
+    """Replace, drop, rename or add one value somewhere in a JSON document."""
+    if isinstance(value, dict) and value and chance.random() < 0.95:
+        key = chance.choice(list(value))
+        kind = chance.random()
+        if kind < 0.1:
+            return {k: v for k, v in value.items() if k != key}
+        if kind < 0.2:
+            name = chance.choice([key + "s", "", "\ud800", "x" * 2000, "../x", "a\x1b[31m"])
+            return value | {name: chance.choice([value[key], *STRANGE])}
+        return value | {key: spoil_value(value[key], chance)}
+    if isinstance(value, list) and value and chance.random() < 0.7:
+        place = chance.randrange(len(value))
+        return [*value[:place], spoil_value(value[place], chance), *value[place + 1 :]]
+    return chance.choice(STRANGE)
+
+
+def spoil_json(value: Any, chance: Chance) -> bytes:
+    """Return a JSON document with a few faults."""
+    for _ in range(chance.choice((1, 1, 2, 4))):
+        value = spoil_value(value, chance)
+    text = json.dumps(value, ensure_ascii=chance.random() < 0.5)
+    text = text.replace('"@DEEP@"', DEEP).replace('"@HUGE@"', HUGE)
+    data = text.encode("utf-8", "surrogatepass")
+    return spoil_bytes(data, chance) if chance.random() < 0.2 else data
+
+
+def spoil_file(file: Path, good: bytes, chance: Chance) -> bytes:
+    """Return the content of a file with faults: of its JSON, if it is JSON."""
+    if file.suffix == ".json" and chance.random() < 0.8:
+        return spoil_json(json.loads(good), chance)
+    return spoil_bytes(good, chance)
+
+
+# ----------------------------------------------------------------------------------------- parsers
+
+
+def safetensors_headers(folder: Path) -> Make:
+    """Headers of weight files, small and large."""
+    from mlxdiff.weights.tensors import TensorFile
+
+    arrays = {f"layer.{i}": np.ones((i + 1, 3), np.float16) for i in range(4)}
+    save_file(arrays, folder / "good", {"format": "pt"})
+    good, bad = (folder / "good").read_bytes(), folder / "bad.safetensors"
+    length = int.from_bytes(good[:8], "little")
+    header = json.loads(good[8 : 8 + length])
+
+    def read() -> None:
+        for tensor in TensorFile(bad).tensors.values():
+            assert tensor.dtype.startswith("F8") or tensor.read().shape == tensor.shape
+
+    def make(chance: Chance) -> Run:
+        kind = chance.random()
+        if kind < 0.4:
+            raw = spoil_json(header, chance)
+        elif kind < 0.402:  # few, and large
+            count = chance.choice((10_000, 100_000))
+            raw = {
+                0: b"[" + b"[]," * count + b"[]]",
+                1: b'{"w":[' + b"[]," * count + b"[]]}",
+                2: b'{"__metadata__":{' + b",".join(b'"%x":""' % i for i in range(count)) + b"}}",
+                3: b"{" * count,
+                4: b'{"w":{"dtype":"U8","shape":[' + b"0," * count + b'0],"data_offsets":[0,0]}}',
+                5: b"{"
+                + b",".join(
+                    b'"%x":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % i
+                    for i in range(count)
+                )
+                + b"}",
+            }[chance.randrange(6)]
+        else:
+            bad.write_bytes(spoil_bytes(good, chance, 400))
+            return read
+        bad.write_bytes(len(raw).to_bytes(8, "little") + raw + good[8 + length :])
+        return read
+
+    return make
+
+
+def pickles(folder: Path) -> Make:
+    """Files of torch.save, zip and older."""
+    import zipfile
+
+    from pickle_files import zipped
+
+    from mlxdiff.weights.pickles import PickleFile
+
+    golden = Path(__file__).parent / "golden" / "pickles"
+    sources = [
+        f.read_bytes() for f in sorted(golden.iterdir()) if f.suffix in (".bin", ".pt", ".ckpt")
+    ]
+    sources = [source for source in sources if len(source) < 100_000]
+    bad = folder / "bad.ckpt"
+
+    def read() -> None:
+        for tensor in PickleFile(bad).tensors.values():
+            assert tensor.dtype.startswith("F8") or tensor.read().shape == tensor.shape
+
+    def make(chance: Chance) -> Run:
+        data = chance.choice(sources)
+        if data[:2] == b"PK" and chance.random() < 0.7:
+            with zipfile.ZipFile(io.BytesIO(data)) as file:
+                entries = {name: file.read(name) for name in file.namelist()}
+            key = next(name for name in entries if name.endswith("data.pkl"))
+            entries[key] = spoil_bytes(entries[key], chance)
+            bad.write_bytes(zipped(entries.items(), zip64=chance.random() < 0.2))
+        else:
+            bad.write_bytes(spoil_bytes(data, chance))
+        return read
+
+    return make
+
+
+def _spoilt_folder(path: Path, read: Run, largest: int = 200_000) -> Make:
+    """Spoil one document of a folder at a time."""
+    files = {f: f.read_bytes() for f in sorted(path.rglob("*")) if f.is_file()}
+    documents = [f for f in files if f.suffix in (".json", ".txt") and len(files[f]) < largest]
+    touched: list[Path] = []
+
+    def make(chance: Chance) -> Run:
+        for file in touched:
+            file.write_bytes(files[file])
+        touched[:] = chance.sample(documents, chance.choice((1, 1, 2)))
+        for file in touched:
+            file.write_bytes(spoil_file(file, files[file], chance))
+        return read
+
+    return make
+
+
+def configs(folder: Path) -> Make:
+    """Documents of a diffusers folder."""
+    from mlxdiff.convert import describe
+
+    diffusers_folder(folder / "model")
+    return _spoilt_folder(folder / "model", lambda: describe(folder / "model"))
+
+
+def manifests(folder: Path) -> Make:
+    """Documents of a converted folder, its manifest among them, and of an index of shards."""
+    from mlxdiff.convert import convert
+    from mlxdiff.store.folder import open_folder
+
+    diffusers_folder(folder / "model")
+    convert(folder / "model", folder / "plain")
+    convert(folder / "model", folder / "packed", quantize=4)
+    halves = [
+        _spoilt_folder(folder / name, lambda name=name: open_folder(folder / name))  # type: ignore[misc]
+        for name in ("plain", "packed")
+    ]
+    return lambda chance: chance.choice(halves)(chance)
+
+
+WORDS = [
+    "a",
+    "b",
+    "ab",
+    "a b",
+    "",
+    "<|endoftext|>",
+    "<|startoftext|>",
+    "!",
+    "\ud800",
+    "\0",
+    "é" * 9,
+]
+
+
+def tokenizers(folder: Path) -> Make:
+    """Files of a tokenizer."""
+    from mlxdiff.store.folder import check_tokenizer
+    from mlxdiff.tokenizer import Tokenizer
+
+    source = Path(__file__).parent.parent / "mlxdiff" / "builtin" / "tokenizer"
+    path = folder / "tokenizer"
+    path.mkdir()
+    for file in source.iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    specials = {"bos_token": "<|startoftext|>", "eos_token": {"content": "<|endoftext|>"}}
+    vocabulary = json.loads((path / "vocab.json").read_bytes())
+    (path / "special_tokens_map.json").write_text(json.dumps(specials))
+    (path / "added_tokens.json").write_text(json.dumps({"<new>": len(vocabulary)}))
+    from mlxdiff.networks.config import CLIPTextConfig
+
+    known = {"text_encoder": CLIPTextConfig.from_dict(TEXT | {"vocab_size": len(vocabulary) + 1})}
+    saved = (path / "tokenizer.json").read_bytes()
+
+    def read() -> None:
+        tokenizer = Tokenizer.from_folder(path, pad_token="<|endoftext|>")
+        check_tokenizer(tokenizer, "tokenizer", known, str(path))
+        for word in WORDS:
+            with suppress(MlxdiffError):
+                ids = tokenizer.encode(word)
+                assert all(0 <= i <= len(vocabulary) for i in ids)
+                tokenizer.truncated(word), tokenizer.unknown_words(word), tokenizer.decode(ids)
+        with suppress(MlxdiffError):
+            tokenizer.with_tokens(["<another>"])
+
+    spoil = _spoilt_folder(path, read)
+
+    def make(chance: Chance) -> Run:
+        run = spoil(chance)
+        if chance.random() < 0.5:
+            (path / "tokenizer.json").unlink(missing_ok=True)
+        elif not (path / "tokenizer.json").exists():
+            (path / "tokenizer.json").write_bytes(saved)
+        return run
+
+    return make
+
+
+def pictures(folder: Path) -> Make:
+    """Picture files of all formats, and of formats that must not be opened."""
+    from mlxdiff.pictures.image import load_image
+    from mlxdiff.pictures.metadata import read as read_metadata
+
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 13, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + "a cat\nSteps: 4, Seed: 1".encode("utf-16-be")
+    sources: list[bytes] = []
+    for kind, modes in {
+        "PNG": "1 L LA P RGB RGBA I;16", "JPEG": "L RGB CMYK", "WEBP": "RGB RGBA", "BMP": "L RGB",
+        "TIFF": "L RGB F I;16 CMYK", "GIF": "P", "AVIF": "RGB", "PPM": "L RGB", "ICO": "RGB",
+        "TGA": "RGB", "EPS": "RGB", "PDF": "RGB", "PCX": "RGB", "DDS": "RGB", "SGI": "RGB",
+    }.items():  # fmt: skip
+        for mode in modes.split():
+            picture = Image.fromarray(pixels).convert("L" if mode in ("LA", "I;16") else "RGB")
+            options = {"exif": exif.tobytes()} if kind in ("PNG", "JPEG", "WEBP", "TIFF") else {}
+            with suppress(Exception), io.BytesIO() as file:  # a Pillow without some format
+                picture.convert(mode).save(file, kind, **options)
+                sources.append(file.getvalue())
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("parameters", "a cat\nSteps: 4, Sampler: Euler, Seed: 1", zip=True)
+    with io.BytesIO() as file:
+        Image.fromarray(pixels).save(file, "PNG", pnginfo=texts)
+        sources.append(file.getvalue())
+    bad = folder / "bad.png"
+
+    def read() -> None:
+        with suppress(MlxdiffError):
+            read_metadata(bad)
+        assert load_image(bad).ndim == 3
+
+    def make(chance: Chance) -> Run:
+        kind = chance.random()
+        if kind < 0.004:  # a bomb: few bytes, many pixels
+            bad.write_bytes(
+                _bomb(*chance.choice([(20_000, 20_000), (60_000, 900), (1, 2**31 - 1)]))
+            )
+        elif kind < 0.1:
+            bad.write_bytes(_with_size(sources[0], chance))
+        else:
+            bad.write_bytes(spoil_bytes(chance.choice(sources), chance))
+        return read
+
+    return make
+
+
+def _chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def _bomb(width: int, height: int) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    rows = zlib.compress(bytes(min(width * height, 50_000_000)), 9)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + _chunk(b"IHDR", header)
+        + _chunk(b"IDAT", rows)
+        + _chunk(b"IEND", b"")
+    )
+
+
+def _with_size(png: bytes, chance: Chance) -> bytes:
+    """Return a PNG that says it has another size, bit depth or colour type."""
+    width, height = (chance.choice((0, 1, 13, 1000, 20_000, 2**31 - 1)) for _ in range(2))
+    kind = [chance.choice((1, 2, 4, 8, 16, 3)), chance.choice((0, 2, 3, 4, 6, 9)), 0, 0, 0]
+    header = struct.pack(">II", width, height) + bytes(kind)
+    return png[:8] + _chunk(b"IHDR", header) + png[33:]
+
+
+SAID = {
+    "schema": "mlxdiff.image/1", "prompt": "a cat", "negative_prompt": "", "seed": 1, "width": 64,
+    "height": 64, "steps": 4, "guidance": 7.5, "sampler": "euler", "schedule": "karras",
+    "clip_skip": 1, "model": "org/name", "revision": "a" * 40, "version": "0.1.0", "vae": "a/b",
+    "loras": [{"name": "x.safetensors", "scale": 1.0, "sha256": "0" * 64}], "control_image": ["a"],
+    "embeddings": [{"name": "e.pt", "token": "toy", "sha256": "0" * 64}], "controlnet": ["org/net"],
+    "refiner": "org/refiner", "ip_adapter": ["a/b"], "image": "x.png", "strength": 0.5,
+    "guidance_interval": [0.0, 1.0], "quantize": 4, "hires": 2.0,
+}  # fmt: skip
+PARAMETERS = (
+    "a (cat:1.2) <lora:x:1>\nNegative prompt: dog\nSteps: 20, Sampler: DPM++ 2M, Schedule type: "
+    'Karras, CFG scale: 7, Seed: 3, Size: 64x64, Model: x, Lora hashes: "x: 1", Clip skip: 2'
+)
+
+
+def metadata(folder: Path) -> Make:
+    """What a picture says about itself, and its replay."""
+    from mlxdiff.cli.replay import replayed
+    from mlxdiff.pictures.metadata import Metadata
+
+    def read(texts: dict[str, str]) -> None:
+        found = []
+        if "mlxdiff" in texts:
+            found.append(Metadata.from_json(texts["mlxdiff"]))
+        found.append(Metadata.from_parameters(texts.get("parameters", "")))
+        for one in found:
+            one.to_parameters(), one.to_dict()
+            with mock.patch("mlxdiff.pictures.metadata.read", lambda path: one):  # noqa: B023
+                replayed({}, "picture.png")
+
+    def make(chance: Chance) -> Run:
+        kind = chance.random()
+        if kind < 0.5:
+            texts = {"mlxdiff": _text(spoil_json(SAID, chance))}
+        elif kind < 0.9:
+            data = spoil_bytes(PARAMETERS.encode(), chance)
+            texts = {
+                "parameters": data.decode("utf-8", chance.choice(("replace", "surrogateescape")))
+            }
+        else:
+            piece = chance.choice(
+                ("ab ", "a:", 'ab:"', '\\"', "ab: 1,", "-", " ", "\n", "é", "(", '"')
+            )
+            texts = {"parameters": "x\n" + piece * (98_000 // len(piece))}
+        return lambda: read(texts)
+
+    return make
+
+
+def prompts(folder: Path) -> Make:
+    """Prompts, in both syntaxes."""
+    from mlxdiff.text import a1111
+    from mlxdiff.text.prompt import Vocabulary
+    from mlxdiff.tokenizer import Tokenizer
+
+    source = Path(__file__).parent.parent / "mlxdiff" / "builtin" / "tokenizer"
+    vocabulary = Vocabulary(Tokenizer.from_folder(source), 2000)
+    # fmt: off
+    pieces = [
+        "(", ")", "[", "]", ":", "|", "a", " ", "BREAK", "AND", "\\", "<lora:x:1>", "<lora:", ">",
+        "<", ":1.3)", ":0.5]", "1e999", "9" * 400, "\ud800", "\0", "é", "\u0301\u0323", "a b, ",
+        "((",
+        "[a|b]", "[a:b:3]", "\n", "\u2028", "😀", "<|endoftext|>", "__", "{a|b}", "-",
+    ]
+    # fmt: on
+
+    def read(text: str) -> None:
+        def each(run: Run) -> None:
+            with suppress(MlxdiffError):
+                run()
+
+        each(lambda: a1111.weigh(text))
+        each(lambda: a1111.networks(text))
+        each(lambda: a1111.refuse_composition(text))
+        each(lambda: a1111.edits(text, 20))
+        each(lambda: vocabulary.plain(text))
+        each(lambda: vocabulary.tokenizer.unknown_words(text))
+        vocabulary.a1111(text)
+
+    def make(chance: Chance) -> Run:
+        kind = chance.random()
+        if kind < 0.97:
+            text = "".join(chance.choice(pieces) for _ in range(chance.randint(0, 30)))
+        elif kind < 0.99:
+            few = chance.sample(pieces, chance.choice((1, 1, 2)))
+            text = "".join(few) * chance.choice((100, 600, 2000))
+        else:
+            piece = chance.choice(pieces)
+            text = piece * (chance.choice((12_000, 98_000, 200_000)) // len(piece))
+        return lambda: read(text)
+
+    return make
+
+
+def loras(folder: Path) -> Make:
+    """LoRA and textual inversion files."""
+    from golden_data import checkpoint
+
+    from mlxdiff.adapters import lora
+    from mlxdiff.adapters.textual_inversion import match, open_embedding
+    from mlxdiff.convert import open_source
+
+    model = open_source(checkpoint("sd15"))
+    named = {name: model.config(name) for name in model.components if name != "vae"}
+    texts = {"text_encoder": model.config("text_encoder")}
+    width = texts["text_encoder"].hidden_size
+    save_file({"<toy>": np.ones((2, width), np.float32)}, folder / "toy.safetensors")
+    goods = [write_lora(name, folder) for name in LORAS] + [folder / "toy.safetensors"]
+    contents = [file.read_bytes() for file in goods]
+    bad = folder / "bad.safetensors"
+
+    def read() -> None:
+        with suppress(MlxdiffError):
+            match(open_embedding(bad), texts)
+        matched = lora.match(lora.open_lora(bad), 1.0, named, "sd1")
+        matched.report()
+
+    def make(chance: Chance) -> Run:
+        data = chance.choice(contents)
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        if len(header) > 40:  # a few modules are enough
+            first = list(header)[: chance.choice((4, 12, 40))]
+            end = max(header[n]["data_offsets"][1] for n in first if n != "__metadata__")
+            header = {n: v for n, v in header.items() if n in first}
+            data = data[: 8 + length + end]
+        raw = json.dumps(header).encode()
+        for _ in range(chance.choice((0, 1, 1, 2))):
+            raw = spoil_bytes(raw, chance) if chance.random() < 0.4 else _renamed(raw, chance)
+        rest = data[8 + length :]
+        if chance.random() < 0.3:
+            rest = bytes(chance.choice((0, 0x7F, 0xFF)) for _ in range(4)) * (
+                len(rest) // 4
+            ) + bytes(len(rest) % 4)
+        bad.write_bytes(len(raw).to_bytes(8, "little") + raw + rest)
+        return read
+
+    return make
+
+
+LORAS = ("sd15-kohya", "sd15-peft", "sd15-rslora")
+
+
+def _renamed(raw: bytes, chance: Chance) -> bytes:
+    """Change one word, number or shape of a LoRA's header."""
+    found = list(re.finditer(rb"[A-Za-z_]+|\d+|\[[^\]]*\]", raw))
+    if not found:
+        return raw
+    match = chance.choice(found)
+    new = chance.choice(
+        b"lora_down alpha dora_scale F16 I8 0 1 [] [1] hada_w1_a lokr_w1 unet text_model [4,4] "
+        b"[1,1,1,1,1] 99999999999999999999 diff bias".split(b" ")
+    )
+    return raw[: match.start()] + new + raw[match.end() :]
+
+
+def hubs(folder: Path) -> Make:
+    """References, and what a hub answers: listings and bodies."""
+    import huggingface_hub
+    from huggingface_hub.hf_api import ModelInfo
+
+    from mlxdiff.store import hub, reference
+
+    files = {
+        "model_index.json": b"{}",
+        "unet/config.json": b"{}",
+        "scheduler/scheduler_config.json": b"{}",
+    }
+    files |= {"unet/diffusion_pytorch_model.safetensors": b"u" * 3000, "x.safetensors": b"x"}
+    listing = {
+        "id": "org/name",
+        "sha": "a" * 40,
+        "siblings": [
+            {"rfilename": name, "size": len(body), "blobId": _git_sha1(body)}
+            for name, body in files.items()
+        ],
+    }
+    texts = [
+        "org/name",
+        "org/name@main",
+        "org/name/x.safetensors",
+        "https://huggingface.co/org/name",
+    ]
+    texts += [
+        "org/name@" + "a" * 40,
+        "https://hf.co/org/name/resolve/main/x.safetensors?download=true",
+    ]
+    home = folder / "home"
+    outside = folder / "outside"
+    outside.write_text("the user's own")
+    answer: dict[str, Any] = {}
+
+    def model_info(*args: Any, **kwargs: Any) -> Any:
+        return ModelInfo(**json.loads(answer["listing"]))
+
+    def http_get(url: str, file: Any, *, resume_size: int = 0, **rest: Any) -> None:
+        name = url.partition("/resolve/")[2].partition("/")[2]
+        body = files.get(name, b"?")[resume_size:]
+        if answer["chance"].random() < 0.3:
+            body = spoil_bytes(body, answer["chance"])
+        for start in range(0, len(body), 1000):
+            file.write(body[start : start + 1000])
+
+    def read() -> None:
+        with (
+            mock.patch.dict("os.environ", {"HF_HUB_CACHE": str(home), "HF_HUB_OFFLINE": ""}),
+            mock.patch.object(huggingface_hub.HfApi, "model_info", model_info),
+            mock.patch("huggingface_hub.file_download.http_get", http_get),
+        ):
+            found = reference.parse(answer["text"])
+            if found is not None:
+                try:
+                    hub.resolve(str(found), components=("unet", "scheduler"))
+                finally:
+                    assert outside.read_text() == "the user's own"
+                    here = {path.name for path in folder.iterdir()}
+                    assert here <= {"home", "outside"}, here
+
+    def make(chance: Chance) -> Run:
+        import shutil
+
+        shutil.rmtree(home, ignore_errors=True)
+        text = chance.choice(texts)
+        if chance.random() < 0.3:
+            text = spoil_bytes(text.encode(), chance).decode("utf-8", "replace")
+        document = spoil_json(listing, chance) if chance.random() < 0.9 else json.dumps(listing)
+        if isinstance(document, bytes):
+            document = _text(document)
+        answer.update(text=text, listing=document, chance=chance)
+        return read
+
+    return make
+
+
+def _git_sha1(body: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
+
+
+@dataclass(frozen=True)
+class Parser:
+    """A parser and its hostile inputs.
+
+    Attributes:
+        prepare: gets an empty folder, returns what makes the inputs.
+        long, short: number of inputs in the slow test and in the short one.
+    """
+
+    prepare: Callable[[Path], Make]
+    long: int
+    short: int
+
+
+PARSERS = {
+    parser.prepare.__name__: parser
+    for parser in (
+        Parser(safetensors_headers, 26_000, 300),
+        Parser(pickles, 16_000, 200),
+        Parser(configs, 6_000, 60),
+        Parser(manifests, 3_000, 30),
+        Parser(tokenizers, 6_000, 60),
+        Parser(pictures, 10_000, 150),
+        Parser(metadata, 12_000, 150),
+        Parser(prompts, 12_000, 200),
+        Parser(loras, 5_000, 60),
+        Parser(hubs, 4_000, 60),
+    )
+}
+
+# ------------------------------------------------------------------------------------------- judge
+
+
+class Hang(BaseException):
+    """An input took more than five times SECONDS."""
+
+
+@dataclass
+class Verdict:
+    """What became of the inputs of a parser.
+
+    Attributes:
+        outcomes: "read" or "refused" -> number.
+        faults: one line for each input that crashed, hung or took too much memory.
+        seconds, memory: the most that one input took.
+    """
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    memory: int = 0
+
+
+def judge(name: str, numbers: Iterator[int] | range, folder: Path) -> Verdict:
+    """Give inputs to a parser.
+
+    Args:
+        name: of the parser.
+        numbers: which of its inputs.
+        folder: an empty folder.
+    """
+    make, verdict = PARSERS[name].prepare(folder), Verdict()
+    for number in numbers:
+        run = make(random.Random(f"{name}:{number}"))
+        before = _memory()[0]
+        start = time.process_time()
+        try:
+            with _alarm(5 * SECONDS):
+                run()
+            outcome = "read"
+        except MlxdiffError as error:
+            outcome = "refused"
+            if not str(error).isprintable() or not 0 < len(str(error)) <= 2000:
+                verdict.faults.append(f"{name}:{number}: not one line: {str(error)[:200]!r}")
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            outcome = "crashed"
+            verdict.faults.append(f"{name}:{number}: {type(error).__name__}: {str(error)[:200]}")
+        seconds, peak = time.process_time() - start, _memory()[1]
+        # The peak can be an earlier input's. It is forgotten before it can hide another's.
+        memory = max(0, peak - before)
+        if memory > MEMORY // 4:
+            _forget_peak()
+        verdict.outcomes[outcome] += 1
+        verdict.seconds, verdict.memory = max(verdict.seconds, seconds), max(verdict.memory, memory)
+        if seconds > SECONDS or memory > MEMORY:
+            verdict.faults.append(f"{name}:{number}: {seconds:.1f} s, {memory >> 20} MB")
+    return verdict
+
+
+@contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    """Raise Hang after this much processor time."""
+
+    def stop(*_: Any) -> None:
+        raise Hang
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+def _memory() -> tuple[int, int]:
+    """Return the memory of this process now, and its peak, in bytes; 0 and 0 if not on Linux."""
+    if sys.platform != "linux":
+        return 0, 0
+    status = Path("/proc/self/status").read_text()
+    now, peak = (re.search(rf"{key}:\s+(\d+)", status) for key in ("VmRSS", "VmHWM"))
+    assert now is not None and peak is not None
+    return int(now[1]) << 10, int(peak[1]) << 10
+
+
+def _forget_peak() -> None:
+    if sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
