@@ -30,6 +30,9 @@ COMMANDS = {
     "bench": ("mlxdiff.cli.bench", "Time a model on this machine; make a record to post."),
     "doctor": ("mlxdiff.cli.doctor", "Find what is slow or broken here, and what to do."),
     "models": ("mlxdiff.cli.models", "List and remove converted models; list short names."),
+    "serve": ("mlxdiff.cli.serve", "Serve a page and HTTP interfaces; keep the model loaded."),
+    "capabilities": ("mlxdiff.cli.capabilities", "List options as JSON, for programs."),
+    "mcp": ("mlxdiff.cli.mcp", "Serve tools to agents (Model Context Protocol)."),
 }
 _DEBUG = "mlxdiff.debug"
 F = TypeVar("F", bound=Callable[..., Any])
