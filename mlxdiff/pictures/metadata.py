@@ -347,11 +347,11 @@ def _lora_hashes(loras: Any) -> str | None:
 def _texts_of(entries: Any, *keys: str) -> list[tuple[str, ...]]:
     """These texts of each entry of a list that has them all; the file may come from anyone."""
     found = [
-        tuple(one.get(key) for key in keys)
+        tuple(text for key in keys if isinstance(text := one.get(key), str))
         for one in (entries if isinstance(entries, list) else [])
         if isinstance(one, dict)
     ]
-    return [texts for texts in found if all(isinstance(text, str) for text in texts)]
+    return [texts for texts in found if len(texts) == len(keys)]
 
 
 def _number(value: float | None) -> str | None:
