@@ -102,7 +102,7 @@ def identities(*places: str | os.PathLike[str] | None) -> dict[Path, Identity]:
 
     A place that is not on this disk (a hub id) has none.
     """
-    found = {}
+    found: dict[Path, Identity] = {}
     for place in places:
         path = Path() if place is None else Path(place)
         if place is None or not path.exists():

@@ -299,7 +299,7 @@ class Pipeline:
         if not asked:
             return model
         with turn():
-            key = asked, tuple(_identity(path) for path, _ in asked)  # type: ignore[misc, str-bytes-safe]
+            key = asked, tuple(_identity(path) for path, _ in asked)
             if key not in self._prompt_loras:  # those of the last prompt are kept
                 self._prompt_loras = {key: LoRA.open(asked, model, in_prompt=True)}
             loras = (*model.additions.of(LoRA), *self._prompt_loras[key])

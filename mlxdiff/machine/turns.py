@@ -19,7 +19,7 @@ T = TypeVar("T")
 _lock = threading.RLock()
 
 
-def turn() -> threading.RLock:  # type: ignore[valid-type]
+def turn() -> threading.RLock:
     """Return the lock of the process, for ``with turn():``. A thread may take it again inside."""
     return _lock
 

@@ -92,10 +92,12 @@ def _fetched(one: lora.Given, progress: Progress | None) -> lora.Given:
         file = hub.resolve_lora(path, progress=progress)
     except HubError as error:
         raise HubError(f"{path}: no such LoRA file or folder, and from the hub: {error}") from None
-    return (file, *one[1:]) if isinstance(one, tuple) else file  # type: ignore[return-value]
+    return (file, *one[1:]) if isinstance(one, tuple) else file
 
 
-def asked_for(prompt: str, syntax: str, folder: Path) -> tuple[lora.Given, ...]:
+def asked_for(
+    prompt: str, syntax: str, folder: Path
+) -> tuple[tuple[Path, tuple[float, float]], ...]:
     """The LoRAs that a prompt asks for (``<lora:name:0.8>``), which must lie in a folder.
 
     Raises: UsageError.
