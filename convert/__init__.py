@@ -14,13 +14,14 @@ if __name__ != "mlxdiff.convert":
 import os
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from mlxdiff.convert.checkpoint import DiffusersFolder
 from mlxdiff.convert.component import Component, open_vae
 from mlxdiff.convert.controlnet import open_controlnet
+from mlxdiff.convert.export import check_target, model_card, write_diffusers, write_single
 from mlxdiff.convert.ip_adapter import open_ip_adapter
 from mlxdiff.convert.report import ComponentReport, Report
 from mlxdiff.convert.singlefile import SingleFile
@@ -69,6 +70,8 @@ def convert(
     quantize: int | str | None = None,
     group_size: int | None = None,
     recipe: str | None = None,
+    to: str = "mlxdiff",
+    change: Callable[[Model], ModelSource] | None = None,
 ) -> Report:
     """Convert a model. Memory stays near the size of its largest tensor.
 
@@ -92,6 +95,9 @@ def convert(
         quantize: bits of a weight, see ``mlxdiff.store.recipes.find_recipe``; None for no
             quantization.
         group_size, recipe: group size and kind of the quantization.
+        to: form of the result: "mlxdiff" (a converted folder), "diffusers" (a folder) or "single"
+            (one file in LDM naming).
+        change: changes the model before it is written (``adapters.lora.baked``).
     Returns: the treatment of every tensor.
     Raises: UsageError, CheckpointError (also for a source that changes meanwhile), ConfigError,
         HubError.
@@ -104,7 +110,10 @@ def convert(
         chosen = find_recipe(quantize, group_size, recipe)
     elif group_size is not None or recipe is not None:
         raise UsageError("a group size or a recipe needs a number of bits; give --quantize BITS")
-    check_dest(dest, force)
+    if to != "mlxdiff" and chosen is not None:
+        raise UsageError(f"--to {to} has no quantized form; leave --quantize out")
+    if to != "single":
+        check_dest(dest, force)
     if variant is None and dtype == "float32":
         variant = ""
     seen = identities(source, config)
@@ -118,42 +127,59 @@ def convert(
         zero_snr=zero_snr,
         ema=ema,
     )
-    model.documents()  # reports missing tokenizer files before any weights are read
-    for component in model.components:
-        if component.startswith("text_encoder"):
-            model.tokenizer(component.replace("text_encoder", "tokenizer"))  # and unfit ones
-    if chosen is None and is_quantized(model):
+    check_target(model, to, dest, force)
+    if to != "single":
+        model.documents()  # reports missing tokenizer files before any weights are read
+        for component in model.components:
+            if component.startswith("text_encoder"):
+                model.tokenizer(component.replace("text_encoder", "tokenizer"))  # and unfit ones
+    if to == "mlxdiff" and chosen is None and is_quantized(model):
         raise UsageError(
             f"{source}: already quantized; convert the original to change its quantization or dtype"
         )
+    source_model: ModelSource = model if change is None else change(model)
     seen = identities(*used_files(model).values()) | seen
-    target = model if chosen is None else quantized_model(model, chosen, dtype)
+    target = source_model if chosen is None else quantized_model(source_model, chosen, dtype)
     to_write = sum(
         stored_bytes(t, dtype) for c in target.components for t in target.tensors(c).values()
     )
-    provenance = model.provenance
+    provenance = source_model.provenance
     to_hash = 0
     if not isinstance(model, ConvertedFolder):
         files = model.source_files()
         to_hash = sum(path.stat().st_size for path in files.values())
         provenance = provenance | {"sha256": _hash(files, to_hash + to_write, progress)}
-    write_folder(
-        target,
-        dest,
-        dtype,
-        provenance=provenance,
-        recipe=None if chosen is None else chosen.name,
-        force=force,
-        check=lambda: require_unchanged(used_files(model).values(), seen),
-        progress=progress
-        and (lambda done, total, name: progress(to_hash + done, to_hash + total, name)),
+    name = None if chosen is None else chosen.name
+    card = model_card(model, to, dtype, name, provenance)
+    after: Progress | None = progress and (
+        lambda done, total, name: progress(to_hash + done, to_hash + total, name)
     )
+
+    def check() -> None:
+        require_unchanged(used_files(model).values(), seen)
+
+    if to == "single":
+        write_single(target, dest, dtype, check=check, progress=after)
+    elif to == "diffusers":
+        write_diffusers(target, dest, dtype, card=card, force=force, check=check, progress=after)
+    else:
+        write_folder(
+            target,
+            dest,
+            dtype,
+            provenance=provenance,
+            recipe=name,
+            card=card,
+            force=force,
+            check=check,
+            progress=after,
+        )
     return Report(
         source=str(source),
         dest=Path(dest),
         family=model.family,
         dtype=dtype,
-        recipe=None if chosen is None else chosen.name,
+        recipe=name,
         components=tuple(
             _component_report(model, name, _stored_size(target, name, dtype))
             for name in model.components

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlxdiff.convert import detect
+from mlxdiff.convert import recognise
 from mlxdiff.convert.checkpoint import map_component
 from mlxdiff.convert.component import (
     Component,
@@ -18,25 +19,17 @@ from mlxdiff.convert.component import (
     read_component_config,
 )
 from mlxdiff.convert.families import Unrepresentable, controlnet_structure
-from mlxdiff.convert.keymap import Layout, ldm_controlnet
+from mlxdiff.convert.keymap import DIFFUSERS, ldm_controlnet
 from mlxdiff.errors import CheckpointError
 from mlxdiff.networks.config import ControlNetConfig, UNet2DConditionConfig
 from mlxdiff.store.folder import Progress
 from mlxdiff.weights.pickles import PickleFile, open_tensors
-from mlxdiff.weights.tensors import LazyTensor
+from mlxdiff.weights.tensors import LazyTensor, Shape
 
 logger = logging.getLogger("mlxdiff")
 
 _PREFIX = "control_model."
-# Tensor name prefix -> kind of a file that is called a ControlNet but is none.
-_OTHERS = {
-    "lora_controlnet": "a Control-LoRA, which is not supported",
-    "difference": "the difference to a model's U-Net, not a whole ControlNet",
-    "control_type_proj": "a ControlNet-Union, which is not supported",
-    "lllite": "a ControlNet-LLLite, which is not supported",
-    "body.": "a T2I-Adapter, which is not supported",
-    "adapter.body.": "a T2I-Adapter, which is not supported",
-}
+_CLASSES = ("ControlNetModel", "ControlNetUnionModel")
 
 
 def open_controlnet(
@@ -62,7 +55,7 @@ def open_controlnet(
     else:
         if not os.path.isfile(place / "config.json"):
             raise _not_a_controlnet(place)
-        data = read_component_config(place, ("ControlNetModel",), "ControlNet")
+        data = read_component_config(place, _CLASSES, "ControlNet")
         config = ControlNetConfig.from_dict(data, str(place / "config.json"))
         found = open_folder_of("controlnet", place, config, provenance, variant)
     _check_fit(found.config, unet, str(path))
@@ -74,21 +67,33 @@ def _open_file(path: Path, unet: UNet2DConditionConfig, provenance: dict[str, An
     tensors = _section(file.tensors)
     ldm = "input_hint_block.0.weight" in tensors
     if not ldm and "controlnet_cond_embedding.conv_in.weight" not in tensors:
-        raise CheckpointError(
-            f"{path}: looks like {_looks_like(file.tensors)}; expected a ControlNet"
-        )
+        raise CheckpointError(f"{path}: {recognise.refusal(file.tensors)}; expected a ControlNet")
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     try:
-        structure = controlnet_structure(shapes)
+        structure = controlnet_structure(shapes) | _types(shapes)
     except Unrepresentable as error:
         raise CheckpointError(
             f"{path}: is a ControlNet of an unknown structure ({error}); use a diffusers folder"
         ) from None
     config = _config_of(structure, unet, path)
     refused = file.refused if isinstance(file, PickleFile) else {}
-    layout = ldm_controlnet(config) if ldm else Layout()
+    layout = ldm_controlnet(config) if ldm else DIFFUSERS["controlnet"]
     files = map_component(path, tensors, layout, config, str(path), refused)
     return Component(config, lambda: files.read(config), provenance)
+
+
+def _types(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """Return what the config of a ControlNet-Union has beside a ControlNet's; else nothing."""
+    table = shapes.get("task_embedding", ())
+    if len(table) != 2:
+        return {}
+    layers = {m[1] for name in shapes if (m := re.match(r"transformer_layes\.(\d+)\.", name))}
+    return {
+        "_class_name": "ControlNetUnionModel",
+        "num_control_type": table[0],
+        "num_trans_channel": table[1],
+        "num_trans_layer": len(layers),
+    }
 
 
 def _section(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
@@ -168,13 +173,6 @@ def _number(value: Any) -> str:
 
 def _list(values: Any) -> str:
     return ", ".join(map(str, values))
-
-
-def _looks_like(tensors: Mapping[str, LazyTensor]) -> str:
-    for start, words in _OTHERS.items():
-        if any(name.startswith(start) for name in tensors):
-            return words
-    return detect.looks_like(tensors)
 
 
 def _not_a_controlnet(path: Path) -> CheckpointError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -65,16 +66,30 @@ SKIPPED: dict[str, str] = {
 # name decides. Some names occur bare and under the prefix of a whole model.
 _IN = r"(?:model\.(?:diffusion_model\.)?)?"
 _REFUSED: tuple[tuple[str, str], ...] = (
+    (r"lora_controlnet", "a Control-LoRA"),
+    (r"lllite_.+", "a ControlNet-LLLite"),
     (
-        r"(?:.*[._])?lora_(?:up|down|mid|A|B)(?:\..+)?|.+\.lora\.(?:up|down)\..+|lora_.+\.alpha",
+        r"(?:.*[._])?lora_(?:up|down|mid|A|B)(?:\..+)?|.+\.lora\.(?:up|down)\..+|lora_.+\.alpha"
+        r"|(?:unet|text_encoder):\d+:(?:up|down)",
         "a LoRA",
     ),
-    (r".+\.(?:hada|lokr)_w.+", "a LyCORIS adapter"),
+    (
+        r".+\.(?:(?:hada|lokr)_w.+|oft_(?:blocks|diag)|on_input|diff(?:_b)?|[wb]_norm"
+        r"|ia3_l(?:\..+)?)|lora_.+\.[ab][12]\.weight",
+        "a LyCORIS adapter",
+    ),
     (r"emb_params|string_to_param.*|clip_[lg]", "a textual-inversion embedding"),
     (r"(?:ip_adapter|image_proj)\..+", "an IP-Adapter"),
+    (r"controlnext\..+", "a ControlNeXt"),
+    (r"difference", "the difference to a model's U-Net, not a whole ControlNet"),
+    (
+        r"(?:control_model\.)?(?:task_embedding|(?:control_add_embedding|control_type_proj"
+        r"|spatial_ch_projs|transformer_layes)\..+)",
+        "a ControlNet-Union",
+    ),
     (
         r"(?:control_model\..+|controlnet_cond_embedding\..+|(?:.+\.)?input_hint_block\..+"
-        r"|controlnet_(?:down|mid)_.+|lllite_.+)",
+        r"|controlnet_(?:down|mid)_.+)",
         "a ControlNet",
     ),
     (r"(?:adapter\.)?body\.\d+\.(?:resnets|block1)\..+", "a T2I-Adapter"),
@@ -275,13 +290,14 @@ def not_a_model(path: Path) -> CheckpointError:
         "give a diffusers folder (with model_index.json), a converted folder, a single file, a "
         "hub id or a short name (mlxdiff models --known)"
     )
-    if not path.exists():
+    if not os.path.exists(path):
         near = catalogue.suggestion(str(path))
         return CheckpointError(
             f"{path}: no such file or folder, and not a hub id (org/name){near}; {want}"
         )
+    is_file = os.path.isfile(path)
     return CheckpointError(
-        f"{path}: {_describe_file(path) if path.is_file() else _describe_folder(path)}; {want}"
+        f"{path}: {_describe_file(path) if is_file else _describe_folder(path)}; {want}"
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlxdiff.convert import detect
+from mlxdiff.convert import recognise
 from mlxdiff.convert.checkpoint import map_component
 from mlxdiff.convert.component import (
     Component,
@@ -56,6 +56,8 @@ def open_ip_adapter(
         raise _not_an_adapter(place)
     file = open_tensors(place, _TABLES)
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    if face := recognise.face_adapter(file.tensors):
+        raise CheckpointError(f"{place}: {recognise.FACE.format(face)}")
     config = _structure(shapes, place)
     _check_fit(config, unet, str(path))
     refused = file.refused if isinstance(file, PickleFile) else {}
@@ -80,15 +82,8 @@ def _structure(shapes: Mapping[str, Shape], path: Path) -> IPAdapterConfig:
     if not any(name.startswith("image_proj.") for name in shapes):
         lazy = open_tensors(path, _TABLES).tensors
         raise CheckpointError(
-            f"{path}: looks like {detect.looks_like(lazy)}; expected an IP-Adapter "
-            "(image_proj.* and ip_adapter.*)"
-        )
-    if any(name.startswith("image_proj.perceiver_resampler.") for name in shapes) or (
-        "image_proj.proj.2.weight" in shapes and "image_proj.proj.3.weight" not in shapes
-    ):
-        raise CheckpointError(
-            f"{path}: is an IP-Adapter FaceID, which needs a face recognition network and is not "
-            "supported; use a Plus or Full Face IP-Adapter"
+            f"{path}: {recognise.refusal(lazy)}; expected an IP-Adapter (image_proj.* and "
+            "ip_adapter.*)"
         )
 
     def shape(name: str, dimensions: int) -> Shape:

@@ -109,7 +109,10 @@ TRANSFORMERS_CLIP_TEXT = Layout(
 )
 
 DIFFUSERS: dict[str, Layout] = {
-    "controlnet": Layout(),
+    # torch's attention joins queries, keys and values under names of its own.
+    "controlnet": Layout(
+        rules=(Rule(r"(transformer_layes\.\d+\.attn\.in_proj)_(weight|bias)", r"\1.\2"),)
+    ),
     "image_encoder": Layout(
         ignored=(
             Ignored(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlxdiff.convert import detect, marks, original_config
+from mlxdiff.convert import detect, marks, original_config, recognise
 from mlxdiff.convert.checkpoint import ComponentFiles, DiffusersFolder, map_component
 from mlxdiff.convert.families import (
     FAMILIES,
@@ -41,6 +41,7 @@ from mlxdiff.convert.keymap import (
     openclip_text,
 )
 from mlxdiff.errors import CheckpointError, HubError, UsageError
+from mlxdiff.machine.disk import read_document
 from mlxdiff.networks.config import (
     AutoencoderKLConfig,
     CLIPTextConfig,
@@ -186,14 +187,12 @@ class SingleFile:
         file = open_tensors(self.path)
         if kind := detect.refused(file.tensors):
             raise CheckpointError(
-                f"{self.path}: looks like {kind}, not a supported model; give a Stable Diffusion "
-                "checkpoint"
+                f"{self.path}: looks like {kind}, not a whole model; {recognise.use(kind)}"
             )
         self._sections, averages, rest = split(file.tensors, self.path)
         if not self._sections and not averages:
             raise CheckpointError(
-                f"{self.path}: looks like {detect.looks_like(file.tensors)}, not a whole model; "
-                "give a diffusers folder or a whole checkpoint"
+                f"{self.path}: {recognise.refusal(file.tensors)}; it is not a whole model"
             )
         own = {*self._sections, *(["unet"] if averages else [])}
         self.base = None if config is None else _open_base(Path(config), own)
@@ -545,7 +544,7 @@ class SingleFile:
             if name.startswith("text")
         ]
         return self._documents | {
-            f"{folder}/{file}": (self._vocabulary / file).read_bytes()
+            f"{folder}/{file}": read_document(self._vocabulary / file)
             for folder in folders
             for file in TOKENIZER_FILES
             if (self._vocabulary / file).is_file()

@@ -14,7 +14,7 @@ from mlxdiff.errors import CheckpointError, ConfigError, UsageError
 from mlxdiff.machine.disk import read_json
 from mlxdiff.store import catalogue, hub
 from mlxdiff.store.folder import MANIFEST, ConvertedFolder, ModelFolder, Progress, open_folder
-from mlxdiff.store.reference import parse
+from mlxdiff.store.reference import is_address, parse
 from mlxdiff.store.selection import PREFERRED_VARIANT, Listing
 
 Model: TypeAlias = DiffusersFolder | SingleFile | ConvertedFolder
@@ -69,6 +69,11 @@ def open_source(
         name = f"{reference.name}/{listing.entry}"
         single.provenance |= {"source": name, "revision": listing.commit}
         return single
+    if is_address(path):
+        raise UsageError(
+            f"{path}: only addresses of models on huggingface.co are fetched; download the file, "
+            "and give its path"
+        )
     if revision is not None:
         raise UsageError(
             f"{path} is not a hub id (org/name), so it has no revision {revision!r}; leave the "

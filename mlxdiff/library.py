@@ -28,7 +28,7 @@ from mlxdiff.convert import convert, open_source
 from mlxdiff.convert.report import human_bytes
 from mlxdiff.convert.sources import check_published
 from mlxdiff.errors import CheckpointError, ConfigError, HubError, UsageError
-from mlxdiff.machine.disk import exclusive, require_space
+from mlxdiff.machine.disk import exclusive, read_document, require_space
 from mlxdiff.store import catalogue, hub
 from mlxdiff.store.cache import (
     CHECK_SECONDS,
@@ -290,7 +290,7 @@ class _Shelf:
     def _read(self) -> dict[str, Any]:
         """Read the index: request -> commit, fingerprint, checked; {} if it is damaged."""
         try:
-            seen = json.loads(self._index.read_text(encoding="utf-8"))["seen"]
+            seen = json.loads(read_document(self._index))["seen"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return {}
         return seen if isinstance(seen, dict) else {}
@@ -389,7 +389,7 @@ def _read_entry(path: Path) -> Entry:
     family = dtype = "damaged"
     revision = ""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(read_document(path / MANIFEST))
         source = manifest["source"]
         name, revision = str(source["source"]), str(source.get("revision", ""))
         family, dtype = str(manifest["family"]), str(manifest["dtype"])

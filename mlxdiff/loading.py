@@ -66,6 +66,8 @@ def load(asked: LoadOptions) -> Pipeline:
     if asked.exact and asked.backend != "numpy":
         require_exact()
     chosen = make_backend(asked.backend, asked.dtype)
+    if asked.exact:
+        chosen.check_exact()
     if asked.exact and not chosen.has_gpu():
         logger.warning("exact has no effect: nothing is computed on a GPU here")
     pipe = Pipeline(source, chosen)

@@ -389,7 +389,7 @@ class Pipeline:
             pictures=shown,
             refiner=self.refiner,
             low_memory=low_memory,
-            tiled=model.tiles(height, width, low_memory, model.vae_tiling),
+            band_bytes=model.band_bytes(height, width, low_memory),
             recipe=None if quantize is None else find_recipe(quantize),
         )
 

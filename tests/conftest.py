@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,13 @@ def pytest_configure(config: pytest.Config) -> None:
     # A shell starts a background job with interrupts ignored; what the tests start inherits that.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # New GPUs multiply float32 as TF32 by default; the goldens are float32's. MLX reads this later.
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")
+    # NumPy on Accelerate, before 2.3.5 (Python 3.10 gets no newer one than 2.2), reports false
+    # floating-point errors of matrix products.
+    if sys.platform == "darwin":
+        ignored = "ignore:.* encountered in matmul:RuntimeWarning"
+        config.addinivalue_line("filterwarnings", ignored)
     # The gate of the macOS job: MLX on its CPU device. (Commands that tests start as processes of
     # their own say --backend numpy, or mean whatever is there.)
     if os.environ.get("MLXDIFF_TEST_DEVICE") == "cpu" and importlib.util.find_spec("mlx"):

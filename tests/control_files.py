@@ -64,3 +64,52 @@ NETS: dict[str, tuple[int, dict[str, Any]]] = {
     "bgr": (3, {"controlnet_conditioning_channel_order": "bgr"}),
     "pooled": (4, {"global_pool_conditions": True}),
 }
+
+
+# ------------------------------------------------------------------------------------------- Union
+
+UNION_MODES = (0, 3, 7)
+"""The types of control image in control/union.npz."""
+
+
+def union_config(**changes: Any) -> dict[str, Any]:
+    """config.json of a ControlNet-Union for the tiny SDXL, with ProMax's eight types."""
+    config = controlnet_config("sdxl", _class_name="ControlNetUnionModel", **changes)
+    width = config["block_out_channels"][0]
+    own = {"num_control_type": 8, "num_trans_channel": width, "num_trans_head": 4}
+    return config | own | {"num_trans_layer": 2, "num_proj_channel": width} | changes
+
+
+def write_union(folder: Path, seed: int = 7, **changes: Any) -> Path:
+    """A folder as diffusers writes it, float32."""
+    config = union_config(**changes)
+    write_json(folder / "config.json", config)
+    tensors = {
+        name.replace("attn.in_proj.", "attn.in_proj_"): array
+        for name, array in controlnet_tensors(config, seed).items()
+    }
+    save_file(tensors, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    return folder
+
+
+def union_inputs() -> dict[str, np.ndarray]:
+    """Inputs of one evaluation, one row each; arrays are NHWC."""
+    config = ControlNetConfig.from_dict(union_config())
+    random = np.random.RandomState(3)
+
+    def normal(*shape: int) -> np.ndarray:
+        return random.standard_normal(shape).astype(np.float32)
+
+    pooled = (config.projection_class_embeddings_input_dim or 0) - 6 * (
+        config.addition_time_embed_dim or 0
+    )
+    return {
+        "sample": normal(1, 8, 6, config.in_channels),
+        "timesteps": np.array([321.0], np.float32),
+        "text": normal(1, 7, config.cross_attention_dim[0]),
+        "image": random.uniform(size=(1, 8 * config.factor, 6 * config.factor, 3)).astype(
+            np.float32
+        ),
+        "text_embeds": normal(1, pooled),
+        "time_ids": np.array([[64, 48, 0, 0, 64, 48]], np.float32),
+    }

@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny_models as tiny
 
-from mlxdiff.backends.numpy import NumPyBackend
+from mlxdiff.backends.numpy import NumPyBackend, ignore_false_warnings
 from mlxdiff.errors import CheckpointError, UsageError
 from mlxdiff.loading import make_backend
 from mlxdiff.networks.config import AutoencoderKLConfig
@@ -215,3 +217,60 @@ def test_without_mlx_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) 
 def test_only_the_mlx_backend_imports_mlx(module: str) -> None:
     check = f"import sys, {module}; sys.exit('mlx.core' in sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True)
+
+
+# ------------------------------------------------------------------------------ limits and warnings
+
+
+def test_false_warnings_of_numpy_on_accelerate() -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for platform in ("linux", "darwin"):
+            ignore_false_warnings(platform)
+            for module in ("mlxdiff.backends.numpy_layers", "other"):
+                text = "divide by zero encountered in matmul"
+                warnings.warn_explicit(text, RuntimeWarning, "x.py", 1, module)
+    assert len(seen) == 3  # all but that of mlxdiff on a Mac
+
+
+@pytest.fixture
+def limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
+    """What MLX's limits are set to, on a GPU of 5.7 GB; its own memory limit is 8 GB."""
+    mx = pytest.importorskip("mlx.core")
+    from mlxdiff.backends import mlx as module
+
+    found = {"memory": 8_000_000_000}
+
+    def set_memory_limit(size: int) -> int:
+        before, found["memory"] = found["memory"], size
+        return before
+
+    monkeypatch.setattr(mx, "set_memory_limit", set_memory_limit)
+    monkeypatch.setattr(mx, "set_cache_limit", lambda size: found.update(cache=size))
+    size = {"max_recommended_working_set_size": 5_700_000_000}
+    monkeypatch.setattr(module, "_device_info", lambda: size)
+    module._default_memory_limit.cache_clear()
+    yield found
+    module._default_memory_limit.cache_clear()
+
+
+@pytest.mark.mlx
+@pytest.mark.parametrize(("gpu", "usual"), [(True, 5_700_000_000), (False, 8_000_000_000)])
+def test_the_memory_limit_of_mlx(
+    limits: dict[str, int], gpu: bool, usual: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = mlx().gpu if gpu else mlx().cpu
+    monkeypatch.setattr(mlx(), "default_device", lambda: mlx().Device(device))
+    backend = make_backend("mlx")
+    assert limits["memory"] == usual
+    backend.limit_memory(4_000_000_000)
+    assert limits["memory"] == 4_000_000_000
+    make_backend("mlx")  # another one leaves it
+    assert limits["memory"] == 4_000_000_000
+    backend.limit_memory(None)
+    assert limits["memory"] == usual
+    caches = []
+    for low_memory in (False, True):
+        backend.limit_cache(low_memory)
+        caches.append(limits.get("cache"))
+    assert caches == ([1 << 30, 256 << 20] if gpu else [None, 32 << 20])

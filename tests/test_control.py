@@ -185,7 +185,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, changes: dict[str, Any], s
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"_class_name": "ControlNetUnionModel"}, "is a ControlNetUnionModel"),
+        ({"_class_name": "ControlNetXSAdapter"}, "is a ControlNetXSAdapter"),
+        ({"num_control_type": 6}, "num_control_type"),
         ({"mid_block_type": None}, "a mid block"),
         ({"conditioning_channels": 4}, "conditioning_channels"),
         ({"controlnet_conditioning_channel_order": "gbr"}, "'rgb' or 'bgr'"),

@@ -465,7 +465,12 @@ def test_every_name_as_diffusers_reads_it(family: str) -> None:
     from mlxdiff.networks.config import UNet2DConditionConfig
 
     table = lora_names.spellings({"unet": UNet2DConditionConfig.from_dict(_unet_config(family))})
-    targets = {t.parameter.removesuffix(".weight") for found in table.values() for t in found}
+    targets = {
+        t.parameter.removesuffix(".weight")
+        for found in table.values()
+        for t in found
+        if len(t.shape) > 1  # the tools have no names for norms
+    }
     level = type("Config", (), {"layers_per_block": 2})
     for spell in [kohya, kohya_sgm] if family == "sdxl" else [kohya]:
         for module in targets:
@@ -633,7 +638,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     wrong = {
         key: values[..., :1] if "down" in key else values for key, values in one(CONV3).items()
     }
-    assert "have another shape" in refused(whole | wrong, tmp_path)
+    assert "do not fit" in refused(whole | wrong, tmp_path)
     assert "do not match" in refused(whole | {down: random(3, 32)}, tmp_path)
     assert "alpha has 2 values" in refused(whole | {f"{name}.alpha": random(2)}, tmp_path)
     assert "dora_scale is (5, 1)" in refused(whole | {f"{name}.dora_scale": random(5, 1)}, tmp_path)

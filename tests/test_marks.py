@@ -292,6 +292,29 @@ def test_a_folder_of_another_process_is_refused_when_it_is_opened(tmp_path: Path
             assert str(place) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_the_schedulers_class_stands_in_two_files(tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("playground"), folder)
+    place, index = folder / "scheduler" / "scheduler_config.json", folder / "model_index.json"
+    config = json.loads(place.read_text())
+    name = config.pop("_class_name")
+    place.write_text(json.dumps(config))  # as diffusers does, the class is that of the index
+    assert open_source(folder).scheduler_config["_class_name"] == name
+    convert(folder, tmp_path / "converted")
+    assert open_folder(tmp_path / "converted").scheduler_config["_class_name"] == name
+    place.write_text(json.dumps(config | {"_class_name": "EulerDiscreteScheduler"}))
+    with pytest.raises(ConfigError, match=f"{name}', a class of another noise process"):
+        open_source(folder)
+    parts = json.loads(index.read_text())
+    parts["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    index.write_text(json.dumps(parts))
+    with pytest.raises(ConfigError, match=r"model_index\.json: scheduler.*flow matching"):
+        open_source(folder)
+
+
 # ------------------------------------------------------------------------------------------- .yaml
 
 

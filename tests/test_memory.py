@@ -22,10 +22,21 @@ from mlxdiff.networks.config import (
     UNet2DConditionConfig,
 )
 from mlxdiff.networks.params import expected_parameters
+from mlxdiff.networks.recorder import Operation
+from mlxdiff.networks.tiling import BAND_BYTES
+from mlxdiff.run import memory
 from mlxdiff.run.additions import Additions
 from mlxdiff.run.additions.controlnet import ControlNet
 from mlxdiff.run.kind import Network
-from mlxdiff.run.memory import Device, Estimate, Held, activation_bytes, require, weight_bytes
+from mlxdiff.run.memory import (
+    Device,
+    Estimate,
+    Held,
+    activation_bytes,
+    band_bytes,
+    require,
+    weight_bytes,
+)
 from mlxdiff.weights.quantization import Quantization
 from mlxdiff.weights.tensors import LazyTensor, quantize_tensor
 
@@ -180,3 +191,73 @@ def test_networks_that_were_added_count() -> None:
         )
     )
     assert more.stages["unet"] - alone.stages["unet"] == size
+
+
+GPU = Device("mlx", True, "float16")
+
+
+def full_size(model: str, component: str) -> Any:
+    from benchmarks.random_model import config
+
+    return config(model, component)
+
+
+@pytest.mark.parametrize(
+    ("model", "latent", "gigabytes", "expected"),
+    [
+        ("sd15", 64, 5.7, None),  # 8 GB; its VAE is float16
+        ("sd15", 96, 5.7, 89062500),
+        ("sd15", 96, 11.4, None),  # 16 GB
+        ("sdxl", 128, 5.7, 89062500),
+        ("sdxl", 128, 17.0, 265625000),  # 24 GB
+        ("sdxl", 128, 38.0, None),  # 48 GB
+        ("sdxl", 128, None, 256 << 20),
+    ],
+)
+def test_bands_on_a_gpu_are_chosen_by_what_fits(
+    model: str, latent: int, gigabytes: float | None, expected: int | None
+) -> None:
+    vae, size = full_size(model, "vae"), None if gigabytes is None else int(gigabytes * 1e9)
+
+    def chosen(**how: Any) -> int | None:
+        how = {"low_memory": False, "memory": size} | how
+        return band_bytes(vae, GPU, latent, latent, **how)
+
+    assert chosen() == expected
+    assert chosen(tiling=False) is None
+    assert chosen(tiling=True) == min(256 << 20, 1 << 40 if size is None else size // 64)
+    assert chosen(low_memory=True) == 64 << 20
+
+
+def test_bands_on_a_cpu_are_as_large_as_its_cache() -> None:
+    vae = full_size("sd15", "vae")
+    for backend in ("numpy", "mlx"):
+        cpu = Device(backend, False, "float32")
+        for latent, low, tiling, expected in (
+            (32, False, None, None),
+            (33, False, None, BAND_BYTES),
+            (33, False, False, None),
+            (8, True, None, BAND_BYTES),
+            (8, False, True, BAND_BYTES),
+        ):
+            how = {"memory": 1 << 40, "low_memory": low, "tiling": tiling}
+            assert band_bytes(vae, cpu, latent, latent, **how) == expected
+
+
+def test_what_a_gpu_holds_beside_the_values_of_layers() -> None:
+    """Winograd's filters for large maps; expanded weights; ten portions of commands in flight."""
+    wide = Operation("convolution", 4096 * 9 * 512**2, 9 * 512**2, 0, 1, 1, scratch=1)
+    assert activation(wide) == pytest.approx(4 * 64 * 512**2, rel=1e-3)  # 64 MiB
+    small = replace(wide, macs=4095 * 9 * 512**2)  # too few pixels for Winograd's method
+    assert activation(small) < 100
+    assert activation(small, expands=True) == pytest.approx(4 * 9 * 512**2, rel=1e-3)
+    # A network of many layers of 10 MB in and out: what fits into 500 MiB of inputs is held.
+    layer = Operation("linear", 0, 0, 0, 2_500_000, 2_500_000)
+    assert activation(*[layer] * 1000) == pytest.approx(10e6 + (500 << 20), rel=0.03)
+    # Layers of 2 GB in and out wait for each other.
+    large = Operation("linear", 0, 0, 0, 500_000_000, 500_000_000)
+    assert activation(*[large] * 10) == 4_000_000_000
+
+
+def activation(*work: Operation, expands: bool = False) -> int:
+    return memory._gpu_bytes(work, 4, expands)

@@ -19,6 +19,7 @@ import mlx.nn as mlx_nn  # noqa: E402
 from mlx.optimizers import SGD  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
+from mlxdiff.backends import mlx_layers  # noqa: E402
 from mlxdiff.backends.mlx import MLXBackend  # noqa: E402
 from mlxdiff.backends.numpy import NumPyBackend as Reference  # noqa: E402
 from mlxdiff.networks.condition import Condition  # noqa: E402
@@ -106,7 +107,9 @@ def test_a_step_makes_no_views_of_weights(monkeypatch: pytest.MonkeyPatch) -> No
     kinds = re.findall(r'label ?="([A-Za-z]\w*)', graph.getvalue())
     assert {"AddMM", "Convolution", "Matmul", "Sum"} < set(kinds)
     assert not {"Flatten", "Unflatten"} & set(kinds)
-    assert kinds.count("Transpose") == 4 * 2 * len(unet.cross_attentions())  # q, k, v, the result
+    norms = sum(isinstance(layer, mlx_layers.GroupNorm) for layer in unet.modules())
+    # q, k, v, the result; a norm's groups as rows, and back.
+    assert kinds.count("Transpose") == 4 * 2 * len(unet.cross_attentions()) + 2 * norms
 
 
 NETWORKS = [

@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -328,6 +329,8 @@ def test_a_control_image_is_opened_once_for_both_sizes(
     opened = []
     own = control.load_image
     monkeypatch.setattr(control, "load_image", lambda one: opened.append(one) or own(one))
-    found = control.resolve_controls(1, [(32, 32), (48, 64)], control_image=photo(32, 32))
+    found = control.resolve_controls(
+        [SimpleNamespace(types=None)], [(32, 32), (48, 64)], control_image=photo(32, 32)
+    )
     assert len(opened) == 1
     assert [controls[0].image.shape[:2] for controls in found] == [(32, 32), (64, 48)]

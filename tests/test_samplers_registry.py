@@ -212,6 +212,66 @@ def test_other_solvers_of_the_same_process_pass() -> None:
         samplers.plan({**SD, "_class_name": "KDPM2DiscreteScheduler"}, "checkpoint", "normal", 6)
 
 
+# --- names of other programs ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "schedule"),
+    [
+        ("dpmpp-2m", "dpmpp-2m", "auto"),
+        ("DPM++ 2M", "dpmpp-2m", "auto"),
+        ("DPM++ 2M Karras", "dpmpp-2m", "karras"),
+        ("dpm++ 2m sde  exponential", "dpmpp-2m-sde", "exponential"),
+        ("DPM++ 2M SDE Karras", "dpmpp-2m-sde", "karras"),
+        ("Euler a", "euler-a", "auto"),
+        ("euler_ancestral", "euler-a", "auto"),
+        ("k_euler_a", "euler-a", "auto"),
+        ("LMS Karras", "lms", "karras"),
+        ("PLMS", "pndm", "auto"),
+        ("UniPC", "unipc", "auto"),
+        ("dpmpp_2m", "dpmpp-2m", "auto"),
+        ("dpmpp_2m_karras", "dpmpp-2m", "karras"),
+        ("EulerDiscreteScheduler", "euler", "auto"),
+        ("EulerAncestralDiscreteScheduler", "euler-a", "auto"),
+        ("DPMSolverMultistepScheduler", "dpmpp-2m", "auto"),
+        ("DPMSolverSinglestep", "dpmpp-2s", "auto"),
+        ("PNDMScheduler", "pndm", "auto"),
+        ("AUTO", "auto", "auto"),
+    ],
+)
+def test_names_of_other_programs(name: str, sampler: str, schedule: str) -> None:
+    assert samplers.resolve(name, "auto") == (sampler, schedule)
+    expected = samplers.plan(SD, sampler, schedule, 6)
+    assert samplers.plan(SD, name, "auto", 6) == expected
+
+
+def test_every_sampler_has_its_names() -> None:
+    for one in samplers.SAMPLERS.values():
+        for name in (one.id, one.a1111, *one.also):
+            assert samplers.resolve(name, "auto") == (one.id, "auto")
+        if one.scheduler.reference is not None:
+            found, _ = samplers.resolve(one.scheduler.reference, "auto")
+            assert samplers.SAMPLERS[found].scheduler is one.scheduler
+    for schedule, name in SCHEDULE_NAMES.items():
+        assert samplers.resolve("euler", name) == ("euler", schedule)
+
+
+@pytest.mark.parametrize(
+    "name", ["DPM++ SDE Karras", "DPM++ 2S a", "DPM2 a", "Restart", "EDMEulerScheduler", "", " "]
+)
+def test_what_does_not_exist_here_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=r"unknown sampler .*there are auto, checkpoint"):
+        samplers.plan(SD, name, "auto", 6)
+
+
+def test_a_name_with_a_schedule_beside_another_schedule() -> None:
+    assert samplers.resolve("DPM++ 2M Karras", "karras") == ("dpmpp-2m", "karras")
+    with pytest.raises(UsageError, match="names the schedule karras; leave trailing out"):
+        samplers.resolve("DPM++ 2M Karras", "SGM Uniform")
+    with pytest.raises(UsageError, match="unknown schedule 'no'; there are auto, normal"):
+        samplers.resolve("euler", "no")
+
+
 # --- no second list -------------------------------------------------------------------------------
 
 # The same word with another meaning: a model family, and a model's short name.

@@ -203,7 +203,8 @@ def test_every_layer_is_tested(layers: Any) -> None:
     base = {"Module", "activation"}  # a base class; a table of the others
     # What makes, moves or picks values, and computes none.
     moves = set(
-        "parameter asarray cast arange where clip concatenate split pad broadcast_to".split()
+        "parameter asarray cast arange where clip concatenate split pad pad_heads "
+        "broadcast_to".split()
     )
     text = Path(self_test.__file__).read_text(encoding="utf-8")
     left = [

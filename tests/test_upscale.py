@@ -152,7 +152,7 @@ def test_quantized_and_with_low_memory(backend: str, tmp_path: Path, opened: Ope
     low = mlxdiff.load(checkpoint(NAME), backend=backend, dtype="float32", low_memory=True)
     got = low.generate("a", **RUN)
     assert np.abs(got.latents - expected.latents).max() < 1e-4 * expected.latents.std()
-    assert low.model.tiles(64, 48, True) and not plain.model.tiles(64, 48, False)
+    assert low.model.band_bytes(64, 48, True) and not plain.model.band_bytes(64, 48, False)
     assert_picture_close(np.asarray(got.images[0]), np.asarray(expected.images[0]))
     convert(checkpoint(NAME), tmp_path / "q", quantize=8)
     packed = open_folder(tmp_path / "q").quantization["tensors"]["unet"]

@@ -6,12 +6,13 @@ packed, and the change is kept beside it.
 
 Sources: Hu et al. 2021 (LoRA), Hyeon-Woo et al. 2021 (LoHa), Yeh et al. 2023 (LoCon, LoKr), Liu et
 al. 2024 (DoRA), Kalajdzievski 2023 (rank-stabilised); the names of PEFT, diffusers, kohya's
-sd-scripts and LyCORIS.
+sd-scripts, LyCORIS, ComfyUI, OneTrainer and cloneofsimo's lora. ``lora_forms`` has the other forms.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -19,19 +20,22 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 
 from mlxdiff.adapters import lora_names
-from mlxdiff.adapters.lora_forms import Delta, Form, Magnitude, make_form
+from mlxdiff.adapters.lora_forms import Delta, Form, Full, Magnitude, make_form
 from mlxdiff.adapters.lora_names import Target
-from mlxdiff.convert import detect
+from mlxdiff.convert import recognise
 from mlxdiff.convert.checkpoint import all_finite
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
 from mlxdiff.machine.disk import read_json
+from mlxdiff.networks.params import expected_parameters
+from mlxdiff.store.folder import ModelSource
+from mlxdiff.store.recipes import is_quantized
 from mlxdiff.weights.pickles import PickleFile, open_tensors
 from mlxdiff.weights.quantization import Beside
 from mlxdiff.weights.tensors import (
@@ -54,6 +58,12 @@ _FILES = (
 )
 _ENDINGS = ("", ".safetensors", ".pt", ".ckpt", ".bin")
 _PEFT_CONFIG = "adapter_config.json"
+_PEFT_TEXT = re.compile(r"base_model\.model\.(?:text_model|encoder|embeddings|final_layer_norm)\.")
+_PARTS = (
+    "unet",
+    "text_encoder",
+    "text_encoder_2",
+)  # folders of a model, and of PEFT's LoRAs for it
 _DIFFUSERS_CONFIG = "lora_adapter_metadata"  # in the header of a safetensors file
 
 Scale: TypeAlias = "float | tuple[float, float]"
@@ -74,6 +84,9 @@ class LoraFile:
         sha256: SHA-256 of the file.
         short_hash: the first 12 digits of the hash that A1111 and Civitai use.
         settings: prefix of module names ("" for all) -> PEFT's config of the adapter.
+        classes: component -> classes of the changed modules, if the modules are numbered
+            (``lora_names.numbered``).
+        metadata: the strings in the header of a safetensors file.
     """
 
     path: Path
@@ -82,6 +95,8 @@ class LoraFile:
     sha256: str
     short_hash: str
     settings: dict[str, dict[str, Any]] = field(repr=False)
+    classes: dict[str, list[str]] = field(default_factory=dict, repr=False)
+    metadata: dict[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -92,14 +107,14 @@ class Lora:
         file: the file.
         scale: factor for the changes of the U-Net; may be negative.
         text_scale: factor for the changes of the text encoders; may be negative.
-        deltas: component -> parameter -> the change to add.
+        deltas: component -> parameter -> the changes to add, one for each network in the file.
         ignored: unused tensor names, each with the reason.
     """
 
     file: LoraFile
     scale: float
     text_scale: float
-    deltas: dict[str, dict[str, Delta]] = field(repr=False)
+    deltas: dict[str, dict[str, list[Delta]]] = field(repr=False)
     ignored: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -110,7 +125,7 @@ class Lora:
     def report(self) -> str:
         """Describe the matched weights in one line."""
         parts = [f"{len(found)} weights of {name}" for name, found in self.deltas.items() if found]
-        every = [delta for found in self.deltas.values() for delta in found.values()]
+        every = [one for found in self.deltas.values() for some in found.values() for one in some]
         kinds = Counter(("DoRA, " if d.magnitude else "") + d.form.name for d in every)
         ranks = {rank for delta in every if (rank := delta.form.rank()) is not None}
         what = ", ".join(kinds)
@@ -132,32 +147,79 @@ def open_lora(path: str | os.PathLike[str]) -> LoraFile:
 
     Raises: UsageError if nothing is found; CheckpointError if the file cannot be read.
     """
-    path, name, opened = _open(Path(os.path.expanduser(path)))
+    path = Path(os.path.expanduser(path))
+    parts = [path / part for part in _PARTS if _files_in(path / part)]
+    if parts and not _files_in(path):
+        return _joined(path, [open_lora(part) for part in parts])
+    path, name, opened = _open(path)
     settings: dict[str, dict[str, Any]] = {}
+    tensors, metadata = opened.tensors, {}
     if isinstance(opened, PickleFile):
         if opened.refused:
             few = ", ".join(f"{shown(n)} is {what}" for n, what in list(opened.refused.items())[:5])
             raise CheckpointError(
                 f"{path}: contains entries that are not tensors: {few}; save only the tensors"
             )
-    elif _DIFFUSERS_CONFIG in opened.metadata:
-        settings = _by_prefix(opened.metadata[_DIFFUSERS_CONFIG], path)
-    if path.name.startswith("adapter_model") and (path.parent / _PEFT_CONFIG).is_file():
-        try:
-            settings = {"": read_json(path.parent / _PEFT_CONFIG)}
-        except ConfigError as error:
-            raise CheckpointError(str(error)) from None
+    else:
+        metadata = opened.metadata
+        if _DIFFUSERS_CONFIG in metadata:
+            settings = _by_prefix(metadata[_DIFFUSERS_CONFIG], path)
+    if path.name.startswith("adapter_model"):
+        part = ""
+        if any(_PEFT_TEXT.match(name) for name in tensors):
+            part = path.parent.name if path.parent.name in _PARTS else "text_encoder"
+            tensors = {f"{part}.{name}": tensor for name, tensor in tensors.items()}
+        if (path.parent / _PEFT_CONFIG).is_file():
+            try:
+                settings = {part: read_json(path.parent / _PEFT_CONFIG)}
+            except ConfigError as error:
+                raise CheckpointError(str(error)) from None
     digest, short = _hashes(path)
-    if not isinstance(opened, PickleFile):
-        short = opened.metadata.get("sshs_model_hash", short)
-    return LoraFile(path, name, opened.tensors, digest, short[:12], settings)
+    short = metadata.get("sshs_model_hash", short)
+    classes: dict[str, list[str]] = {
+        part: _classes(metadata[part], path)
+        for part in ("unet", "text_encoder")
+        if part in metadata and f"{part}:0:up" in tensors
+    }
+    return LoraFile(path, name, tensors, digest, short[:12], settings, classes, metadata)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return [folder / file for file in _FILES if os.path.isfile(folder / file)]
+
+
+def _joined(path: Path, files: list[LoraFile]) -> LoraFile:
+    """Join the LoRAs of a folder that has one folder for each part of the model, as PEFT's are."""
+    tensors: dict[str, LazyTensor] = {}
+    settings: dict[str, dict[str, Any]] = {}
+    digest = hashlib.sha256()
+    for file in files:
+        for name, tensor in file.tensors.items():
+            # Text encoders have the name of their part already.
+            inside = name.startswith(tuple(f"{part}." for part in _PARTS))
+            tensors[name if inside else f"{file.name}.{name}"] = tensor
+        settings |= {prefix or file.name: config for prefix, config in file.settings.items()}
+        digest.update(bytes.fromhex(file.sha256))
+    whole = digest.hexdigest()
+    return LoraFile(path, path.resolve().name, tensors, whole, whole[:12], settings)
+
+
+def _classes(text: str, path: Path) -> list[str]:
+    """Read the classes that cloneofsimo's LoRA has in its metadata."""
+    try:
+        names = json.loads(text)
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{path}: its list of changed classes is malformed: {shown(text)}")
+    return names
 
 
 def _open(path: Path) -> tuple[Path, str, PickleFile | TensorFile]:
     """Find and open the file of a LoRA; return its path, its name and the open file."""
     name = path.name
     if os.path.isdir(path):
-        found = [path / file for file in _FILES if (path / file).is_file()]
+        found = _files_in(path)
         if not found:
             raise UsageError(
                 f"{path}: this folder contains no LoRA; expected one of {', '.join(_FILES)}"
@@ -205,7 +267,7 @@ def is_lora(path: str | os.PathLike[str]) -> bool:
         tensors = _open(Path(os.path.expanduser(path)))[2].tensors
     except (CheckpointError, UsageError):
         return False
-    return any((found := lora_names.split(name)) and found[1] != "alpha" for name in tensors)
+    return any((found := lora_names.split(name)) and found.part != "alpha" for name in tensors)
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -218,25 +280,30 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     forms: Counter[str] = Counter()
     ranks: set[int] = set()
     places: Counter[str] = Counter()
-    for module, parts in groups.items():
+    for (module, _), parts in groups.items():
         try:
-            form = _form(file, module, parts)[0]
+            form = _form(file, module, parts)[0] if set(parts) - _BIAS - {"alpha"} else None
         except ValueError:
             unknown += [name for name, _ in parts.values()]
             continue
-        forms[("DoRA, " if {"magnitude", "dora_scale"} & set(parts) else "") + form.name] += 1
-        ranks |= {rank for rank in [form.rank()] if rank is not None}
-        places[lora_names.place(module)] += 1
+        if form is not None:
+            forms[("DoRA, " if {"magnitude", "dora_scale"} & set(parts) else "") + form.name] += 1
+            ranks |= {rank for rank in [form.rank()] if rank is not None}
+            places[lora_names.place(module)] += 1
+        forms["bias difference"] += len(_BIAS & set(parts))
     return {
         "kind": "LoRA",
         "path": str(file.path),
+        "use": recognise.use("a LoRA"),
         "made_for": lora_names.made_for({n: t.shape for n, t in file.tensors.items()}),
-        "forms": dict(forms),
+        "forms": dict(+forms),
         "ranks": sorted(ranks),
         "weights": dict(places),
         "bytes": sum(tensor.nbytes for tensor in file.tensors.values()),
         "sha256": file.sha256,
         "short_hash": file.short_hash,
+        "precision": dict(Counter(tensor.dtype for tensor in file.tensors.values())),
+        "written": recognise.written(file.metadata),
         "not_understood": unknown,
     }
 
@@ -256,41 +323,43 @@ def match(file: LoraFile, scale: Scale, configs: Mapping[str, Any], family: str)
     """
     groups, unknown = _grouped(file)
     table = lora_names.spellings(configs)
-    deltas: dict[str, dict[str, Delta]] = {name: {} for name in configs}
-    left: list[str] = list(unknown)
+    if file.classes:
+        table |= _numbered(file, groups, table)
+    shapes = {name: expected_parameters(config) for name, config in configs.items()}
+    deltas: dict[str, dict[str, list[Delta]]] = {name: {} for name in configs}
+    taken: set[tuple[str, str, str]] = set()
+    left: list[str] = []
     broken: list[str] = []
     misshapen: list[str] = []
-    for module, parts in groups.items():
+    for (module, network), parts in groups.items():
         targets = table.get(module)
         if targets is None:
             left += [name for name, _ in parts.values()]
             continue
-        if set(parts) == {"alpha"}:  # changes nothing
-            continue
         try:
-            form, strength = _form(file, module, parts)
+            found = _changes(file, module, parts)
         except ValueError as error:
             broken.append(f"{module} ({', '.join(parts)}: {error})")
             continue
-        for target in targets:
-            rows, width = None, form.shape()
-            if target.third is not None:
-                size = width[0] // 3
-                rows = slice(target.third * size, (target.third + 1) * size)
-                width = size, width[1]
-            if width != target.matrix:
-                misshapen.append(f"{module} is {width}, expected {target.matrix}")
+        for weight, change in itertools.product(targets, found):
+            target = weight.bias(shapes[weight.component]) if change.bias else weight
+            if target is None:
+                misshapen.append(f"{module} has no bias in this model, and the file changes one")
                 continue
             try:
-                magnitude = _magnitude(parts, target)
+                delta = _fitted(change, target, parts)
             except ValueError as error:
-                misshapen.append(f"{module}: {error}")
+                misshapen.append(f"{module} {error}")
                 continue
-            if target.parameter in deltas[target.component]:
+            if (key := (target.component, target.parameter, network)) in taken:
                 broken.append(f"{module} (it changes the same weight twice)")
-            deltas[target.component][target.parameter] = Delta(form, strength, magnitude, rows)
-    ignored = [(name, reason) for name in left if (reason := lora_names.ignored(name)) is not None]
-    left = [name for name in left if lora_names.ignored(name) is None]
+            taken.add(key)
+            deltas[target.component].setdefault(target.parameter, []).append(delta)
+    unknown += left
+    ignored = [
+        (name, reason) for name in unknown if (reason := lora_names.ignored(name)) is not None
+    ]
+    left = [name for name in unknown if lora_names.ignored(name) is None]
     _raise_faults(file, configs, family, any(deltas.values()), left, broken, misshapen)
     for reason in dict.fromkeys(reason for _, reason in ignored):
         names = [name for name, why in ignored if why == reason]
@@ -300,34 +369,112 @@ def match(file: LoraFile, scale: Scale, configs: Mapping[str, Any], family: str)
 
 
 Parts: TypeAlias = "dict[str, tuple[str, LazyTensor]]"
+_BIAS = {"diff_b", "lora_bias"}
+_NORMS = {"magnitude", "dora_scale"}
+_NUMBERS = (*READABLE, "I64", "I32", "I16", "I8", "U8", "BOOL")  # types of alpha and on_input
 
 
-def _grouped(file: LoraFile) -> tuple[dict[str, Parts], list[str]]:
-    """Group tensors by module; return module -> part -> (name, tensor), and the unknown names."""
-    groups: dict[str, Parts] = {}
+def _grouped(file: LoraFile) -> tuple[dict[tuple[str, str], Parts], list[str]]:
+    """Group tensors: (module, network) -> part -> (name, tensor). Return the unknown names, too."""
+    groups: dict[tuple[str, str], Parts] = {}
     unknown = []
     for name, tensor in file.tensors.items():
         found = lora_names.split(name)
         if found is None:
             unknown.append(name)
             continue
-        module, part = found
-        parts = groups.setdefault(module, {})
-        if part in parts:
+        parts = groups.setdefault((found.module, found.network), {})
+        if found.part in parts:
             raise CheckpointError(
-                f"{file.path}: {shown(name)} and {shown(parts[part][0])} are the same part"
+                f"{file.path}: {shown(name)} and {shown(parts[found.part][0])} are the same part"
             )
-        if tensor.dtype not in READABLE:
+        known = _NUMBERS if found.part in ("alpha", "on_input") else READABLE
+        if tensor.dtype not in known:
             raise CheckpointError(
-                f"{file.path}: {shown(name)} is {tensor.dtype} (supported: {', '.join(READABLE)})"
+                f"{file.path}: {shown(name)} is {tensor.dtype} (supported: {', '.join(known)})"
             )
-        parts[part] = name, tensor
+        parts[found.part] = name, tensor
     return groups, unknown
+
+
+def _numbered(
+    file: LoraFile,
+    groups: Mapping[tuple[str, str], Parts],
+    table: Mapping[str, tuple[Target, ...]],
+) -> dict[str, tuple[Target, ...]]:
+    """Return the targets of numbered modules: of the order in which all shapes fit."""
+    found: dict[str, tuple[Target, ...]] = {}
+    for component, classes in file.classes.items():
+        weights = {
+            t.parameter.removesuffix(".weight"): t
+            for targets in table.values()
+            for t in targets
+            if t.component == component and t.third is None
+        }
+        numbers = [module for module, _ in groups if module.startswith(f"{component}:")]
+        try:
+            orders = lora_names.numbered(component, classes, weights)
+        except ValueError as error:
+            raise CheckpointError(f"{file.path}: {error}") from None
+        tables = [
+            {f"{component}:{i}": (weights[name],) for i, name in enumerate(order)}
+            for order in orders
+        ]
+        found |= next((one for one in tables if _all_fit(numbers, groups, one)), tables[0])
+    return found
+
+
+def _all_fit(
+    modules: Sequence[str],
+    groups: Mapping[tuple[str, str], Parts],
+    table: Mapping[str, tuple[Target, ...]],
+) -> bool:
+    def fits(module: str) -> bool:
+        tensors = {part: tensor for part, (_, tensor) in groups[module, ""].items()}
+        (target,) = table[module]
+        try:
+            return make_form(tensors).shape(target.matrix, target.inputs) == target.matrix
+        except ValueError:
+            return False
+
+    return len(modules) == len(table) and all(map(fits, modules))
+
+
+def _changes(file: LoraFile, module: str, parts: Parts) -> list[Delta]:
+    """Return the changes that a module's parts make: of its weight, of its bias.
+
+    Raises: ValueError.
+    """
+    found = []
+    strength = 1.0
+    if set(parts) - _BIAS - {"alpha"}:
+        form, strength = _form(file, module, parts)
+        found.append(Delta(form, strength))
+    for part in sorted(_BIAS & set(parts)):
+        # PEFT multiplies the bias of lora_B by alpha / rank, as it does the product.
+        factor = strength if part == "lora_bias" else 1.0
+        found.append(Delta(Full({"diff": parts[part][1]}), factor, bias=True))
+    return found
+
+
+def _fitted(delta: Delta, target: Target, parts: Parts) -> Delta:
+    """Fit a change to a weight: rows and norms. Raises: ValueError if it does not fit."""
+    matrix = target.matrix
+    thirds = 1 if target.third is None else 3
+    width = delta.form.shape((thirds * matrix[0], matrix[1]), target.inputs)
+    if width != (thirds * matrix[0], matrix[1]):
+        raise ValueError(f"is {width}, expected {(thirds * matrix[0], matrix[1])}")
+    if target.third is not None:
+        if delta.form.reads_weight:
+            raise ValueError(f"is {delta.form.name} of a fused weight, which is not supported")
+        start = target.third * matrix[0]
+        delta = replace(delta, rows=slice(start, start + matrix[0]))
+    return delta if delta.bias else replace(delta, magnitude=_magnitude(parts, target))
 
 
 def _form(file: LoraFile, module: str, parts: Parts) -> tuple[Form, float]:
     """Make the form of a module from its parts; return it and alpha / rank. Raises: ValueError."""
-    beside = ("alpha", "magnitude", "dora_scale")
+    beside = _BIAS | _NORMS
     form = make_form({part: t for part, (_, t) in parts.items() if part not in beside})
     rank = form.rank()
     if "alpha" in parts:
@@ -338,6 +485,8 @@ def _form(file: LoraFile, module: str, parts: Parts) -> tuple[Form, float]:
         if not math.isfinite(alpha):
             raise ValueError(f"alpha is {alpha}")
         return form, 1.0 if rank is None else alpha / rank
+    if form.reads_weight and rank is None:
+        return form, 1.0
     return form, _configured(file, module, rank)
 
 
@@ -371,14 +520,14 @@ def _magnitude(parts: Parts, target: Target) -> Magnitude | None:
     if "magnitude" in parts:
         tensor = parts["magnitude"][1]
         if tensor.size != out:
-            raise ValueError(f"its magnitude is {tensor.shape}, expected {out} values")
+            raise ValueError(f": its magnitude is {tensor.shape}, expected {out} values")
         return Magnitude(tensor, by_output=True, scale_inside=True)
     if "dora_scale" in parts:
         shape = parts["dora_scale"][1].shape
         for by_output, size, wide in ((True, out, shape[:1]), (False, inputs, shape[1:2])):
             if math.prod(shape) == size and wide == (size,):
                 return Magnitude(parts["dora_scale"][1], by_output, scale_inside=False)
-        raise ValueError(f"its dora_scale is {shape}, expected ({out}, 1) or (1, {inputs})")
+        raise ValueError(f": its dora_scale is {shape}, expected ({out}, 1) or (1, {inputs})")
     return None
 
 
@@ -402,23 +551,28 @@ def _raise_faults(
         raise CheckpointError(f"{where}: was made for {theirs}; this model is {ours}")
     if not matched and not misshapen:
         if not any(lora_names.split(name) for name in file.tensors):
-            what = detect.looks_like(file.tensors)
-            raise CheckpointError(f"{where}: is not a LoRA but {what}")
+            raise CheckpointError(f"{where}: is not a LoRA: it {recognise.refusal(file.tensors)}")
         raise CheckpointError(
             f"{where}: none of its {len(file.tensors)} tensors belongs to a weight of this model "
             f"({ours}); it has {_few(list(file.tensors), 3)}; expected names such as "
             "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight or "
             "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight"
         )
+    # Names that no tool is known to write, and places that this model lacks, are not the same.
+    strange = [name for name in left if lora_names.split(name) is None]
+    absent = [name for name in left if lora_names.split(name) is not None]
     faults = []
-    if left:
-        faults.append(f"{len(left)} tensors belong to no weight of this model: {_few(left)}")
+    if strange:
+        faults.append(
+            f"{len(strange)} tensors have names that mlxdiff does not know: {_few(strange)}"
+        )
+    if absent:
+        faults.append(f"{len(absent)} tensors belong to no weight of this model: {_few(absent)}")
     if misshapen:
-        faults.append(f"{len(misshapen)} have another shape: {_few(misshapen)}")
-    raise CheckpointError(
-        f"{where}: fits this model ({ours}) only in part: {'; '.join(faults)}; use the kind of "
-        "model that it was trained on"
-    )
+        faults.append(f"{len(misshapen)} do not fit: {_few(misshapen)}")
+    if not strange:
+        faults.append("use the kind of model that it was trained on")
+    raise CheckpointError(f"{where}: fits this model ({ours}) only in part: {'; '.join(faults)}")
 
 
 def _few(names: Sequence[str], count: int = 10) -> str:
@@ -448,6 +602,50 @@ def open_all(given: Iterable[Given], configs: Mapping[str, Any], family: str) ->
         own, text = map(float, scales)
         opened.append(match(open_lora(path), (own, text), configs, family))
     return tuple(opened)
+
+
+class _Baked:
+    """A model with LoRAs in its weights. All else is that of the model."""
+
+    def __init__(self, source: ModelSource, loras: Sequence[Lora]) -> None:
+        self._source = source
+        self._loras = loras
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """See ``ModelSource.provenance``. It names the LoRAs, too."""
+        entries = [
+            {"name": one.name, "scale": one.scale, "text_scale": one.text_scale}
+            | {"sha256": one.file.sha256}
+            for one in self._loras
+        ]
+        return self._source.provenance | {"loras": entries}
+
+    def tensors(self, component: str) -> dict[str, LazyTensor]:
+        """See ``ModelSource.tensors``."""
+        return changed(self._loras, component, self._source.tensors(component))
+
+
+def baked(given: Sequence[Given]) -> Callable[[ModelSource], ModelSource]:
+    """Return a function that puts LoRAs into the weights of a model (``convert.convert``).
+
+    The function raises UsageError for a quantized model, which cannot hold the sum, and the errors
+    of ``open_all``.
+    """
+
+    def change(model: ModelSource) -> ModelSource:
+        if is_quantized(model):
+            raise UsageError(
+                f"{model.path}: is quantized, and a LoRA in its weights would be rounded away; "
+                "convert the original with --lora and --quantize"
+            )
+        configs = {name: model.config(name) for name in model.components if name != "vae"}
+        return cast(ModelSource, _Baked(model, open_all(given, configs, model.family)))
+
+    return change
 
 
 def _is_number(value: Any) -> bool:
@@ -487,7 +685,7 @@ def changed(
     """
     result = dict(tensors)
     for name, deltas in _collected(loras, component).items():
-        result[name] = _changed(tensors[name], deltas)
+        result[name] = _changed(tensors[name], deltas, packed="embedding" not in name)
     return result
 
 
@@ -499,17 +697,20 @@ def _collected(loras: Iterable[Lora], component: str) -> dict[str, list[Scaled]]
     collected: dict[str, list[Scaled]] = {}
     for lora in loras:
         scale = lora.scale if component == "unet" else lora.text_scale
-        for name, delta in lora.deltas.get(component, {}).items():
-            collected.setdefault(name, []).append((delta, scale, lora.file))
+        for name, deltas in lora.deltas.get(component, {}).items():
+            found = collected.setdefault(name, [])
+            found += [(delta, scale, lora.file) for delta in deltas]
     return collected
 
 
-def _changed(tensor: LazyTensor, deltas: list[Scaled]) -> LazyTensor:
+def _changed(tensor: LazyTensor, deltas: list[Scaled], packed: bool) -> LazyTensor:
+    """Return a changed tensor. ``packed``: its layer can add to a packed weight."""
+
     def read() -> np.ndarray:
         weight = tensor.read().astype(np.float32)
         return weight + _sum(weight, deltas)
 
-    if not isinstance(tensor, QuantizedTensor):
+    if not packed or not isinstance(tensor, QuantizedTensor):
         return LazyTensor(tensor.shape, "F32", read)
     return AdaptedTensor(
         tensor.shape,
@@ -526,7 +727,9 @@ def _sum(weight: np.ndarray, deltas: Sequence[Scaled]) -> np.ndarray:
     flat = _flat(weight)
     total = np.zeros_like(flat)
     for delta, scale, file in deltas:
-        total += _checked(delta.added(flat, scale, weight.shape[-1]), file)
+        total += _checked(
+            delta.added(flat, scale, weight.shape[-1] if weight.ndim > 1 else 1), file
+        )
     return _shaped(total, weight.shape)
 
 
@@ -540,7 +743,7 @@ def _checked(values: np.ndarray, file: LoraFile) -> np.ndarray:
 
 
 def _flat(weight: np.ndarray) -> np.ndarray:
-    """Reshape (out, [kH, kW,] in) to (out, in * kH * kW), in PyTorch's order."""
+    """Reshape (out, [kH, kW,] in) to (out, in * kH * kW), in PyTorch's order. A vector: (n, 1)."""
     if weight.ndim == 4:
         weight = weight.transpose(0, 3, 1, 2)
     return np.ascontiguousarray(weight).reshape(len(weight), -1)
@@ -548,8 +751,8 @@ def _flat(weight: np.ndarray) -> np.ndarray:
 
 def _shaped(flat: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Undo ``_flat``."""
-    if len(shape) == 2:
-        return flat
+    if len(shape) < 4:
+        return flat.reshape(shape)
     out, height, width, inputs = shape
     cube = flat.reshape(out, inputs, height, width).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(cube)
@@ -566,12 +769,14 @@ def beside(
     Args:
         deltas: all changes to the weight.
         shape: shape of the weight, in our layout.
-        weight: reads the values of the weight; called only if they matter (DoRA's norms).
+        weight: reads the values of the weight; called only if they matter (DoRA, OFT, ...).
     """
     pairs = [_pair(delta, scale, weight, shape[-1], file) for delta, scale, file in deltas]
     found = [pair for pair in pairs if pair is not None]
     if len(found) < len(pairs):
-        base = weight() if any(d.magnitude for d, _, _ in deltas) else np.zeros(shape, np.float32)
+        base = (
+            weight() if any(d.reads_weight for d, _, _ in deltas) else np.zeros(shape, np.float32)
+        )
         return Beside(_sum(base, deltas))
     down = np.concatenate([down for down, _, _ in found])
     up = np.concatenate([up for _, up, _ in found], axis=1)

@@ -8,9 +8,9 @@ known tools use for each weight. Nothing is replaced within a name.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from mlxdiff.convert.keymap import Ignored, Layout, ldm_unet, openclip_text
 from mlxdiff.convert.transforms import thirds
@@ -20,10 +20,25 @@ from mlxdiff.weights.tensors import Shape
 
 @dataclass(frozen=True)
 class Part:
-    """A rule: a name that fully matches ``pattern`` is this part; group 1 is the module."""
+    """A rule: a name that fully matches ``pattern`` is this part.
+
+    Group 1 of the pattern is the module. A group "network" is the name of one of several networks
+    in the file.
+    """
 
     pattern: str
     part: str
+
+
+class Named(NamedTuple):
+    """What a tensor's name says: part of which module, in which network of the file."""
+
+    module: str
+    part: str
+    network: str = ""
+
+
+_NETWORK = r"(?:\.(?P<network>\w+))?"
 
 
 def _lora(down: str, up: str) -> tuple[Part, Part]:
@@ -32,8 +47,11 @@ def _lora(down: str, up: str) -> tuple[Part, Part]:
 
 PARTS: tuple[Part, ...] = (
     # PEFT, with or without the adapter's name
-    *_lora(r"(.+)\.lora_A(?:\.\w+)?\.weight", r"(.+)\.lora_B(?:\.\w+)?\.weight"),
-    Part(r"(.+)\.lora_magnitude_vector(?:\.\w+)?(?:\.weight)?", "magnitude"),
+    *_lora(rf"(.+)\.lora_A{_NETWORK}\.weight", rf"(.+)\.lora_B{_NETWORK}\.weight"),
+    Part(rf"(.+)\.lora_B{_NETWORK}\.bias", "lora_bias"),
+    Part(r"(.+)\.lora_magnitude_vector(?:\.weight)?", "magnitude"),
+    Part(rf"(.+)\.lora_magnitude_vector{_NETWORK}(?:\.weight)?", "magnitude"),
+    Part(r"(.+)\.ia3_l(?:\.\w+)?", "factor"),
     # diffusers before PEFT, and its attention processors before that
     *_lora(
         r"(.+)\.lora(?:_linear_layer)?\.down\.weight", r"(.+)\.lora(?:_linear_layer)?\.up\.weight"
@@ -55,15 +73,24 @@ PARTS: tuple[Part, ...] = (
             ("t2", "kt2"),
         )
     ),
-    Part(r"(.+)\.diff", "diff"),
+    *(Part(rf"(.+)\.{part}\.weight", part) for part in ("a1", "a2", "b1", "b2", "bm")),
+    Part(r"(.+)\.oft_blocks", "blocks"),
+    Part(r"(.+)\.oft_diag", "diag"),
+    Part(r"(.+)\.rescale", "rescale"),
+    Part(r"(.+)\.(?:diff|w_norm)", "diff"),
+    Part(r"(.+)\.(?:diff_b|b_norm)", "diff_b"),
+    Part(r"(.+)\.on_input", "on_input"),
+    Part(r"(lora_(?:unet|te\d?)_.+|lycoris_.+)\.weight", "weight"),  # (IA)^3
+    # cloneofsimo's: numbered modules
+    *_lora(r"((?:unet|text_encoder):\d+):down", r"((?:unet|text_encoder):\d+):up"),
     Part(r"(.+)\.dora_scale", "dora_scale"),
     Part(r"(.+)\.alpha", "alpha"),
 )
 
 IGNORED: tuple[Ignored, ...] = (
     Ignored(
-        r"bundle_emb\..+",
-        "a textual inversion in the LoRA file; to use it, save it as a separate file (--embedding)",
+        r"bundle_emb\..+|<[^<>]+>",
+        "a textual inversion in the LoRA file; to use it, give the file with --embedding, too",
     ),
     Ignored(
         r"lora_te2?_transformer_resblocks_(?:23|31)_.+",
@@ -96,14 +123,19 @@ _FAMILIES = {
     "sdxl-refiner": _WIDTHS[1280],
 }
 _CROSS_ATTENTION = re.compile(r".+attn2[._](?:processor\.)?to_[kv](?:_lora)?")
-_SECOND_ENCODER = re.compile(r"(?:text_encoder_2\.|lora_te2_).+")
+_SECOND_ENCODER = re.compile(
+    r"(?:text_encoder_2\.|lora_te2_|text_encoders\.clip_g\.|conditioner\.embedders\.1\.).+"
+)
 
 
-def split(name: str) -> tuple[str, str] | None:
-    """Split a tensor's name into (module, part); return None if no rule matches."""
-    for rule in PARTS:
-        if match := re.fullmatch(rule.pattern, name):
-            return match[1], rule.part
+_COMPILED = tuple((re.compile(rule.pattern), rule.part) for rule in PARTS)
+
+
+def split(name: str) -> Named | None:
+    """Split a tensor's name; return None if no rule matches."""
+    for pattern, part in _COMPILED:
+        if match := pattern.fullmatch(name):
+            return Named(match[1], part, match.groupdict().get("network") or "")
     return None
 
 
@@ -123,10 +155,19 @@ class Target:
     shape: Shape
     third: int | None = None
 
+    def bias(self, shapes: Mapping[str, Shape]) -> Target | None:
+        """Return the bias beside the weight, or None if the layer has none.
+
+        Args:
+            shapes: parameter -> shape, for all of the component.
+        """
+        name = self.parameter.removesuffix("weight") + "bias"
+        return replace(self, parameter=name, shape=shapes[name]) if name in shapes else None
+
     @property
     def inputs(self) -> int:
-        """The number of input channels."""
-        return self.shape[-1]
+        """The number of input channels; 1 for a vector."""
+        return self.shape[-1] if len(self.shape) > 1 else 1
 
     @property
     def matrix(self) -> Shape:
@@ -151,7 +192,7 @@ def spellings(configs: Mapping[str, Any]) -> dict[str, tuple[Target, ...]]:
         weights = {
             name.removesuffix(".weight"): Target(component, name, shape)
             for name, shape in expected_parameters(config).items()
-            if len(shape) in (2, 4) and "embedding.weight" not in name
+            if name.endswith(".weight")
         }
         for spelled, module, third in names(component, config, weights):
             target = weights[module]
@@ -179,24 +220,45 @@ def _unet(component: str, config: Any, weights: Iterable[str]) -> Iterator[Spell
                 yield f"{prefix}{match[1]}.{match[2]}_lora", module, None
     for place, module, _ in _places(ldm_unet(config), weights):
         yield f"lora_unet_{place.replace('.', '_')}", module, None  # kohya's SDXL
-        yield f"diffusion_model.{place}", module, None  # ComfyUI
+        yield f"diffusion_model.{place}", module, None  # ComfyUI, OneTrainer
+        yield place, module, None  # OneTrainer's "original"
+
+
+# Places of a text encoder in whole checkpoints and in ComfyUI's saves: of the first (or only)
+# encoder, and of the second. Names below them are transformers', then OpenCLIP's.
+_CLIP_PLACES = (
+    (
+        "text_encoders.clip_l.transformer",
+        "text_encoders.clip_h.transformer",
+        "cond_stage_model.transformer",
+        "conditioner.embedders.0.transformer",
+    ),
+    ("text_encoders.clip_g.transformer",),
+)
+_OPENCLIP_PLACES = (("cond_stage_model.model",), ("conditioner.embedders.1.model",))
 
 
 def _text_encoder(component: str, config: Any, weights: Iterable[str]) -> Iterator[Spelled]:
     weights = set(weights)
-    kohya = ("lora_te2_",) if component == "text_encoder_2" else ("lora_te_", "lora_te1_")
+    second = component == "text_encoder_2"
+    kohya = ("lora_te2_",) if second else ("lora_te_", "lora_te1_")
     for module in weights:
+        for place in _CLIP_PLACES[second]:  # ComfyUI, OneTrainer
+            yield f"{place}.{module}", module, None
         short = module.removeprefix("text_model.")
         for prefix in kohya:
             yield prefix + module.replace(".", "_"), module, None
         for name in dict.fromkeys((module, short)):  # transformers >= 5.6 has no text_model
             yield f"{component}.{name}", module, None
+            yield f"{component}.base_model.model.{name}", module, None  # PEFT
             if match := re.fullmatch(r"(.+\.self_attn)\.(q|k|v|out)_proj", name):
                 yield f"{component}.{match[1]}.to_{match[2]}_lora", module, None  # old diffusers
     # OpenCLIP's names. kohya uses lora_te_ for the single encoder of SD 2.
     for place, module, third in _places(openclip_text(config), weights):
         for prefix in kohya:
             yield prefix + place.replace(".", "_"), module, third
+        for prefix in _OPENCLIP_PLACES[second]:
+            yield f"{prefix}.{place}", module, third
 
 
 def _places(layout: Layout, weights: Iterable[str]) -> Iterator[Spelled]:
@@ -212,11 +274,67 @@ def _places(layout: Layout, weights: Iterable[str]) -> Iterator[Spelled]:
                 yield place, module, thirds.index(piece.transform)
 
 
+# Classes of diffusers and transformers whose linear layers and convolutions cloneofsimo's LoRA
+# changes -> the layers, in the order of the modules there. GEGLU stands between the attentions
+# before diffusers 0.15, and after them since.
+_ATTENTION = tuple(f"{{}}.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0"))
+_RESNET = ("conv1", "time_emb_proj", "conv2", "conv_shortcut")
+_CLIP_ATTENTION = tuple(f"self_attn.{part}_proj" for part in ("k", "v", "q", "out"))
+
+
+def numbered(component: str, classes: Sequence[str], weights: Collection[str]) -> list[list[str]]:
+    """Return the possible orders of the modules that cloneofsimo's LoRA numbers.
+
+    Args:
+        component: "unet" or "text_encoder".
+        classes: the classes of the changed modules, from the file.
+        weights: modules of the component.
+    Raises: ValueError that names an unknown class.
+    """
+    known = {"unet": _UNET_CLASSES, "text_encoder": ("CLIPAttention",)}[component]
+    if unknown := [name for name in classes if name not in known]:
+        raise ValueError(f"it changes layers of {', '.join(unknown)}; known: {', '.join(known)}")
+    if component == "text_encoder":
+        layers = _indices("text_model.encoder.layers", weights)
+        return [[f"{layer}.{part}" for layer in layers for part in _CLIP_ATTENTION]]
+    attends = "CrossAttention" in classes or "Attention" in classes
+    orders = []
+    for inner in (("attn1", "ff", "attn2"), ("attn1", "attn2", "ff")):
+        found = []
+        blocks = [*_indices("down_blocks", weights), *_indices("up_blocks", weights), "mid_block"]
+        for block in blocks:
+            for attention in _indices(f"{block}.attentions", weights):
+                for layer in _indices(f"{attention}.transformer_blocks", weights):
+                    for part in inner:
+                        if part == "ff" and "GEGLU" in classes:
+                            found.append(f"{layer}.ff.net.0.proj")
+                        elif part != "ff" and attends:
+                            found += [f"{layer}.{one.format(part)}" for one in _ATTENTION]
+            if "ResnetBlock2D" in classes:
+                for resnet in _indices(f"{block}.resnets", weights):
+                    found += [f"{resnet}.{part}" for part in _RESNET]
+        orders.append([name for name in found if name in weights])
+    return orders
+
+
+_UNET_CLASSES = ("CrossAttention", "Attention", "GEGLU", "ResnetBlock2D")
+
+
+def _indices(place: str, weights: Collection[str]) -> list[str]:
+    """Return ``place.0``, ``place.1``, ... as far as there are modules inside."""
+    count = {
+        name[len(place) + 1 :].split(".")[0] for name in weights if name.startswith(f"{place}.")
+    }
+    return [f"{place}.{i}" for i in sorted(int(n) for n in count if n.isdecimal())]
+
+
 def place(module: str) -> str:
     """Guess the component of a module from its spelling alone."""
     if _SECOND_ENCODER.fullmatch(f"{module}."):
         return "text_encoder_2"
-    if re.fullmatch(r"(?:text_encoder[._]|lora_te1?_|text_model\.).+", module):
+    if re.fullmatch(
+        r"(?:text_encoder[._:s]|lora_te1?_|text_model\.|cond_stage_model\.|conditioner\.).+", module
+    ):
         return "text_encoder"
     return "unet"
 
@@ -237,7 +355,7 @@ def made_for(shapes: Mapping[str, Shape]) -> str | None:
             return words
     widths = set()
     for name, shape in shapes.items():
-        module, part = split(name) or ("", "")
+        module, part, _ = split(name) or Named("", "")
         if part == "down" and _CROSS_ATTENTION.fullmatch(module) and len(shape) > 1:
             widths.add(shape[1])
     if len(widths) == 1:

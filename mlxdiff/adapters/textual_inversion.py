@@ -5,25 +5,32 @@ its vectors, and the word stands for them in both prompt syntaxes (``prompt.Word
 
 Formats, as diffusers' loaders/textual_inversion.py and A1111's modules/textual_inversion read them:
 one tensor named after the word (diffusers) or with a generic name; ``string_to_param`` beside
-``name`` (A1111 and the original code, in a pickle); ``clip_l`` and ``clip_g`` (SDXL).
+``name`` (A1111 and the original code, in a pickle, or in a text chunk of a PNG); ``clip_l`` and
+``clip_g`` (SDXL). Files of several words: one tensor for each word, or inside a LoRA
+(``bundle_emb.WORD.*``; cloneofsimo's, which marks words in the metadata).
 """
 
 from __future__ import annotations
 
-import hashlib
+import base64
+import json
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
+from mlxdiff.convert import recognise
 from mlxdiff.convert.checkpoint import all_finite
 from mlxdiff.errors import CheckpointError, UsageError
+from mlxdiff.machine.disk import sha256
 from mlxdiff.networks.config import CLIPTextConfig
+from mlxdiff.pictures.image import open_picture
 from mlxdiff.weights.pickles import SUFFIXES, PickleFile, open_tensors
-from mlxdiff.weights.tensors import READABLE, LazyTensor
+from mlxdiff.weights.tensors import READABLE, LazyTensor, shown
 
 FILES = ("learned_embeds.safetensors", "learned_embeds.bin")
 """File names that diffusers uses in a folder."""
@@ -31,6 +38,7 @@ FILES = ("learned_embeds.safetensors", "learned_embeds.bin")
 NAMELESS = ("*", "emb_params", "embedding", "weight")
 """Generic tensor names that do not give the word."""
 
+_PNG_KEY = "sd-ti-embedding"
 _SDXL = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 _FAMILIES = {768: "SD 1.x", 1024: "SD 2.x"}
 _MOST = 75  # maximum number of vectors: a chunk has 75 tokens
@@ -69,34 +77,146 @@ def open_embedding(path: str | os.PathLike[str], token: str | None = None) -> Em
     Args:
         path: a file, or a folder that contains one.
         token: the word to write in a prompt; None takes the word in the file, or else the name of
-            the file.
+            the file. It chooses one of several words in the file.
     Raises: CheckpointError.
     """
     file = _find(Path(path))
+    told, parts = _of_picture(file) if _is_png(file) else _of_weights(file, token)
+    vectors = {part: _vectors(file, part or told or "*", tensor) for part, tensor in parts.items()}
+    word = token or told or file.stem
+    names = () if token or file.stem == word or file.name in FILES else (file.stem,)
+    return Embedding(file, word, names, vectors, sha256(file))
+
+
+Parts: TypeAlias = Mapping[str, LazyTensor]
+_BUNDLED = re.compile(r"bundle_emb\.(.+?)\.(?:string_to_param\.\*|emb_params|(clip_[lg]))")
+
+
+def _of_weights(file: Path, token: str | None) -> tuple[str | None, Parts]:
+    """Return the word that a weight file gives, and its tensors: "clip_l" and "clip_g", or ""."""
+    words, tensors = _words(file)
+    if token in words:
+        return token, words[token]
+    if len(words) == 1:
+        return next(iter(words.items()))
+    raise CheckpointError(f"{file}: {_not_one_word(tensors, [str(word) for word in words])}")
+
+
+def _words(file: Path) -> tuple[dict[str | None, dict[str, LazyTensor]], Parts]:
+    """Return the words in a weight file (None: it has one and does not name it), and all tensors.
+
+    If nothing marks the words, every tensor counts as one.
+    """
     opened = open_tensors(file)
     tensors = opened.tensors
     if isinstance(opened, PickleFile) and opened.refused:
         name, what = next(iter(opened.refused.items()))
         raise CheckpointError(f"{file}: its entry {name!r} is not a tensor: it is {what}")
+    marks = {} if isinstance(opened, PickleFile) else opened.metadata
+    words: dict[str | None, dict[str, LazyTensor]] = {}
+    for name, tensor in tensors.items():
+        if bundled := _BUNDLED.fullmatch(name):
+            words.setdefault(bundled[1], {})[bundled[2] or ""] = tensor
+        elif marks.get(name) == "<embed>":
+            words[name] = {"": tensor}
+    if words:
+        return words, tensors
+    said = opened.texts.get("name") if isinstance(opened, PickleFile) else None
     if set(tensors) <= set(_SDXL):
-        told = None
-        vectors = {name: _vectors(file, name, tensor) for name, tensor in tensors.items()}
-    elif len(tensors) == 1:
+        return {said: dict(tensors)}, tensors
+    if len(tensors) == 1:
         ((name, tensor),) = tensors.items()
-        told = None if name in NAMELESS else name
-        vectors = {"": _vectors(file, name, tensor)}
-    else:
-        few = ", ".join(map(repr, list(tensors)[:5]))
-        raise CheckpointError(
-            f"{file}: is not a textual inversion of one word: it holds {len(tensors)} tensors "
-            f"({few}{', ...' if len(tensors) > 5 else ''}); expected one, or clip_l and clip_g"
+        return {said or (None if name in NAMELESS else name): {"": tensor}}, tensors
+    return {name: {"": tensor} for name, tensor in tensors.items()}, tensors
+
+
+def _not_one_word(tensors: Parts, words: Sequence[str]) -> str:
+    few = ", ".join(repr(shown(word)) for word in words[:5])
+    few += ", ..." if len(words) > 5 else ""
+    inside = len(words) < len(tensors)  # of a LoRA
+    if not inside and not recognise.is_unknown(tensors):
+        return (
+            f"{recognise.refusal(tensors)}; expected a textual inversion: one tensor, or clip_l "
+            "and clip_g"
         )
-    if isinstance(opened, PickleFile):
-        told = opened.texts.get("name") or told
-    word = token or told or file.stem
-    names = () if token or file.stem == word or file.name in FILES else (file.stem,)
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    return Embedding(file, word, names, vectors, digest)
+    return (
+        f"is not a textual inversion of one word: it holds {len(words)} tensors that could be one "
+        f"({few}); choose with --embedding PATH:WORD"
+    )
+
+
+def _is_png(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+def _of_picture(file: Path) -> tuple[str | None, Parts]:
+    """Return the word and the vectors in a PNG of A1111: base64 of JSON, in a text chunk."""
+    with open_picture(file) as picture:
+        text = picture.info.get(_PNG_KEY)
+    if not isinstance(text, str):
+        raise CheckpointError(
+            f"{file}: this picture has no text chunk {_PNG_KEY}, so no textual inversion that "
+            "mlxdiff reads; give the .pt or .safetensors file of it"
+        )
+    try:
+        data = json.loads(base64.b64decode(text, validate=True))
+        (rows,) = data["string_to_param"].values()
+        values = np.asarray(rows["TORCHTENSOR"], np.float32)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(
+            f"{file}: its text chunk {_PNG_KEY} is malformed; give the .pt or .safetensors file"
+        ) from None
+    name = data.get("name")
+    word = name if isinstance(name, str) else None
+    return word, {"": LazyTensor(values.shape, "F32", lambda: values)}
+
+
+def is_embedding(path: str | os.PathLike[str]) -> bool:
+    """Return True if a file or folder holds textual inversions and nothing else."""
+    try:
+        file = _find(Path(path))
+        if _is_png(file):
+            with open_picture(file) as picture:
+                return _PNG_KEY in picture.info
+        tensors = open_tensors(file).tensors
+    except (CheckpointError, UsageError):
+        return False
+    known = set(tensors) <= {*_SDXL, *NAMELESS} or all(
+        re.fullmatch(r"<[^<>]+>", name) for name in tensors
+    )
+    few = all(len(t.shape) in (1, 2) and t.size < 2**20 for t in tensors.values())
+    alone = (
+        len(tensors) == 1 and recognise.is_unknown(tensors) and not any("." in n for n in tensors)
+    )
+    return few and (known or alone)
+
+
+def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Describe a textual inversion in plain JSON values, for `mlxdiff info`.
+
+    Raises: the errors of ``open_embedding``.
+    """
+    file = _find(Path(path))
+    words = [] if _is_png(file) else [str(word) for word in _words(file)[0]]
+    if len(words) > 1:
+        return {
+            "kind": "textual inversions",
+            "path": str(file),
+            "use": "give it with --embedding PATH:WORD, and write the word in the prompt",
+            "words": words,
+        }
+    one = open_embedding(file)
+    return {
+        "kind": "textual inversion",
+        "path": str(one.path),
+        "use": f"give it with --embedding PATH, and write {one.token!r} in the prompt",
+        "word": one.token,
+        "word_in_a1111_syntax": list(one.names),
+        "vectors": one.count,
+        "made_for": _made_for(one),
+        "sha256": one.sha256,
+    }
 
 
 def _find(path: Path) -> Path:

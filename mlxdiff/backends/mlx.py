@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -27,11 +29,13 @@ except ImportError as error:
         "`pip install 'mlx[cpu]'` (Linux), or use the NumPy backend (--backend numpy)"
     ) from None
 
-from mlxdiff.backends import mlx_layers
+from mlxdiff.backends import mlx_layers, mlx_probe
 from mlxdiff.backends.mlx_layers import StoredWeight
 
-# Freed buffers that are kept on a GPU: enough for the buffers of some layers in turn.
-_CACHE, _LITTLE_CACHE = 1 << 30, 32 << 20
+# Bytes of freed buffers that are kept. On a GPU, what is not kept is mapped and cleared anew: a
+# step of SDXL 1024x1024 maps 6.7 GB with 32 MiB, 3.0 GB with 256 MiB, 1.9 GB with 1 GiB
+# (tests/test_gpu_work.py).
+_CACHE, _LITTLE_CACHE, _LITTLE_CACHE_ON_GPU = 1 << 30, 32 << 20, 256 << 20
 _FLOATS = ("float32", "float16", "bfloat16")
 
 nn: Layers = mlx_layers
@@ -54,6 +58,7 @@ class MLXBackend:
         _dtype(dtype)
         _require_own_process()
         self.dtype = dtype
+        _default_memory_limit()
 
     def load(
         self,
@@ -141,14 +146,37 @@ class MLXBackend:
         mx.reset_peak_memory()
 
     def limit_memory(self, most: int | None) -> None:
-        """Wait for kernels before more bytes than this are handed out; None: as MLX does."""
-        if most is not None:
-            mx.set_memory_limit(most)
+        """Wait for kernels before more bytes than this are handed out.
+
+        None: than ``memory_size`` on a GPU, elsewhere than MLX's own limit.
+        """
+        mx.set_memory_limit(_default_memory_limit() if most is None else most)
 
     def limit_cache(self, low_memory: bool) -> None:
         """Keep few freed buffers for later: MLX's own limit on a GPU is all of its memory."""
-        if self.has_gpu() or low_memory:
-            mx.set_cache_limit(_LITTLE_CACHE if low_memory else _CACHE)
+        if self.has_gpu():
+            mx.set_cache_limit(_LITTLE_CACHE_ON_GPU if low_memory else _CACHE)
+        elif low_memory:
+            mx.set_cache_limit(_LITTLE_CACHE)
+
+    def check_exact(self) -> None:
+        """Compute on a GPU to see whether the variables of ``machine.exact`` have an effect.
+
+        Raises: UsageError if MLX ignores one of them.
+        """
+        if not self.has_gpu():
+            return
+        if mx.metal.is_available() and not mlx_probe.winograd_can_be_switched_off():
+            raise UsageError(
+                f"exact (--exact): MLX {version('mlx')} ignores MLX_CONV_WINOGRAD, so its large "
+                "convolutions are not exact; install MLX 0.32.4 or newer (pip install -U mlx), or "
+                "leave exact out"
+            )
+        if mlx_probe.multiplies_as_tf32():
+            raise UsageError(
+                "exact (--exact): MLX already multiplies float32 as TF32 in this process; set "
+                "MLX_ENABLE_TF32=0 in the environment before it starts"
+            )
 
     def clear_cache(self) -> None:
         """Give freed buffers back to the system."""
@@ -185,6 +213,19 @@ def _device_info() -> dict[str, Any]:
         return dict(mx.device_info())
     except (AttributeError, RuntimeError):  # an MLX that tells of Metal only
         return dict(mx.metal.device_info()) if mx.metal.is_available() else {}
+
+
+@cache
+def _default_memory_limit() -> int:
+    """Set and return the limit of a process that asks for none.
+
+    MLX's own on a GPU is 1.5 times the recommended working set: a small Mac would swap.
+    """
+    own = mx.set_memory_limit(1 << 40)  # it can only be read by setting another
+    size = MLXBackend.memory_size() if MLXBackend.has_gpu() else None
+    limit = own if size is None else size
+    mx.set_memory_limit(limit)
+    return limit
 
 
 def _dtype(name: str, *more: str) -> mx.Dtype:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import mlx.core as mx
@@ -28,6 +29,10 @@ _WORK_BYTES = 64 << 20
 # the latter, for so many values at a time that these stay in the cache.
 _SCALAR_EXP = platform.system() != "Darwin"
 _BLOCK = 1 << 18
+
+
+def _on_gpu() -> bool:
+    return bool(mx.default_device() == mx.gpu)
 
 
 class Module(nn.Module):
@@ -132,7 +137,7 @@ class StoredWeight(Module):
 
 
 def _smaller(one: mx.Dtype, other: mx.Dtype) -> mx.Dtype:
-    return one if one.size <= other.size else other
+    return one if one.size < other.size else other
 
 
 class Linear(Module):
@@ -185,7 +190,7 @@ class Conv2d(Module):
         stored = isinstance(weight, StoredWeight)
         if isinstance(weight, StoredWeight):
             weight = weight.expand()
-        if mx.default_device() == mx.gpu:
+        if _on_gpu():
             x = mx.conv2d(x, weight, self.stride, self.padding)
         else:
             x = _conv_by_rows(x, weight, self.stride, self.padding)
@@ -195,11 +200,7 @@ class Conv2d(Module):
 
 
 class GroupNorm(Module):
-    """Group normalization (Wu and He 2018) of (B, H, W, C), statistics in float32.
-
-    Mean, variance, weight and bias are folded into one scale and one shift for each sample and
-    channel, so that the feature map itself is only multiplied and added to.
-    """
+    """Group normalization (Wu and He 2018) of (B, H, W, C), statistics in float32."""
 
     def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -209,30 +210,15 @@ class GroupNorm(Module):
         self.bias = mx.zeros((num_channels,))
 
     def __call__(self, x: mx.array) -> mx.array:
-        if mx.default_device() == mx.gpu:
-            return self._in_few_kernels(x, _normalized)
+        if _on_gpu():
+            return self._by_rows(x, _scaled)
         return self.over([x])(x)
 
     def silu(self, x: mx.array) -> mx.array:
         """The silu of the normalized feature map."""
-        if mx.default_device() == mx.gpu:
-            return self._in_few_kernels(x, _normalized_silu)
+        if _on_gpu():
+            return self._by_rows(x, _scaled_silu)
         return silu(self.over([x])(x))
-
-    def _in_few_kernels(self, x: mx.array, apply: Callable[..., mx.array]) -> mx.array:
-        """Two sums over the feature map, and two element-wise kernels."""
-        batch, height, width, channels = x.shape
-        count = height * width * channels // self.num_groups
-        grouped = x.reshape(batch, height * width, self.num_groups, -1)
-        # First over pixels, then over a group's channels: both are what reductions are quick at.
-        total = grouped.astype(mx.float32).sum(1, keepdims=True).sum(-1, keepdims=True)
-        square = _squared_distance(grouped, total, count)
-        square = square.sum(1, keepdims=True).sum(-1, keepdims=True)
-        weight, bias = (self.view(name, self._by_group) for name in ("weight", "bias"))
-        return apply(grouped, total, square, count, self.eps, weight, bias).reshape(x.shape)
-
-    def _by_group(self, values: mx.array) -> mx.array:
-        return values.reshape(self.num_groups, -1)
 
     def over(self, bands: Sequence[mx.array]) -> Callable[[mx.array], mx.array]:
         """Take the statistics over all bands of rows; return the map for each band."""
@@ -241,6 +227,55 @@ class GroupNorm(Module):
         scale = mx.rsqrt(variance + self.eps) * self.weight.astype(mx.float32)
         shift = self.bias.astype(mx.float32) - mean * scale
         return lambda x: (x.astype(mx.float32) * scale + shift).astype(x.dtype)
+
+    def silu_over(self, bands: Sequence[mx.array]) -> Callable[[mx.array], mx.array]:
+        """Take the statistics over all bands of rows; return ``silu`` for each band."""
+        if len(bands) == 1:
+            return self.silu
+        if not _on_gpu():
+            normalize = self.over(bands)
+            return lambda x: silu(normalize(x))
+        scale, shift = self._factors(bands)
+        return lambda x: _scaled_silu(self._grouped(x), scale, shift).reshape(x.shape)
+
+    def _by_rows(self, x: mx.array, apply: Callable[..., mx.array]) -> mx.array:
+        """Normalize in three kernels: copy each group into a row, normalize rows, scale and shift.
+
+        ``mx.fast.layer_norm`` takes the sums of a row in float32, and it has a gradient. Reductions
+        would need four kernels, and in half precision a copy in float32 (``mx.sum`` of float16
+        ends in float16).
+        """
+        grouped = self._grouped(x).transpose(0, 2, 1, 3)
+        rows = mx.contiguous(grouped).reshape(len(x), self.num_groups, -1)
+        normalized = mx.fast.layer_norm(rows, None, None, self.eps)
+        normalized = normalized.reshape(grouped.shape).transpose(0, 2, 1, 3)
+        return apply(normalized, *self._weight_bias()).reshape(x.shape)
+
+    def _factors(self, bands: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
+        """Scale and shift of each channel by statistics over all bands: (B, 1, groups, C / groups).
+
+        For a GPU: one wait, after which the squares of all bands are freed.
+        """
+        count = sum(band[0].size for band in bands) // self.num_groups
+        inverse, eps = mx.array(1 / count), mx.array(self.eps)
+        grouped = [self._grouped(band) for band in bands]
+        total = _group_sums([x.astype(mx.float32) for x in grouped])
+        square = _group_sums([_squared_distance(x, total, inverse) for x in grouped])
+        scale, shift = _scale_shift(total, square, inverse, eps, *self._weight_bias())
+        mx.eval(scale, shift)
+        return scale, shift
+
+    def _grouped(self, x: mx.array) -> mx.array:
+        """(B, H, W, C) as (B, H * W, groups, C / groups)."""
+        batch, height, width, _ = x.shape
+        return x.reshape(batch, height * width, self.num_groups, -1)
+
+    def _weight_bias(self) -> tuple[mx.array, mx.array]:
+        """Both in float32, (groups, C / groups)."""
+        return self.view("weight", self._by_group), self.view("bias", self._by_group)
+
+    def _by_group(self, values: mx.array) -> mx.array:
+        return values.astype(mx.float32).reshape(self.num_groups, -1)
 
     def _group_mean(self, bands: Sequence[mx.array], centre: mx.array | None = None) -> mx.array:
         """(B, 1, 1, C), each channel with its group's mean, or mean square around a centre."""
@@ -260,27 +295,11 @@ class GroupNorm(Module):
         return means.reshape(batch, 1, 1, channels)
 
 
-def _squared_distance(x: mx.array, total: mx.array, count: int) -> mx.array:
-    return mx.square(x.astype(mx.float32) - total * (1 / count))
-
-
-def _normalized(
-    x: mx.array,
-    total: mx.array,
-    square: mx.array,
-    count: int,
-    eps: float,
-    weight: mx.array,
-    bias: mx.array,
-) -> mx.array:
-    centred = x.astype(mx.float32) - total * (1 / count)
-    scaled = centred * mx.rsqrt(square * (1 / count) + eps)
-    return (scaled * weight.astype(mx.float32) + bias.astype(mx.float32)).astype(x.dtype)
-
-
-def _normalized_silu(x: mx.array, *others: Any) -> mx.array:
-    normalized = _normalized(x, *others)
-    return normalized * mx.sigmoid(normalized)
+def _group_sums(bands: Sequence[mx.array]) -> mx.array:
+    """Sums over (B, pixels, groups, channels) of several bands: (B, 1, groups, 1)."""
+    # First over pixels, then over a group's channels: both are what reductions are quick at.
+    parts = [band.sum(axis=1, keepdims=True) for band in bands]
+    return mx.concatenate(parts, axis=1).sum(axis=(1, 3), keepdims=True)
 
 
 class LayerNorm(Module):
@@ -313,7 +332,7 @@ def _affine(layer: Linear | Conv2d, x: mx.array) -> mx.array:
     weight, bias = layer.weight, layer.get("bias")
     stored = isinstance(weight, StoredWeight)
     if isinstance(weight, StoredWeight):
-        if weight.quantization is not None and mx.default_device() == mx.gpu:
+        if weight.quantization is not None and _on_gpu():
             out = _add_beside(x, weight, _quantized_product(x, weight, weight.quantization))
             return out if bias is None else out + bias
         matrix = _matrix(weight.expand())
@@ -333,7 +352,7 @@ def _before_the_next(out: mx.array) -> mx.array:
 
     Else MLX would expand the next weights ahead of their use, beside it.
     """
-    if mx.default_device() != mx.gpu:
+    if not _on_gpu():
         mx.eval(out)
     return out
 
@@ -389,11 +408,13 @@ def silu(x: mx.array) -> mx.array:
 def geglu(x: mx.array) -> mx.array:
     """One half of the last axis, times the gelu of the other (Shazeer 2020)."""
     x, gate = mx.split(x, 2, axis=-1)
-    return _gated(x, gate) if mx.default_device() == mx.gpu else x * gelu(gate)
+    return _gated(x, gate) if _on_gpu() else x * gelu(gate)
 
 
 def gelu(x: mx.array) -> mx.array:
     """x times the normal distribution function of x (Hendrycks and Gimpel 2016), exactly."""
+    if x.dtype != mx.float32:  # rounded once, to half
+        return gelu(x.astype(mx.float32)).astype(x.dtype)
     if _exp_is_slow(x):
         return _in_blocks(_gelu_by_tail, x)
     return x * (0.5 * (1 + mx.erf(x * math.sqrt(0.5))))
@@ -430,6 +451,8 @@ def quick_gelu(x: mx.array) -> mx.array:
 
 def _swish(x: mx.array, beta: float) -> mx.array:
     """x times the logistic sigmoid of beta x."""
+    if x.dtype != mx.float32:  # rounded once, to half
+        return _swish(x.astype(mx.float32), beta).astype(x.dtype)
     if not _exp_is_slow(x):
         return x * mx.sigmoid(x if beta == 1 else beta * x)
     # At the bound the quotient is 1e-38 x.
@@ -499,23 +522,74 @@ def _in_blocks(function: Callable[[mx.array], mx.array], x: mx.array) -> mx.arra
 
 
 def _sum(x: mx.array, *others: mx.array) -> mx.array:
-    if len(others) > 1 and mx.default_device() == mx.gpu:
+    if len(others) > 1 and _on_gpu():
         return _sum_of_three(x, *others)
     return sum(others, x)
 
 
+# ------------------------------------------------------------------------- kernels made on the GPU
+
+
+def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make one kernel of an element-wise function, on a GPU.
+
+    Metal compiles a library for each function, each combination of types of its arguments, and each
+    number that is not an array. So numbers that vary, with the size of a picture for example, are
+    arrays. On a CPU the function runs as it is: to compile for one needs g++ at run time.
+    """
+    made: Callable[..., Any] = mx.compile(function)
+
+    @wraps(function)
+    def run(*arrays: mx.array) -> Any:
+        return made(*arrays) if _on_gpu() else function(*arrays)
+
+    return run
+
+
+@_kernel
 def _sum_of_three(x: mx.array, y: mx.array, z: mx.array) -> mx.array:
     return x + y + z
 
 
+@_kernel
 def _gated(x: mx.array, gate: mx.array) -> mx.array:
-    return x * (gate * (0.5 * (1 + mx.erf(gate * math.sqrt(0.5)))))
+    """x times the gelu of the gate, rounded once."""
+    wide = gate.astype(mx.float32)
+    wide = x.astype(mx.float32) * (wide * (0.5 * (1 + mx.erf(wide * math.sqrt(0.5)))))
+    return wide.astype(x.dtype)
 
 
-# On a GPU each of these is one kernel. They are called nowhere else: to compile for a CPU runs g++.
-_squared_distance, _normalized, _normalized_silu, _gated, _sum_of_three = (
-    mx.compile(f) for f in (_squared_distance, _normalized, _normalized_silu, _gated, _sum_of_three)
-)
+@_kernel
+def _scaled(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    """x * scale + shift, with float32 factors, rounded once."""
+    return (x.astype(mx.float32) * scale + shift).astype(x.dtype)
+
+
+@_kernel
+def _scaled_silu(x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+    """The silu of x * scale + shift, with float32 factors, rounded once."""
+    wide = x.astype(mx.float32) * scale + shift
+    return (wide * mx.sigmoid(wide)).astype(x.dtype)
+
+
+@_kernel
+def _squared_distance(x: mx.array, total: mx.array, inverse: mx.array) -> mx.array:
+    """The squared distance from a mean, total * inverse, in float32."""
+    return mx.square(x.astype(mx.float32) - total * inverse)
+
+
+@_kernel
+def _scale_shift(
+    total: mx.array,
+    square: mx.array,
+    inverse: mx.array,
+    eps: mx.array,
+    weight: mx.array,
+    bias: mx.array,
+) -> tuple[mx.array, mx.array]:
+    """Fold sums, the inverse of their count, weight and bias of a norm: x * scale + shift."""
+    scale = weight * mx.rsqrt(square * inverse + eps)
+    return scale, bias - total * inverse * scale
 
 
 def activation(name: str) -> Callable[[mx.array], mx.array]:
@@ -544,7 +618,7 @@ def attention(
 
     Args:
         q: queries, (B, Lq, heads * D).
-        k, v: keys and values, (B, Lk, heads * D).
+        k, v: keys and values, (B, Lk, heads * D), or what ``pad_heads`` makes of them.
         heads: number of heads.
         mask: bool (Lq, Lk), true where a query sees a key; None: everywhere.
         batch: B, where the vectors of all samples are the rows of one matrix, (B * L, heads * D).
@@ -553,24 +627,42 @@ def attention(
     batch, shape = len(q) if batch is None else batch, q.shape
     head_dim = shape[-1] // heads
     scale = head_dim**-0.5
-    q, k, v = (x.reshape(batch, -1, heads, head_dim).transpose(0, 2, 1, 3) for x in (q, k, v))
+    q, k, v = (_by_head(x, heads, batch).transpose(0, 2, 1, 3) for x in (q, k, v))
     fused_dim = _fused_head_dim(head_dim, q.dtype)
     if mask is None and _exp_is_slow(q):
         out = _attention_by_blocks(q, k, v, scale)
     elif fused_dim is None:
         out = _unfused_attention(q, k, v, scale, mask)
     else:
-        if fused_dim > head_dim:
-            padding = [(0, 0)] * 3 + [(0, fused_dim - head_dim)]
-            q, k, v = (mx.pad(x, padding) for x in (q, k, v))
+        q, k, v = (_pad_last(x, fused_dim) for x in (q, k, v))
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
         out = out[..., :head_dim]
     return out.transpose(0, 2, 1, 3).reshape(shape)
 
 
+def pad_heads(x: mx.array, heads: int) -> mx.array:
+    """Pad keys or values (B, L, heads * D) as ``attention`` would each time that it takes them."""
+    fused_dim = _fused_head_dim(x.shape[-1] // heads, x.dtype)
+    if fused_dim is None:
+        return x
+    return _pad_last(_by_head(x, heads, len(x)), fused_dim).reshape(*x.shape[:2], -1)
+
+
+def _by_head(x: mx.array, heads: int, batch: int) -> mx.array:
+    """(B, L, heads * D), or (B * L, heads * D), as (B, L, heads, D)."""
+    return x.reshape(batch, -1, heads, x.shape[-1] // heads)
+
+
+def _pad_last(x: mx.array, size: int) -> mx.array:
+    """Add zeros at the end of the last axis of four."""
+    if x.shape[-1] == size:
+        return x
+    return mx.pad(x, [(0, 0)] * 3 + [(0, size - x.shape[-1])])
+
+
 def _fused_head_dim(head_dim: int, dtype: mx.Dtype) -> int | None:
     """The head dimension to run a fused kernel at, ``head_dim`` or more; None: there is none."""
-    if mx.default_device() != mx.gpu:
+    if not _on_gpu():
         return None
     if mx.metal.is_available():
         return next((dim for dim in _METAL_HEAD_DIMS if dim >= head_dim), None)

@@ -324,6 +324,11 @@ class GroupNorm(Module):
 
         return normalize
 
+    def silu_over(self, bands: Sequence[np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+        """What gives the silu of each normalized band."""
+        normalize = self.over(bands)
+        return lambda x: silu(normalize(x))
+
     def _factors(self, parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Centre, scale and shift of each channel, for one picture's pixels (N, C) in parts."""
         count = sum(map(len, parts))
@@ -521,6 +526,11 @@ def attention(
                 sums = scores @ values
                 np.divide(sums[:, :-1], sums[:, -1:], out=out[b, start : start + step, head])
     return out.reshape(shape)
+
+
+def pad_heads(x: np.ndarray, heads: int) -> np.ndarray:
+    """Keys or values (B, L, heads * D) as ``attention`` takes them: as they are."""
+    return x
 
 
 def _longest(vectors: np.ndarray) -> float:

@@ -79,11 +79,15 @@ class Backend(Protocol):
         ...
 
     def limit_memory(self, most: int | None) -> None:
-        """Hold at most this many bytes, where the backend can. None: no limit."""
+        """Hold at most this many bytes, where the backend can. None: what suits the device."""
         ...
 
     def limit_cache(self, low_memory: bool) -> None:
         """Limit the freed buffers that are kept for later."""
+        ...
+
+    def check_exact(self) -> None:
+        """Raise UsageError where the variables of ``machine.exact`` have no effect on a GPU."""
         ...
 
     def clear_cache(self) -> None:

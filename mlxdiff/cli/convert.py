@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 import click
 
 from mlxdiff.cli import ProgressBar, common_options, show_notes
+from mlxdiff.cli.loras import parse
+from mlxdiff.errors import UsageError
+from mlxdiff.run.values import Unfit
 
 
 @click.command()
@@ -32,6 +36,18 @@ from mlxdiff.cli import ProgressBar, common_options, show_notes
 @click.option(
     "--recipe",
     help="Which weights get how many bits: mixed, uniform or linear. Default: the best for BITS.",
+)
+@click.option(
+    "--to",
+    default="mlxdiff",
+    help="Form of DEST: mlxdiff (default), diffusers (a folder) or single (a .safetensors file).",
+)
+@click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="PATH[:SCALE]",
+    help="Add a LoRA to the weights. Repeat it to add several.",
 )
 @click.option("--revision", help="Branch, tag or commit, for a hub id.")
 @click.option("--variant", help="Use the weight files of this variant, such as fp16.")
@@ -58,6 +74,8 @@ def convert(
     quantize: str | None,
     group_size: int | None,
     recipe: str | None,
+    to: str,
+    loras: tuple[str, ...],
     revision: str | None,
     variant: str | None,
     config: str | None,
@@ -68,7 +86,7 @@ def convert(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Convert SOURCE (a diffusers folder, a single file or a hub id) to the new folder DEST.
+    """Convert SOURCE (a diffusers folder, a single file or a hub id) to DEST.
 
     Every tensor is checked: a missing, an extra or a misshapen tensor is an error.
     """
@@ -92,9 +110,23 @@ def convert(
             quantize=quantize,
             group_size=group_size,
             recipe=recipe,
+            to=to,
+            change=_baked(loras),
         )
     if as_json:
         click.echo(json.dumps(report.to_dict()))
     else:
         click.echo(str(report))
         click.echo(f"{dest}  {time.perf_counter() - start:.1f} s")
+
+
+def _baked(words: tuple[str, ...]) -> Any:
+    from mlxdiff.adapters import lora
+
+    if not words:
+        return None
+    try:
+        asked = [parse(word) for word in words]
+    except Unfit as unfit:
+        raise UsageError(f"--lora {unfit}") from None
+    return lora.baked([(one.path, 1.0 if one.scale is None else one.scale) for one in asked])

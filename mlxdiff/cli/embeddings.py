@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from mlxdiff.errors import UsageError, quoted
-from mlxdiff.run.values import Unfit
+from mlxdiff.run.values import Unfit, no_address
 
 Asked = tuple[str, str | None]
 
 
 def parse(word: str) -> Asked:
     """Read PATH or PATH:WORD; a path that exists is never cut. Raises: Unfit."""
-    path, colon, token = word.rpartition(":")
+    path, colon, token = no_address(word).rpartition(":")
     if not colon or not path or os.path.exists(os.path.expanduser(word)):
         return os.path.expanduser(word), None
     if not token.strip():

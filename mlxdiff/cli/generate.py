@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -88,11 +89,11 @@ def _prompts(
     if prompt_file is None:
         return [next(iter(given.values()), recorded)]
     try:
-        lines = (
-            sys.stdin.read() if prompt_file == "-" else Path(prompt_file).read_text("utf-8")
-        ).splitlines()
+        text = sys.stdin.read() if prompt_file == "-" else Path(prompt_file).read_text("utf-8")
     except UnicodeDecodeError:
         raise UsageError(f"{prompt_file}: not a UTF-8 text file") from None
+    # Lines as text editors have them: str.splitlines would also cut at U+2028 and the like.
+    lines = re.split(r"\r\n|\n|\r", text.removeprefix("\ufeff"))
     prompts: list[str | None] = [line for line in lines if line.strip()]
     if not prompts:
         raise UsageError(f"{prompt_file}: holds no prompt; expected one on each line")

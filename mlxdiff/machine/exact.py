@@ -1,9 +1,10 @@
-"""Environment variables that make MLX's arithmetic exact. MLX reads them when it is imported.
+"""Environment variables that make MLX's arithmetic exact.
 
 On Metal, MLX computes large 3x3 convolutions by Winograd's method. It stores the transforms in the
 working type: float16 loses up to 0.8 % in such a layer, bfloat16 6 %, and the choice of method
 depends on the batch size. Newer GPUs multiply float32 matrices as TF32 (10 bits of mantissa). These
-variables switch both off (docs/metal.md).
+variables switch both off (docs/metal.md). MLX reads the first at every convolution and the second
+at its first float32 product. They must be set before MLX is imported: then it cannot be too late.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -19,7 +20,7 @@ T = TypeVar("T")
 _lock = threading.RLock()
 
 
-def turn() -> threading.RLock:
+def turn() -> AbstractContextManager[bool]:
     """Return the lock of the process, for ``with turn():``. A thread may take it again inside."""
     return _lock
 

@@ -180,7 +180,7 @@ class Attention(Module):
         if encoder_hidden_states is None:
             k, v = self._keys_values(tokens)
         else:
-            k, v = encoder_hidden_states.made_by(self, self._keys_values)
+            k, v = encoder_hidden_states.made_by(self, self._kept_keys_values)
         q = self.to_q(tokens)
         out = self.nn.attention(q, k, v, self.heads, batch=batch)
         if encoder_hidden_states is not None:
@@ -195,8 +195,13 @@ class Attention(Module):
     def _keys_values(self, context: Array) -> tuple[Array, Array]:
         return self.to_k(context), self.to_v(context)
 
+    def _kept_keys_values(self, context: Array) -> tuple[Array, Array]:
+        """Make keys and values (B, S, ...) that many evaluations use."""
+        k, v = (self.nn.pad_heads(x, self.heads) for x in self._keys_values(context))
+        return k, v
+
     def absorb(self, texts: Sequence[Condition]) -> None:
         """Make the keys and values of these texts, then drop the layers that make them."""
         for text in texts:
-            self.nn.evaluate(text.made_by(self, self._keys_values))
+            self.nn.evaluate(text.made_by(self, self._kept_keys_values))
         del self.to_k, self.to_v

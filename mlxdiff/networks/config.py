@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 from mlxdiff.errors import ConfigError
 
@@ -57,7 +57,13 @@ class _Reader:
             raise self.fail(key, value, "a number")
         return float(value)
 
-    def flag(self, key: str, default: bool) -> bool:
+    @overload
+    def flag(self, key: str, default: bool) -> bool: ...
+
+    @overload
+    def flag(self, key: str, default: None) -> bool | None: ...
+
+    def flag(self, key: str, default: bool | None) -> bool | None:
         value = self.take(key, default)
         if value is None:
             return default
@@ -583,6 +589,21 @@ class UNet2DConditionConfig:
 
 
 @dataclass(frozen=True)
+class ControlTypes:
+    """What a ControlNet-Union has beside a ControlNet: it knows several types of picture.
+
+    Attributes:
+        count: number of types.
+        channels: width of the vector that stands for a type.
+        layers: transformer layers on it.
+    """
+
+    count: int
+    channels: int
+    layers: int
+
+
+@dataclass(frozen=True)
 class ControlNetConfig(UNet2DConditionConfig):
     """A ControlNet, as diffusers' ControlNetModel: the first half of a U-Net, and what it is shown.
 
@@ -594,6 +615,7 @@ class ControlNetConfig(UNet2DConditionConfig):
             the size of the latents; each after the first halves it.
         channel_order: "rgb", or "bgr" where the picture's channels are to be turned round.
         global_pool_conditions: what it adds is the same at every place (the mean over all).
+        types: the types of picture that a ControlNet-Union knows; None for a ControlNet.
 
     Source: Zhang et al. 2023 (arXiv 2302.05543).
     """
@@ -602,6 +624,7 @@ class ControlNetConfig(UNet2DConditionConfig):
     conditioning_embedding_out_channels: tuple[int, ...]
     channel_order: str
     global_pool_conditions: bool
+    types: ControlTypes | None
 
     @property
     def up_blocks(self) -> tuple[BlockSpec, ...]:
@@ -626,8 +649,18 @@ class ControlNetConfig(UNet2DConditionConfig):
         cls, data: Mapping[str, Any], where: str = "controlnet/config.json"
     ) -> ControlNetConfig:
         """Read a config.json. Raises: ConfigError."""
-        reader = _Reader(data, where, ("ControlNetModel",))
-        own = {
+        reader = _Reader(data, where, ("ControlNetModel", "ControlNetUnionModel"))
+        types = None
+        if data.get("_class_name") == "ControlNetUnionModel":
+            types = ControlTypes(
+                reader.integer("num_control_type", 6),
+                reader.integer("num_trans_channel", 320),
+                reader.integer("num_trans_layer", 1),
+            )
+            reader.integer("num_trans_head", 8)  # no effect: see networks.controlnet
+            reader.integer("num_proj_channel", 320)  # the first width, or the shapes do not fit
+        own: dict[str, Any] = {
+            "types": types,
             "conditioning_channels": reader.only("conditioning_channels", 3, 3),
             "conditioning_embedding_out_channels": reader.integers(
                 "conditioning_embedding_out_channels", (16, 32, 96, 256)
@@ -875,6 +908,8 @@ class AutoencoderKLConfig:
     Latents that the U-Net sees: ``(z - shift_factor) * scaling_factor``, or, where the file gives
     ``latents_mean`` and ``latents_std``, ``(z - mean) * scaling_factor / std``.
 
+    ``force_upcast`` asks for float32, in place of half precision; None: the file does not say.
+
     Source: Rombach et al. 2022.
     """
 
@@ -889,7 +924,7 @@ class AutoencoderKLConfig:
     shift_factor: float | None
     latents_mean: tuple[float, ...] | None
     latents_std: tuple[float, ...] | None
-    force_upcast: bool
+    force_upcast: bool | None
     use_quant_conv: bool
     use_post_quant_conv: bool
     mid_block_add_attention: bool
@@ -949,7 +984,7 @@ class AutoencoderKLConfig:
             shift_factor=reader.number("shift_factor", None),
             latents_mean=moments["latents_mean"],
             latents_std=moments["latents_std"],
-            force_upcast=reader.flag("force_upcast", True),
+            force_upcast=reader.flag("force_upcast", None),
             use_quant_conv=reader.flag("use_quant_conv", True),
             use_post_quant_conv=reader.flag("use_post_quant_conv", True),
             mid_block_add_attention=reader.flag("mid_block_add_attention", True),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from mlxdiff.networks.blocks import TimestepEmbedding
 from mlxdiff.networks.condition import Condition
 from mlxdiff.networks.config import ControlNetConfig
 from mlxdiff.networks.layers import Array, Layers, Module, Sizes
@@ -40,8 +41,55 @@ class ControlNetConditioningEmbedding(Module):
         return self.conv_out(x)
 
 
+class ControlTypeAttention(Module):
+    """The attention among the rows of a batch, as a ControlNet-Union has it.
+
+    All rows show the same picture and the same latents, so each attends to a value that is its own.
+    """
+
+    def __init__(self, nn: Layers, width: int) -> None:
+        super().__init__(nn)
+        self.in_proj = nn.Linear(width, 3 * width)
+        self.out_proj = nn.Linear(width, width)
+
+    def __call__(self, x: Array) -> Array:
+        return self.out_proj(self.nn.split(self.in_proj(x), 3, axis=-1)[2])
+
+
+class ControlTypeMlp(Module):
+    """Two linear layers with a quick GELU between them."""
+
+    def __init__(self, nn: Layers, width: int) -> None:
+        super().__init__(nn)
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.c_proj = nn.Linear(4 * width, width)
+
+    def __call__(self, x: Array) -> Array:
+        return self.c_proj(self.nn.activation("quick_gelu")(self.c_fc(x)))
+
+
+class ControlTypeLayer(Module):
+    """A transformer layer on the vector (B, C) of a control picture."""
+
+    def __init__(self, nn: Layers, width: int) -> None:
+        super().__init__(nn)
+        self.attn = ControlTypeAttention(nn, width)
+        self.ln_1 = nn.LayerNorm(width)
+        self.mlp = ControlTypeMlp(nn, width)
+        self.ln_2 = nn.LayerNorm(width)
+
+    def __call__(self, x: Array) -> Array:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
 class ControlNetModel(UNetEncoder):
-    """Predicts arrays to add inside the U-Net, so that its picture follows a control image."""
+    """Predicts arrays to add inside the U-Net, so that its picture follows a control image.
+
+    A ControlNet-Union (xinsir 2024; diffusers models/controlnets/controlnet_union.py) knows several
+    types of control image. The type changes the timestep embedding, and, with the mean of the
+    picture's features, what is added to them at every place.
+    """
 
     config: ControlNetConfig
 
@@ -51,12 +99,45 @@ class ControlNetModel(UNetEncoder):
         self.controlnet_down_blocks = [nn.Conv2d(c, c, 1) for c in config.residual_channels]
         last = config.block_out_channels[-1]
         self.controlnet_mid_block = nn.Conv2d(last, last, 1)
+        types = config.types
+        if types is not None:
+            first, ids = config.block_out_channels[0], config.addition_time_embed_dim or 256
+            self.task_embedding = nn.parameter(types.count, types.channels)
+            self.transformer_layes = [
+                ControlTypeLayer(nn, types.channels) for _ in range(types.layers)
+            ]
+            self.spatial_ch_projs = nn.Linear(types.channels, first)
+            self.control_add_embedding = TimestepEmbedding(nn, ids * types.count, 4 * first)
 
-    def embed_image(self, image: Array) -> Array:
-        """The picture (B, H, W, 3), RGB in [0, 1], as ``condition``: the same in every step."""
+    def embed_image(self, image: Array, mode: int | None = None) -> Array:
+        """Embed a control image, the same in every step.
+
+        Args:
+            image: (B, H, W, 3), RGB in [0, 1].
+            mode: number of its type, for a ControlNet-Union.
+        Returns: ``condition``, (B, H / factor, W / factor, C).
+        """
         if self.config.channel_order == "bgr":
             image = image[..., ::-1]
-        return self.controlnet_cond_embedding(self.nn.cast(image, self.dtype))
+        features = self.controlnet_cond_embedding(self.nn.cast(image, self.dtype))
+        if self.config.types is None or mode is None:
+            return features
+        x = features.mean(axis=(1, 2)) + self.task_embedding[mode]
+        for layer in self.transformer_layes:
+            x = layer(x)
+        return features + self.spatial_ch_projs(x)[:, None, None, :]
+
+    def embed_type(self, mode: int) -> Array:
+        """Embed a type of control image (1, E), to be added to the timestep embedding."""
+        config = self.config
+        assert config.types is not None
+        chosen = self.nn.asarray(
+            [float(i == mode) for i in range(config.types.count)], self.nn.float32
+        )
+        ids = self.nn.timestep_embedding(
+            chosen, config.addition_time_embed_dim or 256, config.flip_sin_to_cos, config.freq_shift
+        )
+        return self.control_add_embedding(self.nn.cast(ids.reshape(1, -1), self.dtype))
 
     def predict(
         self,
@@ -104,21 +185,30 @@ class ControlNetModel(UNetEncoder):
         height, width = sizes.height, sizes.width
         image = sizes.array(1, factor * height, factor * width, config.conditioning_channels)
         text = sizes.array(batch, sizes.tokens, config.cross_attention_dim[0])
+        temb = self.embed(sizes.array(batch), **self.conditions(sizes))
+        mode = None if config.types is None else 0
+        if mode is not None:
+            temb = temb + self.embed_type(mode)
         return self.predict(
             sizes.array(batch, height, width, config.in_channels),
-            Condition(self.embed(sizes.array(batch), **self.conditions(sizes))),
+            Condition(temb),
             self.read(text),
-            self.embed_image(image),
+            self.embed_image(image, mode),
         )
 
     def _scaled(self, outputs: list[Array], scale: float, guess_mode: bool) -> list[Array]:
         """Scale all outputs, or the first of them."""
         if self.config.global_pool_conditions:
-            outputs = [x.mean(axis=(1, 2), keepdims=True) for x in outputs]
+            outputs = [self._pooled(x) for x in outputs]
             guess_mode = False
         count = len(self.controlnet_down_blocks) + 1
         scales = guess_scales(count) if guess_mode else [1.0] * count
         return [x * (scale * s) for x, s in zip(outputs, scales, strict=False)]
+
+    def _pooled(self, x: Array) -> Array:
+        """The mean over all pixels. In float32: a sum in float16 overflows at 65504."""
+        wide = self.nn.cast(x, self.nn.float32)
+        return self.nn.cast(wide.mean(axis=(1, 2), keepdims=True), self.dtype)
 
 
 def guess_scales(count: int) -> list[float]:

@@ -48,8 +48,8 @@ class FeatureNorm(Protocol):
     def silu(self, x: Array, /) -> Array:
         """Normalize, then apply silu."""
 
-    def over(self, bands: Sequence[Array], /) -> Callable[[Array], Array]:
-        """Take the statistics over all bands of rows; return the map for each band."""
+    def silu_over(self, bands: Sequence[Array], /) -> Callable[[Array], Array]:
+        """Take the statistics over all bands of rows; return ``silu`` for each band."""
 
 
 class Layers(Protocol):
@@ -109,6 +109,8 @@ class Layers(Protocol):
         mask: Array | None = None,
         batch: int | None = None,
     ) -> Array: ...
+
+    def pad_heads(self, x: Array, heads: int) -> Array: ...
 
     def upsample_nearest(self, x: Array, height: int, width: int) -> Array: ...
 

@@ -276,9 +276,9 @@ class GroupNorm(Module):
         """The silu of the normalized feature map."""
         return _elementwise(x)
 
-    def over(self, bands: Sequence[Recorded]) -> Callable[[Recorded], Recorded]:
-        """The map of each band of a feature map."""
-        return self
+    def silu_over(self, bands: Sequence[Recorded]) -> Callable[[Recorded], Recorded]:
+        """The silu of each normalized band of a feature map."""
+        return self.silu
 
 
 class LayerNorm(Module):
@@ -349,6 +349,11 @@ def attention(
     macs = 2 * batch * queries * keys * width
     _work("attention", [q, k, v], q.size, macs, 0, batch * heads * queries * keys, keys)
     return _new(*q.shape)
+
+
+def pad_heads(x: Recorded, heads: int) -> Recorded:
+    """Keys or values as attention takes them."""
+    return x
 
 
 def upsample_nearest(x: Recorded, height: int, width: int) -> Recorded:

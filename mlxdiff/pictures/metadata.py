@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxdiff.errors import UsageError, one_line, quoted
 from mlxdiff.pictures.image import open_picture
-from mlxdiff.samplers import SAMPLERS
+from mlxdiff.samplers.names import SAMPLER_NAMES, SCHEDULE_NAMES, find_sampler, find_schedule
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,33 +31,12 @@ if TYPE_CHECKING:
 SCHEMA = "mlxdiff.image/1"
 PARAMETERS_KEY, JSON_KEY = "parameters", "mlxdiff"
 
-SAMPLER_NAMES = {one.id: one.a1111 for one in SAMPLERS.values()}
-"""Our sampler ids -> the names that A1111 shows, or would."""
-
-SCHEDULE_NAMES = {
-    "auto": "Automatic",
-    "normal": "Uniform",
-    "karras": "Karras",
-    "exponential": "Exponential",
-    "beta": "Beta",
-    "lu": "Lu",
-    "trailing": "SGM Uniform",
-    "leading": "DDIM",
-    "linspace": "Linspace",
-    "ays": "Align Your Steps",
-}
-"""Our schedule ids -> A1111's "Schedule type"."""
-
 UPSCALER_NAMES = {
     "lanczos": "Lanczos",
     "latent-nearest": "Latent (nearest)",
     "latent-bilinear": "Latent",
 }
 """Our ids of what enlarges a picture -> A1111's "Hires upscaler"."""
-
-_SAMPLER_IDS = {name.lower(): key for key, name in SAMPLER_NAMES.items()}
-_SCHEDULE_IDS = {name.lower(): key for key, name in SCHEDULE_NAMES.items()}
-_SCHEDULE_IDS |= {"simple": "trailing"}
 
 _KEY = re.compile(r"\w[\w \-/]+")
 _VALUE = re.compile(r'\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
@@ -378,15 +357,13 @@ def _unquote(text: str) -> str:
 
 
 def _sampler_and_schedule(name: str | None, kind: str | None) -> tuple[str | None, str | None]:
-    """Our ids of A1111's names. Before its version 1.9 the schedule stood in the sampler's name."""
-    if name is not None and kind is None:
-        head, _, tail = name.rpartition(" ")
-        if head.lower() in _SAMPLER_IDS and tail in ("Karras", "Exponential"):
-            name, kind = head, tail
-    if kind is None and name is not None:
-        kind = SCHEDULE_NAMES["auto"]
-    sampler = None if name is None else _SAMPLER_IDS.get(name.lower(), name)
-    return sampler, None if kind is None else _SCHEDULE_IDS.get(kind.lower(), kind)
+    """Return our ids of A1111's names. An unknown name stays as it is."""
+    if name is None:
+        return None, None if kind is None else find_schedule(kind) or kind
+    sampler, own = find_sampler(name) or (name, None)
+    if kind is None:
+        return sampler, own or "auto"
+    return sampler, find_schedule(kind) or kind
 
 
 def _exif_comment(picture: Image.Image) -> str | None:

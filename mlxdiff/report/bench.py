@@ -86,9 +86,10 @@ def bench(
             "dtype": pipe.backend.dtype,
             "quantization": recipe_of(pipe.source),
             "low_memory": pipe.model.low_memory,
-            "vae_tiling": pipe.model.tiles(
-                settings.height, settings.width, pipe.model.low_memory, pipe.model.vae_tiling
-            ),
+            "vae_tiling": pipe.model.band_bytes(
+                settings.height, settings.width, pipe.model.low_memory
+            )
+            is not None,
             "pictures": pictures,
         },
         "machine": before,

@@ -116,6 +116,8 @@ class Denoiser:
         self.batch = settings.batch(model)
         states = self._both(text.negative_prompt_embeds, text.prompt_embeds)
         self.text = self.unet.read(states)
+        # What is lazy belongs to the thread that made it, and each step may run in another.
+        self.backend.evaluate(self.text.values)
         # Inputs of the U-Net beside text and timestep, (B, ...) each.
         self.conditions: dict[str, Any] = {}
         if (time_ids := settings.time_ids(model)) is not None:

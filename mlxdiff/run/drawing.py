@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlxdiff import samplers
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import MlxdiffError, UsageError
 from mlxdiff.machine.turns import each_in_turn, turn
 from mlxdiff.noise import Generator
 from mlxdiff.pictures.image import check_writable, png_bytes, side_by_side, write_png
@@ -472,6 +472,7 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
             steps = _evaluations(stage, begun, denoise, backend, draw)
             for x, latents, clean, elapsed in each_in_turn(steps):  # noqa: B007 - x is used later
                 work.timings["steps"].append(elapsed)
+                _require_finite(latents, index, total, backend.dtype)
                 if index == total - 1:
                     work.finish(picture, latents)
                 yield Step(
@@ -521,6 +522,17 @@ def _evaluations(
             x = kept(x, plan, i + 1)
         backend.evaluate(x)
         yield x, backend.to_numpy(x)[0], clean, time.perf_counter() - start
+
+
+def _require_finite(latents: np.ndarray, index: int, total: int, dtype: str) -> None:
+    """Raise MlxdiffError unless the latents of a step are finite."""
+    if np.isfinite(latents).all():
+        return
+    damaged = "the weights are damaged, or the computation overflowed"
+    way_out = "verify the model" if dtype == "float32" else "use float32 (--dtype float32)"
+    raise MlxdiffError(
+        f"step {index + 1} of {total} gives latents that are not finite: {damaged}; {way_out}"
+    )
 
 
 def _denoised(backend: Any, plan: samplers.Plan, index: int, x: Any, output: Any) -> np.ndarray:

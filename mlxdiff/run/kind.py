@@ -17,7 +17,6 @@ import numpy as np
 from mlxdiff import samplers
 from mlxdiff.errors import ConfigError, UsageError
 from mlxdiff.networks.config import (
-    AutoencoderKLConfig,
     UNet2DConditionConfig,
     UNet2DConfig,
     VAEConfig,
@@ -31,9 +30,6 @@ UPSCALER_SCALE = 0.08333
 """scaling_factor of an upscaler's VAE, whatever its config says (as in diffusers' pipeline)."""
 MAX_NOISE_LEVEL = 350
 """Largest noise level of an upscaler whose model_index.json gives none."""
-
-TILE_PIXELS = 256 * 256
-"""A picture of more pixels is decoded in bands."""
 
 DDPM_STEPS = 1000
 OTHER_STEPS = 50
@@ -148,14 +144,6 @@ class Kind(ABC):
     @abstractmethod
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(h, w, C) of what the U-Net draws, for a picture of this size in pixels."""
-
-    def tiles(self, height: int, width: int, low_memory: bool, tiling: bool | None = None) -> bool:
-        """Whether a picture of this size is decoded in bands.
-
-        Args:
-            tiling: what was asked for; None: the default.
-        """
-        return False
 
     def is_guided(self, scale: float, image_scale: float | None = None) -> bool:
         """Whether this guidance scale takes several predictions a step.
@@ -311,12 +299,6 @@ class LatentKind(Kind):
             return False
         # A distilled model takes the scale as an input instead (Meng et al. 2023).
         return is_guided(scale) and self.unet_config.time_cond_proj_dim is None
-
-    def tiles(self, height: int, width: int, low_memory: bool, tiling: bool | None = None) -> bool:
-        """See ``Kind.tiles``."""
-        if not isinstance(self.vae_config, AutoencoderKLConfig):
-            return False  # a TAESD's features are small
-        return low_memory or height * width > TILE_PIXELS if tiling is None else tiling
 
     def check_size(self, *, width: int, height: int) -> None:
         """Raise UsageError unless the VAE's factor divides both sides."""

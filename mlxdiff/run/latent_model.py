@@ -7,6 +7,7 @@ scaled, what the U-Net takes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from mlxdiff.run.additions import Additions
 from mlxdiff.run.additions.embedding import Embedding
 from mlxdiff.run.additions.vae import note_scale
 from mlxdiff.run.kind import LatentKind, Network
+from mlxdiff.run.memory import Device, band_bytes
 from mlxdiff.run.model import ImageLatents, Model, PromptEmbeddings, draw_noise
 from mlxdiff.run.network_cache import NetworkCache
 from mlxdiff.store.folder import ModelSource
@@ -52,8 +54,11 @@ class LatentModel(LatentKind, Model):
         self.texts = TextEncoders(source, self.component, backend, penultimate=self.is_sdxl)
         if words := self.additions.of(Embedding):
             self.texts.set_embeddings([word.embedding for word in words])
-        if self.upscales and cache is None:
-            note_scale(source, source.config("vae"))
+        if self.upscales:
+            # As in the reference: it overflows in float16, whatever its config says.
+            self.cache.widen(Network("vae"), self.additions)
+            if cache is None:
+                note_scale(source, source.config("vae"))
 
     def encode_prompt(
         self,
@@ -128,12 +133,13 @@ class LatentModel(LatentKind, Model):
     def encode_pixels(self, pixels: np.ndarray, *, scaled: bool = True) -> ImageLatents:
         """See ``Model.encode_pixels``."""
         self.check_size(width=pixels.shape[2], height=pixels.shape[1])
-        mean, logvar = self.component("vae").encode(self.backend.asarray(pixels))
+        x = self.backend.asarray(pixels)
+        mean, logvar = self._run_vae(lambda vae: vae.encode(x))
         scale, shift = self._latent_scale() if scaled else (np.float32(1), np.float32(0))
         std = None
         if logvar is not None:
-            std = (np.exp(0.5 * self.backend.to_numpy(logvar)) * scale).astype(np.float32)
-        mean = ((self.backend.to_numpy(mean) - shift) * scale).astype(np.float32)
+            std = (np.exp(0.5 * logvar) * scale).astype(np.float32)
+        mean = ((mean - shift) * scale).astype(np.float32)
         return ImageLatents(mean, std)
 
     def load_decoder(self) -> None:
@@ -148,14 +154,40 @@ class LatentModel(LatentKind, Model):
         """See ``Model.decode_pixels``."""
         scale, shift = self._latent_scale()
         z = self.backend.asarray((latents / scale + shift)[None].astype(np.float32))
-        vae, factor = self.component("vae"), self.vae_config.factor
-        height, width = factor * len(latents), factor * len(latents[0])
-        if self.tiles(height, width, self.low_memory, self.vae_tiling):
-            pixels = tiling.decode(vae, z)
-        else:
-            pixels = vae.decode(z)
-        found: np.ndarray = self.backend.to_numpy(pixels)[0]
+        factor = self.vae_config.factor
+        bands = self.band_bytes(factor * len(latents), factor * len(latents[0]), self.low_memory)
+
+        def decode(vae: Any) -> tuple[Any]:
+            return (vae.decode(z) if bands is None else tiling.decode(vae, z, bands),)
+
+        (pixels,) = self._run_vae(decode)
+        found: np.ndarray = pixels[0]
         return found
+
+    def _run_vae(self, run: Callable[[Any], tuple[Any, ...]]) -> list[Any]:
+        """Results of the VAE as NumPy's arrays (or None); in float32 where float16 overflows."""
+
+        def results() -> list[Any]:
+            made = run(self.component("vae"))
+            return [None if one is None else self.backend.to_numpy(one) for one in made]
+
+        found = results()
+        if all(one is None or np.isfinite(one).all() for one in found):
+            return found
+        return results() if self.cache.widen(Network("vae"), self.additions) else found
+
+    def band_bytes(self, height: int, width: int, low_memory: bool) -> int | None:
+        """See ``Model.band_bytes``."""
+        factor, backend = self.vae_config.factor, self.backend
+        return band_bytes(
+            self.vae_config,
+            Device(backend.name, backend.has_gpu(), backend.dtype),
+            height // factor,
+            width // factor,
+            memory=backend.memory_size(),
+            low_memory=low_memory,
+            tiling=self.vae_tiling,
+        )
 
     def sketch(self, latents: np.ndarray) -> PIL.Image.Image:
         """A quick picture of latents (H/f, W/f, C): by the VAE where that is a TAESD, else a small

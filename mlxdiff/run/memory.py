@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 from mlxdiff.convert import Component
@@ -19,6 +19,7 @@ from mlxdiff.errors import UsageError
 from mlxdiff.networks.config import AutoencoderKLConfig, ComponentConfig
 from mlxdiff.networks.cost import operations
 from mlxdiff.networks.recorder import Operation
+from mlxdiff.networks.tiling import BAND_BYTES
 from mlxdiff.run.kind import Network, stage_of
 from mlxdiff.store.recipes import Recipe, quantized_model
 from mlxdiff.weights.tensors import LazyTensor, QuantizedTensor
@@ -26,6 +27,9 @@ from mlxdiff.weights.tensors import LazyTensor, QuantizedTensor
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 PROCESS = 100_000_000
 """Bytes of a Python process with the libraries loaded, beside all arrays."""
+
+TILE_PIXELS = 256 * 256
+"""Above this many pixels a CPU decodes in bands."""
 
 # Scratch space, in bytes: NumPy's attention and convolutions, MLX's where it has no fused kernel.
 _NUMPY_SCORES, _NUMPY_COLUMNS, _MLX_WORK = 1 << 22, 1 << 25, 64 << 20
@@ -167,7 +171,7 @@ def estimate(
     pictures: int = 1,
     refiner: Estimated | None = None,
     low_memory: bool = False,
-    tiled: bool = False,
+    band_bytes: int | None = None,
     recipe: Recipe | None = None,
 ) -> Estimate:
     """The memory of a run.
@@ -181,7 +185,8 @@ def estimate(
         pictures: the most pictures that an IP-Adapter is given.
         refiner: a second model that draws the last part.
         low_memory: as for ``mlxdiff.load``.
-        tiled: whether the VAE decodes in bands (``mlxdiff.networks.tiling``).
+        band_bytes: the VAE decodes in bands of this size (``mlxdiff.networks.tiling``); None: the
+            whole at once.
         recipe: quantize the weights first; None: they are as they are.
     """
     weights: dict[Held, int] = {}
@@ -202,13 +207,16 @@ def estimate(
             weights[held] = weight_bytes(tensors, kind, keep_stored=low_memory or None)
             largest = max(tensor.nbytes for tensor in tensors.values())  # read, then converted
             if name == "unet":
-                need = activation_bytes(config, kind, *latent, batch=batch)
+                expands = low_memory or any(
+                    isinstance(tensor, QuantizedTensor) for tensor in tensors.values()
+                )
+                need = activation_bytes(config, kind, *latent, batch=batch, expands=expands)
                 extra = one.additions.work(UNetRun(kind, config, latent, batch, pictures))
                 need = max(need + extra.beside, extra.before)
             elif name == "vae":
                 need = activation_bytes(config, kind, *latent)
-                if tiled:
-                    need = min(need, tiled_bytes(config, kind, *latent))
+                if band_bytes is not None:
+                    need = min(need, tiled_bytes(config, kind, *latent, band_bytes))
                 if image:
                     encode = activation_bytes(config, kind, height, width, encode=True)
                     work["image"] = max(encode, largest)
@@ -232,9 +240,9 @@ def _network(model: Estimated, name: str, recipe: Recipe | None) -> Component:
 
 
 def device_of(device: Device, config: ComponentConfig) -> Device:
-    """The same with the type that this network is computed in."""
-    if isinstance(config, AutoencoderKLConfig) and config.force_upcast:
-        return Device(device.backend, device.gpu, "float32")
+    """The same with the widest type that this network may be computed in."""
+    if isinstance(config, AutoencoderKLConfig) and config.force_upcast is not False:
+        return replace(device, dtype="float32")
     return device
 
 
@@ -260,23 +268,77 @@ def activation_bytes(
     *,
     batch: int = 1,
     encode: bool = False,
+    expands: bool = False,
 ) -> int:
     """The most bytes that one evaluation of a network holds beside its weights.
 
-    Args: as for ``cost.operations``, and the device.
+    Args: as for ``cost.operations``, the device, and
+        expands: a GPU expands convolutions' weights when it uses them.
     """
     work = operations(config, height, width, batch=batch, encode=encode)
     if device.backend == "numpy":
         return max(map(_numpy_bytes, work))
     size = SIZES[device.dtype]
-    return max(_gpu_bytes(op, size) for op in work) if device.gpu else _cpu_bytes(work, size)
+    return _gpu_bytes(work, size, expands) if device.gpu else _cpu_bytes(work, size)
 
 
-def tiled_bytes(config: ComponentConfig, device: Device, height: int, width: int) -> int:
-    """The same of a VAE that decodes in bands: what a layer keeps, and what it replaces."""
+def tiled_bytes(
+    config: ComponentConfig, device: Device, height: int, width: int, band_bytes: int
+) -> int:
+    """The same of a VAE that decodes in bands: what a layer keeps, and what it replaces.
+
+    Args: as for ``activation_bytes``, and
+        band_bytes: as for ``mlxdiff.networks.tiling.decode``.
+    """
     size = SIZES[device.dtype]
     work = [op for op in operations(config, height, width) if op.kind == "convolution"]
-    return max(size * (op.held + min(op.inputs, op.outputs)) for op in work) + 2 * _MLX_WORK
+    if not device.gpu:
+        return max(size * (op.held + min(op.inputs, op.outputs)) for op in work) + 2 * _MLX_WORK
+
+    def beside(op: Operation) -> int:
+        """A convolution of one band, or the squares of those that are in flight."""
+        largest = max(op.inputs, op.outputs)
+        share = min(1.0, band_bytes / (4 * largest))
+        own = size * share * (op.inputs + op.outputs) + share * _winograd_bytes(op, size)
+        return int(max(own, min(4 * largest, _COMMANDS * band_bytes)))
+
+    return max(size * (op.held + min(op.inputs, op.outputs)) + beside(op) for op in work)
+
+
+def band_bytes(
+    config: ComponentConfig,
+    device: Device,
+    height: int,
+    width: int,
+    *,
+    memory: int | None,
+    low_memory: bool,
+    tiling: bool | None = None,
+) -> int | None:
+    """Choose the size of the bands that a VAE decodes in; None: it decodes the whole at once.
+
+    On a GPU bands cost kernels, waits and bytes, so they are for pictures that take too much of its
+    memory otherwise, and as large as it allows. On a CPU they keep the data in the cache.
+
+    Args:
+        config: of the VAE.
+        device: what computes.
+        height, width: of the latents.
+        memory: bytes that arrays can take together; None: unknown.
+        low_memory: save memory rather than time.
+        tiling: what the user asks for; None: nothing.
+    """
+    if tiling is False or not isinstance(config, AutoencoderKLConfig):
+        return None  # a TAESD's features are small
+    if not device.gpu:
+        pixels = config.factor**2 * height * width
+        return BAND_BYTES if tiling or low_memory or pixels > TILE_PIXELS else None
+    if tiling is None and not low_memory and memory is not None:
+        kind = device_of(device, config)
+        if activation_bytes(config, kind, height, width) <= memory // 4:
+            return None  # several times as much may be in flight
+    most = (64 if low_memory else 256) << 20
+    return most if memory is None else max(BAND_BYTES, min(most, memory // 64))
 
 
 def _numpy_bytes(op: Operation) -> int:
@@ -319,16 +381,38 @@ _KERNELS = {"convolution": 4, "linear": 2, "attention": 10, "elementwise": 20}
 _AHEAD = 50
 
 
-def _gpu_bytes(op: Operation, size: int) -> int:
-    """MLX on a GPU. Convolutions: the workspace of Winograd's method (docs/performance.md)."""
-    bytes_ = size * (op.held + op.inputs + op.outputs)
-    if op.kind == "convolution" and op.scratch:
-        bytes_ += size * 64 * (op.inputs + op.outputs) // 36
-    elif op.kind == "attention":
-        bytes_ += 2 * size * op.inputs  # heads zero-padded to a dimension that kernels take
-    elif op.kind == "elementwise":
-        bytes_ += 8 * op.inputs
-    return bytes_
+# Metal takes commands in portions of about so many bytes of inputs. The CPU waits for it when so
+# many portions are not done (MLX 0.32: device.cpp, transforms.cpp), or when MLX's memory limit is
+# reached. So ten larger operations need not fit: they wait for each other.
+_COMMAND_BYTES, _COMMANDS = 50 << 20, 10
+_WINOGRAD_PIXELS = 4096  # of a batch: for fewer MLX convolves directly
+
+
+def _gpu_bytes(work: Sequence[Operation], size: int, expands: bool) -> int:
+    """MLX on a GPU, which runs behind the CPU: what is in flight is held too."""
+    most, window, in_flight = 0, deque[tuple[int, int]](), 0
+    for op in work:
+        own, read = size * op.outputs, size * (op.inputs + op.weights)
+        if op.kind == "convolution":
+            workspace = _winograd_bytes(op, size) + (size * op.weights if expands else 0)
+            own, read = own + workspace, read + workspace
+        elif op.kind == "attention":
+            own += 2 * size * op.inputs  # heads zero-padded to a dimension that kernels take
+        elif op.kind == "elementwise":
+            own += size * op.inputs  # a norm's groups, as rows
+        window.append((own, read))
+        in_flight += read
+        while len(window) > 1 and in_flight - window[0][1] > _COMMANDS * _COMMAND_BYTES:
+            in_flight -= window.popleft()[1]
+        most = max(most, size * (op.held + op.inputs) + sum(bytes_ for bytes_, _ in window))
+    return most
+
+
+def _winograd_bytes(op: Operation, size: int) -> int:
+    """The workspace of Winograd's method: tiles of 6x6 results take 8x8 values, kernels too."""
+    if not op.scratch or op.macs < _WINOGRAD_PIXELS * op.weights:
+        return 0
+    return size * (64 * (op.inputs + op.outputs) // 36 + 64 * op.weights // 9)
 
 
 # ------------------------------------------------------------------------------------ does it fit?

@@ -66,7 +66,7 @@ class Model(Kind):
         backend: the backend that computes (``backends.protocol.Backend``).
         additions: what is added to it.
         cache: its networks that are loaded; None: none yet.
-        vae_tiling: see ``tiles``.
+        vae_tiling: decode in bands, or not; None: as ``band_bytes`` chooses.
     Attributes:
         texts: its text encoders; None: it has none.
     """
@@ -137,6 +137,15 @@ class Model(Kind):
             self.source.config(name), lambda: self.source.tensors(name), self.source.provenance
         )
         return self.additions.change(name, own)
+
+    def band_bytes(self, height: int, width: int, low_memory: bool) -> int | None:
+        """Size of the bands that a picture of this size is decoded in; None: it is decoded whole.
+
+        Args:
+            height, width: of the picture.
+            low_memory: as if the model worked so.
+        """
+        return None
 
     @property
     def load_seconds(self) -> float:

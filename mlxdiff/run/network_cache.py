@@ -39,6 +39,7 @@ class NetworkCache:
         self.low_memory = False
         self._loaded: dict[Network, _Kept] = {}
         self._derived: dict[str, _Kept] = {}
+        self._wide: dict[Network, Any] = {}  # networks that need float32, and their makers
 
     @property
     def loaded(self) -> set[Network]:
@@ -61,13 +62,37 @@ class NetworkCache:
             del kept  # the old network leaves memory before the new one comes
             start = time.perf_counter()
             config = component.config
-            dtype = "float32" if network.name == "vae" and config.force_upcast else None
+            dtype = self._dtype(network, config, makers)
             stored = True if self.low_memory else None
             loaded = self.backend.load(config, component.tensors(), dtype, stored)
             self.keep(network, loaded, additions)
             self.load_seconds += time.perf_counter() - start
             return loaded
         return kept.value
+
+    def widen(self, network: Network, additions: Additions) -> bool:
+        """Compute a network in float32 from now on; return whether it was otherwise before."""
+        makers = additions.makers(network)
+        before = self._wide.get(network)
+        self._wide[network] = makers
+        kept = self._loaded.get(network)
+        if before == makers or kept is None or kept.value.dtype == kept.value.nn.float32:
+            return False
+        self.release(network)
+        return True
+
+    def _dtype(self, network: Network, config: Any, makers: Any) -> str | None:
+        """The type that a network is computed in; None: the backend's.
+
+        A VAE is computed in float32 if its config asks for it. If the config says nothing, float16
+        is tried first (``widen``); bfloat16 is too coarse for pixels.
+        """
+        if network.name != "vae":
+            return None
+        asks = config.force_upcast
+        if asks is None:
+            asks = self.backend.dtype != "float16" or self._wide.get(network) == makers
+        return "float32" if asks else None
 
     def keep(self, network: Network, loaded: Any, additions: Additions) -> None:
         """Keep a network that is loaded, for runs with these additions."""

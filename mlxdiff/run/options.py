@@ -21,6 +21,7 @@ from mlxdiff import samplers
 from mlxdiff.adapters.lora import Lora
 from mlxdiff.adapters.textual_inversion import Embedding
 from mlxdiff.convert.singlefile import PREDICTIONS
+from mlxdiff.pictures.control_modes import MODES
 from mlxdiff.pictures.hires import UPSCALERS
 from mlxdiff.pictures.preprocess import PREPROCESSORS
 from mlxdiff.run import values
@@ -48,6 +49,7 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 PathLike = str | os.PathLike[str]
 Text = Annotated[str, values.Text()]
 Flag = Annotated[bool, values.Flag()]
+File = Annotated[str, values.File()]
 Place = Annotated[PathLike, values.Place()]
 Model = Annotated[Any, values.Place(or_pipeline=True)]
 Places = Annotated[PathLike | Sequence[PathLike], values.Each(values.Place())]
@@ -61,8 +63,8 @@ Interval = Annotated[tuple[float, float], values.Numbers("START,END", values.Num
 Borders = Annotated[
     tuple[int, int, int, int], values.Numbers("LEFT,TOP,RIGHT,BOTTOM", values.Whole(least=0))
 ]
-Sampler = Annotated[str, values.Choice(samplers.NAMES)]
-Schedule = Annotated[str, values.Choice(samplers.SCHEDULES)]
+Sampler = Annotated[str, values.Choice(samplers.NAMES, spelled=samplers.spelled)]
+Schedule = Annotated[str, values.Choice(samplers.SCHEDULES, spelled=samplers.find_schedule)]
 Syntax = Annotated[str, values.Choice(SYNTAXES)]
 Upscaler = Annotated[str, values.Choice(UPSCALERS)]
 Backend = Annotated[str, values.Choice(BACKENDS)]
@@ -85,6 +87,7 @@ Preprocessors = Annotated[
         )
     ),
 ]
+Modes = Annotated[str | Sequence[str], values.Each(values.Choice(MODES))]
 Loras = Annotated[
     Iterable[PathLike | tuple[PathLike, float | tuple[float, float]] | Lora],
     values.Files("PATH[:SCALE]"),
@@ -201,8 +204,9 @@ class ValueOptions(Options):
     sampler: Sampler = _picture(
         "--sampler",
         default="auto",
-        help="Sampler (docs/samplers.md). Default: auto.",
-        doc="see ``mlxdiff.samplers``.",
+        help="Sampler (docs/samplers.md); A1111's and diffusers' names are understood. "
+        "Default: auto.",
+        doc="see ``mlxdiff.samplers``; A1111's and diffusers' names are understood.",
         elsewhere="sampler_name sampling_method sampler_index",
     )
     schedule: Schedule = _picture(
@@ -356,6 +360,13 @@ class FileOptions(Options):
         metavar="NAME",
         help="What to make of its picture first: none (default), edges, grey or tile; one for "
         "all or one for each.",
+    )
+    control_mode: Modes | None = _control(
+        "--control-mode",
+        metavar="NAME",
+        help="Type of its picture, for a ControlNet-Union: openpose, depth, sketch, canny (also "
+        "line art), normal, segment, tile or repaint; one for all or one for each.",
+        elsewhere="control_type",
     )
     ip_image: Pictures | None = _shown(
         "--ip-image",
@@ -555,7 +566,8 @@ class LoadOptions(Options):
         metavar="NAME",
         help="auto (default), float32, float16 or bfloat16.",
         doc='what the U-Net and the text encoders compute in. None or "auto": float16 on a GPU, '
-        "else float32. The VAE stays in float32 where its config says ``force_upcast``.",
+        "else float32. The VAE stays in float32 where its config says ``force_upcast``, or where "
+        "float16 overflows.",
         elsewhere="torch_dtype precision",
     )
     low_memory: Flag = _machine(
@@ -603,7 +615,7 @@ _command = partial(option, section="Output", key=None)
 class CommandOptions(Options):
     """Options of the command line alone."""
 
-    prompt_file: Text | None = option(
+    prompt_file: File | None = option(
         "--prompt-file",
         section="Prompt",
         key=None,
@@ -621,7 +633,7 @@ class CommandOptions(Options):
     no_metadata: Flag = _command(
         "--no-metadata", default=False, help="Write no prompt and no settings into the PNG."
     )
-    from_image: Text | None = _command(
+    from_image: File | None = _command(
         "--from-image",
         metavar="FILE",
         help="Take the settings of a picture that mlxdiff (or A1111) drew; other options override "

@@ -19,6 +19,7 @@ from mlxdiff.pictures.image import load_image, resize
 from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
 from mlxdiff.run.additions.controlnet import Control, resolve_controls
 from mlxdiff.run.additions.ip_adapter import ImagePrompt, resolve_image_prompts
+from mlxdiff.run.habits import note_habits, note_seed
 from mlxdiff.run.model import Model
 from mlxdiff.run.options import RunOptions, ValueOptions
 from mlxdiff.run.rules import check, check_parts, checked_interval, is_scored, repaints
@@ -162,6 +163,9 @@ def resolve(
 ) -> PlannedRun:
     """Check the options of a run, fill in the defaults, and plan it. Raises: UsageError."""
     asked = RunOptions() if asked is None else asked
+    sampler, schedule = samplers.resolve(asked.sampler, asked.schedule)
+    asked = replace(asked, sampler=sampler, schedule=schedule)
+    note_seed(asked.seed)
     seeds = pick_seeds(asked.seed, asked.count)
     if model.lacks("text"):
         settings, plans = _resolve_pixels(model, asked)
@@ -223,13 +227,14 @@ def _resolve_text(
         [(width, height)] if larger is None else [(width, height), (larger.width, larger.height)]
     )
     controls = resolve_controls(
-        len(model.controlnets),
+        [net.component.config for net in model.controlnets],
         sizes,
         control_image=asked.control_image,
         control_scale=asked.control_scale,
         control_start=asked.control_start,
         control_end=asked.control_end,
         control_preprocess=asked.control_preprocess,
+        control_mode=asked.control_mode,
     )
     start, end = asked.denoising_start, asked.denoising_end
     if refiner is not None:
@@ -271,6 +276,7 @@ def _resolve_text(
     _check_editing(settings)
     _note_unused_words(model, settings)
     _note_what_has_no_effect(model, settings, asked)
+    note_habits(model, asked, height, width)
     plans = make_plans(settings, model, refiner)
     _check_some_guidance(settings, plans)
     return settings, plans

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import numbers
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from mlxdiff.store.reference import is_address, parse
 
 
 class Unfit(ValueError):
@@ -74,7 +76,7 @@ class Picture(Anything):
             fits = hasattr(value, "__array__") or hasattr(value, "__array_interface__")
         if not fits or isinstance(value, np.generic):
             raise Unfit(value, self.expected)
-        return value
+        return no_address(value)
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,17 @@ class Text(Anything):
         if not isinstance(value, str):
             raise Unfit(value, self.expected)
         return value
+
+
+@dataclass(frozen=True)
+class File(Text):
+    """A file of this machine."""
+
+    expected = "a path"
+    metavar = "FILE"
+
+    def accept(self, value: Any) -> Any:
+        return no_address(super().accept(value))
 
 
 @dataclass(frozen=True)
@@ -114,7 +127,8 @@ class Place(Anything):
             raise Unfit(value, self.expected)
         if value == "":  # an unset variable of a shell or a form
             raise Unfit(value, self.expected)
-        return value
+        # The address of a model on the hub is a reference to it.
+        return value if is_address(value) and parse(value) is not None else no_address(value)
 
 
 @dataclass(frozen=True)
@@ -253,10 +267,12 @@ class Choice(Anything):
     Attributes:
         words: the words.
         hint: what to do where none of them fits.
+        spelled: returns the word that another name stands for, or None.
     """
 
     words: tuple[str, ...]
     hint: str = ""
+    spelled: Callable[[str], str | None] | None = None
 
     @property
     def metavar(self) -> str:
@@ -274,9 +290,12 @@ class Choice(Anything):
         return self.words
 
     def accept(self, value: Any) -> Any:
-        if not isinstance(value, str) or value not in self.words:
-            raise Unfit(value, self.expected)
-        return value
+        if isinstance(value, str) and value in self.words:
+            return value
+        if isinstance(value, str) and self.spelled is not None:
+            if (word := self.spelled(value)) is not None:
+                return word
+        raise Unfit(value, self.expected)
 
 
 @dataclass(frozen=True)
@@ -365,7 +384,10 @@ class Files(Anything):
     def accept(self, value: Any) -> Any:
         if isinstance(value, (str, bytes, os.PathLike)) or not isinstance(value, Iterable):
             raise Unfit(value, self.expected)
-        return tuple(value)
+        files = tuple(value)
+        for one in files:
+            no_address(one[0] if isinstance(one, tuple) and one else one)
+        return files
 
 
 def listed(value: Any) -> list[Any]:
@@ -373,6 +395,13 @@ def listed(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def no_address(value: Any) -> Any:
+    """Return a value that is no web address. Raises: Unfit."""
+    if is_address(value):
+        raise Unfit(value, "a file: download it first, and give its path")
+    return value
 
 
 def _shown(value: Any) -> str:

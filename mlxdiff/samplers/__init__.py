@@ -25,6 +25,7 @@ from mlxdiff.samplers import fitted
 from mlxdiff.samplers.arguments import SchedulerArguments
 from mlxdiff.samplers.ddim import DDPM
 from mlxdiff.samplers.defaults import PIXELS, automatic, distilled_for, is_turbo
+from mlxdiff.samplers.names import find_schedule, resolve, spelled
 from mlxdiff.samplers.plan import Plan, Row, State
 from mlxdiff.samplers.process import check_process, is_continuous, is_edm
 from mlxdiff.samplers.registry import (
@@ -33,7 +34,6 @@ from mlxdiff.samplers.registry import (
     SCHEDULE_ARGUMENTS,
     SCHEDULES,
     SIGMA_FLAGS,
-    check_known,
     find,
     has_schedule,
     of_class,
@@ -54,12 +54,15 @@ __all__ = [
     "check_process",
     "distilled_for",
     "evaluations_per_step",
+    "find_schedule",
     "forward_process",
     "is_edm",
     "is_turbo",
     "of_class",
     "plan",
     "reference_class",
+    "resolve",
+    "spelled",
     "takes_distilled_strength",
     "timesteps",
 ]
@@ -84,7 +87,7 @@ def plan(
 
     Args:
         scheduler_config: the checkpoint's scheduler_config.json.
-        sampler, schedule: ids from `NAMES` and `SCHEDULES`.
+        sampler, schedule: ids from `NAMES` and `SCHEDULES`, or other names of theirs (names.py).
         steps: as diffusers counts num_inference_steps; len(plan) counts model evaluations.
         eta: share of fresh noise, 0 to 1, for the samplers that take it (None: 0).
         family: the model's family ("sd1", "sdxl", ...). It decides about schedules that were made
@@ -228,8 +231,7 @@ def _choose(
     """Resolve ids to a scheduler and its arguments; raise UsageError for what does not exist."""
     if not isinstance(config, Mapping):
         raise ConfigError(f"scheduler_config.json must hold an object, not {type(config).__name__}")
-    check_known("sampler", sampler, NAMES)
-    check_known("schedule", schedule, SCHEDULES)
+    sampler, schedule = resolve(sampler, schedule)
     sampler, schedule = automatic(config, sampler, schedule, steps, family, guidance, altered)
     found = find(config, sampler)
     scheduler = found.scheduler

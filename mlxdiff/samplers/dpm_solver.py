@@ -390,6 +390,7 @@ SAMPLERS = (
         "DPM++ 2M",
         MULTISTEP,
         {"algorithm_type": "dpmsolver++", "solver_order": 2},
+        also=("k_dpmpp_2m",),
         edm=EDM,
     ),
     Sampler(

@@ -169,7 +169,7 @@ HEUN = Scheduler(
 )
 
 SAMPLERS = (
-    Sampler("euler", "Euler", EULER, edm=EDM),
-    Sampler("euler-a", "Euler a", ANCESTRAL),
-    Sampler("heun", "Heun", HEUN),
+    Sampler("euler", "Euler", EULER, also=("k_euler",), edm=EDM),
+    Sampler("euler-a", "Euler a", ANCESTRAL, also=("euler_ancestral", "k_euler_a")),
+    Sampler("heun", "Heun", HEUN, also=("k_heun",)),
 )

@@ -60,4 +60,4 @@ LMS = Scheduler(
     rows=_rows,
 )
 
-SAMPLERS = (Sampler("lms", "LMS", LMS),)
+SAMPLERS = (Sampler("lms", "LMS", LMS, also=("k_lms",)),)

@@ -129,6 +129,7 @@ class Sampler:
         a1111: its name in AUTOMATIC1111's web UI, or the name that fits there.
         scheduler: the scheduler behind it.
         arguments: arguments of the scheduler that the id fixes, whatever the file says.
+        also: names that other programs give it, beside A1111's and the class of diffusers.
         edm: the scheduler for models with EDM's parametrisation; None: the id has none.
     """
 
@@ -136,6 +137,7 @@ class Sampler:
     a1111: str
     scheduler: Scheduler
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    also: tuple[str, ...] = ()
     edm: Scheduler | None = None
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mlxdiff._version import __version__
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
-from mlxdiff.machine.disk import read_json, sha256
+from mlxdiff.machine.disk import read_document, read_json, sha256
 from mlxdiff.machine.temporary import claimed_folder, remove_leftovers
 from mlxdiff.networks.config import (
     CLIPTextConfig,
@@ -29,7 +29,7 @@ from mlxdiff.networks.config import (
     read_vae,
 )
 from mlxdiff.networks.params import check_parameters, expected_parameters
-from mlxdiff.samplers.process import check_process
+from mlxdiff.samplers.process import check_process, is_edm
 from mlxdiff.store.reference import is_repo_path
 from mlxdiff.weights.quantization import Packed, Quantization
 from mlxdiff.weights.tensors import (
@@ -158,11 +158,32 @@ class ModelFolder:
         self._tokenizers: dict[str, Tokenizer] = {}
         where = self.place("scheduler") / "scheduler_config.json"
         self.scheduler_config: dict[str, Any] = read_json(where)
-        check_process(self.scheduler_config, str(where))
+        self._check_scheduler(where)
         self.low_res_scheduler_config: dict[str, Any] = {}
         if self.class_name(LOW_RES_SCHEDULER):
             where = self.path / LOW_RES_SCHEDULER / "scheduler_config.json"
             self.low_res_scheduler_config = read_json(where)
+
+    def _check_scheduler(self, where: Path) -> None:
+        """Check that mlxdiff has the noise process of the model.
+
+        diffusers takes the class from model_index.json, and it is in the scheduler's config too.
+        Raises: ConfigError for another process, or two of them.
+        """
+        named = self.class_name("scheduler")
+        if named is not None and "_class_name" not in self.scheduler_config:
+            self.scheduler_config = {"_class_name": named, **self.scheduler_config}
+        check_process(self.scheduler_config, str(where))
+        if named is None:
+            return
+        index = {"_class_name": named}
+        check_process(index, f"{self.path}/model_index.json: scheduler")
+        if is_edm(index) != is_edm(self.scheduler_config):
+            raise ConfigError(
+                f"{where}: _class_name is {self.scheduler_config.get('_class_name')!r}, and "
+                f"model_index.json has {named!r}, a class of another noise process; write the "
+                "right one into both"
+            )
 
     def class_name(self, part: str) -> str | None:
         """Return the class of a part from model_index.json, or None if the model lacks the part."""
@@ -224,7 +245,7 @@ class ModelFolder:
         return {name: path for name, path in paths.items() if path.is_file()}
 
     def documents(self) -> dict[str, bytes]:
-        return {name: path.read_bytes() for name, path in self.document_paths().items()}
+        return {name: read_document(path) for name, path in self.document_paths().items()}
 
 
 class ConvertedFolder(ModelFolder):
@@ -427,6 +448,7 @@ def write_folder(
     *,
     provenance: Mapping[str, Any] | None = None,
     recipe: str | None = None,
+    card: str = "",
     force: bool = False,
     progress: Progress | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -442,6 +464,7 @@ def write_folder(
         dest: folder to make, with its parents.
         dtype: type of all weights: "float16", "bfloat16" or "float32".
         recipe: name of the quantization recipe, for the manifest.
+        card: text of the model card, README.md. It may be edited later, so it has no hash.
         provenance: source entry of the manifest. Default: ``source.provenance``.
         force: replace ``dest`` if it is a converted folder. Nothing else is ever replaced.
         progress: called after each tensor.
@@ -464,12 +487,12 @@ def write_folder(
         if progress is not None:
             progress(done, total, name)
 
-    with _new_folder(dest, total, force) as folder:
+    with new_folder(dest, total, force) as folder:
         files: dict[str, bytes] = dict(source.documents())
         digests: dict[str, str] = {}
         for component, part in tensors.items():
             (folder / component).mkdir()
-            shards = _shards(part, dtype, shard_bytes)
+            shards = split_into_shards(part, dtype, shard_bytes)
             for file, members in shards.items():
                 digests[f"{component}/{file}"] = write_safetensors(
                     folder / component / file,
@@ -485,7 +508,7 @@ def write_folder(
                     for name, tensor in members.items()
                     for stored in stored_arrays(name, tensor, dtype)
                 }
-                files[f"{component}/model.safetensors.index.json"] = _json(
+                files[f"{component}/model.safetensors.index.json"] = json_bytes(
                     {"metadata": {"total_size": size}, "weight_map": weight_map}
                 )
         for name, content in files.items():
@@ -505,15 +528,21 @@ def write_folder(
                 for name in sorted(digests)
             },
         }
-        (folder / MANIFEST).write_bytes(_json(manifest))
+        (folder / MANIFEST).write_bytes(json_bytes(manifest))
+        if card:
+            (folder / "README.md").write_text(card, encoding="utf-8")
         check()
     return dest
 
 
-def _shards(
-    tensors: Mapping[str, LazyTensor], dtype: str, limit: int
+def split_into_shards(
+    tensors: Mapping[str, LazyTensor], dtype: str, limit: int, stem: str = "model"
 ) -> dict[str, dict[str, LazyTensor]]:
-    """Split tensors into files of at most ``limit`` bytes. A larger tensor gets its own."""
+    """Split tensors into files of at most ``limit`` bytes. A larger tensor gets its own.
+
+    Args:
+        stem: start of the names of the files.
+    """
     groups: list[dict[str, LazyTensor]] = [{}]
     room = limit
     for name, tensor in tensors.items():
@@ -524,9 +553,9 @@ def _shards(
         groups[-1][name] = tensor
         room -= size
     if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
+        return {f"{stem}.safetensors": groups[0]}
     total = len(groups)
-    return {f"model-{i:05d}-of-{total:05d}.safetensors": g for i, g in enumerate(groups, 1)}
+    return {f"{stem}-{i:05d}-of-{total:05d}.safetensors": g for i, g in enumerate(groups, 1)}
 
 
 def _quantization_table(
@@ -543,7 +572,7 @@ def _quantization_table(
 
 
 @contextmanager
-def _new_folder(dest: Path, size: int, force: bool) -> Iterator[Path]:
+def new_folder(dest: Path, size: int, force: bool) -> Iterator[Path]:
     """Make a temporary folder. Rename it to ``dest`` if the block succeeds, else remove it."""
     check_dest(dest, force)
     _remove_leftovers(dest.absolute())
@@ -614,5 +643,6 @@ def check_dest(dest: str | os.PathLike[str], force: bool) -> None:
         )
 
 
-def _json(data: Any) -> bytes:
+def json_bytes(data: Any) -> bytes:
+    """Return the text of a JSON file as this package writes it."""
     return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()

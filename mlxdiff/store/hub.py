@@ -66,6 +66,7 @@ logger = logging.getLogger("mlxdiff")
 Progress = Callable[[int, int, str], None]
 """Called with the bytes done, the total bytes, and the name of the current file."""
 
+_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -451,7 +452,7 @@ def _explained(error: Exception, reference: Reference, lacking: str) -> HubError
         reference: the requested model.
         lacking: what the cache lacks, or "".
     """
-    from huggingface_hub import errors
+    from huggingface_hub import errors, get_token
 
     name, revision = reference.name, reference.revision
     if isinstance(error, errors.GatedRepoError):  # first: a subclass of RepositoryNotFoundError
@@ -470,10 +471,14 @@ def _explained(error: Exception, reference: Reference, lacking: str) -> HubError
             f"https://huggingface.co/{name}/tree/main"
         )
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if status == 401:
+    if status == 401 and get_token() is not None:
+        from_variable = any(os.environ.get(key) for key in _TOKEN_VARIABLES)
+        place = "HF_TOKEN" if from_variable else "`hf auth login`"
+        way_out = "unset HF_TOKEN" if from_variable else "`hf auth logout`"
         return HubError(
-            f"{name}: the hub does not accept your token; it may have expired: renew it with "
-            "`hf auth login`, or correct or unset HF_TOKEN"
+            f"{name}: the hub refuses your access token (of {place}): it is expired or wrong; make "
+            f"a new one at https://huggingface.co/settings/tokens, or use none ({way_out}): public "
+            "models need none"
         )
     if isinstance(error, errors.HfHubHTTPError) and status is not None:
         return HubError(

@@ -67,6 +67,11 @@ def is_repo_path(text: str) -> bool:
     )
 
 
+def is_address(text: object) -> bool:
+    """Return True if a text is a web address. Only addresses of models on the hub are fetched."""
+    return isinstance(text, str) and text.lower().startswith(("http://", "https://"))
+
+
 def is_commit(revision: str) -> bool:
     """Return True if a revision is the full name of a commit (40 hex digits)."""
     return _COMMIT.fullmatch(revision) is not None

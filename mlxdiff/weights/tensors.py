@@ -539,6 +539,7 @@ def write_safetensors(
     tensors: Mapping[str, LazyTensor],
     dtype: str,
     on_tensor: Callable[[int, str], None] = lambda size, name: None,
+    metadata: Mapping[str, str] | None = None,
 ) -> str:
     """Write a safetensors file, one tensor at a time, in the given order.
 
@@ -547,6 +548,7 @@ def write_safetensors(
         tensors: name -> tensor.
         dtype: "float32", "float16" or "bfloat16".
         on_tensor: called with bytes and name after each tensor.
+        metadata: strings for the header. None: that the arrays are in MLX's layout.
     Returns: sha256 of the file, in hex.
     Raises: CheckpointError if a tensor cannot be read or cast.
     """
@@ -554,7 +556,7 @@ def write_safetensors(
     arrays = {
         name: stored_arrays(name, t, dtype, f"{folder}/{name}") for name, t in tensors.items()
     }
-    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "mlx"})}
     place = 0
     for parts in arrays.values():
         for name, (shape, kind, _) in parts.items():

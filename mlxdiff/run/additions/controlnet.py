@@ -21,6 +21,7 @@ from mlxdiff.convert import Component, open_controlnet
 from mlxdiff.errors import UsageError
 from mlxdiff.networks.condition import Condition
 from mlxdiff.networks.cost import operations
+from mlxdiff.pictures.control_modes import MODES
 from mlxdiff.pictures.image import load_image, resize
 from mlxdiff.pictures.preprocess import PREPROCESSORS
 from mlxdiff.run.additions import Acting, Addition, Fetch, Prompted, named
@@ -43,6 +44,7 @@ class Control:
         scale: factor of everything that the net adds.
         start, end: the net acts between these shares of the run, 0 to 1.
         preprocess: how the image was preprocessed: a name of ``preprocess.PREPROCESSORS``.
+        mode: type of the image, for a ControlNet-Union: a name of ``control_modes.MODES``.
     """
 
     image: np.ndarray = field(repr=False, compare=False)
@@ -51,6 +53,12 @@ class Control:
     start: float = 0.0
     end: float = 1.0
     preprocess: str = "none"
+    mode: str | None = None
+
+    @property
+    def type(self) -> int | None:
+        """The number of ``mode`` among the types of a ControlNet-Union."""
+        return None if self.mode is None else MODES.index(self.mode)
 
     def counts(self, index: int, total: int) -> bool:
         """Whether the net takes part in evaluation ``index`` of ``total``."""
@@ -59,7 +67,7 @@ class Control:
 
 
 def resolve_controls(
-    count: int,
+    configs: Sequence[Any],
     sizes: Sequence[tuple[int, int]],
     *,
     control_image: Any = None,
@@ -67,17 +75,18 @@ def resolve_controls(
     control_start: Any = None,
     control_end: Any = None,
     control_preprocess: Any = None,
+    control_mode: Any = None,
 ) -> list[tuple[Control, ...]]:
     """Match the options of a run to the ControlNets; open each picture once.
 
     Each value has been checked by itself (``run.options``).
 
     Args:
-        count: number of ControlNets.
+        configs: of the ControlNets.
         sizes: (width, height) of the picture, and of what a hires pass makes of it.
         control_image: a picture for each net, in their order; for one net, the picture.
-        control_scale, control_start, control_end, control_preprocess: one value for all nets, or
-            one for each.
+        control_scale, control_start, control_end, control_preprocess, control_mode: one value for
+            all nets, or one for each.
     Returns: for each size, the controls of all nets.
     Raises: UsageError.
     """
@@ -87,7 +96,9 @@ def resolve_controls(
         "control_start": control_start,
         "control_end": control_end,
         "control_preprocess": control_preprocess,
+        "control_mode": control_mode,
     }
+    count = len(configs)
     if count == 0:
         if names := [name for name, value in given.items() if value is not None]:
             raise UsageError(f"{', '.join(names)}: there is no ControlNet; give one (--controlnet)")
@@ -114,6 +125,10 @@ def resolve_controls(
     for start, end in zip(starts, ends, strict=True):
         if start >= end:
             raise UsageError(f"control_start {start:g} must be less than control_end {end:g}")
+    modes = [
+        _mode_of(config, mode)
+        for config, mode in zip(configs, each("control_mode", None), strict=True)
+    ]
     opened = [load_image(image) for image in images]
     for pixels in opened:
         for width, height in sizes:
@@ -127,13 +142,32 @@ def resolve_controls(
                 start=start,
                 end=end,
                 preprocess=kind,
+                mode=mode,
             )
-            for image, pixels, scale, start, end, kind in zip(
-                images, opened, scales, starts, ends, kinds, strict=True
+            for image, pixels, scale, start, end, kind, mode in zip(
+                images, opened, scales, starts, ends, kinds, modes, strict=True
             )
         )
         for width, height in sizes
     ]
+
+
+def _mode_of(config: Any, mode: str | None) -> str | None:
+    """Check the mode of one net. Raises: UsageError."""
+    if config.types is None:
+        if mode is not None:
+            raise UsageError(
+                "control_mode is for a ControlNet-Union, and this ControlNet knows one type of "
+                "picture; leave the mode out (--control-mode)"
+            )
+        return None
+    known = MODES[: config.types.count]
+    if mode not in known:
+        said = "needs the type of its picture" if mode is None else f"has no mode {mode!r}"
+        raise UsageError(
+            f"this ControlNet-Union {said}; give --control-mode with one of {', '.join(known)}"
+        )
+    return mode
 
 
 def _name_of(image: Any) -> str:
@@ -188,6 +222,8 @@ class ControlNet(Addition):
         }
         if any(c.preprocess != "none" for c in controls):
             said["control_preprocess"] = [c.preprocess for c in controls]
+        if any(c.mode for c in controls):
+            said["control_mode"] = [c.mode for c in controls]
         if settings.guess_mode:
             said["guess_mode"] = True
         return said
@@ -216,10 +252,15 @@ class ControlNets:
         self.added = {k: v for k, v in conditions.items() if k in ("text_embeds", "time_ids")}
         self.rows = prompted.batch
         self.pictures = []
+        types: list[Any] = []
         for net, control in zip(self.nets, self.controls, strict=True):
             pixels = (control.image.astype(np.float32) / np.float32(255))[None]
-            self.pictures.append(net.embed_image(self.backend.asarray(pixels)))
-        self.backend.evaluate(*self.pictures)
+            self.pictures.append(net.embed_image(self.backend.asarray(pixels), control.type))
+            types.append(None if control.type is None else net.embed_type(control.type))
+        self.types = types
+        # What is lazy belongs to the thread that made it, and each step may run in another.
+        lazy = [*self.pictures, *(one for one in types if one is not None)]
+        self.backend.evaluate(*lazy, *(text.values for text in self.texts))
 
     def counting(self, index: int, total: int) -> list[int]:
         """See ``Acting.counting``."""
@@ -240,8 +281,12 @@ class ControlNets:
             if shallow:
                 more = [net.predict_first(sample, *last)]
             else:
-                temb = Condition(net.embed(timesteps, **added))
-                more = net.predict(sample, temb, self.texts[i].rows(start, self.rows), *last)
+                temb = net.embed(timesteps, **added)
+                if self.types[i] is not None:
+                    temb = temb + self.types[i]
+                more = net.predict(
+                    sample, Condition(temb), self.texts[i].rows(start, self.rows), *last
+                )
             sums = more if sums is None else [a + b for a, b in zip(sums, more, strict=True)]
         if sums is not None and guided and not both:
             return [self.backend.concatenate([0 * a, a], 0) for a in sums]

@@ -7,8 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
+
 from mlxdiff.convert import Component, open_vae
 from mlxdiff.errors import UsageError
+from mlxdiff.networks.config import AutoencoderTinyConfig
 from mlxdiff.run.additions import Addition, Fetch, Path, named
 from mlxdiff.run.kind import UPSCALER_SCALE, Kind
 from mlxdiff.store.folder import ModelSource
@@ -44,6 +47,8 @@ class AnotherVAE(Addition):
                     )
             if model.upscales:
                 note_scale(model.source, vae.config)
+            else:
+                _check_scale(vae, own)
         return tuple(cls(vae) for vae in opened)
 
     @property
@@ -60,6 +65,25 @@ class AnotherVAE(Addition):
     def describe(cls, items: Sequence[AnotherVAE], settings: Any) -> dict[str, Any]:
         """See ``Addition.describe``."""
         return {"vae": named(items[-1].component.provenance)}
+
+
+def _check_scale(vae: Component, own: Any) -> None:
+    """Refuse a VAE of another family: its latents have another scale or mean.
+
+    A TAESD is made for the scale of its family, and its config does not say which.
+    Raises: UsageError.
+    """
+    found = vae.config
+    if isinstance(found, AutoencoderTinyConfig) or isinstance(own, AutoencoderTinyConfig):
+        return
+    for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+        ours, theirs = getattr(own, name) or 0.0, getattr(found, name) or 0.0
+        if not np.allclose(ours, theirs, rtol=1e-3, atol=1e-6):
+            raise UsageError(
+                f"{vae.provenance['source']}: this VAE is of another family: its {name} is "
+                f"{theirs or 'none'}, that of the model's own {ours or 'none'}; use one made for "
+                "this model"
+            )
 
 
 def note_scale(source: ModelSource, vae: Any) -> None:

@@ -1,0 +1,190 @@
+"""Say what any weight file is: its kind, form and precision, what it fits, and how to use it here.
+
+``detect`` knows the kinds by their tensor names; this module adds the rest. ``mlxdiff info`` and
+every refusal of a file take their words from here, so they cannot contradict each other.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlxdiff.convert import detect
+from mlxdiff.weights.pickles import PickleFile, open_tensors
+from mlxdiff.weights.tensors import LazyTensor, open_weights
+
+Tensors = Mapping[str, LazyTensor]
+
+# Kind (words of ``detect``, or their start) -> how to use it here, or what to use in its place.
+_USES: dict[str, str] = {
+    "a LoRA": "give it with --lora PATH[:SCALE]",
+    "a LyCORIS adapter": "give it with --lora PATH[:SCALE]",
+    "a textual-inversion embedding": "give it with --embedding PATH[:WORD]",
+    "an IP-Adapter": "give it with --ip-adapter PATH and a picture with --ip-image",
+    "a ControlNet-LLLite": "not supported; use a ControlNet of the same kind (--controlnet)",
+    "a ControlNet-Union": "give it with --controlnet PATH, --control-image and --control-mode",
+    "a ControlNeXt": "not supported; use a ControlNet of the same kind (--controlnet)",
+    "a Control-LoRA": "not supported; use the whole ControlNet of the same kind (--controlnet)",
+    "the difference to a model": "not supported; use the whole ControlNet (--controlnet)",
+    "a ControlNet": "give it with --controlnet PATH and a picture with --control-image",
+    "a T2I-Adapter": "not supported; use a ControlNet of the same kind (--controlnet)",
+    "a VAE, alone": "give it with --vae PATH",
+    "a tiny VAE": "give it with --vae PATH",
+    "a whole model": "give it with -m PATH",
+    "a U-Net": "give it with -m PATH and its model with --config FOLDER",
+    "a text encoder, alone": "give the whole model that it belongs to (-m)",
+    "a CLIP image encoder": "give its folder with --image-encoder, beside an --ip-adapter",
+    "an ESRGAN upscaler": "not supported; enlarge with --hires, or with -m x4-upscaler",
+}
+_UNKNOWN = "weights of an unknown kind"
+_OTHERWISE = "not supported; give a Stable Diffusion 1, 2 or SDXL model"
+
+_FACES: tuple[tuple[str, str], ...] = (
+    (r"(?:pulid_encoder|pulid_ca|id_adapter(?:_attn_layers)?)\..+", "PuLID"),
+    (r"(?:id_encoder|fuse_module)\..+", "PhotoMaker"),
+)
+FACE = (
+    "is {}, which needs a face recognition network and is not supported; use a Plus or Full Face "
+    "IP-Adapter"
+)
+"""Refusal of an adapter for faces, by name."""
+
+_CROSS = re.compile(
+    r".+attn2[._](?:processor\.)?to_[kv](?:_ip|_lora)?\.(?:\w+\.)*weight|.+\.to_k_ip\.weight"
+)
+_BY_WIDTH = {
+    768: "Stable Diffusion 1.x",
+    1024: "Stable Diffusion 2.x",
+    2048: "SDXL",
+    1280: "SDXL's refiner",
+}
+
+
+def kind(tensors: Tensors) -> str:
+    """Return what a file with these tensors is, in words, or "weights of an unknown kind (...)"."""
+    return detect.looks_like(tensors)
+
+
+def is_unknown(tensors: Tensors) -> bool:
+    """Return True if no known kind of file has these tensors."""
+    return kind(tensors).startswith(_UNKNOWN)
+
+
+def face_adapter(tensors: Tensors) -> str | None:
+    """Return the name of an adapter for faces, which is refused; None for other files."""
+    for pattern, name in _FACES:
+        if any(re.fullmatch(pattern, tensor) for tensor in tensors):
+            return name
+    if any(name.startswith("image_proj.perceiver_resampler.") for name in tensors) or (
+        "image_proj.proj.2.weight" in tensors and "image_proj.proj.3.weight" not in tensors
+    ):
+        return "an IP-Adapter FaceID"
+    first = tensors.get("image_proj.proj_in.weight")
+    if first is not None and len(first.shape) == 2 and first.shape[1] == 512:
+        return "InstantID"
+    return None
+
+
+def use(words: str) -> str:
+    """Return how to use a file of this kind, or what to use in its place.
+
+    Args:
+        words: result of ``kind``.
+    """
+    if words.startswith(_UNKNOWN):
+        return "mlxdiff does not know these tensor names"
+    found = (text for start, text in _USES.items() if words.startswith(start))
+    return next(found, _OTHERWISE)
+
+
+def refusal(tensors: Tensors) -> str:
+    """Describe a file that was given in the wrong place, with the way out."""
+    if face := face_adapter(tensors):
+        return FACE.format(face)
+    words = kind(tensors)
+    return f"looks like {words}; {use(words)}"
+
+
+def fits(tensors: Tensors) -> str | None:
+    """Return the family that a file was made for, by the width of its text; None if unknown."""
+    widths = {t.shape[1] for n, t in tensors.items() if len(t.shape) > 1 and _CROSS.fullmatch(n)}
+    return _BY_WIDTH.get(widths.pop()) if len(widths) == 1 else None
+
+
+def written(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return what a file says about itself (modelspec; kohya's training), as it is written there.
+
+    Returns: of title, made_with, base_model, prediction_type, resolution, trained_words, clip_skip,
+        timestep_range, licence: those that the file has.
+    """
+
+    def first(*keys: str) -> str | None:
+        found = (metadata.get(key, "").strip() for key in keys)
+        return next((text for text in found if text and text != "None"), None)
+
+    facts = {
+        "title": first("modelspec.title", "ss_output_name"),
+        "architecture": first("modelspec.architecture"),
+        "base_model": first("ss_sd_model_name", "ss_base_model_version"),
+        "prediction_type": first("modelspec.prediction_type", "modelspec.predict_key"),
+        "resolution": first("modelspec.resolution", "ss_resolution"),
+        "trained_words": _words(metadata),
+        "clip_skip": first("modelspec.encoder_layer", "ss_clip_skip"),
+        "timestep_range": first("modelspec.timestep_range"),
+        "licence": first("modelspec.license"),
+        "made_with": first("modelspec.implementation", "software"),
+    }
+    return {name: value for name, value in facts.items() if value}
+
+
+def _words(metadata: Mapping[str, str]) -> list[str]:
+    """Return the words that a file was trained with: its own list, or the most frequent tags."""
+    if phrase := metadata.get("modelspec.trigger_phrase", "").strip():
+        return [word.strip() for word in phrase.split(",") if word.strip()]
+    try:
+        folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
+        counts: Counter[str] = Counter()
+        for tags in folders.values():
+            counts.update({str(tag).strip(): int(count) for tag, count in tags.items()})
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return []
+    return [tag for tag, _ in counts.most_common(10) if tag]
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Describe a weight file as plain JSON values.
+
+    Returns: kind, path, form, made_for, use, tensors, parameters, bytes, precision, written
+        (what the file says about itself, see there).
+    Raises: CheckpointError if the file cannot be read.
+    """
+    metadata: dict[str, str] = {}
+    pickled = False
+
+    def open_file(file: Path) -> Tensors:
+        nonlocal pickled
+        opened = open_tensors(file)
+        pickled = pickled or isinstance(opened, PickleFile)
+        if not isinstance(opened, PickleFile):
+            metadata.update(opened.metadata)
+        return opened.tensors
+
+    tensors = open_weights(path, open_file)
+    words = kind(tensors)
+    face = face_adapter(tensors)
+    return {
+        "kind": face or words,
+        "path": str(path),
+        "form": "PyTorch's pickle" if pickled else "safetensors",
+        "made_for": fits(tensors),
+        "use": use(words) if face is None else FACE.format(face),
+        "tensors": len(tensors),
+        "parameters": sum(t.size for t in tensors.values()),
+        "bytes": sum(t.nbytes for t in tensors.values()),
+        "precision": dict(Counter(t.dtype for t in tensors.values())),
+        "written": written(metadata),
+    }
