@@ -23,6 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("pipeline",),
     ("loading",),
     ("report",),
+    ("serve",),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
@@ -33,6 +34,9 @@ ONLY_IN = {
     "click": {"cli"},
     "huggingface_hub": {"store"},
     "PIL": {"pictures", "run", "pipeline"},
+    "starlette": {"serve"},
+    "uvicorn": {"serve"},
+    "mcp": {"serve"},
 }
 NEVER = {"torch", "diffusers", "transformers", "scipy", "matplotlib"}
 

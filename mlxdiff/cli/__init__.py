@@ -30,6 +30,9 @@ COMMANDS = {
     "bench": ("mlxdiff.cli.bench", "Time a model on this machine; make a record to post."),
     "doctor": ("mlxdiff.cli.doctor", "Find what is slow or broken here, and what to do."),
     "models": ("mlxdiff.cli.models", "List and remove converted models; list short names."),
+    "serve": ("mlxdiff.cli.serve", "Serve a page and HTTP interfaces; keep the model loaded."),
+    "capabilities": ("mlxdiff.cli.capabilities", "List options as JSON, for programs."),
+    "mcp": ("mlxdiff.cli.mcp", "Serve tools to agents (Model Context Protocol)."),
 }
 _DEBUG = "mlxdiff.debug"
 F = TypeVar("F", bound=Callable[..., Any])
@@ -164,21 +167,22 @@ class ProgressBar:
 
 
 class _Notes(logging.Handler):
-    """Show the library's warnings on stderr; show each text once."""
+    """Show on stderr what the library reports; show each text once. A warning is a note."""
 
     def __init__(self) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__(logging.INFO)
         self.said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
         if message not in self.said:
             self.said.add(message)
-            tell(f"Note: {printable(message)}")
+            prefix = "Note: " if record.levelno >= logging.WARNING else ""
+            tell(f"{prefix}{printable(message)}")
 
 
 def show_notes(quiet: bool) -> None:
-    """Print the library's warnings to stderr, unless quiet.
+    """Print to stderr what the library reports, unless quiet.
 
     What Python's modules and other libraries say about a strange file is for developers: our
     errors say it to users.
@@ -189,6 +193,7 @@ def show_notes(quiet: bool) -> None:
             logging.getLogger(name).addHandler(logging.NullHandler())
             logging.getLogger(name).propagate = False
     logger = logging.getLogger("mlxdiff")
+    logger.setLevel(logging.INFO)
     logger.handlers = [logging.NullHandler() if quiet else _Notes()]
     logger.propagate = False
 

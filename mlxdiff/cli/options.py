@@ -84,6 +84,17 @@ def table_options(command: F) -> F:
     return command
 
 
+def options_named(table: type, *names: str) -> Callable[[F], F]:
+    """Give a command some options of a table. What is not given is None."""
+
+    def decorate(command: F) -> F:
+        for name in reversed(names):
+            command = _decorator(entries(table)[name])(command)
+        return command
+
+    return decorate
+
+
 def given_to(table: type, given: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a table that are given."""
     own = entries(table)

@@ -228,18 +228,28 @@ def read(path: str | os.PathLike[str]) -> Metadata:
         UsageError: no such picture, no such text in it, or a schema of another version.
     """
     with open_picture(path) as picture:
-        try:
-            # Text after the pixels is seen only once they are read.
-            texts: Mapping[Any, Any] = getattr(picture, "text", None) or picture.info
-            comment = _exif_comment(picture)
-        except Exception as error:  # whatever a damaged file makes Pillow's many readers raise
-            raise UsageError(f"{path}: cannot be decoded ({one_line(error)})") from error
+        return of_picture(picture, str(path))
+
+
+def of_picture(picture: Image.Image, where: str) -> Metadata:
+    """As ``read``, for a picture that Pillow has opened.
+
+    Args:
+        where: its name, for messages.
+    """
+    try:
+        # Text after the pixels is seen only once they are read.
+        texts: Mapping[Any, Any] = getattr(picture, "text", None) or picture.info
+        comment = _exif_comment(picture)
+    except Exception as error:  # whatever a damaged file makes Pillow's many readers raise
+        raise UsageError(f"{where}: cannot be decoded ({one_line(error)})") from error
     if isinstance(texts.get(JSON_KEY), str):
-        return Metadata.from_json(texts[JSON_KEY], where=str(path))
+        return Metadata.from_json(texts[JSON_KEY], where=where)
     parameters = texts.get(PARAMETERS_KEY) or comment
     if not isinstance(parameters, str) or not parameters.strip():
         raise UsageError(
-            f"{path}: says nothing about how it was made (neither an mlxdiff nor a parameters text)"
+            f"{where}: says nothing about how it was made (neither an mlxdiff nor a parameters "
+            "text)"
         )
     return Metadata.from_parameters(parameters)
 

@@ -1,0 +1,43 @@
+"""``mlxdiff mcp``: tools for agents over standard input and output."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlxdiff.cli import common_options, show_notes
+from mlxdiff.cli.options import options_named
+from mlxdiff.cli.serve import LOADING, make_engine, shelf_options
+from mlxdiff.errors import UsageError
+from mlxdiff.run.options import LoadOptions
+
+
+@click.command()
+@shelf_options
+@click.option(
+    "--gallery",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Where pictures are kept. Default: gallery in the folder of mlxdiff's cache.",
+)
+@options_named(LoadOptions, *LOADING)
+@common_options
+def mcp(quiet: bool, **given: Any) -> None:
+    """Draw for agents, by the Model Context Protocol over standard input and output.
+
+    Tools: generate, edit, info, models.
+    """
+    show_notes(quiet)
+    if importlib.util.find_spec("mcp") is None:
+        raise UsageError("mlxdiff mcp needs mcp; install it: pip install 'mlxdiff[mcp]'")
+    from mlxdiff.serve.mcp import run
+    from mlxdiff.serve.request import Limits
+
+    engine, shelf = make_engine(**given)
+    try:
+        run(engine, shelf, Limits())
+    finally:
+        engine.close()

@@ -1,0 +1,158 @@
+"""What a client sends -> an order for the engine. Everything is checked before it is queued."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlxdiff.errors import UsageError
+from mlxdiff.pictures import encoded
+from mlxdiff.run.options import RunOptions
+from mlxdiff.run.table import make
+from mlxdiff.run.values import Flag, Number, Text, Unfit
+from mlxdiff.serve.engine import Order
+from mlxdiff.serve.schema import is_picture, options
+from mlxdiff.serve.shelf import Shelf
+
+_DATA_URL = re.compile(r"data:[\w.+/-]*(;[\w=.-]+)*;base64,", re.ASCII)
+MOST_STEPS = 1000
+MOST_TEXT = 100_000
+MODEL_SIDE = 1024
+"""Pixels of a side that a request leaves to the model, for the limit: no model has more."""
+
+_KINDS = {
+    "loras": "loras",
+    "embeddings": "embeddings",
+    "vae": "vaes",
+    "controlnets": "controlnets",
+    "ip_adapters": "ip_adapters",
+    "refiner": "models",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that a request may ask for.
+
+    Attributes:
+        upload_pixels: of a picture that is sent.
+        drawn_pixels: of a picture that is drawn.
+        count: pictures of a request.
+    """
+
+    upload_pixels: int = 4096 * 4096
+    drawn_pixels: int = 2048 * 2048
+    count: int = 16
+
+
+def picture_of(value: Any, name: str, limits: Limits) -> Any:
+    """Decode a picture in base64, or a ``data:`` URL of one. Raises: UsageError."""
+    if not isinstance(value, str):
+        raise UsageError(f"{name} is no text; expected a picture file in base64")
+    if value.startswith(("http://", "https://", "file://")):
+        raise UsageError(f"{name}: nothing is fetched from addresses; send the picture in base64")
+    head = _DATA_URL.match(value[:200])
+    try:
+        data = base64.b64decode(value[head.end() :] if head else value, validate=True)
+    except (binascii.Error, ValueError):
+        raise UsageError(f"{name}: is not base64; expected a picture file in base64") from None
+    return encoded.decode(data, name, limits.upload_pixels)
+
+
+def order_of(given: Mapping[str, Any], shelf: Shelf, limits: Limits) -> Order:
+    """Check a request of our own form (``schema.request_schema``).
+
+    Pictures may be Pillow images, too, where another interface has decoded them.
+    Raises: UsageError, UnknownName.
+    """
+    run = {name: value for name, value in given.items() if value is not None}
+    model = run.pop("model", shelf.default)
+    place = shelf.find("models", model)
+    additions = {
+        name: _addition(name, run.pop(name), shelf, kind)
+        for name, kind in _KINDS.items()
+        if run.get(name) not in (None, [], "")
+    }
+    run = {name: value for name, value in run.items() if name not in _KINDS}
+    save = _accepted(Flag(), "save", run.pop("save", True))
+    known = options()
+    for name, value in run.items():
+        if name in known and is_picture(known[name].kind):
+            run[name] = _pictures(name, value, limits)
+    if "noise" in run:
+        raise UsageError("noise is not taken from requests; leave it out")
+    asked = make(RunOptions, run)
+    _check_limits(asked, limits)
+    run.pop("seed", None)
+    run.pop("count", None)
+    return Order(
+        model=model,
+        place=place,
+        options=run,
+        additions=additions,
+        seed=None if asked.seed in (None, -1) else asked.seed,
+        count=asked.count,
+        save=save,
+    )
+
+
+def _pictures(name: str, value: Any, limits: Limits) -> Any:
+    if isinstance(value, list):
+        return [_pictures(f"{name}[{i}]", one, limits) for i, one in enumerate(value)]
+    return picture_of(value, name, limits) if isinstance(value, (str, int, dict, bool)) else value
+
+
+def _addition(name: str, value: Any, shelf: Shelf, kind: str) -> Any:
+    """What the library takes for names of additions."""
+    if name in ("vae", "refiner"):
+        return shelf.find(kind, value)
+    if not isinstance(value, list):
+        raise UsageError(f"{name} is {value!r}; expected a list of names")
+    return [_one(name, one, shelf, kind) for one in value]
+
+
+def _one(name: str, value: Any, shelf: Shelf, kind: str) -> Any:
+    second = {"loras": ("scale", Number()), "embeddings": ("word", Text())}.get(name)
+    if second is None or not isinstance(value, dict):
+        return shelf.find(kind, value)
+    key, takes = second
+    if extra := sorted(set(value) - {"name", key}):
+        raise UsageError(f"{name}: there is no {extra[0]!r}; expected name and {key}")
+    place = shelf.find(kind, value.get("name"))
+    return place if value.get(key) is None else (place, _accepted(takes, key, value[key]))
+
+
+def _accepted(kind: Any, name: str, value: Any) -> Any:
+    try:
+        return kind.accept(value)
+    except Unfit as unfit:
+        raise UsageError(f"{name} is {unfit}") from None
+
+
+def _check_limits(asked: RunOptions, limits: Limits) -> None:
+    """Refuse what would keep the server busy for hours, or fill its memory. Raises: UsageError."""
+    if asked.count > limits.count:
+        raise UsageError(f"count is {asked.count}; at most {limits.count} are drawn for a request")
+    if asked.steps is not None and asked.steps > MOST_STEPS:
+        raise UsageError(f"steps is {asked.steps}; at most {MOST_STEPS} are taken")
+    for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2"):
+        if len(getattr(asked, name) or "") > MOST_TEXT:
+            raise UsageError(f"{name} is longer than {MOST_TEXT} characters")
+    shown = getattr(asked.image, "size", (None, None))
+    left, top, right, bottom = asked.outpaint or (0, 0, 0, 0)
+    width = asked.width or (None if shown[0] is None else shown[0] + left + right)
+    height = asked.height or (None if shown[1] is None else shown[1] + top + bottom)
+    if width is None and height is None:
+        return  # the model's own size
+    sides = MODEL_SIDE if width is None else width, MODEL_SIDE if height is None else height
+    larger = asked.hires or 1.0
+    if sides[0] * sides[1] * larger**2 > limits.drawn_pixels:
+        times = f", enlarged {larger:g} times," if larger > 1 else ""
+        raise UsageError(
+            f"width and height: {sides[0]}x{sides[1]}{times} is too large; at most "
+            f"{limits.drawn_pixels} pixels are drawn"
+        )

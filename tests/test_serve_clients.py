@@ -1,0 +1,286 @@
+"""Clients that others wrote, against the running server and the built-in model."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from serving import FakePipeline, Server, fake, running
+
+import mlxdiff
+
+__all__ = ["fake"]
+
+PROMPT = "a red circle on a blue background"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running(tmp_path_factory.mktemp("gallery")) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def drawn() -> Image.Image:
+    """What the library draws."""
+    return mlxdiff.load().generate(PROMPT, seed=7, steps=2).images[0]
+
+
+def same(one: Image.Image, other: Image.Image) -> bool:
+    return np.array_equal(np.asarray(one.convert("RGB")), np.asarray(other.convert("RGB")))
+
+
+def file_of(image: Image.Image) -> io.BytesIO:
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    data.seek(0)
+    data.name = "picture.png"
+    return data
+
+
+# OpenAI's own client
+
+
+@pytest.fixture(scope="module")
+def openai(server: Server) -> Any:
+    module = pytest.importorskip("openai")
+    with module.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def opened(answer: Any) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json)))
+
+
+def test_openai_generates_what_the_library_draws(openai: Any, drawn: Image.Image) -> None:
+    answer = openai.images.generate(
+        prompt=PROMPT,
+        model="builtin",
+        size="64x64",
+        n=2,
+        quality="auto",
+        user="me",
+        extra_body={"seed": 7, "steps": 2},
+    )
+    assert len(answer.data) == 2 and same(opened(answer), drawn)
+
+
+def test_openai_gives_addresses(openai: Any, server: Server) -> None:
+    answer = openai.images.generate(
+        prompt=PROMPT, response_format="url", extra_body={"steps": 1, "seed": 1}
+    )
+    url = answer.data[0].url
+    assert url.startswith(server.url)
+    assert server.ask("GET", url.removeprefix(server.url))[0] == 200
+
+
+def test_openai_edits(openai: Any, drawn: Image.Image) -> None:
+    mask = Image.new("RGBA", drawn.size, (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (0, 0, 32, 64))
+    answer = openai.images.edit(
+        image=file_of(drawn),
+        mask=file_of(mask),
+        prompt="a green circle",
+        extra_body={"steps": 2, "seed": 1, "paste_original": True},
+    )
+    edited = np.asarray(opened(answer))
+    before = np.asarray(drawn)
+    assert np.array_equal(edited[:, 40:], before[:, 40:])
+    assert not np.array_equal(edited[:, :24], before[:, :24])
+
+
+def test_openai_varies(openai: Any, drawn: Image.Image, server: Server) -> None:
+    with pytest.warns(DeprecationWarning):  # OpenAI has retired its own
+        answer = openai.images.create_variation(image=file_of(drawn), extra_body={"steps": 2})
+    assert opened(answer).size == (64, 64)
+    job = server.engine.jobs()[-1]
+    assert job.drawn[0].metadata["strength"] == 0.6 and job.drawn[0].metadata["prompt"] == ""
+
+
+def test_openai_lists_models(openai: Any) -> None:
+    assert "builtin" in [model.id for model in openai.models.list()]
+    assert openai.models.retrieve("builtin").owned_by == "mlxdiff"
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"quality": "hd"}, "quality"),
+        ({"style": "natural"}, "style"),
+        ({"background": "transparent"}, "background"),
+        ({"size": "huge"}, "size"),
+        ({"n": 0}, "count"),
+        ({"extra_body": {"steps": "many"}}, "steps"),
+    ],
+)
+def test_openai_errors_name_the_field(openai: Any, given: dict[str, Any], param: str) -> None:
+    module = pytest.importorskip("openai")
+    with pytest.raises(module.BadRequestError) as refused:
+        openai.images.generate(prompt=PROMPT, **given)
+    assert refused.value.param == param and refused.value.type == "invalid_request_error"
+
+
+def test_openai_errors_of_other_kinds(openai: Any) -> None:
+    module = pytest.importorskip("openai")
+    with pytest.raises(module.NotFoundError) as refused:
+        openai.images.generate(prompt=PROMPT, model="dall-e-3")
+    assert refused.value.code == "model_not_found"
+    with pytest.raises(module.NotFoundError):
+        openai.models.retrieve("other")
+    with pytest.raises(module.BadRequestError, match="multiple of"):
+        openai.images.generate(prompt=PROMPT, size="65x64")
+
+
+def test_openai_is_told_of_a_full_queue(tmp_path: Path, fake: type[FakePipeline]) -> None:
+    module = pytest.importorskip("openai")
+    with running(tmp_path, queue_length=1) as server:
+        for _ in range(2):
+            server.ask("POST", "/api/jobs", {"prompt": "slow", "steps": 200})
+            while server.engine.current is None:
+                time.sleep(0.005)
+        with module.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
+            with pytest.raises(module.RateLimitError) as refused:
+                client.images.generate(prompt="a")
+        assert int(refused.value.response.headers["retry-after"]) >= 1
+        for job in server.engine.jobs():
+            server.engine.cancel(job)
+
+
+# webuiapi, a client of A1111's web UI
+
+
+@pytest.fixture(scope="module")
+def webui(server: Server) -> Any:
+    module = pytest.importorskip("webuiapi")
+    client = module.WebUIApi(port=server.port, sampler="Euler a", steps=2)
+    yield client
+    client.session.close()
+
+
+def test_webui_draws_what_the_library_draws(webui: Any) -> None:
+    result = webui.txt2img(prompt=PROMPT, seed=7, cfg_scale=4, width=64, height=64)
+    expected = mlxdiff.load().generate(
+        PROMPT, seed=7, steps=2, guidance=4.0, sampler="euler-a", prompt_syntax="a1111"
+    )
+    assert same(result.image, expected.images[0])
+    assert result.info["all_seeds"] == [7] and result.info["sampler_name"] == "Euler a"
+    assert webui.png_info(result.image).info.startswith(PROMPT)
+
+
+def test_webui_starts_from_a_picture(webui: Any, drawn: Image.Image) -> None:
+    result = webui.img2img(
+        images=[drawn], prompt=PROMPT, seed=1, width=64, height=64, denoising_strength=0.5, n_iter=2
+    )
+    assert len(result.images) == 2
+
+
+def test_webui_inpaints(webui: Any, drawn: Image.Image) -> None:
+    mask = Image.new("L", drawn.size)
+    mask.paste(255, (0, 0, 32, 64))
+    result = webui.img2img(
+        images=[drawn],
+        mask_image=mask,
+        mask_blur=0,
+        inpainting_fill=1,
+        inpaint_full_res=False,
+        prompt=PROMPT,
+        width=64,
+        height=64,
+    )
+    assert result.image.size == (64, 64)
+
+
+def test_webui_enlarges(webui: Any, drawn: Image.Image) -> None:
+    enlarged = webui.extra_single_image(drawn, upscaling_resize=2, upscaler_1="Lanczos")
+    assert enlarged.image.size == (128, 128)
+
+
+def test_webui_lists(webui: Any) -> None:
+    assert "builtin" in webui.util_get_model_names()
+    assert "Euler a" in webui.util_get_sampler_names()
+    assert "karras" in [one["name"] for one in webui.get_schedulers()]
+    assert webui.get_loras() == [] and webui.get_sd_vae() == []
+    assert webui.get_embeddings() == {"loaded": {}, "skipped": {}}
+    assert webui.get_options()["sd_model_checkpoint"] == "builtin"
+    webui.set_options({"sd_model_checkpoint": "builtin", "CLIP_stop_at_last_layers": 1})
+    assert webui.util_get_current_model() == "builtin"
+    assert webui.get_progress()["state"]["job_count"] == 0
+    assert webui.controlnet_model_list() == [] and webui.controlnet_version() == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"restore_faces": True}, "restore_faces"),
+        ({"tiling": True}, "tiling"),
+        ({"sampler_name": "Restart"}, "sampler_name"),
+        ({"scheduler": "KL Optimal"}, "scheduler"),
+        ({"subseed_strength": 0.5}, "subseed_strength"),
+        ({"styles": ["anime"]}, "styles"),
+        ({"script_name": "X/Y/Z plot"}, "script_name"),
+        ({"override_settings": {"sd_model_checkpoint": "other"}}, "other"),
+        ({"override_settings": {"face_restoration": True}}, "face_restoration"),
+        ({"alwayson_scripts": {"reactor": {"args": [True]}}}, "reactor"),
+        ({"batch_size": 10**9}, "batch_size"),
+    ],
+)
+def test_webui_is_told_what_is_not_here(webui: Any, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(RuntimeError, match=said):
+        webui.txt2img(prompt=PROMPT, **given)
+
+
+def test_webui_progress_skip_and_interrupt(tmp_path: Path, fake: type[FakePipeline]) -> None:
+    module = pytest.importorskip("webuiapi")
+    with running(tmp_path) as server:
+        client = module.WebUIApi(port=server.port, steps=300)
+        results: list[Any] = []
+
+        def draw() -> None:
+            try:
+                results.append(client.txt2img(prompt="slow", n_iter=2, seed=5))
+            except RuntimeError as error:
+                results.append(error)
+
+        def reached(picture: int) -> dict[str, Any]:
+            until = time.monotonic() + 60
+            while time.monotonic() < until:
+                _, found, _ = server.ask("GET", "/sdapi/v1/progress")
+                at = found["state"]["job_no"], found["state"]["sampling_step"]
+                if found["current_image"] and at[0] == picture and at[1] > 2:
+                    return found
+            raise TimeoutError(picture)
+
+        thread = threading.Thread(target=draw)
+        thread.start()
+        found = reached(0)
+        assert 0 < found["progress"] < 0.5 and found["eta_relative"] > 0
+        server.ask("POST", "/sdapi/v1/skip")
+        reached(1)
+        server.ask("POST", "/sdapi/v1/interrupt")
+        thread.join(20)
+        client.session.close()
+        assert len(results) == 1 and results[0].images == []
+
+
+def test_webui_controlnet_units_are_named(server: Server) -> None:
+    unit = {"model": "edges", "image": "x", "weight": 1.0, "module": "none"}
+    body = {"prompt": PROMPT, "alwayson_scripts": {"controlnet": {"args": [unit]}}}
+    status, answer, _ = server.ask("POST", "/sdapi/v1/txt2img", body)
+    assert status == 404 and "controlnet 'edges'" in answer["detail"]
+
+
+# Model Context Protocol
+
+
+def test_json_of_everything(server: Server) -> None:
+    for path in ("/api/capabilities", "/api/capabilities?model=builtin", "/api/openapi.json"):
+        assert json.dumps(server.ask("GET", path)[1])
