@@ -344,14 +344,14 @@ def _lora_hashes(loras: Any) -> str | None:
     return ", ".join(pairs) or None
 
 
-def _texts_of(entries: Any, *keys: str) -> list[tuple[str, ...]]:
-    """These texts of each entry of a list that has them all; the file may come from anyone."""
+def _texts_of(entries: Any, first: str, second: str) -> list[tuple[str, str]]:
+    """Two texts of each entry of a list that has both; the file may come from anyone."""
     found = [
-        tuple(text for key in keys if isinstance(text := one.get(key), str))
+        (one.get(first), one.get(second))
         for one in (entries if isinstance(entries, list) else [])
         if isinstance(one, dict)
     ]
-    return [texts for texts in found if len(texts) == len(keys)]
+    return [(a, b) for a, b in found if isinstance(a, str) and isinstance(b, str)]
 
 
 def _number(value: float | None) -> str | None:

@@ -6,6 +6,7 @@ metadata of a picture. Each kind checks all three alike, and says in words what 
 
 from __future__ import annotations
 
+import math
 import numbers
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -170,6 +171,14 @@ class Whole(Anything):
             raise Unfit(_number_of(word), self.expected) from None
 
 
+def _is_finite(value: Any) -> bool:
+    """Return True for a number in the range of a float. JSON has integers beyond it."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 @dataclass(frozen=True)
 class Number(Anything):
     """A finite number within bounds; None: no bound.
@@ -197,7 +206,7 @@ class Number(Anything):
 
     def accept(self, value: Any) -> Any:
         real = isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
-        if not real or not abs(value) < 1e308 or not _within(value, self.least, self.most):
+        if not real or not _is_finite(value) or not _within(value, self.least, self.most):
             raise Unfit(value, self.expected)
         if self.above is not None and value <= self.above:
             raise Unfit(value, self.expected)
