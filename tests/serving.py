@@ -143,11 +143,12 @@ def running(
     limits: Limits | None = None,
     shelf: Shelf | None = None,
     limit: int = 10_000_000,
+    loading: Mapping[str, Any] | None = None,
     **engine: Any,
 ) -> Iterator[Server]:
     """Run a server."""
     listener = listen("127.0.0.1", 0)
-    made = Engine(Gallery(folder, limit), {}, **engine)
+    made = Engine(Gallery(folder, limit), loading, **engine)
     desk = Desk(made, shelf or Shelf(), limits or Limits())
     runner = server(desk, policy or Policy())
     thread = threading.Thread(target=lambda: runner.run(sockets=[listener]), daemon=True)
