@@ -36,7 +36,15 @@ from mlxdiff.errors import UsageError
 from mlxdiff.machine.disk import sha256
 from mlxdiff.networks.config import UNetConfig
 from mlxdiff.store.folder import ConvertedFolder, ModelSource, Progress, check_dest, write_folder
-from mlxdiff.store.recipes import find_recipe, is_quantized, quantized_model, recipe_of
+from mlxdiff.store.recipes import (
+    AS_STORED,
+    Recipe,
+    find_recipe,
+    is_quantized,
+    quantized_model,
+    recipe_of,
+    unpacked_model,
+)
 from mlxdiff.weights.tensors import DTYPES, LazyTensor, QuantizedTensor, stored_bytes
 
 __all__ = [
@@ -71,7 +79,7 @@ def convert(
     group_size: int | None = None,
     recipe: str | None = None,
     to: str = "mlxdiff",
-    change: Callable[[Model], ModelSource] | None = None,
+    change: Callable[[ModelSource], ModelSource] | None = None,
 ) -> Report:
     """Convert a model. Memory stays near the size of its largest tensor.
 
@@ -133,13 +141,17 @@ def convert(
         for component in model.components:
             if component.startswith("text_encoder"):
                 model.tokenizer(component.replace("text_encoder", "tokenizer"))  # and unfit ones
-    if to == "mlxdiff" and chosen is None and is_quantized(model):
+    converted = isinstance(model, ConvertedFolder)
+    if to == "mlxdiff" and chosen is None and converted and is_quantized(model):
         raise UsageError(
             f"{source}: already quantized; convert the original to change its quantization or dtype"
         )
-    source_model: ModelSource = model if change is None else change(model)
+    source_model: ModelSource = model if change is None else change(unpacked_model(model))
     seen = identities(*used_files(model).values()) | seen
-    target = source_model if chosen is None else quantized_model(source_model, chosen, dtype)
+    if chosen is not None:
+        target = quantized_model(source_model, chosen, dtype)
+    else:
+        target = unpacked_model(source_model, dtype if to == "mlxdiff" else None)
     to_write = sum(
         stored_bytes(t, dtype) for c in target.components for t in target.tensors(c).values()
     )
@@ -149,7 +161,9 @@ def convert(
         files = model.source_files()
         to_hash = sum(path.stat().st_size for path in files.values())
         provenance = provenance | {"sha256": _hash(files, to_hash + to_write, progress)}
-    name = None if chosen is None else chosen.name
+    name = None
+    if is_quantized(target):
+        name = AS_STORED if chosen is None else chosen.name
     card = model_card(model, to, dtype, name, provenance)
     after: Progress | None = progress and (
         lambda done, total, name: progress(to_hash + done, to_hash + total, name)
@@ -185,8 +199,20 @@ def convert(
             for name in model.components
         ),
         ignored=model.ignored if isinstance(model, SingleFile) else (),
-        notes=() if isinstance(model, ConvertedFolder) else model.notes,
+        notes=() if isinstance(model, ConvertedFolder) else model.notes + _twice(model, chosen),
         seconds=time.perf_counter() - begin,
+    )
+
+
+def _twice(model: Model, recipe: Recipe | None) -> tuple[str, ...]:
+    """Return a note if a recipe rounds tensors that are quantized in the source."""
+    if recipe is None or not any(
+        tensor.form for name in model.components for tensor in model.tensors(name).values()
+    ):
+        return ()
+    return (
+        f"the source is quantized, so {recipe.name} rounds its values a second time; the original "
+        "model gives better pictures",
     )
 
 
@@ -229,8 +255,8 @@ def _component_report(model: Model, name: str, bytes_out: int) -> ComponentRepor
         parameters=parameters,
         transforms=dict(transforms),
         ignored=ignored,
-        dtypes=dict(Counter(t.dtype for t in tensors.values())),
-        bytes_in=sum(t.nbytes for t in tensors.values()),
+        dtypes=dict(Counter(t.form or t.dtype for t in tensors.values())),
+        bytes_in=sum(t.file_bytes for t in tensors.values()),
         bytes_out=bytes_out,
     )
 
@@ -259,7 +285,7 @@ def describe(
             "class": model.class_name(name),
             "tensors": len(tensors),
             "parameters": sum(t.size for t in tensors),
-            "bytes": sum(t.nbytes for t in tensors),
+            "bytes": sum(t.file_bytes for t in tensors),
             "bits_per_weight": _bits(tensors),
             "dtypes": dict(Counter(map(_kind, tensors))),
         }
@@ -284,9 +310,11 @@ def describe(
 
 def _bits(tensors: Collection[LazyTensor]) -> float:
     """Return the stored bits per value, with scales and biases included."""
-    return round(8 * sum(t.nbytes for t in tensors) / sum(t.size for t in tensors), 2)
+    return round(8 * sum(t.file_bytes for t in tensors) / sum(t.size for t in tensors), 2)
 
 
 def _kind(tensor: LazyTensor) -> str:
-    """Return the stored form of a tensor: "F16", or "affine-4-64"."""
+    """Return the stored form of a tensor: "F16", "affine-4-64" or "gguf q8_0"."""
+    if tensor.form:
+        return tensor.form
     return str(tensor.quantization) if isinstance(tensor, QuantizedTensor) else tensor.dtype

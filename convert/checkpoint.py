@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -19,12 +20,16 @@ from mlxdiff.machine.disk import read_json
 from mlxdiff.networks.config import ComponentConfig
 from mlxdiff.networks.params import expected_parameters
 from mlxdiff.store.folder import ModelFolder
-from mlxdiff.weights.pickles import SUFFIXES, PickleFile, open_tensors
+from mlxdiff.weights.files import open_file as open_weight_file
+from mlxdiff.weights.pickles import SUFFIXES
+from mlxdiff.weights.quantization import Packed
 from mlxdiff.weights.tensors import (
     READABLE,
     LazyTensor,
+    QuantizedTensor,
     Shape,
     open_weights,
+    quantized,
     raise_faults,
     shard_files,
 )
@@ -68,10 +73,9 @@ def open_component(entry: Path, component: str, config: ComponentConfig) -> Comp
     ignored: list[tuple[str, str]] = []
 
     def open_file(path: Path) -> dict[str, LazyTensor]:
-        file = open_tensors(path)
-        if isinstance(file, PickleFile):
-            refused.update(file.refused)
-            ignored.extend(file.ignored)
+        file = open_weight_file(path)
+        refused.update(file.refused)
+        ignored.extend(file.ignored)
         return file.tensors
 
     tensors = open_weights(entry, open_file)
@@ -190,20 +194,44 @@ class DiffusersFolder(ModelFolder):
 
 
 def _transformed(tensor: LazyTensor, use: Use, shape: Shape, where: Path) -> LazyTensor:
-    """Return the tensor in our layout. Reading it checks that all values are finite."""
+    """Return the tensor in our layout. Reading it checks that all values are finite.
+
+    A quantized tensor stays quantized if the transform only selects rows.
+    """
 
     def read() -> np.ndarray:
         values = tensor.read()
         if not all_finite(values):
-            count = values.size - int(np.isfinite(values).sum())
-            raise CheckpointError(
-                f"{where}: {use.source} holds {count} values that are NaN or infinite; "
-                "the file is damaged or comes from a failed training; download it again or use "
-                "another"
-            )
+            raise _not_finite(where, use.source, values.size - int(np.isfinite(values).sum()))
         return use.transform.forward(values)
 
-    return LazyTensor(shape, tensor.dtype, read)
+    stored = tensor.stored * math.prod(shape) // max(1, tensor.size)
+    if not isinstance(tensor, QuantizedTensor) or not use.transform.keeps_rows:
+        return LazyTensor(shape, tensor.dtype, read, form=tensor.form, stored=stored)
+
+    def read_packed() -> Packed:
+        packed = tensor.read_packed()
+        if not packed.is_finite():
+            raise _not_finite(where, use.source)
+        return packed.rows(use.transform.forward)
+
+    return quantized(
+        shape,
+        tensor.dtype,
+        tensor.quantization,
+        read_packed,
+        has_global_scale=tensor.has_global_scale,
+        form=tensor.form,
+        stored=stored,
+    )
+
+
+def _not_finite(where: Path, name: str, count: int | None = None) -> CheckpointError:
+    many = "" if count is None else f"{count} "
+    return CheckpointError(
+        f"{where}: {name} holds {many}values that are NaN or infinite; the file is damaged or "
+        "comes from a failed training; download it again or use another"
+    )
 
 
 def all_finite(values: np.ndarray) -> bool:
@@ -283,6 +311,11 @@ def _no_weights(folder: Path) -> CheckpointError:
         return CheckpointError(
             f"{folder}: has {others[0]}, but no weights under a name of diffusers or transformers; "
             "rename it (diffusion_pytorch_model.safetensors, model.safetensors, or .bin)"
+        )
+    if any(n.endswith(".flashpack") for n in names):
+        return CheckpointError(
+            f"{folder}: has its weights in flashpack's form (model.flashpack), which is not "
+            "supported; use the safetensors files of the model"
         )
     if any(n.endswith((".msgpack", ".onnx", ".h5", ".pb")) for n in names):
         return CheckpointError(

@@ -10,10 +10,12 @@ from typing import Any
 
 from mlxdiff.convert.checkpoint import find_weights, open_component
 from mlxdiff.convert.sources import open_source
+from mlxdiff.convert.vae_file import open_vae_file
 from mlxdiff.errors import CheckpointError
 from mlxdiff.machine.disk import read_json
 from mlxdiff.networks.config import ComponentConfig, read_vae
 from mlxdiff.store import catalogue, hub
+from mlxdiff.store.cache import snapshot_of
 from mlxdiff.store.folder import Progress
 from mlxdiff.store.reference import parse
 from mlxdiff.weights.tensors import LazyTensor
@@ -41,17 +43,25 @@ def open_vae(
     path: str | os.PathLike[str],
     variant: str | None = None,
     progress: Progress | None = None,
+    own: Component | None = None,
 ) -> Component:
     """Open a VAE.
 
     Args:
         path: an AutoencoderKL or AutoencoderTiny (folder with config.json and weights, hub id or
-            short name), or a whole model, whose VAE is used.
+            short name), one file with a VAE (``vae_file``), or a whole model, whose VAE is used.
         variant: weights variant.
         progress: called while files are fetched.
-    Raises: CheckpointError, ConfigError, HubError.
+        own: the VAE that it replaces. A file without a config takes the scale of the latents from
+            it, and must be trained from it.
+    Raises: CheckpointError, ConfigError, HubError; UsageError for a VAE of another family.
     """
     folder, provenance = find_component(path, "vae", variant, progress)
+    if folder.is_file():
+        config, tensors = open_vae_file(
+            folder, None if own is None else own.config, None if own is None else own.tensors
+        )
+        return Component(config, tensors, provenance)
     if not (folder / "config.json").is_file():
         model = open_source(path, variant=variant, progress=progress)
         return Component(model.config("vae"), lambda: model.tensors("vae"), model.provenance)
@@ -74,7 +84,7 @@ def find_component(
         component: name of the folder in a whole model.
     """
     path = catalogue.expand(path)
-    folder = Path(path)
+    folder = snapshot_of(Path(path))
     reference = None if os.path.exists(folder) else parse(str(path))
     if reference is None:
         return folder, {"source": folder.resolve().name}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from mlxdiff.convert.component import (
     open_folder_of,
     read_component_config,
 )
+from mlxdiff.convert.control_lora import MARK, open_control_lora
 from mlxdiff.convert.families import Unrepresentable, controlnet_structure
 from mlxdiff.convert.keymap import DIFFUSERS, ldm_controlnet
 from mlxdiff.errors import CheckpointError
@@ -37,6 +38,7 @@ def open_controlnet(
     unet: UNet2DConditionConfig,
     variant: str | None = None,
     progress: Progress | None = None,
+    unet_tensors: Callable[[], Mapping[str, LazyTensor]] | None = None,
 ) -> Component:
     """Open a ControlNet for a model.
 
@@ -47,11 +49,13 @@ def open_controlnet(
             comes from the model.
         variant: weights variant.
         progress: called while files are fetched.
+        unet_tensors: returns the tensors of the model's U-Net, to which a Control-LoRA is a
+            difference; None: a Control-LoRA is an error.
     Raises: CheckpointError, ConfigError, HubError.
     """
     place, provenance = find_component(path, "controlnet", variant, progress)
     if os.path.isfile(place):
-        found = _open_file(place, unet, provenance)
+        found = _open_file(place, unet, provenance, unet_tensors)
     else:
         if not os.path.isfile(place / "config.json"):
             raise _not_a_controlnet(place)
@@ -62,8 +66,20 @@ def open_controlnet(
     return found
 
 
-def _open_file(path: Path, unet: UNet2DConditionConfig, provenance: dict[str, Any]) -> Component:
+def _open_file(
+    path: Path,
+    unet: UNet2DConditionConfig,
+    provenance: dict[str, Any],
+    unet_tensors: Callable[[], Mapping[str, LazyTensor]] | None,
+) -> Component:
     file = open_tensors(path)
+    if MARK in file.tensors:
+        if unet_tensors is None:
+            raise CheckpointError(
+                f"{path}: is a Control-LoRA, a difference to the U-Net of a model; give the "
+                "tensors of the model's U-Net, too"
+            )
+        return open_control_lora(path, file.tensors, unet, unet_tensors, provenance)
     tensors = _section(file.tensors)
     ldm = "input_hint_block.0.weight" in tensors
     if not ldm and "controlnet_cond_embedding.conv_in.weight" not in tensors:

@@ -13,7 +13,7 @@ from mlxdiff.machine.disk import read_json
 from mlxdiff.networks.config import ComponentConfig, UNet2DConfig
 from mlxdiff.store import catalogue
 from mlxdiff.store.folder import COMPONENTS, LOW_RES_SCHEDULER, TOKENIZERS
-from mlxdiff.weights.tensors import LazyTensor, open_weights
+from mlxdiff.weights.tensors import LazyTensor, open_weights, shown
 
 PIPELINES = (
     "StableDiffusionPipeline",
@@ -134,6 +134,10 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         r"encoder_hid_proj\..+|add_embedding\.(?:image|text|norm1)_?.*\..+",
         "a Kandinsky or DeepFloyd IF U-Net",
     ),
+    (
+        r"(?:(?:enc|dec)\.)?blk\.\d+\..+|token_embd\.weight",
+        "a language model or text encoder in llama.cpp's naming",
+    ),
     (r"(?:model\.1\.sub|body)\.\d+\.(?:RDB|rdb)\d\..+", "an ESRGAN upscaler"),
 )
 # Input channels of an LDM U-Net -> kind.
@@ -145,10 +149,11 @@ _PARTS: tuple[tuple[str, str], ...] = (
     (r"(?:down_blocks|mid_block)\..+", "a U-Net in diffusers naming, alone"),
     (
         r"(?:first_stage_model\.)?(?:encoder|decoder)\.(?:conv_in|mid)\..+",
-        "a VAE, alone (for --vae, give its folder with its config.json)",
+        "a VAE, alone",
     ),
     (
-        r"(?:(?:en|de)coder\.)?layers\.\d+\.conv\..+|(?:taesd_)?(?:en|de)coder\.\d+\..+",
+        r"(?:(?:en|de)coder\.)?layers\.\d+\.conv\..+|(?:taesd_)?(?:en|de)coder\.\d+\..+"
+        r"|\d+\.conv\.\d+\.weight",
         "a tiny VAE (TAESD)",
     ),
     (
@@ -225,6 +230,7 @@ def check_model_index(index: Mapping[str, Any], path: Path) -> tuple[str, ...]:
             needed.add(tokenizer)
     if missing := sorted(needed - present):
         raise CheckpointError(f"{path}: model_index.json has no {' and no '.join(missing)}")
+    check_not_quantized(path, {part: path / part for part in COMPONENTS if part in present})
     return tuple(notes)
 
 
@@ -277,11 +283,13 @@ def looks_like(tensors: Mapping[str, LazyTensor]) -> str:
 
 
 def is_weights(path: Path) -> bool:
-    """Return True if a file should be opened as weights: by suffix or safetensors header."""
-    if path.suffix.lower() in _WEIGHT_SUFFIXES:
-        return path.suffix.lower() != ".gguf"
+    """Return True if a file should be opened as weights: by suffix or by content."""
+    suffix = path.suffix.lower()
+    if suffix in _WEIGHT_SUFFIXES or suffix in _PICTURES or suffix == ".dduf":
+        return suffix in _WEIGHT_SUFFIXES
     with path.open("rb") as file:
-        return file.read(9)[8:] == b"{"
+        head = file.read(16)
+    return head[8:9] == b"{" or head.startswith((b"GGUF", b"PK\x03\x04", b"\x80\x02\x8a\x0a"))
 
 
 def not_a_model(path: Path) -> CheckpointError:
@@ -301,10 +309,55 @@ def not_a_model(path: Path) -> CheckpointError:
     )
 
 
+QUANTIZERS = {
+    "bitsandbytes": "bitsandbytes",
+    "quanto": "quanto",
+    "torchao": "torchao",
+    "gguf": "GGUF",
+    "sdnq": "SDNQ",
+    "modelopt": "NVIDIA ModelOpt",
+    "nunchaku": "SVDQuant (Nunchaku)",
+    "svdquant": "SVDQuant (Nunchaku)",
+    "auto-round": "AutoRound",
+}
+"""``quant_method`` of a config -> name of the tool."""
+
+
+def check_not_quantized(path: Path, folders: Mapping[str, Path]) -> None:
+    """Refuse components that a library for PyTorch has quantized.
+
+    Args:
+        path: the model, for messages.
+        folders: component -> its folder.
+    Raises: CheckpointError that names the tool and the way out; ConfigError.
+    """
+    for component, folder in folders.items():
+        for name, key in (("config.json", "quantization_config"), ("quantization_config.json", "")):
+            file = folder / name
+            data = read_json(file) if file.is_file() else {}
+            settings = data.get(key) if key else data
+            if not isinstance(settings, dict) or not settings:
+                continue
+            method = str(settings.get("quant_method", "")).lower()
+            tool = QUANTIZERS.get(method) or (shown(method) if method else "another tool")
+            raise CheckpointError(
+                f"{path}: {component} is quantized by {tool} for PyTorch, which is not supported; "
+                "use the original model, and -q 4 or -q 8 for small weights"
+            )
+
+
 def _describe_file(path: Path) -> str:
     suffix = path.suffix.lower()
-    if suffix == ".gguf":
-        return "is a GGUF file, which is not supported"
+    if suffix == ".dduf":
+        return (
+            "is a DDUF file, a zip archive of a diffusers folder; unpack it (unzip FILE -d FOLDER) "
+            "and give the folder"
+        )
+    if suffix == ".flashpack":
+        return (
+            "holds weights in flashpack's form, which is not supported; use the safetensors files "
+            "of the model"
+        )
     if suffix in _PICTURES:
         return "is a picture, not a model"
     if path.name == "model_index.json":
@@ -316,6 +369,16 @@ def _describe_folder(path: Path) -> str:
     entries = sorted(path.iterdir())
     if not entries:
         return "is an empty folder"
+    if (path / "modular_model_index.json").is_file():
+        return (
+            "is a modular diffusers repository, which has no model_index.json and names parts of "
+            "other repositories; use the plain repository of the model"
+        )
+    if (path / "mflux_model.json").is_file() or list(path.glob("*/0.safetensors")):
+        return (
+            "looks like a model saved by mflux, which holds other families (Flux and later) in its "
+            "own form; use a Stable Diffusion model"
+        )
     if (path / "adapter_config.json").is_file():
         return "looks like a LoRA (PEFT), not a model"
     if (path / "config.json").is_file():

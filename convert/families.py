@@ -276,16 +276,47 @@ def _simplest(values: list[Any]) -> Any:
     return values[0] if all(v == values[0] for v in values) else values
 
 
+# Tensors of a U-Net that decide one value of its config -> name, in each naming.
+_LDM_UNET = {
+    "first": "input_blocks.0.0.weight",
+    "last": "out.2.weight",
+    "middle": "middle_block.0.in_layers.0.weight",
+    "middle attention": "middle_block.1",
+    "sizes": "label_emb.0.0.weight",
+    "classes": "label_emb.weight",
+    "guidance": "time_embed.cond_proj.weight",
+}
+_DIFFUSERS_UNET = {
+    "first": "conv_in.weight",
+    "last": "conv_out.weight",
+    "middle": "mid_block.resnets.0.norm1.weight",
+    "middle attention": "mid_block.attentions.0",
+    "sizes": "add_embedding.linear_1.weight",
+    "classes": "class_embedding.weight",
+    "guidance": "time_embedding.cond_proj.weight",
+}
+
+
+SIZES = frozenset((_LDM_UNET["sizes"], _DIFFUSERS_UNET["sizes"]))
+"""Names of the weight that only the U-Nets of SDXL and its refiner have."""
+
+
 def unet_structure(shapes: Shapes) -> Config:
-    """Return the part of a U-Net's config that its shapes decide. Names are LDM's, without prefix.
+    """Return the part of a U-Net's config that its shapes decide, in either naming, no prefix.
 
     Raises: Unrepresentable.
     """
-    down = _levels(shapes, "input_blocks", 1)
-    up = _levels(shapes, "output_blocks", 0)
+    ldm = "conv_in.weight" not in shapes
+    names = _LDM_UNET if ldm else _DIFFUSERS_UNET
+    if ldm:
+        down = _levels(shapes, "input_blocks", 1)
+        up = _levels(shapes, "output_blocks", 0)
+    else:
+        down = _diffusers_levels(shapes, "down_blocks")
+        up = _diffusers_levels(shapes, "up_blocks")
     middle = None
-    if "middle_block.0.in_layers.0.weight" in shapes:
-        middle = _depth(shapes, "middle_block.1")
+    if names["middle"] in shapes:
+        middle = (_depth if ldm else _diffusers_depth)(shapes, names["middle attention"])
     if [level.width for level in down] != [level.width for level in reversed(up)]:
         raise Unrepresentable("the down and up paths have different widths")
     if [len(level.depths) + 1 for level in down] != [len(level.depths) for level in reversed(up)]:
@@ -306,12 +337,12 @@ def unet_structure(shapes: Shapes) -> Config:
     contexts = {s[-1] for name, s in shapes.items() if name.endswith(".attn2.to_k.weight") and s}
     if len(contexts) != 1:
         raise Unrepresentable(f"the text has the widths {sorted(contexts)}; expected one width")
-    projections = {len(s) for name, s in shapes.items() if name.endswith(".1.proj_in.weight")}
-    first = _shape(shapes, "input_blocks.0.0.weight", 4)
+    projections = {len(s) for name, s in shapes.items() if name.endswith(".proj_in.weight")}
+    first = _shape(shapes, names["first"], 4)
     config: Config = {
         "_class_name": "UNet2DConditionModel",
         "in_channels": first[1],
-        "out_channels": _shape(shapes, "out.2.weight", 4)[0],
+        "out_channels": _shape(shapes, names["last"], 4)[0],
         "block_out_channels": [level.width for level in down],
         "down_block_types": _types(down, "Down"),
         "up_block_types": _types(up, "Up"),
@@ -324,13 +355,12 @@ def unet_structure(shapes: Shapes) -> Config:
     if not mirrored:
         config["transformer_layers_per_block"] = depths
         config["reverse_transformer_layers_per_block"] = up_depths
-    if "label_emb.0.0.weight" in shapes:
-        width = _shape(shapes, "label_emb.0.0.weight", 2)[1]
-        config["projection_class_embeddings_input_dim"] = width
-    if "label_emb.weight" in shapes:
-        config["num_class_embeds"] = _shape(shapes, "label_emb.weight", 2)[0]
-    if "time_embed.cond_proj.weight" in shapes:
-        config["time_cond_proj_dim"] = _shape(shapes, "time_embed.cond_proj.weight", 2)[1]
+    if names["sizes"] in shapes:
+        config["projection_class_embeddings_input_dim"] = _shape(shapes, names["sizes"], 2)[1]
+    if names["classes"] in shapes:
+        config["num_class_embeds"] = _shape(shapes, names["classes"], 2)[0]
+    if names["guidance"] in shapes:
+        config["time_cond_proj_dim"] = _shape(shapes, names["guidance"], 2)[1]
     return config
 
 
@@ -346,7 +376,7 @@ def controlnet_structure(shapes: Shapes) -> Config:
         hint, projection = r"input_hint_block\.(\d+)\.weight", ".1.proj_in.weight"
         start = "input_hint_block.0.weight"
     else:
-        down = _diffusers_levels(shapes)
+        down = _diffusers_levels(shapes, "down_blocks")
         middle = _diffusers_depth(shapes, "mid_block.attentions.0")
         first, label = "conv_in.weight", "add_embedding.linear_1.weight"
         hint, projection = r"controlnet_cond_embedding\.blocks\.(\d+)\.weight", ".proj_in.weight"
@@ -389,29 +419,36 @@ def _diffusers_depth(shapes: Shapes, place: str) -> int:
     return _count(shapes, rf"{re.escape(place)}\.transformer_blocks\.(\d+)\.")
 
 
-def _diffusers_levels(shapes: Shapes) -> list[_Level]:
-    """Return the levels of ``down_blocks``."""
+def _diffusers_levels(shapes: Shapes, side: str) -> list[_Level]:
+    """Return the levels of ``down_blocks`` or ``up_blocks``."""
     levels = []
-    for i in range(_count(shapes, r"down_blocks\.(\d+)\.")):
-        block = f"down_blocks.{i}"
+    for i in range(_count(shapes, rf"{side}\.(\d+)\.")):
+        block = f"{side}.{i}"
         layers = _count(shapes, rf"{re.escape(block)}\.resnets\.(\d+)\.")
         width = _shape(shapes, f"{block}.resnets.0.conv1.weight", 4)[0]
         depths = [_diffusers_depth(shapes, f"{block}.attentions.{j}") for j in range(layers)]
         levels.append(_Level(width, depths))
     if not levels or not levels[0].depths:
-        raise Unrepresentable("down_blocks is empty")
+        raise Unrepresentable(f"{side} is empty")
     return levels
 
 
 def vae_structure(shapes: Shapes) -> Config:
-    """Return the part of a VAE's config that its shapes decide. Names are LDM's."""
-    levels = _count(shapes, r"encoder\.down\.(\d+)\.")
-    widths = [_shape(shapes, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(levels)]
+    """Return the part of a VAE's config that its shapes decide, in either naming, no prefix.
+
+    Raises: Unrepresentable.
+    """
+    ldm = any(name.startswith("encoder.down.") for name in shapes)
+    place, block = ("encoder.down", "block") if ldm else ("encoder.down_blocks", "resnets")
+    levels = _count(shapes, rf"{re.escape(place)}\.(\d+)\.")
+    widths = [_shape(shapes, f"{place}.{i}.{block}.0.conv1.weight", 4)[0] for i in range(levels)]
+    if not widths:
+        raise Unrepresentable("its encoder has no levels")
     return {
         "block_out_channels": widths,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "layers_per_block": _count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
+        "layers_per_block": _count(shapes, rf"{re.escape(place)}\.0\.{block}\.(\d+)\."),
         "latent_channels": _shape(shapes, "decoder.conv_in.weight", 4)[1],
         "use_quant_conv": "quant_conv.weight" in shapes,
         "use_post_quant_conv": "post_quant_conv.weight" in shapes,

@@ -68,6 +68,7 @@ class Layout:
 
 
 _NO_PROJECTION = "this encoder's class is CLIPTextModel, which has no projection"
+_POSITIONS = "a buffer that counts 0, 1, 2, ...; not a weight"
 _IMAGE_HALF = "belongs to the image half of CLIP, which text-to-image does not use"
 
 
@@ -93,12 +94,9 @@ TRANSFORMERS_CLIP_TEXT = Layout(
     # transformers >= 5.6 writes CLIPTextModel without the prefix.
     rules=(Rule(r"((?:embeddings|encoder|final_layer_norm)\..+)", r"text_model.\1"),),
     ignored=(
+        Ignored(r"(?:text_model\.)?embeddings\.position_ids", _POSITIONS),
         Ignored(
-            r"(?:text_model\.)?embeddings\.position_ids",
-            "a buffer that counts 0, 1, 2, ...; not a weight",
-        ),
-        Ignored(
-            r"text_projection\.weight",
+            r"(?:text_model\.)?text_projection(?:\.weight)?",
             _NO_PROJECTION,
         ),
         Ignored(
@@ -114,12 +112,7 @@ DIFFUSERS: dict[str, Layout] = {
         rules=(Rule(r"(transformer_layes\.\d+\.attn\.in_proj)_(weight|bias)", r"\1.\2"),)
     ),
     "image_encoder": Layout(
-        ignored=(
-            Ignored(
-                r"vision_model\.embeddings\.position_ids",
-                "a buffer that counts 0, 1, 2, ...; not a weight",
-            ),
-        )
+        ignored=(Ignored(r"vision_model\.embeddings\.position_ids", _POSITIONS),)
     ),
     "text_encoder": TRANSFORMERS_CLIP_TEXT,
     "text_encoder_2": TRANSFORMERS_CLIP_TEXT,
@@ -306,6 +299,7 @@ def openclip_text(config: CLIPTextConfig) -> Layout:
     pieces |= _table((t for t in expected_parameters(config) if t not in fused), places)
     ignored = [
         Ignored(r"logit_scale|attn_mask|visual\..+", _IMAGE_HALF),
+        Ignored(r"(?:.+\.)?position_ids", _POSITIONS),
         Ignored(
             rf"transformer\.resblocks\.{config.num_hidden_layers}\..+",
             "the last layer: the model reads the output of the layer before it",
@@ -314,6 +308,37 @@ def openclip_text(config: CLIPTextConfig) -> Layout:
     if not config.with_projection:
         ignored.append(Ignored(r"text_projection(?:\.weight)?", _NO_PROJECTION))
     return Layout(names=pieces, ignored=tuple(ignored))
+
+
+# stable-diffusion.cpp stores OpenCLIP's encoder under transformers' names, with OpenCLIP's joined
+# queries, keys and values and its projection -> OpenCLIP's names.
+_STABLE_DIFFUSION_CPP = (
+    Rule(r"text_model\.embeddings\.token_embedding\.weight", "token_embedding.weight"),
+    Rule(r"text_model\.embeddings\.position_embedding\.weight", "positional_embedding"),
+    Rule(r"text_model\.final_layer_norm\.(\w+)", r"ln_final.\1"),
+    Rule(r"text_model\.text_projection", "text_projection"),
+    Rule(
+        r"text_model\.encoder\.layers\.(\d+)\.self_attn\.in_proj\.(\w+)",
+        r"transformer.resblocks.\1.attn.in_proj_\2",
+    ),
+    *(
+        Rule(
+            rf"text_model\.encoder\.layers\.(\d+)\.{re.escape(ours)}\.(\w+)",
+            rf"transformer.resblocks.\1.{theirs}.\2",
+        )
+        for ours, theirs in _OPENCLIP_LAYER.items()
+    ),
+)
+
+
+def openclip_names(names: Iterable[str]) -> dict[str, str]:
+    """Return name -> OpenCLIP's name for an encoder in stable-diffusion.cpp's naming."""
+    result = {}
+    for name in names:
+        matches = ((rule, re.fullmatch(rule.source, name)) for rule in _STABLE_DIFFUSION_CPP)
+        found = next((m.expand(rule.target) for rule, m in matches if m), name)
+        result[name] = found
+    return result
 
 
 def _table(targets: Iterable[str], places: Mapping[str, str]) -> dict[str, tuple[Piece, ...]]:
@@ -354,14 +379,32 @@ FILE_IGNORED: tuple[Ignored, ...] = (
         r"v_pred|ztsnr|edm_mean|edm_std|edm_vpred\.sigma_(?:max|min)",
         "a mark of the training; it was read",
     ),
-    Ignored(r"(?:model_ema|model)\.(?:decay|num_updates)", "training state; not a weight"),
+    Ignored(
+        r"(?:model_ema|model|ema)\.(?:decay|num_updates)|global_step|epoch|iteration|state\.step"
+        r"|(?:optimizers?|optimizer_states?|lr_schedulers?|callbacks|loops|grad_scaler|scaler)\..+"
+        r"|loss\..+",
+        "training state; not a weight",
+    ),
+    Ignored(
+        r"(?:unet_ema|ema_unet|ema_model|ema)\..+",
+        "moving averages in the form of another tool; the plain weights are used",
+    ),
+    Ignored(r"safety_checker\..+", "a picture classifier; it does not draw"),
     Ignored(r"embedding_manager\..+", "training state of textual inversion; not a weight"),
     Ignored(
         r"(?:cond_stage_model|conditioner\.embedders\.\d)(?:\.transformer)?\.logit_scale",
         _IMAGE_HALF,
     ),
+    Ignored(
+        r"(?:cond_stage_model|conditioner\.embedders\.\d)\.text_projection(?:\.weight)?",
+        "left over by ComfyUI; the text encoder's own projection stands among its weights",
+    ),
 )
 """Names in a single file that belong to no component."""
+
+
+STRAY = re.compile(r"(?:.+\.)?(?:position_ids|logit_scale|attn_mask|text_projection(?:\.weight)?)")
+"""Names that other tools leave behind under the prefix of a text encoder that is not there."""
 
 
 @dataclass(frozen=True)

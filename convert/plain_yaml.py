@@ -164,14 +164,14 @@ def _scalar(line: _Line, text: str) -> Any:
             raise line.fault("is not plain YAML: a list of plain values in one line is expected")
         inner = text[1:-1].strip().removesuffix(",")
         return [_scalar(line, one.strip()) for one in inner.split(",")] if inner else []
-    if text[0] in "\"'":
+    if text[:1] in ("'", '"'):
         if len(text) < 2 or text[-1] != text[0] or text[0] in text[1:-1] or "\\" in text:
             raise line.fault("is not plain YAML: a text in plain quotes is expected")
         return text[1:-1]
-    if text[0] in "{&*!|>%@`":
-        raise line.fault(f"is not plain YAML: {text[:40]!r}")
     if text in _WORDS:
         return _WORDS[text]
+    if text[0] in "{&*!|>%@`":
+        raise line.fault(f"is not plain YAML: {text[:40]!r}")
     if _INTEGER.fullmatch(text):
         return int(text)
     return float(text) if _FLOAT.fullmatch(text) else text

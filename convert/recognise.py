@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxdiff.convert import detect
-from mlxdiff.weights.pickles import PickleFile, open_tensors
+from mlxdiff.weights.files import open_file
 from mlxdiff.weights.tensors import LazyTensor, open_weights
 
 Tensors = Mapping[str, LazyTensor]
@@ -28,7 +28,7 @@ _USES: dict[str, str] = {
     "a ControlNet-LLLite": "not supported; use a ControlNet of the same kind (--controlnet)",
     "a ControlNet-Union": "give it with --controlnet PATH, --control-image and --control-mode",
     "a ControlNeXt": "not supported; use a ControlNet of the same kind (--controlnet)",
-    "a Control-LoRA": "not supported; use the whole ControlNet of the same kind (--controlnet)",
+    "a Control-LoRA": "give it with --controlnet PATH and a picture with --control-image",
     "the difference to a model": "not supported; use the whole ControlNet (--controlnet)",
     "a ControlNet": "give it with --controlnet PATH and a picture with --control-image",
     "a T2I-Adapter": "not supported; use a ControlNet of the same kind (--controlnet)",
@@ -163,28 +163,26 @@ def describe(path: Path) -> dict[str, Any]:
     Raises: CheckpointError if the file cannot be read.
     """
     metadata: dict[str, str] = {}
-    pickled = False
+    containers: list[str] = []
 
-    def open_file(file: Path) -> Tensors:
-        nonlocal pickled
-        opened = open_tensors(file)
-        pickled = pickled or isinstance(opened, PickleFile)
-        if not isinstance(opened, PickleFile):
-            metadata.update(opened.metadata)
+    def read(file: Path) -> Tensors:
+        opened = open_file(file)
+        containers.append(opened.container)
+        metadata.update(opened.metadata)
         return opened.tensors
 
-    tensors = open_weights(path, open_file)
+    tensors = open_weights(path, read)
     words = kind(tensors)
     face = face_adapter(tensors)
     return {
         "kind": face or words,
         "path": str(path),
-        "form": "PyTorch's pickle" if pickled else "safetensors",
+        "form": containers[0],
         "made_for": fits(tensors),
         "use": use(words) if face is None else FACE.format(face),
         "tensors": len(tensors),
         "parameters": sum(t.size for t in tensors.values()),
-        "bytes": sum(t.nbytes for t in tensors.values()),
-        "precision": dict(Counter(t.dtype for t in tensors.values())),
+        "bytes": sum(t.file_bytes for t in tensors.values()),
+        "precision": dict(Counter(t.form or t.dtype for t in tensors.values())),
         "written": written(metadata),
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from mlxdiff.convert import detect, marks, original_config, recognise
 from mlxdiff.convert.checkpoint import ComponentFiles, DiffusersFolder, map_component
 from mlxdiff.convert.families import (
     FAMILIES,
+    SIZES,
     Config,
     Family,
     Unrepresentable,
@@ -33,11 +34,13 @@ from mlxdiff.convert.families import (
 from mlxdiff.convert.keymap import (
     DIFFUSERS,
     FILE_IGNORED,
+    STRAY,
     Layout,
     ema_names,
     ignored_for,
     ldm_unet,
     ldm_vae,
+    openclip_names,
     openclip_text,
 )
 from mlxdiff.errors import CheckpointError, HubError, UsageError
@@ -63,7 +66,7 @@ from mlxdiff.store.folder import (
     open_folder,
     pad_token,
 )
-from mlxdiff.weights.pickles import PickleFile, open_tensors
+from mlxdiff.weights.files import open_file
 from mlxdiff.weights.tensors import LazyTensor, raise_faults, shard_files
 
 if TYPE_CHECKING:
@@ -74,11 +77,16 @@ VOCABULARY = "openai/clip-vit-large-patch14"
 """The repository with the vocab.json and merges.txt of all these families."""
 VOCABULARY_FILES = ("vocab.json", "merges.txt")
 
-# Prefix -> component, naming. The refiner has one text encoder, the second one of SDXL.
+# Prefix -> component, naming. The refiner has one text encoder, the second one of SDXL. The names
+# of a U-Net or a VAE show which of two namings they have.
 _SECTIONS = {
     "model.diffusion_model.": ("unet", "ldm"),
+    "unet.": ("unet", "ldm"),
     "first_stage_model.": ("vae", "ldm"),
     "vae.": ("vae", "ldm"),
+    "text_encoder.": ("text_encoder", "clip"),
+    "text_encoder_2.": ("text_encoder_2", "clip"),
+    "cond_stage_model.1.transformer.": ("text_encoder_2", "clip"),
     "cond_stage_model.transformer.": ("text_encoder", "clip"),
     "cond_stage_model.model.": ("text_encoder", "openclip"),
     "conditioner.embedders.0.transformer.": ("text_encoder", "clip"),
@@ -87,7 +95,10 @@ _SECTIONS = {
     "conditioner.embedders.1.model.": ("text_encoder_2", "openclip"),
 }
 _EMA = "model_ema."
-_V_MARK = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+_V_MARKS = (
+    "output_blocks.11.1.transformer_blocks.0.norm1.bias",
+    "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias",
+)
 _V_SPREAD = 0.09
 
 
@@ -119,33 +130,50 @@ def split(
     Returns: component -> section; moving averages without their prefix; the rest.
     Raises: CheckpointError if the file has a component twice.
     """
+    rest = {n: t for n, t in tensors.items() if ignored_for(n, FILE_IGNORED)}
     if kind := detect.unet_alone(tensors):
-        rest = {n: tensor for n, tensor in tensors.items() if ignored_for(n, FILE_IGNORED)}
-        own = {name: tensor for name, tensor in tensors.items() if name not in rest}
-        return {"unet": Section("", kind, own)}, {}, rest
-    sections: dict[str, Section] = {}
+        whole = {name: tensor for name, tensor in tensors.items() if name not in rest}
+        return {"unet": Section("", kind, whole)}, {}, rest
     averages: dict[str, LazyTensor] = {}
-    rest = {}
+    groups: dict[str, dict[str, LazyTensor]] = {}
     for name, tensor in tensors.items():
-        if ignored_for(name, FILE_IGNORED):
-            rest[name] = tensor
+        prefix = _section_of(name)
+        if name in rest:
             continue
         if name.startswith(_EMA):
             averages[name.removeprefix(_EMA)] = tensor
-            continue
-        prefix = next((p for p in _SECTIONS if name.startswith(p)), None)
-        if prefix is None:
+        elif prefix is None:
             rest[name] = tensor
-            continue
+        else:
+            groups.setdefault(prefix, {})[name.removeprefix(prefix)] = tensor
+    sections: dict[str, Section] = {}
+    for prefix, group in groups.items():
         component, naming = _SECTIONS[prefix]
-        section = sections.setdefault(component, Section(prefix, naming, {}))
-        if section.prefix != prefix:
+        if all(map(STRAY.fullmatch, group)):
+            rest |= {prefix + name: tensor for name, tensor in group.items()}
+        elif component in sections:
             raise CheckpointError(
-                f"{path}: has {component} twice, as {section.prefix}* and {prefix}*; "
+                f"{path}: has {component} twice, as {sections[component].prefix}* and {prefix}*; "
                 "remove one of them"
             )
-        section.tensors[name.removeprefix(prefix)] = tensor
+        else:
+            sections[component] = _section(prefix, naming, group)
     return sections, averages, rest
+
+
+def _section(prefix: str, naming: str, group: dict[str, LazyTensor]) -> Section:
+    """Make a section. The names decide between two namings."""
+    if naming == "ldm" and ("conv_in.weight" in group or "encoder.down_blocks.0" in _places(group)):
+        naming = "diffusers"
+    if any(name.endswith(".self_attn.in_proj.weight") for name in group):
+        names = openclip_names(group)
+        return Section(prefix, "openclip", {names[name]: group[name] for name in group})
+    return Section(prefix, naming, group)
+
+
+def _places(names: Iterable[str]) -> set[str]:
+    """Return the first three parts of each name."""
+    return {".".join(name.split(".")[:3]) for name in names}
 
 
 class SingleFile:
@@ -184,7 +212,7 @@ class SingleFile:
                 f"prediction type {prediction_type!r} is unknown; expected {', '.join(PREDICTIONS)}"
             )
         self._progress = progress
-        file = open_tensors(self.path)
+        file = open_file(self.path)
         if kind := detect.refused(file.tensors):
             raise CheckpointError(
                 f"{self.path}: looks like {kind}, not a whole model; {recognise.use(kind)}"
@@ -196,12 +224,10 @@ class SingleFile:
             )
         own = {*self._sections, *(["unet"] if averages else [])}
         self.base = None if config is None else _open_base(Path(config), own)
-        self.notes: tuple[str, ...] = ()
-        self.ignored: tuple[tuple[str, str], ...] = ()
-        self._refused: dict[str, str] = {}
-        if isinstance(file, PickleFile):
-            self.ignored += file.ignored
-            self._refused = file.refused
+        own = self._named_encoder(own)
+        self.notes: tuple[str, ...] = file.notes
+        self.ignored: tuple[tuple[str, str], ...] = file.ignored
+        self._refused = file.refused
         structure = self._structure()
         self._marks = self._read_marks(file)
         self.notes += self._marks.notes
@@ -218,13 +244,29 @@ class SingleFile:
             ema = True
             self.notes += (f"--ema: {said.by} says true",)
         self._sort_remaining(averages, rest, ema)
-        refused = file.refused if isinstance(file, PickleFile) else {}
         self.files: dict[str, ComponentFiles] = {
-            name: self._map(name, section, refused) for name, section in self._sections.items()
+            name: self._map(name, section) for name, section in self._sections.items()
         }
 
     def _fault(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {what}")
+
+    def _named_encoder(self, own: set[str]) -> set[str]:
+        """Name a lone OpenCLIP encoder by its model: SD 2's only one, or the refiner's second one.
+
+        Returns: the components in the file.
+        """
+        section, unet = self._sections.get("text_encoder_2"), self._sections.get("unet")
+        if section is None or section.naming != "openclip" or "text_encoder" in own:
+            return own
+        if self.base is not None:
+            alone = "text_encoder_2" not in self.base.components
+        else:
+            alone = unet is not None and not SIZES.intersection(unet.tensors)
+        if not alone:
+            return own
+        self._sections["text_encoder"] = self._sections.pop("text_encoder_2")
+        return own - {"text_encoder_2"} | {"text_encoder"}
 
     # ------------------------------------------------------------------------------------- configs
 
@@ -237,9 +279,9 @@ class SingleFile:
         return found if config is None else found.over(original_config.read(config))
 
     def _structure(self) -> Config | None:
-        """Return the structure of the U-Net from its shapes. None: no U-Net in LDM naming."""
+        """Return the structure of the U-Net from its shapes. None: none, or a lone one."""
         section = self._sections.get("unet")
-        if section is None or section.naming != "ldm":
+        if section is None or (section.naming != "ldm" and not section.prefix):
             return None
         try:
             return unet_structure(section.shapes)
@@ -415,7 +457,8 @@ class SingleFile:
             return asked
         if self._marks.prediction is not None:
             return str(self._marks.prediction.value)
-        mark = self._sections["unet"].tensors.get(_V_MARK)
+        bias = self._sections["unet"].tensors
+        mark = next((bias[name] for name in _V_MARKS if name in bias), None)
         if family.name == "sd2" and structure["in_channels"] == 4 and mark is not None:
             spread = float(np.std(mark.read().astype(np.float32)))
             found = "v_prediction" if spread > _V_SPREAD else "epsilon"
@@ -432,7 +475,12 @@ class SingleFile:
         self, averages: dict[str, LazyTensor], rest: dict[str, LazyTensor], ema: bool
     ) -> None:
         """Use or ignore the moving averages. Ignore the rest, each with a reason."""
-        reasons = {name: ignored_for(name, FILE_IGNORED) for name in rest}
+        stray = "left over from another naming; the text encoder has its own"
+        reasons = {
+            name: ignored_for(name, FILE_IGNORED)
+            or (stray if STRAY.fullmatch(name) and _section_of(name) else None)
+            for name in rest
+        }
         raise_faults(
             str(self.path), unknown=[name for name, reason in reasons.items() if reason is None]
         )
@@ -463,7 +511,7 @@ class SingleFile:
             )
         self.notes += ("unet: its moving averages (model_ema) are used",)
 
-    def _map(self, component: str, section: Section, refused: Mapping[str, str]) -> ComponentFiles:
+    def _map(self, component: str, section: Section) -> ComponentFiles:
         config = self.config(component)
         where = f"{self.path} ({section.prefix}*)" if section.prefix else str(self.path)
         layout = self._layout(component, section, config)
@@ -559,6 +607,11 @@ class SingleFile:
                     for path in shard_files(self.base.files[name].entry):
                         files[f"{self.base.path.name}/{name}/{path.name}"] = path
         return files
+
+
+def _section_of(name: str) -> str | None:
+    """Return the prefix of the component that a name belongs to, or None."""
+    return next((prefix for prefix in _SECTIONS if name.startswith(prefix)), None)
 
 
 def _open_base(path: Path, own: Collection[str]) -> DiffusersFolder | ConvertedFolder:

@@ -13,6 +13,7 @@ from mlxdiff.convert.singlefile import SingleFile
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
 from mlxdiff.machine.disk import read_json
 from mlxdiff.store import catalogue, hub
+from mlxdiff.store.cache import snapshot_of
 from mlxdiff.store.folder import MANIFEST, ConvertedFolder, ModelFolder, Progress, open_folder
 from mlxdiff.store.reference import is_address, parse
 from mlxdiff.store.selection import PREFERRED_VARIANT, Listing
@@ -51,7 +52,7 @@ def open_source(
         "ema": ema,
     }
     path = catalogue.expand(path)
-    folder = Path(path)
+    folder = snapshot_of(Path(path))
     if (
         isinstance(path, str)
         and not os.path.exists(folder)

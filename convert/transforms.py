@@ -23,19 +23,24 @@ class Transform:
         shape: source shape -> result shape, or None if the transform does not apply.
         forward: source values -> values in our layout.
         inverse: exact inverse of ``forward``, or None if the inverse needs several results.
+        keeps_rows: True if ``forward`` only selects rows, so that it also fits arrays that have
+            other columns (the packed integers and the scales of a quantized matrix).
     """
 
     name: str
     shape: Callable[[Shape], Shape | None]
     forward: Callable[[np.ndarray], np.ndarray]
     inverse: Callable[[np.ndarray], np.ndarray] | None
+    keeps_rows: bool = False
 
 
 def _is_conv1x1(shape: Shape) -> bool:
     return len(shape) == 4 and shape[2:] == (1, 1)
 
 
-identity = Transform("identity", lambda s: s if len(s) < 4 else None, lambda x: x, lambda x: x)
+identity = Transform(
+    "identity", lambda s: s if len(s) < 4 else None, lambda x: x, lambda x: x, True
+)
 oihw_to_ohwi = Transform(
     "oihw_to_ohwi",
     lambda s: (s[0], s[2], s[3], s[1]) if len(s) == 4 else None,
@@ -72,7 +77,7 @@ def _part(name: str, index: int, count: int) -> Transform:
     def shape(s: Shape) -> Shape | None:
         return (s[0] // count, *s[1:]) if s and s[0] % count == 0 else None
 
-    return Transform(name, shape, part, None)
+    return Transform(name, shape, part, None, True)
 
 
 thirds = tuple(_part("third_of_fused", i, 3) for i in range(3))

@@ -47,7 +47,7 @@ from mlxdiff.store.folder import (
     Progress,
     open_folder,
 )
-from mlxdiff.store.recipes import find_recipe, quantized_model
+from mlxdiff.store.recipes import find_recipe, quantized_model, unpacked_model
 from mlxdiff.store.reference import Reference, is_commit, parse
 from mlxdiff.store.selection import (
     COMPONENTS,
@@ -101,7 +101,7 @@ def open_model(
     if reference is None or any(value is not None for value in single_file.values()):
         opened = open_source(model, revision, variant, progress, **single_file)
         if recipe is None:
-            return opened
+            return unpacked_model(opened, dtype or "float16")
         return quantized_model(opened, recipe, "bfloat16" if dtype == "bfloat16" else "float16")
     if variant is None and dtype == "float32" and recipe is None:
         variant = ""

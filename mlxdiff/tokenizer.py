@@ -404,7 +404,8 @@ def _step_types(step: Any, list_key: str) -> set[str]:
     if step.get("type") != "Sequence":
         return {str(step.get("type"))}
     steps = step.get(list_key)
-    return {str(s.get("type")) for s in steps if isinstance(s, dict)} if steps else set()
+    found = steps if isinstance(steps, list) else []
+    return {str(s.get("type")) for s in found if isinstance(s, dict)}
 
 
 def _check_vocab(vocab: Any, file: Path) -> dict[str, int]:

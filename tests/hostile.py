@@ -250,6 +250,53 @@ def manifests(folder: Path) -> Make:
     return lambda chance: chance.choice(halves)(chance)
 
 
+def original_configs(folder: Path) -> Make:
+    """The .yaml of the LDM code beside a checkpoint."""
+    from mlxdiff.convert import original_config
+
+    good = (
+        b"model:\n  base_learning_rate: 1.0e-04\n  target: ldm.ddpm.LatentDiffusion\n"
+        b'  params:\n    parameterization: "v"\n    linear_start: 0.00085\n    timesteps: 1000\n'
+        b"    use_ema: False # a comment\n    image_size: 64\n    unet_config:\n      params:\n"
+        b"        attention_resolutions: [ 4, 2, 1 ]\n        channel_mult:\n"
+        b"        - 1\n        - 2\n"
+    )
+    bad = folder / "bad.yaml"
+
+    def make(chance: Chance) -> Run:
+        if chance.random() < 0.02:
+            bad.write_bytes(chance.choice(TOKENS) * chance.choice((600, 20_000)))
+        else:
+            bad.write_bytes(spoil_bytes(good, chance))
+        return lambda: original_config.read(bad)
+
+    return make
+
+
+def schedulers(folder: Path) -> Make:
+    """Schedules from wild numbers in scheduler_config.json."""
+    from mlxdiff import samplers
+
+    good = {
+        "_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "rho": 7.0,
+        "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "steps_offset": 1,
+        "prediction_type": "epsilon", "timestep_spacing": "leading", "trained_betas": None,
+        "rescale_betas_zero_snr": False, "solver_order": 2, "sigma_min": None, "sigma_max": None,
+        "original_inference_steps": 50, "final_sigmas_type": "zero", "timestep_scaling": 10.0,
+    }  # fmt: skip
+    wild = [1e-308, 1e-30, 0.5, 0.999, 2, 1e5, 10**9, 10**12, [0.1] * 3, [0.5] * 1000, "trailing"]
+
+    def make(chance: Chance) -> Run:
+        config = dict(good)
+        for key in chance.sample(list(good), chance.choice((1, 1, 2, 3))):
+            config[key] = chance.choice([*wild, *STRANGE])  # type: ignore[assignment]
+        name, schedule = chance.choice(samplers.NAMES), chance.choice(list(samplers.SCHEDULES))
+        steps = chance.choice((1, 2, 5, 20, 50, 1000))
+        return lambda: samplers.plan(config, name, schedule, steps)
+
+    return make
+
+
 WORDS = [
     "a",
     "b",
@@ -344,9 +391,7 @@ def pictures(folder: Path) -> Make:
     def make(chance: Chance) -> Run:
         kind = chance.random()
         if kind < 0.004:  # a bomb: few bytes, many pixels
-            bad.write_bytes(
-                _bomb(*chance.choice([(20_000, 20_000), (60_000, 900), (1, 2**31 - 1)]))
-            )
+            bad.write_bytes(_bomb(*chance.choice(BOMBS)))
         elif kind < 0.1:
             bad.write_bytes(_with_size(sources[0], chance))
         else:
@@ -354,6 +399,9 @@ def pictures(folder: Path) -> Make:
         return read
 
     return make
+
+
+BOMBS = [(20_000, 20_000), (60_000, 900), (1, 2**31 - 1), (7000, 7000)]
 
 
 def _chunk(name: bytes, data: bytes) -> bytes:
@@ -473,6 +521,38 @@ def prompts(folder: Path) -> Make:
     return make
 
 
+def templates(folder: Path) -> Make:
+    """Names of output files, and what is filled in."""
+    from mlxdiff.pictures.names import Template
+
+    # fmt: off
+    pieces = [
+        "{seed}", "{index:09d}", "{step}", "{prompt}", "{model}", "{date}", "{", "}", "{{", "}}",
+        "{seed:>9999999999}", "{seed.__class__}", "{0}", "{}", "{seed!r}", "{prompt:5}", "a", "~",
+        "../", "/", "~x/", "\0", "\ud800", "é", "\u202e", "%s", "$HOME", "x" * 300, ".png", " ",
+    ]
+    # fmt: on
+
+    def make(chance: Chance) -> Run:
+        text = "".join(chance.choice(pieces) for _ in range(chance.randint(0, 6))) + ".png"
+        values: dict[str, Any] = {"date": "2026-01-01", "index": 0, "step": 1, "frame": 0}
+        values["seed"] = chance.choice((0, -1, 2**64, 10**100))
+        words = "".join(chance.choice(pieces) for _ in range(3))
+        values["prompt"] = words * chance.choice((1, 5000))
+        values["model"] = chance.choice(("org/name", "../x", "", "\ud800", "."))
+
+        def read() -> None:
+            filled = Template(text, "--output").fill(**values)
+            own = Template(text, "--output").fields
+            if not own & {"prompt", "model"} or "/" in text or text.startswith("~"):
+                return
+            assert "/" not in str(filled) and len(filled.name.encode("utf-8", "replace")) < 3000
+
+        return read
+
+    return make
+
+
 def loras(folder: Path) -> Make:
     """LoRA and textual inversion files."""
     from golden_data import checkpoint
@@ -483,7 +563,9 @@ def loras(folder: Path) -> Make:
 
     model = open_source(checkpoint("sd15"))
     named = {name: model.config(name) for name in model.components if name != "vae"}
+    tensors = {name: model.tensors(name) for name in named}
     texts = {"text_encoder": model.config("text_encoder")}
+    scales = (1.0, 0.0, -1e9, 1e9, 1e-30)
     width = texts["text_encoder"].hidden_size
     save_file({"<toy>": np.ones((2, width), np.float32)}, folder / "toy.safetensors")
     goods = [write_lora(name, folder) for name in LORAS] + [folder / "toy.safetensors"]
@@ -493,8 +575,13 @@ def loras(folder: Path) -> Make:
     def read() -> None:
         with suppress(MlxdiffError):
             match(open_embedding(bad), texts)
-        matched = lora.match(lora.open_lora(bad), 1.0, named, "sd1")
+        scale = scales[bad.stat().st_size % len(scales)]
+        matched = lora.match(lora.open_lora(bad), scale, named, "sd1")
         matched.report()
+        for component, deltas in matched.deltas.items():
+            changed = lora.changed([matched], component, tensors[component])
+            for name in list(deltas)[:2]:
+                assert np.isfinite(changed[name].read()).all()
 
     def make(chance: Chance) -> Run:
         data = chance.choice(contents)
@@ -642,8 +729,11 @@ PARSERS = {
         Parser(manifests, 3_000, 30),
         Parser(tokenizers, 6_000, 60),
         Parser(pictures, 10_000, 150),
-        Parser(metadata, 12_000, 150),
-        Parser(prompts, 12_000, 200),
+        Parser(schedulers, 2_000, 60),
+        Parser(original_configs, 2_000, 60),
+        Parser(metadata, 8_000, 150),
+        Parser(prompts, 10_000, 200),
+        Parser(templates, 2_000, 100),
         Parser(loras, 5_000, 60),
         Parser(hubs, 4_000, 60),
     )

@@ -214,7 +214,8 @@ def test_words_unknown_to_the_built_in_model_are_noted_once(here: Path) -> None:
     assert sum("knows only these words" in note for note in notes) == 1
     for word in ("horse", "ugly", "moon"):
         assert sum(f"does not know '{word}'" in note for note in notes) == 1
-    assert run("generate", "a red circle", "-s", "2", *QUICK).stderr.count("Note: ") == 0
+    own = ("-W", "64", "-H", "64")
+    assert run("generate", "a red circle", "-s", "2", *QUICK, *own).stderr.count("Note: ") == 0
 
 
 def test_what_has_no_effect_is_noted(here: Path) -> None:
@@ -390,3 +391,20 @@ def test_every_option_of_generate_stands_in_one_section() -> None:
     assert [line[:-1] for line in text.splitlines() if line in {f"{s}:" for s in SECTIONS}] == list(
         SECTIONS
     )
+
+
+def test_long_loading_is_announced(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "loading" not in generate("a", "-s", "1", *QUICK).stderr
+    monkeypatch.setattr("mlxdiff.run.network_cache._LONG_TO_LOAD", 0)
+    lines = generate("a", "-s", "2", *QUICK).stderr.splitlines()
+    found = [line for line in lines if line.startswith("loading ")]
+    assert [line.split(",")[0] for line in found] == [
+        "loading text_encoder",
+        "loading unet",
+        "loading vae",
+    ]
+    assert "GPU" not in "".join(found)
+    assert "loading" not in generate("a", "-s", "3", "--quiet", *QUICK).stderr
+    monkeypatch.setattr("mlxdiff.backends.numpy.NumPyBackend.has_gpu", staticmethod(lambda: True))
+    result = generate("a", "-s", "4", "--backend", "numpy", *QUICK)
+    assert "its first use compiles kernels for the GPU" in result.stderr

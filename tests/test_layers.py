@@ -27,6 +27,8 @@ def in_blocks(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """NumPy in small blocks, on two threads."""
     if backend == "numpy":
         monkeypatch.setattr(Side(backend).nn, "_BLOCK", 600)
+        monkeypatch.setattr(Side(backend).nn, "_LEAST_BLOCKS", 1)
+        monkeypatch.setattr(Side(backend).nn, "_LEAST_MACS", 100)
         monkeypatch.setattr(threads, "count", lambda: 2)
 
 

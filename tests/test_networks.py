@@ -97,8 +97,9 @@ def test_small_workspaces_and_threads_change_nothing(
     monkeypatch: pytest.MonkeyPatch, kind: str, name: str
 ) -> None:
     expected, bound = results(kind, name), tiny.order_of_sums(tiny.config(kind, name))
-    for constant in ("_BLOCK", "_SCORES", "_COLUMNS"):
+    for constant in ("_BLOCK", "_SCORES", "_COLUMNS", "_LEAST_MACS"):
         monkeypatch.setattr(layers, constant, 500)
+    monkeypatch.setattr(layers, "_LEAST_BLOCKS", 1)
     monkeypatch.setattr(threads, "count", lambda: 2)
     for got, wanted in zip(results(kind, name), expected, strict=True):
         assert got.dtype == np.float32

@@ -29,6 +29,8 @@ def load(layer: layers.Module) -> layers.Module:
 @pytest.fixture
 def two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "count", lambda: 2)
+    monkeypatch.setattr(layers, "_LEAST_MACS", 1)
+    monkeypatch.setattr(layers, "_LEAST_BLOCKS", 1)
 
 
 # ------------------------------------------------------------------------------------ convolutions

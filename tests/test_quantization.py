@@ -327,7 +327,7 @@ def edited(folder: Path, change: Any) -> Path:
         (lambda m: m.pop("quantization"), "version 2 does not match"),
         (lambda m: m.update(quantization=[]), "quantization is malformed"),
         (lambda m: m.update(format_version=1), "version 1 does not match"),
-        (lambda m: m.update(format_version=3), "format version 3 is unknown .* reads 1 and 2"),
+        (lambda m: m.update(format_version=4), "format version 4 is unknown .* reads 1, 2, 3"),
     ],
 )
 def test_a_damaged_manifest(source: Path, tmp_path: Path, change: Any, message: str) -> None:

@@ -331,6 +331,7 @@ def match(file: LoraFile, scale: Scale, configs: Mapping[str, Any], family: str)
     left: list[str] = []
     broken: list[str] = []
     misshapen: list[str] = []
+    unbiased: list[str] = []
     for (module, network), parts in groups.items():
         targets = table.get(module)
         if targets is None:
@@ -344,7 +345,7 @@ def match(file: LoraFile, scale: Scale, configs: Mapping[str, Any], family: str)
         for weight, change in itertools.product(targets, found):
             target = weight.bias(shapes[weight.component]) if change.bias else weight
             if target is None:
-                misshapen.append(f"{module} has no bias in this model, and the file changes one")
+                unbiased.append(module)
                 continue
             try:
                 delta = _fitted(change, target, parts)
@@ -360,7 +361,7 @@ def match(file: LoraFile, scale: Scale, configs: Mapping[str, Any], family: str)
         (name, reason) for name in unknown if (reason := lora_names.ignored(name)) is not None
     ]
     left = [name for name in unknown if lora_names.ignored(name) is None]
-    _raise_faults(file, configs, family, any(deltas.values()), left, broken, misshapen)
+    _raise_faults(file, configs, family, any(deltas.values()), left, broken, misshapen, unbiased)
     for reason in dict.fromkeys(reason for _, reason in ignored):
         names = [name for name, why in ignored if why == reason]
         logger.warning("%s: %s: %s", file.name, ", ".join(names[:3]), reason)
@@ -430,6 +431,8 @@ def _all_fit(
     table: Mapping[str, tuple[Target, ...]],
 ) -> bool:
     def fits(module: str) -> bool:
+        if module not in table:
+            return False
         tensors = {part: tensor for part, (_, tensor) in groups[module, ""].items()}
         (target,) = table[module]
         try:
@@ -539,8 +542,9 @@ def _raise_faults(
     left: Sequence[str],
     broken: Sequence[str],
     misshapen: Sequence[str],
+    unbiased: Sequence[str],
 ) -> None:
-    if not (left or broken or misshapen) and matched:
+    if not (left or broken or misshapen or unbiased) and matched:
         return
     where = str(file.path)
     if broken:
@@ -549,7 +553,7 @@ def _raise_faults(
     ours = lora_names.family_words(family, configs["unet"])
     if theirs is not None and theirs.split(" (text")[-1] != ours.split(" (text")[-1]:
         raise CheckpointError(f"{where}: was made for {theirs}; this model is {ours}")
-    if not matched and not misshapen:
+    if not matched and not misshapen and not unbiased:
         if not any(lora_names.split(name) for name in file.tensors):
             raise CheckpointError(f"{where}: is not a LoRA: it {recognise.refusal(file.tensors)}")
         raise CheckpointError(
@@ -570,7 +574,12 @@ def _raise_faults(
         faults.append(f"{len(absent)} tensors belong to no weight of this model: {_few(absent)}")
     if misshapen:
         faults.append(f"{len(misshapen)} do not fit: {_few(misshapen)}")
-    if not strange:
+    if unbiased:
+        faults.append(
+            f"{len(unbiased)} change the bias of a layer that has none, which is not supported: "
+            f"{_few(unbiased)}"
+        )
+    if not strange and not unbiased:
         faults.append("use the kind of model that it was trained on")
     raise CheckpointError(f"{where}: fits this model ({ours}) only in part: {'; '.join(faults)}")
 

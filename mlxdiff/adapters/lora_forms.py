@@ -27,12 +27,14 @@ class Form:
         tensors: part -> tensor.
         name: common name of the form.
         parts: names of its tensors.
+        axes: number of axes that each of its tensors has at least.
         reads_weight: the change depends on the weight.
     """
 
     tensors: Tensors
     name: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]
+    axes: ClassVar[int] = 2
     reads_weight: ClassVar[bool] = False
 
     def rank(self) -> int | None:
@@ -170,6 +172,7 @@ class Full(Form):
 
     name: ClassVar[str] = "full difference"
     parts: ClassVar[tuple[str, ...]] = ("diff",)
+    axes: ClassVar[int] = 1
 
     def shape(self, weight: Shape, inputs: int) -> Shape:
         shape = self.tensors["diff"].shape
@@ -251,6 +254,7 @@ class Orthogonal(Form):
 
     name: ClassVar[str] = "OFT"
     parts: ClassVar[tuple[str, ...]] = ("blocks", "diag", "rescale", "alpha")
+    axes: ClassVar[int] = 0
     reads_weight: ClassVar[bool] = True
 
     def shape(self, weight: Shape, inputs: int) -> Shape:
@@ -330,6 +334,7 @@ class Rescaled(Form):
 
     name: ClassVar[str] = "(IA)^3"
     parts: ClassVar[tuple[str, ...]] = ("weight", "on_input", "factor")
+    axes: ClassVar[int] = 0
     reads_weight: ClassVar[bool] = True
 
     def _on_input(self) -> bool:
@@ -384,7 +389,10 @@ def make_form(tensors: Tensors) -> Form:
         if needed <= parts and parts <= set(kind.parts):
             if kind is Butterfly and len(tensors["blocks"].shape) != 4:
                 continue
-            return kind({name: t for name, t in tensors.items() if name in kind.parts})
+            chosen = {name: t for name, t in tensors.items() if name in kind.parts}
+            for part, tensor in chosen.items():
+                _require(len(tensor.shape) >= kind.axes and tensor.size > 0, part)
+            return kind(chosen)
     raise ValueError("these parts are not a complete LoRA or LyCORIS network")
 
 

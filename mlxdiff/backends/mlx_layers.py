@@ -92,8 +92,11 @@ class StoredWeight(Module):
         self.dtype = dtype
         self.shape = tuple(stored.shape)
         self.quantization: Quantization | None = None
+        self.global_scale: float | None = None
         if isinstance(stored, Packed):
             self.quantization = stored.quantization
+            if stored.global_scale is not None:
+                self.global_scale = float(stored.global_scale)
             self.weight = mx.array(stored.weight)
             # The float modes' scales are bytes; affine ones are computed with, so in that dtype.
             self.scales = mx.array(stored.scales)
@@ -123,16 +126,21 @@ class StoredWeight(Module):
         if how is None:
             return choose(self.weight).astype(self.dtype)
         scales, biases = choose(self.scales), self.biases
+        # A global scale is small: half precision would lose its bits.
+        dtype = self.dtype if self.global_scale is None else mx.float32
         if biases is not None:
-            scales, biases = scales.astype(self.dtype), choose(biases).astype(self.dtype)
-        return mx.dequantize(
+            scales, biases = scales.astype(dtype), choose(biases).astype(dtype)
+        values = mx.dequantize(
             choose(self.weight),
             scales,
             biases,
             how.group_size,
             how.bits,
             how.mode,
-            dtype=self.dtype,
+            dtype=dtype,
+        )
+        return (
+            values if self.global_scale is None else (values * self.global_scale).astype(self.dtype)
         )
 
 
@@ -360,7 +368,10 @@ def _before_the_next(out: mx.array) -> mx.array:
 def _quantized_product(x: mx.array, weight: StoredWeight, how: Quantization) -> mx.array:
     """x times the transposed weight, by kernels that expand it piece by piece."""
     rows, biases = weight.shape[0], weight.biases
-    return mx.quantized_matmul(
+    before, after = _split_scale(weight.global_scale)
+    if before != 1:
+        x = x * before
+    out = mx.quantized_matmul(
         x,
         weight.weight.reshape(rows, -1),
         weight.scales.reshape(rows, -1),
@@ -370,6 +381,20 @@ def _quantized_product(x: mx.array, weight: StoredWeight, how: Quantization) -> 
         how.bits,
         how.mode,
     )
+    return out if after == 1 else out * after
+
+
+def _split_scale(scale: float | None) -> tuple[float, float]:
+    """Return two factors of a global scale: for x, and for its product with the unscaled weight.
+
+    The first is a power of two between 4 and 8 times the scale, at most 1. So the product is at
+    most 8 times the result and fits float16 if that does, and x keeps its bits: a scale is about
+    the largest weight / 448 (8 bits) or / 2688 (nvfp4), and then x = 0.1 stays above 2^-15.
+    """
+    if not scale:  # none; or 0, and then one factor is enough
+        return 1.0, 1.0 if scale is None else scale
+    before = min(1.0, 2.0 ** (math.frexp(abs(scale))[1] + 2))
+    return before, scale / before
 
 
 def _add_beside(x: mx.array, weight: StoredWeight, out: mx.array) -> mx.array:

@@ -17,7 +17,6 @@ from mlxdiff.networks.config import ComponentConfig
 from mlxdiff.networks.layers import Layers, Module
 from mlxdiff.networks.params import check_parameters
 from mlxdiff.networks.registry import build
-from mlxdiff.weights.quantization import Packed
 from mlxdiff.weights.tensors import AdaptedTensor, LazyTensor, QuantizedTensor
 
 nn: Layers = numpy_layers
@@ -142,10 +141,10 @@ class NumPyBackend:
 
 def _weight(tensor: LazyTensor, dtype: type, keep_stored: bool) -> np.ndarray | StoredWeight:
     if keep_stored and isinstance(tensor, QuantizedTensor):
-        weight, scales, biases, how = tensor.read_packed()
-        biases = None if biases is None else np.array(biases)
+        # Copied, because what was read can be a view of the file.
+        packed = tensor.read_packed().rows(np.array)
         beside = tensor.read_beside() if isinstance(tensor, AdaptedTensor) else None
-        return StoredWeight(Packed(np.array(weight), np.array(scales), biases, how), dtype, beside)
+        return StoredWeight(packed, dtype, beside)
     values = tensor.read()
     if keep_stored and len(tensor.shape) in (2, 4) and values.itemsize < np.dtype(dtype).itemsize:
         return StoredWeight(np.array(values), dtype)

@@ -1,15 +1,17 @@
 """The layers that the networks are made of, in NumPy (``networks.layers.Layers``).
 
-Feature maps are (B, H, W, C), everything is float32. What costs time is a matrix product (BLAS);
-all else is done in blocks that stay in a core's cache, on several threads where the machine has
-them (NumPy releases its lock inside an operation). Memory beyond inputs and outputs is bounded by
-the constants below.
+Feature maps are (B, H, W, C), everything is float32. Matrix products (BLAS) take most of the time.
+All else is done in blocks that stay in a core's cache. Large work is divided among threads
+(``machine.threads``; NumPy releases its lock inside an operation), small work is not: it takes some
+50 us until another thread begins. Memory beyond inputs and outputs is bounded by the constants
+below.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise, product
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,10 +22,13 @@ from mlxdiff.weights.quantization import Beside, Packed, dequantize
 from mlxdiff.weights.tensors import raise_faults
 
 _BLOCK = 1 << 16  # values in a block of element-wise work: 256 KB
-_SCORES = 1 << 20  # attention scores held at a time: 4 MB
+_SCORES = 1 << 20  # attention scores that a thread holds at a time: 4 MB
 _ADDENDS = 16  # values that a float32 sum of a group norm adds one after the other
 _COLUMNS = 1 << 23  # values of unfolded input that a convolution holds at a time: 32 MB
+_LEAST_BLOCKS = 4  # that make another thread worth its start
+_LEAST_MACS = 1 << 23  # multiply-adds that do: about 0.2 ms
 
+Part = TypeVar("Part")
 Result = TypeVar("Result")
 
 
@@ -36,17 +41,42 @@ def _blocks(rows: int, row_size: int) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _for_each(function: Callable[[Any], Result], blocks: Sequence[Any]) -> list[Result]:
-    """The function's results for all blocks, in order; computed by all threads."""
-    count = min(threads.count(), len(blocks))
-    if count <= 1:
-        return [function(block) for block in blocks]
+def _for_each(function: Callable[[Part], Result], blocks: Sequence[Part]) -> list[Result]:
+    """The function's results for all blocks, in order. Many blocks are shared among threads."""
+    return threads.for_each(function, blocks, len(blocks) // _LEAST_BLOCKS)
 
-    def share(first: int) -> list[Result]:
-        return [function(block) for block in blocks[first::count]]
 
-    shares = list(threads.pool().map(share, range(count)))
-    return [shares[i % count][i // count] for i in range(len(blocks))]
+def _shares(size: int, count: int) -> list[slice]:
+    """Slices that cover this size: ``count`` of almost equal length, none of them empty."""
+    edges = [size * i // count for i in range(count + 1)]
+    return [slice(*pair) for pair in pairwise(edges) if pair[0] < pair[1]]
+
+
+def _threads_for(macs: int) -> int:
+    """The number of threads among which matrix products of this many multiply-adds are divided."""
+    return max(1, min(threads.for_products(), macs // _LEAST_MACS))
+
+
+def _product(
+    a: np.ndarray, b: np.ndarray, bias: np.ndarray | None, out: np.ndarray | None = None
+) -> np.ndarray:
+    """The matrix product a b, plus the bias in each row."""
+    (rows, inner), columns = a.shape, b.shape[1]
+    out = np.empty((rows, columns), np.float32) if out is None else out
+    by_rows = rows >= columns  # BLAS copies the undivided factor once for each part
+
+    def compute(share: slice) -> None:
+        if by_rows:
+            part = np.matmul(a[share], b, out=out[share])
+        else:
+            part = np.matmul(a, b[:, share], out=out[:, share])
+        if bias is not None:
+            part += bias if by_rows else bias[share]
+
+    shares = _shares(rows if by_rows else columns, _threads_for(rows * inner * columns))
+    with threads.one_blas_thread:
+        threads.for_each(compute, shares, len(shares))
+    return out
 
 
 def _rows(x: np.ndarray) -> np.ndarray:
@@ -158,16 +188,15 @@ class StoredWeight(Module):
         down, up, gain = self.beside
         if gain is not None:
             weight *= gain.reshape(-1, *(1,) * (weight.ndim - 1))
-        weight += (down if up is None else up @ down.reshape(len(down), -1)).reshape(weight.shape)
+        change = down if up is None else _product(up, down.reshape(len(down), -1), None)
+        weight += change.reshape(weight.shape)
         return weight
 
     def take(self, ids: np.ndarray) -> np.ndarray:
         """Rows of the weight by their number."""
         if not isinstance(self.stored, Packed):
             return _expand(self.stored[ids], self.dtype)
-        weight, scales, biases, how = self.stored
-        rows = Packed(weight[ids], scales[ids], None if biases is None else biases[ids], how)
-        return _expand(rows, self.dtype)
+        return _expand(self.stored.rows(lambda part: part[ids]), self.dtype)
 
 
 def _expand(stored: Packed | np.ndarray, dtype: type) -> np.ndarray:
@@ -188,9 +217,7 @@ class Linear(Module):
         self.bias = _zeros(out_features) if bias else None
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        out = _rows(x) @ _value(self.weight).T
-        if self.bias is not None:
-            out += self.bias
+        out = _product(_rows(x), _value(self.weight).T, self.bias)
         return out.reshape(*x.shape[:-1], -1)
 
 
@@ -232,28 +259,32 @@ class Conv2d(Module):
         outputs, size, _, inputs = self.weight.shape
         kernel = _value(self.weight).reshape(outputs, -1).T
         if size == 1 and self.stride == 1 and self.padding == 0:
-            out = (_rows(x) @ kernel).reshape(*x.shape[:-1], outputs)
-            if self.bias is not None:
-                out += self.bias
-            return out
+            return _product(_rows(x), kernel, self.bias).reshape(*x.shape[:-1], outputs)
         windows = self._windows(x)
         batch, height, width = windows.shape[:3]
         out = np.empty((batch * height, width, outputs), np.float32)
         taps = size * size * inputs
-        step = min(max(1, _COLUMNS // (width * taps)), len(out))
-        unfolded = np.empty((step, *windows.shape[2:]), np.float32)
+        macs, many_rows = len(out) * width * taps * outputs, len(out) * width >= outputs
+        # Threads take lines of the output. Few wide lines: _product divides itself.
+        shares = _shares(len(out), _threads_for(macs) if many_rows else 1)
+        step = max(1, _COLUMNS // (len(shares) * width * taps))
 
-        def unfold(block: slice) -> None:
-            for i in range(block.start, block.stop):
-                unfolded[i] = windows[divmod(start + i, height)]
+        def compute(share: slice) -> None:
+            size = min(step, share.stop - share.start)
+            unfolded = np.empty((size, *windows.shape[2:]), np.float32)
 
-        for start in range(0, len(out), step):
-            lines = out[start : start + step]
-            _for_each(unfold, _blocks(len(lines), width * taps))
-            columns = unfolded[: len(lines)].reshape(-1, taps)
-            np.matmul(columns, kernel, out=_rows(lines))
-            if self.bias is not None:
-                lines += self.bias
+            def unfold(block: slice) -> None:
+                for i in range(block.start, block.stop):
+                    unfolded[i] = windows[divmod(start + i, height)]
+
+            for start in range(share.start, share.stop, size):
+                lines = out[start : min(start + size, share.stop)]
+                _for_each(unfold, _blocks(len(lines), width * taps))
+                columns = unfolded[: len(lines)].reshape(-1, taps)
+                _product(columns, kernel, self.bias, _rows(lines))
+
+        with threads.one_blas_thread:
+            threads.for_each(compute, shares, len(shares))
         return out.reshape(batch, height, width, outputs)
 
     def _windows(self, x: np.ndarray) -> np.ndarray:
@@ -510,21 +541,31 @@ def attention(
     length, keys_length, head_dim = q.shape[1], k.shape[1], shape[-1] // heads
     q = q * head_dim**-0.5
     out = np.empty(q.shape, np.float32)
-    values = np.ones((keys_length, head_dim + 1), np.float32)
+    count = _threads_for(2 * q.size * keys_length)
+    # More parts than threads, so that none waits long for another.
+    queries_shares = _shares(length, math.ceil(4 * count / (batch * heads)) if count > 1 else 1)
+    head_slices = [slice(i * head_dim, (i + 1) * head_dim) for i in range(heads)]
+    parts = list(product(range(batch), head_slices, queries_shares))
     step = min(max(1, _SCORES // keys_length), length)
-    workspace = np.empty((step, keys_length), np.float32)
-    for b in range(batch):
-        for head in (slice(i * head_dim, (i + 1) * head_dim) for i in range(heads)):
+
+    def compute(parts: Sequence[tuple[int, slice, slice]]) -> None:
+        values = np.ones((keys_length, head_dim + 1), np.float32)
+        workspace = np.empty((step, keys_length), np.float32)
+        for b, head, share in parts:
             keys = k[b, :, head]
             values[:, :-1] = v[b, :, head]
-            for start in range(0, length, step):
-                queries = q[b, start : start + step, head]
+            for start in range(share.start, share.stop, step):
+                rows = slice(start, min(start + step, share.stop))
+                queries = q[b, rows, head]
                 scores = np.matmul(queries, keys.T, out=workspace[: len(queries)])
                 if mask is not None:
-                    np.copyto(scores, -np.inf, where=~mask[start : start + step])
+                    np.copyto(scores, -np.inf, where=~mask[rows])
                 _exponentials(scores, _longest(queries) * _longest(keys))
-                sums = scores @ values
-                np.divide(sums[:, :-1], sums[:, -1:], out=out[b, start : start + step, head])
+                sums = np.matmul(scores, values)
+                np.divide(sums[:, :-1], sums[:, -1:], out=out[b, rows, head])
+
+    with threads.one_blas_thread:
+        threads.for_each(compute, [parts[i::count] for i in range(count)], count)
     return out.reshape(shape)
 
 

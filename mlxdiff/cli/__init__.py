@@ -167,21 +167,22 @@ class ProgressBar:
 
 
 class _Notes(logging.Handler):
-    """Show the library's warnings on stderr; show each text once."""
+    """Show on stderr what the library reports; show each text once. A warning is a note."""
 
     def __init__(self) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__(logging.INFO)
         self.said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
         if message not in self.said:
             self.said.add(message)
-            tell(f"Note: {printable(message)}")
+            prefix = "Note: " if record.levelno >= logging.WARNING else ""
+            tell(f"{prefix}{printable(message)}")
 
 
 def show_notes(quiet: bool) -> None:
-    """Print the library's warnings to stderr, unless quiet.
+    """Print to stderr what the library reports, unless quiet.
 
     What Python's modules and other libraries say about a strange file is for developers: our
     errors say it to users.
@@ -192,6 +193,7 @@ def show_notes(quiet: bool) -> None:
             logging.getLogger(name).addHandler(logging.NullHandler())
             logging.getLogger(name).propagate = False
     logger = logging.getLogger("mlxdiff")
+    logger.setLevel(logging.INFO)
     logger.handlers = [logging.NullHandler() if quiet else _Notes()]
     logger.propagate = False
 

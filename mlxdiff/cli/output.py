@@ -252,6 +252,8 @@ class StepBar:
                     file=sys.stderr,
                 )
             self.bar.update(1, step.seconds)
+            if step.index + 1 == step.total:
+                self.finish()  # what comes next may print a line: the decoder is read
         except (OSError, ValueError):
             self.quiet, self.bar = True, None
 

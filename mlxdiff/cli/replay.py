@@ -54,7 +54,7 @@ def _recorded(path: str, overridden: set[str]) -> dict[str, Any]:
     values = metadata.to_dict()
     found = {}
     for entry in _all():
-        value = values.get(entry.key or "")
+        value = None if entry.key is None else values.get(entry.key)
         if value is not None and entry.name not in overridden:
             found[entry.name] = _accepted(entry, value, path)
     if metadata.version is None:  # by A1111, or a program that writes as it does

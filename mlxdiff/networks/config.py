@@ -1018,6 +1018,8 @@ class AutoencoderTinyConfig:
     latent_channels: int
     scaling_factor: float
     shift_factor: float
+    has_encoder: bool = True
+    """False for the decoder alone, which draws but cannot start from a picture."""
     # What AutoencoderKLConfig has beside these, at what it means here.
     force_upcast: ClassVar[bool] = False
     latents_mean: ClassVar[None] = None

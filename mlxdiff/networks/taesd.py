@@ -7,6 +7,7 @@ Source: diffusers models/autoencoders/autoencoder_tiny.py and vae.py.
 
 from __future__ import annotations
 
+from mlxdiff.errors import UsageError
 from mlxdiff.networks.config import AutoencoderTinyConfig
 from mlxdiff.networks.layers import Array, Layer, Layers, Module, Sizes
 
@@ -93,7 +94,8 @@ class AutoencoderTiny(Module):
     def __init__(self, nn: Layers, config: AutoencoderTinyConfig) -> None:
         super().__init__(nn)
         self.config = config
-        self.encoder = EncoderTiny(nn, config)
+        if config.has_encoder:
+            self.encoder = EncoderTiny(nn, config)
         self.decoder = DecoderTiny(nn, config)
 
     def encode(self, x: Array) -> tuple[Array, None]:
@@ -102,7 +104,13 @@ class AutoencoderTiny(Module):
         Args:
             x: (B, H, W, 3) in [-1, 1]; H and W multiples of f.
         Returns: (B, H/f, W/f, C) float32; and None, for there is no variance.
+        Raises: UsageError for a decoder alone.
         """
+        if not self.config.has_encoder:
+            raise UsageError(
+                "this VAE is TAESD's decoder alone, which cannot encode a picture; put TAESD's "
+                "encoder (taesd_encoder) beside its file"
+            )
         x = self.nn.cast(x, self.dtype)
         return self.nn.cast(self.encoder(x), self.nn.float32), None
 

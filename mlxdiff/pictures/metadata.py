@@ -329,9 +329,8 @@ def _stem(model: str | None) -> str | None:
 def _ti_hashes(embeddings: Any) -> str | None:
     """A1111's ``name: hash, name: hash`` of textual inversions."""
     pairs = [
-        f"{PurePosixPath(one['name']).stem}: {one['sha256'][:12]}"
-        for one in (embeddings if isinstance(embeddings, list) else [])
-        if isinstance(one, dict) and {"name", "sha256"} <= set(one)
+        f"{PurePosixPath(name).stem}: {digest[:12]}"
+        for name, digest in _texts_of(embeddings, "name", "sha256")
     ]
     return ", ".join(pairs) or None
 
@@ -339,11 +338,20 @@ def _ti_hashes(embeddings: Any) -> str | None:
 def _lora_hashes(loras: Any) -> str | None:
     """A1111's ``name: hash, name: hash``, by which it and Civitai find LoRAs."""
     pairs = [
-        f"{PurePosixPath(one['name']).stem}: {one['short_hash']}"
-        for one in (loras if isinstance(loras, list) else [])
-        if isinstance(one, dict) and {"name", "short_hash"} <= set(one)
+        f"{PurePosixPath(name).stem}: {digest}"
+        for name, digest in _texts_of(loras, "name", "short_hash")
     ]
     return ", ".join(pairs) or None
+
+
+def _texts_of(entries: Any, *keys: str) -> list[tuple[str, ...]]:
+    """These texts of each entry of a list that has them all; the file may come from anyone."""
+    found = [
+        tuple(one.get(key) for key in keys)
+        for one in (entries if isinstance(entries, list) else [])
+        if isinstance(one, dict)
+    ]
+    return [texts for texts in found if all(isinstance(text, str) for text in texts)]
 
 
 def _number(value: float | None) -> str | None:

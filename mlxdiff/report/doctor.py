@@ -25,6 +25,7 @@ from mlxdiff.convert.report import human_bytes
 from mlxdiff.errors import MlxdiffError, UsageError
 from mlxdiff.machine import probe
 from mlxdiff.machine.disk import free_space
+from mlxdiff.machine.threads import one_blas_thread
 from mlxdiff.store import cache, hub
 
 OK, ADVICE, FAULT = "ok", "advice", "fault"
@@ -271,7 +272,7 @@ def _threads() -> Iterator[Finding]:
             "down.",
             f"export {' '.join(f'{name}={cores}' for name in given)}",
         )
-    elif (os.cpu_count() or 1) > cores and not counts:
+    elif (os.cpu_count() or 1) > cores and not counts and not one_blas_thread.possible:
         yield Finding(
             "threads",
             ADVICE,

@@ -281,6 +281,7 @@ def _elementwise(side: int, channels: int) -> Iterator[Operation]:
         lambda layers, arrays: norm(layers, arrays)(arrays[0]),
         lambda x, weight, bias: judges.group_norm(x, weight, bias, 32),
         terms,
+        roundings=2,  # on a GPU the normalized rows, then the result
     )
     yield Operation(
         "group norm and silu",
@@ -289,6 +290,23 @@ def _elementwise(side: int, channels: int) -> Iterator[Operation]:
         lambda x, weight, bias: judges.silu(judges.group_norm(x, weight, bias, 32)),
         terms,
         roundings=3,  # the norm, the sigmoid, their product
+        elementary=1,
+    )
+
+    def in_bands(layers: Any, arrays: Sequence[Any]) -> Any:
+        bands = layers.split(arrays[0], 2, 1)
+        activate = norm(layers, arrays).silu_over(bands)
+        return layers.concatenate([activate(band) for band in bands], 1)
+
+    yield Operation(
+        "group norm and silu, in two bands",
+        values,
+        in_bands,
+        lambda x, weight, bias: judges.silu(judges.group_norm(x, weight, bias, 32)),
+        terms,
+        # The norm, the sigmoid, their product. Scale and shift, larger than their sum, are
+        # rounded in float32 only.
+        roundings=3,
         elementary=1,
     )
     rows = values[0].reshape(1, -1, channels)

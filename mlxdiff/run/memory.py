@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 from mlxdiff.convert import Component
 from mlxdiff.errors import UsageError
+from mlxdiff.machine import threads
 from mlxdiff.networks.config import AutoencoderKLConfig, ComponentConfig
 from mlxdiff.networks.cost import operations
 from mlxdiff.networks.recorder import Operation
@@ -346,7 +347,8 @@ def _numpy_bytes(op: Operation) -> int:
     if op.kind == "convolution" and op.scratch:
         values += op.inputs + min(op.scratch, max(_NUMPY_COLUMNS // 4, op.row))  # padded; unfolded
     elif op.kind == "attention":
-        values += op.outputs + min(op.scratch, max(_NUMPY_SCORES // 4, op.row))  # scaled queries
+        scores = threads.count() * _NUMPY_SCORES // 4
+        values += op.outputs + min(op.scratch, max(scores, op.row))  # scaled queries
     return 4 * values
 
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import gc
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mlxdiff.convert import Component
 from mlxdiff.run.additions import Additions
 from mlxdiff.run.kind import Network, stage_of
+from mlxdiff.weights.tensors import LazyTensor
+
+logger = logging.getLogger("mlxdiff")
+
+_LONG_TO_LOAD = 200_000_000  # bytes that take about a second from a disk
 
 
 @dataclass(frozen=True)
@@ -62,13 +68,23 @@ class NetworkCache:
             del kept  # the old network leaves memory before the new one comes
             start = time.perf_counter()
             config = component.config
+            tensors = component.tensors()
+            self._announce(network, tensors)
             dtype = self._dtype(network, config, makers)
             stored = True if self.low_memory else None
-            loaded = self.backend.load(config, component.tensors(), dtype, stored)
+            loaded = self.backend.load(config, tensors, dtype, stored)
             self.keep(network, loaded, additions)
             self.load_seconds += time.perf_counter() - start
             return loaded
         return kept.value
+
+    def _announce(self, network: Network, tensors: Mapping[str, LazyTensor]) -> None:
+        """Say why nothing seems to happen: weights are read; a GPU then compiles its kernels."""
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        gpu = self.backend.has_gpu()
+        if gpu or size >= _LONG_TO_LOAD:
+            then = "; its first use compiles kernels for the GPU" if gpu else ""
+            logger.info("loading %s, %.1f GB%s", network.name, size / 1e9, then)
 
     def widen(self, network: Network, additions: Additions) -> bool:
         """Compute a network in float32 from now on; return whether it was otherwise before."""

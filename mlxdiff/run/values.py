@@ -6,7 +6,6 @@ metadata of a picture. Each kind checks all three alike, and says in words what 
 
 from __future__ import annotations
 
-import math
 import numbers
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -198,7 +197,7 @@ class Number(Anything):
 
     def accept(self, value: Any) -> Any:
         real = isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
-        if not real or not math.isfinite(value) or not _within(value, self.least, self.most):
+        if not real or not abs(value) < 1e308 or not _within(value, self.least, self.most):
             raise Unfit(value, self.expected)
         if self.above is not None and value <= self.above:
             raise Unfit(value, self.expected)

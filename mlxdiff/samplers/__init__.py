@@ -14,7 +14,8 @@ and every step. docs/samplers.md describes each sampler. docs/extending.md shows
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -106,7 +107,8 @@ def plan(
     """
     partial = any(share is not None for share in (strength, denoising_start, denoising_end))
     altered = altered or partial  # fits are for whole runs
-    chosen = _choose(scheduler_config, sampler, schedule, steps, family, guidance, altered)
+    with _finite(sampler, steps):
+        chosen = _choose(scheduler_config, sampler, schedule, steps, family, guidance, altered)
     scheduler = chosen.scheduler
     if eta is not None and not scheduler.has_eta:
         having = [one.id for one in SAMPLERS.values() if one.scheduler.has_eta]
@@ -126,9 +128,12 @@ def plan(
             "denoising_start, denoising_end: this model takes continuous noise levels (EDM's) and "
             "has no numbered timesteps to divide between two models; draw with it alone"
         )
-    grid = chosen.grid()
-    first, last = _window(scheduler, grid, steps, strength, denoising_start, denoising_end)
-    rows = tuple(scheduler.rows(chosen.arguments, grid, first, eta or 0.0))
+    with _finite(chosen.sampler, steps):
+        grid = chosen.grid()
+        first, last = _window(scheduler, grid, steps, strength, denoising_start, denoising_end)
+        rows = tuple(scheduler.rows(chosen.arguments, grid, first, eta or 0.0))
+        if not all(row.is_finite for row in rows):
+            raise FloatingPointError
     return Plan(
         chosen.sampler,
         chosen.schedule,
@@ -152,8 +157,22 @@ def timesteps(
         the final one included, or None where the class has none.
     Raises: as `plan`.
     """
-    grid = _choose(scheduler_config, sampler, schedule, steps, family).grid()
+    with _finite(sampler, steps):
+        grid = _choose(scheduler_config, sampler, schedule, steps, family).grid()
     return grid.timesteps, grid.sigmas
+
+
+@contextmanager
+def _finite(sampler: str, steps: int) -> Iterator[None]:
+    """Turn arithmetic that fails into a ConfigError: the numbers of a file can be wild."""
+    try:
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            yield
+    except (ArithmeticError, ValueError) as error:
+        raise ConfigError(
+            f"scheduler_config.json: its numbers give no finite schedule of {steps} steps for "
+            f"sampler {sampler}; take fewer steps, another sampler, or the model's original file"
+        ) from error
 
 
 def evaluations_per_step(sampler: str) -> int:

@@ -11,11 +11,10 @@ DPM-Solver config it turns DDIM and DDPM into noise.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mlxdiff.errors import ConfigError
+from mlxdiff.errors import ConfigError, quoted
 
 # Every key of every scheduler in diffusers 0.42.1, and three keys of older files.
 KNOWN_KEYS = frozenset(
@@ -55,6 +54,10 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "solver_p": (None,),
 }
 _SIGMA_RANGE = {"sigma_min": None, "sigma_max": None}
+
+# The file can come from anyone: wild numbers overflow, or ask for endless tables.
+_LARGEST = 100_000
+_BETWEEN_0_AND_1 = ("beta_start", "beta_end")
 
 
 class SchedulerArguments(Mapping[str, Any]):
@@ -129,7 +132,7 @@ def _checked(
 
     def refuse(expected: str) -> ConfigError:
         return ConfigError(
-            f"scheduler_config.json: {key} is {value!r}; {class_name} takes {expected} here"
+            f"scheduler_config.json: {key} is {quoted(value)}; {class_name} takes {expected} here"
         )
 
     if choices is not None:
@@ -147,16 +150,26 @@ def _checked(
         least = 0 if key == "steps_offset" else 1
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise refuse(f"a whole number of at least {least}")
+        if value > _LARGEST:
+            raise refuse(f"a whole number of at most {_LARGEST}")
         return value
     if isinstance(default, float) or key in _SIGMA_RANGE:
         if value is None and default is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or value != value:  # NaN
             raise refuse("a number")
+        if key in _BETWEEN_0_AND_1 and not 0 < value < 1:
+            raise refuse("a number between 0 and 1")
+        if key in _SIGMA_RANGE and not 0 <= value:
+            raise refuse("a number of at least 0")
+        if abs(value) > _LARGEST and value != default:  # lambda_min_clipped is -inf by default
+            raise refuse(f"a number from -{_LARGEST} to {_LARGEST}")
         return float(value)
     if isinstance(default, list) or (key == "trained_betas" and value is not None):
+        least, most = (0, 1) if key == "trained_betas" else (-_LARGEST, _LARGEST)
         if not isinstance(value, (list, tuple)) or not all(
-            isinstance(number, (int, float)) for number in value
+            isinstance(number, (int, float)) and least <= number <= most for number in value
         ):
-            raise refuse("a list of numbers")
+            raise refuse(f"a list of numbers from {least} to {most}")
     return value

@@ -20,6 +20,7 @@ arithmetic is `+` and `*` on the given arrays, so NumPy and MLX run the same cod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,6 +85,11 @@ class Row:
     after_limit: tuple[float, float] = (0.0, 1.0)
     input_scale: float = 1.0
     x0: tuple[float, float] = (1.0, 0.0)
+
+    @property
+    def is_finite(self) -> bool:
+        """True if the coefficients of x, of the data and of the noise are finite."""
+        return all(map(math.isfinite, (*self.data, self.scale, *self.weights, self.noise)))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from mlxdiff.errors import one_line
+from mlxdiff.errors import UsageError, one_line
 from mlxdiff.machine.disk import read_document
 from mlxdiff.store.reference import (
     SINGLE_FILE_SUFFIXES,
@@ -56,6 +56,30 @@ def repo_folder(name: str) -> Path:
 def snapshot_folder(reference: Reference, commit: str) -> Path:
     """Return the folder that holds, or will hold, the files of one commit."""
     return repo_folder(reference.name) / "snapshots" / commit
+
+
+def snapshot_of(path: Path) -> Path:
+    """Return the snapshot in a repo's cache folder, or in a copy of one; other paths unchanged.
+
+    The snapshot is the commit of ``refs/main``, or else the only one.
+    Raises: UsageError if there are several, or none.
+    """
+    if path.name == "snapshots":
+        path = path.parent
+    snapshots = path / "snapshots"
+    if not snapshots.is_dir() or (path / "model_index.json").is_file():
+        return path
+    main = path / "refs" / "main"
+    if main.is_file() and (found := snapshots / main.read_text().strip()).is_dir():
+        return found
+    commits = sorted(folder.name for folder in snapshots.iterdir() if folder.is_dir())
+    if len(commits) != 1:
+        what = f"has the snapshots {', '.join(commits)}" if commits else "has no snapshot"
+        raise UsageError(
+            f"{path}: is a cache folder of the hub and {what}; give one folder in snapshots/, or "
+            "the hub id"
+        )
+    return snapshots / commits[0]
 
 
 def cached_bytes(name: str) -> int:

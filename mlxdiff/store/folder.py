@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from mlxdiff._version import __version__
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
 from mlxdiff.machine.disk import read_document, read_json, sha256
@@ -53,6 +55,11 @@ FORMAT_VERSION = 1
 
 QUANTIZED_VERSION = 2
 """Version of a folder with quantized weights. Readers of version 1 do not know them."""
+
+GLOBAL_SCALE_VERSION = 3
+"""Version of a folder where quantized weights have a factor for the whole tensor beside them."""
+
+VERSIONS = (FORMAT_VERSION, QUANTIZED_VERSION, GLOBAL_SCALE_VERSION)
 
 MANIFEST = "mlxdiff.json"
 COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae")
@@ -295,7 +302,10 @@ class ConvertedFolder(ModelFolder):
         rest = dict(stored)
         for name, how in how_of.items():
             stem, parts = name.removesuffix("weight"), {}
-            template = quantized(expected[name], self._float_type, how, _never)
+            scaled = self._has_global_scales and f"{stem}global_scale" in rest
+            template = quantized(
+                expected[name], self._float_type, how, _never, has_global_scale=scaled
+            )
             for part, (shape, kind) in template.parts().items():
                 found = rest.pop(stem + part, None)
                 if found is None:
@@ -307,7 +317,11 @@ class ConvertedFolder(ModelFolder):
                 else:
                     parts[part] = found
             tensors[name] = quantized(
-                expected[name], self._float_type, how, partial(_read_packed, parts, how)
+                expected[name],
+                self._float_type,
+                how,
+                partial(_read_packed, parts, how),
+                has_global_scale=scaled,
             )
         raise_faults(where, missing=missing, misshapen=misshapen)
         tensors |= rest
@@ -322,6 +336,10 @@ class ConvertedFolder(ModelFolder):
     def recipe(self) -> str | None:
         """Name of the quantization recipe, or None if the model is not quantized."""
         return self.quantization.get("recipe")
+
+    @property
+    def _has_global_scales(self) -> bool:
+        return bool(self.manifest["format_version"] == GLOBAL_SCALE_VERSION)
 
     @property
     def _float_type(self) -> str:
@@ -350,7 +368,8 @@ class ConvertedFolder(ModelFolder):
 
 def _read_packed(parts: Mapping[str, LazyTensor], how: Quantization) -> Packed:
     biases = parts["biases"].read() if "biases" in parts else None
-    return Packed(parts["weight"].read(), parts["scales"].read(), biases, how)
+    scale = np.float32(parts["global_scale"].read()) if "global_scale" in parts else None
+    return Packed(parts["weight"].read(), parts["scales"].read(), biases, how, scale)
 
 
 def _never() -> Packed:
@@ -371,11 +390,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
     version = manifest.get("format_version")
-    if version not in (FORMAT_VERSION, QUANTIZED_VERSION):
+    if type(version) is not int or version not in VERSIONS:
         raise CheckpointError(
             f"{where}: format version {version!r} is unknown to mlxdiff {__version__}, "
-            f"which reads {FORMAT_VERSION} and {QUANTIZED_VERSION}; convert the model again, or "
-            "update mlxdiff"
+            f"which reads {', '.join(map(str, VERSIONS))}; convert the model again, or update "
+            "mlxdiff"
         )
     files = manifest.get("files")
     sound = (
@@ -396,12 +415,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"{where}: family, dtype, source or files is missing or malformed; convert the model "
             "again"
         )
-    if ("quantization" in manifest) != (version == QUANTIZED_VERSION):
+    if ("quantization" in manifest) != (version > FORMAT_VERSION):
         raise CheckpointError(
             f"{where}: format version {version} does not match its quantization; convert the "
             "model again"
         )
-    if version == QUANTIZED_VERSION and not _is_quantization(manifest["quantization"]):
+    if version > FORMAT_VERSION and not _is_quantization(manifest["quantization"]):
         raise CheckpointError(f"{where}: quantization is malformed; convert the model again")
     return manifest
 
@@ -517,7 +536,7 @@ def write_folder(
             digests[name] = hashlib.sha256(content).hexdigest()
         packed = _quantization_table(tensors)
         manifest = {
-            "format_version": QUANTIZED_VERSION if packed else FORMAT_VERSION,
+            "format_version": _version(tensors),
             "mlxdiff": __version__,
             "family": source.family,
             "dtype": dtype,
@@ -556,6 +575,16 @@ def split_into_shards(
         return {f"{stem}.safetensors": groups[0]}
     total = len(groups)
     return {f"{stem}-{i:05d}-of-{total:05d}.safetensors": g for i, g in enumerate(groups, 1)}
+
+
+def _version(tensors: Mapping[str, Mapping[str, LazyTensor]]) -> int:
+    """Return the oldest version whose readers know all these tensors."""
+    packed = [
+        t for part in tensors.values() for t in part.values() if isinstance(t, QuantizedTensor)
+    ]
+    if any(tensor.has_global_scale for tensor in packed):
+        return GLOBAL_SCALE_VERSION
+    return QUANTIZED_VERSION if packed else FORMAT_VERSION
 
 
 def _quantization_table(

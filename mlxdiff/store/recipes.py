@@ -267,10 +267,58 @@ class QuantizedModel:
 
 
 def quantized_model(source: ModelSource, recipe: Recipe, dtype: str = "float16") -> ModelSource:
-    """Quantize a model by a recipe; see QuantizedModel. A model of this recipe stays unchanged."""
+    """Quantize a model by a recipe; see QuantizedModel. A model of this recipe stays unchanged.
+
+    A checkpoint that is quantized in another tool's form is dequantized first.
+    """
     if isinstance(source, ConvertedFolder) and source.recipe == recipe.name:
         return source
-    return cast(ModelSource, QuantizedModel(source, recipe, dtype))
+    return cast(ModelSource, QuantizedModel(unpacked_model(source), recipe, dtype))
+
+
+class _UnpackedModel:
+    """A model whose quantized tensors are dequantized when they are read, if ``dtype`` needs it.
+
+    Args:
+        source: the model.
+        dtype: a tensor stays packed if its scales keep their values in this type. None: unpack all.
+    """
+
+    def __init__(self, source: ModelSource, dtype: str | None) -> None:
+        self._source, self._dtype = source, dtype
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def tensors(self, component: str) -> dict[str, LazyTensor]:
+        """See ``ModelSource.tensors``."""
+        return {
+            name: self._unpacked(tensor) if isinstance(tensor, QuantizedTensor) else tensor
+            for name, tensor in self._source.tensors(component).items()
+        }
+
+    def _unpacked(self, tensor: QuantizedTensor) -> LazyTensor:
+        if self._dtype is not None and tensor.fits_exactly(self._dtype):
+            return tensor
+        return LazyTensor(tensor.shape, "F32", tensor.read, form=tensor.form, stored=tensor.stored)
+
+
+def unpacked_model(source: ModelSource, dtype: str | None = None) -> ModelSource:
+    """Dequantize the tensors of a checkpoint that MLX's form cannot hold exactly in this type.
+
+    A converted folder stays unchanged.
+
+    Args:
+        source: the model.
+        dtype: type of the scales. None: dequantize all.
+    """
+    if isinstance(source, ConvertedFolder) or not is_quantized(source):
+        return source
+    return cast(ModelSource, _UnpackedModel(source, dtype))
+
+
+AS_STORED = "as-stored"
+"""Recipe of a folder whose quantized tensors are those of its source, unchanged."""
 
 
 def is_quantized(source: ModelSource) -> bool:
@@ -286,4 +334,5 @@ def recipe_of(source: ModelSource) -> str | None:
     """Return the name of a model's quantization recipe, or None if it is not quantized."""
     if isinstance(source, QuantizedModel):
         return source.recipe.name
-    return source.recipe if isinstance(source, ConvertedFolder) else None
+    recipe = source.recipe if isinstance(source, ConvertedFolder) else None
+    return None if recipe == AS_STORED else recipe

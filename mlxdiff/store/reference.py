@@ -10,12 +10,12 @@ from mlxdiff.errors import HubError
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
 """Suffixes of files that can hold a whole model."""
 
-WEIGHT_SUFFIXES = (*SINGLE_FILE_SUFFIXES, ".bin", ".pt", ".pth")
+WEIGHT_SUFFIXES = (*SINGLE_FILE_SUFFIXES, ".gguf", ".bin", ".pt", ".pth")
 """Suffixes of all weight files."""
 
 _NAME = r"[A-Za-z0-9](?:[\w.-]*\w)?"
 _REPO_ID = re.compile(
-    rf"(?P<name>{_NAME}/{_NAME})(?P<file>(?:/[\w.()+ -]+)+\.(?:safetensors|ckpt|bin|pth?))?"
+    rf"(?P<name>{_NAME}/{_NAME})(?P<file>(?:/[\w.()+ -]+)+\.(?:safetensors|ckpt|gguf|bin|pth?))?"
     r"(?:@(?P<revision>[\w.-]+(?:/[\w.-]+)*))?",
     re.ASCII,
 )

@@ -38,7 +38,7 @@ from mlxdiff.weights.tensors import (
     TensorFile,
     foreign,
     is_unicode,
-    read_values,
+    lazy,
     shown,
 )
 
@@ -74,7 +74,7 @@ _WIDTHS = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
 }
 # Class of a storage -> dtype (None if not supported), bytes per value.
 _STORAGES: dict[str, tuple[str | None, int]] = {
@@ -110,6 +110,7 @@ _TYPES = {
         "bfloat16": "BF16",
         "float8_e4m3fn": "F8_E4M3",
         "float8_e5m2": "F8_E5M2",
+        "float8_e8m0fnu": "F8_E8M0",
         "int64": "I64",
         "int32": "I32",
         "int16": "I16",
@@ -729,9 +730,7 @@ class PickleFile:
             )
         offset = places[storage.key] + storage.start + begin
         steps = None if _contiguous(shape, strides) else strides
-        return LazyTensor(
-            shape, dtype, lambda: read_values(file, name, dtype, shape, offset, steps)
-        )
+        return lazy(file, name, dtype, shape, offset, steps)
 
 
 def open_tensors(path: Path, tables: tuple[str, ...] = ()) -> PickleFile | TensorFile:

@@ -90,12 +90,15 @@ class Packed(NamedTuple):
         scales: (..., in / group_size), floating point; uint8 in the float modes.
         biases: like scales; None in the float modes.
         quantization: bits, group size and mode.
+        global_scale: float32 factor for the whole tensor, or None for 1. MLX's own form has none;
+            files of other tools do.
     """
 
     weight: np.ndarray
     scales: np.ndarray
     biases: np.ndarray | None
     quantization: Quantization
+    global_scale: np.float32 | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -105,8 +108,25 @@ class Packed(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Number of stored bytes."""
-        biases = 0 if self.biases is None else self.biases.nbytes
-        return self.weight.nbytes + self.scales.nbytes + biases
+        parts = (self.weight, self.scales, self.biases, self.global_scale)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def is_finite(self) -> bool:
+        """Return True if no value is NaN or infinite."""
+        if self.global_scale is not None and not np.isfinite(self.global_scale):
+            return False
+        if self.biases is not None:
+            return bool(np.isfinite(self.scales).all() and np.isfinite(self.biases).all())
+        if self.quantization.mode == "nvfp4":
+            return not (self.scales & 127 == 127).any()
+        codes = self.weight.view(np.uint8)
+        floats = self.quantization.mode == "mxfp8" and (codes & 127 == 127).any()
+        return not (floats or (self.scales == 255).any())
+
+    def rows(self, choose: Callable[[np.ndarray], np.ndarray]) -> Packed:
+        """Return some of the rows. ``choose`` selects them from an array, on its first axis."""
+        biases = None if self.biases is None else choose(self.biases)
+        return self._replace(weight=choose(self.weight), scales=choose(self.scales), biases=biases)
 
 
 class Beside(NamedTuple):
@@ -134,7 +154,7 @@ def packed_shapes(shape: tuple[int, ...], how: Quantization) -> dict[str, tuple[
 
 def fits(shape: tuple[int, ...], how: Quantization) -> bool:
     """Return True if a tensor of this shape can be stored with this quantization."""
-    return len(shape) >= 2 and shape[-1] % how.group_size == 0
+    return len(shape) >= 2 and shape[-1] > 0 and shape[-1] % how.group_size == 0
 
 
 def quantize(array: np.ndarray, how: Quantization, fitted: bool = False) -> Packed:
@@ -152,7 +172,6 @@ def quantize(array: np.ndarray, how: Quantization, fitted: bool = False) -> Pack
             "size that divides its last axis"
         )
     groups = np.ascontiguousarray(array).reshape(-1, how.group_size)
-    shapes = packed_shapes(array.shape, how)
     codes = np.empty(groups.shape, np.uint8)
     kind = array.dtype if how.mode == "affine" else np.dtype(np.uint8)
     scales = np.empty(len(groups), kind)
@@ -166,8 +185,21 @@ def quantize(array: np.ndarray, how: Quantization, fitted: bool = False) -> Pack
             codes[part], scales[part], biases[part] = affine(groups[part], how.bits)
 
     _for_each(work, _parts(len(groups), how.group_size))
+    return packed(codes.reshape(array.shape), scales, biases, how)
+
+
+def packed(
+    codes: np.ndarray, scales: np.ndarray, biases: np.ndarray | None, how: Quantization
+) -> Packed:
+    """Pack integers as MLX stores them.
+
+    Args:
+        codes: (..., in) uint8, below 2**bits.
+        scales, biases: one for each group, of any shape; see Packed.
+    """
+    shapes = packed_shapes(codes.shape, how)
     return Packed(
-        _pack(codes.reshape(-1, array.shape[-1]), how.bits).reshape(shapes["weight"]),
+        _pack(codes.reshape(-1, codes.shape[-1]), how.bits).reshape(shapes["weight"]),
         scales.reshape(shapes["scales"]),
         None if biases is None else biases.reshape(shapes["biases"]),
         how,
@@ -190,10 +222,16 @@ def dequantize(packed: Packed, dtype: Any = np.float32) -> np.ndarray:
         if biases is not None:
             np.multiply(codes[part], scales[part].astype(dtype), out=out[part], casting="unsafe")
             out[part] += biases.reshape(-1, 1)[part].astype(dtype)
+            if packed.global_scale is not None:
+                out[part] *= packed.global_scale
         else:
             values = (_E2M1 if how.bits == 4 else E4M3)[codes[part]]
-            factor = E4M3[scales[part]] if how.mode == "nvfp4" else _e8m0(scales[part])
-            np.multiply(values, factor, out=out[part], casting="unsafe")
+            factor = (E4M3 if how.mode == "nvfp4" else E8M0)[scales[part]]
+            # Exact: both have few bits. So a global scale rounds each value once.
+            values = values * factor
+            if packed.global_scale is not None:
+                values *= packed.global_scale
+            out[part] = values
 
     _for_each(work, _parts(len(codes), how.group_size))
     return out.reshape(packed.shape)
@@ -205,11 +243,8 @@ def _parts(rows: int, width: int) -> list[slice]:
 
 
 def _for_each(work: Callable[[slice], None], parts: list[slice]) -> None:
-    """Run the work for all parts, on several threads if there is more than one part."""
-    if len(parts) == 1:
-        work(parts[0])
-    else:
-        list(threads.pool().map(work, parts))
+    """Run the work for all parts, on several threads."""
+    threads.for_each(work, parts, len(parts))
 
 
 def _round_affine(w: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -367,6 +402,10 @@ E4M3 = _e4m3_values()
 """Byte of the 8-bit float e4m3 -> its value."""
 
 
+E5M2 = (np.arange(256, dtype=np.uint16) << 8).view(np.float16).astype(np.float32)
+"""Byte of the 8-bit float e5m2 -> its value. It is the upper half of a float16."""
+
+
 @cache
 def _e4m3_midpoints() -> np.ndarray:
     """Return the midpoints between neighbours of the values 0 ... 448."""
@@ -385,7 +424,11 @@ def _to_e4m3(x: np.ndarray) -> np.ndarray:
     return code.astype(np.uint8)
 
 
-def _e8m0(exponents: np.ndarray) -> np.ndarray:
-    """Return the powers of two that these bytes encode."""
-    powers: np.ndarray = np.ldexp(np.float32(1), exponents.astype(np.int32) - 127)
-    return powers
+def _e8m0_values() -> np.ndarray:
+    """Compute the power of two of each byte. Source: OCP "Microscaling formats" v1.0, 5.4.1."""
+    powers = np.ldexp(1.0, np.arange(255) - 127)
+    return np.append(powers, np.nan).astype(np.float32)
+
+
+E8M0 = _e8m0_values()
+"""Byte of the 8-bit exponent e8m0 -> its value."""

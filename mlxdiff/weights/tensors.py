@@ -18,7 +18,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from mlxdiff.errors import CheckpointError, ConfigError, one_line, quoted, short
 from mlxdiff.machine.disk import SourceFile, read_json
 from mlxdiff.weights.quantization import (
     E4M3,
+    E5M2,
+    E8M0,
     Beside,
     Packed,
     Quantization,
@@ -59,7 +61,11 @@ _STORED: dict[str, tuple[int, str]] = {
     "BOOL": (1, "|b1"),
     "F8_E4M3": (1, "|u1"),
     "F8_E5M2": (1, "|u1"),
+    "F8_E8M0": (1, "|u1"),
 }
+EIGHT_BITS = {"F8_E4M3": E4M3, "F8_E5M2": E5M2, "F8_E8M0": E8M0}
+"""8-bit type -> value of each byte."""
+
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types that weights in a converted folder can have."""
 
@@ -68,6 +74,11 @@ READABLE = (*FLOATS, "F8_E4M3", "F8_E5M2")
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """User's name of each type that mlxdiff writes -> its name in safetensors."""
+
+
+def width_of(dtype: str) -> int:
+    """Return the bytes of a value of this stored type."""
+    return _STORED[dtype][0]
 
 
 @dataclass(frozen=True)
@@ -79,11 +90,20 @@ class LazyTensor:
         dtype: safetensors' name of the stored type ("F16", "BF16", ...).
         read: reads the values. BF16 and the 8-bit floats become float32, exactly. The array may be
             read-only. Raises: CheckpointError.
+        form: name of the form that ``read`` decodes, for example "gguf q4_K". Empty if the file
+            stores the values themselves, in ``dtype``.
+        stored: bytes of the form in the file; 0 without a form.
+        bits: for the 8-bit floats, reads the stored bytes as uint8. None for other types.
     """
 
     shape: Shape
     dtype: str
     read: Callable[[], np.ndarray] = field(repr=False, compare=False)
+    form: str = field(default="", kw_only=True)
+    stored: int = field(default=0, kw_only=True)
+    bits: Callable[[], np.ndarray] | None = field(
+        default=None, repr=False, compare=False, kw_only=True
+    )
 
     @property
     def size(self) -> int:
@@ -92,8 +112,13 @@ class LazyTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the stored values."""
+        """Bytes of the values in ``dtype``."""
         return self.size * _STORED[self.dtype][0]
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes that the tensor takes in its file."""
+        return self.stored or self.nbytes
 
 
 @dataclass(frozen=True)
@@ -104,23 +129,37 @@ class QuantizedTensor(LazyTensor):
         dtype: type name of the stored scales (in the float modes: of scales that would be stored).
         quantization: how the tensor is stored.
         read_packed: reads the stored arrays. Raises: CheckpointError.
+        has_global_scale: True if a factor for the whole tensor is stored beside the scales.
     """
 
     quantization: Quantization
     read_packed: Callable[[], Packed] = field(repr=False, compare=False)
+    has_global_scale: bool = field(default=False, kw_only=True)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weight, scales and biases."""
+        """Bytes of weight, scales, biases and global scale."""
         return sum(math.prod(shape) * _STORED[kind][0] for shape, kind in self.parts().values())
 
     def parts(self) -> dict[str, tuple[Shape, str]]:
-        """Return name of each stored array ("weight", "scales", "biases") -> shape, type."""
+        """Return name of each stored array -> shape, type.
+
+        The names are "weight", "scales", "biases" (affine) and "global_scale" (if it has one).
+        """
         scales = self.dtype if self.quantization.mode == "affine" else "U8"
-        return {
+        parts = {
             part: (shape, "U32" if part == "weight" else scales)
             for part, shape in packed_shapes(self.shape, self.quantization).items()
         }
+        return parts | {"global_scale": ((), "F32")} if self.has_global_scale else parts
+
+    def fits_exactly(self, dtype: str) -> bool:
+        """Return True if scales and biases keep their values in this type.
+
+        Args:
+            dtype: "float32", "float16" or "bfloat16".
+        """
+        return self.quantization.mode != "affine" or DTYPES[dtype] in (self.dtype, "F32")
 
 
 @dataclass(frozen=True)
@@ -137,10 +176,29 @@ class AdaptedTensor(QuantizedTensor):
 
 
 def quantized(
-    shape: Shape, dtype: str, how: Quantization, read_packed: Callable[[], Packed]
+    shape: Shape,
+    dtype: str,
+    how: Quantization,
+    read_packed: Callable[[], Packed],
+    *,
+    has_global_scale: bool = False,
+    form: str = "",
+    stored: int = 0,
 ) -> QuantizedTensor:
-    """Make a lazy tensor whose stored arrays come from ``read_packed``."""
-    return QuantizedTensor(shape, dtype, lambda: dequantize(read_packed()), how, read_packed)
+    """Make a lazy tensor whose stored arrays come from ``read_packed``.
+
+    Args: see QuantizedTensor.
+    """
+    return QuantizedTensor(
+        shape,
+        dtype,
+        lambda: dequantize(read_packed()),
+        how,
+        read_packed,
+        has_global_scale=has_global_scale,
+        form=form,
+        stored=stored,
+    )
 
 
 def quantize_tensor(
@@ -234,12 +292,29 @@ class TensorFile:
             raise self._fault(
                 f"tensor {name!r} has {stop - begin} bytes; {dtype} {shape} needs {size}"
             )
-        offset, shape = start + begin, tuple(shape)
-        return (
-            LazyTensor(shape, dtype, lambda: read_values(file, name, dtype, shape, offset)),
-            begin,
-            stop,
-        )
+        tensor = lazy(file, name, dtype, tuple(shape), start + begin)
+        return tensor, begin, stop
+
+
+def lazy(
+    file: SourceFile,
+    name: str,
+    dtype: str,
+    shape: Shape,
+    offset: int,
+    strides: tuple[int, ...] | None = None,
+) -> LazyTensor:
+    """Make the lazy tensor of these bytes of a file. Args: see ``read_values``."""
+
+    def bits() -> np.ndarray:
+        return read_values(file, name, "U8", shape, offset, strides)
+
+    return LazyTensor(
+        shape,
+        dtype,
+        lambda: read_values(file, name, dtype, shape, offset, strides),
+        bits=bits if dtype.startswith("F8_") else None,
+    )
 
 
 def _are_sizes(values: Any) -> bool:
@@ -341,7 +416,7 @@ def foreign(prefix: bytes, size: int) -> str | None:
     if prefix.startswith(b"version "):
         return "is a Git LFS pointer, not the weights; run `git lfs pull` in its repository"
     if prefix.startswith(b"GGUF"):
-        return "is a GGUF file, which is not supported; use the safetensors file of the same model"
+        return "is a GGUF file; give it as a model (-m), or use the safetensors file instead"
     if prefix.lstrip().startswith(b"<"):
         return "is a web page, not the weights; download it again"
     return None
@@ -394,10 +469,8 @@ def _decoded(bits: np.ndarray, dtype: str) -> np.ndarray:
     values = bits
     if dtype == "BF16":
         values = (bits.astype(np.uint32) << 16).view(np.float32)
-    elif dtype == "F8_E5M2":  # the upper half of a float16
-        values = (bits.astype(np.uint16) << 8).view(np.float16).astype(np.float32)
-    elif dtype == "F8_E4M3":
-        values = E4M3[bits]
+    elif dtype in EIGHT_BITS:
+        values = EIGHT_BITS[dtype][bits]
     return values
 
 
@@ -523,10 +596,14 @@ def stored_arrays(
 
     def part_of(part: str, kind: str) -> Callable[[Any], np.ndarray]:
         def get(packed: Packed) -> np.ndarray:
-            values: np.ndarray = getattr(packed, part)
-            return values if kind in ("U32", "U8") else cast(values, dtype, label)
+            values: np.ndarray = np.asarray(getattr(packed, part))
+            if part == "global_scale" or kind in ("U32", "U8"):
+                return values
+            return cast(values, dtype, label)
 
         return get
+
+    tensor = replace(tensor, dtype=DTYPES[dtype])
 
     return {
         stem + part: (shape, kind, part_of(part, kind))
@@ -582,7 +659,7 @@ def write_safetensors(
                 loaded = tensor.read()
             size = 0
             for part, (shape, _, get) in arrays[name].items():
-                values = np.ascontiguousarray(get(loaded))
+                values = np.asarray(get(loaded), order="C")
                 if values.shape != shape:
                     raise AssertionError(f"{part}: read {values.shape}, announced {shape}")
                 put(values.reshape(-1).view(np.uint8).data)
@@ -594,5 +671,5 @@ def write_safetensors(
 def stored_bytes(tensor: LazyTensor, dtype: str) -> int:
     """Return the bytes of a tensor in a converted folder of this type."""
     if isinstance(tensor, QuantizedTensor):
-        return tensor.nbytes
+        return replace(tensor, dtype=DTYPES[dtype]).nbytes
     return tensor.size * _STORED[DTYPES[dtype]][0]

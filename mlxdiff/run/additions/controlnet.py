@@ -194,7 +194,13 @@ class ControlNet(Addition):
         """
         opened = []
         for path in paths:
-            one = open_controlnet(path, model.unet_config, fetch.variant, fetch.progress)
+            one = open_controlnet(
+                path,
+                model.unet_config,
+                fetch.variant,
+                fetch.progress,
+                lambda: model.source.tensors("unet"),
+            )
             _check_latents(one.config, model, path)
             opened.append(cls(one))
         return tuple(opened)

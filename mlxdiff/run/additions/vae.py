@@ -35,8 +35,13 @@ class AnotherVAE(Addition):
             paths: one, as ``convert.open_vae`` takes it.
         Raises: CheckpointError, ConfigError, HubError; UsageError if its latents are others.
         """
-        opened = [open_vae(path, fetch.variant, fetch.progress) for path in paths]
-        own = model.source.config("vae") if opened else None
+        paths = list(paths)
+        if not paths:
+            return ()
+        source = model.source
+        own = source.config("vae")
+        replaced = Component(own, lambda: source.tensors("vae"), source.provenance)
+        opened = [open_vae(path, fetch.variant, fetch.progress, replaced) for path in paths]
         for vae in opened:
             for name in ("latent_channels", "factor"):
                 expected, found = getattr(own, name), getattr(vae.config, name)
