@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -35,7 +36,7 @@ from mlxdiff.serve.shelf import Shelf
 class FakePipeline:
     """Draws a plain picture in 4 steps, or as many as it is asked for. Keeps what it was given.
 
-    The prompt "fail" is refused; "fault" is a fault; "slow" takes 20 ms a step.
+    The prompt "fail" is refused; "fault" is a fault; "note" warns; "slow" takes 20 ms a step.
     """
 
     made: ClassVar[list[FakePipeline]] = []
@@ -64,6 +65,8 @@ class FakePipeline:
             raise UsageError("steps is 3; expected another number")
         if prompt == "fault":
             raise ZeroDivisionError("nobody expected this")
+        if prompt == "note":
+            logging.getLogger("mlxdiff").warning("%s has no effect", "eta")
         steps = options.get("steps", 4)
         size = options.get("width", 64), options.get("height", 64)
         image = Image.new("RGB", size, (seed % 256, 0, 0))
@@ -140,11 +143,12 @@ def running(
     limits: Limits | None = None,
     shelf: Shelf | None = None,
     limit: int = 10_000_000,
+    loading: Mapping[str, Any] | None = None,
     **engine: Any,
 ) -> Iterator[Server]:
     """Run a server."""
     listener = listen("127.0.0.1", 0)
-    made = Engine(Gallery(folder, limit), {}, **engine)
+    made = Engine(Gallery(folder, limit), loading, **engine)
     desk = Desk(made, shelf or Shelf(), limits or Limits())
     runner = server(desk, policy or Policy())
     thread = threading.Thread(target=lambda: runner.run(sockets=[listener]), daemon=True)

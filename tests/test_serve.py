@@ -135,6 +135,27 @@ def test_a_restart_says_which_jobs_were_lost(tmp_path: Path, fake: type[FakePipe
     assert gallery.unfinished() == []
 
 
+def test_a_stop_in_order_says_it_too(tmp_path: Path, fake: type[FakePipeline]) -> None:
+    engine = Engine(Gallery(tmp_path, 10**7))
+    job = engine.submit(order("slow", steps=200))
+    while job.step < 1:
+        time.sleep(0.002)
+    engine.close()
+    again = Engine(Gallery(tmp_path, 10**7))
+    lost = again.job(job.id)
+    assert job.state == "cancelled" and lost is not None and lost.state == "lost"
+    again.close()
+
+
+def test_notes_go_to_the_job_that_they_are_about(
+    engine: Engine, fake: type[FakePipeline], capfd: pytest.CaptureFixture[str]
+) -> None:
+    first, second = engine.submit(order("note")), engine.submit(order())
+    assert first.wait(10) and second.wait(10)
+    assert first.notes == ["eta has no effect"] and second.notes == []
+    assert capfd.readouterr().err == ""
+
+
 def test_pictures_that_were_sent_leave_memory_with_the_job(engine: Engine) -> None:
     job = engine.submit(order(image=Image.new("RGB", (8, 8))))
     assert job.wait(10) and job.order is not None

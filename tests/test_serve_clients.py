@@ -17,6 +17,7 @@ from PIL import Image
 from serving import FakePipeline, Server, fake, running
 
 import mlxdiff
+from mlxdiff.serve.shelf import Shelf
 
 __all__ = ["fake"]
 
@@ -271,14 +272,72 @@ def test_webui_progress_skip_and_interrupt(tmp_path: Path, fake: type[FakePipeli
         assert len(results) == 1 and results[0].images == []
 
 
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+@pytest.fixture(scope="module")
+def equipped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with the LoRA and the ControlNet of the examples."""
+    loras = EXAMPLES / "train_lora"
+    shelf = Shelf((), {"loras": [loras], "controlnets": [EXAMPLES / "train_control"]})
+    folder = tmp_path_factory.mktemp("equipped")
+    with running(folder, shelf=shelf, loading={"lora_folder": loras}) as one:
+        yield one
+
+
+def test_webui_draws_with_a_lora_of_the_prompt(equipped: Server) -> None:
+    module = pytest.importorskip("webuiapi")
+    client = module.WebUIApi(port=equipped.port, sampler="Euler", steps=2)
+    prompt = f"{PROMPT} <lora:outline:0.8>"
+    result = client.txt2img(prompt=prompt, seed=7, cfg_scale=4, width=64, height=64)
+    pipe = mlxdiff.load(lora_folder=EXAMPLES / "train_lora")
+    expected = pipe.generate(
+        prompt, seed=7, steps=2, guidance=4.0, sampler="euler", prompt_syntax="a1111"
+    )
+    assert same(result.image, expected.images[0])
+    assert [one["name"] for one in client.get_loras()] == ["outline"]
+    client.session.close()
+
+
+def test_webui_draws_with_a_controlnet(equipped: Server, drawn: Image.Image) -> None:
+    module = pytest.importorskip("webuiapi")
+    client = module.WebUIApi(port=equipped.port, sampler="Euler", steps=2)
+    assert client.controlnet_model_list() == ["edges"]
+    unit = module.ControlNetUnit(image=drawn, module="canny", model="edges", weight=0.9)
+    result = client.txt2img(
+        prompt=PROMPT, seed=7, cfg_scale=4, width=64, height=64, controlnet_units=[unit]
+    )
+    pipe = mlxdiff.load(controlnets=EXAMPLES / "train_control/edges")
+    expected = pipe.generate(
+        PROMPT,
+        seed=7,
+        steps=2,
+        guidance=4.0,
+        sampler="euler",
+        prompt_syntax="a1111",
+        control_image=drawn,
+        control_scale=0.9,
+        control_preprocess="edges",
+    )
+    assert same(result.image, expected.images[0])
+    client.session.close()
+
+
+def test_own_api_draws_with_a_lora(equipped: Server) -> None:
+    lora = {"name": "outline", "scale": 0.8}
+    given = {"prompt": PROMPT, "seed": 7, "steps": 2, "loras": [lora]}
+    job = equipped.finished(equipped.ask("POST", "/api/jobs", given)[1]["id"])
+    data = equipped.ask("GET", f"/api/pictures/{job['drawn'][0]['id']}.png")[1]
+    pipe = mlxdiff.load(loras=[(EXAMPLES / "train_lora/outline.safetensors", 0.8)])
+    expected = pipe.generate(PROMPT, seed=7, steps=2).images[0]
+    assert same(Image.open(io.BytesIO(data)), expected)
+
+
 def test_webui_controlnet_units_are_named(server: Server) -> None:
     unit = {"model": "edges", "image": "x", "weight": 1.0, "module": "none"}
     body = {"prompt": PROMPT, "alwayson_scripts": {"controlnet": {"args": [unit]}}}
     status, answer, _ = server.ask("POST", "/sdapi/v1/txt2img", body)
     assert status == 404 and "controlnet 'edges'" in answer["detail"]
-
-
-# Model Context Protocol
 
 
 def test_json_of_everything(server: Server) -> None:

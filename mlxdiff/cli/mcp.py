@@ -30,7 +30,7 @@ def mcp(quiet: bool, **given: Any) -> None:
 
     Tools: generate, edit, info, models.
     """
-    show_notes(quiet)
+    show_notes(quiet=True)  # notes are for who asked, and stand in the job
     if importlib.util.find_spec("mcp") is None:
         raise UsageError("mlxdiff mcp needs mcp; install it: pip install 'mlxdiff[mcp]'")
     from mlxdiff.serve.mcp import run

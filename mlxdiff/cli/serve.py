@@ -135,7 +135,7 @@ def serve(
     \b
     mlxdiff serve -m sd15 --loras ~/loras
     """  # fmt: skip
-    show_notes(quiet)
+    show_notes(quiet=True)  # notes are for who asked, and stand in the job
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise UsageError(
             f"the server needs {', '.join(missing)}; install it: pip install 'mlxdiff[server]'"

@@ -109,6 +109,7 @@ class Job:
         fetched, to_fetch: bytes, while files are fetched.
         preview: PNG of the picture as it is expected to be; None: there is none yet.
         drawn: finished pictures.
+        notes: warnings, such as of options without effect.
         error: why it failed; None if it did not.
         fault: whether mlxdiff is to blame, not the request.
         created, started, ended: seconds since 1970.
@@ -124,6 +125,7 @@ class Job:
         self.picture = self.step = self.steps = self.fetched = self.to_fetch = 0
         self.preview: bytes | None = None
         self.drawn: list[Drawn] = []
+        self.notes: list[str] = []
         self.error: MlxdiffError | None = None
         self.fault = False
         self.created = time.time()
@@ -182,6 +184,7 @@ class Job:
             "to_fetch": self.to_fetch,
             "has_preview": self.preview is not None,
             "drawn": [{"id": one.id, "seed": one.seed} for one in self.drawn],
+            "notes": list(self.notes),
             "error": None if self.error is None else str(self.error),
             "created": self.created,
             "started": self.started,
@@ -263,6 +266,20 @@ class Job:
             raise _Stop
 
 
+class _Notes(logging.Handler):
+    """Gives the library's warnings to the job that they are about; they may quote its prompt."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.thread: int | None = None
+        self.job: Job | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        job, message = self.job, record.getMessage()
+        if job is not None and record.thread == self.thread and message not in job.notes:
+            job.notes.append(message)
+
+
 class Engine:
     """Draws the pictures of jobs, one after the other.
 
@@ -294,6 +311,7 @@ class Engine:
         self._wake = threading.Condition()
         self._closed = False
         self._picture_seconds = 5.0
+        self._notes = _Notes()
         for job_id in gallery.unfinished():
             lost = Job(None, job_id)
             lost._finish("lost", UsageError("the server was stopped before this job was done"))
@@ -361,7 +379,12 @@ class Engine:
             job.ahead = index + running
 
     def _remember(self) -> None:
-        """Write down which jobs are under way, so that a restart can say which were lost."""
+        """Write down which jobs are under way, so that a restart can say which were lost.
+
+        What is under way when the engine is closed stays written down.
+        """
+        if self._closed:
+            return
         now = [] if self.current is None else [self.current]
         self.gallery.remember_unfinished([job.id for job in (*now, *self._waiting)])
         ended = [job_id for job_id, job in self._jobs.items() if job.has_ended]
@@ -371,7 +394,11 @@ class Engine:
     # In the engine's thread
 
     def _work(self) -> None:
+        notes = self._notes
+        notes.thread = threading.get_ident()
+        logger.addHandler(notes)
         while (job := self._next()) is not None:
+            notes.job = job
             try:
                 self._run(job)
             except _Stop:
@@ -389,7 +416,9 @@ class Engine:
                 self.current = None
                 self._count_ahead()
                 self._remember()
+            notes.job = None
             del job
+        logger.removeHandler(notes)
         self._unload()
 
     def _next(self) -> Job | None:

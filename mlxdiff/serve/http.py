@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import logging
 import re
 import socket
 from importlib import resources
@@ -24,8 +23,6 @@ from mlxdiff.serve.desk import Desk, Endpoint, headers_of, status_of
 from mlxdiff.serve.guard import Guard, Policy
 from mlxdiff.serve.openai_api import OpenAIAPI
 from mlxdiff.serve.own_api import OwnAPI, openapi
-
-logger = logging.getLogger("mlxdiff")
 
 CONNECTIONS = 256
 """Connections at a time; more are answered with 503."""
@@ -85,8 +82,8 @@ async def _failed(request: Request, cause: Exception) -> Response:
 
 
 async def _faulty(request: Request, cause: Exception) -> Response:
-    logger.error("a fault of mlxdiff: %s: %s", type(cause).__name__, cause)
-    return await _failed(request, HTTPException(500, "a fault of mlxdiff; see what it printed"))
+    message = f"a fault of mlxdiff: {type(cause).__name__}; what it printed says more"
+    return await _failed(request, HTTPException(500, message))
 
 
 def _page() -> Any:

@@ -109,7 +109,7 @@ class Tools:
             for one in job.drawn
         ]
         files = [None if one.id is None else f"{one.id}.png" for one in job.drawn]
-        said = {"seeds": [one.seed for one in job.drawn], "files": files}
+        said = {"seeds": [one.seed for one in job.drawn], "files": files, "notes": job.notes}
         text = types.TextContent(type="text", text=json.dumps(said))
         return types.CallToolResult(content=[*pictures, text])
 
