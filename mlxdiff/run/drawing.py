@@ -357,7 +357,7 @@ class Run(Iterator[Step]):
 
 
 class _Work:
-    """What a run has done so far.
+    """The progress of a run.
 
     Attributes:
         timings: of the picture that is drawn now.
