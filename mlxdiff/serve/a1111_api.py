@@ -21,7 +21,8 @@ from starlette.responses import JSONResponse, Response
 from mlxdiff.errors import UsageError
 from mlxdiff.pictures import encoded, metadata
 from mlxdiff.pictures.image import png_bytes
-from mlxdiff.pictures.metadata import SAMPLER_NAMES, SCHEDULE_NAMES, UPSCALER_NAMES
+from mlxdiff.pictures.metadata import UPSCALER_NAMES
+from mlxdiff.samplers.names import SAMPLER_NAMES, SCHEDULE_NAMES
 from mlxdiff.serve.desk import Desk, Endpoint, json_body
 from mlxdiff.serve.engine import Job
 from mlxdiff.serve.request import picture_of
