@@ -717,7 +717,8 @@ def _changed(tensor: LazyTensor, deltas: list[Scaled], packed: bool) -> LazyTens
 
     def read() -> np.ndarray:
         weight = tensor.read().astype(np.float32)
-        return weight + _sum(weight, deltas)
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused
+            return weight + _sum(weight, deltas)
 
     if not packed or not isinstance(tensor, QuantizedTensor):
         return LazyTensor(tensor.shape, "F32", read)
