@@ -69,7 +69,7 @@ class Said:
 
 @dataclass(frozen=True)
 class Marks:
-    """What is said about the training; None or empty: nothing.
+    """Facts about the training; None or empty if unknown.
 
     Attributes:
         prediction: "epsilon", "v_prediction" or "sample".

@@ -318,6 +318,8 @@ class _Shelf:
     def _remember(self, reference: Reference, variant: str | None, seen: _LookUp) -> None:
         try:
             with self._locked("index"):
+                for leftover in self.path.glob(".index.*"):  # of a process that was killed
+                    leftover.unlink()
                 index = self._read() | {_question(reference, variant): vars(seen)}
                 new = self._index.with_name(f".index.{uuid.uuid4().hex[:8]}")
                 new.write_text(json.dumps({"seen": index}, indent=1), encoding="utf-8")

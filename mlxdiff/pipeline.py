@@ -312,7 +312,7 @@ class Pipeline:
 
     @property
     def backend(self) -> Any:
-        """What it computes on."""
+        """The backend that computes."""
         return self.model.backend
 
     def encode_prompt(
@@ -368,7 +368,7 @@ class Pipeline:
         low_memory: bool = False,
         quantize: int | None = None,
     ) -> Estimate:
-        """How much memory a run of these settings takes.
+        """Estimate the memory of a run of these settings.
 
         Args:
             scale: divides the picture's sides.

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 CONTEXT_LENGTH = 77
 """Length of the input of every CLIP text encoder that Stable Diffusion uses."""
 
+MAX_LENGTH = 100_000
+"""Longest prompt, in characters: some 400 times what a text encoder takes at once."""
+
 MAX_ID = 1 << 20
 """Ids are below this. CLIP has 49408; the largest vocabularies of other models have 262144."""
 
@@ -246,6 +249,7 @@ class Tokenizer:
         for token in self._backend.get_added_tokens_decoder().values():
             text = text.replace(token.content, " ")
         _check_unicode(text, "the prompt")
+        check_length(text)
         # Not unicodedata: a row of combining marks takes it quadratic time.
         words = re.findall(r"[^\W_]+", self._backend.normalizer.normalize_str(text))
         return [word for word in words if word not in self.known_words]
@@ -259,7 +263,16 @@ class Tokenizer:
         if not isinstance(text, str):
             raise UsageError(f"a prompt must be text, not {type(text).__name__}")
         _check_unicode(text, "the prompt")
+        check_length(text)
         return self._backend.encode(text, add_special_tokens=False)
+
+
+def check_length(text: str) -> None:
+    """Raise UsageError if a prompt has more than MAX_LENGTH characters."""
+    if len(text) > MAX_LENGTH:
+        raise UsageError(
+            f"the prompt has {len(text)} characters; at most {MAX_LENGTH} are read; shorten it"
+        )
 
 
 def _check_unicode(text: str, what: str) -> None:

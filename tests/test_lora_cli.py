@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import lora_files
 import numpy as np
 import pytest
+from fake_hub import serve
 from test_cli import QUICK, error_of, generate, pixels, run, texts
 
 from mlxdiff.cli.loras import Asked, parse
@@ -80,3 +82,39 @@ def test_errors(here: Path) -> None:
     (here / "damaged.safetensors").write_bytes(path.read_bytes()[:-9])
     assert "truncated" in error_of(generate("a", "--lora", "damaged.safetensors", *QUICK))
     assert not list(here.glob("*.png"))
+
+
+def test_a_lora_from_the_hub(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the name of its repo or of its file; the second time without a network."""
+    local = lora_files.write("sd15-kohya", here)
+    data = local.read_bytes()
+    for name in list(os.environ):
+        if name.startswith("HF_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_HOME", str(here / "home"))
+    files = {"README.md": "x", "style.safetensors": data}
+    expected = generate("a", "-s", "1", "-o", "x.png", "--lora", f"{local}:0.5", *QUICK)
+    assert expected.exit_code == 0, expected.output
+    with serve(files, monkeypatch):
+        for i, asked in enumerate(("org/name", "org/name/style.safetensors@main")):
+            given = ("--lora", f"{asked}:0.5", "-o", f"{i}.png")
+            result = generate("a", "-s", "1", *given, *QUICK)
+            assert result.exit_code == 0, result.output
+            assert "LoRA style.safetensors at 0.5" in result.stderr
+            np.testing.assert_array_equal(pixels(here / "x.png"), pixels(here / f"{i}.png"))
+        assert "no such LoRA" in error_of(generate("a", "--lora", "other/name", *QUICK))
+        missing = error_of(generate("a", "--lora", "org/name/none.safetensors", *QUICK))
+        assert "none.safetensors" in missing
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = generate("a", "-s", "1", "--lora", "org/name:0.5", "-o", "off.png", *QUICK)
+    assert result.exit_code == 0, result.output
+
+
+def test_a_repo_with_several_loras_lists_them(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("HF_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_HOME", str(here / "home"))
+    with serve({"a.safetensors": "a", "b.safetensors": "b"}, monkeypatch):
+        message = error_of(generate("a", "--lora", "org/name", *QUICK))
+    assert "org/name/a.safetensors, org/name/b.safetensors" in message

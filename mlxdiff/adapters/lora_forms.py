@@ -465,7 +465,7 @@ class Delta:
 
     @property
     def reads_weight(self) -> bool:
-        """Whether the change depends on the weight."""
+        """Return True if the change depends on the weight."""
         return self.form.reads_weight or self.magnitude is not None
 
     def factors(self) -> tuple[np.ndarray, np.ndarray] | None:

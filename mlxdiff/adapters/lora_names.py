@@ -31,7 +31,7 @@ class Part:
 
 
 class Named(NamedTuple):
-    """What a tensor's name says: part of which module, in which network of the file."""
+    """The parsed name of a tensor: its part, its module, and the network in the file."""
 
     module: str
     part: str

@@ -337,7 +337,7 @@ class GroupNorm(Module):
         return silu(self(x))
 
     def over(self, bands: Sequence[np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
-        """What normalizes each part of a feature map that is given as bands of rows."""
+        """Return a function that normalizes each band of a feature map given as bands of rows."""
         factors = [self._factors([_rows(b[i]) for b in bands]) for i in range(len(bands[0]))]
 
         def normalize(x: np.ndarray) -> np.ndarray:
@@ -356,7 +356,7 @@ class GroupNorm(Module):
         return normalize
 
     def silu_over(self, bands: Sequence[np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
-        """What gives the silu of each normalized band."""
+        """Return a function that gives the silu of each normalized band."""
         normalize = self.over(bands)
         return lambda x: silu(normalize(x))
 

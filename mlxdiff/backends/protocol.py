@@ -1,4 +1,4 @@
-"""What a backend offers: it loads networks, converts arrays, and reports on its device."""
+"""The interface of a backend: it loads networks, converts arrays, and reports on its device."""
 
 from __future__ import annotations
 

@@ -70,21 +70,10 @@ from mlxdiff.run.values import Unfit
 def convert(
     source: str,
     dest: str,
-    dtype: str,
-    quantize: str | None,
-    group_size: int | None,
-    recipe: str | None,
-    to: str,
     loras: tuple[str, ...],
-    revision: str | None,
-    variant: str | None,
-    config: str | None,
-    prediction_type: str | None,
-    zero_snr: bool | None,
-    ema: bool,
-    force: bool,
     as_json: bool,
     quiet: bool,
+    **options: Any,
 ) -> None:
     """Convert SOURCE (a diffusers folder, a single file or a hub id) to DEST.
 
@@ -95,24 +84,7 @@ def convert(
     show_notes(quiet)
     start = time.perf_counter()
     with ProgressBar("converting", quiet) as progress:
-        report = run(
-            source,
-            dest,
-            dtype=dtype,
-            revision=revision,
-            variant=variant,
-            force=force,
-            progress=progress,
-            config=config,
-            prediction_type=prediction_type,
-            zero_snr=zero_snr,
-            ema=ema,
-            quantize=quantize,
-            group_size=group_size,
-            recipe=recipe,
-            to=to,
-            change=_baked(loras),
-        )
+        report = run(source, dest, change=_baked(loras), progress=progress, **options)
     if as_json:
         click.echo(json.dumps(report.to_dict()))
     else:

@@ -1,4 +1,4 @@
-"""What becomes of the pictures of a command: files, a report, previews, progress.
+"""Output of a command: files, a report, previews, progress.
 
 A picture that is finished is not lost: it is written before the next group is drawn, and whatever
 fails afterwards (a signal, a closed terminal, a full disk) comes second.

@@ -119,7 +119,7 @@ def _leads_away(name: str) -> bool:
 
 
 def _missing(entry: Option, names: Any, path: str | None) -> str:
-    """Which pictures a run needs again."""
+    """Name the pictures that a run needs again."""
     what = entry.name.replace("_", " ")
     named = " and ".join([names] if isinstance(names, str) else names)
     return f"{path}: was drawn with the {what} {named}: give it with {entry.flag}"

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 PATIENCE = 5.0
@@ -110,6 +110,9 @@ def _handle(number: int, frame: Any) -> None:
 
 def _stop(number: int) -> None:
     if not _state.working and _state.own_process:
+        if number != signal.SIGINT:  # the log of another program; a person knows
+            with suppress(OSError):
+                os.write(2, b"Interrupted; no partial files remain.\n")
         os._exit(128 + number)
     now = time.monotonic()
     if _state.stopped_at is not None and now - _state.stopped_at < PATIENCE:

@@ -1,4 +1,4 @@
-"""What the config.json of a component means: frozen dataclasses, read strictly.
+"""Configs of components (config.json): frozen dataclasses, read strictly.
 
 Fields carry the key names of diffusers and transformers. A key that is absent takes the default
 of the reference class (as those libraries do). Every key of a file is one of three things: used,
@@ -633,7 +633,7 @@ class ControlNetConfig(UNet2DConditionConfig):
 
     @property
     def residual_channels(self) -> tuple[int, ...]:
-        """Channels of each output of the way down, which are those of what is added to it."""
+        """Channels of each output of the way down, and of the residual added to it."""
         channels = [self.block_out_channels[0]]
         for block in self.down_blocks:
             channels += [block.out_channels] * (block.num_layers + block.resample)
@@ -714,7 +714,7 @@ class IPAdapterConfig:
 
     @property
     def num_attention_heads(self) -> int:
-        """Of the resampler; all published ones are 64 wide."""
+        """Heads of the resampler; all published ones are 64 wide."""
         return self.inner_dim // 64
 
 
@@ -765,7 +765,7 @@ class UNet2DConfig:
 
     @property
     def takes_label(self) -> bool:
-        """Whether the model is told what class to draw."""
+        """Return True if the model is conditioned on a class."""
         return self.class_embed_type is not None or self.num_class_embeds is not None
 
     @property

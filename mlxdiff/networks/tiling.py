@@ -31,7 +31,7 @@ Bands: TypeAlias = list[
 
 
 def decode(vae: AutoencoderKL, z: Array, band_bytes: int | None = None) -> Array:
-    """As ``vae.decode``.
+    """Decode as ``vae.decode`` does.
 
     Args:
         vae: the autoencoder.

@@ -1,4 +1,4 @@
-"""What a picture says about itself: how it was made, for people, for other programs and for replay.
+"""Metadata of pictures: their settings, for people, for other programs and for replay.
 
 A PNG of ours carries two text chunks. `parameters` is the text that AUTOMATIC1111's web UI writes
 and most programs and sites read. `mlxdiff` is JSON of a versioned schema with all that is needed to
@@ -46,7 +46,7 @@ _NEGATIVE = "Negative prompt:"
 
 @dataclass(frozen=True)
 class Metadata:
-    """How one picture was made; None: not used or, in a file from elsewhere, not known.
+    """Settings of one picture; None: not used or, in a file from elsewhere, not known.
 
     Attributes:
         prompt, negative_prompt: the text; a negative prompt of None and of "" differ where the
@@ -220,7 +220,7 @@ class Metadata:
 
 
 def read(path: str | os.PathLike[str]) -> Metadata:
-    """How a picture was made, from our JSON or else from A1111's text.
+    """Read the settings of a picture, from our JSON or else from A1111's text.
 
     A PNG carries them as text chunks, a JPEG or WebP A1111's as an EXIF comment.
 
@@ -232,7 +232,7 @@ def read(path: str | os.PathLike[str]) -> Metadata:
 
 
 def of_picture(picture: Image.Image, where: str) -> Metadata:
-    """As ``read``, for a picture that Pillow has opened.
+    """Do the same as ``read``, for a picture that Pillow has opened.
 
     Args:
         where: its name, for messages.
@@ -344,14 +344,14 @@ def _lora_hashes(loras: Any) -> str | None:
     return ", ".join(pairs) or None
 
 
-def _texts_of(entries: Any, *keys: str) -> list[tuple[str, ...]]:
-    """These texts of each entry of a list that has them all; the file may come from anyone."""
+def _texts_of(entries: Any, first: str, second: str) -> list[tuple[str, str]]:
+    """Two texts of each entry of a list that has both; the file may come from anyone."""
     found = [
-        tuple(one.get(key) for key in keys)
+        (one.get(first), one.get(second))
         for one in (entries if isinstance(entries, list) else [])
         if isinstance(one, dict)
     ]
-    return [texts for texts in found if all(isinstance(text, str) for text in texts)]
+    return [(a, b) for a, b in found if isinstance(a, str) and isinstance(b, str)]
 
 
 def _number(value: float | None) -> str | None:

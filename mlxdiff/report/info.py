@@ -1,4 +1,4 @@
-"""What any path is, for ``mlxdiff info``: a picture, a model, or a file that is added to one."""
+"""Describe any path, for ``mlxdiff info``: a picture, a model, or a file that is added to one."""
 
 from __future__ import annotations
 

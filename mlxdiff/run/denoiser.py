@@ -186,7 +186,7 @@ class Denoiser:
         return guide(out[:1], out[1:], scale, rescale)
 
     def _within(self, evaluation: Evaluation) -> bool:
-        """Whether there is guidance in this evaluation."""
+        """Return True if there is guidance in this evaluation."""
         if self.settings.guidance_interval is None:
             return True
         first, end = guided_evaluations(self.settings.guidance_interval, evaluation.total)

@@ -275,13 +275,17 @@ class Run(Iterator[Step]):
         return self
 
     def __next__(self) -> Step:
+        while (step := self._advance()) is None:
+            pass
+        return step
+
+    def _advance(self) -> Step | None:
+        """Return the next step, or None when pictures are finished. Raises: StopIteration."""
         if inspect.getgeneratorstate(self._steps) == inspect.GEN_RUNNING:
             raise UsageError(
                 "this run is being drawn in another thread; start one of its own for each thread"
             )
-        while (step := next(self._steps)) is None:
-            pass
-        return step
+        return next(self._steps)
 
     def close(self) -> None:
         """Stop drawing. Finished pictures stay in ``finished``."""
@@ -334,7 +338,11 @@ class Run(Iterator[Step]):
         """
         self._handed_out = True
         finished = self._work.finished
-        for step in self._steps:
+        while True:
+            try:
+                step = self._advance()
+            except StopIteration:
+                return
             if step is not None and on_step is not None:
                 on_step(step)
             while finished:
@@ -349,7 +357,7 @@ class Run(Iterator[Step]):
 
 
 class _Work:
-    """What a run has done so far.
+    """The progress of a run.
 
     Attributes:
         timings: of the picture that is drawn now.

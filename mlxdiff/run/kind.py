@@ -39,7 +39,7 @@ Reason = str | None
 
 
 class Network(NamedTuple):
-    """Which network of a model.
+    """The name of a network in a model.
 
     Attributes:
         name: "unet", "vae", "text_encoder", "text_encoder_2", or the name of a kind that was added.
@@ -111,7 +111,7 @@ class Kind(ABC):
     @property
     @abstractmethod
     def description(self) -> str:
-        """What this model does, and how that is known; for messages."""
+        """The kind of model and its evidence, for messages."""
 
     @property
     @abstractmethod
@@ -134,7 +134,7 @@ class Kind(ABC):
 
     @property
     def default_strength(self) -> float:
-        """How far a run goes from a given image, 0 to 1."""
+        """Default strength of a run from an image, 0 to 1."""
         return 1.0
 
     @abstractmethod
@@ -143,10 +143,10 @@ class Kind(ABC):
 
     @abstractmethod
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(h, w, C) of what the U-Net draws, for a picture of this size in pixels."""
+        """Return (h, w, C) of the latents of a picture of this size in pixels."""
 
     def is_guided(self, scale: float, image_scale: float | None = None) -> bool:
-        """Whether this guidance scale takes several predictions a step.
+        """Return True if this guidance scale takes several predictions a step.
 
         Args:
             image_scale: image guidance of a model that edits; below 1 there is no guidance.
@@ -268,7 +268,7 @@ class LatentKind(Kind):
 
     @property
     def default_strength(self) -> float:
-        """How far from a given image the reference pipeline goes."""
+        """Default strength of the reference pipeline."""
         return 0.3 if self.is_sdxl else 0.8
 
     def check_noise_level(self, noise_level: Any) -> None:

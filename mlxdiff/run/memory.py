@@ -125,7 +125,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class UNetRun:
-    """What the memory of an addition depends on.
+    """The inputs to the memory estimate of an addition.
 
     Attributes:
         device: what computes.
@@ -428,7 +428,7 @@ _NAMES = {
 
 
 def fits(needed: Estimate, most: int) -> bool:
-    """Whether a run fits into this many bytes, with the process around it."""
+    """Return True if a run fits into this many bytes, with the process around it."""
     return needed.peak + PROCESS <= most
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class PromptEmbeddings(NamedTuple):
-    """What the U-Net takes of the prompts; float32. The pooled ones are None if it takes none.
+    """Prompt inputs of the U-Net, float32. The pooled ones are None if it takes none.
 
     Attributes:
         prompt_embeds: (1, T, D); T is 77, or a multiple of it for a long prompt in a1111 syntax.
@@ -154,7 +154,7 @@ class Model(Kind):
 
     @property
     def low_memory(self) -> bool:
-        """Whether one stage's networks are in memory at a time, with weights as stored."""
+        """Return True if one stage's networks are in memory at a time, with weights as stored."""
         return self.cache.low_memory
 
     def save_memory(self, low_memory: bool, vae_tiling: bool | None = None) -> None:

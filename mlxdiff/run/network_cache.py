@@ -152,5 +152,5 @@ class NetworkCache:
         for other in list(self._loaded):
             if other != network and (alone or stage_of(other.name) != "unet"):
                 del self._loaded[other]
-        gc.collect()  # what a run has left behind may hold its U-Net in a circle of references
+        gc.collect()  # a traceback that is kept may hold a U-Net in a circle of references
         self.backend.clear_cache()

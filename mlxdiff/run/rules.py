@@ -52,12 +52,12 @@ def check_parts(model: Kind, refiner: Kind | None, asked: RunOptions) -> None:
 
 
 def repaints(asked: RunOptions) -> bool:
-    """Whether a part of the image is to be painted again."""
+    """Return True if a part of the image is to be painted again."""
     return asked.mask is not None or asked.outpaint is not None
 
 
 def is_scored(model: Model, refiner: Model | None) -> bool:
-    """Whether a model of the run takes an aesthetic score."""
+    """Return True if a model of the run takes an aesthetic score."""
     return any(m is not None and m.takes_aesthetic_score for m in (model, refiner))
 
 

@@ -1,4 +1,4 @@
-"""What decides a picture: the options of a run, with the model's defaults filled in."""
+"""The settings of a picture: the options of a run, with the model's defaults filled in."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ AESTHETIC_SCORES = 6.0, 2.5  # for the prompt and the negative prompt
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(ValueOptions):
-    """All that decides a picture beside models and seed, with every default filled in.
+    """Everything that defines a picture except models and seed, with every default filled in.
 
     The plain values keep their names and meanings (``run.options``). Sizes are (height, width) in
     pixels; SDXL's micro-conditioning is None for other models, as is what a run has no use for.
@@ -75,12 +75,12 @@ class Settings(ValueOptions):
 
     @property
     def encodes(self) -> bool:
-        """Whether the VAE encodes the image; an upscaler sees it as it is."""
+        """Return True if the VAE encodes the image; an upscaler sees it as it is."""
         return self.image is not None and self.noise_level is None
 
     @property
     def adds_noise(self) -> bool:
-        """Whether the run begins with noise: alone, or added to the image."""
+        """Return True if the run begins with noise: alone, or added to the image."""
         return self.refined or self.denoising_start is None
 
     @property
@@ -103,7 +103,7 @@ class Settings(ValueOptions):
         )
 
     def describe(self) -> dict[str, Any]:
-        """What a picture's metadata say of the run: values by key; defaults go without saying
+        """Describe the run for the metadata of a picture: values by key; defaults go without saying
         where the metadata have no field for them."""
         said: dict[str, Any] = {}
         for name, entry in entries(ValueOptions).items():
@@ -115,7 +115,7 @@ class Settings(ValueOptions):
         return said | {"image": self.image_name, "mask": self.mask_name}
 
     def guides(self, model: Model) -> bool:
-        """Whether a model of the run takes several predictions an evaluation."""
+        """Return True if a model of the run takes several predictions an evaluation."""
         return model.is_guided(self.guidance, self.image_guidance if model.edits else None)
 
     def batch(self, model: Model) -> int:
@@ -124,7 +124,7 @@ class Settings(ValueOptions):
 
     @property
     def altered(self) -> bool:
-        """Whether some steps lack guidance or the whole network, or a second pass follows."""
+        """True if some steps lack guidance or the whole network, or if a second pass follows."""
         parts = self.guidance_interval, self.feature_reuse, self.hires
         return any(part is not None for part in parts)
 

@@ -164,7 +164,7 @@ def takes(
 def function_of(
     table: Callable[P, Table],
 ) -> Callable[[Callable[[Table], R]], Callable[P, R]]:
-    """As ``takes``, for a function."""
+    """Do the same as ``takes``, for a function."""
 
     def decorate(function: Callable[[Table], R]) -> Callable[P, R]:
         @functools.wraps(function)
@@ -191,7 +191,7 @@ def _named(table: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict
 
 
 def _unknown(name: str, table: Any) -> str:
-    """What is wrong with a name that is in no table, or in another one."""
+    """Explain the fault of a name that is in no table, or in another one."""
     said = f"there is no argument {name!r}"
     known = entries(table)
     if found := [entry.name for entry in known.values() if name in entry.elsewhere]:

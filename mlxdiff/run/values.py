@@ -6,6 +6,7 @@ metadata of a picture. Each kind checks all three alike, and says in words what 
 
 from __future__ import annotations
 
+import math
 import numbers
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -36,12 +37,12 @@ class Anything:
 
     @property
     def expected(self) -> str:
-        """What fits, in words."""
+        """The accepted values, for messages."""
         return "a value"
 
     @property
     def metavar(self) -> str:
-        """What stands for the value in the help of the command line."""
+        """The placeholder for the value in ``--help``."""
         return "VALUE"
 
     @property
@@ -116,7 +117,7 @@ class Place(Anything):
 
     @property
     def expected(self) -> str:
-        """What fits, in words."""
+        """The accepted values, for messages."""
         return "a path, a hub id or a Pipeline" if self.or_pipeline else "a path or a hub id"
 
     def accept(self, value: Any) -> Any:
@@ -154,7 +155,7 @@ class Whole(Anything):
 
     @property
     def expected(self) -> str:
-        """What fits, in words."""
+        """The accepted values, for messages."""
         return f"a whole number{_bounds(self.least, self.most)}"
 
     def accept(self, value: Any) -> Any:
@@ -168,6 +169,14 @@ class Whole(Anything):
             return self.accept(int(word))
         except ValueError:
             raise Unfit(_number_of(word), self.expected) from None
+
+
+def _is_finite(value: Any) -> bool:
+    """Return True for a number in the range of a float. JSON has integers beyond it."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -188,7 +197,7 @@ class Number(Anything):
 
     @property
     def expected(self) -> str:
-        """What fits, in words."""
+        """The accepted values, for messages."""
         if self.words:
             return self.words
         if self.above is not None:
@@ -197,7 +206,7 @@ class Number(Anything):
 
     def accept(self, value: Any) -> Any:
         real = isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
-        if not real or not abs(value) < 1e308 or not _within(value, self.least, self.most):
+        if not real or not _is_finite(value) or not _within(value, self.least, self.most):
             raise Unfit(value, self.expected)
         if self.above is not None and value <= self.above:
             raise Unfit(value, self.expected)
@@ -236,7 +245,7 @@ class Numbers(Anything):
 
     @property
     def expected(self) -> str:
-        """What fits, in words."""
+        """The accepted values, for messages."""
         count = {2: "two", 4: "four"}[len(self.names)]
         each = self.each.expected.partition("number")
         return f"{count} {each[0].removeprefix('a ')}numbers{each[2]} ({self.form})"
@@ -280,7 +289,7 @@ class Choice(Anything):
 
     @property
     def expected(self) -> str:
-        """What fits, in words."""
+        """The accepted values, for messages."""
         return f"one of {', '.join(self.words)}{self.hint}"
 
     @property
@@ -307,7 +316,7 @@ class Bits(Anything):
 
     @property
     def expected(self) -> str:
-        """What fits, in words."""
+        """The accepted values, for messages."""
         return f"one of {', '.join(self.words)}"
 
     @property
@@ -335,17 +344,17 @@ class Each(Anything):
 
     @property
     def metavar(self) -> str:
-        """That of one value."""
+        """The placeholder of one value."""
         return self.kind.metavar
 
     @property
     def expected(self) -> str:
-        """What fits, in words."""
+        """The accepted values, for messages."""
         return self.kind.expected
 
     @property
     def suggestions(self) -> Sequence[str]:
-        """Those of one value."""
+        """The suggestions for one value."""
         return self.kind.suggestions
 
     def accept(self, value: Any) -> Any:
@@ -371,7 +380,7 @@ class Files(Anything):
 
     @property
     def expected(self) -> str:
-        """What fits, in words."""
+        """The accepted values, for messages."""
         word = "a word" if "WORD" in self.form else "a scale"
         return f"a list of paths, each alone or as (path, {word.removeprefix('a ')})"
 

@@ -1,4 +1,4 @@
-"""Which noise process a scheduler_config.json belongs to: DDPM's, EDM's, or one that is refused.
+"""Recognise the noise process of a scheduler_config.json: DDPM's, EDM's, or one that is refused.
 
 The process is part of the model: it says which noise the network saw in training, and what its
 output means. A solver can be exchanged, the process cannot. So a config of an unknown process is an

@@ -1,4 +1,4 @@
-"""What a sampler's file defines: schedulers, each as data and two functions, and the samplers' ids.
+"""Definitions in a sampler's file: schedulers (data and two functions each) and samplers' ids.
 
 A `Scheduler` is one scheduler class of diffusers, or one of our own. A `Sampler` is an id that the
 user types: a scheduler and the arguments that the id fixes. docs/extending.md shows a whole file.

@@ -283,7 +283,7 @@ class A1111API:
         ]
 
     def _overridden(self, given: Any) -> dict[str, Any]:
-        """What is chosen for every picture, and what a request says instead."""
+        """Join the options set for every picture with those of a request."""
         if not isinstance(given, dict):
             raise UsageError("override_settings: expected an object")
         settings = self._settings() | given

@@ -1,4 +1,4 @@
-"""What the HTTP interfaces share: reading requests, waiting for jobs, errors."""
+"""Shared parts of the HTTP interfaces: reading requests, waiting for jobs, errors."""
 
 from __future__ import annotations
 

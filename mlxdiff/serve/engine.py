@@ -55,7 +55,7 @@ class _Stop(BaseException):
 
 @dataclass(frozen=True)
 class Order:
-    """What a job is to draw.
+    """The pictures that a job draws.
 
     Attributes:
         model: its name on the shelf.
@@ -143,7 +143,7 @@ class Job:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it stays as it is."""
+        """Return True if the job no longer changes."""
         return self.state in ENDED
 
     @property

@@ -75,7 +75,7 @@ class Gallery:
         return None
 
     def described(self, name: str) -> dict[str, Any] | None:
-        """How a picture was made, as JSON values; None if there is none of this name."""
+        """Return the settings of a picture as JSON values; None if there is none of this name."""
         if name not in self._sizes:
             return None
         try:

@@ -1,4 +1,4 @@
-"""Who may talk to the server, and how much they may send.
+"""Decide who may talk to the server, and how much they may send.
 
 A server on 127.0.0.1 is open to every web page that its user visits: a page can send requests to
 it, and can give its own name the address 127.0.0.1 (DNS rebinding). So Host must be a name of this
@@ -43,7 +43,7 @@ _SAFE = [
 
 @dataclass(frozen=True)
 class Policy:
-    """What is allowed.
+    """The rules of access.
 
     Attributes:
         host: the address that the server listens at.
@@ -81,7 +81,7 @@ class Policy:
 
     @property
     def is_local(self) -> bool:
-        """Whether only this machine can reach the server."""
+        """Return True if only this machine can reach the server."""
         if self.host == "localhost":
             return True
         try:
@@ -90,7 +90,7 @@ class Policy:
             return False
 
     def knows(self, host: str) -> bool:
-        """Whether a Host header names this server."""
+        """Return True if a Host header names this server."""
         name = _without_port(host)
         if name in LOOPBACK_NAMES or name == self.host or name in self.names:
             return True
@@ -101,7 +101,7 @@ class Policy:
         return not self.is_local
 
     def accepts(self, token: str) -> bool:
-        """Whether this is the token, compared in constant time."""
+        """Return True if this is the token, compared in constant time."""
         return self.token is None or hmac.compare_digest(token.encode(), self.token.encode())
 
 

@@ -25,7 +25,7 @@ LOOK_SECONDS = 0.1
 
 
 class Tools:
-    """What agents can call.
+    """Tools that agents can call.
 
     Args:
         engine, shelf, limits: as of a server.

@@ -1,4 +1,4 @@
-"""What a client sends -> an order for the engine. Everything is checked before it is queued."""
+"""Turn requests of clients into orders for the engine, with all checks before the queue."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _pictures(name: str, value: Any, limits: Limits) -> Any:
 
 
 def _addition(name: str, value: Any, shelf: Shelf, kind: str) -> Any:
-    """What the library takes for names of additions."""
+    """Return the arguments of the library for names of additions."""
     if name in ("vae", "refiner"):
         return shelf.find(kind, value)
     if not isinstance(value, list):

@@ -37,7 +37,7 @@ def options() -> Mapping[str, Option]:
 
 
 def is_picture(kind: Anything) -> bool:
-    """Whether the value is a picture, or several."""
+    """Return True if the value is a picture, or several."""
     return isinstance(kind.kind if isinstance(kind, Each) else kind, Picture)
 
 

@@ -1,4 +1,4 @@
-"""What clients may name: models, LoRAs and other files of the folders that the server was given.
+"""Names that clients may use: models, LoRAs and other files in the folders of the server.
 
 A name is looked up in a list of what is there. It is never joined to a path, so that no name leads
 out of a folder.
@@ -62,7 +62,7 @@ class Shelf:
         self.default = next(iter(self._given), BUILTIN_NAME)
 
     def names(self, kind: str) -> dict[str, Any]:
-        """What is there now: names, and what the library takes for each."""
+        """Return the names that exist now, each with its argument for the library."""
         found: dict[str, Any] = {}
         if kind == "models":
             found |= self._given
@@ -75,7 +75,7 @@ class Shelf:
         return found
 
     def find(self, kind: str, name: Any) -> Any:
-        """What the library takes for a name. Raises: UnknownName."""
+        """Return the argument of the library for a name. Raises: UnknownName."""
         known = self.names(kind)
         if not isinstance(name, str):
             raise UnknownName(kind, str(name), known)

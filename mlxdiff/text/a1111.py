@@ -22,11 +22,9 @@ from typing import NamedTuple
 import numpy as np
 
 from mlxdiff.errors import UsageError, quoted
+from mlxdiff.tokenizer import check_length
 
 UP, DOWN = 1.1, 1 / 1.1
-
-MAX_LENGTH = 100_000
-"""Longest prompt, in characters: some 400 chunks of 75 tokens."""
 
 MAX_DEPTH = 100
 """Deepest nesting of brackets in prompt editing."""
@@ -105,14 +103,6 @@ def weigh(text: str) -> list[Piece]:
     if not np.isfinite(weights).all():
         raise UsageError("the weights of nested brackets multiply to infinity; use fewer brackets")
     return _merged(texts, weights.tolist()) or [Piece("")]
-
-
-def check_length(text: str) -> None:
-    """Raise UsageError if a prompt has more than MAX_LENGTH characters."""
-    if len(text) > MAX_LENGTH:
-        raise UsageError(
-            f"the prompt has {len(text)} characters; at most {MAX_LENGTH} are read; shorten it"
-        )
 
 
 def _number(text: str, where: str) -> float:
@@ -206,7 +196,8 @@ class _Parser:
             if sign not in "[]():":
                 raise _NoMatch
             self.place += 1
-            tree = [*tree, sign, *self.prompt()]
+            tree.append(sign)
+            tree += self.prompt()
         return tree
 
     def prompt(self) -> list[object]:

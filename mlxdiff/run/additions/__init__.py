@@ -25,7 +25,7 @@ Path = str | os.PathLike[str]
 
 
 class Fetch(NamedTuple):
-    """How files of an addition are found.
+    """Options for finding the files of an addition.
 
     Attributes:
         variant: weights variant, such as "fp16"; None: whichever is there.
@@ -145,7 +145,7 @@ class Additions:
     items: tuple[Addition, ...] = ()
 
     def of(self, kind: type[AdditionT]) -> tuple[AdditionT, ...]:
-        """Those of one kind; the position of an addition is its index here."""
+        """Return the additions of one kind; the index is the position."""
         return tuple(one for one in self.items if isinstance(one, kind))
 
     def replaced(self, kind: type[AdditionT], items: Iterable[AdditionT]) -> Additions:

@@ -61,7 +61,7 @@ class Control:
         return None if self.mode is None else MODES.index(self.mode)
 
     def counts(self, index: int, total: int) -> bool:
-        """Whether the net takes part in evaluation ``index`` of ``total``."""
+        """Return True if the net takes part in evaluation ``index`` of ``total``."""
         within = index / total >= self.start and (index + 1) / total <= self.end
         return within and self.scale != 0
 
@@ -211,7 +211,7 @@ class ControlNet(Addition):
         return {NETWORK: self.component}
 
     def work(self, run: UNetRun) -> Work:
-        """What it adds to each skip of the U-Net is held until the U-Net takes it."""
+        """Count the residuals for each skip: they are held until the U-Net takes them."""
         unet = operations(run.unet, *run.latent, batch=run.batch)
         return Work(beside=SIZES[run.device.dtype] * max(op.held for op in unet))
 

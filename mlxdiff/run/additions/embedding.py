@@ -26,7 +26,7 @@ class Embedding(Addition):
 
     @property
     def fits_refiner(self) -> bool:
-        """Whether it has vectors for SDXL's second text encoder, the only one of a refiner."""
+        """True if there are vectors for SDXL's second text encoder, the only one of a refiner."""
         return "clip_g" in self.embedding.vectors
 
     @classmethod
