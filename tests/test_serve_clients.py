@@ -227,6 +227,7 @@ def test_webui_lists(webui: Any) -> None:
         ({"scheduler": "KL Optimal"}, "scheduler"),
         ({"subseed_strength": 0.5}, "subseed_strength"),
         ({"styles": ["anime"]}, "styles"),
+        ({"eta": 0.5}, "eta"),
         ({"script_name": "X/Y/Z plot"}, "script_name"),
         ({"override_settings": {"sd_model_checkpoint": "other"}}, "other"),
         ({"override_settings": {"face_restoration": True}}, "face_restoration"),

@@ -22,6 +22,7 @@ from mlxdiff.errors import UsageError
 from mlxdiff.pictures import encoded, metadata
 from mlxdiff.pictures.image import png_bytes
 from mlxdiff.pictures.metadata import UPSCALER_NAMES
+from mlxdiff.samplers import SAMPLERS
 from mlxdiff.samplers.names import SAMPLER_NAMES, SCHEDULE_NAMES
 from mlxdiff.serve.desk import Desk, Endpoint, json_body
 from mlxdiff.serve.engine import Job
@@ -88,9 +89,6 @@ _EXTRAS_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "extras_upscaler_2_visibility": (0,),
     "upscale_first": (False, True),
 }
-_TAKE_ETA = frozenset({"ddim", "tcd"})
-_ANCESTRAL = frozenset({"euler-a", "dpmpp-2m-sde"})
-"""Samplers whose eta is 1. All others have none: clients send it all the same."""
 _SAMPLERS = {name.lower(): one for one, name in SAMPLER_NAMES.items()} | {
     one: one for one in SAMPLER_NAMES
 }
@@ -244,9 +242,9 @@ class A1111API:
             asked["hires_strength"] = strength
             asked["hires_upscaler"] = _known(_UPSCALERS, "hr_upscaler", upscaler)
         eta = take("eta", None)
-        if asked["sampler"] in _TAKE_ETA:
+        if asked["sampler"] in SAMPLERS and SAMPLERS[asked["sampler"]].scheduler.has_eta:
             asked["eta"] = eta
-        elif asked["sampler"] in _ANCESTRAL and eta not in (None, 1):
+        elif _is_ancestral(asked["sampler"]) and eta not in (None, 1):
             raise UsageError(f"eta is {eta!r}, which {asked['sampler']} does not take; send 1")
         neutral = {
             key: value for key, value in left.items() if "mask" in asked or key not in _NO_MASK
@@ -577,6 +575,11 @@ def _sampler(name: Any) -> tuple[str, str]:
     if first in _SAMPLERS and last in _SCHEDULES:
         return _SAMPLERS[first], _SCHEDULES[last]
     raise UsageError(f"sampler_name is {name!r}; expected a name that {_ROOT}/samplers lists")
+
+
+def _is_ancestral(sampler: str) -> bool:
+    """Whether A1111's eta changes a sampler of it, by its name. All others get it in vain."""
+    return SAMPLER_NAMES.get(sampler, "").split(" ")[-1] in ("a", "SDE")
 
 
 def _schedule(name: Any) -> str | None:

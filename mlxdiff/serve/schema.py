@@ -8,7 +8,9 @@ from typing import Any
 from mlxdiff._version import __version__
 from mlxdiff.convert import open_source
 from mlxdiff.errors import UsageError
-from mlxdiff.run.kind import PARTS, Kind, LatentKind, PixelKind
+from mlxdiff.loading import make_backend
+from mlxdiff.pipeline import Pipeline
+from mlxdiff.run.kind import PARTS, Kind
 from mlxdiff.run.options import LoadOptions, RunOptions
 from mlxdiff.run.table import Option, entries
 from mlxdiff.run.values import (
@@ -145,7 +147,7 @@ def capabilities(model: Any = None, name: str = "builtin") -> dict[str, Any]:
     Returns: JSON values.
     Raises: CheckpointError, ConfigError, UsageError.
     """
-    kind = None if model is None else _kind(model)
+    kind = None if model is None else Pipeline(open_source(model), make_backend()).model
     lacks = {} if kind is None else {part: kind.lacks(part) for part in PARTS}
     listed = []
     for table in (RunOptions, LoadOptions):
@@ -158,11 +160,6 @@ def capabilities(model: Any = None, name: str = "builtin") -> dict[str, Any]:
         "model": None if kind is None else {"name": name} | _facts(kind, lacks),
         "options": listed,
     }
-
-
-def _kind(model: Any) -> Kind:
-    source = open_source(model)
-    return PixelKind(source) if source.family == "ddpm" else LatentKind(source)
 
 
 def _facts(kind: Kind, lacks: Mapping[str, str | None]) -> dict[str, Any]:
