@@ -293,7 +293,7 @@ def _write_gguf_model(path: Path, tensors: dict[str, np.ndarray], form: str) -> 
     write_gguf(path, tensors, choose, flatten=True)
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("memory", "convert", "pictures"))
     parser.add_argument("path", nargs="?", type=Path)
@@ -307,3 +307,7 @@ if __name__ == "__main__":
         convert_one(arguments.path)
     else:
         pictures(arguments.count, arguments.steps, arguments.forms)
+
+
+if __name__ == "__main__":
+    main()

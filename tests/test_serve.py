@@ -6,6 +6,7 @@ import base64
 import http.client
 import io
 import json
+import logging
 import threading
 import time
 from collections import Counter
@@ -148,8 +149,13 @@ def test_a_stop_in_order_says_it_too(tmp_path: Path, fake: type[FakePipeline]) -
 
 
 def test_notes_go_to_the_job_that_they_are_about(
-    engine: Engine, fake: type[FakePipeline], capfd: pytest.CaptureFixture[str]
+    engine: Engine,
+    fake: type[FakePipeline],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # A command that ran in this process before may have left its handler, which prints notes.
+    monkeypatch.setattr(logging.getLogger("mlxdiff"), "handlers", [])
     first, second = engine.submit(order("note")), engine.submit(order())
     assert first.wait(10) and second.wait(10)
     assert first.notes == ["eta has no effect"] and second.notes == []

@@ -79,6 +79,7 @@ def test_after_conversion(name: str, tmp_path: Path) -> None:
     report = convert(checkpoint(name), tmp_path / "model", dtype="float32")
     assert report.family == "ddpm" and [c.name for c in report.components] == ["unet"]
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == [
+        "README.md",
         "mlxdiff.json",
         "model_index.json",
         "scheduler",

@@ -186,14 +186,17 @@ def _local(place: Any) -> Any:
 async def _events(job: Job) -> AsyncIterator[str]:
     shown: bytes | None = None
     job.wants_preview()
-    yield _event("job", json.dumps(job.to_dict()))
+    yield _event("job", sent := json.dumps(job.to_dict()))
     async for _ in changes(job, ALIVE_SECONDS):
         job.wants_preview()
-        yield _event("job", json.dumps(job.to_dict()))
+        yield _event("job", sent := json.dumps(job.to_dict()))
         preview = job.preview
         if preview is not None and preview is not shown:
             shown = preview
             yield _event("preview", base64.b64encode(preview).decode())
+    # The job may have ended while the last event was written.
+    if (last := json.dumps(job.to_dict())) != sent:
+        yield _event("job", last)
 
 
 def _event(name: str, data: str) -> str:
