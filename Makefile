@@ -32,7 +32,7 @@ lint: $(STAMP)  ## Check style and format.
 
 # Type checkers cannot follow package-dir mappings, so they look at an installed copy.
 types: $(STAMP)  ## Check types with mypy's strict settings.
-	rm -rf build/typed && $(BIN)/python -m pip install -q --no-deps --target build/typed .
+	rm -rf build && $(BIN)/python -m pip install -q --no-deps --target build/typed .
 	$(BIN)/mypy build/typed/mlxdiff
 
 audit: $(STAMP)  ## Look for known holes in the dependencies (asks PyPI).

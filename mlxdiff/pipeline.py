@@ -26,11 +26,11 @@ from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
 from mlxdiff.pictures.metadata import Metadata
 from mlxdiff.run.additions import AdditionT, Fetch
 from mlxdiff.run.additions.controlnet import ControlNet
-from mlxdiff.run.additions.embedding import Embedding
 from mlxdiff.run.additions.ip_adapter import IPAdapter
 from mlxdiff.run.additions.lora import LoRA, asked_for
 from mlxdiff.run.additions.refiner import Refiner, refiner_of
 from mlxdiff.run.additions.vae import AnotherVAE
+from mlxdiff.run.additions.word_vectors import WordVectors
 from mlxdiff.run.drawing import Picture, Result, Run, Step
 from mlxdiff.run.latent_model import LatentModel
 from mlxdiff.run.memory import Device, Estimate, estimate, require
@@ -201,7 +201,7 @@ class Pipeline:
         Raises: UsageError, CheckpointError.
         """
         embeddings = make(LoadOptions, {"embeddings": embeddings}).embeddings
-        self._set(Embedding, embeddings, Embedding.open)
+        self._set(WordVectors, embeddings, WordVectors.open)
 
     def set_refiner(
         self,
@@ -255,7 +255,7 @@ class Pipeline:
         opened = tuple(open_all(given, self.model))
         with turn():
             additions = self.model.additions.replaced(kind, opened)
-            words = additions.of(Embedding)
+            words = additions.of(WordVectors)
             refiners = [one.with_words(words) for one in additions.of(Refiner)]
             self.model = self.model.with_additions(additions.replaced(Refiner, refiners))
             self.model.cache.release_others(self.model.additions)
@@ -276,9 +276,9 @@ class Pipeline:
         self.set_refiner(refiner)
 
     @property
-    def embeddings(self) -> tuple[textual_inversion.Embedding, ...]:
+    def embeddings(self) -> tuple[textual_inversion.TextualInversion, ...]:
         """Words with vectors of their own."""
-        return tuple(one.embedding for one in self.model.additions.of(Embedding))
+        return tuple(one.embedding for one in self.model.additions.of(WordVectors))
 
     @property
     def loras(self) -> tuple[lora.Lora, ...]:

@@ -43,12 +43,14 @@ _SDXL = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 _FAMILIES = {768: "SD 1.x", 1024: "SD 2.x"}
 _MOST = 75  # maximum number of vectors: a chunk has 75 tokens
 
-Given: TypeAlias = "str | os.PathLike[str] | tuple[str | os.PathLike[str], str | None] | Embedding"
+Given: TypeAlias = (
+    "str | os.PathLike[str] | tuple[str | os.PathLike[str], str | None] | TextualInversion"
+)
 """A textual inversion as users give it: a path, (path, word), or an open one."""
 
 
 @dataclass(frozen=True)
-class Embedding:
+class TextualInversion:
     """A textual inversion: a word and its vectors.
 
     Attributes:
@@ -71,7 +73,7 @@ class Embedding:
         return max(len(rows) for rows in self.vectors.values())
 
 
-def open_embedding(path: str | os.PathLike[str], token: str | None = None) -> Embedding:
+def open_embedding(path: str | os.PathLike[str], token: str | None = None) -> TextualInversion:
     """Open a textual inversion file.
 
     Args:
@@ -85,7 +87,7 @@ def open_embedding(path: str | os.PathLike[str], token: str | None = None) -> Em
     vectors = {part: _vectors(file, part or told or "*", tensor) for part, tensor in parts.items()}
     word = token or told or file.stem
     names = () if token or file.stem == word or file.name in FILES else (file.stem,)
-    return Embedding(file, word, names, vectors, sha256(file))
+    return TextualInversion(file, word, names, vectors, sha256(file))
 
 
 Parts: TypeAlias = Mapping[str, LazyTensor]
@@ -260,14 +262,14 @@ def _vectors(file: Path, name: str, tensor: LazyTensor) -> np.ndarray:
     return values
 
 
-def open_all(given: Iterable[Given]) -> tuple[Embedding, ...]:
+def open_all(given: Iterable[Given]) -> tuple[TextualInversion, ...]:
     """Open all given files. Raises: CheckpointError; UsageError if two have the same word."""
     opened = []
     for one in given:
         if isinstance(one, tuple):
             opened.append(open_embedding(*one))
         else:
-            opened.append(one if isinstance(one, Embedding) else open_embedding(one))
+            opened.append(one if isinstance(one, TextualInversion) else open_embedding(one))
     for i, one in enumerate(opened):
         for other in opened[:i]:
             if one.token == other.token:
@@ -278,7 +280,9 @@ def open_all(given: Iterable[Given]) -> tuple[Embedding, ...]:
     return tuple(opened)
 
 
-def match(embedding: Embedding, configs: Mapping[str, CLIPTextConfig]) -> dict[str, np.ndarray]:
+def match(
+    embedding: TextualInversion, configs: Mapping[str, CLIPTextConfig]
+) -> dict[str, np.ndarray]:
     """Match a textual inversion to the text encoders of a model.
 
     Args:
@@ -306,7 +310,7 @@ def match(embedding: Embedding, configs: Mapping[str, CLIPTextConfig]) -> dict[s
     return found
 
 
-def _made_for(embedding: Embedding) -> str:
+def _made_for(embedding: TextualInversion) -> str:
     sizes = {part: rows.shape[1] for part, rows in embedding.vectors.items()}
     if "" not in sizes:
         return "SDXL (" + ", ".join(f"{part} {size}" for part, size in sizes.items()) + ")"

@@ -20,8 +20,8 @@ from mlxdiff.noise import Generator
 from mlxdiff.pictures import preview
 from mlxdiff.pictures.image import load_image, to_model, to_pil
 from mlxdiff.run.additions import Additions
-from mlxdiff.run.additions.embedding import Embedding
 from mlxdiff.run.additions.vae import note_scale
+from mlxdiff.run.additions.word_vectors import WordVectors
 from mlxdiff.run.kind import LatentKind, Network
 from mlxdiff.run.memory import Device, band_bytes
 from mlxdiff.run.model import ImageLatents, Model, PromptEmbeddings, draw_noise
@@ -52,7 +52,7 @@ class LatentModel(LatentKind, Model):
         Model.__init__(self, source, backend, additions, cache, vae_tiling)
         LatentKind.__init__(self, source, self.component_of(Network("vae")).config)
         self.texts = TextEncoders(source, self.component, backend, penultimate=self.is_sdxl)
-        if words := self.additions.of(Embedding):
+        if words := self.additions.of(WordVectors):
             self.texts.set_embeddings([word.embedding for word in words])
         if self.upscales:
             # As in the reference: it overflows in float16, whatever its config says.

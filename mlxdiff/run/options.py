@@ -19,7 +19,7 @@ import numpy as np
 
 from mlxdiff import samplers
 from mlxdiff.adapters.lora import Lora
-from mlxdiff.adapters.textual_inversion import Embedding
+from mlxdiff.adapters.textual_inversion import TextualInversion
 from mlxdiff.convert.singlefile import PREDICTIONS
 from mlxdiff.pictures.control_modes import MODES
 from mlxdiff.pictures.hires import UPSCALERS
@@ -93,7 +93,7 @@ Loras = Annotated[
     values.Files("PATH[:SCALE]"),
 ]
 Embeddings = Annotated[
-    Iterable[PathLike | tuple[PathLike, str | None] | Embedding], values.Files("PATH[:WORD]")
+    Iterable[PathLike | tuple[PathLike, str | None] | TextualInversion], values.Files("PATH[:WORD]")
 ]
 
 _prompt = partial(option, section="Prompt", part="text")

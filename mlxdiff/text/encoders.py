@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from mlxdiff.adapters.textual_inversion import Embedding, match
+from mlxdiff.adapters.textual_inversion import TextualInversion, match
 from mlxdiff.errors import UsageError
 from mlxdiff.store.folder import ModelSource
 from mlxdiff.text import a1111
@@ -73,11 +73,11 @@ class TextEncoders:
         self.source, self.component, self.backend = source, component, backend
         self.penultimate = penultimate
         self.names = tuple(c for c in source.components if c.startswith("text_encoder"))
-        self.embeddings: tuple[Embedding, ...] = ()
+        self.embeddings: tuple[TextualInversion, ...] = ()
         self._words: dict[str, tuple[Word, ...]] = dict.fromkeys(self.names, ())
         self._vectors: dict[str, np.ndarray] = {}
 
-    def set_embeddings(self, embeddings: Sequence[Embedding]) -> None:
+    def set_embeddings(self, embeddings: Sequence[TextualInversion]) -> None:
         """Use these textual inversions; they replace all earlier ones.
 
         Raises: UsageError if one is made for another kind of model, or its word is already a

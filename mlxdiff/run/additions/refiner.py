@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from mlxdiff.errors import UsageError
 from mlxdiff.run.additions import Addition, named
-from mlxdiff.run.additions.embedding import Embedding
+from mlxdiff.run.additions.word_vectors import WordVectors
 from mlxdiff.run.model import Model
 
 
@@ -31,10 +31,10 @@ class Refiner(Addition):
             raise UsageError("the refiner must be loaded with the same backend and dtype")
         return cls(refiner)
 
-    def with_words(self, words: Sequence[Embedding]) -> Refiner:
+    def with_words(self, words: Sequence[WordVectors]) -> Refiner:
         """The same, reading these words of the model. Raises: UsageError."""
         fitting = [word for word in words if word.fits_refiner]
-        additions = self.model.additions.replaced(Embedding, fitting)
+        additions = self.model.additions.replaced(WordVectors, fitting)
         return replace(self, model=self.model.with_additions(additions))
 
     @classmethod

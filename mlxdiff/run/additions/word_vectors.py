@@ -12,15 +12,15 @@ from mlxdiff.run.kind import Kind
 
 
 @dataclass(frozen=True, eq=False)
-class Embedding(Addition):
+class WordVectors(Addition):
     """A word that stands for vectors. The model's text encoders match it when they take it."""
 
     part: ClassVar[str] = "embedding"
 
-    embedding: textual_inversion.Embedding
+    embedding: textual_inversion.TextualInversion
 
     @classmethod
-    def open(cls, given: Iterable[textual_inversion.Given], model: Kind) -> tuple[Embedding, ...]:
+    def open(cls, given: Iterable[textual_inversion.Given], model: Kind) -> tuple[WordVectors, ...]:
         """Open textual inversions. Raises: CheckpointError, UsageError."""
         return tuple(cls(one) for one in textual_inversion.open_all(given))
 
@@ -30,7 +30,7 @@ class Embedding(Addition):
         return "clip_g" in self.embedding.vectors
 
     @classmethod
-    def describe(cls, items: Sequence[Embedding], settings: Any) -> dict[str, Any]:
+    def describe(cls, items: Sequence[WordVectors], settings: Any) -> dict[str, Any]:
         """See ``Addition.describe``."""
         words = [item.embedding for item in items]
         return {
