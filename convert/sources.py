@@ -11,7 +11,7 @@ from mlxdiff.convert import detect
 from mlxdiff.convert.checkpoint import DiffusersFolder
 from mlxdiff.convert.singlefile import SingleFile
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError
-from mlxdiff.machine.disk import read_json
+from mlxdiff.machine.disk import identity, read_json
 from mlxdiff.store import catalogue, hub
 from mlxdiff.store.cache import snapshot_of
 from mlxdiff.store.folder import MANIFEST, ConvertedFolder, ModelFolder, Progress, open_folder
@@ -114,7 +114,7 @@ def identities(*places: str | os.PathLike[str] | None) -> dict[Path, Identity]:
         if place is None or not path.exists():
             continue
         files = [path] if path.is_file() else [*path.glob("*"), *path.glob("*/*")]
-        found |= {file: _identity(file) for file in files if file.is_file()}
+        found |= {file: identity(file) for file in files if file.is_file()}
     return found
 
 
@@ -133,7 +133,7 @@ def require_unchanged(files: Iterable[Path], seen: Mapping[Path, Identity]) -> N
     """Raise CheckpointError if a file is not the one that it was."""
     for path in files:
         try:
-            same = path not in seen or _identity(path) == seen[path]
+            same = path not in seen or identity(path) == seen[path]
         except OSError:
             same = False
         if not same:
@@ -141,11 +141,6 @@ def require_unchanged(files: Iterable[Path], seen: Mapping[Path, Identity]) -> N
                 f"{path}: changed while it was converted; wait until it is complete, then run the "
                 "command again"
             )
-
-
-def _identity(path: Path) -> Identity:
-    found = path.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _only_single_files(path: str | os.PathLike[str], options: Mapping[str, Any]) -> None:

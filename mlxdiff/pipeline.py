@@ -21,6 +21,7 @@ from mlxdiff import library
 from mlxdiff._version import __version__
 from mlxdiff.adapters import lora, textual_inversion
 from mlxdiff.errors import UnknownAttribute, UsageError
+from mlxdiff.machine.disk import identity
 from mlxdiff.machine.turns import in_turn, turn
 from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
 from mlxdiff.pictures.metadata import Metadata
@@ -299,7 +300,7 @@ class Pipeline:
         if not asked:
             return model
         with turn():
-            key = asked, tuple(_identity(path) for path, _ in asked)
+            key = asked, tuple(identity(path) for path, _ in asked)
             if key not in self._prompt_loras:  # those of the last prompt are kept
                 self._prompt_loras = {key: LoRA.open(asked, model, in_prompt=True)}
             loras = (*model.additions.of(LoRA), *self._prompt_loras[key])
@@ -478,12 +479,6 @@ def _advice(name: str) -> str:
             if name in (entry.name, *entry.elsewhere):
                 return f"; give {entry.name} to {call}"
     return ""
-
-
-def _identity(path: AnyPath) -> tuple[int, ...]:
-    """Return numbers that change when a file does."""
-    found = os.stat(path)
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _open_model(source: ModelSource, backend: Any) -> Model:

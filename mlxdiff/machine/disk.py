@@ -246,6 +246,12 @@ def sha256(path: Path, on_bytes: Callable[[int], None] = lambda size: None) -> s
     return digest.hexdigest()
 
 
+def identity(path: str | os.PathLike[str]) -> tuple[int, ...]:
+    """Return numbers that change when a file is replaced or written to. Raises: OSError."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file. Raises: ConfigError if there is none."""
     try:
