@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import click
 
 import mlxdiff
+from mlxdiff.cli.advice import AdvisedGroup
 from mlxdiff.cli.streams import make_printable, tell
 from mlxdiff.errors import MlxdiffError, printable
 from mlxdiff.machine import stopping
@@ -30,6 +31,7 @@ COMMANDS = {
     "bench": ("mlxdiff.cli.bench", "Time a model on this machine; make a record to post."),
     "doctor": ("mlxdiff.cli.doctor", "Find what is slow or broken here, and what to do."),
     "models": ("mlxdiff.cli.models", "List and remove converted models; list short names."),
+    "samplers": ("mlxdiff.cli.samplers", "List samplers and schedules; say which one to take."),
     "serve": ("mlxdiff.cli.serve", "Serve a page and HTTP interfaces; keep the model loaded."),
     "capabilities": ("mlxdiff.cli.capabilities", "List options as JSON, for programs."),
     "mcp": ("mlxdiff.cli.mcp", "Serve tools to agents (Model Context Protocol)."),
@@ -53,7 +55,7 @@ class _Fault(click.ClickException):
     exit_code = 1
 
 
-class Main(click.Group):
+class Main(AdvisedGroup):
     """A group that imports its commands on use and shows each failure as one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -9,9 +9,10 @@ from typing import Any
 import click
 
 from mlxdiff.cli import common_options, show_notes
+from mlxdiff.cli.advice import AdvisedGroup
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=AdvisedGroup, invoke_without_command=True)
 @click.option("--known", "show_known", is_flag=True, help="List the models with a short name.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @common_options

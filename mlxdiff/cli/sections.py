@@ -19,6 +19,18 @@ class SectionedCommand(click.Command):
         super().__init__(*args, **kwargs)
         self.sections = sections
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the arguments; say what to type in place of a wrong one."""
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            from mlxdiff.cli.advice import explained
+
+            if (message := explained(error, self, given)) is None:
+                raise
+            raise click.UsageError(message, ctx) from None
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, section by section."""
         records: dict[str, list[tuple[str, str]]] = {title: [] for title in self.sections}

@@ -1,0 +1,114 @@
+"""What to type instead: for commands and options that do not exist, and for a prompt in parts."""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from collections.abc import Iterable, Sequence
+
+import click
+
+from mlxdiff.errors import UsageError
+
+_COMMANDS = {
+    "help": "--help",
+    "version": "--version",
+    "draw": "generate",
+    "txt2img": "generate",
+    "img2img": "generate -i PICTURE",
+    "run": "generate",
+    "imagine": "generate",
+    "quantize": "convert -q 4",
+    "server": "serve",
+    "schedulers": "samplers",
+    "list": "models",
+    "ls": "models",
+    "benchmark": "bench",
+    "rm": "remove",
+    "delete": "remove",
+    "uninstall": "remove",
+}
+_OPTIONS = {
+    "-V": "--version",
+    "--size": "--width and --height",
+    "--resolution": "--width and --height",
+    "-p": "--prompt",
+    "--cfg": "--guidance",
+    "--out": "--output",
+    "--negative": "--negative-prompt",
+    "--scheduler": "--sampler, and --schedule for its noise levels",
+}
+"""Words of other programs that no option lists as its name elsewhere."""
+
+
+class AdvisedGroup(click.Group):
+    """A group that says what to type in place of a command that does not exist."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command. Raises: UsageError with advice."""
+        known = self.list_commands(ctx)
+        if args and args[0] not in known and not args[0].startswith("-"):
+            raise UsageError(unknown_command(ctx.command_path, args, known))
+        return super().resolve_command(ctx, args)
+
+
+def unknown_command(path: str, words: Sequence[str], known: Iterable[str]) -> str:
+    """Explain a command that does not exist.
+
+    Args:
+        path: what was typed before it ("mlxdiff").
+        words: what was typed from it on.
+        known: the commands that exist.
+    """
+    first, names = words[0], list(known)
+    if (other := _COMMANDS.get(first.lower())) is not None:
+        if other.startswith("-") or other.split()[0] in names:
+            return f"there is no command {first!r}; type {path} {other}"
+    if near := difflib.get_close_matches(first.lower(), names, n=1):
+        return f"there is no command {first!r}; did you mean {path} {near[0]}?"
+    if "generate" in names and (" " in first or len(words) > 1):
+        return f"there is no command {first!r}; to draw it: {path} generate {_prompt(words)}"
+    return f"there is no command {first!r}; there are {', '.join(names)}"
+
+
+def unknown_option(name: str) -> str | None:
+    """Return what an option of another program is called here; None: unknown there, too."""
+    from mlxdiff.cli.options import TABLES
+    from mlxdiff.run.table import entries
+
+    if name in _OPTIONS:
+        return _OPTIONS[name]
+    plain = name.lstrip("-").replace("-", "_")
+    for table in TABLES:
+        for entry in entries(table).values():
+            if entry.flags and plain in (entry.name, *entry.elsewhere):
+                return entry.flag
+    return None
+
+
+def prompt_in_parts(path: str, words: Sequence[str]) -> str:
+    """Say that a prompt of several words needs quotes."""
+    return f"the prompt has several parts; quote it: {path} {_prompt(words)}"
+
+
+def _prompt(words: Sequence[str]) -> str:
+    """The words before the first option as one prompt, quoted for a shell; then the rest."""
+    plain = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    rest = f" {shlex.join(words[plain:])}" if plain < len(words) else ""
+    text = " ".join(words[:plain])
+    quoted = f'"{text}"' if not set(text) & set('"$`\\!') else shlex.quote(text)
+    return quoted + rest
+
+
+def explained(error: click.UsageError, command: click.Command, args: Sequence[str]) -> str | None:
+    """Return a better message for a fault in the arguments of a command; None: click's is good."""
+    if isinstance(error, click.NoSuchOption):
+        if (here := unknown_option(error.option_name)) is not None:
+            return f"there is no option {error.option_name}; it is {here} here"
+    elif "extra argument" in error.message and command.params and args:
+        path = error.ctx.command_path if error.ctx else f"mlxdiff {command.name}"
+        if not args[0].startswith("-"):
+            return prompt_in_parts(path, args)
+    return None

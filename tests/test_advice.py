@@ -1,0 +1,54 @@
+"""A wrong command or option is answered with what to type; `mlxdiff samplers` lists the names."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from mlxdiff.cli import main
+from mlxdiff.samplers import SAMPLERS, SCHEDULES
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [
+        (["a red circle"], 'to draw it: mlxdiff generate "a red circle"'),
+        (["a", "red", "circle"], 'to draw it: mlxdiff generate "a red circle"'),
+        (["a red circle", "--seed", "3"], 'mlxdiff generate "a red circle" --seed 3'),
+        (["it costs $5 today"], "mlxdiff generate 'it costs $5 today'"),
+        (["generat", "x"], "did you mean mlxdiff generate?"),
+        (["help"], "type mlxdiff --help"),
+        (["version"], "type mlxdiff --version"),
+        (["txt2img", "a cat"], "type mlxdiff generate"),
+        (["quantize"], "type mlxdiff convert -q 4"),
+        (["models", "rm", "sdxl"], "type mlxdiff models remove"),
+        (["models", "remov"], "did you mean mlxdiff models remove?"),
+        (["models", "xyz"], "there are remove"),
+        (["generate", "a", "red", "circle"], 'quote it: mlxdiff generate "a red circle"'),
+        (["generate", "a cat", "--size", "512"], "it is --width and --height here"),
+        (["generate", "a cat", "--num-inference-steps", "5"], "it is --steps here"),
+        (["generate", "a cat", "--controlnet_conditioning_scale", "1"], "it is --control-scale"),
+        (["generate", "a cat", "--init-image", "x.png"], "it is --image here"),
+        (["generate", "a cat", "--samper", "euler"], "--sampler"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_words_are_answered(typed: list[str], answer: str) -> None:
+    done = CliRunner().invoke(main, typed, prog_name="mlxdiff")
+    assert done.exit_code == 2
+    assert answer in done.output
+
+
+def test_samplers_and_schedules_are_listed() -> None:
+    done = CliRunner().invoke(main, ["samplers"])
+    assert done.exit_code == 0
+    words = done.output.split()
+    assert {*SAMPLERS, *SCHEDULES} <= set(words)
+    found = json.loads(CliRunner().invoke(main, ["samplers", "--json"]).output)
+    by_id = {one["id"]: one for one in found["samplers"]}
+    assert list(by_id) == list(SAMPLERS)
+    assert [one["id"] for one in found["schedules"]] == list(SCHEDULES)
+    assert by_id["heun"]["evaluations"] == 19 and not by_id["heun"]["stochastic"]
+    assert by_id["euler-a"]["evaluations"] == 10 and by_id["euler-a"]["stochastic"]
