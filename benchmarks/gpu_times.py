@@ -44,6 +44,19 @@ def arithmetic(work: Sequence[Operation], size: int, padded: bool) -> float:
     return total
 
 
+def work_of(
+    work: Sequence[Operation], size: int, counted: float, padded: bool
+) -> tuple[float, float]:
+    """Return TFLOP, and GB read and written with the transforms of Winograd's method."""
+    moved = sum(_winograd_bytes(op, size) for op in work if op.kind == "convolution")
+    return arithmetic(work, size, padded) / 1e12, counted + 2 * moved / 1e9
+
+
+def seconds(flop: float, gigabytes: float, peak: float, bandwidth: float) -> float:
+    """Return the time of so many TFLOP and GB on a GPU."""
+    return flop / (0.6 * peak) + gigabytes / (0.8 * bandwidth)
+
+
 def main() -> None:
     names = " | ".join(GPUS)
     print(f"| work | TFLOP | GB | {names} |")
@@ -51,14 +64,8 @@ def main() -> None:
     for title, (model, part, latent, size, counted) in COUNTED.items():
         batch = 2 if part == "unet" else 1
         work = operations(config(model, part), latent, latent, batch=batch)
-        flop = arithmetic(work, size, model == "sd15") / 1e12
-        gigabytes = (
-            counted
-            + 2 * sum(_winograd_bytes(op, size) for op in work if op.kind == "convolution") / 1e9
-        )
-        times = [
-            flop / (0.6 * peak) + gigabytes / (0.8 * bandwidth) for peak, bandwidth in GPUS.values()
-        ]
+        flop, gigabytes = work_of(work, size, counted, model == "sd15")
+        times = [seconds(flop, gigabytes, peak, rate) for peak, rate in GPUS.values()]
         cells = " | ".join(f"{t:.2g} s" for t in times)
         print(f"| {title} | {flop:.2f} | {gigabytes:.0f} | {cells} |")
 
