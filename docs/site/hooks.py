@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import posixpath
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+import reference  # noqa: E402 - beside this file
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(((?:\.\./)[^)\s#]+)(#[^)\s]*)?\)")
 _FOLDER = "repository"
+_WORKER = "assets/javascripts/worker_in_a_frame.js"
 
 
 def on_files(files: Files, config: Any, **_: Any) -> Files:
@@ -25,7 +29,11 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
             if picture and files.get_file_from_path(place := f"{_FOLDER}/{_inside(target)}") is None:
                 source = str(ROOT / _inside(target))
                 files.append(File.generated(config, place, abs_src_path=source))
-    files.append(File.generated(config, "reference-options.md", content=options_page()))
+    script = str(Path(__file__).with_name("worker_in_a_frame.js"))
+    files.append(File.generated(config, _WORKER, abs_src_path=script))
+    pages = {"options": reference.options_page(), "python": reference.python_page()}
+    for name, content in pages.items():
+        files.append(File.generated(config, f"reference-{name}.md", content=content))
     return files
 
 
@@ -40,38 +48,16 @@ def on_page_markdown(markdown: str, config: Any, **_: Any) -> str:
         if not (ROOT / inside).exists():
             raise FileNotFoundError(f"{text}: links to {target}, which does not exist")
         kind = "tree" if (ROOT / inside).is_dir() else "blob"
-        return f"[{text}]({config.repo_url}/{kind}/main/{inside}{anchor or ''})"
+        return f"[{text}]({config.extra['repository']}/{kind}/main/{inside}{anchor or ''})"
 
     return _LINK.sub(replaced, markdown)
 
 
+def on_post_page(output: str, page: Any, config: Any, **_: Any) -> str:
+    """Take the script that lets the search work from the disk from here, not from elsewhere."""
+    up = "../" * page.url.count("/")
+    return output.replace("https://unpkg.com/iframe-worker/shim", f"{up}{_WORKER}")
+
+
 def _inside(target: str) -> str:
     return posixpath.normpath(posixpath.join("docs", target))
-
-
-def options_page() -> str:
-    """Return the reference of all options, from the tables of `mlxdiff.run.options`."""
-    from mlxdiff.cli.options import TABLES
-    from mlxdiff.run.options import SECTIONS
-    from mlxdiff.run.table import entries
-
-    lines = [
-        "# Options",
-        "",
-        "Every option of `mlxdiff generate`, with its name in Python. This page is made from the table of "
-        "options (`mlxdiff/run/options.py`). `mlxdiff generate --help` prints the same. "
-        "`mlxdiff capabilities -m MODEL` says which of them a model honours.",
-    ]
-    options = [one for table in TABLES for one in entries(table).values()]
-    for section in SECTIONS:
-        found = [one for one in options if one.section == section]
-        if not found:
-            continue
-        lines += ["", f"## {section}", "", "| option | in Python | what it does |", "|---|---|---|"]
-        for one in found:
-            flags = ", ".join(f"`{flag}`" for flag in one.flags) or "-"
-            names = f"; elsewhere: {', '.join(f'`{e}`' for e in one.elsewhere)}" if one.elsewhere else ""
-            python = "-" if one.doc == "" and not one.help else f"`{one.name}`"
-            text = (one.help or one.doc).replace("|", "\\|").replace("<", "&lt;")
-            lines.append(f"| {flags} | {python} | {text}{names} |")
-    return "\n".join(lines) + "\n"
