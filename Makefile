@@ -50,4 +50,4 @@ $(STAMP): pyproject.toml
 	@touch $(STAMP)
 
 clean:  ## Remove everything that make and the tools made.
-	rm -rf $(VENV) build dist outputs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist outputs site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
