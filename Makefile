@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 VECLIB_MAXIMUM_THREADS=1 \
   $(BIN)/python -m pytest -q
 
-.PHONY: help demo quick test parity lint types audit wheel clean
+.PHONY: help demo quick test parity lint types audit docs wheel clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,11 @@ types: $(STAMP)  ## Check types with mypy's strict settings.
 
 audit: $(STAMP)  ## Look for known holes in the dependencies (asks PyPI).
 	.ci/audit
+
+docs: $(STAMP)  ## Build the site into site/, which opens from the disk.
+	$(BIN)/python -m pip install -q -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python docs/site/check_links.py site
 
 wheel: $(STAMP)  ## Build the wheel and the source distribution.
 	$(BIN)/python -m build
