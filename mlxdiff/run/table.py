@@ -12,6 +12,7 @@ import difflib
 import functools
 import inspect
 import operator
+import sys
 import textwrap
 import types
 from collections.abc import Callable, Mapping
@@ -105,7 +106,7 @@ class Options:
 @functools.cache
 def entries(table: Any) -> Mapping[str, Option]:
     """The options of a table by Python name, in order."""
-    hints = get_type_hints(table, include_extras=True)
+    hints = _type_hints(table)
     found = {}
     for one in fields(table):
         if (entry := one.metadata.get("option")) is None:
@@ -120,6 +121,18 @@ def entries(table: Any) -> Mapping[str, Option]:
             positional=not one.kw_only,
         )
     return types.MappingProxyType(found)
+
+
+def _type_hints(table: Any) -> dict[str, Any]:
+    """The evaluated annotations of a table's fields. Python 3.10 cannot evaluate KW_ONLY's."""
+    known = {one.name for one in fields(table)}
+    found: dict[str, Any] = {}
+    for base in reversed(table.__mro__):
+        own = {name: hint for name, hint in inspect.get_annotations(base).items() if name in known}
+        holder = types.SimpleNamespace(__annotations__=own)
+        names = vars(sys.modules[base.__module__])
+        found |= get_type_hints(holder, names, include_extras=True)
+    return found
 
 
 def make(table: Callable[..., Table], given: Mapping[str, Any]) -> Table:
