@@ -64,7 +64,8 @@ def side_mlxdiff(folder: Path, noise: np.ndarray, backend: str) -> dict[str, Any
     found: dict[str, Any] = {"tokens": []}
     tokenizer = pipe.source.tokenizer()
     for text in STRINGS:
-        found["tokens"].append(list(map(int, tokenizer.encode(text, pad=False))))
+        padded = list(map(int, tokenizer.encode(text)))
+        found["tokens"].append(padded[: len(tokenizer.encode(text, pad=False)) + 2])
     for index, prompt in enumerate(PROMPTS):
         result = pipe.generate(prompt, noise=noise, sampler="euler", schedule="trailing",
                                steps=STEPS, guidance=GUIDANCE, width=SIZE, height=SIZE)  # fmt: skip
@@ -93,7 +94,9 @@ def side_diffusers(folder: Path, noise: np.ndarray) -> dict[str, Any]:
     return found
 
 
-def side_apple(folder: Path, noise: np.ndarray, package: str) -> dict[str, Any]:
+def side_apple(
+    folder: Path, noise: np.ndarray, package: str, padded: bool = False
+) -> dict[str, Any]:
     import importlib
 
     import mlx.core as mx
@@ -106,6 +109,13 @@ def side_apple(folder: Path, noise: np.ndarray, package: str) -> dict[str, Any]:
     first = pipe.sampler._sigmas[-1]
     start = mx.array(noise) * first * (first.square() + 1).rsqrt()
     pipe.sampler.sample_prior = lambda *_, **__: start
+    if padded:
+
+        def tokenize(own: Any, text: str, negative: str | None = None) -> mx.array:
+            rows = [own.tokenize(one) for one in (text, negative) if one is not None]
+            return mx.array([row + [row[-1]] * (77 - len(row)) for row in rows])
+
+        pipe._tokenize = tokenize
     found: dict[str, Any] = {"tokens": []}
     for text in STRINGS:
         try:
@@ -126,6 +136,9 @@ SIDES = {
     "mlxdiff, MLX": lambda folder, noise: side_mlxdiff(folder, noise, "mlx"),
     "diffusers": side_diffusers,
     "diffuse-mlx": lambda folder, noise: side_apple(folder, noise, "diffuse_mlx.stable_diffusion"),
+    "diffuse-mlx, prompts padded to 77 tokens": lambda folder, noise: side_apple(
+        folder, noise, "diffuse_mlx.stable_diffusion", padded=True
+    ),
     "mlx-examples": lambda folder, noise: side_apple(folder, noise, "stable_diffusion"),
 }
 
@@ -208,7 +221,7 @@ def main() -> None:
     pythons = {"mlxdiff, NumPy": sys.executable, "mlxdiff, MLX": sys.executable}
     for other in options.others:
         name, _, python = other.partition("=")
-        pythons[name] = python or sys.executable
+        pythons |= {one: python or sys.executable for one in SIDES if one.startswith(name)}
     if "diffusers" not in pythons:
         sys.exit("diffusers is the reference: --with diffusers[=PYTHON] ...")
     with tempfile.TemporaryDirectory() as temporary:
