@@ -250,7 +250,9 @@ def main() -> None:
         cells = []
         for name in found:
             own, true = tokens[name][index], tokens["diffusers"][index]
-            cells.append(own if isinstance(own, str) else "equal" if own == true else "other tokens")
+            cells.append(
+                own if isinstance(own, str) else "equal" if own == true else "other tokens"
+            )
         print(f"| {text} | {' | '.join(cells)} |")
     print(json.dumps(rows))
 

@@ -26,7 +26,10 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
     """Add the pictures that pages show from outside docs/, and the page of options."""
     for page in list(files.documentation_pages()):
         for picture, _, target, _ in _LINK.findall(page.content_string):
-            if picture and files.get_file_from_path(place := f"{_FOLDER}/{_inside(target)}") is None:
+            if (
+                picture
+                and files.get_file_from_path(place := f"{_FOLDER}/{_inside(target)}") is None
+            ):
                 source = str(ROOT / _inside(target))
                 files.append(File.generated(config, place, abs_src_path=source))
     script = str(Path(__file__).with_name("worker_in_a_frame.js"))

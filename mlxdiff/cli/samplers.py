@@ -56,7 +56,9 @@ def samplers(as_json: bool, quiet: bool) -> None:
         rows.append((one["id"], one["a1111"], cost, kind, ", ".join(one["also"])))
     _echo_table(rows)
     click.echo()
-    _echo_table([("--schedule", "A1111's name"), *((s["id"], s["a1111"]) for s in found["schedules"])])
+    _echo_table(
+        [("--schedule", "A1111's name"), *((s["id"], s["a1111"]) for s in found["schedules"])]
+    )
 
 
 def listed() -> dict[str, Any]:
