@@ -2,17 +2,17 @@
 
     python benchmarks/compare.py [--tokenizer FOLDER] [--with NAME=PYTHON ...] [--keep FOLDER]
 
-A small Stable Diffusion 1.5 (its structure, 32 groups in its norms, random weights) is written as a
-diffusers folder. Each tool draws from it: Euler, trailing timesteps, 10 steps, guidance 7.5, float32.
-diffusers on torch is the reference. NAME is one of
+A small Stable Diffusion 1.5 (its structure, 32 groups in its norms, random weights) is written as
+a diffusers folder. Each tool draws from it: Euler, trailing timesteps, 10 steps, guidance 7.5,
+float32. diffusers on torch is the reference. NAME is one of
 
-    diffusers      diffusers and torch (always needed: --with diffusers=PYTHON where it is elsewhere)
-    diffuse-mlx    from PyPI; unmodified, but its downloads lead to the folder and its noise is given
+    diffusers      diffusers and torch; always needed
+    diffuse-mlx    from PyPI; unmodified, but its downloads lead to the folder, its noise is given
     mlx-examples   the same code as Apple publishes it; put stable_diffusion on PYTHONPATH
 
 PYTHON is the interpreter that has the tool; mlxdiff itself runs in this one, on NumPy and on MLX.
 FOLDER of --tokenizer holds vocab.json and merges.txt of CLIP; without it the built-in model's small
-vocabulary serves, and tokens of rare signs are not compared. Prints two tables in Markdown and JSON.
+vocabulary serves. Prints two tables in Markdown and a line of JSON.
 """
 
 from __future__ import annotations
@@ -235,8 +235,8 @@ def main() -> None:
             subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
             found[name] = dict(np.load(out))
     rows = {name: compared(one, found["diffusers"]) for name, one in found.items()}
-    print(f"| tool | tokens of {len(STRINGS)} strings | " + " | ".join(
-        f"latents, prompt {i + 1} | PSNR, prompt {i + 1}" for i in range(len(PROMPTS))) + " |")  # fmt: skip
+    titles = [f"latents, prompt {i + 1} | PSNR, prompt {i + 1}" for i in range(len(PROMPTS))]
+    print(f"| tool | tokens of {len(STRINGS)} strings | {' | '.join(titles)} |")
     print("|---" * (2 + 2 * len(PROMPTS)) + "|")
     for name, row in rows.items():
         if name != "diffusers":
@@ -250,9 +250,8 @@ def main() -> None:
         cells = []
         for name in found:
             own, true = tokens[name][index], tokens["diffusers"][index]
-            cells.append(
-                own if isinstance(own, str) else "equal" if own == true else "other tokens"
-            )
+            same = "equal" if own == true else "other tokens"
+            cells.append(own if isinstance(own, str) else same)
         print(f"| {text} | {' | '.join(cells)} |")
     print(json.dumps(rows))
 

@@ -2,9 +2,9 @@
 
     python benchmarks/your_mac.py
 
-Memory is mlxdiff's own estimate for a GPU in float16 (mlxdiff.run.memory), for guided steps. Seconds
-are those of gpu_times.py, for 20 steps (SDXL: 25) and the decoder. A choice fits if it takes at most
-the recommended working set: two thirds of the memory, three quarters above 36 GB.
+Memory is mlxdiff's own estimate for a GPU in float16 (mlxdiff.run.memory), for guided steps.
+Seconds are those of gpu_times.py, for 20 steps (SDXL: 25) and the decoder. A choice fits if it
+takes at most the recommended working set: two thirds of the memory, three quarters above 36 GB.
 """
 
 from __future__ import annotations
