@@ -42,7 +42,8 @@ MODELS = {
 }
 PICTURES = """photo.jpg painting.jpg bench.png harbour.png house.png castle.jpg cat.png cat-128.png
     scan.png style.png depth.png""".split()
-LORAS = """pastel detail style person lcm-lora latent-consistency/lcm-lora-sdv1-5/pytorch_lora_weights loras/style""".split()
+LORAS = """pastel detail style person lcm-lora loras/style
+    latent-consistency/lcm-lora-sdv1-5/pytorch_lora_weights""".split()
 ONLY_PARSED = {"bench", "doctor", "serve", "mcp", "models", "convert", "info"}
 NO_PAIR = ["instruct-pix2pix", "--ip-adapter"]  # the small models of both do not fit together
 RUNNABLE = {"README.md", "coming-from-diffusers.md", "control.md", "embedding.md", "images.md",

@@ -19,7 +19,11 @@ def test_every_package_is_listed() -> None:
         ".".join(path.parent.relative_to(ROOT).parts)
         for path in (ROOT / "mlxdiff").rglob("__init__.py")
     }
-    assert listed == folders | {"mlxdiff.convert"}
+    data = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for path in (ROOT / "mlxdiff/builtin").rglob("*.json")
+    }
+    assert listed == folders | data | {"mlxdiff.convert"}
     assert not [p for p in (ROOT / "convert").iterdir() if p.is_dir() and p.name != "__pycache__"]
 
 

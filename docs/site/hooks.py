@@ -1,7 +1,7 @@
 """What the site needs beyond the pages: links out of docs/, and the reference of the options.
 
-A page links to files of the repository (`../examples/...`), so that it also reads well there. On the
-site a picture is copied, and any other file is a link to the repository.
+A page links to files of the repository (`../examples/...`), so that it also reads well there. On
+the site a picture is copied, and any other file is a link to the repository.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-import reference  # noqa: E402 - beside this file
+import reference
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -26,10 +26,8 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
     """Add the pictures that pages show from outside docs/, and the page of options."""
     for page in list(files.documentation_pages()):
         for picture, _, target, _ in _LINK.findall(page.content_string):
-            if (
-                picture
-                and files.get_file_from_path(place := f"{_FOLDER}/{_inside(target)}") is None
-            ):
+            place = f"{_FOLDER}/{_inside(target)}"
+            if picture and files.get_file_from_path(place) is None:
                 source = str(ROOT / _inside(target))
                 files.append(File.generated(config, place, abs_src_path=source))
     script = str(Path(__file__).with_name("worker_in_a_frame.js"))

@@ -25,8 +25,8 @@ def options_page() -> str:
     lines = [
         "# Options",
         "",
-        "Every option of `mlxdiff generate`, and its name in Python. The page is made from the table"
-        " of options in the code. `mlxdiff generate --help` prints the same;"
+        "Every option of `mlxdiff generate`, and its name in Python. The page is made from the"
+        " table of options in the code. `mlxdiff generate --help` prints the same;"
         " `mlxdiff capabilities -m MODEL` says which of them a model honours. The names of other"
         " programs are not accepted, but an error gives ours.",
     ]
@@ -51,8 +51,8 @@ def python_page() -> str:
     lines = [
         "# Python",
         "",
-        "What `import mlxdiff` gives. Everything is typed; [in a program](embedding.md) tells how the"
-        " parts belong together.",
+        "What `import mlxdiff` gives. Everything is typed; [in a program](embedding.md) tells how"
+        " the parts belong together.",
     ]
     for title, names in PYTHON:
         lines += ["", f"## {title}"]
