@@ -32,7 +32,7 @@ from mlxdiff.convert.sources import (
     require_unchanged,
     used_files,
 )
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import UsageError, argument
 from mlxdiff.machine.disk import sha256
 from mlxdiff.networks.config import UNetConfig
 from mlxdiff.store.folder import ConvertedFolder, ModelSource, Progress, check_dest, write_folder
@@ -117,9 +117,11 @@ def convert(
     if quantize is not None:
         chosen = find_recipe(quantize, group_size, recipe)
     elif group_size is not None or recipe is not None:
-        raise UsageError("a group size or a recipe needs a number of bits; give --quantize BITS")
+        bits = argument("quantize", form="BITS")
+        raise UsageError(f"a group size or a recipe needs a number of bits; give {bits}")
     if to != "mlxdiff" and chosen is not None:
-        raise UsageError(f"--to {to} has no quantized form; leave --quantize out")
+        quantized = argument("quantize")
+        raise UsageError(f"{argument('to', to)} has no quantized form; leave {quantized} out")
     if to != "single":
         check_dest(dest, force)
     if variant is None and dtype == "float32":

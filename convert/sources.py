@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from mlxdiff.convert import detect
 from mlxdiff.convert.checkpoint import DiffusersFolder
 from mlxdiff.convert.singlefile import SingleFile
-from mlxdiff.errors import CheckpointError, ConfigError, UsageError
+from mlxdiff.errors import CheckpointError, ConfigError, UsageError, argument
 from mlxdiff.machine.disk import identity, read_json
 from mlxdiff.store import catalogue, hub
 from mlxdiff.store.cache import snapshot_of
@@ -148,7 +148,7 @@ def _only_single_files(path: str | os.PathLike[str], options: Mapping[str, Any])
     for name, value in options.items():
         if value is not None and not (name == "ema" and not value):
             raise UsageError(
-                f"{path} is not a single file; --{name.replace('_', '-')} is for single files only"
+                f"{path} is not a single file; {argument(name)} is for single files only"
             )
 
 

@@ -123,7 +123,7 @@ def test_an_option_gives_a_file_without_marks_zero_snr(tmp_path: Path) -> None:
     model = opened(path, zero_snr=True)  # PNDM, the class of SD 1, has no such argument
     assert model.scheduler_config["_class_name"] == "DDIMScheduler"
     assert training(opened(path, zero_snr=False)) == ("epsilon", False)
-    with pytest.raises(UsageError, match="--zero-snr is for single files only"):
+    with pytest.raises(UsageError, match="zero_snr is for single files only"):
         open_source(checkpoint("sd15"), zero_snr=False)
 
 

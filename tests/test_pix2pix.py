@@ -94,8 +94,8 @@ def test_cosxl_edit_sees_scaled_latents(tmp_path: Path, opened: Opened) -> None:
     ("name", "arguments", "says"),
     [
         ("pix2pix", {"image": None}, r"it needs one \(--image\)"),
-        ("pix2pix", {"mask": photo(32, 32)}, "no part for a mask"),
-        ("pix2pix", {"outpaint": (8, 8, 8, 8)}, "no part for a mask"),
+        ("pix2pix", {"mask": photo(32, 32)}, "no part for mask or outpaint"),
+        ("pix2pix", {"outpaint": (8, 8, 8, 8)}, "no part for mask or outpaint"),
         ("pix2pix", {"strength": 0.5}, "--image-guidance"),
         ("pix2pix", {"image_guidance": -1.0}, "at least 0"),
         ("pix2pix", {"image_guidance": "much"}, "expected a number"),

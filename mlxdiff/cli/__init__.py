@@ -19,7 +19,7 @@ import click
 
 import mlxdiff
 from mlxdiff.cli.streams import make_printable, tell
-from mlxdiff.errors import MlxdiffError, printable
+from mlxdiff.errors import MlxdiffError, naming, printable
 from mlxdiff.machine import stopping
 
 # name -> module with a click command of the same name, one-line help.
@@ -71,7 +71,7 @@ class Main(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         make_printable()
-        with stopping.handled():
+        with stopping.handled(), naming(_flag):
             return super().main(*args, **kwargs)
 
     def resolve_command(
@@ -121,6 +121,13 @@ def common_options(command: F) -> F:
     ):
         command = option(command)
     return command
+
+
+def _flag(name: str, value: Any, form: str) -> str:
+    """Name an option by its flag in messages. The table of options is only imported for one."""
+    from mlxdiff.cli.options import on_command_line
+
+    return on_command_line(name, value, form)
 
 
 class ProgressBar:

@@ -146,17 +146,22 @@ class Flag(Anything):
 
 @dataclass(frozen=True)
 class Whole(Anything):
-    """A whole number within bounds; None: no bound."""
+    """A whole number within bounds; None: no bound.
+
+    Attributes:
+        words: what fits, where the bounds alone do not say it well.
+    """
 
     least: int | None = None
     most: int | None = None
+    words: str = ""
 
     metavar = "INTEGER"
 
     @property
     def expected(self) -> str:
         """The accepted values, for messages."""
-        return f"a whole number{_bounds(self.least, self.most)}"
+        return self.words or f"a whole number{_bounds(self.least, self.most)}"
 
     def accept(self, value: Any) -> Any:
         whole = isinstance(value, numbers.Integral) and not isinstance(value, (bool, np.bool_))
@@ -374,9 +379,11 @@ class Files(Anything):
 
     Attributes:
         form: how one stands on the command line.
+        opened: the class of a file that is open already.
     """
 
     form: str
+    opened: type
 
     @property
     def expected(self) -> str:
@@ -394,7 +401,10 @@ class Files(Anything):
             raise Unfit(value, self.expected)
         files = tuple(value)
         for one in files:
-            no_address(one[0] if isinstance(one, tuple) and one else one)
+            path = one[0] if isinstance(one, tuple) and len(one) == 2 else one
+            if path == "" or not isinstance(path, (str, os.PathLike, self.opened)):
+                raise Unfit(one, self.expected)
+            no_address(path)
         return files
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from mlxdiff.adapters.textual_inversion import TextualInversion, match
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import UsageError, argument
 from mlxdiff.store.folder import ModelSource
 from mlxdiff.text import a1111
 from mlxdiff.text.prompt import Chunk, Vocabulary, Word, emphasize
@@ -130,11 +130,13 @@ class TextEncoders:
         layers = min(self.source.config(name).num_hidden_layers for name in self.names)
         most = layers - 1 if self.penultimate else layers
         if not isinstance(clip_skip, int) or isinstance(clip_skip, bool):
-            raise UsageError(f"clip_skip is {clip_skip!r}; expected a whole number, 0 to {most}")
+            raise UsageError(
+                f"{argument('clip_skip')} is {clip_skip!r}; expected a whole number, 0 to {most}"
+            )
         if not 0 <= clip_skip <= most:
             raise UsageError(
-                f"clip_skip is {clip_skip}; expected 0 to {most} for this model (0 skips nothing; "
-                "A1111 counts from 1)"
+                f"{argument('clip_skip')} is {clip_skip}; expected 0 to {most} for this model (0 "
+                "skips nothing; A1111 counts from 1)"
             )
 
     def timeline(
