@@ -14,7 +14,7 @@ if __name__ != "mlxdiff.convert":
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,8 @@ def convert(
         group_size, recipe: group size and kind of the quantization.
         to: form of the result: "mlxdiff" (a converted folder), "diffusers" (a folder) or "single"
             (one file in LDM naming).
-        change: changes the model before it is written (``adapters.lora.baked``).
+        change: changes the model before it is written (``adapters.lora.Baking``); its attribute
+            ``files`` names the files that it reads.
     Returns: the treatment of every tensor.
     Raises: UsageError, CheckpointError (also for a source that changes meanwhile), ConfigError,
         HubError.
@@ -126,7 +127,8 @@ def convert(
         check_dest(dest, force)
     if variant is None and dtype == "float32":
         variant = ""
-    seen = identities(source, config)
+    added: Sequence[Path] = getattr(change, "files", ())
+    seen = identities(source, config, *added)
     model = open_source(
         source,
         revision,
@@ -149,7 +151,9 @@ def convert(
             f"{source}: already quantized; convert the original to change its quantization or dtype"
         )
     source_model: ModelSource = model if change is None else change(unpacked_model(model))
-    seen = identities(*used_files(model).values()) | seen
+    used = [*used_files(model, tokenizer=to != "single").values()]
+    used += [path for path in identities(*added) if path in added or path.parent in added]
+    seen = identities(*used) | seen
     if chosen is not None:
         target = quantized_model(source_model, chosen, dtype)
     else:
@@ -172,7 +176,7 @@ def convert(
     )
 
     def check() -> None:
-        require_unchanged(used_files(model).values(), seen)
+        require_unchanged(used, seen)
 
     if to == "single":
         write_single(target, dest, dtype, check=check, progress=after)

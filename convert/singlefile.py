@@ -73,6 +73,8 @@ if TYPE_CHECKING:
     from mlxdiff.tokenizer import Tokenizer
 
 PREDICTIONS = marks.PREDICTIONS
+TOKENIZER = "tokenizer"
+"""Folder of the tokenizer's files beside a single file."""
 VOCABULARY = "openai/clip-vit-large-patch14"
 """The repository with the vocab.json and merges.txt of all these families."""
 VOCABULARY_FILES = ("vocab.json", "merges.txt")
@@ -572,7 +574,7 @@ class SingleFile:
     @cached_property
     def _vocabulary(self) -> Path:
         """Folder of the tokenizer's files: beside the file, or from the hub."""
-        beside = self.path.absolute().parent / "tokenizer"
+        beside = self.path.absolute().parent / TOKENIZER
         if any((beside / name).is_file() for name in (*VOCABULARY_FILES, "tokenizer.json")):
             return beside
         try:
@@ -612,6 +614,19 @@ class SingleFile:
                 if name not in self.files:
                     for path in shard_files(self.base.files[name].entry):
                         files[f"{self.base.path.name}/{name}/{path.name}"] = path
+        return files
+
+    def beside_files(self, tokenizer: bool) -> dict[str, Path]:
+        """Return the files that are read beside this one: name -> path.
+
+        Args:
+            tokenizer: whether the tokenizer is read.
+        """
+        config = original_config.beside(self.path)
+        files = {} if config is None else {config.name: config}
+        if tokenizer and self.base is None:
+            there = [self._vocabulary / name for name in TOKENIZER_FILES]
+            files |= {f"{TOKENIZER}/{path.name}": path for path in there if path.is_file()}
         return files
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from folders import diffusers_folder
+from folders import wide
 from golden_data import GOLDEN, checkpoint
 from pickle_files import saved
 from safetensors.numpy import save_file
@@ -147,14 +147,6 @@ def test_conversion_without_configs_is_complete(family: str, tmp_path: Path) -> 
         assert result.model_index["force_zeros_for_empty_prompt"] is True
     assert set(result.provenance["sha256"]) == {"x.safetensors"}
     assert "every tensor is accounted for" in str(report)
-
-
-def wide(path: Path, family: str) -> Path:
-    """Make a folder whose U-Net has the published number of heads for its widths."""
-    heads = [1, 2] if family == "sdxl" else 8
-    unet = {"block_out_channels": [64, 128], "attention_head_dim": heads}
-    diffusers_folder(path, family, unet)
-    return path
 
 
 # -------------------------------------------------------------------------------------------- forms

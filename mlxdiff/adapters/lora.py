@@ -639,24 +639,31 @@ class _Baked:
         return changed(self._loras, component, self._source.tensors(component))
 
 
-def baked(given: Sequence[Given]) -> Callable[[ModelSource], ModelSource]:
-    """Return a function that puts LoRAs into the weights of a model (``convert.convert``).
+@dataclass(frozen=True)
+class Baking:
+    """Puts LoRAs into the weights of a model (``convert.convert``).
 
-    The function raises UsageError for a quantized model, which cannot hold the sum, and the errors
-    of ``open_all``.
+    Attributes:
+        given: the LoRAs.
+    Raises: UsageError for a quantized model, which cannot hold the sum; the errors of ``open_all``.
     """
 
-    def change(model: ModelSource) -> ModelSource:
+    given: Sequence[Given]
+
+    @property
+    def files(self) -> list[Path]:
+        """The files and folders that are read."""
+        paths = [one[0] if isinstance(one, tuple) else one for one in self.given]
+        return [one.file.path if isinstance(one, Lora) else Path(one) for one in paths]
+
+    def __call__(self, model: ModelSource) -> ModelSource:
         if is_quantized(model):
             raise UsageError(
                 f"{model.path}: is quantized, and a LoRA in its weights would be rounded away; "
-                "convert the original with the LoRA and "
-                f"{argument('quantize')}"
+                f"convert the original with the LoRA and {argument('quantize')}"
             )
         configs = {name: model.config(name) for name in model.components if name != "vae"}
-        return cast(ModelSource, _Baked(model, open_all(given, configs, model.family)))
-
-    return change
+        return cast(ModelSource, _Baked(model, open_all(self.given, configs, model.family)))
 
 
 def _is_number(value: Any) -> bool:
