@@ -6,12 +6,12 @@ says so (``naming``). So one text serves both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+TYPE_CHECKING = False  # as in mlxdiff/__init__.py: this module is there before signals are handled
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
-Name = Callable[[str, Any, str], str]
-"""Names an option for messages: gets the arguments of ``argument``."""
+    Name = Callable[[str, Any, str], str]
 
 MAX_MESSAGE = 2000
 """Longest text of an error, in characters. A longer one loses its middle."""
@@ -55,13 +55,20 @@ def in_python(name: str, value: Any, form: str) -> str:
 _names: list[Name] = [in_python]  # the last one counts
 
 
-@contextmanager
-def naming(name: Name) -> Iterator[None]:
-    """Let messages name options in another way, in the whole process, inside the block."""
-    _names.append(name)
-    try:
-        yield
-    finally:
+class naming:
+    """Let messages name options in another way, in the whole process, inside the block.
+
+    Args:
+        name: gets the arguments of ``argument``.
+    """
+
+    def __init__(self, name: Name) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        _names.append(self.name)
+
+    def __exit__(self, *error: object) -> None:
         _names.pop()
 
 
