@@ -179,8 +179,8 @@ def check_model_index(index: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     Raises: CheckpointError for an unknown pipeline, part or class, or for a missing part.
     """
     pipeline = index.get("_class_name")
-    if words := _REFUSED_PIPELINES.get(str(pipeline)):
-        raise CheckpointError(f"{path}: is a {pipeline}: {words}")
+    if make := _REFUSED_PIPELINES.get(str(pipeline)):
+        raise CheckpointError(f"{path}: is a {pipeline}: {make()}")
     if pipeline not in PIPELINES:
         what = f"is a {pipeline}" if pipeline else "names no pipeline class in model_index.json"
         raise CheckpointError(f"{path}: {what}; supported: {', '.join(PIPELINES)}")

@@ -57,7 +57,7 @@ def test_a1111s_syntax_in_a_plain_prompt_is_told(
     pipe = opened("sd15")
     for options in ({"prompt": prompt}, {"negative_prompt": prompt}):
         (note,) = notes(caplog, pipe, **options)
-        assert sign in note and "--prompt-syntax a1111" in note
+        assert sign in note and "prompt_syntax='a1111'" in note
     if "lora" not in sign:
         assert notes(caplog, pipe, prompt=prompt, prompt_syntax="a1111") == []
 
@@ -73,7 +73,7 @@ def test_wildcards_are_told(
     syntax: str, prompt: str, opened: Opened, caplog: pytest.LogCaptureFixture
 ) -> None:
     (note,) = notes(caplog, opened("sd15"), prompt=prompt, prompt_syntax=syntax)
-    assert "--prompt-file" in note
+    assert "write each prompt out" in note
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_seed_minus_one_is_told(opened: Opened, caplog: pytest.LogCaptureFixture
         (64, 96, None),
         (96, 96, None),
         (128, 64, None),
-        (128, 128, "repeated subjects; --hires"),
+        (128, 128, "repeated subjects; hires"),
         (32, 32, "poor pictures"),
     ],
 )

@@ -227,7 +227,7 @@ def test_given_noise_is_the_noise_of_the_seed(opened: Opened) -> None:
         ("sd15", {"mask": np.zeros((64, 64), np.uint8)}, "the mask is black"),
         ("sd15", {"mask": "none.png"}, "the mask: none.png: no such picture"),
         ("sd15", {"mask": np.eye(64)[:, ::-1] > 0}, "too fine"),
-        ("sd15", {"mask": None, "paste_original": True}, "paste_original needs a mask"),
+        ("sd15", {"mask": None, "paste_original": True}, "paste_original needs mask"),
         ("sd15", {"outpaint": (8, 8)}, "four whole numbers"),
         ("sd15", {"outpaint": (8, 8, -8, 8)}, "at least 0"),
         ("sd15", {"outpaint": (8, 8.5, 8, 8)}, "whole numbers"),

@@ -76,8 +76,10 @@ def _accepted(entry: Option, value: Any, path: str) -> Any:
             texts = isinstance(getattr(kind, "kind", kind), Picture)
             if not names or (texts and not all(isinstance(name, str) for name in names)):
                 raise UsageError(fault)
-        elif isinstance(kind, Files) and not isinstance(value, list):
-            raise UsageError(fault)
+        elif isinstance(kind, Files):  # descriptions of files: their own readers check them
+            if not isinstance(value, list):
+                raise UsageError(fault)
+            return value
         return kind.accept(value)
     except Unfit as unfit:
         raise UsageError(f"{fault}; expected {unfit.expected}") from None

@@ -80,7 +80,7 @@ def _file(path: Path, config: str | None) -> dict[str, Any]:
     except (CheckpointError, ConfigError, UsageError) as error:
         if config is not None:
             raise
-        if facts["use"].startswith("give it with -m"):
+        if facts["kind"].startswith(("a whole model", "a U-Net")):
             facts["notes"] = [str(error).removeprefix(f"{path}: ")]
         return facts
     return model | {"use": recognise.use("a whole model"), "written": facts["written"]}

@@ -173,5 +173,4 @@ class IPAdapter(Addition):
             tokens = tokens.reshape(batch, -1, tokens.shape[-1])
             made = adapter.keys_values(tokens)
             for layer, (keys, values) in zip(prompted.unet.cross_attentions(), made, strict=True):
-                backend.evaluate(keys, values)
-                prompted.text.put_beside(layer, keys, values, prompt.scale)
+                layer.keep_beside(prompted.text, keys, values, prompt.scale)
