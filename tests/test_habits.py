@@ -111,6 +111,17 @@ def test_prompt_files_of_other_systems(form: str, tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------- seed, size
 
 
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 2**64 - 1])
+def test_a_seed_that_torch_does_not_take_is_refused_before_loading(
+    seed: int, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match="seed"):
+        opened("sd15").stream("a", seed=seed, count=2)
+    monkeypatch.setattr("mlxdiff.loading.load", None)
+    error = run("a", "-s", str(seed), "-b", "2").stderr
+    assert "2**64 - 1" in error and error.count("Error") == 1
+
+
 def test_seed_minus_one_is_told(opened: Opened, caplog: pytest.LogCaptureFixture) -> None:
     (note,) = notes(caplog, opened("sd15"), seed=-1)
     assert "seed -1 is one seed like any other" in note and "4294967295" in note

@@ -447,7 +447,7 @@ def _grey(levels: np.ndarray) -> np.ndarray:
     return np.repeat(levels[..., None], 3, axis=2)
 
 
-def _alpha(strip: Image.Image, info: Mapping[str, Any]) -> np.ndarray:
+def _alpha(strip: Image.Image, info: Mapping[Any, Any]) -> np.ndarray:
     """The alpha of a strip, uint8 (h, w)."""
     if "transparency" in info:
         strip.info["transparency"] = info["transparency"]
@@ -461,7 +461,8 @@ def _wide(picture: Image.Image) -> Callable[[Image.Image], np.ndarray]:
     """
     if picture.mode == "F" and not np.isfinite(np.asarray(picture)).all():
         raise UsageError("holds values that are not finite; save it as 8-bit or 16-bit grey")
-    low, high = picture.getextrema()
+    extrema: Any = picture.getextrema()  # a pair, for pictures of one band
+    low, high = extrema
     if picture.mode == "I" and (high > 255 or picture.format == "PPM") and 0 <= low <= high < 65536:
         return lambda strip: _grey((np.asarray(strip) >> 8).astype(np.uint8))
     if picture.mode == "F" and 0 <= low <= high <= 1:

@@ -242,7 +242,7 @@ def _model_info(reference: Reference) -> Any:
     if reference.revision is not None:
         address += f"/revision/{quote(reference.revision, safe='')}"
     headers = {**build_hf_headers(library_name="mlxdiff"), "Accept-Encoding": "identity"}
-    asked = {"headers": headers, "params": {"blobs": True}, "timeout": 15}
+    asked: dict[str, Any] = {"headers": headers, "params": {"blobs": True}, "timeout": 15}
     with get_session().stream("GET", address, **asked) as response:
         body = bytearray()
         for piece in response.iter_bytes():
@@ -262,7 +262,7 @@ def _model_info(reference: Reference) -> Any:
             response.status_code, headers=kept, content=bytes(body), request=response.request
         )
     hf_raise_for_status(whole)
-    return ModelInfo(**whole.json())
+    return ModelInfo(**whole.json())  # type: ignore[no-untyped-call]
 
 
 def _listed(reference: Reference, sibling: Any) -> tuple[str, File]:
