@@ -175,6 +175,31 @@ def test_finished_pictures_of_an_interrupted_count_are_kept(tmp_path: Path) -> N
     assert f"{saved} of 4 pictures are saved" in said(folder, "err")
 
 
+INTERRUPT_AT_IMPORT = """
+import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in jobs in the background
+moment, sys.argv = sys.argv[1], ["mlxdiff", "info"]
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == moment:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+runpy.run_module("mlxdiff", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "moment", ["mlxdiff.machine.stopping", "mlxdiff.cli", "click", "mlxdiff.cli.info"]
+)
+def test_ctrl_c_while_the_command_starts_is_silent(moment: str) -> None:
+    """What comes before the first line of mlxdiff (Python's own start) is Python's to report."""
+    run = [sys.executable, "-c", INTERRUPT_AT_IMPORT, moment]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout) == (130, "", "")
+
+
 # ------------------------------------------------------------------------------ outputs and folders
 
 

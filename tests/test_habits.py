@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from golden_data import checkpoint, photo
 from golden_runs import Opened
+from PIL import Image, PngImagePlugin
 
 import mlxdiff
 from mlxdiff.cli import main
@@ -299,3 +300,24 @@ def test_a_vae_of_another_family_is_refused(tmp_path: Path, opened: Opened) -> N
     opened("cosxl").set_vae(tmp_path / "vae")
     opened("cosxl").set_vae(None)
     assert np.isfinite(pipe.generate("a", steps=1, seed=0, **SIZE).latents).all()
+
+
+# ------------------------------------------------------------- pictures that lost our own settings
+
+
+def test_a_picture_with_a1111s_text_alone_says_what_it_lacks(tmp_path: Path) -> None:
+    """What web sites keep: the syntax is in the text, and what is not taken from it is named."""
+    first, again = tmp_path / "1.png", tmp_path / "2.png"
+    model = ("-m", str(checkpoint("sd15")))
+    options = ("--steps", "2", "--prompt-syntax", "a1111", "--hires", "2", "-o", str(first))
+    assert run("a (red:1.3) cat", *model, *options).exit_code == 0
+    with Image.open(first) as picture:
+        kept = PngImagePlugin.PngInfo()
+        kept.add_text("parameters", picture.text["parameters"])  # type: ignore[attr-defined]
+        picture.save(again, pnginfo=kept)
+    replayed = CliRunner().invoke(
+        main, ["generate", "--from-image", str(again), *model, "-o", str(tmp_path / "3.png")]
+    )
+    assert replayed.exit_code == 0, replayed.output
+    assert "not taken from it: Denoising strength: 0.5, Hires upscale: 2" in replayed.stderr
+    assert "plain text in this prompt syntax" not in replayed.stderr
