@@ -259,8 +259,8 @@ def _note_unknown_words(tokenizer: Tokenizer, text: str) -> None:
     )
     # The text is always the same, so that a handler can show it once.
     logger.warning(
-        "this model knows only these words: %s. For anything else use a full model: "
-        '-m sd15 on the command line, load("sd15") in Python, or another of '
-        "`mlxdiff models --known`",
+        "this model knows only these words: %s. For anything else use a full model: %s, or "
+        "another of `mlxdiff models --known`",
         ", ".join(tokenizer.known_words or ()),
+        argument("model", "sd15"),
     )
