@@ -57,11 +57,11 @@ FOREIGN: tuple[tuple[str, str], ...] = (
     (
         r".*\.(?:qweight|wscales|wtscale|smooth_factor(?:_orig)?|proj_down|proj_up)",
         "weights in SVDQuant's form (Nunchaku), whose layout only its CUDA kernels read; use the "
-        "original model, and -q 4 for small weights",
+        "original model, and 4 bits for small weights",
     ),
     (
         r".*\.quant_state\.bitsandbytes__\w+|.*\.weight\.(?:absmax|quant_map|nested_\w+)|.*\.SCB",
-        "weights quantized by bitsandbytes; use the original model, and -q 4 for small weights",
+        "weights quantized by bitsandbytes; use the original model, and 4 bits for small weights",
     ),
     (
         r".*\.weight\._(?:data|scale|shift)",
@@ -73,7 +73,7 @@ FOREIGN: tuple[tuple[str, str], ...] = (
     ),
     (
         r".*\.(?:svd_up|svd_down|zero_point)",
-        "weights quantized by SDNQ; use the original model, and -q 4 for small weights",
+        "weights quantized by SDNQ; use the original model, and 4 bits for small weights",
     ),
 )
 
