@@ -65,11 +65,11 @@ FOREIGN: tuple[tuple[str, str], ...] = (
     ),
     (
         r".*\.weight\._(?:data|scale|shift)",
-        "weights quantized by quanto; use the original model, and -q 8 for small weights",
+        "weights quantized by quanto; use the original model, and 8 bits for small weights",
     ),
     (
         r".*\.weight(?:_|:_?)(?:qdata|tensor_data)|.*\._weight_qdata",
-        "weights quantized by torchao; use the original model, and -q 8 for small weights",
+        "weights quantized by torchao; use the original model, and 8 bits for small weights",
     ),
     (
         r".*\.(?:svd_up|svd_down|zero_point)",
