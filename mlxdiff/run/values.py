@@ -128,7 +128,8 @@ class Place(Anything):
         if value == "":  # an unset variable of a shell or a form
             raise Unfit(value, self.expected)
         # The address of a model on the hub is a reference to it.
-        return value if is_address(value) and parse(value) is not None else no_address(value)
+        known = is_address(value) and "\0" not in value and parse(value) is not None
+        return value if known else no_address(value)
 
 
 @dataclass(frozen=True)
@@ -416,7 +417,9 @@ def listed(value: Any) -> list[Any]:
 
 
 def no_address(value: Any) -> Any:
-    """Return a value that is no web address. Raises: Unfit."""
+    """Return a value that is no web address, and no path with a NUL. Raises: Unfit."""
+    if isinstance(value, (str, os.PathLike)) and "\0" in str(value):
+        raise Unfit(value, "a path")  # no system opens it
     if is_address(value):
         raise Unfit(value, "a file: download it first, and give its path")
     return value
