@@ -17,8 +17,8 @@ from mlxdiff.errors import MlxdiffError, UsageError
 from mlxdiff.pictures import image as image_module
 from mlxdiff.pictures.image import (
     check_writable,
-    load_alpha,
     load_image,
+    load_with_alpha,
     resize,
     resize_values,
     save_png,
@@ -134,17 +134,17 @@ def test_alpha_is_read_in_every_form(tmp_path: Path) -> None:
     rgba = np.dstack([PICTURE, alpha])
     grey = np.dstack([PICTURE[..., 0], alpha])
     for source in (rgba, rgba / 255.0, Image.fromarray(rgba), Image.fromarray(grey)):
-        np.testing.assert_array_equal(load_alpha(source), alpha)
+        np.testing.assert_array_equal(load_with_alpha(source)[1], alpha)
     path = tmp_path / "a.png"
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(rgba).save(path, exif=exif)
-    np.testing.assert_array_equal(load_alpha(path), np.rot90(alpha, -1))
+    np.testing.assert_array_equal(load_with_alpha(path)[1], np.rot90(alpha, -1))
     Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P").save(path, transparency=1)
-    np.testing.assert_array_equal(load_alpha(path), [[255, 0]])
+    np.testing.assert_array_equal(load_with_alpha(path)[1], [[255, 0]])
     rgba[..., 3] = 255
     for opaque in (PICTURE, rgba, Image.fromarray(PICTURE)):
-        assert load_alpha(opaque) is None
+        assert load_with_alpha(opaque)[1] is None
 
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:

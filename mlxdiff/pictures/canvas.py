@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlxdiff.errors import UsageError, argument, quoted
-from mlxdiff.pictures.image import MAX_PIXELS, ImageLike, load_alpha, load_image, resize, to_model
+from mlxdiff.pictures.image import MAX_PIXELS, ImageLike, load_with_alpha, resize, to_model
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -82,7 +82,7 @@ def load_mask(source: ImageLike) -> np.ndarray:
     if getattr(source, "dtype", None) == np.bool_:
         source = np.asarray(source).astype(np.uint8) * 255
     try:
-        pixels, alpha = load_image(source), load_alpha(source)
+        pixels, alpha = load_with_alpha(source)
     except UsageError as error:
         raise UsageError(f"the mask: {error}") from None
     if alpha is None:

@@ -76,22 +76,26 @@ def load_image(source: ImageLike) -> np.ndarray:
         return _from_array(source) if picture is None else _to_rgb(picture, what)
 
 
-def load_alpha(source: ImageLike) -> np.ndarray | None:
-    """Load the alpha of a picture as uint8 (H, W); None if it has none, or is opaque all over.
+def load_with_alpha(source: ImageLike) -> tuple[np.ndarray, np.ndarray | None]:
+    """Load a picture as `load_image` does, and its alpha as uint8 (H, W).
+
+    The alpha is None if there is none, or if it is opaque all over.
 
     Args, Raises: as for `load_image`.
     """
+    alpha = None
     with _opened(source) as (picture, what):
-        if picture is None:
-            array = np.asarray(source)
-            found = array[..., 3] if array.ndim == 3 and array.shape[2] == 4 else None
-            if found is not None and found.dtype != np.uint8:
-                found = (found * 255).round().astype(np.uint8)
-        elif "A" in picture.getbands() or "transparency" in picture.info:
-            found = _by_strips(picture, what, lambda strip: _alpha(strip, picture.info))
+        if picture is not None:
+            pixels = _to_rgb(picture, what)
+            if "A" in picture.getbands() or "transparency" in picture.info:
+                alpha = _by_strips(picture, what, lambda strip: _alpha(strip, picture.info))
         else:
-            found = None
-    return None if found is None or found.min() == 255 else found
+            pixels, array = _from_array(source), np.asarray(source)
+            if array.ndim == 3 and array.shape[2] == 4:
+                is_float = array.dtype != np.uint8
+                alpha = (array[..., 3] * 255).round() if is_float else array[..., 3]
+                alpha = alpha.astype(np.uint8)
+    return pixels, None if alpha is None or alpha.min() == 255 else alpha
 
 
 @contextlib.contextmanager
