@@ -14,7 +14,7 @@ if __name__ != "mlxdiff.convert":
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from mlxdiff.convert.sources import (
     require_unchanged,
     used_files,
 )
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import UsageError, argument
 from mlxdiff.machine.disk import sha256
 from mlxdiff.networks.config import UNetConfig
 from mlxdiff.store.folder import ConvertedFolder, ModelSource, Progress, check_dest, write_folder
@@ -105,7 +105,8 @@ def convert(
         group_size, recipe: group size and kind of the quantization.
         to: form of the result: "mlxdiff" (a converted folder), "diffusers" (a folder) or "single"
             (one file in LDM naming).
-        change: changes the model before it is written (``adapters.lora.baked``).
+        change: changes the model before it is written (``adapters.lora.Baking``); its attribute
+            ``files`` names the files that it reads.
     Returns: the treatment of every tensor.
     Raises: UsageError, CheckpointError (also for a source that changes meanwhile), ConfigError,
         HubError.
@@ -117,14 +118,17 @@ def convert(
     if quantize is not None:
         chosen = find_recipe(quantize, group_size, recipe)
     elif group_size is not None or recipe is not None:
-        raise UsageError("a group size or a recipe needs a number of bits; give --quantize BITS")
+        bits = argument("quantize", form="BITS")
+        raise UsageError(f"a group size or a recipe needs a number of bits; give {bits}")
     if to != "mlxdiff" and chosen is not None:
-        raise UsageError(f"--to {to} has no quantized form; leave --quantize out")
+        quantized = argument("quantize")
+        raise UsageError(f"{argument('to', to)} has no quantized form; leave {quantized} out")
     if to != "single":
         check_dest(dest, force)
     if variant is None and dtype == "float32":
         variant = ""
-    seen = identities(source, config)
+    added: Sequence[Path] = getattr(change, "files", ())
+    seen = identities(source, config, *added)
     model = open_source(
         source,
         revision,
@@ -147,7 +151,9 @@ def convert(
             f"{source}: already quantized; convert the original to change its quantization or dtype"
         )
     source_model: ModelSource = model if change is None else change(unpacked_model(model))
-    seen = identities(*used_files(model).values()) | seen
+    used = [*used_files(model, tokenizer=to != "single").values()]
+    used += [path for path in identities(*added) if path in added or path.parent in added]
+    seen = identities(*used) | seen
     if chosen is not None:
         target = quantized_model(source_model, chosen, dtype)
     else:
@@ -170,7 +176,7 @@ def convert(
     )
 
     def check() -> None:
-        require_unchanged(used_files(model).values(), seen)
+        require_unchanged(used, seen)
 
     if to == "single":
         write_single(target, dest, dtype, check=check, progress=after)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlxdiff.errors import CheckpointError, ConfigError
+from mlxdiff.errors import CheckpointError, ConfigError, argument
 from mlxdiff.machine.disk import read_json
 from mlxdiff.networks.config import ComponentConfig, UNet2DConfig
 from mlxdiff.store import catalogue
@@ -35,10 +35,11 @@ PIPELINES = (
 
 _UPSCALE = "StableDiffusionUpscalePipeline"
 
-_REFUSED_PIPELINES = {
-    "StableDiffusionLatentUpscalePipeline": (
+_REFUSED_PIPELINES: dict[str, Callable[[], str]] = {
+    "StableDiffusionLatentUpscalePipeline": lambda: (
         "the latent upscaler (sd-x2-latent-upscaler) has K-diffusion's U-Net, which is not "
-        "supported; for a larger picture use the x4 upscaler (-m x4-upscaler) or --hires 2"
+        "supported; for a larger picture use the x4 upscaler "
+        f"({argument('model', 'x4-upscaler')}) or {argument('hires', 2)}"
     ),
 }
 """Similar pipeline classes that are not supported -> reason and way out."""
@@ -178,8 +179,8 @@ def check_model_index(index: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     Raises: CheckpointError for an unknown pipeline, part or class, or for a missing part.
     """
     pipeline = index.get("_class_name")
-    if words := _REFUSED_PIPELINES.get(str(pipeline)):
-        raise CheckpointError(f"{path}: is a {pipeline}: {words}")
+    if make := _REFUSED_PIPELINES.get(str(pipeline)):
+        raise CheckpointError(f"{path}: is a {pipeline}: {make()}")
     if pipeline not in PIPELINES:
         what = f"is a {pipeline}" if pipeline else "names no pipeline class in model_index.json"
         raise CheckpointError(f"{path}: {what}; supported: {', '.join(PIPELINES)}")
@@ -342,7 +343,7 @@ def check_not_quantized(path: Path, folders: Mapping[str, Path]) -> None:
             tool = QUANTIZERS.get(method) or (shown(method) if method else "another tool")
             raise CheckpointError(
                 f"{path}: {component} is quantized by {tool} for PyTorch, which is not supported; "
-                "use the original model, and -q 4 or -q 8 for small weights"
+                f"use the original model, and {argument('quantize', 4)} or 8 for small weights"
             )
 
 

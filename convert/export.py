@@ -17,7 +17,7 @@ import numpy as np
 from mlxdiff._version import __version__
 from mlxdiff.convert.keymap import Layout, Piece, ldm_unet, ldm_vae, openclip_text
 from mlxdiff.convert.transforms import linear_to_conv1x1, oihw_to_ohwi, thirds
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import UsageError, argument
 from mlxdiff.networks.config import AutoencoderKLConfig, UNet2DConditionConfig
 from mlxdiff.networks.params import expected_parameters
 from mlxdiff.store.folder import (
@@ -72,19 +72,19 @@ def check_target(model: ModelSource, to: str, dest: str | os.PathLike[str], forc
         raise UsageError(f"{dest}: one file is written; give a name that ends in {_SUFFIX}")
     if os.path.lexists(dest) and not (force and dest.is_file() and not dest.is_symlink()):
         raise UsageError(
-            f"{dest} already exists; give another name, or replace the file with force (--force)"
+            f"{dest} already exists; give another name, or replace the file with "
+            f"{argument('force', True)}"
         )
-    families = ", ".join(_PLACES)
+    families, diffusers = ", ".join(_PLACES), argument("to", "diffusers")
     if model.family not in _PLACES or not isinstance(model.config("unet"), UNet2DConditionConfig):
-        raise UsageError(f"{model.path}: one file is for {families} only; use --to diffusers")
+        raise UsageError(f"{model.path}: one file is for {families} only; use {diffusers}")
     noise = str(model.scheduler_config.get("_class_name"))
     if noise.startswith("EDM"):
         raise UsageError(
-            f"{model.path}: one file cannot say that its noise is EDM's ({noise}); use --to "
-            "diffusers"
+            f"{model.path}: one file cannot say that its noise is EDM's ({noise}); use {diffusers}"
         )
     if not isinstance(model.config("vae"), AutoencoderKLConfig):
-        raise UsageError(f"{model.path}: its tiny VAE has no place in one file; use --to diffusers")
+        raise UsageError(f"{model.path}: its tiny VAE has no place in one file; use {diffusers}")
 
 
 def write_diffusers(

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mlxdiff.errors import CheckpointError
+from mlxdiff.errors import CheckpointError, argument
 from mlxdiff.weights.tensors import Shape
 
 Shapes = Mapping[str, Shape]
@@ -506,7 +506,7 @@ def unet_config(family: Family, structure: Config, text_width: int = 1280) -> Co
         if any(width % family.head_width for width in widths):
             raise CheckpointError(
                 f"its U-Net has the widths {widths}, which do not fit {family.words}; "
-                "give the model's configs with --config FOLDER"
+                f"give the model's configs with {argument('config', form='FOLDER')}"
             )
     config = family.unet | structure | {"attention_head_dim": heads}
     if "projection_class_embeddings_input_dim" in structure:

@@ -17,7 +17,7 @@ from mlxdiff.convert.component import (
     read_component_config,
 )
 from mlxdiff.convert.keymap import ip_adapter
-from mlxdiff.errors import CheckpointError, UsageError
+from mlxdiff.errors import CheckpointError, UsageError, argument
 from mlxdiff.networks.config import CLIPVisionConfig, IPAdapterConfig, UNet2DConditionConfig
 from mlxdiff.store.folder import Progress
 from mlxdiff.store.reference import Reference, parse
@@ -69,7 +69,7 @@ def open_ip_adapter(
         raise UsageError(
             f"{path}: was trained with an image encoder of {config.feature_dim} features, but "
             f"{encoder.provenance['source']} has {found}; give the right image encoder "
-            "(--image-encoder)"
+            f"({argument('image_encoder')})"
         )
     return adapter, encoder
 
@@ -176,7 +176,7 @@ def _open_encoder(
         if not folder.is_dir():
             raise UsageError(
                 f"{adapter}: there is no folder {ENCODER} beside it; give its CLIP image encoder "
-                "(--image-encoder)"
+                f"({argument('image_encoder')})"
             )
     if not (folder / "config.json").is_file():
         raise CheckpointError(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mlxdiff import samplers
-from mlxdiff.errors import CheckpointError, UsageError
+from mlxdiff.errors import CheckpointError, UsageError, argument
 from mlxdiff.weights.tensors import LazyTensor
 
 Config = dict[str, Any]
@@ -192,7 +192,7 @@ def of_metadata(metadata: Mapping[str, str], where: str) -> Marks:
             raise CheckpointError(
                 f"{where}: {key} in its metadata is {said[:40]!r}, which mlxdiff does not have; it "
                 f"has {', '.join(PREDICTIONS)}: if one of them is right, say so with "
-                "--prediction-type"
+                f"{argument('prediction_type')}"
             )
         found = replace(found, prediction=Said(prediction, key))
     text = metadata.get("modelspec.resolution", "").strip().lower()
@@ -240,7 +240,7 @@ def settle(
         if folder is not None and result.get(key, value) != value:
             notes.append(f"{key}: {value}, as the .yaml says; {folder} has {result[key]}")
         result[key] = value
-    options = "--prediction-type overrides both"
+    options = f"{argument('prediction_type')} overrides both"
     result["prediction_type"] = _decide(
         "prediction",
         marks.prediction,
@@ -251,7 +251,9 @@ def settle(
     )
     if samplers.is_edm(result):
         if zero_snr is not None:
-            raise UsageError("zero_snr: this model was trained with EDM's noise, which has none")
+            raise UsageError(
+                f"{argument('zero_snr')}: this model was trained with EDM's noise, which has none"
+            )
         return result, tuple(notes)
     had = bool(result.get("rescale_betas_zero_snr"))
     has = _decide(
@@ -259,7 +261,7 @@ def settle(
         marks.zero_snr,
         zero_snr,
         had,
-        folder and f"{folder} has {{}} (--zero-snr and --no-zero-snr override both)",
+        folder and f"{folder} has {{}} ({argument('zero_snr')} overrides both)",
         notes,
     )
     if has and not had:

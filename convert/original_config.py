@@ -53,9 +53,14 @@ _NO_EFFECT = re.compile(
 )
 
 
+def places(path: Path) -> list[Path]:
+    """Return where a file's .yaml can stand: beside it, under its name."""
+    return [path.with_suffix(suffix) for suffix in SUFFIXES]
+
+
 def beside(path: Path) -> Path | None:
     """Return the .yaml of a file's name beside it, or None."""
-    return next((p for s in SUFFIXES if (p := path.with_suffix(s)).is_file()), None)
+    return next((place for place in places(path) if place.is_file()), None)
 
 
 def read(path: Path) -> Marks:

@@ -9,36 +9,68 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mlxdiff.convert import detect
+from mlxdiff.errors import argument
 from mlxdiff.weights.files import open_file
 from mlxdiff.weights.tensors import LazyTensor, open_weights
 
 Tensors = Mapping[str, LazyTensor]
 
+
+def _lora() -> str:
+    return argument("loras", form="PATH[:SCALE]")
+
+
+def _controlnet() -> str:
+    path = argument("controlnets", form="PATH")
+    return f"give it with {path} and a picture with {argument('control_image')}"
+
+
+def _other_controlnet() -> str:
+    return f"not supported; use a ControlNet of the same kind ({argument('controlnets')})"
+
+
 # Kind (words of ``detect``, or their start) -> how to use it here, or what to use in its place.
-_USES: dict[str, str] = {
-    "a LoRA": "give it with --lora PATH[:SCALE]",
-    "a LyCORIS adapter": "give it with --lora PATH[:SCALE]",
-    "a textual-inversion embedding": "give it with --embedding PATH[:WORD]",
-    "an IP-Adapter": "give it with --ip-adapter PATH and a picture with --ip-image",
-    "a ControlNet-LLLite": "not supported; use a ControlNet of the same kind (--controlnet)",
-    "a ControlNet-Union": "give it with --controlnet PATH, --control-image and --control-mode",
-    "a ControlNeXt": "not supported; use a ControlNet of the same kind (--controlnet)",
-    "a Control-LoRA": "give it with --controlnet PATH and a picture with --control-image",
-    "the difference to a model": "not supported; use the whole ControlNet (--controlnet)",
-    "a ControlNet": "give it with --controlnet PATH and a picture with --control-image",
-    "a T2I-Adapter": "not supported; use a ControlNet of the same kind (--controlnet)",
-    "a VAE, alone": "give it with --vae PATH",
-    "a tiny VAE": "give it with --vae PATH",
-    "a whole model": "give it with -m PATH",
-    "a U-Net": "give it with -m PATH and its model with --config FOLDER",
-    "a text encoder, alone": "give the whole model that it belongs to (-m)",
-    "a CLIP image encoder": "give its folder with --image-encoder, beside an --ip-adapter",
-    "an ESRGAN upscaler": "not supported; enlarge with --hires, or with -m x4-upscaler",
+_USES: dict[str, Callable[[], str]] = {
+    "a LoRA": lambda: f"give it with {_lora()}",
+    "a LyCORIS adapter": lambda: f"give it with {_lora()}",
+    "a textual-inversion embedding": lambda: (
+        f"give it with {argument('embeddings', form='PATH[:WORD]')}"
+    ),
+    "an IP-Adapter": lambda: (
+        f"give it with {argument('ip_adapters', form='PATH')} and a picture with "
+        f"{argument('ip_image')}"
+    ),
+    "a ControlNet-LLLite": _other_controlnet,
+    "a ControlNet-Union": lambda: f"{_controlnet()}, and its type with {argument('control_mode')}",
+    "a ControlNeXt": _other_controlnet,
+    "a Control-LoRA": _controlnet,
+    "the difference to a model": lambda: (
+        f"not supported; use the whole ControlNet ({argument('controlnets')})"
+    ),
+    "a ControlNet": _controlnet,
+    "a T2I-Adapter": _other_controlnet,
+    "a VAE, alone": lambda: f"give it with {argument('vae', form='PATH')}",
+    "a tiny VAE": lambda: f"give it with {argument('vae', form='PATH')}",
+    "a whole model": lambda: f"give it with {argument('model', form='PATH')}",
+    "a U-Net": lambda: (
+        f"give it with {argument('model', form='PATH')} and its model with "
+        f"{argument('config', form='FOLDER')}"
+    ),
+    "a text encoder, alone": lambda: (
+        f"give the whole model that it belongs to ({argument('model')})"
+    ),
+    "a CLIP image encoder": lambda: (
+        f"give its folder with {argument('image_encoder')}, beside {argument('ip_adapters')}"
+    ),
+    "an ESRGAN upscaler": lambda: (
+        f"not supported; enlarge with {argument('hires')}, or with "
+        f"{argument('model', 'x4-upscaler')}"
+    ),
 }
 _UNKNOWN = "weights of an unknown kind"
 _OTHERWISE = "not supported; give a Stable Diffusion 1, 2 or SDXL model"
@@ -97,7 +129,7 @@ def use(words: str) -> str:
     """
     if words.startswith(_UNKNOWN):
         return "mlxdiff does not know these tensor names"
-    found = (text for start, text in _USES.items() if words.startswith(start))
+    found = (make() for start, make in _USES.items() if words.startswith(start))
     return next(found, _OTHERWISE)
 
 

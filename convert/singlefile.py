@@ -43,7 +43,7 @@ from mlxdiff.convert.keymap import (
     openclip_names,
     openclip_text,
 )
-from mlxdiff.errors import CheckpointError, HubError, UsageError
+from mlxdiff.errors import CheckpointError, HubError, UsageError, argument
 from mlxdiff.machine.disk import read_document
 from mlxdiff.networks.config import (
     AutoencoderKLConfig,
@@ -73,6 +73,8 @@ if TYPE_CHECKING:
     from mlxdiff.tokenizer import Tokenizer
 
 PREDICTIONS = marks.PREDICTIONS
+TOKENIZER = "tokenizer"
+"""Folder of the tokenizer's files beside a single file."""
 VOCABULARY = "openai/clip-vit-large-patch14"
 """The repository with the vocab.json and merges.txt of all these families."""
 VOCABULARY_FILES = ("vocab.json", "merges.txt")
@@ -209,7 +211,8 @@ class SingleFile:
         self.path = Path(path)
         if prediction_type is not None and prediction_type not in PREDICTIONS:
             raise UsageError(
-                f"prediction type {prediction_type!r} is unknown; expected {', '.join(PREDICTIONS)}"
+                f"{argument('prediction_type')} {prediction_type!r} is unknown; expected "
+                f"{', '.join(PREDICTIONS)}"
             )
         self._progress = progress
         file = open_file(self.path)
@@ -242,7 +245,7 @@ class SingleFile:
             self.provenance["config"] = self.base.provenance.get("source")
         if (said := self._marks.ema) is not None and said.value and averages and not ema:
             ema = True
-            self.notes += (f"--ema: {said.by} says true",)
+            self.notes += (f"{argument('ema')}: {said.by} says true",)
         self._sort_remaining(averages, rest, ema)
         self.files: dict[str, ComponentFiles] = {
             name: self._map(name, section) for name, section in self._sections.items()
@@ -290,7 +293,7 @@ class SingleFile:
                 return None  # the folder's config gives the structure
             raise self._fault(
                 f"has a U-Net of an unknown structure ({error}); the file may be incomplete; if "
-                "not, give the model's configs with --config FOLDER"
+                f"not, give the model's configs with {_config()}"
             ) from None
 
     def _use_configs_of(
@@ -376,14 +379,14 @@ class SingleFile:
             elif self._sections:
                 what = f"has no U-Net (only {', '.join(self._sections)})"
             raise self._fault(
-                f"{what}; give its model with --config FOLDER (a diffusers or converted folder)"
+                f"{what}; give its model with {_config()} (a diffusers or converted folder)"
             )
         family = self._family(structure)
         needed = [*family.text_encoders, "unet", "vae"]
         if missing := [name for name in needed if name not in self._sections]:
             raise self._fault(
                 f"is {family.words}, but has no {' and no '.join(missing)}; give a diffusers or "
-                "converted folder that has them, with --config FOLDER"
+                f"converted folder that has them, with {_config()}"
             )
         prediction = self._prediction(family, structure, asked["prediction_type"])
         scheduler = family.scheduler if prediction != "v_prediction" else family.v_scheduler
@@ -396,7 +399,7 @@ class SingleFile:
         self.components = tuple(name for name in COMPONENTS if name in data)
         self._configs = {}
         for name, one in data.items():
-            where = f"{self.path}: {name} (derived from the file; --config FOLDER overrides it)"
+            where = f"{self.path}: {name} (derived from the file; {_config()} overrides it)"
             kind: Any = {"unet": UNet2DConditionConfig, "vae": AutoencoderKLConfig}.get(
                 name, CLIPTextConfig
             )
@@ -464,7 +467,7 @@ class SingleFile:
             found = "v_prediction" if spread > _V_SPREAD else "epsilon"
             self.notes += (
                 f"prediction type: {found}, guessed from one bias of the U-Net; if the pictures "
-                "are noise or flat, give the other one with --prediction-type",
+                f"are noise or flat, give the other one with {argument('prediction_type')}",
             )
             return found
         return family.prediction
@@ -486,13 +489,18 @@ class SingleFile:
         )
         self.ignored += tuple((name, reason or "") for name, reason in reasons.items())
         if ema and not averages:
-            raise UsageError(f"{self.path}: has no moving averages (model_ema); leave --ema out")
+            raise UsageError(
+                f"{self.path}: has no moving averages (model_ema); leave {argument('ema')} out"
+            )
         if not averages:
             return
         plain = self._sections.get("unet")
         if plain is not None and not ema:
             self.ignored += tuple(
-                (_EMA + name, "moving averages; the plain weights are used (--ema uses these)")
+                (
+                    _EMA + name,
+                    f"moving averages; the plain weights are used ({argument('ema')} uses these)",
+                )
                 for name in averages
             )
             return
@@ -506,7 +514,7 @@ class SingleFile:
         self._sections["unet"] = Section("model.diffusion_model.", "ldm", taken)
         if plain is not None:
             self.ignored += tuple(
-                (plain.prefix + name, "the moving averages are used (--ema)")
+                (plain.prefix + name, f"the moving averages are used ({argument('ema')})")
                 for name in plain.tensors
             )
         self.notes += ("unet: its moving averages (model_ema) are used",)
@@ -533,7 +541,7 @@ class SingleFile:
             return openclip_text(config)
         raise self._fault(
             f"its {component} is not the {type(config).__name__.removesuffix('Config')} of the "
-            "config; give the folder of a model of this kind with --config FOLDER"
+            f"config; give the folder of a model of this kind with {_config()}"
         )
 
     # -------------------------------------------------------------------------------- a ModelSource
@@ -566,7 +574,7 @@ class SingleFile:
     @cached_property
     def _vocabulary(self) -> Path:
         """Folder of the tokenizer's files: beside the file, or from the hub."""
-        beside = self.path.absolute().parent / "tokenizer"
+        beside = self.path.absolute().parent / TOKENIZER
         if any((beside / name).is_file() for name in (*VOCABULARY_FILES, "tokenizer.json")):
             return beside
         try:
@@ -575,7 +583,7 @@ class SingleFile:
             raise CheckpointError(
                 f"{self.path}: a single file holds no tokenizer, and {error}; you can also put "
                 f"{' and '.join(VOCABULARY_FILES)} of https://huggingface.co/{VOCABULARY} into "
-                f"{beside}, or give a folder that has them with --config FOLDER"
+                f"{beside}, or give a folder that has them with {_config()}"
             ) from None
 
     def documents(self) -> dict[str, bytes]:
@@ -608,6 +616,23 @@ class SingleFile:
                         files[f"{self.base.path.name}/{name}/{path.name}"] = path
         return files
 
+    def beside_files(self, tokenizer: bool) -> dict[str, Path]:
+        """Return the files that are read beside this one: name -> path.
+
+        Args:
+            tokenizer: whether the tokenizer is read.
+        """
+        config = original_config.beside(self.path)
+        files = {} if config is None else {config.name: config}
+        if tokenizer and self.base is None:
+            there = [self._vocabulary / name for name in TOKENIZER_FILES]
+            files |= {f"{TOKENIZER}/{path.name}": path for path in there if path.is_file()}
+        return files
+
+
+def _config() -> str:
+    return argument("config", form="FOLDER")
+
 
 def _section_of(name: str) -> str | None:
     """Return the prefix of the component that a name belongs to, or None."""
@@ -616,7 +641,9 @@ def _section_of(name: str) -> str | None:
 
 def _open_base(path: Path, own: Collection[str]) -> DiffusersFolder | ConvertedFolder:
     if not path.is_dir():
-        raise UsageError(f"--config {path}: no such folder; give a diffusers or converted folder")
+        raise UsageError(
+            f"{argument('config')}: {path}: no such folder; give a diffusers or converted folder"
+        )
     if (path / MANIFEST).is_file():
         return open_folder(path)
     return DiffusersFolder(path, without=own)

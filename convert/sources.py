@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from mlxdiff.convert import detect
+from mlxdiff.convert import detect, original_config
 from mlxdiff.convert.checkpoint import DiffusersFolder
-from mlxdiff.convert.singlefile import SingleFile
-from mlxdiff.errors import CheckpointError, ConfigError, UsageError
+from mlxdiff.convert.singlefile import TOKENIZER, SingleFile
+from mlxdiff.errors import CheckpointError, ConfigError, UsageError, argument
 from mlxdiff.machine.disk import identity, read_json
 from mlxdiff.store import catalogue, hub
 from mlxdiff.store.cache import snapshot_of
@@ -106,22 +106,32 @@ Identity: TypeAlias = tuple[int, ...]
 def identities(*places: str | os.PathLike[str] | None) -> dict[Path, Identity]:
     """Return the identity of these files, and of the files in these folders and their folders.
 
-    A place that is not on this disk (a hub id) has none.
+    A single file brings what may be read beside it: a tokenizer, a .yaml. A place that is not on
+    this disk (a hub id) has none.
     """
     found: dict[Path, Identity] = {}
     for place in places:
         path = Path() if place is None else Path(place)
         if place is None or not path.exists():
             continue
-        files = [path] if path.is_file() else [*path.glob("*"), *path.glob("*/*")]
+        if path.is_file():
+            files = [path, *path.parent.glob(f"{TOKENIZER}/*"), *original_config.places(path)]
+        else:
+            files = [*path.glob("*"), *path.glob("*/*")]
         found |= {file: identity(file) for file in files if file.is_file()}
     return found
 
 
-def used_files(model: Model) -> dict[str, Path]:
-    """Return every file that a model is read from: name -> path."""
+def used_files(model: Model, tokenizer: bool = True) -> dict[str, Path]:
+    """Return every file that a model is read from: name -> path.
+
+    Args:
+        tokenizer: whether the tokenizer is read, too.
+    """
     base = model.base if isinstance(model, SingleFile) else model
     files = {} if isinstance(model, ConvertedFolder) else model.source_files()
+    if isinstance(model, SingleFile):
+        files |= model.beside_files(tokenizer)
     if isinstance(base, ModelFolder):
         files |= {f"{base.path}/{name}": path for name, path in base.document_paths().items()}
     if isinstance(base, ConvertedFolder):
@@ -148,7 +158,7 @@ def _only_single_files(path: str | os.PathLike[str], options: Mapping[str, Any])
     for name, value in options.items():
         if value is not None and not (name == "ema" and not value):
             raise UsageError(
-                f"{path} is not a single file; --{name.replace('_', '-')} is for single files only"
+                f"{path} is not a single file; {argument(name)} is for single files only"
             )
 
 

@@ -1,6 +1,17 @@
-"""The errors that mlxdiff raises on purpose: one line that names the thing and the way out."""
+"""The errors that mlxdiff raises on purpose: one line that names the thing and the way out.
+
+A message names an option by ``argument``: as Python knows it, or as a flag where the command line
+says so (``naming``). So one text serves both.
+"""
 
 from __future__ import annotations
+
+TYPE_CHECKING = False  # as in mlxdiff/__init__.py: this module is there before signals are handled
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    Name = Callable[[str, Any, str], str]
 
 MAX_MESSAGE = 2000
 """Longest text of an error, in characters. A longer one loses its middle."""
@@ -34,6 +45,43 @@ class CheckpointError(MlxdiffError):
 
 class HubError(MlxdiffError):
     """A model that cannot be fetched from the Hugging Face hub and is not in the cache."""
+
+
+def in_python(name: str, value: Any, form: str) -> str:
+    """Name an option as an argument in Python, ``steps`` or ``steps=20``."""
+    return name if value is None else f"{name}={value!r}"
+
+
+_names: list[Name] = [in_python]  # the last one counts
+
+
+class naming:
+    """Let messages name options in another way, in the whole process, inside the block.
+
+    Args:
+        name: gets the arguments of ``argument``.
+    """
+
+    def __init__(self, name: Name) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        _names.append(self.name)
+
+    def __exit__(self, *error: object) -> None:
+        _names.pop()
+
+
+def argument(name: str, value: Any = None, form: str = "") -> str:
+    """Name an option in a message, in the words of who reads it.
+
+    Args:
+        name: in Python.
+        value: what to give; None: the reader knows.
+        form: how its value stands on the command line, such as "PATH[:SCALE]".
+    Returns: ``steps`` or ``steps=20``; on the command line ``--steps`` or ``--steps 20``.
+    """
+    return _names[-1](name, value, form)
 
 
 def printable(text: str) -> str:

@@ -23,6 +23,9 @@ from mlxdiff.errors import UsageError
 
 Array = Any  # a float32 array of either backend: np.ndarray or mx.array
 
+SEEDS = range(-(2**63), 2**64)
+"""The seeds that torch takes."""
+
 _BLOCK = 16  # torch fills blocks of 16 numbers: eight radii, eight angles
 _U24 = np.float32(2.0**-24)
 _TWO_PI = np.float32(2.0 * math.pi)
@@ -45,7 +48,7 @@ class Generator:
             seed = operator.index(seed)
         except TypeError:
             raise UsageError(f"seed must be an integer, not {seed!r}") from None
-        if not -(2**63) <= seed < 2**64:
+        if seed not in SEEDS:
             raise UsageError(f"seed {seed} is out of range: torch takes -2**63 to 2**64 - 1")
         self._twister = np.random.RandomState(seed & 0xFFFFFFFF)
         # The second number of a scalar pair, for the next small draw. Large draws do not use it.

@@ -20,7 +20,7 @@ import numpy as np
 from mlxdiff import library
 from mlxdiff._version import __version__
 from mlxdiff.adapters import lora, textual_inversion
-from mlxdiff.errors import UnknownAttribute, UsageError
+from mlxdiff.errors import UnknownAttribute, UsageError, argument
 from mlxdiff.machine.disk import identity
 from mlxdiff.machine.turns import in_turn, turn
 from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
@@ -116,7 +116,9 @@ class Pipeline:
         """Refuse runs that are expected to take more than this. Raises: UsageError."""
         gigabytes = make(LoadOptions, {"memory_limit": gigabytes}).memory_limit
         if gigabytes is not None and gigabytes >= 1e6:
-            raise UsageError(f"memory_limit is {gigabytes!r}; expected gigabytes, such as 4 or 6.5")
+            raise UsageError(
+                f"{argument('memory_limit')} is {gigabytes!r}; expected gigabytes, such as 4 or 6.5"
+            )
         self.memory_limit = gigabytes
         self.backend.limit_memory(None if gigabytes is None else int(gigabytes * 1e9))
 
@@ -176,7 +178,10 @@ class Pipeline:
         asked = make(LoadOptions, given)
         paths = _several(asked.ip_adapters)
         if not paths and image_encoder is not None:
-            raise UsageError("image_encoder: there is no IP-Adapter; give one (--ip-adapter)")
+            raise UsageError(
+                f"{argument('image_encoder')}: there is no IP-Adapter; give one "
+                f"({argument('ip_adapters')})"
+            )
         fetch = Fetch(variant, progress)
         self._set(
             IPAdapter, paths, partial(IPAdapter.open, image_encoder=image_encoder, fetch=fetch)
@@ -397,8 +402,9 @@ class Pipeline:
     def _require_memory(self, settings: Settings) -> None:
         """Refuse what cannot fit, before anything is loaded for it. Raises: UsageError."""
         expected = partial(self.memory, settings)
+        low, four = argument("low_memory", True), argument("quantize", 4)
         helps = {
-            "low memory (--low-memory)": partial(expected, low_memory=True),
+            f"low memory ({low})": partial(expected, low_memory=True),
             f"half the size ({settings.width // 2}x{settings.height // 2})": partial(
                 expected, scale=2
             ),
@@ -406,8 +412,8 @@ class Pipeline:
         if recipe_of(self.source) is None:
             # On a CPU quantized weights are small only where they are kept so: with low memory.
             if self.backend.has_gpu():
-                helps["weights in 4 bits (-q 4)"] = partial(expected, quantize=4)
-            helps["both low memory and 4 bits (--low-memory -q 4)"] = partial(
+                helps[f"weights in 4 bits ({four})"] = partial(expected, quantize=4)
+            helps[f"both low memory and 4 bits ({low} {four})"] = partial(
                 expected, low_memory=True, quantize=4
             )
         require(expected(), self.backend.memory_size(), self.memory_limit, helps)

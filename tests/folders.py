@@ -135,3 +135,13 @@ def diffusers_folder(
     write_json(path / "model_index.json", index)
     (path / "safety_checker").mkdir()
     return tensors
+
+
+def wide(path: Path, family: str = "sd1") -> Path:
+    """Make a folder whose U-Net has the published number of heads for its widths.
+
+    MLX's groups of weights divide them, too.
+    """
+    heads = [1, 2] if family == "sdxl" else 8
+    diffusers_folder(path, family, {"block_out_channels": [64, 128], "attention_head_dim": heads})
+    return path

@@ -176,6 +176,115 @@ def safetensors_headers(folder: Path) -> Make:
     return make
 
 
+def ggufs(folder: Path) -> Make:
+    """GGUF files: the header, texts and lists in it, blocks of every form."""
+    from quantized_files import write_gguf
+
+    from mlxdiff.weights.files import open_file
+
+    golden = Path(__file__).parent / "golden" / "quantized" / "container.gguf"
+    values = np.random.default_rng(0).standard_normal((4, 256)).astype(np.float32)
+    forms = {"a": "q8_0", "b": "q4_0", "c": "F16", "d": "F32"}
+    said = {"general.architecture": "sd1", "comfy.gguf.orig_shape.c": [8, 128]}
+    own = write_gguf(
+        folder / "good.gguf", dict.fromkeys(forms, values), lambda name, _: forms[name], said
+    )
+    goods, bad = [golden.read_bytes(), own.read_bytes()], folder / "bad.gguf"
+
+    def read() -> None:
+        for tensor in open_file(bad).tensors.values():
+            assert tensor.dtype.startswith("F8") or tensor.read().shape == tensor.shape
+
+    def make(chance: Chance) -> Run:
+        data = chance.choice(goods)
+        if chance.random() < 0.3:  # a number of the header: counts, lengths, types, places
+            place = 4 * chance.randrange(1, 120)
+            wild = chance.choice((0, 1, 8, 9, 255, 1 << 31, 1 << 62, (1 << 64) - 1))
+            data = data[:place] + wild.to_bytes(8, "little") + data[place + 8 :]
+        else:
+            data = spoil_bytes(data, chance, 700)
+        bad.write_bytes(data)
+        return read
+
+    return make
+
+
+def quantized(folder: Path) -> Make:
+    """Layers in the quantized forms of other tools: headers, marks, scales."""
+    from quantized_files import text, write_safetensors
+
+    from mlxdiff.weights.files import open_file
+
+    with np.load(Path(__file__).parent / "golden" / "quantized" / "comfy.npz") as file:
+        arrays = {name: file[name] for name in file.files}
+    cases = json.loads(arrays["headers"].tobytes())
+    bad = folder / "bad.safetensors"
+
+    def read() -> None:
+        for tensor in open_file(bad).tensors.values():
+            if not tensor.dtype.startswith("F8"):
+                assert tensor.read().shape == tensor.shape
+
+    def make(chance: Chance) -> Run:
+        case = chance.choice(list(cases))
+        mark = cases[case]["config"]
+        if chance.random() < 0.5:
+            mark = spoil_value(mark, chance)
+        try:
+            mark = text(mark)
+        except (ValueError, UnicodeEncodeError):
+            mark = text("x")
+        tensors = {"l.comfy_quant": mark}
+        for name, (dtype, shape) in cases[case]["tensors"].items():
+            data = arrays[f"{case}/{name}"].tobytes()
+            if chance.random() < 0.1:
+                data = bytes(chance.choice((0, 0x7F, 0xFF)) for _ in range(4)) * (len(data) // 4)
+            if len(data) == len(arrays[f"{case}/{name}"].tobytes()) and chance.random() < 0.95:
+                tensors[f"l.{name}"] = (dtype, tuple(shape), data)
+        write_safetensors(bad, tensors, {"quantization": "x"} if chance.random() < 0.1 else None)
+        if chance.random() < 0.6:
+            bad.write_bytes(_with_header(bad.read_bytes(), chance))
+        return read
+
+    return make
+
+
+def controls(folder: Path) -> Make:
+    """ControlNets, Control-LoRAs and IP-Adapters in one file."""
+    from adapter_files import write_adapter
+    from control_files import controlnet_config, controlnet_tensors
+    from golden_data import checkpoint
+    from test_control_lora import made
+
+    from mlxdiff.convert import open_source
+    from mlxdiff.convert.controlnet import open_controlnet
+    from mlxdiff.convert.ip_adapter import open_ip_adapter
+
+    path = checkpoint("sd15")
+    model = open_source(path)
+    unet = model.config("unet")
+    save_file(controlnet_tensors(controlnet_config("sd15"), 1), folder / "net")
+    save_file({n: np.ascontiguousarray(a) for n, a in made("sd15")[0].items()}, folder / "lora")
+    goods = [(folder / name).read_bytes() for name in ("net", "lora")]
+    for kind in ("image", "plus"):
+        write_adapter(folder / "adapter.safetensors", kind, path, 0)
+        goods.append((folder / "adapter.safetensors").read_bytes())
+    bad = folder / "bad.safetensors"
+
+    def read() -> None:
+        with suppress(MlxdiffError):
+            open_ip_adapter(bad, unet)
+        net = open_controlnet(bad, unet, unet_tensors=lambda: model.tensors("unet"))
+        for tensor in list(net.tensors().values())[:20]:
+            assert tensor.read().shape == tensor.shape
+
+    def make(chance: Chance) -> Run:
+        bad.write_bytes(_with_header(chance.choice(goods), chance))
+        return read
+
+    return make
+
+
 def pickles(folder: Path) -> Make:
     """Files of torch.save, zip and older."""
     import zipfile
@@ -570,6 +679,7 @@ def loras(folder: Path) -> Make:
     save_file({"<toy>": np.ones((2, width), np.float32)}, folder / "toy.safetensors")
     goods = [write_lora(name, folder) for name in LORAS] + [folder / "toy.safetensors"]
     contents = [file.read_bytes() for file in goods]
+    contents += [_one_layer(form, tensors["unet"], folder) for form in _FORMS]
     bad = folder / "bad.safetensors"
 
     def read() -> None:
@@ -592,10 +702,9 @@ def loras(folder: Path) -> Make:
             end = max(header[n]["data_offsets"][1] for n in first if n != "__metadata__")
             header = {n: v for n, v in header.items() if n in first}
             data = data[: 8 + length + end]
-        raw = json.dumps(header).encode()
-        for _ in range(chance.choice((0, 1, 1, 2))):
-            raw = spoil_bytes(raw, chance) if chance.random() < 0.4 else _renamed(raw, chance)
-        rest = data[8 + length :]
+        whole = _with_header(data, chance, header)
+        length = int.from_bytes(whole[:8], "little")
+        raw, rest = whole[8 : 8 + length], whole[8 + length :]
         if chance.random() < 0.3:
             rest = bytes(chance.choice((0, 0x7F, 0xFF)) for _ in range(4)) * (
                 len(rest) // 4
@@ -607,6 +716,45 @@ def loras(folder: Path) -> Make:
 
 
 LORAS = ("sd15-kohya", "sd15-peft", "sd15-rslora")
+
+
+_LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+_FORMS: tuple[dict[str, Any], ...] = (  # names and shapes; n: width of the layer
+    {"hada_w1_a": "n,4", "hada_w1_b": "4,n", "hada_w2_a": "n,4", "hada_w2_b": "4,n", "alpha": ""},
+    {"lokr_w1": "2,2", "lokr_w2": "n//2,n//2", "alpha": ""},
+    {"lokr_w1_a": "2,1", "lokr_w1_b": "1,2", "lokr_w2_a": "n//2,2", "lokr_w2_b": "2,n//2"},
+    {"lora_down.weight": "4,n", "lora_up.weight": "n,4", "alpha": "", "dora_scale": "n,1"},
+    {"oft_blocks": "4,n//4,n//4", "alpha": ""},
+    {"oft_blocks": "2,4,n//4,n//4", "alpha": ""},
+    {"weight": "n", "on_input": ""},
+    {"a1.weight": "4,n", "a2.weight": "n,4", "b1.weight": "4,n", "b2.weight": "n,4", "alpha": ""},
+    {"diff": "n,n", "diff_b": "n"},
+)
+
+
+def _one_layer(form: dict[str, str], tensors: Any, folder: Path) -> bytes:
+    """A LoRA file of one layer, in some form."""
+    n = tensors[f"{_LAYER}.weight"].shape[0]
+    shapes = {
+        name: eval(f"({shape},)" if shape else "()", {"n": n}) for name, shape in form.items()
+    }
+    stem = f"lora_unet_{_LAYER.replace('.', '_')}"
+    file = folder / "one.safetensors"
+    save_file({f"{stem}.{k}": np.full(s, 0.1, np.float32) for k, s in shapes.items()}, file)
+    return file.read_bytes()
+
+
+def _with_header(data: bytes, chance: Chance, header: Any = None) -> bytes:
+    """A safetensors file with a few faults in its header.
+
+    Args:
+        header: takes the place of its own first.
+    """
+    length = int.from_bytes(data[:8], "little")
+    raw = data[8 : 8 + length] if header is None else json.dumps(header).encode()
+    for _ in range(chance.choice((0, 1, 1, 2))):
+        raw = spoil_bytes(raw, chance) if chance.random() < 0.4 else _renamed(raw, chance)
+    return len(raw).to_bytes(8, "little") + raw + data[8 + length :]
 
 
 def _renamed(raw: bytes, chance: Chance) -> bytes:
@@ -624,7 +772,6 @@ def _renamed(raw: bytes, chance: Chance) -> bytes:
 
 def hubs(folder: Path) -> Make:
     """References, and what a hub answers: listings and bodies."""
-    import huggingface_hub
     from huggingface_hub.hf_api import ModelInfo
 
     from mlxdiff.store import hub, reference
@@ -658,7 +805,7 @@ def hubs(folder: Path) -> Make:
     outside.write_text("the user's own")
     answer: dict[str, Any] = {}
 
-    def model_info(*args: Any, **kwargs: Any) -> Any:
+    def model_info(reference: Any) -> Any:
         return ModelInfo(**json.loads(answer["listing"]))
 
     def http_get(url: str, file: Any, *, resume_size: int = 0, **rest: Any) -> None:
@@ -672,7 +819,7 @@ def hubs(folder: Path) -> Make:
     def read() -> None:
         with (
             mock.patch.dict("os.environ", {"HF_HUB_CACHE": str(home), "HF_HUB_OFFLINE": ""}),
-            mock.patch.object(huggingface_hub.HfApi, "model_info", model_info),
+            mock.patch.object(hub, "_model_info", model_info),
             mock.patch("huggingface_hub.file_download.http_get", http_get),
         ):
             found = reference.parse(answer["text"])
@@ -723,8 +870,11 @@ class Parser:
 PARSERS = {
     parser.prepare.__name__: parser
     for parser in (
-        Parser(safetensors_headers, 26_000, 300),
-        Parser(pickles, 16_000, 200),
+        Parser(safetensors_headers, 23_000, 300),
+        Parser(ggufs, 3_000, 80),
+        Parser(quantized, 3_000, 80),
+        Parser(controls, 1_000, 30),
+        Parser(pickles, 14_000, 200),
         Parser(configs, 6_000, 60),
         Parser(manifests, 3_000, 30),
         Parser(tokenizers, 6_000, 60),
@@ -732,7 +882,7 @@ PARSERS = {
         Parser(schedulers, 2_000, 60),
         Parser(original_configs, 2_000, 60),
         Parser(metadata, 8_000, 150),
-        Parser(prompts, 10_000, 200),
+        Parser(prompts, 8_000, 200),
         Parser(templates, 2_000, 100),
         Parser(loras, 5_000, 60),
         Parser(hubs, 4_000, 60),

@@ -220,7 +220,7 @@ def test_words_unknown_to_the_built_in_model_are_noted_once(here: Path) -> None:
 def test_what_has_no_effect_is_noted(here: Path) -> None:
     result = generate("a", "-n", "b", "-g", "1", "-s", "1", *QUICK)
     assert result.exit_code == 0
-    assert "Note: negative_prompt has no effect" in result.stderr
+    assert "Note: --negative-prompt has no effect" in result.stderr
 
 
 def test_unseeded_pictures_tell_their_seed(here: Path) -> None:
@@ -242,7 +242,7 @@ def test_unseeded_pictures_tell_their_seed(here: Path) -> None:
         (("a", "-g", "nan"), "guidance"),
         (("a", "--guidance-rescale", "2"), "--guidance-rescale"),
         (("a", "--guidance-interval", "0.5"), "START,END"),
-        (("a", "--guidance-interval", "0,0.01"), "guidance_interval"),
+        (("a", "--guidance-interval", "0,0.01"), "--guidance-interval"),
         (("a", "--feature-reuse", "0"), "--feature-reuse"),
         (("a", "--sampler", "best"), "dpmpp-2m"),
         (("a", "--schedule", "best"), "karras"),

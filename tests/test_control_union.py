@@ -85,7 +85,7 @@ def test_pictures_follow_the_mode(net: Path, backend: str) -> None:
 def test_wrong_modes(net: Path, tmp_path: Path) -> None:
     pipe = mlxdiff.load(checkpoint("sdxl"), backend="numpy", controlnets=[net])
     given: dict[str, Any] = {"control_image": photo(32, 32), **SMALL}
-    with pytest.raises(UsageError, match="needs the type of its picture; give --control-mode with"):
+    with pytest.raises(UsageError, match="needs the type of its picture; give control_mode with"):
         pipe.generate("a", **given)
     with pytest.raises(UsageError, match="control_mode is 'x'"):
         pipe.generate("a", control_mode="x", **given)

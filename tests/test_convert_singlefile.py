@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from folders import diffusers_folder
+from folders import wide
 from golden_data import GOLDEN, checkpoint
 from pickle_files import saved
 from safetensors.numpy import save_file
@@ -149,14 +149,6 @@ def test_conversion_without_configs_is_complete(family: str, tmp_path: Path) -> 
     assert "every tensor is accounted for" in str(report)
 
 
-def wide(path: Path, family: str) -> Path:
-    """Make a folder whose U-Net has the published number of heads for its widths."""
-    heads = [1, 2] if family == "sdxl" else 8
-    unet = {"block_out_channels": [64, 128], "attention_head_dim": heads}
-    diffusers_folder(path, family, unet)
-    return path
-
-
 # -------------------------------------------------------------------------------------------- forms
 
 
@@ -219,7 +211,7 @@ def test_parts_that_the_file_lacks_come_from_the_folder(
     if lacks == "all but the U-Net":
         less = {k.removeprefix("model.diffusion_model."): v for k, v in less.items()}
     save_file(less, tmp_path / "x.safetensors")
-    with pytest.raises(CheckpointError, match=r"has no .*--config FOLDER"):
+    with pytest.raises(CheckpointError, match=r"has no .*with config"):
         open_source(tmp_path / "x.safetensors")
     model = opened(tmp_path / "x.safetensors", config=tiny)
     same(model, open_source(tiny))
@@ -231,7 +223,7 @@ def test_a_unet_in_diffusers_naming_on_a_base(tiny: Path, tmp_path: Path) -> Non
     shutil.copy(
         tiny / "unet" / "diffusion_pytorch_model.safetensors", tmp_path / "unet.safetensors"
     )
-    with pytest.raises(CheckpointError, match=r"is a U-Net alone; give its model.*--config FOLDER"):
+    with pytest.raises(CheckpointError, match=r"is a U-Net alone; give its model with config"):
         open_source(tmp_path / "unet.safetensors")
     convert(tiny, tmp_path / "base", dtype="float16")
     for base in (tiny, tmp_path / "base"):
@@ -424,7 +416,7 @@ def test_a_schedule_that_ends_at_zero_is_detected(
 
 def test_an_unknown_prediction_type(tensors: Tensors, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "x.safetensors")
-    with pytest.raises(UsageError, match="prediction type 'x' is unknown; expected epsilon"):
+    with pytest.raises(UsageError, match="prediction_type 'x' is unknown; expected epsilon"):
         open_source(tmp_path / "x.safetensors", prediction_type="x")
 
 
@@ -497,7 +489,7 @@ def test_no_kind_is_seen_in_the_real_models(tmp_path: Path) -> None:
 DAMAGE: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "no middle": (
         lambda t: {k: v for k, v in t.items() if "input_blocks.2.0.in" not in k},
-        "unknown structure .*--config",
+        "unknown structure .*with config",
     ),
     "no blocks": (
         lambda t: {k: v for k, v in t.items() if "output_blocks" not in k},
@@ -545,7 +537,7 @@ def test_without_a_vocabulary_the_error_names_files_and_place(tmp_path: Path) ->
     message = str(caught.value)
     assert "put vocab.json and merges.txt of https://huggingface.co/openai/clip-vit" in message
     assert f"into {tmp_path / 'models' / 'tokenizer'}, or" in message
-    assert "--config FOLDER" in message
+    assert "with config" in message
     with pytest.raises(CheckpointError, match=r"put vocab\.json and merges\.txt"):
         convert(path, tmp_path / "out")
     shutil.copytree(folder / "tokenizer", tmp_path / "models" / "tokenizer")

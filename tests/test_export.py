@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from single_files import ldm_tensors
 
 import mlxdiff
-from mlxdiff.adapters.lora import baked, changed, match, open_lora
+from mlxdiff.adapters.lora import Baking, changed, match, open_lora
 from mlxdiff.cli import main
 from mlxdiff.convert import convert, open_source
 from mlxdiff.convert.export import write_diffusers
@@ -117,7 +117,7 @@ def test_a_quantized_model_is_written_as_its_values(tmp_path: Path) -> None:
 def test_loras_in_the_weights(to: str, tmp_path: Path) -> None:
     lora = lora_files.write("sd15-kohya", tmp_path)
     dest = tmp_path / ("x.safetensors" if to == "single" else "x")
-    change = baked([(lora, 0.5)])
+    change = Baking([(lora, 0.5)])
     convert(checkpoint("sd15"), dest, dtype="float32", to=to, change=change)
     found = open_source(dest, **({"config": checkpoint("sd15")} if to == "single" else {}))
     source = open_source(checkpoint("sd15"))
@@ -185,7 +185,7 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="one file is for sd1, sd2"):
         convert(checkpoint("ddpm"), tmp_path / "x.safetensors", to="single")
     convert(checkpoint("sd15"), tmp_path / "q", quantize=4)
-    change = baked([lora_files.write("sd15-kohya", tmp_path)])
+    change = Baking([lora_files.write("sd15-kohya", tmp_path)])
     with pytest.raises(UsageError, match=r"is quantized, .+ rounded away"):
         convert(tmp_path / "q", tmp_path / "out", to="diffusers", change=change)
 

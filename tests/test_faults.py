@@ -18,9 +18,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import lora_files
 import pytest
+from folders import wide
 from golden_data import checkpoint
 from PIL import Image
+from single_files import single_file
 
 import mlxdiff.convert
 from mlxdiff.cli import convert as _convert  # noqa: F401 - imported before the processes fork
@@ -172,6 +175,31 @@ def test_finished_pictures_of_an_interrupted_count_are_kept(tmp_path: Path) -> N
     assert f"{saved} of 4 pictures are saved" in said(folder, "err")
 
 
+INTERRUPT_AT_IMPORT = """
+import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in jobs in the background
+moment, sys.argv = sys.argv[1], ["mlxdiff", "info"]
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == moment:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+runpy.run_module("mlxdiff", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "moment", ["mlxdiff.machine.stopping", "mlxdiff.cli", "click", "mlxdiff.cli.info"]
+)
+def test_ctrl_c_while_the_command_starts_is_silent(moment: str) -> None:
+    """What comes before the first line of mlxdiff (Python's own start) is Python's to report."""
+    run = [sys.executable, "-c", INTERRUPT_AT_IMPORT, moment]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout) == (130, "", "")
+
+
 # ------------------------------------------------------------------------------ outputs and folders
 
 
@@ -314,6 +342,32 @@ def test_a_source_that_is_replaced_is_one_model_or_an_error(tmp_path: Path) -> N
         with pytest.raises(CheckpointError, match=f"{file}: changed while it was converted"):
             mlxdiff.convert.convert(source, tmp_path / "out", progress=replace)
         assert not other.exists() and not (tmp_path / "out").exists() and leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("other", ["tokenizer/vocab.json", "x.yaml", "lora.safetensors"])
+def test_what_is_read_beside_a_model_may_not_change(other: str, tmp_path: Path) -> None:
+    from mlxdiff.adapters.lora import Baking
+    from mlxdiff.errors import CheckpointError
+
+    change, source = None, tmp_path / "x.safetensors"
+    if other == "lora.safetensors":
+        source = checkpoint("sd15")
+        os.replace(lora_files.write("sd15-kohya", tmp_path), tmp_path / other)
+        change = Baking([tmp_path / other])
+    else:
+        folder = wide(tmp_path / "folder")
+        single_file(folder, source)
+        shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+        (tmp_path / "x.yaml").write_text("model:\n  params:\n    linear_start: 0.00085\n")
+
+    def touch(done: int, total: int, item: str) -> None:
+        (tmp_path / other).write_bytes((tmp_path / other).read_bytes())
+
+    with pytest.raises(CheckpointError, match=f"{other}: changed while it was converted"):
+        mlxdiff.convert.convert(source, tmp_path / "out", change=change, progress=touch)
+    assert not (tmp_path / "out").exists() and leftovers(tmp_path) == []
+    mlxdiff.convert.convert(source, tmp_path / "out", change=change)
+    open_folder(tmp_path / "out").verify()
 
 
 def test_leftovers_go_and_files_in_use_stay(tmp_path: Path) -> None:

@@ -31,8 +31,12 @@ def trace(monkeypatch: pytest.MonkeyPatch) -> Trace:
     return Trace(monkeypatch)
 
 
-def step(trace: Trace, model: str, latent: int, dtype: str = "float16") -> Counts:
-    """A step under guidance, with what a run makes once (keys, values, shifts) made before."""
+def step(trace: Trace, model: str, latent: int, dtype: str = "float16", beside: int = 0) -> Counts:
+    """A step under guidance, with what a run makes once (keys, values, shifts) made before.
+
+    Args:
+        beside: tokens of an IP-Adapter's picture.
+    """
     unet = trace.network(config(model, "unet"), dtype)
     more: dict[str, Any] = {}
     if model == "sdxl":
@@ -41,6 +45,14 @@ def step(trace: Trace, model: str, latent: int, dtype: str = "float16") -> Count
     text = unet.read(mx.zeros((2, 77, unet.config.cross_attention_dim[0])))
     temb = Condition(unet.embed(mx.array([501.0, 501.0]), **more))
     unet.predict(sample, temb, text)
+    for layer in unet.cross_attentions() if beside else ():
+        shape = 2, beside, layer.to_q.weight.shape[0]
+        layer.keep_beside(text, mx.zeros(shape, unet.dtype), mx.zeros(shape, unet.dtype), 1.0)
+    for found in text._beside.values():
+        found[:] = [
+            (mx.zeros(k.shape, k.dtype), mx.zeros(v.shape, v.dtype), s) for k, v, s in found
+        ]
+        mx.async_eval(found[0][:2])
     for condition in (text, temb):
         for key, (layer, made) in condition._made.items():
             zeros = tuple(mx.zeros(one.shape, one.dtype) for one in made)
@@ -66,6 +78,11 @@ def test_a_step_of_sd15(trace: Trace) -> None:
     # The text's keys and values come padded: of the heads of 40, queries are, and in self-attention
     # keys and values.
     assert counts.kernels["Pad"] == 5 * (3 + 1)
+
+
+def test_an_ip_adapter_pads_no_keys_in_a_step(trace: Trace) -> None:
+    """The padded queries serve both attentions."""
+    assert step(trace, "sd15", 64, beside=4).kernels["Pad"] == 5 * (3 + 1)
 
 
 def test_a_step_of_sdxl(trace: Trace) -> None:

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from golden_data import checkpoint, photo
 from golden_runs import Opened
+from PIL import Image, PngImagePlugin
 
 import mlxdiff
 from mlxdiff.cli import main
@@ -57,7 +58,7 @@ def test_a1111s_syntax_in_a_plain_prompt_is_told(
     pipe = opened("sd15")
     for options in ({"prompt": prompt}, {"negative_prompt": prompt}):
         (note,) = notes(caplog, pipe, **options)
-        assert sign in note and "--prompt-syntax a1111" in note
+        assert sign in note and "prompt_syntax='a1111'" in note
     if "lora" not in sign:
         assert notes(caplog, pipe, prompt=prompt, prompt_syntax="a1111") == []
 
@@ -73,7 +74,7 @@ def test_wildcards_are_told(
     syntax: str, prompt: str, opened: Opened, caplog: pytest.LogCaptureFixture
 ) -> None:
     (note,) = notes(caplog, opened("sd15"), prompt=prompt, prompt_syntax=syntax)
-    assert "--prompt-file" in note
+    assert "write each prompt out" in note
 
 
 @pytest.mark.parametrize(
@@ -111,6 +112,17 @@ def test_prompt_files_of_other_systems(form: str, tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------- seed, size
 
 
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 2**64 - 1])
+def test_a_seed_that_torch_does_not_take_is_refused_before_loading(
+    seed: int, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match="seed"):
+        opened("sd15").stream("a", seed=seed, count=2)
+    monkeypatch.setattr("mlxdiff.loading.load", None)
+    error = run("a", "-s", str(seed), "-b", "2").stderr
+    assert "2**64 - 1" in error and error.count("Error") == 1
+
+
 def test_seed_minus_one_is_told(opened: Opened, caplog: pytest.LogCaptureFixture) -> None:
     (note,) = notes(caplog, opened("sd15"), seed=-1)
     assert "seed -1 is one seed like any other" in note and "4294967295" in note
@@ -126,7 +138,7 @@ def test_seed_minus_one_is_told(opened: Opened, caplog: pytest.LogCaptureFixture
         (64, 96, None),
         (96, 96, None),
         (128, 64, None),
-        (128, 128, "repeated subjects; --hires"),
+        (128, 128, "repeated subjects; hires"),
         (32, 32, "poor pictures"),
     ],
 )
@@ -288,3 +300,24 @@ def test_a_vae_of_another_family_is_refused(tmp_path: Path, opened: Opened) -> N
     opened("cosxl").set_vae(tmp_path / "vae")
     opened("cosxl").set_vae(None)
     assert np.isfinite(pipe.generate("a", steps=1, seed=0, **SIZE).latents).all()
+
+
+# ------------------------------------------------------------- pictures that lost our own settings
+
+
+def test_a_picture_with_a1111s_text_alone_says_what_it_lacks(tmp_path: Path) -> None:
+    """What web sites keep: the syntax is in the text, and what is not taken from it is named."""
+    first, again = tmp_path / "1.png", tmp_path / "2.png"
+    model = ("-m", str(checkpoint("sd15")))
+    options = ("--steps", "2", "--prompt-syntax", "a1111", "--hires", "2", "-o", str(first))
+    assert run("a (red:1.3) cat", *model, *options).exit_code == 0
+    with Image.open(first) as picture:
+        kept = PngImagePlugin.PngInfo()
+        kept.add_text("parameters", picture.text["parameters"])  # type: ignore[attr-defined]
+        picture.save(again, pnginfo=kept)
+    replayed = CliRunner().invoke(
+        main, ["generate", "--from-image", str(again), *model, "-o", str(tmp_path / "3.png")]
+    )
+    assert replayed.exit_code == 0, replayed.output
+    assert "not taken from it: Denoising strength: 0.5, Hires upscale: 2" in replayed.stderr
+    assert "plain text in this prompt syntax" not in replayed.stderr

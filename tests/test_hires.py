@@ -107,7 +107,7 @@ def test_the_command_line_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("sd15", {"hires": None, "hires_strength": 0.5}, "without hires"),
         ("sd15", {"hires_strength": 1.5}, "0 to 1"),
         ("sd15", {"hires_strength": 0.1}, "hires: strength 0.1 leaves none of 4 steps"),
-        ("sd15", {"image": photo(32, 32), "mask": mask("disc", 32, 32)}, "with a mask"),
+        ("sd15", {"image": photo(32, 32), "mask": mask("disc", 32, 32)}, "with mask or outpaint"),
         ("sdxl", {"denoising_end": 0.5}, "denoising_end"),
         ("pix2pix", {"image": photo(32, 32)}, "by instruction"),
     ],

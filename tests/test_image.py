@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import stat
 import sys
@@ -10,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin
 
 from mlxdiff.errors import MlxdiffError, UsageError
 from mlxdiff.pictures import image as image_module
 from mlxdiff.pictures.image import (
     check_writable,
     load_image,
+    load_with_alpha,
     resize,
     resize_values,
     save_png,
@@ -60,6 +62,89 @@ def test_16_bit_grey_keeps_its_range(tmp_path: Path) -> None:
         Image.fromarray(values).save(path)
         np.testing.assert_array_equal(load_image(path)[..., 1], [[0, 0, 1, 128, 255]])
     assert load_image(path).shape == (1, 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("values", "suffix", "expected"),
+    [
+        (np.array([[0, 256, 65535]], np.int32), ".tif", [0, 1, 255]),
+        (np.array([[0, 1, 255]], np.int32), ".tif", [0, 1, 255]),
+        (np.array([[0, 0.5, 1]], np.float32), ".tif", [0, 128, 255]),
+        (np.array([[0, 128, 255]], np.float32), ".tif", [0, 128, 255]),
+        (np.array([[0, 200, 256]], np.uint16), ".pgm", [0, 0, 1]),  # dark, and 16 bits all the same
+        (np.array([[0, -1]], np.int32), ".tif", "from -1 to 0; expected 0 to 255 or 65535"),
+        (np.array([[0, 1 << 20]], np.int32), ".tif", "save it as 8-bit or 16-bit grey"),
+        (np.array([[0, 300]], np.float32), ".tif", "from 0 to 300; expected 0 to 1 or 255"),
+        (np.array([[0, np.nan]], np.float32), ".tif", "not finite"),
+        (np.array([[0, np.inf]], np.float32), ".tif", "not finite"),
+    ],
+)
+def test_wide_grey_is_read_by_its_range(
+    values: np.ndarray, suffix: str, expected: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / f"wide{suffix}"
+    if suffix == ".pgm":
+        path.write_bytes(b"P5 3 1 65535\n" + values.astype(">u2").tobytes())
+    else:
+        Image.fromarray(values).save(path)
+    if isinstance(expected, str):
+        with pytest.raises(UsageError, match=expected):
+            load_image(path)
+    else:
+        np.testing.assert_array_equal(load_image(path)[0, :, 1], expected)
+
+
+def swapped_profile() -> bytes:
+    """sRGB's colour profile with red and green exchanged, and another name."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    red, green = data.index(b"rXYZ"), data.index(b"gXYZ")
+    data[red : red + 1], data[green : green + 1] = b"g", b"r"
+    return bytes(data).replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be"))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_colours_are_converted_by_their_profile(mode: str, tmp_path: Path) -> None:
+    picture, path = Image.fromarray(PICTURE // 32 * 32).convert(mode), tmp_path / "a.png"
+    plain = np.asarray(picture.convert("RGB")).astype(int)
+    picture.save(path, icc_profile=swapped_profile())
+    assert np.abs(load_image(path)[..., [1, 0, 2]] - plain).max() <= 1
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for other in (srgb, b"no profile", swapped_profile()[:200], None):
+        picture.save(path, icc_profile=other)
+        np.testing.assert_array_equal(load_image(path), plain)
+
+
+def test_grey_keeps_its_levels_whatever_its_profile(tmp_path: Path) -> None:
+    grey, path = Image.fromarray(PICTURE[..., 0]), tmp_path / "a.png"
+    grey.save(path, icc_profile=swapped_profile())
+    np.testing.assert_array_equal(load_image(path)[..., 0], PICTURE[..., 0])
+
+
+def test_a_heic_file_is_named_with_the_way_out(tmp_path: Path) -> None:
+    if importlib.util.find_spec("pillow_heif") is not None:
+        pytest.skip("pillow-heif is installed")
+    path = tmp_path / "phone.heic"
+    path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64))
+    with pytest.raises(UsageError, match="it is HEIC: run `pip install pillow-heif`"):
+        load_image(path)
+
+
+def test_alpha_is_read_in_every_form(tmp_path: Path) -> None:
+    alpha = np.arange(35, dtype=np.uint8).reshape(5, 7) * 7
+    rgba = np.dstack([PICTURE, alpha])
+    grey = np.dstack([PICTURE[..., 0], alpha])
+    for source in (rgba, rgba / 255.0, Image.fromarray(rgba), Image.fromarray(grey)):
+        np.testing.assert_array_equal(load_with_alpha(source)[1], alpha)
+    path = tmp_path / "a.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(rgba).save(path, exif=exif)
+    np.testing.assert_array_equal(load_with_alpha(path)[1], np.rot90(alpha, -1))
+    Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P").save(path, transparency=1)
+    np.testing.assert_array_equal(load_with_alpha(path)[1], [[255, 0]])
+    rgba[..., 3] = 255
+    for opaque in (PICTURE, rgba, Image.fromarray(PICTURE)):
+        assert load_with_alpha(opaque)[1] is None
 
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
@@ -239,7 +324,7 @@ def test_a_png_holds_picture_and_text(tmp_path: Path) -> None:
 def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_text("mine")
-    with pytest.raises(UsageError, match=r"a.png: already exists; .* --force"):
+    with pytest.raises(UsageError, match=r"a.png: already exists; .* overwrite=True"):
         save_png(PICTURE, path)
     assert path.read_text() == "mine"
     save_png(PICTURE, path, overwrite=True)

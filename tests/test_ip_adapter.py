@@ -166,7 +166,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, folder: Path) -> None:
         )
     alone = tmp_path / "alone.safetensors"
     shutil.copy(folder / "sd15/image.safetensors", alone)
-    with pytest.raises(UsageError, match="--image-encoder"):
+    with pytest.raises(UsageError, match=r"\(image_encoder\)"):
         open_ip_adapter(alone, unet_of("sd15"))
     other = write_encoder(tmp_path / "other")
     write_json(other / "config.json", ENCODER | {"projection_dim": 48})

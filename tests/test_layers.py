@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from sides import Side
 
+from mlxdiff.backends.frequencies import frequencies
 from mlxdiff.machine import threads
 
 
@@ -208,6 +209,16 @@ def test_timestep_embedding(side: Side, dim: int, flip: bool, shift: float) -> N
     got = side.run(lambda t: side.nn.timestep_embedding(t, dim, flip, shift), steps)
     # Frequencies and angles are rounded to float32: a phase of up to 999 * 1e-7.
     np.testing.assert_allclose(got, expected, atol=2e-4)
+    # With these roundings, which the reference makes too, only a sine's last bit is left.
+    rounded = np.float32(steps)[:, None] * frequencies(dim, shift)
+    parts = [f(rounded.astype(np.float64)) for f in (np.sin, np.cos)]
+    expected = np.concatenate([*(parts[::-1] if flip else parts), np.zeros((4, dim % 2))], axis=1)
+    np.testing.assert_allclose(got, expected, atol=1.2e-7, rtol=0)
+
+
+def test_frequencies_are_rounded_once() -> None:
+    exponents = np.float32(np.arange(160)) * np.float32(-np.log(10000)) / np.float32(160)
+    np.testing.assert_array_equal(frequencies(320, 0.0), np.float32(np.exp(np.float64(exponents))))
 
 
 def test_functions_of_arrays(side: Side) -> None:

@@ -675,7 +675,7 @@ def test_wrong_arguments(opened: Opened, files: Path, tmp_path: Path) -> None:
         ([(path, "much")], "its scale is 'much'; expected a number"),
         ([(path, float("nan"))], "expected a number"),
         ([(path, True)], "expected a number"),
-        ([3], "expected a path or"),
+        ([3], "expected a list of paths"),
     ):
         with pytest.raises(UsageError, match=words):
             pipe.set_loras(bad)
@@ -736,7 +736,7 @@ def test_loras_in_a_prompt(backend: str, files: Path, caplog: pytest.LogCaptureF
     pipe.generate("a cat <lora:sd15-kohya:0.5>", **SMALL, **syntax)
     assert pipe.loras == kept
     for prompt, words in (
-        ("a <lora:nothing:1>", r"asks for the LoRA 'nothing', but .+; it has .*sd15-kohya"),
+        ("a <lora:nothing:1>", r"asks for the LoRA 'nothing', and .+; it has .*sd15-kohya"),
         ("a <lora:../x:1>", "expected a file name"),
     ):
         with pytest.raises(UsageError, match=words):

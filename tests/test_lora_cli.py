@@ -9,10 +9,11 @@ from pathlib import Path
 import lora_files
 import numpy as np
 import pytest
-from fake_hub import serve
+from fake_hub import COMMIT, serve
 from test_cli import QUICK, error_of, generate, pixels, run, texts
 
 from mlxdiff.cli.loras import Asked, parse
+from mlxdiff.pictures.metadata import read
 
 
 @pytest.fixture
@@ -102,6 +103,10 @@ def test_a_lora_from_the_hub(here: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             assert result.exit_code == 0, result.output
             assert "LoRA style.safetensors at 0.5" in result.stderr
             np.testing.assert_array_equal(pixels(here / "x.png"), pixels(here / f"{i}.png"))
+            (said,) = read(here / f"{i}.png").to_dict()["loras"]
+            assert said["source"] == f"org/name/style.safetensors@{COMMIT}"
+            again = error_of(run("generate", "--from-image", f"{i}.png", "-o", "y.png"))
+            assert f"the LoRA {said['source']}:0.5: give all of its LoRAs" in again
         assert "no such LoRA" in error_of(generate("a", "--lora", "other/name", *QUICK))
         missing = error_of(generate("a", "--lora", "org/name/none.safetensors", *QUICK))
         assert "none.safetensors" in missing

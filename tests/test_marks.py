@@ -64,7 +64,7 @@ def test_marks_count_more_than_the_folder(form: str, sdxl: Tensors, tmp_path: Pa
     said = "\n".join(model.notes)
     assert f"prediction type: v_prediction, as the mark v_pred says; {folder} has epsilon" in said
     assert "zero terminal SNR: true, as the mark ztsnr says" in said
-    assert "--prediction-type overrides" in said and "--no-zero-snr" in said
+    assert "prediction_type overrides" in said and "zero_snr overrides" in said
     # The report, the converted folder and info say the same.
     report = convert(path, tmp_path / "converted", config=folder)
     assert all(note in report.notes for note in model.notes)
@@ -123,7 +123,7 @@ def test_an_option_gives_a_file_without_marks_zero_snr(tmp_path: Path) -> None:
     model = opened(path, zero_snr=True)  # PNDM, the class of SD 1, has no such argument
     assert model.scheduler_config["_class_name"] == "DDIMScheduler"
     assert training(opened(path, zero_snr=False)) == ("epsilon", False)
-    with pytest.raises(UsageError, match="--zero-snr is for single files only"):
+    with pytest.raises(UsageError, match="zero_snr is for single files only"):
         open_source(checkpoint("sd15"), zero_snr=False)
 
 

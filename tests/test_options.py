@@ -153,7 +153,7 @@ def test_mypy_refuses_a_wrong_name_and_a_wrong_type(tmp_path: Path) -> None:
         ({"steps": "3"}, "steps is '3'; expected a whole number, at least 1"),
         ({"width": 2.5}, "width is 2.5; expected a whole number"),
         ({"crop": 3}, "crop is 3; expected two whole numbers"),
-        ({"count": 0}, "count is 0; expected a whole number, at least 1"),
+        ({"count": 0}, "count is 0; expected a whole number, 1 to 100000"),
         ({"sampler": "best"}, "sampler is 'best'; expected one of auto, checkpoint, "),
         ({"prompt": "b"}, "prompt is given twice"),
     ],

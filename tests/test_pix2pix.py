@@ -93,13 +93,13 @@ def test_cosxl_edit_sees_scaled_latents(tmp_path: Path, opened: Opened) -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "says"),
     [
-        ("pix2pix", {"image": None}, r"it needs one \(--image\)"),
-        ("pix2pix", {"mask": photo(32, 32)}, "no part for a mask"),
-        ("pix2pix", {"outpaint": (8, 8, 8, 8)}, "no part for a mask"),
-        ("pix2pix", {"strength": 0.5}, "--image-guidance"),
+        ("pix2pix", {"image": None}, r"it needs one \(image\)"),
+        ("pix2pix", {"mask": photo(32, 32)}, "no part for mask or outpaint"),
+        ("pix2pix", {"outpaint": (8, 8, 8, 8)}, "no part for mask or outpaint"),
+        ("pix2pix", {"strength": 0.5}, "image_guidance says"),
         ("pix2pix", {"image_guidance": -1.0}, "at least 0"),
         ("pix2pix", {"image_guidance": "much"}, "expected a number"),
-        ("sdxl-pix2pix", {"denoising_start": 0.5}, "--image-guidance"),
+        ("sdxl-pix2pix", {"denoising_start": 0.5}, "image_guidance says"),
         ("sd15", {"image_guidance": 1.5}, "8 channels"),
         ("sd15-inpainting", {"image_guidance": 1.5, "mask": photo(32, 32)}, "8 channels"),
     ],

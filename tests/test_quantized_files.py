@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from folders import diffusers_folder
+from folders import wide
 from golden_data import GOLDEN, checkpoint
 from quantized_files import (
     Raw,
@@ -315,13 +315,6 @@ def test_contradicting_marks_are_refused(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------- models
-
-
-def wide(path: Path, family: str = "sd1") -> Path:
-    """A folder whose matrices MLX's groups divide."""
-    heads = [1, 2] if family == "sdxl" else 8
-    diffusers_folder(path, family, {"block_out_channels": [64, 128], "attention_head_dim": heads})
-    return path
 
 
 def quantized_file(path: Path, tensors: Tensors, form: str) -> Path:

@@ -124,6 +124,15 @@ def test_a_listing_of_other_types_is_an_error(key: str, value: Any, server: type
         hub.resolve("org/name")
 
 
+def test_a_listing_has_an_end(server: type[Hub]) -> None:
+    server.lie = staticmethod(change("more", "x" * disk.MAX_DOCUMENT))  # type: ignore[assignment]
+    with pytest.raises(
+        HubError, match=f"it has more than {disk.MAX_DOCUMENT} bytes; check HF_ENDPOINT"
+    ):
+        hub.resolve("org/name")
+    assert server.got == []
+
+
 def test_a_file_without_a_digest_is_not_taken(server: type[Hub]) -> None:
     server.lie = staticmethod(change("siblings.0.blobId", None))  # type: ignore[assignment]
     with pytest.raises(HubError, match="gives no size and digest for model_index"):

@@ -324,7 +324,7 @@ def test_other_files_are_no_vaes(tmp_path: Path) -> None:
     save_file(tensors, vae)
     with pytest.raises(CheckpointError, match=r"decoder\.conv_in\.weight is missing"):
         open_vae(vae)
-    with pytest.raises(CheckpointError, match="looks like a VAE, alone; give it with --vae PATH"):
+    with pytest.raises(CheckpointError, match="looks like a VAE, alone; give it with vae"):
         open_source(vae)
 
 

@@ -95,14 +95,14 @@ def test_the_command_line_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    (NAME, {"image": None}, r"enlarges a picture .* it needs one \(--image\)"),
+    (NAME, {"image": None}, r"enlarges a picture .* it needs one \(image\)"),
     (NAME, {"noise_level": 351}, "0 to 350"),
     (NAME, {"noise_level": -1}, "0 to 350"),
     (NAME, {"noise_level": 20.0}, "a whole number"),
     (NAME, {"noise_level": True}, "a whole number"),
-    (NAME, {"mask": mask("disc", 32, 32)}, "no part for a mask"),
-    (NAME, {"outpaint": (4, 4, 4, 4)}, "no part for a mask"),
-    (NAME, {"strength": 0.5}, "strength: .*--noise-level"),
+    (NAME, {"mask": mask("disc", 32, 32)}, "no part for mask or outpaint"),
+    (NAME, {"outpaint": (4, 4, 4, 4)}, "no part for mask or outpaint"),
+    (NAME, {"strength": 0.5}, "strength: .*noise_level"),
     (NAME, {"image_guidance": 1.5}, "8 channels"),
     (NAME, {"hires": 2}, "hires: this is a model that enlarges"),
     (NAME, {"denoising_end": 0.5}, "only SDXL"),

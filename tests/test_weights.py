@@ -234,7 +234,7 @@ def test_nothing_is_left_after_a_failure(
 
 def test_force_replaces_and_a_failure_keeps_the_old(source: Path, copy: Path) -> None:
     model = open_source(source)
-    with pytest.raises(UsageError, match=r"already exists.*--force"):
+    with pytest.raises(UsageError, match=r"already exists.*force=True"):
         write_folder(model, copy)
     before = listing(copy.parent)
     with pytest.raises(CheckpointError):

@@ -31,7 +31,7 @@ from mlxdiff.adapters.lora_forms import Delta, Form, Full, Magnitude, make_form
 from mlxdiff.adapters.lora_names import Target
 from mlxdiff.convert import recognise
 from mlxdiff.convert.checkpoint import all_finite
-from mlxdiff.errors import CheckpointError, ConfigError, UsageError
+from mlxdiff.errors import CheckpointError, ConfigError, UsageError, argument, quoted
 from mlxdiff.machine.disk import read_json
 from mlxdiff.networks.params import expected_parameters
 from mlxdiff.store.folder import ModelSource
@@ -226,7 +226,8 @@ def _open(path: Path) -> tuple[Path, str, PickleFile | TensorFile]:
             )
         path, name = found[0], path.resolve().name
     elif not os.path.isfile(path):
-        raise UsageError(f"{path}: no such LoRA file or folder (--lora PATH[:SCALE])")
+        given = argument("loras", form="PATH[:SCALE]")
+        raise UsageError(f"{path}: no such LoRA file or folder ({given})")
     return path, name, open_tensors(path)
 
 
@@ -638,23 +639,31 @@ class _Baked:
         return changed(self._loras, component, self._source.tensors(component))
 
 
-def baked(given: Sequence[Given]) -> Callable[[ModelSource], ModelSource]:
-    """Return a function that puts LoRAs into the weights of a model (``convert.convert``).
+@dataclass(frozen=True)
+class Baking:
+    """Puts LoRAs into the weights of a model (``convert.convert``).
 
-    The function raises UsageError for a quantized model, which cannot hold the sum, and the errors
-    of ``open_all``.
+    Attributes:
+        given: the LoRAs.
+    Raises: UsageError for a quantized model, which cannot hold the sum; the errors of ``open_all``.
     """
 
-    def change(model: ModelSource) -> ModelSource:
+    given: Sequence[Given]
+
+    @property
+    def files(self) -> list[Path]:
+        """The files and folders that are read."""
+        paths = [one[0] if isinstance(one, tuple) else one for one in self.given]
+        return [one.file.path if isinstance(one, Lora) else Path(one) for one in paths]
+
+    def __call__(self, model: ModelSource) -> ModelSource:
         if is_quantized(model):
             raise UsageError(
                 f"{model.path}: is quantized, and a LoRA in its weights would be rounded away; "
-                "convert the original with --lora and --quantize"
+                f"convert the original with the LoRA and {argument('quantize')}"
             )
         configs = {name: model.config(name) for name in model.components if name != "vae"}
-        return cast(ModelSource, _Baked(model, open_all(given, configs, model.family)))
-
-    return change
+        return cast(ModelSource, _Baked(model, open_all(self.given, configs, model.family)))
 
 
 def _is_number(value: Any) -> bool:
@@ -665,18 +674,22 @@ def _is_number(value: Any) -> bool:
 def find(name: str, folder: Path) -> Path:
     """Find a LoRA in a folder by its name in a prompt. Raises: UsageError."""
     if not name or name != Path(name).name or "\\" in name:
-        raise UsageError(f"the prompt asks for the LoRA {name!r}; expected a file name, not a path")
+        raise UsageError(
+            f"the prompt asks for the LoRA {quoted(name)}; expected a file name, not a path"
+        )
     for ending in _ENDINGS:
         path = folder / f"{name}{ending}"
         if os.path.isfile(path) or (ending == "" and os.path.isdir(path)):
             return path
     try:
         there = sorted(p.stem for p in folder.iterdir() if p.suffix in _ENDINGS[1:])
-    except OSError as error:
-        raise UsageError(f"{folder}: cannot be read ({error.strerror})") from None
+    except OSError:
+        there = []
+    # Who sees this may be a client of a server: the path of the folder is not for everyone.
     raise UsageError(
-        f"the prompt asks for the LoRA {name!r}, but {folder.resolve()} has no {name}.safetensors; "
-        f"it has {', '.join(there[:10]) or 'no LoRA'}; give another folder with --lora-folder"
+        f"the prompt asks for the LoRA {quoted(name)}, and there is none of this name "
+        f"in the folder for such LoRAs ({argument('lora_folder')}); it has "
+        f"{', '.join(there[:10]) or 'no LoRA'}"
     )
 
 

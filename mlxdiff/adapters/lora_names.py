@@ -90,7 +90,7 @@ PARTS: tuple[Part, ...] = (
 IGNORED: tuple[Ignored, ...] = (
     Ignored(
         r"bundle_emb\..+|<[^<>]+>",
-        "a textual inversion in the LoRA file; to use it, give the file with --embedding, too",
+        "a textual inversion in the LoRA file; to use it, give the file as an embedding, too",
     ),
     Ignored(
         r"lora_te2?_transformer_resblocks_(?:23|31)_.+",

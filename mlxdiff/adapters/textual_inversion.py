@@ -25,7 +25,7 @@ import numpy as np
 
 from mlxdiff.convert import recognise
 from mlxdiff.convert.checkpoint import all_finite
-from mlxdiff.errors import CheckpointError, UsageError
+from mlxdiff.errors import CheckpointError, UsageError, argument
 from mlxdiff.machine.disk import sha256
 from mlxdiff.networks.config import CLIPTextConfig
 from mlxdiff.pictures.image import open_picture
@@ -143,8 +143,12 @@ def _not_one_word(tensors: Parts, words: Sequence[str]) -> str:
         )
     return (
         f"is not a textual inversion of one word: it holds {len(words)} tensors that could be one "
-        f"({few}); choose with --embedding PATH:WORD"
+        f"({few}); choose with {_with_word()}"
     )
+
+
+def _with_word() -> str:
+    return argument("embeddings", form="PATH:WORD")
 
 
 def _is_png(file: Path) -> bool:
@@ -205,14 +209,14 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         return {
             "kind": "textual inversions",
             "path": str(file),
-            "use": "give it with --embedding PATH:WORD, and write the word in the prompt",
+            "use": f"give it with {_with_word()}, and write the word in the prompt",
             "words": words,
         }
-    one = open_embedding(file)
+    one, given = open_embedding(file), argument("embeddings", form="PATH")
     return {
         "kind": "textual inversion",
         "path": str(one.path),
-        "use": f"give it with --embedding PATH, and write {one.token!r} in the prompt",
+        "use": f"give it with {given}, and write {one.token!r} in the prompt",
         "word": one.token,
         "word_in_a1111_syntax": list(one.names),
         "vectors": one.count,
@@ -275,7 +279,7 @@ def open_all(given: Iterable[Given]) -> tuple[TextualInversion, ...]:
             if one.token == other.token:
                 raise UsageError(
                     f"{other.path} and {one.path} have the same word {one.token!r}; give one of "
-                    "them another word (--embedding PATH:WORD)"
+                    f"them another word ({_with_word()})"
                 )
     return tuple(opened)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import UsageError, argument
 from mlxdiff.machine.probe import memory_bytes
 from mlxdiff.networks.config import ComponentConfig
 from mlxdiff.networks.layers import Layers, Module
@@ -26,7 +26,8 @@ try:
 except ImportError as error:
     raise UsageError(
         f"MLX cannot be imported ({error}); install it with `pip install mlx` (Apple silicon) or "
-        "`pip install 'mlx[cpu]'` (Linux), or use the NumPy backend (--backend numpy)"
+        "`pip install 'mlx[cpu]'` (Linux), or use the NumPy backend "
+        f"({argument('backend', 'numpy')})"
     ) from None
 
 from mlxdiff.backends import mlx_layers, mlx_probe
@@ -168,13 +169,13 @@ class MLXBackend:
             return
         if mx.metal.is_available() and not mlx_probe.winograd_can_be_switched_off():
             raise UsageError(
-                f"exact (--exact): MLX {version('mlx')} ignores MLX_CONV_WINOGRAD, so its large "
-                "convolutions are not exact; install MLX 0.32.4 or newer (pip install -U mlx), or "
-                "leave exact out"
+                f"{argument('exact')}: MLX {version('mlx')} ignores MLX_CONV_WINOGRAD, so its "
+                "large convolutions are not exact; install MLX 0.32.4 or newer (pip install -U "
+                f"mlx), or leave {argument('exact')} out"
             )
         if mlx_probe.multiplies_as_tf32():
             raise UsageError(
-                "exact (--exact): MLX already multiplies float32 as TF32 in this process; set "
+                f"{argument('exact')}: MLX already multiplies float32 as TF32 in this process; set "
                 "MLX_ENABLE_TF32=0 in the environment before it starts"
             )
 

@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlxdiff.backends.frequencies import frequencies
 from mlxdiff.weights.quantization import Beside, Packed, Quantization
 
 # Attention without a fused kernel holds its scores, a convolution on the CPU its unfolded input;
@@ -780,11 +781,8 @@ def timestep_embedding(
         freq_shift: see embedding_dim.
     Returns: (B, D) float32; an odd D ends in a zero.
     """
-    half = embedding_dim // 2
-    # Operation by operation as the reference implementation: at timestep 999 the last bit of a
-    # frequency is a phase of 6e-5.
-    exponents = -math.log(10000) * mx.arange(half, dtype=mx.float32) / (half - freq_shift)
-    angles = timesteps.astype(mx.float32)[:, None] * mx.exp(exponents)
+    factors = mx.array(frequencies(embedding_dim, freq_shift))
+    angles = timesteps.astype(mx.float32)[:, None] * factors
     parts = [mx.sin(angles), mx.cos(angles)]
     if flip_sin_to_cos:
         parts.reverse()

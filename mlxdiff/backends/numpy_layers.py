@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from mlxdiff.backends.frequencies import frequencies
 from mlxdiff.machine import threads
 from mlxdiff.weights.quantization import Beside, Packed, dequantize
 from mlxdiff.weights.tensors import raise_faults
@@ -620,13 +621,7 @@ def timestep_embedding(
         freq_shift: see embedding_dim.
     Returns: (B, D) float32; an odd D ends in a zero.
     """
-    half = embedding_dim // 2
-    # The reference implementation rounds exponent, frequency and angle to float32, and at timestep
-    # 999 the last bit of a frequency is a phase of 6e-5: so each is rounded here too, correctly.
-    exponents = np.arange(half, dtype=np.float32) * np.float32(-math.log(10000))
-    exponents /= np.float32(half - freq_shift)
-    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
-    angles = timesteps.astype(np.float32)[:, None] * frequencies
+    angles = timesteps.astype(np.float32)[:, None] * frequencies(embedding_dim, freq_shift)
     sine, cosine = (f(angles.astype(np.float64)).astype(np.float32) for f in (np.sin, np.cos))
     parts = [cosine, sine] if flip_sin_to_cos else [sine, cosine]
     if embedding_dim % 2:

@@ -20,7 +20,7 @@ import click
 import mlxdiff
 from mlxdiff.cli.advice import AdvisedGroup
 from mlxdiff.cli.streams import make_printable, tell
-from mlxdiff.errors import MlxdiffError, printable
+from mlxdiff.errors import MlxdiffError, naming, printable
 from mlxdiff.machine import stopping
 
 # name -> module with a click command of the same name, one-line help.
@@ -73,7 +73,7 @@ class Main(AdvisedGroup):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         make_printable()
-        with stopping.handled():
+        with stopping.handled(), naming(_flag):
             return super().main(*args, **kwargs)
 
     def resolve_command(
@@ -123,6 +123,13 @@ def common_options(command: F) -> F:
     ):
         command = option(command)
     return command
+
+
+def _flag(name: str, value: Any, form: str) -> str:
+    """Name an option by its flag in messages. The table of options is only imported for one."""
+    from mlxdiff.cli.options import on_command_line
+
+    return on_command_line(name, value, form)
 
 
 class ProgressBar:

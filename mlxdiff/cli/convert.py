@@ -101,4 +101,4 @@ def _baked(words: tuple[str, ...]) -> Any:
         asked = [parse(word) for word in words]
     except Unfit as unfit:
         raise UsageError(f"--lora {unfit}") from None
-    return lora.baked([(one.path, 1.0 if one.scale is None else one.scale) for one in asked])
+    return lora.Baking([(one.path, 1.0 if one.scale is None else one.scale) for one in asked])

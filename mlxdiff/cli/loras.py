@@ -51,7 +51,7 @@ def replayed(
     """
     recorded = _recorded(found, picture)
     if asked:
-        scales = {name: scale for name, scale, _ in recorded}
+        scales = {name: scale for name, scale, *_ in recorded}
         return [
             (path, scales.get(Path(path).name, (1.0, 1.0)) if scale is None else scale)
             for path, scale in asked
@@ -60,12 +60,12 @@ def replayed(
 
     loras: list[tuple[str, float | tuple[float, float]]] = []
     missing = []
-    for name, scale, digest in recorded:
+    for name, scale, digest, source in recorded:
         here = Path(name)
         if os.path.isfile(here) and (digest is None or sha256(here) == digest):
             loras.append((name, scale))
         else:
-            missing.append(f"{name}:{scale[0]:g}")
+            missing.append(f"{source or name}:{scale[0]:g}")
     if missing:
         raise UsageError(
             f"{picture}: was drawn with the LoRA {' and '.join(missing)}: give all of its LoRAs "
@@ -74,8 +74,10 @@ def replayed(
     return loras
 
 
-def _recorded(found: Any, picture: str | None) -> list[tuple[str, tuple[float, float], str | None]]:
-    """(name, scales, sha256) of each; the file may come from anyone."""
+def _recorded(
+    found: Any, picture: str | None
+) -> list[tuple[str, tuple[float, float], str | None, str | None]]:
+    """(name, scales, sha256, hub id) of each; the file may come from anyone."""
     result = []
     for one in found or ():
         if isinstance(one, dict) and one.get("in_prompt"):
@@ -86,9 +88,9 @@ def _recorded(found: Any, picture: str | None) -> list[tuple[str, tuple[float, f
         good = all(type(number) in (int, float) and abs(number) < 1e9 for number in (scale, text))
         if not good or not isinstance(values.get("name"), str):
             raise UsageError(f"{picture}: loras in its mlxdiff metadata holds {quoted(one)}")
-        digest = one.get("sha256")
-        name = Path(one["name"]).name  # never a place of its own choosing
-        result.append(
-            (name, (float(scale), float(text)), digest if isinstance(digest, str) else None)
+        digest, source = (
+            one[key] if isinstance(one.get(key), str) else None for key in ("sha256", "source")
         )
+        name = Path(one["name"]).name  # never a place of its own choosing
+        result.append((name, (float(scale), float(text)), digest, source))
     return result

@@ -11,7 +11,7 @@ import click
 from mlxdiff.cli import common_options, show_notes
 from mlxdiff.cli.options import options_named
 from mlxdiff.cli.serve import LOADING, make_engine, shelf_options
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import UsageError, in_python, naming
 from mlxdiff.run.options import LoadOptions
 
 
@@ -38,6 +38,7 @@ def mcp(quiet: bool, **given: Any) -> None:
 
     engine, shelf = make_engine(**given)
     try:
-        run(engine, shelf, Limits())
+        with naming(in_python):  # the names of the fields of a tool
+            run(engine, shelf, Limits())
     finally:
         engine.close()

@@ -9,6 +9,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from mlxdiff.cli import embeddings, loras
+from mlxdiff.errors import in_python
 from mlxdiff.run.options import (
     CommandOptions,
     FileOptions,
@@ -72,6 +73,33 @@ class Value(ParamType):
         return [CompletionItem(word) for word in words] or (
             [CompletionItem(incomplete, type="file")] if plain else []
         )
+
+
+# Arguments of functions that have no table, and those that have another name in Python.
+_FLAGS = {
+    "ema": "--ema",
+    "force": "--force",
+    "overwrite": "--force",
+    "group_size": "--group-size",
+    "recipe": "--recipe",
+    "to": "--to",
+    "verify": "--verify",
+}
+
+
+def on_command_line(name: str, value: Any, form: str) -> str:
+    """Name an option by its flag; one that has none as in Python (``errors.argument``)."""
+    found = [entries(table)[name] for table in TABLES if name in entries(table)]
+    flags = [flag for entry in found for flag in entry.flags if flag.startswith("--")]
+    if name in _FLAGS:
+        flags = [_FLAGS[name]]
+    if not flags:
+        return in_python(name, value, form)
+    yes, _, no = flags[0].partition("/")
+    if value is False and no:
+        return no
+    said = form if value is None or isinstance(value, bool) else str(value)
+    return f"{yes} {said}" if said else yes
 
 
 def table_options(command: F) -> F:

@@ -7,15 +7,18 @@ files, or fetch from the hub.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from mlxdiff.cli import embeddings, loras
-from mlxdiff.errors import UsageError, quoted
+from mlxdiff.errors import UsageError, quoted, shortened
 from mlxdiff.run.options import GenerateOptions, LoadOptions
 from mlxdiff.run.table import Option, entries
 from mlxdiff.run.values import Each, Files, Picture, Place, Unfit
+
+logger = logging.getLogger("mlxdiff")
 
 BUILTIN_NAME = "builtin"  # what pictures of the built-in model say that they are made with
 TABLES: tuple[type, ...] = (LoadOptions, GenerateOptions)
@@ -57,6 +60,7 @@ def _recorded(path: str, overridden: set[str]) -> dict[str, Any]:
         value = None if entry.key is None else values.get(entry.key)
         if value is not None and entry.name not in overridden:
             found[entry.name] = _accepted(entry, value, path)
+    _note_what_is_left(metadata.extra.get("parameters"), path)
     if metadata.version is None:  # by A1111, or a program that writes as it does
         found["prompt_syntax"] = "a1111"
     if found.get("model") == BUILTIN_NAME:
@@ -64,6 +68,23 @@ def _recorded(path: str, overridden: set[str]) -> dict[str, Any]:
     elif "model" in found and metadata.revision is not None:
         found["model"] += f"@{metadata.revision}"
     return found
+
+
+_SAYS_NOTHING = {"Version", "Model", "Model hash", "VAE hash", "RNG", "TI hashes"}
+"""Keys of A1111's text that change nothing here, or that something else says."""
+
+
+def _note_what_is_left(parameters: Any, path: str) -> None:
+    """Log what A1111's text holds beside the settings that are taken from it."""
+    known = parameters if isinstance(parameters, dict) else {}
+    left = [f"{key}: {value}" for key, value in known.items() if key not in _SAYS_NOTHING]
+    if left:
+        logger.warning(
+            "%s: not taken from it: %s; the picture will be another one unless you give the "
+            "options for these",
+            path,
+            shortened(", ".join(left)),
+        )
 
 
 def _accepted(entry: Option, value: Any, path: str) -> Any:
@@ -76,8 +97,10 @@ def _accepted(entry: Option, value: Any, path: str) -> Any:
             texts = isinstance(getattr(kind, "kind", kind), Picture)
             if not names or (texts and not all(isinstance(name, str) for name in names)):
                 raise UsageError(fault)
-        elif isinstance(kind, Files) and not isinstance(value, list):
-            raise UsageError(fault)
+        elif isinstance(kind, Files):  # descriptions of files: their own readers check them
+            if not isinstance(value, list):
+                raise UsageError(fault)
+            return value
         return kind.accept(value)
     except Unfit as unfit:
         raise UsageError(f"{fault}; expected {unfit.expected}") from None

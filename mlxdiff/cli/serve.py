@@ -10,7 +10,7 @@ import click
 
 from mlxdiff.cli import common_options, show_notes
 from mlxdiff.cli.options import given_to, options_named
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import UsageError, in_python, naming
 from mlxdiff.run.options import LoadOptions
 
 NEEDED = ("starlette", "uvicorn", "python_multipart")
@@ -161,7 +161,8 @@ def serve(
         if not quiet:
             click.echo(f"Pictures are in {engine.gallery.folder}. Ctrl-C stops.", err=True)
         try:
-            server(desk, policy).run(sockets=[listener])
+            with naming(in_python):  # the names of the fields of a request
+                server(desk, policy).run(sockets=[listener])
         finally:
             engine.close()
 

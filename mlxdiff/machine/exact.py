@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import UsageError, argument
 
 VARIABLES = {"MLX_CONV_WINOGRAD": "0", "MLX_ENABLE_TF32": "0"}
 
@@ -23,7 +23,7 @@ def require() -> None:
     if missing and "mlx.core" in sys.modules:
         wanted = " ".join(f"{name}={value}" for name, value in missing.items())
         raise UsageError(
-            f"exact (--exact) must be set before MLX is imported; set {wanted} in the "
-            "environment, or load the first model with exact"
+            f"{argument('exact')} must be set before MLX is imported; set {wanted} in the "
+            f"environment, or load the first model with {argument('exact', True)}"
         )
     os.environ.update(missing)

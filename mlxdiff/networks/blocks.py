@@ -197,8 +197,20 @@ class Attention(Module):
 
     def _kept_keys_values(self, context: Array) -> tuple[Array, Array]:
         """Make keys and values (B, S, ...) that many evaluations use."""
-        k, v = (self.nn.pad_heads(x, self.heads) for x in self._keys_values(context))
-        return k, v
+        return self._padded(*self._keys_values(context))
+
+    def _padded(self, k: Array, v: Array) -> tuple[Array, Array]:
+        return self.nn.pad_heads(k, self.heads), self.nn.pad_heads(v, self.heads)
+
+    def keep_beside(self, text: Condition, k: Array, v: Array, scale: float) -> None:
+        """Attend to other keys and values (B, S, ...) beside those of a text, in all evaluations.
+
+        Args:
+            scale: factor of that attention.
+        """
+        k, v = self._padded(k, v)
+        self.nn.evaluate(k, v)
+        text.put_beside(self, k, v, scale)
 
     def absorb(self, texts: Sequence[Condition]) -> None:
         """Make the keys and values of these texts, then drop the layers that make them."""

@@ -9,16 +9,19 @@ masked picture beside the latents (Rombach et al. 2022, section 4.5).
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlxdiff.errors import UsageError
-from mlxdiff.pictures.image import ImageLike, load_image, resize, to_model
+from mlxdiff.errors import UsageError, argument, quoted
+from mlxdiff.pictures.image import MAX_PIXELS, ImageLike, load_with_alpha, resize, to_model
 
 if TYPE_CHECKING:
     from PIL import Image
+
+logger = logging.getLogger("mlxdiff")
 
 Borders = tuple[int, int, int, int]
 """Left, top, right and bottom, in pixels."""
@@ -71,14 +74,27 @@ class Canvas:
 def load_mask(source: ImageLike) -> np.ndarray:
     """Load a mask as uint8 (H, W, 3), in the way of ``image.load_image``; accept bool arrays too.
 
+    A mask that is white all over has its shape in its alpha, as layers of drawing programs do: what
+    is opaque is white. Other alpha is ignored, with a note.
+
     Raises: UsageError in the same cases as ``image.load_image``.
     """
     if getattr(source, "dtype", None) == np.bool_:
         source = np.asarray(source).astype(np.uint8) * 255
     try:
-        return load_image(source)
+        pixels, alpha = load_with_alpha(source)
     except UsageError as error:
         raise UsageError(f"the mask: {error}") from None
+    if alpha is None:
+        return pixels
+    if pixels.min() >= HALF and alpha.max() >= HALF:
+        logger.warning(
+            "the mask is white all over, and partly transparent: what is opaque is repainted"
+        )
+        return np.repeat(alpha[..., None], 3, axis=2)
+    if pixels.max() >= HALF:
+        logger.warning("the mask's transparency is ignored: what is white is repainted")
+    return pixels
 
 
 def check_borders(borders: Any) -> Borders:
@@ -87,14 +103,18 @@ def check_borders(borders: Any) -> Borders:
         left, top, right, bottom = borders
     except (TypeError, ValueError):
         raise UsageError(
-            f"outpaint is {borders!r}; expected four numbers in pixels: left, top, right, bottom"
+            f"{argument('outpaint')} is {borders!r}; expected four numbers in pixels: left, top, "
+            "right, bottom"
         ) from None
     for value in (left, top, right, bottom):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise UsageError(f"outpaint is {borders!r}; expected whole numbers of at least 0")
+            raise UsageError(
+                f"{argument('outpaint')} is {borders!r}; expected whole numbers of at least 0"
+            )
     if not any((left, top, right, bottom)):
         raise UsageError(
-            "outpaint is 0 on all sides and adds nothing; give at least one side a size above 0"
+            f"{argument('outpaint')} is 0 on all sides and adds nothing; give at least one side a "
+            "size above 0"
         )
     return left, top, right, bottom
 
@@ -123,7 +143,7 @@ def make_canvas(
         borders: pixels to add around image and mask, or None. Latents are repainted whole, so the
             repainted area also covers the edge of the picture up to the next latent (``cover``
             does not).
-    Raises: UsageError if nothing would be repainted.
+    Raises: UsageError if nothing would be repainted, or the borders are too wide.
     """
     from PIL import Image
 
@@ -133,11 +153,17 @@ def make_canvas(
         cover = np.array(Image.fromarray(resize(mask, width, height)).convert("L"))
         if cover.max() < HALF:
             raise UsageError(
-                "the mask is black, so nothing would be repainted; paint the area to repaint white "
-                "(transparency is ignored)"
+                "the mask is black, so nothing would be repainted; paint the area to repaint white"
             )
         repainted = cover >= HALF
     else:
+        rows, columns, _ = image.shape
+        rows, columns = rows + borders[1] + borders[3], columns + borders[0] + borders[2]
+        if rows * columns > MAX_PIXELS:
+            raise UsageError(
+                f"{argument('outpaint')} makes a picture of {quoted(columns)}x{quoted(rows)} "
+                f"pixels; at most {MAX_PIXELS // 1_000_000} megapixels are drawn on"
+            )
         inner = _inner(image, borders, width, height)
         left, top, right, bottom = inner
         if mask is not None:

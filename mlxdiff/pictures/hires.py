@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import UsageError, argument
 
 UPSCALERS = ("lanczos", "latent-nearest", "latent-bilinear")
 """lanczos enlarges the picture (decoded and encoded again); the others enlarge the latents."""
@@ -70,19 +70,24 @@ def resolve_hires(
     if scale is None:
         for name, value in (("hires_upscaler", upscaler), ("hires_strength", strength)):
             if value is not None:
-                raise UsageError(f"{name} has no effect without hires; add --hires 2, for example")
+                raise UsageError(
+                    f"{argument(name)} has no effect without {argument('hires')}; add "
+                    f"{argument('hires', 2)}, for example"
+                )
         return None
     known = isinstance(scale, (int, float)) and not isinstance(scale, bool)
     if not known or not math.isfinite(scale) or scale <= 1.0:
-        raise UsageError(f"hires is {scale!r}; expected a number above 1, such as 2")
+        raise UsageError(f"{argument('hires')} is {scale!r}; expected a number above 1, such as 2")
     upscaler = UPSCALERS[0] if upscaler is None else upscaler
     if upscaler not in UPSCALERS:
-        raise UsageError(f"hires_upscaler is {upscaler!r}; expected one of {', '.join(UPSCALERS)}")
+        raise UsageError(
+            f"{argument('hires_upscaler')} is {upscaler!r}; expected one of {', '.join(UPSCALERS)}"
+        )
     larger = [int(side * scale / factor + 0.5) * factor for side in (width, height)]
     if larger == [width, height]:
         raise UsageError(
-            f"hires is {scale:g}; it does not enlarge {width}x{height} pixels to the next multiple "
-            f"of {factor}, so it has no effect; give a larger value"
+            f"{argument('hires')} is {scale:g}; it does not enlarge {width}x{height} pixels to "
+            f"the next multiple of {factor}, so it has no effect; give a larger value"
         )
     strength = STRENGTH if strength is None else strength
     return Hires(float(scale), upscaler, float(strength), *larger)

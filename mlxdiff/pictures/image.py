@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 
-from mlxdiff.errors import MlxdiffError, UsageError, one_line
+from mlxdiff.errors import MlxdiffError, UsageError, argument, one_line
 from mlxdiff.machine.disk import open_regular
 from mlxdiff.machine.temporary import temporary_file
 
@@ -60,8 +60,10 @@ def load_image(source: ImageLike) -> np.ndarray:
     """Load a picture as uint8 (H, W, 3) RGB.
 
     For files and Pillow images, apply the EXIF orientation, then Pillow's `convert("RGB")`, which
-    drops alpha without blending. 16-bit grey keeps its high byte, as Pillow does for 16-bit colour;
-    `convert` would clip all values above 255 to white. An animation gives its first frame.
+    drops alpha without blending. Colours of another space than sRGB (cameras and phones write
+    Display P3, Adobe RGB) are converted by the profile in the file. Grey of more than 8 bits is
+    read by its range: 16 bits keep their high byte, as Pillow does for 16-bit colour; floats are 0
+    to 1 or 0 to 255. An animation gives its first frame.
 
     Args:
         source: a path, a Pillow image, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of
@@ -70,14 +72,42 @@ def load_image(source: ImageLike) -> np.ndarray:
     Raises:
         UsageError: the file does not exist or is not a picture, or the array has another form.
     """
+    with _opened(source) as (picture, what):
+        return _from_array(source) if picture is None else _to_rgb(picture, what)
+
+
+def load_with_alpha(source: ImageLike) -> tuple[np.ndarray, np.ndarray | None]:
+    """Load a picture as `load_image` does, and its alpha as uint8 (H, W).
+
+    The alpha is None if there is none, or if it is opaque all over.
+
+    Args, Raises: as for `load_image`.
+    """
+    alpha = None
+    with _opened(source) as (picture, what):
+        if picture is not None:
+            pixels = _to_rgb(picture, what)
+            if "A" in picture.getbands() or "transparency" in picture.info:
+                alpha = _by_strips(picture, what, lambda strip: _alpha(strip, picture.info))
+        else:
+            pixels, array = _from_array(source), np.asarray(source)
+            if array.ndim == 3 and array.shape[2] == 4:
+                is_float = array.dtype != np.uint8
+                alpha = (array[..., 3] * 255).round() if is_float else array[..., 3]
+                alpha = alpha.astype(np.uint8)
+    return pixels, None if alpha is None or alpha.min() == 255 else alpha
+
+
+@contextlib.contextmanager
+def _opened(source: ImageLike) -> Iterator[tuple[Image.Image | None, str]]:
+    """Open a path with Pillow. Yield the Pillow image and its name; None for an array."""
     from PIL import Image
 
-    if isinstance(source, Image.Image):
-        return _to_rgb(source, "the image")
     if isinstance(source, (str, os.PathLike)):
         with open_picture(source) as picture:
-            return _to_rgb(picture, str(source))
-    return _from_array(source)
+            yield picture, str(source)
+    else:
+        yield (source if isinstance(source, Image.Image) else None), "the image"
 
 
 @contextlib.contextmanager
@@ -357,20 +387,41 @@ def _rename_new(source: Path, path: Path) -> None:
 
 
 def _exists(path: Path) -> UsageError:
-    return UsageError(f"{path}: already exists; choose another name, or overwrite it with --force")
+    overwrite = argument("overwrite", True)
+    return UsageError(f"{path}: already exists; choose another name, or give {overwrite}")
 
 
 def _to_rgb(picture: Image.Image, what: str) -> np.ndarray:
-    """Decode a picture to uint8 (H, W, 3), strip by strip: a second copy of it is never made."""
+    """Decode a picture to uint8 (H, W, 3)."""
+    try:
+        picture.load()
+        if picture.mode in ("I", "F"):
+            convert = _wide(picture)
+        else:
+            convert = _from_profile(picture) or _strip_to_rgb
+    except UsageError as error:
+        raise UsageError(f"{what}: {error}") from None
+    except Exception as error:  # as in open_picture
+        raise UsageError(f"{what}: cannot be decoded ({_reason(error)})") from error
+    return _by_strips(picture, what, convert)
+
+
+def _by_strips(
+    picture: Image.Image, what: str, convert: Callable[[Image.Image], np.ndarray]
+) -> np.ndarray:
+    """Decode a picture to uint8, strip by strip: a second copy of it is never made."""
     try:
         picture.load()
         turn = _TURNS.get(picture.getexif().get(_ORIENTATION, 1))
         width, height = picture.size
-        pixels = np.empty((height, width, 3), np.uint8)
+        pixels: np.ndarray | None = None
         rows = max(1, _STRIP // width)
         for top in range(0, height, rows):
-            strip = picture.crop((0, top, width, min(top + rows, height)))
-            pixels[top : top + rows] = _strip_to_rgb(strip)
+            strip = convert(picture.crop((0, top, width, min(top + rows, height))))
+            if pixels is None:
+                pixels = np.empty((height, *strip.shape[1:]), np.uint8)
+            pixels[top : top + rows] = strip
+        assert pixels is not None, "Pillow opens no picture without rows"
         return pixels if turn is None else np.ascontiguousarray(turn(pixels))
     except Exception as error:  # as in open_picture
         raise UsageError(f"{what}: cannot be decoded ({_reason(error)})") from error
@@ -382,19 +433,79 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda pixels: pixels[:, ::-1],
     3: lambda pixels: pixels[::-1, ::-1],
     4: lambda pixels: pixels[::-1],
-    5: lambda pixels: pixels.transpose(1, 0, 2),
-    6: lambda pixels: pixels[::-1].transpose(1, 0, 2),
-    7: lambda pixels: pixels[::-1, ::-1].transpose(1, 0, 2),
-    8: lambda pixels: pixels[:, ::-1].transpose(1, 0, 2),
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: pixels[::-1].swapaxes(0, 1),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: pixels[:, ::-1].swapaxes(0, 1),
 }
 """EXIF orientation -> what turns the stored pixels the right way."""
 
 
 def _strip_to_rgb(strip: Image.Image) -> np.ndarray:
     if strip.mode.startswith("I;16"):
-        grey = (np.asarray(strip) >> 8).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=2)
+        return _grey((np.asarray(strip) >> 8).astype(np.uint8))
     return np.asarray(strip.convert("RGB"))
+
+
+def _grey(levels: np.ndarray) -> np.ndarray:
+    return np.repeat(levels[..., None], 3, axis=2)
+
+
+def _alpha(strip: Image.Image, info: Mapping[Any, Any]) -> np.ndarray:
+    """The alpha of a strip, uint8 (h, w)."""
+    if "transparency" in info:
+        strip.info["transparency"] = info["transparency"]
+    return np.asarray(strip.convert("RGBA").getchannel("A"))
+
+
+def _wide(picture: Image.Image) -> Callable[[Image.Image], np.ndarray]:
+    """Return what converts strips of 32-bit grey, by the range of the whole picture.
+
+    Raises: UsageError for values that no range of grey levels holds.
+    """
+    if picture.mode == "F" and not np.isfinite(np.asarray(picture)).all():
+        raise UsageError("holds values that are not finite; save it as 8-bit or 16-bit grey")
+    extrema: Any = picture.getextrema()  # a pair, for pictures of one band
+    low, high = extrema
+    if picture.mode == "I" and (high > 255 or picture.format == "PPM") and 0 <= low <= high < 65536:
+        return lambda strip: _grey((np.asarray(strip) >> 8).astype(np.uint8))
+    if picture.mode == "F" and 0 <= low <= high <= 1:
+        return lambda strip: _grey((np.asarray(strip) * 255).round().astype(np.uint8))
+    if 0 <= low <= high <= 255:
+        return _strip_to_rgb
+    ranges = "0 to 255 or 65535" if picture.mode == "I" else "0 to 1 or 255"
+    raise UsageError(
+        f"holds grey levels from {low:g} to {high:g}; expected {ranges}; save it as 8-bit or "
+        "16-bit grey"
+    )
+
+
+def _from_profile(picture: Image.Image) -> Callable[[Image.Image], np.ndarray] | None:
+    """Return what converts strips to sRGB by the picture's colour profile.
+
+    None: there is no profile, it is sRGB's, it is damaged, or this Pillow has no Little CMS. Grey
+    stays as it is: it can be a mask or a depth map.
+    """
+    data = picture.info.get("icc_profile")
+    mode = "CMYK" if picture.mode == "CMYK" else "RGB"
+    if not data or picture.mode not in ("RGB", "RGBA", "P", "CMYK"):
+        return None
+    try:
+        from PIL import ImageCms
+
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
+        said = profile.profile
+        if said.xcolor_space.strip() != mode or "sRGB" in (said.profile_description or ""):
+            return None
+        to_srgb = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except Exception:  # as in open_picture; viewers ignore such a profile, too
+        return None
+
+    def convert(strip: Image.Image) -> np.ndarray:
+        strip = strip if strip.mode == mode else strip.convert(mode)
+        return np.asarray(ImageCms.applyTransform(strip, to_srgb))
+
+    return convert
 
 
 def _from_array(source: Any) -> np.ndarray:

@@ -42,6 +42,8 @@ _KEY = re.compile(r"\w[\w \-/]+")
 _VALUE = re.compile(r'\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _SIZE = re.compile(r"(\d{1,9})x(\d{1,9})")
 _NEGATIVE = "Negative prompt:"
+_SYNTAX = "Prompt syntax"
+_ALWAYS = {"Steps", "Sampler", "Seed", "CFG scale", "Size"}
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ class Metadata:
             "TI hashes": _ti_hashes(self.extra.get("embeddings")),
             "Lora hashes": _lora_hashes(self.extra.get("loras")),
             "Clip skip": self.clip_skip + 1 if self.clip_skip else None,
+            _SYNTAX: self.extra.get("prompt_syntax"),
             "Version": f"mlxdiff {self.version}" if self.version else None,
         }
         line = ", ".join(f"{k}: {_quote(v)}" for k, v in pairs.items() if v is not None)
@@ -168,11 +171,12 @@ class Metadata:
         """Reads A1111's text, whoever wrote it; what has no field goes to `extra["parameters"]`.
 
         The last line is taken for parameters only where it holds three pairs, the rule of A1111's
-        own reader. Values that cannot be what their key says are left in `extra`.
+        own reader, and one of the keys that every writer has: a prompt can hold three colons.
+        Values that cannot be what their key says are left in `extra`.
         """
         lines = text.strip().split("\n")
         pairs = _pairs(lines[-1])
-        if len(pairs) < 3:
+        if len(pairs) < 3 or not _ALWAYS.intersection(key for key, _ in pairs):
             pairs = []
         else:
             lines.pop()
@@ -199,6 +203,7 @@ class Metadata:
             del rest["Size"]
         sampler, schedule = _sampler_and_schedule(take("Sampler", str), take("Schedule type", str))
         clip_skip = take("Clip skip", int)
+        syntax = take(_SYNTAX, str)
         version = rest.get("Version", "")
         rest = {key: value for key, value in rest.items() if value is not None}
         return cls(
@@ -215,7 +220,8 @@ class Metadata:
             clip_skip=None if clip_skip is None else max(clip_skip - 1, 0),
             model=take("Model", str),
             version=version[8:] if version.startswith("mlxdiff ") else None,
-            extra={"parameters": rest} if rest else {},
+            extra=({"parameters": rest} if rest else {})
+            | ({} if syntax is None else {"prompt_syntax": syntax}),
         )
 
 
@@ -251,7 +257,32 @@ def of_picture(picture: Image.Image, where: str) -> Metadata:
             f"{where}: says nothing about how it was made (neither an mlxdiff nor a parameters "
             "text)"
         )
+    if (program := _program(parameters)) is not None:
+        raise UsageError(
+            f"{where}: its settings are JSON as {program} writes it, which mlxdiff does not read; "
+            "give the prompt and the settings yourself"
+        )
     return Metadata.from_parameters(parameters)
+
+
+_PROGRAMS = {
+    "sui_image_params": "SwarmUI",
+    "mflux_version": "mflux",
+    "full_prompt": "Fooocus",
+    "use_stable_diffusion_model": "Easy Diffusion",
+}
+"""A key of a program's JSON -> the program."""
+
+
+def _program(text: str) -> str | None:
+    """Name the program whose JSON stands where A1111's text would; None: it is no JSON object."""
+    if not text.lstrip().startswith("{"):
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None  # a prompt may begin with a brace
+    return next((_PROGRAMS[key] for key in _PROGRAMS if key in found), "another program")
 
 
 FIELDS = tuple(f.name for f in dataclasses.fields(Metadata) if f.name != "extra")

@@ -11,7 +11,7 @@ from mlxdiff.adapters import lora, textual_inversion
 from mlxdiff.convert import describe as describe_model
 from mlxdiff.convert import open_source, recognise
 from mlxdiff.convert.checkpoint import find_weights
-from mlxdiff.errors import CheckpointError, ConfigError, UsageError
+from mlxdiff.errors import CheckpointError, ConfigError, UsageError, argument
 from mlxdiff.loading import BUILTIN
 from mlxdiff.machine.disk import read_json
 from mlxdiff.pictures import metadata
@@ -80,7 +80,7 @@ def _file(path: Path, config: str | None) -> dict[str, Any]:
     except (CheckpointError, ConfigError, UsageError) as error:
         if config is not None:
             raise
-        if facts["use"].startswith("give it with -m"):
+        if facts["kind"].startswith(("a whole model", "a U-Net")):
             facts["notes"] = [str(error).removeprefix(f"{path}: ")]
         return facts
     return model | {"use": recognise.use("a whole model"), "written": facts["written"]}
@@ -108,8 +108,8 @@ def _verified(path: str | None) -> str:
     folder = Path(BUILTIN if path is None else library.local_path(path) or path)
     if not (folder / MANIFEST).is_file():
         raise UsageError(
-            f"{path}: is not a converted folder, so there are no hashes to compare; leave --verify "
-            "out, or convert it (mlxdiff convert)"
+            f"{path}: is not a converted folder, so there are no hashes to compare; leave "
+            f"{argument('verify')} out, or convert it (mlxdiff convert)"
         )
     model = open_folder(folder)
     model.verify()

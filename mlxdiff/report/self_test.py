@@ -16,7 +16,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
@@ -203,7 +203,7 @@ def _checks(backend: Any, layers: ModuleType, mlx: ModuleType) -> Iterator[Check
         for leg in legs:
             yield _judged(backend, layers, operation, leg)
     yield from _quantized(backend, layers, legs, large=on_gpu)
-    yield _switch(backend, layers, on_gpu)
+    yield _switch(mlx, on_gpu)
     yield from _costs(backend, mlx, on_gpu)
     yield from _builtin(mlx, on_gpu)
 
@@ -576,41 +576,20 @@ def _packed_product(packed: Packed, layers: Any, arrays: Sequence[Any]) -> Any:
 # ----------------------------------------------------------------------- switches, waits, compiling
 
 
-def _switch(backend: Any, layers: ModuleType, on_gpu: bool) -> Check:
+def _switch(mlx: ModuleType, on_gpu: bool) -> Check:
     """Check that MLX_CONV_WINOGRAD=0, which --exact sets, changes bits."""
     name = "the switch of --exact"
     if not on_gpu:
         return Check(
             name, "cpu", "", OK, text="no GPU: there is no Winograd's method to switch off"
         )
-    operation = next(op for op in operations(large=True) if op.winograd)
-    found = []
-    for value in ("1", "0"):
-        with _environment(MLX_CONV_WINOGRAD=value):
-            arrays = [backend.asarray(x.astype(np.float32), "float16") for x in operation.inputs]
-            found.append(backend.to_numpy(operation.run(layers, arrays)))
-    if (found[0] != found[1]).any():
+    if mlx.winograd_can_be_switched_off():
         return Check(name, "gpu", "float16", OK, text="MLX_CONV_WINOGRAD=0 changes bits")
     text = (
         "MLX_CONV_WINOGRAD=0 changes nothing: either this MLX ignores it (0.32.4 does not), or it "
         "does not use Winograd's method here"
     )
     return Check(name, "gpu", "float16", NOTE, text=text)
-
-
-@contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    """Set variables of the environment inside the block."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _costs(backend: Any, mlx: ModuleType, on_gpu: bool) -> Iterator[Check]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlxdiff import samplers
-from mlxdiff.errors import MlxdiffError, UsageError
+from mlxdiff.errors import MlxdiffError, UsageError, argument
 from mlxdiff.machine.turns import each_in_turn, turn
 from mlxdiff.noise import Generator
 from mlxdiff.pictures.image import check_writable, png_bytes, side_by_side, write_png
@@ -529,7 +529,7 @@ def _require_finite(latents: np.ndarray, index: int, total: int, dtype: str) -> 
     if np.isfinite(latents).all():
         return
     damaged = "the weights are damaged, or the computation overflowed"
-    way_out = "verify the model" if dtype == "float32" else "use float32 (--dtype float32)"
+    way_out = "verify the model" if dtype == "float32" else f"use {argument('dtype', 'float32')}"
     raise MlxdiffError(
         f"step {index + 1} of {total} gives latents that are not finite: {damaged}; {way_out}"
     )

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 
 from mlxdiff import samplers
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import UsageError, argument
 from mlxdiff.run.model import Model
 from mlxdiff.run.options import RunOptions
 
@@ -66,13 +66,14 @@ def _note_prompt_syntax(asked: RunOptions) -> None:
     if signs:
         logger.warning(
             "the prompt has %s, which is plain text in this prompt syntax; for A1111's meaning "
-            "give --prompt-syntax a1111",
+            "give %s",
             " and ".join(signs),
+            argument("prompt_syntax", "a1111"),
         )
     if any(map(_WILDCARDS.search, texts)):
         logger.warning(
             "the prompt has {a|b} or __name__, as extensions of other programs replace by chance; "
-            "here it is plain text: write the prompts out, one a line, and give --prompt-file"
+            "here it is plain text: write each prompt out"
         )
 
 
@@ -86,7 +87,8 @@ def _note_size(model: Model, asked: RunOptions, height: int, width: int) -> None
         return
     share = height * width / (own_height * own_width)
     if not _AREA[0] <= share <= _AREA[1]:
-        way_out = "" if share < 1 else "; --hires draws larger pictures in two passes"
+        larger = f"; {argument('hires')} draws larger pictures in two passes"
+        way_out = "" if share < 1 else larger
         logger.warning(
             "%dx%d is far from the size that this model was trained for (%dx%d): expect %s%s",
             width,

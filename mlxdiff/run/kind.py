@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlxdiff import samplers
-from mlxdiff.errors import ConfigError, UsageError
+from mlxdiff.errors import ConfigError, UsageError, argument, quoted
 from mlxdiff.networks.config import (
     UNet2DConditionConfig,
     UNet2DConfig,
@@ -33,6 +33,9 @@ MAX_NOISE_LEVEL = 350
 
 DDPM_STEPS = 1000
 OTHER_STEPS = 50
+MOST_PIXELS = (
+    1 << 16
+)  # of a side, so that no count of bytes overflows; memory refuses far smaller ones
 
 Reason = str | None
 """Why a model lacks a part, and the way out; None if it has the part."""
@@ -229,7 +232,7 @@ class LatentKind(Kind):
     def lacks(self, part: str) -> Reason:
         """See ``Kind.lacks``."""
         has, reason = _LATENT_PARTS[part]
-        return None if has(self) else reason.format(this=self.description)
+        return None if has(self) else reason.format_map(_Words(this=self.description))
 
     @property
     def description(self) -> str:
@@ -281,8 +284,8 @@ class LatentKind(Kind):
         whole = isinstance(noise_level, int) and not isinstance(noise_level, bool)
         if not whole or not 0 <= noise_level <= most:
             raise UsageError(
-                f"noise_level is {noise_level!r}; expected a whole number, 0 to {most} (how much "
-                "noise is added to the picture before it is enlarged)"
+                f"{argument('noise_level')} is {noise_level!r}; expected a whole number, 0 to "
+                f"{most} (how much noise is added to the picture before it is enlarged)"
             )
 
     @property
@@ -304,6 +307,10 @@ class LatentKind(Kind):
         """Raise UsageError unless the VAE's factor divides both sides."""
         factor = self.vae_config.factor
         for name, value in (("width", width), ("height", height)):
+            if value > MOST_PIXELS:
+                raise UsageError(
+                    f"{argument(name)} {quoted(value, 30)} is too large; at most {MOST_PIXELS}"
+                )
             if value < factor or value % factor:
                 below = max(value // factor, 1) * factor
                 near = f"{below}" if value < factor else f"{below} or {below + factor}"
@@ -379,7 +386,9 @@ class PixelKind(Kind):
 
     def check_size(self, *, width: int, height: int) -> None:
         """Raise UsageError unless it is the model's own size, if the model has one."""
-        if min(width, height) < 1 or self.unet_config.sample_size not in (None, (height, width)):
+        if not 1 <= min(width, height) <= max(
+            width, height
+        ) <= MOST_PIXELS or self.unet_config.sample_size not in (None, (height, width)):
             own_height, own_width = self.default_size
             raise UsageError(
                 f"{width}x{height} pixels: this model draws {own_width}x{own_height} only"
@@ -399,10 +408,12 @@ class PixelKind(Kind):
             count = config.num_class_embeds if config.class_embed_type is None else None
             known = "a whole number of at least 0" if count is None else f"0 to {count - 1}"
             if label is None:
-                raise UsageError(f"this model needs a label (--label), the class to draw: {known}")
+                raise UsageError(
+                    f"this model needs a label ({argument('label')}), the class to draw: {known}"
+                )
             sound = isinstance(label, int) and not isinstance(label, bool) and label >= 0
             if not sound or (count is not None and label >= count):
-                raise UsageError(f"label is {label!r}; expected {known}")
+                raise UsageError(f"{argument('label')} is {label!r}; expected {known}")
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(height, width, channels)."""
@@ -432,7 +443,14 @@ def _starts_from_noise_alone(kind: LatentKind) -> bool:
     return kind.edits or kind.upscales
 
 
-# Part -> whether a latent model has it, and the reason if not.
+class _Words(dict[str, str]):
+    """What stands in braces in a reason: ``this``, or the Python name of an option."""
+
+    def __missing__(self, name: str) -> str:
+        return argument(name)
+
+
+# Part -> whether a latent model has it, and the reason if not (with words of ``_Words``).
 _LATENT_PARTS: dict[str, tuple[Callable[[LatentKind], bool], str]] = {
     "text": (_always, ""),
     "image": (_always, ""),
@@ -448,7 +466,7 @@ _LATENT_PARTS: dict[str, tuple[Callable[[LatentKind], bool], str]] = {
     ),
     "aesthetic_score": (
         lambda kind: kind.takes_aesthetic_score,
-        "only SDXL's refiner takes that; give one as refiner (--refiner)",
+        "only SDXL's refiner takes that; give one with {refiner}",
     ),
     "refiner": (
         lambda kind: kind.is_sdxl,
@@ -456,7 +474,7 @@ _LATENT_PARTS: dict[str, tuple[Callable[[LatentKind], bool], str]] = {
     ),
     "mask": (
         lambda kind: not _starts_from_noise_alone(kind),
-        "{this}; it has no part for a mask (--mask) or borders (--outpaint)",
+        "{this}; it has no part for {mask} or {outpaint}",
     ),
     "edits": (
         lambda kind: kind.edits,
@@ -470,15 +488,15 @@ _LATENT_PARTS: dict[str, tuple[Callable[[LatentKind], bool], str]] = {
     "hires": (
         lambda kind: not _starts_from_noise_alone(kind),
         "{this}; draw with it first, and start a hires run of another model from the result "
-        "(--image)",
+        "({image})",
     ),
     "controlnet": (
         lambda kind: not _starts_from_noise_alone(kind),
-        "{this}; it cannot be combined with a ControlNet (--controlnet)",
+        "{this}; it cannot be combined with a ControlNet ({controlnets})",
     ),
     "ip_adapter": (
         lambda kind: not kind.upscales,
-        "{this}; it cannot be combined with an IP-Adapter (--ip-adapter)",
+        "{this}; it cannot be combined with an IP-Adapter ({ip_adapters})",
     ),
 }
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 from mlxdiff.convert import Component
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import UsageError, argument
 from mlxdiff.machine import threads
 from mlxdiff.networks.config import AutoencoderKLConfig, ComponentConfig
 from mlxdiff.networks.cost import operations
@@ -450,7 +450,7 @@ def require(
     most = available if limit is None else int(limit * 1e9)
     if most is None or fits(needed, most):
         return
-    whose = "this machine has" if limit is None else "memory_limit (--memory-limit) allows"
+    whose = "this machine has" if limit is None else f"{argument('memory_limit')} allows"
     helps = [how for how, make in (alternatives or {}).items() if fits(make(), most)][:2]
     raise UsageError(
         f"this would take about {(needed.peak + PROCESS) / 1e9:.2f} GB of memory (the most in the "

@@ -21,6 +21,7 @@ from mlxdiff import samplers
 from mlxdiff.adapters.lora import Lora
 from mlxdiff.adapters.textual_inversion import TextualInversion
 from mlxdiff.convert.singlefile import PREDICTIONS
+from mlxdiff.noise import SEEDS
 from mlxdiff.pictures.control_modes import MODES
 from mlxdiff.pictures.hires import UPSCALERS
 from mlxdiff.pictures.preprocess import PREPROCESSORS
@@ -54,7 +55,14 @@ Place = Annotated[PathLike, values.Place()]
 Model = Annotated[Any, values.Place(or_pipeline=True)]
 Places = Annotated[PathLike | Sequence[PathLike], values.Each(values.Place())]
 Whole = Annotated[int, values.Whole()]
+Seed = Annotated[
+    int,
+    values.Whole(
+        SEEDS.start, SEEDS.stop - 1, words="a whole number, -2**63 to 2**64 - 1, as torch takes it"
+    ),
+]
 Positive = Annotated[int, values.Whole(least=1)]
+Count = Annotated[int, values.Whole(1, 100_000)]  # each takes memory before the first is drawn
 Scale = Annotated[float, values.Number(least=0)]
 Share = Annotated[float, values.Number(least=0, most=1)]
 Size = Annotated[tuple[int, int], values.Numbers("HxW", values.Whole(least=0))]
@@ -90,10 +98,11 @@ Preprocessors = Annotated[
 Modes = Annotated[str | Sequence[str], values.Each(values.Choice(MODES))]
 Loras = Annotated[
     Iterable[PathLike | tuple[PathLike, float | tuple[float, float]] | Lora],
-    values.Files("PATH[:SCALE]"),
+    values.Files("PATH[:SCALE]", Lora),
 ]
 Embeddings = Annotated[
-    Iterable[PathLike | tuple[PathLike, str | None] | TextualInversion], values.Files("PATH[:WORD]")
+    Iterable[PathLike | tuple[PathLike, str | None] | TextualInversion],
+    values.Files("PATH[:WORD]", TextualInversion),
 ]
 
 _prompt = partial(option, section="Prompt", part="text")
@@ -387,14 +396,14 @@ class FileOptions(Options):
 class SeedOptions(Options):
     """Options of a run that say which pictures of its kind to draw."""
 
-    seed: Whole | None = _picture(
+    seed: Seed | None = _picture(
         "-s",
         "--seed",
         help="Seed, as torch takes it. Default: random, printed.",
         doc="seed, as torch takes it; picture i has seed + i. None: random.",
         elsewhere="generator manual_seed",
     )
-    count: Positive = _picture(
+    count: Count = _picture(
         "-b",
         "--count",
         default=1,

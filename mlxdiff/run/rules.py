@@ -6,7 +6,7 @@ the pictures. What a single value may be is said in ``options``.
 
 from __future__ import annotations
 
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import UsageError, argument
 from mlxdiff.run.kind import Kind
 from mlxdiff.run.model import Model
 from mlxdiff.run.options import RunOptions
@@ -24,7 +24,7 @@ def check(model: Model, refiner: Model | None, asked: RunOptions) -> None:
     check_parts(model, refiner, asked)
     _check_task(model, refiner, asked)
     if asked.paste_original and not repaints(asked):
-        raise UsageError("paste_original needs a mask (--mask) or borders (--outpaint)")
+        raise UsageError(f"{argument('paste_original')} needs {_area()}")
     if asked.hires is not None:
         _check_hires(refiner, asked)
     _check_split(refiner, asked)
@@ -48,7 +48,7 @@ def check_parts(model: Kind, refiner: Kind | None, asked: RunOptions) -> None:
         if reason is not None:
             refused.setdefault(reason, []).append(name)
     for reason, names in refused.items():
-        raise UsageError(f"{', '.join(names)}: {reason}")
+        raise UsageError(f"{', '.join(map(argument, names))}: {reason}")
 
 
 def repaints(asked: RunOptions) -> bool:
@@ -67,8 +67,15 @@ def checked_interval(interval: tuple[float, float] | None) -> tuple[float, float
         return None
     start, end = interval
     if start >= end:
-        raise UsageError(f"guidance_interval is {start:g} to {end:g}; its start must be less")
+        raise UsageError(
+            f"{argument('guidance_interval')} is {start:g} to {end:g}; its start must be less"
+        )
     return None if interval == (0.0, 1.0) else interval
+
+
+def _area() -> str:
+    """What says which part of an image to repaint."""
+    return f"{argument('mask')} or {argument('outpaint')}"
 
 
 def _check_texts(asked: RunOptions) -> None:
@@ -100,20 +107,21 @@ def _check_task(model: Model, refiner: Model | None, asked: RunOptions) -> None:
     takes = f"its U-Net takes {channels} channels, the latents have {latent}"
     if model.inpaints and not (repaints(asked) and image is not None):
         raise UsageError(
-            f"{model.source.path}: {model.description}: it needs an image (--image) and a mask "
-            "(--mask), or borders to add to the image (--outpaint)"
+            f"{model.source.path}: {model.description}: it needs "
+            f"{argument('image')}, and {argument('mask')} (what to repaint) or "
+            f"{argument('outpaint')} (borders to add)"
         )
     if model.edits or model.upscales:
-        keeps = (
-            "noise level (--noise-level)" if model.upscales else "image guidance (--image-guidance)"
-        )
+        keeps = argument("noise_level" if model.upscales else "image_guidance")
         if image is None:
-            raise UsageError(f"{model.source.path}: {model.description}: it needs one (--image)")
+            raise UsageError(
+                f"{model.source.path}: {model.description}: it needs one ({argument('image')})"
+            )
         for name, value in begins.items():
             if value is not None:
                 raise UsageError(
-                    f"{name}: {model.description}; it starts from noise, and {keeps} says how "
-                    "closely it keeps to the picture"
+                    f"{argument(name)}: {model.description}; it starts from noise, and {keeps} "
+                    "says how closely it keeps to the picture"
                 )
     elif model.unet_config.num_class_embeds is not None:
         raise UsageError(
@@ -126,30 +134,33 @@ def _check_task(model: Model, refiner: Model | None, asked: RunOptions) -> None:
             "version of mlxdiff knows"
         )
     if repaints(asked) and image is None:
-        raise UsageError("a mask (--mask) or borders (--outpaint) need an image (--image)")
+        raise UsageError(f"{_area()} needs an image to paint on ({argument('image')})")
     if image is None:
         if model.takes_aesthetic_score:
             raise UsageError(
                 f"{model.source.path}: this is an SDXL refiner, which starts from an image: give "
-                "one (--image), or an SDXL base model with this one as its refiner (--refiner)"
+                f"one ({argument('image')}), or an SDXL base model with this one as its refiner "
+                f"({argument('refiner')})"
             )
         for name, value in begins.items():
             if value is not None:
-                raise UsageError(f"{name} needs an image to start from (--image)")
+                raise UsageError(
+                    f"{argument(name)} needs an image to start from ({argument('image')})"
+                )
 
 
 def _check_hires(refiner: Model | None, asked: RunOptions) -> None:
     """Refuse a hires pass after a run that does not end in a whole picture."""
     other = {
-        "a mask (--mask) or borders (--outpaint)": repaints(asked),
-        "a refiner (--refiner)": refiner is not None,
-        "denoising_start (--denoising-start)": asked.denoising_start is not None,
-        "denoising_end (--denoising-end)": asked.denoising_end is not None,
+        _area(): repaints(asked),
+        f"a refiner ({argument('refiner')})": refiner is not None,
+        argument("denoising_start"): asked.denoising_start is not None,
+        argument("denoising_end"): asked.denoising_end is not None,
     }
     if found := [name for name, given in other.items() if given]:
         raise UsageError(
-            f"hires cannot be combined with {found[0]}; draw that first, and start a hires run "
-            "from the result (--image)"
+            f"{argument('hires')} cannot be combined with {found[0]}; draw that first, and start a "
+            f"hires run from the result ({argument('image')})"
         )
 
 
@@ -159,6 +170,9 @@ def _check_split(refiner: Model | None, asked: RunOptions) -> None:
     if refiner is not None and start is None:  # it begins where the model ends
         start = end
     if start in (0.0, 1.0):
-        raise UsageError(f"denoising_start is {start}; expected between 0 and 1")
+        raise UsageError(f"{argument('denoising_start')} is {start}; expected between 0 and 1")
     if refiner is None and start is not None and end is not None and start >= end:
-        raise UsageError(f"denoising_start {start} must be less than denoising_end {end}")
+        raise UsageError(
+            f"{argument('denoising_start')} {start} must be less than "
+            f"{argument('denoising_end')} {end}"
+        )

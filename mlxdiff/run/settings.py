@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlxdiff import samplers
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import UsageError, argument, quoted
+from mlxdiff.noise import SEEDS
 from mlxdiff.pictures.canvas import Borders, Canvas, check_borders, load_mask, make_canvas
 from mlxdiff.pictures.hires import Hires, resolve_hires
 from mlxdiff.pictures.image import load_image, resize
@@ -223,6 +224,8 @@ def _resolve_text(
         height=height,
         factor=model.vae_config.factor,
     )
+    if larger is not None:
+        model.check_size(width=larger.width, height=larger.height)
     sizes = (
         [(width, height)] if larger is None else [(width, height), (larger.width, larger.height)]
     )
@@ -268,7 +271,10 @@ def _resolve_text(
         negative_aesthetic_score=None,
     )
     if settings.guess_mode and not settings.controls:
-        raise UsageError("guess_mode: there is no ControlNet; give one (--controlnet)")
+        raise UsageError(
+            f"{argument('guess_mode')}: there is no ControlNet; give one "
+            f"({argument('controlnets')})"
+        )
     if pixels is not None:
         settings = _with_image(settings, model, asked, pixels, outpaint)
     if model.is_sdxl:
@@ -295,13 +301,16 @@ def _check_noise(
     if noise is None:
         return None
     expected = count, *model.latent_shape(settings.height, settings.width)
-    noise = np.asarray(noise, np.float32)
+    try:
+        noise = np.asarray(noise, np.float32)
+    except (TypeError, ValueError, OverflowError):
+        raise UsageError(f"noise is {quoted(noise)}; expected an array of numbers") from None
     if noise.shape != expected:
         raise UsageError(
             f"noise has shape {noise.shape}; expected {expected} (pictures, H/f, W/f, C)"
         )
     if not settings.adds_noise:
-        raise UsageError("noise: this run begins without any (denoising_start)")
+        raise UsageError(f"noise: this run begins without any ({argument('denoising_start')})")
     return noise
 
 
@@ -355,7 +364,11 @@ def _with_image(
         default = 1.0 if repaints(asked) else model.default_strength
         return replace(settings, strength=default if asked.strength is None else asked.strength)
     if asked.strength is not None:
-        logger.warning("strength has no effect: denoising_start says where the run begins")
+        logger.warning(
+            "%s has no effect: %s says where the run begins",
+            argument("strength"),
+            argument("denoising_start"),
+        )
     return settings
 
 
@@ -408,7 +421,7 @@ def make_plans(
         try:
             return plan, *make_plans(enlarged, model)
         except UsageError as error:
-            raise UsageError(f"hires: {error}") from None
+            raise UsageError(f"{argument('hires')}: {error}") from None
     if refiner is None:
         return (plan,)
     second = samplers.plan(
@@ -435,8 +448,8 @@ def _check_editing(settings: Settings) -> None:
     )
     if any(text and len(a1111.edits(text, settings.evaluations)) > 1 for text in texts):
         raise UsageError(
-            "feature_reuse: the prompt changes from step to step ([from:to:when] or [a|b]), and "
-            "features of one prompt are not those of another; leave out one of the two"
+            f"{argument('feature_reuse')}: the prompt changes from step to step ([from:to:when] or "
+            "[a|b]), and features of one prompt are not those of another; leave out one of the two"
         )
 
 
@@ -449,8 +462,8 @@ def _check_some_guidance(settings: Settings, plans: tuple[samplers.Plan, ...]) -
         if first >= end:
             start, stop = settings.guidance_interval
             raise UsageError(
-                f"guidance_interval {start:g} to {stop:g} holds none of the run's {len(plan)} "
-                "evaluations; take a wider one, or guidance 1 for none"
+                f"{argument('guidance_interval')} {start:g} to {stop:g} holds none of the run's "
+                f"{len(plan)} evaluations; take a wider one, or guidance 1 for none"
             )
 
 
@@ -542,15 +555,21 @@ def _note_what_has_no_effect(model: Model, settings: Settings, asked: RunOptions
             why = f"image guidance {image_guidance:g} is below 1, which means no guidance at all"
         if model.unet_config.time_cond_proj_dim is not None:
             why = "this model takes the guidance scale as an input and makes one prediction"
-        logger.warning("%s has no effect: %s", " and ".join(given), why)
+        logger.warning("%s has no effect: %s", " and ".join(map(argument, given)), why)
     if settings.negative_prompt is None and settings.negative_prompt_2 is not None:
         if model.zeros_for_empty_prompt:
-            logger.warning("negative_prompt_2 has no effect without negative_prompt")
+            names = argument("negative_prompt_2"), argument("negative_prompt")
+            logger.warning("%s has no effect without %s", *names)
 
 
 def pick_seeds(seed: int | None, count: int) -> list[int]:
     """The seeds of a run: seed, seed + 1, ...; the first is random if none is given."""
     if count < 1:
-        raise UsageError(f"count is {count}; expected at least 1")
+        raise UsageError(f"{argument('count')} is {count}; expected at least 1")
     first = secrets.randbits(32) if seed is None else seed
+    if first + count > SEEDS.stop:
+        raise UsageError(
+            f"{argument('seed')} {first}: with {argument('count')} {count} the last seed is "
+            f"{first + count - 1}; torch takes at most 2**64 - 1"
+        )
     return [first + i for i in range(count)]

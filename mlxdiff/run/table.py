@@ -12,6 +12,7 @@ import difflib
 import functools
 import inspect
 import operator
+import re
 import sys
 import textwrap
 import types
@@ -30,7 +31,7 @@ from typing import (
     get_type_hints,
 )
 
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import UsageError, argument
 from mlxdiff.run.values import ANYTHING, Anything, Unfit
 
 P = ParamSpec("P")
@@ -150,7 +151,7 @@ def make(table: Callable[..., Table], given: Mapping[str, Any]) -> Table:
         try:
             values[name] = known[name].kind.accept(value)
         except Unfit as unfit:
-            raise UsageError(f"{name} is {unfit}") from None
+            raise UsageError(f"{argument(name)} is {unfit}") from None
     return table(**values)
 
 
@@ -245,7 +246,7 @@ def _describe(
         )
         lines.append(
             textwrap.fill(
-                f"{entry.name}: {_as_phrase(entry.doc)}",
+                f"{entry.name}: {_as_phrase(_in_python(entry.doc))}",
                 width=92,
                 initial_indent=" " * 4,
                 subsequent_indent=" " * 8,
@@ -261,6 +262,17 @@ def _describe(
         call.__doc__ = inspect.cleandoc(function.__doc__).replace(
             "{options}", "\n".join(lines).lstrip()
         )
+
+
+def _in_python(text: str) -> str:
+    """A text of a table with the Python names of the options that it names by flags."""
+    names = {
+        flag: entry.name
+        for table in _all_tables()
+        for entry in entries(table).values()
+        for flag in entry.flags
+    }
+    return re.sub(r"--[a-z0-9-]+", lambda found: names.get(found[0], found[0]), text)
 
 
 def _as_phrase(sentence: str) -> str:

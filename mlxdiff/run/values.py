@@ -128,7 +128,8 @@ class Place(Anything):
         if value == "":  # an unset variable of a shell or a form
             raise Unfit(value, self.expected)
         # The address of a model on the hub is a reference to it.
-        return value if is_address(value) and parse(value) is not None else no_address(value)
+        known = is_address(value) and "\0" not in value and parse(value) is not None
+        return value if known else no_address(value)
 
 
 @dataclass(frozen=True)
@@ -146,17 +147,22 @@ class Flag(Anything):
 
 @dataclass(frozen=True)
 class Whole(Anything):
-    """A whole number within bounds; None: no bound."""
+    """A whole number within bounds; None: no bound.
+
+    Attributes:
+        words: what fits, where the bounds alone do not say it well.
+    """
 
     least: int | None = None
     most: int | None = None
+    words: str = ""
 
     metavar = "INTEGER"
 
     @property
     def expected(self) -> str:
         """The accepted values, for messages."""
-        return f"a whole number{_bounds(self.least, self.most)}"
+        return self.words or f"a whole number{_bounds(self.least, self.most)}"
 
     def accept(self, value: Any) -> Any:
         whole = isinstance(value, numbers.Integral) and not isinstance(value, (bool, np.bool_))
@@ -374,9 +380,11 @@ class Files(Anything):
 
     Attributes:
         form: how one stands on the command line.
+        opened: the class of a file that is open already.
     """
 
     form: str
+    opened: type
 
     @property
     def expected(self) -> str:
@@ -394,7 +402,10 @@ class Files(Anything):
             raise Unfit(value, self.expected)
         files = tuple(value)
         for one in files:
-            no_address(one[0] if isinstance(one, tuple) and one else one)
+            path = one[0] if isinstance(one, tuple) and len(one) == 2 else one
+            if path == "" or not isinstance(path, (str, os.PathLike, self.opened)):
+                raise Unfit(one, self.expected)
+            no_address(path)
         return files
 
 
@@ -406,7 +417,9 @@ def listed(value: Any) -> list[Any]:
 
 
 def no_address(value: Any) -> Any:
-    """Return a value that is no web address. Raises: Unfit."""
+    """Return a value that is no web address, and no path with a NUL. Raises: Unfit."""
+    if isinstance(value, (str, os.PathLike)) and "\0" in str(value):
+        raise Unfit(value, "a path")  # no system opens it
     if is_address(value):
         raise Unfit(value, "a file: download it first, and give its path")
     return value

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxdiff.errors import ConfigError, UsageError
+from mlxdiff.errors import ConfigError, UsageError, argument
 from mlxdiff.samplers import fitted
 from mlxdiff.samplers.arguments import SchedulerArguments
 from mlxdiff.samplers.ddim import DDPM
@@ -125,7 +125,8 @@ def plan(
         chosen = replace(chosen, custom=custom)
     if is_continuous(scheduler_config) and (denoising_start, denoising_end) != (None, None):
         raise UsageError(
-            "denoising_start, denoising_end: this model takes continuous noise levels (EDM's) and "
+            f"{argument('denoising_start')}, {argument('denoising_end')}: this model takes "
+            "continuous noise levels (EDM's) and "
             "has no numbered timesteps to divide between two models; draw with it alone"
         )
     with _finite(chosen.sampler, steps):

@@ -53,6 +53,18 @@ def repo_folder(name: str) -> Path:
     return cache_folder() / f"models--{name.replace('/', '--')}"
 
 
+def origin(path: Path) -> str | None:
+    """Return the hub id of a file in the cache, ``org/name/FILE@COMMIT``; None for other files."""
+    try:
+        folder, kind, commit, *inside = path.absolute().relative_to(cache_folder().absolute()).parts
+    except ValueError:
+        return None
+    names = folder.split("--")
+    if len(names) != 3 or names[0] != "models" or kind != "snapshots" or not inside:
+        return None
+    return f"{'/'.join((*names[1:], *inside))}@{commit}"
+
+
 def snapshot_folder(reference: Reference, commit: str) -> Path:
     """Return the folder that holds, or will hold, the files of one commit."""
     return repo_folder(reference.name) / "snapshots" / commit

@@ -23,7 +23,7 @@ class Known:
     Attributes:
         name: the short name.
         repo: `org/name` on the hub.
-        family: "sd1", "sd2", "sdxl", "sdxl-refiner" or "ddpm"; "vae" for a model to give as --vae.
+        family: "sd1", "sd2", "sdxl", "sdxl-refiner" or "ddpm"; "vae" for a VAE alone.
         megabytes: size of the converted copy in float16.
         licence: name of the licence on its model card.
         note: the use that it is best at.
@@ -65,7 +65,7 @@ KNOWN: tuple[Known, ...] = (
     Known("sd-turbo", "stabilityai/sd-turbo", "sd2", 2580, _SAI,
           "512x512 in 1 to 4 steps, without guidance"),
     Known("x4-upscaler", "stabilityai/stable-diffusion-x4-upscaler", "sd2", 1738, _RAIL_PP,
-          "enlarges a picture to four times its width and height (--image)"),
+          "enlarges a picture to four times its width and height"),
     Known("sdxl", "stabilityai/stable-diffusion-xl-base-1.0", "sdxl", 6939, _RAIL_PP,
           "1024x1024; the best pictures in this list"),
     Known("sdxl-refiner", "stabilityai/stable-diffusion-xl-refiner-1.0", "sdxl-refiner", 6076,
@@ -83,11 +83,11 @@ KNOWN: tuple[Known, ...] = (
     Known("ddpm-celebahq", "google/ddpm-celebahq-256", "ddpm", 227, "apache-2.0",
           "256x256 faces without a prompt; from the same paper"),
     Known("taesd", "madebyollin/taesd", "vae", 5, "mit",
-          "--vae for sd1 and sd2: a tiny decoder, fast and slightly coarse"),
+          "a VAE for sd1 and sd2: a tiny decoder, fast and slightly coarse"),
     Known("taesdxl", "madebyollin/taesdxl", "vae", 5, "mit",
-          "--vae for sdxl: a tiny decoder, fast and slightly coarse"),
+          "a VAE for sdxl: a tiny decoder, fast and slightly coarse"),
     Known("sdxl-vae-fp16-fix", "madebyollin/sdxl-vae-fp16-fix", "vae", 167, "mit",
-          "--vae for sdxl: stays finite in float16"),
+          "a VAE for sdxl: stays finite in float16"),
 )  # fmt: skip
 """All well-known models, grouped by family."""
 

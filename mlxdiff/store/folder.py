@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from mlxdiff._version import __version__
-from mlxdiff.errors import CheckpointError, ConfigError, UsageError
+from mlxdiff.errors import CheckpointError, ConfigError, UsageError, argument
 from mlxdiff.machine.disk import read_document, read_json, sha256
 from mlxdiff.machine.temporary import claimed_folder, remove_leftovers
 from mlxdiff.networks.config import (
@@ -659,7 +659,8 @@ def check_dest(dest: str | os.PathLike[str], force: bool) -> None:
         return
     if not force:
         raise UsageError(
-            f"{dest} already exists; give another name, or replace it with force (--force)"
+            f"{dest} already exists; give another name, or replace it with "
+            f"{argument('force', True)}"
         )
     if (
         dest.is_symlink()

@@ -26,9 +26,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from mlxdiff.errors import HubError, MlxdiffError, one_line, quoted
-from mlxdiff.machine.disk import SourceFile, exclusive, open_own, require_space
+from mlxdiff.machine.disk import MAX_DOCUMENT, SourceFile, exclusive, open_own, require_space
 from mlxdiff.store.cache import (
     cache_folder,
     check_complete,
@@ -217,18 +218,51 @@ def _is_unchanged(cached: Listing, commit: str, there: Mapping[str, File]) -> bo
 
 def _ask(reference: Reference, lacking: str) -> tuple[str, dict[str, File]]:
     """Ask the hub for the commit of a revision and for all its files."""
-    from huggingface_hub import HfApi
-
     try:
-        info = HfApi(endpoint=_endpoint(), library_name="mlxdiff").model_info(
-            reference.name, revision=reference.revision, files_metadata=True, timeout=15
-        )
+        info = _model_info(reference)
+    except MlxdiffError:
+        raise
     except Exception as error:
         raise _explained(error, reference, lacking) from error
     commit = info.sha
     if not isinstance(commit, str) or not is_commit(commit):
         raise _malformed(reference, "commit", commit)
     return commit, dict(_listed(reference, file) for file in info.siblings or ())
+
+
+def _model_info(reference: Reference) -> Any:
+    """Return what ``HfApi.model_info`` would. That reads an answer of any length.
+
+    Raises: HubError for an answer of more than MAX_DOCUMENT bytes; the errors of model_info.
+    """
+    from huggingface_hub.hf_api import ModelInfo
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    address = f"{_endpoint() or 'https://huggingface.co'}/api/models/{reference.name}"
+    if reference.revision is not None:
+        address += f"/revision/{quote(reference.revision, safe='')}"
+    headers = {**build_hf_headers(library_name="mlxdiff"), "Accept-Encoding": "identity"}
+    asked: dict[str, Any] = {"headers": headers, "params": {"blobs": True}, "timeout": 15}
+    with get_session().stream("GET", address, **asked) as response:
+        body = bytearray()
+        for piece in response.iter_bytes():
+            body += piece
+            if len(body) > MAX_DOCUMENT:
+                raise HubError(
+                    f"{reference}: the hub's answer is malformed: it has more than {MAX_DOCUMENT} "
+                    f"bytes; check HF_ENDPOINT (now {_endpoint() or 'not set'})"
+                )
+        kept = {
+            name: value
+            for name, value in response.headers.items()
+            if name.lower() not in ("content-encoding", "content-length", "transfer-encoding")
+        }
+        # hf_raise_for_status needs an answer that is read, whatever its length.
+        whole = type(response)(
+            response.status_code, headers=kept, content=bytes(body), request=response.request
+        )
+    hf_raise_for_status(whole)
+    return ModelInfo(**whole.json())  # type: ignore[no-untyped-call]
 
 
 def _listed(reference: Reference, sibling: Any) -> tuple[str, File]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mlxdiff.errors import HubError
+from mlxdiff.errors import HubError, argument
 from mlxdiff.store.reference import SINGLE_FILE_SUFFIXES, WEIGHT_SUFFIXES, Reference
 
 COMPONENTS = (
@@ -280,7 +280,7 @@ def _only_checkpoint(files: set[str], name: str) -> str:
     if "config.json" in files:
         raise Unusable(
             f"it holds no {INDEX}, only one component; give a VAE, ControlNet or adapter together "
-            "with a model, with its own option (--vae, ...)"
+            f"with a model, with its own option ({argument('vae')}, ...)"
         )
     raise Unusable(f"it holds neither a {INDEX} nor a checkpoint file, so it is not a model")
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlxdiff.errors import UsageError, quoted
+from mlxdiff.errors import UsageError, argument, quoted
 from mlxdiff.tokenizer import check_length
 
 UP, DOWN = 1.1, 1 / 1.1
@@ -330,5 +330,6 @@ def refuse_composition(text: str) -> None:
     if _COMPOSED.search(text):
         raise UsageError(
             "the prompt has AND in capitals, which composes two prompts in A1111's syntax; this is "
-            "not supported; write 'and', or use the plain syntax (--prompt-syntax plain)"
+            "not supported; write 'and', or use the plain syntax "
+            f"({argument('prompt_syntax', 'plain')})"
         )

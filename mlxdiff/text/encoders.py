@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from mlxdiff.adapters.textual_inversion import TextualInversion, match
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import UsageError, argument
 from mlxdiff.store.folder import ModelSource
 from mlxdiff.text import a1111
 from mlxdiff.text.prompt import Chunk, Vocabulary, Word, emphasize
@@ -130,11 +130,13 @@ class TextEncoders:
         layers = min(self.source.config(name).num_hidden_layers for name in self.names)
         most = layers - 1 if self.penultimate else layers
         if not isinstance(clip_skip, int) or isinstance(clip_skip, bool):
-            raise UsageError(f"clip_skip is {clip_skip!r}; expected a whole number, 0 to {most}")
+            raise UsageError(
+                f"{argument('clip_skip')} is {clip_skip!r}; expected a whole number, 0 to {most}"
+            )
         if not 0 <= clip_skip <= most:
             raise UsageError(
-                f"clip_skip is {clip_skip}; expected 0 to {most} for this model (0 skips nothing; "
-                "A1111 counts from 1)"
+                f"{argument('clip_skip')} is {clip_skip}; expected 0 to {most} for this model (0 "
+                "skips nothing; A1111 counts from 1)"
             )
 
     def timeline(
@@ -257,8 +259,8 @@ def _note_unknown_words(tokenizer: Tokenizer, text: str) -> None:
     )
     # The text is always the same, so that a handler can show it once.
     logger.warning(
-        "this model knows only these words: %s. For anything else use a full model: "
-        '-m sd15 on the command line, load("sd15") in Python, or another of '
-        "`mlxdiff models --known`",
+        "this model knows only these words: %s. For anything else use a full model: %s, or "
+        "another of `mlxdiff models --known`",
         ", ".join(tokenizer.known_words or ()),
+        argument("model", "sd15"),
     )

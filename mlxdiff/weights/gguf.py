@@ -23,7 +23,7 @@ import numpy as np
 
 from mlxdiff.errors import CheckpointError
 from mlxdiff.machine.disk import SourceFile
-from mlxdiff.weights.quantization import Packed, Quantization, fits, packed
+from mlxdiff.weights.quantization import Packed, Quantization, fits, packed, unchecked
 from mlxdiff.weights.tensors import (
     MAX_HEADER_BYTES,
     MAX_NAME,
@@ -371,7 +371,8 @@ class GGUFFile:
             stored, out = blocks(), np.empty((math.prod(shape) // form.values, form.values), "f4")
             step = _ROWS // form.values
             for start in range(0, len(out), step):
-                out[start : start + step] = form.decode(stored[start : start + step])
+                with unchecked():
+                    out[start : start + step] = form.decode(stored[start : start + step])
             return out.reshape(shape)
 
         how = None if form.group is None else Quantization(form.bits, form.values)
@@ -408,7 +409,7 @@ def _packed(blocks: np.ndarray, shape: Shape, form: BlockForm, how: Quantization
     step = _ROWS // form.values
     for start in range(0, len(blocks), step):
         part = slice(start, start + step)
-        with np.errstate(over="ignore"):  # a scale above 511 becomes infinite, and is then refused
+        with unchecked():  # a scale above 511 becomes infinite, and is then refused
             codes[part], scales[part], biases[part] = form.group(blocks[part])
     return packed(codes.reshape(shape), scales, biases, how)
 

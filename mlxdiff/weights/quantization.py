@@ -206,6 +206,14 @@ def packed(
     )
 
 
+def unchecked() -> Any:
+    """Return a context in which scales of a file may give values that are not finite.
+
+    NumPy warns of such arithmetic; a run whose latents are not finite ends with an error.
+    """
+    return np.errstate(over="ignore", invalid="ignore")
+
+
 def dequantize(packed: Packed, dtype: Any = np.float32) -> np.ndarray:
     """Compute the values of a quantized tensor, in this type, as MLX computes them.
 
@@ -233,7 +241,8 @@ def dequantize(packed: Packed, dtype: Any = np.float32) -> np.ndarray:
                 values *= packed.global_scale
             out[part] = values
 
-    _for_each(work, _parts(len(codes), how.group_size))
+    with unchecked():
+        _for_each(work, _parts(len(codes), how.group_size))
     return out.reshape(packed.shape)
 
 

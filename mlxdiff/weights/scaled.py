@@ -20,7 +20,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,15 @@ from typing import Any
 import numpy as np
 
 from mlxdiff.errors import CheckpointError
-from mlxdiff.weights.quantization import E4M3, Packed, Quantization, dequantize, fits, packed
+from mlxdiff.weights.quantization import (
+    E4M3,
+    Packed,
+    Quantization,
+    dequantize,
+    fits,
+    packed,
+    unchecked,
+)
 from mlxdiff.weights.tensors import EIGHT_BITS, FLOATS, LazyTensor, Shape, quantized, shown
 
 MARK = ".comfy_quant"
@@ -49,23 +57,23 @@ FOREIGN: tuple[tuple[str, str], ...] = (
     (
         r".*\.(?:qweight|wscales|wtscale|smooth_factor(?:_orig)?|proj_down|proj_up)",
         "weights in SVDQuant's form (Nunchaku), whose layout only its CUDA kernels read; use the "
-        "original model, and -q 4 for small weights",
+        "original model, and 4 bits for small weights",
     ),
     (
         r".*\.quant_state\.bitsandbytes__\w+|.*\.weight\.(?:absmax|quant_map|nested_\w+)|.*\.SCB",
-        "weights quantized by bitsandbytes; use the original model, and -q 4 for small weights",
+        "weights quantized by bitsandbytes; use the original model, and 4 bits for small weights",
     ),
     (
         r".*\.weight\._(?:data|scale|shift)",
-        "weights quantized by quanto; use the original model, and -q 8 for small weights",
+        "weights quantized by quanto; use the original model, and 8 bits for small weights",
     ),
     (
         r".*\.weight(?:_|:_?)(?:qdata|tensor_data)|.*\._weight_qdata",
-        "weights quantized by torchao; use the original model, and -q 8 for small weights",
+        "weights quantized by torchao; use the original model, and 8 bits for small weights",
     ),
     (
         r".*\.(?:svd_up|svd_down|zero_point)",
-        "weights quantized by SDNQ; use the original model, and -q 4 for small weights",
+        "weights quantized by SDNQ; use the original model, and 4 bits for small weights",
     ),
 )
 
@@ -244,7 +252,7 @@ class _Layer:
         for part in ("pre_quant_scale", "weight_pre_quant_scale"):
             if f"{self.name}.{part}" in self._tensors:
                 raise self.fault(f"has a {part}, which is not supported; use another file")
-        return _FORMS[form](self)
+        return _quiet(_FORMS[form](self))
 
     def fault(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: the layer {shown(self.name)} {what}")
@@ -375,6 +383,16 @@ class _Layer:
 
 
 # ------------------------------------------------------------------------------------------- 8 bits
+
+
+def _quiet(tensor: LazyTensor) -> LazyTensor:
+    """The tensor, read without NumPy's warnings of values that are not finite."""
+
+    def read() -> np.ndarray:
+        with unchecked():
+            return tensor.read()
+
+    return replace(tensor, read=read)
 
 
 def _row_scales(layer: _Layer, scale: LazyTensor, shape: Shape) -> Callable[[], np.ndarray]:

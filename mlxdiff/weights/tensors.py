@@ -416,7 +416,7 @@ def foreign(prefix: bytes, size: int) -> str | None:
     if prefix.startswith(b"version "):
         return "is a Git LFS pointer, not the weights; run `git lfs pull` in its repository"
     if prefix.startswith(b"GGUF"):
-        return "is a GGUF file; give it as a model (-m), or use the safetensors file instead"
+        return "is a GGUF file; give it as a model, or use the safetensors file instead"
     if prefix.lstrip().startswith(b"<"):
         return "is a web page, not the weights; download it again"
     return None

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mlxdiff.convert import Component, open_controlnet
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import UsageError, argument
 from mlxdiff.networks.condition import Condition
 from mlxdiff.networks.cost import operations
 from mlxdiff.pictures.control_modes import MODES
@@ -101,7 +101,10 @@ def resolve_controls(
     count = len(configs)
     if count == 0:
         if names := [name for name, value in given.items() if value is not None]:
-            raise UsageError(f"{', '.join(names)}: there is no ControlNet; give one (--controlnet)")
+            raise UsageError(
+                f"{', '.join(map(argument, names))}: there is no ControlNet; give one "
+                f"({argument('controlnets')})"
+            )
         return [() for _ in sizes]
     nets = "1 ControlNet" if count == 1 else f"{count} ControlNets"
     images = listed(control_image)
@@ -109,14 +112,14 @@ def resolve_controls(
         found = {0: "no control image", 1: "1 control image"}
         raise UsageError(
             f"{nets} and {found.get(len(images), f'{len(images)} control images')}: give one for "
-            "each net, in the same order (--control-image)"
+            f"each net, in the same order ({argument('control_image')})"
         )
 
     def each(name: str, default: Any) -> list[Any]:
         values = listed(given[name]) or [default]
         if len(values) not in (1, count):
             raise UsageError(
-                f"{len(values)} values of {name} for {nets}: give one, or one for each"
+                f"{len(values)} values of {argument(name)} for {nets}: give one, or one for each"
             )
         return values * (count // len(values))
 
@@ -124,7 +127,10 @@ def resolve_controls(
     starts, ends = each("control_start", 0.0), each("control_end", 1.0)
     for start, end in zip(starts, ends, strict=True):
         if start >= end:
-            raise UsageError(f"control_start {start:g} must be less than control_end {end:g}")
+            raise UsageError(
+                f"{argument('control_start')} {start:g} must be less than "
+                f"{argument('control_end')} {end:g}"
+            )
     modes = [
         _mode_of(config, mode)
         for config, mode in zip(configs, each("control_mode", None), strict=True)
@@ -157,15 +163,16 @@ def _mode_of(config: Any, mode: str | None) -> str | None:
     if config.types is None:
         if mode is not None:
             raise UsageError(
-                "control_mode is for a ControlNet-Union, and this ControlNet knows one type of "
-                "picture; leave the mode out (--control-mode)"
+                f"{argument('control_mode')} is for a ControlNet-Union, and this ControlNet knows "
+                "one type of picture; leave the mode out"
             )
         return None
     known = MODES[: config.types.count]
     if mode not in known:
         said = "needs the type of its picture" if mode is None else f"has no mode {mode!r}"
         raise UsageError(
-            f"this ControlNet-Union {said}; give --control-mode with one of {', '.join(known)}"
+            f"this ControlNet-Union {said}; give {argument('control_mode')} with one "
+            f"of {', '.join(known)}"
         )
     return mode
 

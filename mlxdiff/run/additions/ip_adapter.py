@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mlxdiff.convert import Component, open_ip_adapter
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import UsageError, argument
 from mlxdiff.pictures.image import load_image, to_clip
 from mlxdiff.run.additions import Addition, Fetch, Prompted, named
 from mlxdiff.run.kind import Kind
@@ -55,17 +55,22 @@ def resolve_image_prompts(
     if count == 0:
         for name, value in (("ip_image", ip_image), ("ip_scale", ip_scale)):
             if value is not None:
-                raise UsageError(f"{name}: there is no IP-Adapter; give one (--ip-adapter)")
+                raise UsageError(
+                    f"{argument(name)}: there is no IP-Adapter; give one "
+                    f"({argument('ip_adapters')})"
+                )
         return ()
     adapters = "1 IP-Adapter" if count == 1 else f"{count} IP-Adapters"
     if not images or count not in (1, len(images)):
         found = {0: "no image", 1: "1 image"}.get(len(images), f"{len(images)} images")
         raise UsageError(
-            f"{adapters} and {found} to see: give one for each, in the same order (--ip-image)"
+            f"{adapters} and {found} to see: give one for each, in the same order "
+            f"({argument('ip_image')})"
         )
     if len(scales) not in (1, count):
         raise UsageError(
-            f"{len(scales)} values of ip_scale for {adapters}: give one, or one for each"
+            f"{len(scales)} values of {argument('ip_scale')} for {adapters}: give one, or one for "
+            "each"
         )
     scales = scales * (count // len(scales))
     shown = [images] if count == 1 else [[image] for image in images]
@@ -168,5 +173,4 @@ class IPAdapter(Addition):
             tokens = tokens.reshape(batch, -1, tokens.shape[-1])
             made = adapter.keys_values(tokens)
             for layer, (keys, values) in zip(prompted.unet.cross_attentions(), made, strict=True):
-                backend.evaluate(keys, values)
-                prompted.text.put_beside(layer, keys, values, prompt.scale)
+                layer.keep_beside(prompted.text, keys, values, prompt.scale)

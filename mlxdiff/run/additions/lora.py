@@ -13,7 +13,7 @@ from mlxdiff.convert import Component
 from mlxdiff.errors import HubError
 from mlxdiff.run.additions import Addition
 from mlxdiff.run.kind import Kind
-from mlxdiff.store import hub
+from mlxdiff.store import cache, hub
 from mlxdiff.store.folder import Progress
 from mlxdiff.store.reference import parse
 from mlxdiff.text import a1111
@@ -78,6 +78,8 @@ class LoRA(Addition):
                 entry["text_scale"] = one.text_scale
             if item.in_prompt:
                 entry["in_prompt"] = True
+            if (source := cache.origin(one.file.path)) is not None:
+                entry["source"] = source
             entry |= {"sha256": one.file.sha256, "short_hash": one.file.short_hash}
             said.append(entry)
         return {"loras": said}
