@@ -82,6 +82,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     (r"(?:ip_adapter|image_proj)\..+", "an IP-Adapter"),
     (r"controlnext\..+", "a ControlNeXt"),
     (r"difference", "the difference to a model's U-Net, not a whole ControlNet"),
+    (r"style_embedding", "a style T2I-Adapter"),
     (
         r"(?:control_model\.)?(?:task_embedding|(?:control_add_embedding|control_type_proj"
         r"|spatial_ch_projs|transformer_layes)\..+)",
@@ -92,7 +93,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         r"|controlnet_(?:down|mid)_.+)",
         "a ControlNet",
     ),
-    (r"(?:adapter\.)?body\.\d+\.(?:resnets|block1)\..+", "a T2I-Adapter"),
+    (r"(?:adapter\.)?body\.\d+\.(?:resnets|body\.\d+|block1)\..+", "a T2I-Adapter"),
     (r".*\.motion_modules\..+", "an AnimateDiff motion module"),
     (
         r".+\.(?:time_stack|time_mixer)\..+|.+\.temporal_transformer_blocks\..+",

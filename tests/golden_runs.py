@@ -18,11 +18,12 @@ from golden_data import (
     mask,
     photo,
 )
+from t2i_files import write_t2i_adapter
 
 import mlxdiff
 from mlxdiff.pipeline import Pipeline, Result
 
-NAMED = "controlnets", "ip_adapters", "loras", "embeddings", "vae", "refiner"
+NAMED = "controlnets", "t2i_adapters", "ip_adapters", "loras", "embeddings", "vae", "refiner"
 """What a case names beside arguments of ``generate``."""
 
 
@@ -44,6 +45,7 @@ class Opened:
         *,
         quantize: int | None = None,
         controlnets: Sequence[str] = (),
+        t2i_adapters: Sequence[str] = (),
         ip_adapters: Sequence[str] = (),
         loras: Sequence[tuple[str, float]] = (),
         embeddings: Sequence[str] = (),
@@ -63,6 +65,7 @@ class Opened:
             )
         pipe = self._pipes[key]
         pipe.set_controlnets([self.controlnet(name, net) for net in controlnets])
+        pipe.set_t2i_adapters([self.t2i_adapter(name, one) for one in t2i_adapters])
         pipe.set_ip_adapters([self.adapter(name, adapter) for adapter in ip_adapters])
         pipe.set_loras([(self.lora(file), scale) for file, scale in loras])
         words = [one.partition(":") for one in embeddings]
@@ -92,6 +95,13 @@ class Opened:
         if not path.exists():
             seed, changes = NETS[name]
             write_controlnet(path, model, seed, **changes)
+        return path
+
+    def t2i_adapter(self, model: str, name: str) -> Path:
+        """One of t2i_files.ADAPTERS, as a folder."""
+        path = self.folder / model / f"t2i-{name}"
+        if not path.exists():
+            write_t2i_adapter(path, name, model)
         return path
 
     def adapter(self, model: str, name: str) -> Path:

@@ -49,6 +49,7 @@ class Prompted:
         text: the same, read by the U-Net. Additions may put more beside it.
         conditions: the U-Net's other inputs, (B, ...) each.
         batch: B.
+        controls: the picture of each addition that follows one (``additions.control.Control``).
     """
 
     settings: Any
@@ -60,6 +61,33 @@ class Prompted:
     text: Condition
     conditions: Mapping[str, Any]
     batch: int
+    controls: Mapping[Any, Any]
+
+
+@dataclass(frozen=True)
+class Added:
+    """What is added inside the U-Net in one evaluation.
+
+    Attributes:
+        residuals: to the outputs of its way down, the mid block last; of a shallow evaluation, to
+            the first of them. None: nothing.
+        features: to each block of its way down, and to the mid block. None: nothing.
+    """
+
+    residuals: list[Any] | None = None
+    features: list[Any] | None = None
+
+    def __add__(self, other: Added) -> Added:
+        return Added(
+            _sum(self.residuals, other.residuals),
+            _sum(self.features, other.features),
+        )
+
+
+def _sum(one: list[Any] | None, other: list[Any] | None) -> list[Any] | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return [a + b for a, b in zip(one, other, strict=True)]
 
 
 class Acting(Protocol):
@@ -70,8 +98,8 @@ class Acting(Protocol):
 
     def __call__(
         self, x: Any, t: float, index: int, total: int, guided: bool, shallow: bool
-    ) -> list[Any] | None:
-        """Return what they add to the U-Net's way down, the mid block last; None: nothing.
+    ) -> Added | None:
+        """Return what they add; None: nothing.
 
         Args:
             x: latents (1, h, w, C), as the U-Net takes them.
