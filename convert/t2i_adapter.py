@@ -51,13 +51,14 @@ def open_t2i_adapter(
     place, provenance = find_component(path, "t2i_adapter", variant, progress)
     if os.path.isfile(place):
         found = _open_file(place, unet, provenance)
+        _check_fit(found.config, unet, factor, str(path))
     else:
         if not os.path.isfile(place / "config.json"):
             raise _not_an_adapter(place)
         data = read_component_config(place, ("T2IAdapter",), "T2I-Adapter")
         config = T2IAdapterConfig.from_dict(data, str(place / "config.json"))
+        _check_fit(config, unet, factor, str(path))
         found = open_folder_of("t2i_adapter", place, config, provenance, variant)
-    _check_fit(found.config, unet, factor, str(path))
     return found
 
 

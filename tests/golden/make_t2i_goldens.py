@@ -2,13 +2,14 @@
 
     python tests/golden/make_t2i_goldens.py [CASE ...]
 
-The adapters are made by tests/t2i_files.py. diffusers' adapter pipelines draw from text. It has none
-for other tasks; there its other pipelines draw, and each call of their U-Net gets the feature maps
+The adapters are made by tests/t2i_files.py. Adapter pipelines of diffusers draw from text. It has
+none for other tasks; there its other pipelines draw, and each call of their U-Net gets the maps
 (down_intrablock_additional_residuals).
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 import tempfile
 import warnings
@@ -110,8 +111,9 @@ def shown(arguments: dict[str, Any]) -> list[Image.Image]:
     return [found[0], *turned]
 
 
-def seen(image: Image.Image, adapter: T2IAdapter) -> Image.Image:
-    """A picture with the channels that an adapter takes."""
+def seen(image: Image.Image, adapter: T2IAdapter, size: tuple[int, int]) -> Image.Image:
+    """A picture of this size with the channels that an adapter takes."""
+    image = image.resize(size, Image.Resampling.LANCZOS)
     return image.convert("L") if adapter.config.in_channels == 1 else image
 
 
@@ -120,10 +122,13 @@ def from_text(arguments: dict[str, Any], seed: int) -> Drawn:
     pipe, nets = opened(arguments["model"]), adapters(arguments)
     xl = hasattr(pipe, "text_encoder_2")
     kind = StableDiffusionXLAdapterPipeline if xl else StableDiffusionAdapterPipeline
-    parts = pipe.components | ({} if xl else {"requires_safety_checker": False})
+    known = inspect.signature(kind.__init__).parameters
+    parts = {name: part for name, part in pipe.components.items() if name in known}
+    parts |= {} if xl else {"requires_safety_checker": False}
     pipe = prepare(kind(adapter=MultiAdapter(nets) if len(nets) > 1 else nets[0], **parts),
                    arguments)  # fmt: skip
-    images = [seen(one, net) for one, net in zip(shown(arguments), nets, strict=True)]
+    size = arguments["width"], arguments["height"]
+    images = [seen(one, net, size) for one, net in zip(shown(arguments), nets, strict=True)]
     given = words(arguments, "control_scale", "control_end") | {
         "generator": generator(seed),
         "image": images if len(images) > 1 else images[0],
