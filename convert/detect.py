@@ -62,12 +62,35 @@ SKIPPED: dict[str, str] = {
 }
 """Part that is not converted -> reason."""
 
+PEFT_FORM = "an adapter of PEFT's form"
+# PEFT's name of a form -> its parameters, of the forms that only PEFT has.
+_PEFT_FORMS = (
+    ("AdaLoRA", "lora_E|ranknum"),
+    ("BOFT", "boft_[Rs]"),
+    ("Bone", "bone_block"),
+    ("C3A", "c3a_kernel"),
+    ("DeLoRA", "delora_(?:A|B|lambda)"),
+    ("FourierFT", "fourierft_spectrum"),
+    ("GraLoRA", "gralora_[AB]"),
+    ("HRA", "hra_u"),
+    ("LN tuning", "ln_tuning_layers"),
+    ("MiSS", "miss_block"),
+    ("OFT", "oft_[Rr]"),
+    ("RandLora", "randlora_(?:A|B|lambda|gamma)"),
+    ("RoAd", "road_(?:theta|alpha)"),
+    ("SHiRA", "shira_weight"),
+    ("VB-LoRA", "vblora_.+"),
+    ("VeRA", "vera_(?:A|B|lambda_[bd])"),
+    ("WaveFT", "waveft_spectrum"),
+)
+
 # (pattern, kind) of files that are not models. The first pattern that matches any whole tensor
 # name decides. Some names occur bare and under the prefix of a whole model.
 _IN = r"(?:model\.(?:diffusion_model\.)?)?"
 _REFUSED: tuple[tuple[str, str], ...] = (
     (r"lora_controlnet", "a Control-LoRA"),
     (r"lllite_.+", "a ControlNet-LLLite"),
+    *((rf"(?:.+\.)?(?:{names})(?:\..+)?", f"{PEFT_FORM} {form}") for form, names in _PEFT_FORMS),
     (
         r"(?:.*[._])?lora_(?:up|down|mid|A|B)(?:\..+)?|.+\.lora\.(?:up|down)\..+|lora_.+\.alpha"
         r"|(?:unet|text_encoder):\d+:(?:up|down)",

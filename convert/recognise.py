@@ -18,10 +18,15 @@ from mlxdiff.weights.files import open_file
 from mlxdiff.weights.tensors import LazyTensor, open_weights
 
 Tensors = Mapping[str, LazyTensor]
+PEFT_FORM = detect.PEFT_FORM
 
 # Kind (words of ``detect``, or their start) -> how to use it here, or what to use in its place.
 _USES: dict[str, str] = {
     "a LoRA": "give it with --lora PATH[:SCALE]",
+    PEFT_FORM: (
+        "not supported; merge it into the model with PEFT (merge_and_unload), save the model, and "
+        "give that with -m"
+    ),
     "a LyCORIS adapter": "give it with --lora PATH[:SCALE]",
     "a textual-inversion embedding": "give it with --embedding PATH[:WORD]",
     "an IP-Adapter": "give it with --ip-adapter PATH and a picture with --ip-image",

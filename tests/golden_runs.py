@@ -9,7 +9,7 @@ from typing import Any
 import lora_files
 import numpy as np
 from adapter_files import ADAPTERS, write_adapter, write_encoder
-from control_files import NETS, write_controlnet
+from control_files import NETS, write_controlnet, write_union
 from golden_data import (
     GOLDEN,
     assert_latents_close,
@@ -90,12 +90,14 @@ class Opened:
         return self(name, backend, quantize=quantize, **named).generate(**arguments)
 
     def controlnet(self, model: str, name: str) -> Path:
-        """One of control_files.NETS, as a folder."""
+        """One of control_files.NETS, or "union", as a folder."""
         path = self.folder / model / name
-        if not path.exists():
-            seed, changes = NETS[name]
-            write_controlnet(path, model, seed, **changes)
-        return path
+        if path.exists():
+            return path
+        if name == "union":
+            return write_union(path)
+        seed, changes = NETS[name]
+        return write_controlnet(path, model, seed, **changes)
 
     def t2i_adapter(self, model: str, name: str) -> Path:
         """One of t2i_files.ADAPTERS, as a folder."""

@@ -38,9 +38,16 @@ class T2IAdapter(Controlled):
             paths: as ``convert.open_t2i_adapter`` takes them.
         Raises: UsageError, CheckpointError, ConfigError, HubError.
         """
-        factor = model.vae_config.factor
         return tuple(
-            cls(open_t2i_adapter(path, model.unet_config, factor, fetch.variant, fetch.progress))
+            cls(
+                open_t2i_adapter(
+                    path,
+                    model.unet_config,
+                    model.vae_config.factor,
+                    fetch.variant,
+                    fetch.progress,
+                )
+            )
             for path in paths
         )
 
