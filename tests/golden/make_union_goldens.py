@@ -3,7 +3,7 @@
     python tests/golden/make_union_goldens.py
 
 control/union.npz: outputs of the network. union/cases.json, union/pictures.npz: pictures of
-diffusers' pipelines; two modes are the net twice.
+diffusers' pipelines; two modes are the net twice. Its guess mode fails under guidance (0.42).
 The net is the tiny one of tests/control_files.py for the tiny SDXL; its inputs are union_inputs
 there. Both rows of the batch are alike, as they are in a run.
 """
@@ -48,7 +48,6 @@ WIDE = {"width": 72, "height": 56}
 SHOWN = {"control_image": [[40, 90]]}
 PICTURES: dict[str, dict[str, Any]] = {
     "depth": case(**WIDE, **SHOWN, sampler="euler", control_mode="depth", steps=4),
-    "guess": case(**WIDE, **SHOWN, sampler="euler", control_mode="tile", steps=4, guess_mode=True),
     "image": case(
         **SHOWN, image=[64, 64], sampler="dpmpp-2m", control_mode="canny", control_scale=0.7
     ),
@@ -116,10 +115,7 @@ def run(arguments: dict[str, Any], seed: int) -> Drawn:
     if many:
         for name in ("control_guidance_start", "control_guidance_end"):
             given[name] = [given.get(name, float(name.endswith("end")))] * count
-    given |= {
-        "control_image": [[one] for one in shown] if many else shown,
-        "control_mode": [[one] for one in modes] if many else modes,
-    }
+    given |= {"control_image": shown, "control_mode": modes}
     if task:
         (given["image"],) = pictures(photo, [arguments["image"]])
         given |= dict(zip(("height", "width"), arguments["image"], strict=True))
