@@ -168,11 +168,15 @@ _REFUSED: tuple[tuple[str, str], ...] = (
 _CHANNELS = {5: "a depth-to-image model"}
 # (pattern, kind) of parts of models.
 _PARTS: tuple[tuple[str, str], ...] = (
-    (r"model\.diffusion_model\..+", "a whole model in one file (LDM naming)"),
+    (
+        r"model\.diffusion_model\..+|model_ema\.diffusion_model.+",
+        "a whole model in one file (LDM naming)",
+    ),
+    (r"unet\.(?:down_blocks|mid_block)\..+", "a whole model in one file (diffusers naming)"),
     (r"(?:input_blocks|middle_block)\..+", "a U-Net in LDM naming, alone"),
     (r"(?:down_blocks|mid_block)\..+", "a U-Net in diffusers naming, alone"),
     (
-        r"(?:first_stage_model\.)?(?:encoder|decoder)\.(?:conv_in|mid)\..+",
+        r"(?:first_stage_model\.|vae\.)?(?:encoder|decoder)\.(?:conv_in|mid)\..+",
         "a VAE, alone",
     ),
     (

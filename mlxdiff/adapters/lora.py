@@ -323,8 +323,14 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         "short_hash": file.short_hash,
         "precision": dict(Counter(tensor.dtype for tensor in file.tensors.values())),
         "written": recognise.written(file.metadata),
-        "not_understood": unknown,
+        "not_understood": _first(unknown),
     }
+
+
+def _first(names: list[str], most: int = 10) -> list[str]:
+    """Return the first names, and how many there are beside them."""
+    left = len(names) - most
+    return names if left <= 0 else [*names[:most], f"and {left} more"]
 
 
 # ----------------------------------------------------------------------------------------- matching
