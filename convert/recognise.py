@@ -30,7 +30,7 @@ _USES: dict[str, str] = {
     "a LyCORIS adapter": "give it with --lora PATH[:SCALE]",
     "a textual-inversion embedding": "give it with --embedding PATH[:WORD]",
     "an IP-Adapter": "give it with --ip-adapter PATH and a picture with --ip-image",
-    "a ControlNet-LLLite": "not supported; use a ControlNet of the same kind (--controlnet)",
+    "a ControlNet-LLLite": "give it with --controlnet PATH and a picture with --control-image",
     "a ControlNet-Union": "give it with --controlnet PATH, --control-image and --control-mode",
     "a ControlNeXt": "not supported; use a ControlNet of the same kind (--controlnet)",
     "a Control-LoRA": "give it with --controlnet PATH and a picture with --control-image",

@@ -124,7 +124,7 @@ def _structure(shapes: Mapping[str, Shape], path: Path) -> T2IAdapterConfig:
     channels, pixels = _first(shapes, path)
     light = "conv_in.weight" not in shapes
     last = "out_conv" if light else "resnets.0.block2"
-    widths = []
+    widths: list[int] = []
     while shape := shapes.get(f"body.{len(widths)}.{last}.weight"):
         widths.append(shape[0])
     depth = 0

@@ -18,6 +18,7 @@ from golden_data import (
     mask,
     photo,
 )
+from lllite_files import write_lllite
 from t2i_files import write_t2i_adapter
 
 import mlxdiff
@@ -90,7 +91,9 @@ class Opened:
         return self(name, backend, quantize=quantize, **named).generate(**arguments)
 
     def controlnet(self, model: str, name: str) -> Path:
-        """One of control_files.NETS, or "union", as a folder."""
+        """One of control_files.NETS, "union" or "lllite"."""
+        if name == "lllite":
+            return write_lllite(self.folder / model / "lllite.safetensors", model)
         path = self.folder / model / name
         if path.exists():
             return path

@@ -747,6 +747,50 @@ class T2IAdapterConfig:
         return config
 
 
+# -------------------------------------------------------------------------------- ControlNet-LLLite
+
+
+@dataclass(frozen=True)
+class LLLiteModuleConfig:
+    """A module of a ControlNet-LLLite.
+
+    Attributes:
+        target: the linear layer of the U-Net whose input it changes, by its parameter name without
+            ``.weight``.
+        in_dim: width of that input.
+        mlp_dim: width of the module.
+        cond_emb_dim: width of the embedded control picture.
+        depth: 1, 2 or 3: the picture is embedded at 1/8, 1/16 or 1/32 of its sides.
+    """
+
+    target: str
+    in_dim: int
+    mlp_dim: int
+    cond_emb_dim: int
+    depth: int
+
+    @property
+    def factor(self) -> int:
+        """Pixels for each place of the embedded picture, along a side."""
+        return int(4 * 2**self.depth)
+
+
+@dataclass(frozen=True)
+class LLLiteConfig:
+    """A ControlNet-LLLite. Its files have no config: shapes tell all of it (``convert.lllite``).
+
+    Source: networks/control_net_lllite.py of kohya's sd-scripts.
+    """
+
+    modules: tuple[LLLiteModuleConfig, ...]
+    types: ClassVar[None] = None
+
+    @property
+    def factor(self) -> int:
+        """Pixels of which both sides of the picture must be multiples."""
+        return max(module.factor for module in self.modules)
+
+
 # --------------------------------------------------------------------------------------- IP-Adapter
 
 
@@ -1144,6 +1188,7 @@ ComponentConfig = (
     | UNetConfig
     | ControlNetConfig
     | T2IAdapterConfig
+    | LLLiteConfig
     | IPAdapterConfig
     | VAEConfig
 )

@@ -14,6 +14,7 @@ from mlxdiff.networks.config import (
     ComponentConfig,
     ControlNetConfig,
     IPAdapterConfig,
+    LLLiteConfig,
     T2IAdapterConfig,
     UNet2DConditionConfig,
     UNet2DConfig,
@@ -21,6 +22,7 @@ from mlxdiff.networks.config import (
 from mlxdiff.networks.controlnet import ControlNetModel
 from mlxdiff.networks.ip_adapter import IPAdapterModel
 from mlxdiff.networks.layers import Layers, Module
+from mlxdiff.networks.lllite import LLLiteModel
 from mlxdiff.networks.t2i_adapter import T2IAdapterModel
 from mlxdiff.networks.taesd import AutoencoderTiny
 from mlxdiff.networks.unet import UNet2DConditionModel
@@ -33,6 +35,7 @@ NETWORKS: dict[type[ComponentConfig], Callable[..., Module]] = {
     UNet2DConditionConfig: UNet2DConditionModel,
     UNet2DConfig: UNet2DModel,
     ControlNetConfig: ControlNetModel,
+    LLLiteConfig: LLLiteModel,
     T2IAdapterConfig: T2IAdapterModel,
     IPAdapterConfig: IPAdapterModel,
     AutoencoderKLConfig: AutoencoderKL,

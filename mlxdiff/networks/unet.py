@@ -77,8 +77,8 @@ class BasicTransformerBlock(Module):
 
     def __call__(self, x: Array, encoder_hidden_states: Condition, batch: int) -> Array:
         context = encoder_hidden_states if self.only_cross_attention else None
-        x = x + self.attn1(self.norm1(x), context, batch)
-        x += self.attn2(self.norm2(x), encoder_hidden_states, batch)
+        x = x + self.attn1(self.norm1(x), context, batch, encoder_hidden_states)
+        x += self.attn2(self.norm2(x), encoder_hidden_states, batch, encoder_hidden_states)
         x += self.ff(self.norm3(x))
         return x
 

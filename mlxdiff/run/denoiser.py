@@ -178,6 +178,8 @@ class Denoiser:
             temb, text = temb.rows(*last), text.rows(*last)
         deep = self._features(evaluation, len(sample))
         added = self._added(x, evaluation, guided, shallow=bool(deep))
+        if added.changes:
+            text = text.changing(added.changes)
         out = self.unet.predict(sample, temb, text, deep, added.residuals, added.features or ())
         if not guided:
             return out

@@ -222,6 +222,18 @@ def resolve_controls(
     ]
 
 
+def check_multiple(factor: int, width: int, height: int, noun: str) -> None:
+    """Raise UsageError unless both sides are multiples of a factor that an addition needs."""
+    for name, value in (("width", width), ("height", height)):
+        if value % factor:
+            below = value // factor * factor
+            near = f"{below} or {below + factor}" if below else str(factor)
+            raise UsageError(
+                f"{name} {value} is not a multiple of {factor}, which this {noun} needs; "
+                f"nearest: {near}"
+            )
+
+
 def _name_of(image: Any) -> str:
     return Path(image).name if isinstance(image, (str, os.PathLike)) else "(pixels)"
 

@@ -17,7 +17,7 @@ import numpy as np
 from mlxdiff.convert import Component, open_ip_adapter
 from mlxdiff.errors import UsageError
 from mlxdiff.pictures.image import load_image, to_clip
-from mlxdiff.run.additions import Addition, Fetch, Prompted, named
+from mlxdiff.run.additions import Acting, Addition, Fetch, Prompted, named
 from mlxdiff.run.kind import Kind
 from mlxdiff.run.memory import UNetRun, Work, activation_bytes
 from mlxdiff.run.values import listed
@@ -140,7 +140,7 @@ class IPAdapter(Addition):
         }
 
     @classmethod
-    def act(cls, items: Sequence[IPAdapter], prompted: Prompted) -> None:
+    def act(cls, items: Sequence[IPAdapter], prompted: Prompted) -> Sequence[Acting]:
         """Let the U-Net's layers that read the text see the pictures beside it.
 
         The rows of the text before the last see no picture.
@@ -170,3 +170,4 @@ class IPAdapter(Addition):
             for layer, (keys, values) in zip(prompted.unet.cross_attentions(), made, strict=True):
                 backend.evaluate(keys, values)
                 prompted.text.put_beside(layer, keys, values, prompt.scale)
+        return ()

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mlxdiff.convert import open_t2i_adapter
-from mlxdiff.errors import UsageError
 from mlxdiff.run.additions import Acting, Added, Fetch, Prompted
-from mlxdiff.run.additions.control import Control, Controlled
+from mlxdiff.run.additions.control import Control, Controlled, check_multiple
 from mlxdiff.run.kind import Kind
 from mlxdiff.run.memory import SIZES, UNetRun, Work, activation_bytes
 
@@ -53,15 +52,7 @@ class T2IAdapter(Controlled):
 
     def check_size(self, width: int, height: int) -> None:
         """See ``Controlled.check_size``."""
-        factor = self.component.config.downscale_factor
-        for name, value in (("width", width), ("height", height)):
-            if value % factor:
-                below = value // factor * factor
-                near = f"{below} or {below + factor}" if below else str(factor)
-                raise UsageError(
-                    f"{name} {value} is not a multiple of {factor}, which this T2I-Adapter needs; "
-                    f"nearest: {near}"
-                )
+        check_multiple(self.component.config.downscale_factor, width, height, self.noun)
 
     def work(self, run: UNetRun) -> Work:
         """The network runs once, before the U-Net; its feature maps stay."""
@@ -74,9 +65,9 @@ class T2IAdapter(Controlled):
         )
 
     @classmethod
-    def act(cls, items: Sequence[T2IAdapter], prompted: Prompted) -> Acting:
+    def act(cls, items: Sequence[T2IAdapter], prompted: Prompted) -> Sequence[Acting]:
         """See ``Addition.act``."""
-        return T2IAdapters(items, prompted)
+        return [T2IAdapters(items, prompted)]
 
 
 class T2IAdapters:
