@@ -49,7 +49,12 @@ SHOWN = {"control_image": [[40, 90]]}
 PICTURES: dict[str, dict[str, Any]] = {
     "depth": case(**WIDE, **SHOWN, sampler="euler", control_mode="depth", steps=4),
     "image": case(
-        **SHOWN, image=[64, 64], sampler="dpmpp-2m", control_mode="canny", control_scale=0.7
+        **SHOWN,
+        image=[64, 64],
+        strength=0.6,
+        sampler="dpmpp-2m",
+        control_mode="canny",
+        control_scale=0.7,
     ),
     "two": case(
         **WIDE,
