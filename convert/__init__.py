@@ -32,6 +32,7 @@ from mlxdiff.convert.sources import (
     require_unchanged,
     used_files,
 )
+from mlxdiff.convert.t2i_adapter import open_t2i_adapter
 from mlxdiff.errors import UsageError, argument
 from mlxdiff.machine.disk import sha256
 from mlxdiff.networks.config import UNetConfig
@@ -58,6 +59,7 @@ __all__ = [
     "open_controlnet",
     "open_ip_adapter",
     "open_source",
+    "open_t2i_adapter",
     "open_vae",
 ]
 

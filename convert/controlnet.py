@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlxdiff.convert import recognise
+from mlxdiff.convert import lllite, recognise
 from mlxdiff.convert.checkpoint import map_component
 from mlxdiff.convert.component import (
     Component,
@@ -22,7 +22,7 @@ from mlxdiff.convert.control_lora import MARK, open_control_lora
 from mlxdiff.convert.families import Unrepresentable, controlnet_structure
 from mlxdiff.convert.keymap import DIFFUSERS, ldm_controlnet
 from mlxdiff.errors import CheckpointError
-from mlxdiff.networks.config import ControlNetConfig, UNet2DConditionConfig
+from mlxdiff.networks.config import ControlNetConfig, LLLiteConfig, UNet2DConditionConfig
 from mlxdiff.store.folder import Progress
 from mlxdiff.weights.pickles import PickleFile, open_tensors
 from mlxdiff.weights.tensors import LazyTensor, Shape
@@ -39,6 +39,7 @@ def open_controlnet(
     variant: str | None = None,
     progress: Progress | None = None,
     unet_tensors: Callable[[], Mapping[str, LazyTensor]] | None = None,
+    factor: int = 8,
 ) -> Component:
     """Open a ControlNet for a model.
 
@@ -51,18 +52,21 @@ def open_controlnet(
         progress: called while files are fetched.
         unet_tensors: returns the tensors of the model's U-Net, to which a Control-LoRA is a
             difference; None: a Control-LoRA is an error.
+        factor: pixels for each latent of the model, along a side.
+    Returns: a network with a ControlNetConfig, or with an LLLiteConfig.
     Raises: CheckpointError, ConfigError, HubError.
     """
     place, provenance = find_component(path, "controlnet", variant, progress)
     if os.path.isfile(place):
-        found = _open_file(place, unet, provenance, unet_tensors)
+        found = _open_file(place, unet, provenance, unet_tensors, factor)
     else:
         if not os.path.isfile(place / "config.json"):
             raise _not_a_controlnet(place)
         data = read_component_config(place, _CLASSES, "ControlNet")
         config = ControlNetConfig.from_dict(data, str(place / "config.json"))
         found = open_folder_of("controlnet", place, config, provenance, variant)
-    _check_fit(found.config, unet, str(path))
+    if not isinstance(found.config, LLLiteConfig):
+        _check_fit(found.config, unet, str(path))
     return found
 
 
@@ -71,8 +75,11 @@ def _open_file(
     unet: UNet2DConditionConfig,
     provenance: dict[str, Any],
     unet_tensors: Callable[[], Mapping[str, LazyTensor]] | None,
+    factor: int,
 ) -> Component:
     file = open_tensors(path)
+    if any(name.startswith(lllite.PREFIX) for name in file.tensors):
+        return lllite.open_lllite(path, file.tensors, unet, factor, provenance)
     if MARK in file.tensors:
         if unet_tensors is None:
             raise CheckpointError(

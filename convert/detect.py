@@ -63,12 +63,35 @@ SKIPPED: dict[str, str] = {
 }
 """Part that is not converted -> reason."""
 
+PEFT_FORM = "an adapter of PEFT's form"
+# PEFT's name of a form -> its parameters, of the forms that only PEFT has.
+_PEFT_FORMS = (
+    ("AdaLoRA", "lora_E|ranknum"),
+    ("BOFT", "boft_[Rs]"),
+    ("Bone", "bone_block"),
+    ("C3A", "c3a_kernel"),
+    ("DeLoRA", "delora_(?:A|B|lambda)"),
+    ("FourierFT", "fourierft_spectrum"),
+    ("GraLoRA", "gralora_[AB]"),
+    ("HRA", "hra_u"),
+    ("LN tuning", "ln_tuning_layers"),
+    ("MiSS", "miss_block"),
+    ("OFT", "oft_[Rr]"),
+    ("RandLora", "randlora_(?:A|B|lambda|gamma)"),
+    ("RoAd", "road_(?:theta|alpha)"),
+    ("SHiRA", "shira_weight"),
+    ("VB-LoRA", "vblora_.+"),
+    ("VeRA", "vera_(?:A|B|lambda_[bd])"),
+    ("WaveFT", "waveft_spectrum"),
+)
+
 # (pattern, kind) of files that are not models. The first pattern that matches any whole tensor
 # name decides. Some names occur bare and under the prefix of a whole model.
 _IN = r"(?:model\.(?:diffusion_model\.)?)?"
 _REFUSED: tuple[tuple[str, str], ...] = (
     (r"lora_controlnet", "a Control-LoRA"),
     (r"lllite_.+", "a ControlNet-LLLite"),
+    *((rf"(?:.+\.)?(?:{names})(?:\..+)?", f"{PEFT_FORM} {form}") for form, names in _PEFT_FORMS),
     (
         r"(?:.*[._])?lora_(?:up|down|mid|A|B)(?:\..+)?|.+\.lora\.(?:up|down)\..+|lora_.+\.alpha"
         r"|(?:unet|text_encoder):\d+:(?:up|down)",
@@ -83,6 +106,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     (r"(?:ip_adapter|image_proj)\..+", "an IP-Adapter"),
     (r"controlnext\..+", "a ControlNeXt"),
     (r"difference", "the difference to a model's U-Net, not a whole ControlNet"),
+    (r"style_embedding", "a style T2I-Adapter"),
     (
         r"(?:control_model\.)?(?:task_embedding|(?:control_add_embedding|control_type_proj"
         r"|spatial_ch_projs|transformer_layes)\..+)",
@@ -93,7 +117,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         r"|controlnet_(?:down|mid)_.+)",
         "a ControlNet",
     ),
-    (r"(?:adapter\.)?body\.\d+\.(?:resnets|block1)\..+", "a T2I-Adapter"),
+    (r"(?:adapter\.)?body\.\d+\.(?:resnets|body\.\d+|block1)\..+", "a T2I-Adapter"),
     (r".*\.motion_modules\..+", "an AnimateDiff motion module"),
     (
         r".+\.(?:time_stack|time_mixer)\..+|.+\.temporal_transformer_blocks\..+",
@@ -145,11 +169,15 @@ _REFUSED: tuple[tuple[str, str], ...] = (
 _CHANNELS = {5: "a depth-to-image model"}
 # (pattern, kind) of parts of models.
 _PARTS: tuple[tuple[str, str], ...] = (
-    (r"model\.diffusion_model\..+", "a whole model in one file (LDM naming)"),
+    (
+        r"model\.diffusion_model\..+|model_ema\.diffusion_model.+",
+        "a whole model in one file (LDM naming)",
+    ),
+    (r"unet\.(?:down_blocks|mid_block)\..+", "a whole model in one file (diffusers naming)"),
     (r"(?:input_blocks|middle_block)\..+", "a U-Net in LDM naming, alone"),
     (r"(?:down_blocks|mid_block)\..+", "a U-Net in diffusers naming, alone"),
     (
-        r"(?:first_stage_model\.)?(?:encoder|decoder)\.(?:conv_in|mid)\..+",
+        r"(?:first_stage_model\.|vae\.)?(?:encoder|decoder)\.(?:conv_in|mid)\..+",
         "a VAE, alone",
     ),
     (

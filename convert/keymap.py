@@ -111,6 +111,7 @@ DIFFUSERS: dict[str, Layout] = {
     "controlnet": Layout(
         rules=(Rule(r"(transformer_layes\.\d+\.attn\.in_proj)_(weight|bias)", r"\1.\2"),)
     ),
+    "t2i_adapter": Layout(),
     "image_encoder": Layout(
         ignored=(Ignored(r"vision_model\.embeddings\.position_ids", _POSITIONS),)
     ),

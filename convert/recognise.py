@@ -19,6 +19,7 @@ from mlxdiff.weights.files import open_file
 from mlxdiff.weights.tensors import LazyTensor, open_weights
 
 Tensors = Mapping[str, LazyTensor]
+PEFT_FORM = detect.PEFT_FORM
 
 
 def _lora() -> str:
@@ -37,6 +38,10 @@ def _other_controlnet() -> str:
 # Kind (words of ``detect``, or their start) -> how to use it here, or what to use in its place.
 _USES: dict[str, Callable[[], str]] = {
     "a LoRA": lambda: f"give it with {_lora()}",
+    PEFT_FORM: lambda: (
+        "not supported; merge it into the model with PEFT (merge_and_unload), save the model, and "
+        f"give that with {argument('model')}"
+    ),
     "a LyCORIS adapter": lambda: f"give it with {_lora()}",
     "a textual-inversion embedding": lambda: (
         f"give it with {argument('embeddings', form='PATH[:WORD]')}"
@@ -45,7 +50,7 @@ _USES: dict[str, Callable[[], str]] = {
         f"give it with {argument('ip_adapters', form='PATH')} and a picture with "
         f"{argument('ip_image')}"
     ),
-    "a ControlNet-LLLite": _other_controlnet,
+    "a ControlNet-LLLite": _controlnet,
     "a ControlNet-Union": lambda: f"{_controlnet()}, and its type with {argument('control_mode')}",
     "a ControlNeXt": _other_controlnet,
     "a Control-LoRA": _controlnet,
@@ -53,7 +58,13 @@ _USES: dict[str, Callable[[], str]] = {
         f"not supported; use the whole ControlNet ({argument('controlnets')})"
     ),
     "a ControlNet": _controlnet,
-    "a T2I-Adapter": _other_controlnet,
+    "a T2I-Adapter": lambda: (
+        f"give it with {argument('t2i_adapters', form='PATH')} and a picture with "
+        f"{argument('control_image')}"
+    ),
+    "a style T2I-Adapter": lambda: (
+        f"not supported; show the picture to an IP-Adapter ({argument('ip_adapters')})"
+    ),
     "a VAE, alone": lambda: f"give it with {argument('vae', form='PATH')}",
     "a tiny VAE": lambda: f"give it with {argument('vae', form='PATH')}",
     "a whole model": lambda: f"give it with {argument('model', form='PATH')}",

@@ -75,6 +75,7 @@ def load(asked: LoadOptions) -> Pipeline:
     variant, progress = asked.variant, asked.progress
     pipe.set_vae(asked.vae, progress=progress)
     pipe.set_controlnets(asked.controlnets, variant=variant, progress=progress)
+    pipe.set_t2i_adapters(asked.t2i_adapters, variant=variant, progress=progress)
     pipe.set_ip_adapters(
         asked.ip_adapters, image_encoder=asked.image_encoder, variant=variant, progress=progress
     )

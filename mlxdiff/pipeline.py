@@ -30,6 +30,7 @@ from mlxdiff.run.additions.controlnet import ControlNet
 from mlxdiff.run.additions.ip_adapter import IPAdapter
 from mlxdiff.run.additions.lora import LoRA, asked_for
 from mlxdiff.run.additions.refiner import Refiner, refiner_of
+from mlxdiff.run.additions.t2i_adapter import T2IAdapter
 from mlxdiff.run.additions.vae import AnotherVAE
 from mlxdiff.run.additions.word_vectors import WordVectors
 from mlxdiff.run.drawing import Picture, Result, Run, Step
@@ -159,6 +160,23 @@ class Pipeline:
         controlnets = make(LoadOptions, {"controlnets": controlnets}).controlnets
         fetch = Fetch(variant, progress)
         self._set(ControlNet, _several(controlnets), partial(ControlNet.open, fetch=fetch))
+
+    def set_t2i_adapters(
+        self,
+        t2i_adapters: AnyPath | Iterable[AnyPath],
+        *,
+        variant: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Let the feature maps of these T2I-Adapters, and of no others, guide the U-Net.
+
+        Args:
+            t2i_adapters, variant, progress: as ``load`` takes them.
+        Raises: UsageError, CheckpointError, ConfigError, HubError.
+        """
+        t2i_adapters = make(LoadOptions, {"t2i_adapters": t2i_adapters}).t2i_adapters
+        fetch = Fetch(variant, progress)
+        self._set(T2IAdapter, _several(t2i_adapters), partial(T2IAdapter.open, fetch=fetch))
 
     def set_ip_adapters(
         self,

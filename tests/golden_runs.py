@@ -9,7 +9,7 @@ from typing import Any
 import lora_files
 import numpy as np
 from adapter_files import ADAPTERS, write_adapter, write_encoder
-from control_files import NETS, write_controlnet
+from control_files import NETS, write_controlnet, write_union
 from golden_data import (
     GOLDEN,
     assert_latents_close,
@@ -18,11 +18,13 @@ from golden_data import (
     mask,
     photo,
 )
+from lllite_files import write_lllite
+from t2i_files import write_t2i_adapter
 
 import mlxdiff
 from mlxdiff.pipeline import Pipeline, Result
 
-NAMED = "controlnets", "ip_adapters", "loras", "embeddings", "vae", "refiner"
+NAMED = "controlnets", "t2i_adapters", "ip_adapters", "loras", "embeddings", "vae", "refiner"
 """What a case names beside arguments of ``generate``."""
 
 
@@ -44,6 +46,7 @@ class Opened:
         *,
         quantize: int | None = None,
         controlnets: Sequence[str] = (),
+        t2i_adapters: Sequence[str] = (),
         ip_adapters: Sequence[str] = (),
         loras: Sequence[tuple[str, float]] = (),
         embeddings: Sequence[str] = (),
@@ -63,6 +66,7 @@ class Opened:
             )
         pipe = self._pipes[key]
         pipe.set_controlnets([self.controlnet(name, net) for net in controlnets])
+        pipe.set_t2i_adapters([self.t2i_adapter(name, one) for one in t2i_adapters])
         pipe.set_ip_adapters([self.adapter(name, adapter) for adapter in ip_adapters])
         pipe.set_loras([(self.lora(file), scale) for file, scale in loras])
         words = [one.partition(":") for one in embeddings]
@@ -87,11 +91,22 @@ class Opened:
         return self(name, backend, quantize=quantize, **named).generate(**arguments)
 
     def controlnet(self, model: str, name: str) -> Path:
-        """One of control_files.NETS, as a folder."""
+        """One of control_files.NETS, "union" or "lllite"."""
+        if name == "lllite":
+            return write_lllite(self.folder / model / "lllite.safetensors", model)
         path = self.folder / model / name
+        if path.exists():
+            return path
+        if name == "union":
+            return write_union(path)
+        seed, changes = NETS[name]
+        return write_controlnet(path, model, seed, **changes)
+
+    def t2i_adapter(self, model: str, name: str) -> Path:
+        """One of t2i_files.ADAPTERS, as a folder."""
+        path = self.folder / model / f"t2i-{name}"
         if not path.exists():
-            seed, changes = NETS[name]
-            write_controlnet(path, model, seed, **changes)
+            write_t2i_adapter(path, name, model)
         return path
 
     def adapter(self, model: str, name: str) -> Path:

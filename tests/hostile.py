@@ -678,6 +678,9 @@ def loras(folder: Path) -> Make:
     width = texts["text_encoder"].hidden_size
     save_file({"<toy>": np.ones((2, width), np.float32)}, folder / "toy.safetensors")
     goods = [write_lora(name, folder) for name in LORAS] + [folder / "toy.safetensors"]
+    for form, parts in _lora_forms(model.tensors("unet")[f"{LORA_MODULE}.weight"].shape).items():
+        save_file(parts, folder / f"{form}.safetensors")
+        goods.append(folder / f"{form}.safetensors")
     contents = [file.read_bytes() for file in goods]
     contents += [_one_layer(form, tensors["unet"], folder) for form in _FORMS]
     bad = folder / "bad.safetensors"
@@ -716,6 +719,36 @@ def loras(folder: Path) -> Make:
 
 
 LORAS = ("sd15-kohya", "sd15-peft", "sd15-rslora")
+LORA_MODULE = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def _lora_forms(shape: tuple[int, ...]) -> dict[str, dict[str, np.ndarray]]:
+    """One file of each form beside plain LoRA, for a matrix of this shape (out, in)."""
+    out, inputs = shape
+
+    def ones(*sides: int) -> np.ndarray:
+        return np.full(sides, 0.1, np.float16)
+
+    forms = {
+        "dora": {"lora_up.weight": ones(out, 2), "lora_down.weight": ones(2, inputs),
+                 "dora_scale": ones(out, 1)},
+        "loha": {f"hada_w{i}_{part}": ones(*sides)
+                 for i in (1, 2) for part, sides in (("a", (out, 2)), ("b", (2, inputs)))},
+        "lokr": {"lokr_w1": ones(2, 2), "lokr_w2_a": ones(out // 2, 2),
+                 "lokr_w2_b": ones(2, inputs // 2)},
+        "glora": {"a1.weight": ones(2, inputs), "a2.weight": ones(inputs, 2),
+                  "b1.weight": ones(2, inputs), "b2.weight": ones(out, 2)},
+        "oft": {"oft_blocks": ones(out // 8, 8, 8), "rescale": ones(out)},
+        "boft": {"oft_blocks": ones(2, out // 4, 4, 4)},
+        "ia3": {"weight": ones(out), "on_input": np.array(False)},
+        "full": {"diff": ones(out, inputs), "diff_b": ones(out)},
+    }  # fmt: skip
+    name = "lora_unet_" + LORA_MODULE.replace(".", "_")
+    alpha = {f"{name}.alpha": np.array(1.0, np.float32)}
+    return {
+        form: {f"{name}.{part}": values for part, values in parts.items()} | alpha
+        for form, parts in forms.items()
+    }
 
 
 _LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -765,7 +798,9 @@ def _renamed(raw: bytes, chance: Chance) -> bytes:
     match = chance.choice(found)
     new = chance.choice(
         b"lora_down alpha dora_scale F16 I8 0 1 [] [1] hada_w1_a lokr_w1 unet text_model [4,4] "
-        b"[1,1,1,1,1] 99999999999999999999 diff bias".split(b" ")
+        b"[1,1,1,1,1] 99999999999999999999 diff bias oft_blocks on_input rescale a1 F64 BOOL".split(
+            b" "
+        )
     )
     return raw[: match.start()] + new + raw[match.end() :]
 
@@ -884,7 +919,7 @@ PARSERS = {
         Parser(metadata, 8_000, 150),
         Parser(prompts, 8_000, 200),
         Parser(templates, 2_000, 100),
-        Parser(loras, 5_000, 60),
+        Parser(loras, 5_000, 100),
         Parser(hubs, 4_000, 60),
     )
 }

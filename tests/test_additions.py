@@ -32,6 +32,7 @@ def setters(pipe: Pipeline) -> dict[str, Callable[[list[Any]], None]]:
     """Part -> what replaces the additions of its kind; each takes a list."""
     return {
         "controlnet": pipe.set_controlnets,
+        "t2i_adapter": pipe.set_t2i_adapters,
         "ip_adapter": pipe.set_ip_adapters,
         "lora": pipe.set_loras,
         "embedding": pipe.set_embeddings,
@@ -47,6 +48,7 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pipeline, dict[str, 
     pipe = mlxdiff.load(checkpoint("sdxl"), backend="numpy")
     return pipe, {
         "controlnet": opened.controlnet("sdxl", "first"),
+        "t2i_adapter": opened.t2i_adapter("sdxl", "xl"),
         "ip_adapter": opened.adapter("sdxl", "image"),
         "lora": opened.lora("sdxl-kohya"),
         "embedding": GOLDEN / "prompts" / "xl-toy.safetensors",
@@ -55,7 +57,7 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pipeline, dict[str, 
     }
 
 
-PARTS = ["controlnet", "ip_adapter", "lora", "embedding", "vae", "refiner"]
+PARTS = ["controlnet", "t2i_adapter", "ip_adapter", "lora", "embedding", "vae", "refiner"]
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -81,6 +83,7 @@ def shown(part: str) -> dict[str, Any]:
     """The arguments that a run needs with such an addition."""
     return {
         "controlnet": {"control_image": photo(32, 32)},
+        "t2i_adapter": {"control_image": photo(32, 32)},
         "ip_adapter": {"ip_image": photo(32, 32)},
     }.get(part, {})
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from control_files import UNION_MODES, union_config, union_inputs, write_controlnet, write_union
-from golden_data import checkpoint, photo
+from golden_data import cases, checkpoint, photo
+from golden_runs import Opened, assert_drawn_again
 from PIL import Image
 
 import mlxdiff
@@ -47,6 +48,14 @@ def test_it_predicts_as_diffusers(mode: int, net: Path, backend: str) -> None:
             expected = golden[f"{mode}-{i}"]
             bound = 2e-5 * np.abs(expected).max()  # as for the other networks, float32
             np.testing.assert_allclose(np.array(array), expected, rtol=0, atol=bound)
+
+
+CASES = cases("union")
+
+
+@pytest.mark.parametrize("case", CASES, ids=[c["case"] for c in CASES])
+def test_pictures_equal_diffusers(case: dict[str, Any], backend: str, opened: Opened) -> None:
+    assert_drawn_again(opened, case, backend)
 
 
 def test_the_modes_of_the_published_nets() -> None:

@@ -11,12 +11,12 @@ from mlxdiff.run.kind import PARTS, Kind, LatentKind, PixelKind
 
 # Model -> the parts that it has.
 HAS = {
-    "sd15": "text image mask hires controlnet ip_adapter lora embedding vae",
-    "sdxl": "text prompt_2 sdxl target_size refiner image mask hires controlnet ip_adapter lora "
-    "embedding vae",
-    "sdxl-refiner": "text sdxl aesthetic_score refiner image mask hires controlnet ip_adapter lora "
-    "embedding vae",
-    "sd15-inpainting": "text image mask hires controlnet ip_adapter lora embedding vae",
+    "sd15": "text image mask hires controlnet t2i_adapter ip_adapter lora embedding vae",
+    "sdxl": "text prompt_2 sdxl target_size refiner image mask hires controlnet t2i_adapter "
+    "ip_adapter lora embedding vae",
+    "sdxl-refiner": "text sdxl aesthetic_score refiner image mask hires controlnet t2i_adapter "
+    "ip_adapter lora embedding vae",
+    "sd15-inpainting": "text image mask hires controlnet t2i_adapter ip_adapter lora embedding vae",
     "pix2pix": "text image edits ip_adapter lora embedding vae",
     "x4-upscaler": "text image upscales lora embedding vae",
     "ddpm": "",

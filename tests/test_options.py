@@ -324,13 +324,15 @@ def test_a_command_resolves_plans_and_opens_once(
 def test_a_control_image_is_opened_once_for_both_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlxdiff.run.additions import controlnet as control
+    from mlxdiff.run.additions import control
+    from mlxdiff.run.additions.controlnet import ControlNet
 
     opened = []
     own = control.load_image
     monkeypatch.setattr(control, "load_image", lambda one: opened.append(one) or own(one))
+    component: Any = SimpleNamespace(config=SimpleNamespace(types=None))
     found = control.resolve_controls(
-        [SimpleNamespace(types=None)], [(32, 32), (48, 64)], control_image=photo(32, 32)
+        [ControlNet(component)], [(32, 32), (48, 64)], control_image=photo(32, 32)
     )
     assert len(opened) == 1
     assert [controls[0].image.shape[:2] for controls in found] == [(32, 32), (64, 48)]

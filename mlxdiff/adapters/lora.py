@@ -58,6 +58,7 @@ _FILES = (
 )
 _ENDINGS = ("", ".safetensors", ".pt", ".ckpt", ".bin")
 _PEFT_CONFIG = "adapter_config.json"
+_PEFT_TYPES = ("LORA", "LOHA", "LOKR", "IA3")
 _PEFT_TEXT = re.compile(r"base_model\.model\.(?:text_model|encoder|embeddings|final_layer_norm)\.")
 _PARTS = (
     "unet",
@@ -174,6 +175,10 @@ def open_lora(path: str | os.PathLike[str]) -> LoraFile:
                 settings = {part: read_json(path.parent / _PEFT_CONFIG)}
             except ConfigError as error:
                 raise CheckpointError(str(error)) from None
+            form = str(settings[part].get("peft_type", "LORA"))
+            if form.upper() not in _PEFT_TYPES:
+                words = f"{recognise.PEFT_FORM} {shown(form)}"
+                raise CheckpointError(f"{path.parent}: is {words}; {recognise.use(words)}")
     digest, short = _hashes(path)
     short = metadata.get("sshs_model_hash", short)
     classes: dict[str, list[str]] = {
@@ -264,11 +269,25 @@ def _hashes(path: Path) -> tuple[str, str]:
 
 def is_lora(path: str | os.PathLike[str]) -> bool:
     """Return True if a file or folder contains a LoRA, by its tensor names."""
-    try:
-        tensors = _open(Path(os.path.expanduser(path)))[2].tensors
-    except (CheckpointError, UsageError):
-        return False
-    return any((found := lora_names.split(name)) and found.part != "alpha" for name in tensors)
+    for file in files_of(path):
+        try:
+            tensors = open_tensors(file).tensors
+        except CheckpointError:
+            continue
+        if recognise.kind(tensors).startswith(recognise.PEFT_FORM):
+            return False
+        if any((found := lora_names.split(n)) and found.part != "alpha" for n in tensors):
+            return True
+    return False
+
+
+def files_of(path: str | os.PathLike[str]) -> list[Path]:
+    """Return the files of a LoRA: a file itself, or those of a folder and of its parts."""
+    path = Path(os.path.expanduser(path))
+    if path.is_file():
+        return [path]
+    parts = [file for part in _PARTS for file in _files_in(path / part)[:1]]
+    return _files_in(path)[:1] or parts
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -305,8 +324,14 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         "short_hash": file.short_hash,
         "precision": dict(Counter(tensor.dtype for tensor in file.tensors.values())),
         "written": recognise.written(file.metadata),
-        "not_understood": unknown,
+        "not_understood": _first(unknown),
     }
+
+
+def _first(names: list[str], most: int = 10) -> list[str]:
+    """Return the first names, and how many there are beside them."""
+    left = len(names) - most
+    return names if left <= 0 else [*names[:most], f"and {left} more"]
 
 
 # ----------------------------------------------------------------------------------------- matching

@@ -143,6 +143,7 @@ class Attention(Module):
         x: tokens, the rows of all samples in one matrix (B * L, query_dim), or a feature map.
         encoder_hidden_states: x attends to these states, (B, S, context_dim). None: to itself.
         batch: B; None where x is a feature map.
+        inputs: knows changes of the inputs of the projections (ControlNet-LLLite).
     Returns: the shape of x.
     Source: diffusers models/attention_processor.py Attention.
     """
@@ -173,15 +174,19 @@ class Attention(Module):
         x: Array,
         encoder_hidden_states: Condition | None = None,
         batch: int | None = None,
+        inputs: Condition | None = None,
     ) -> Array:
+        def changed(name: str) -> Array:
+            return tokens if inputs is None else inputs.changed(self, name, tokens)
+
         tokens = x if self.group_norm is None else self.group_norm(x)
         if batch is None:
             batch, tokens = len(x), tokens.reshape(-1, x.shape[-1])
         if encoder_hidden_states is None:
-            k, v = self._keys_values(tokens)
+            k, v = self.to_k(changed("to_k")), self.to_v(changed("to_v"))
         else:
             k, v = encoder_hidden_states.made_by(self, self._kept_keys_values)
-        q = self.to_q(tokens)
+        q = self.to_q(changed("to_q"))
         out = self.nn.attention(q, k, v, self.heads, batch=batch)
         if encoder_hidden_states is not None:
             for k, v, scale in encoder_hidden_states.beside(self):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
+
+Change = Callable[[Any], Any]
+"""Changes the input of a layer: (B * L, C) -> the same."""
 
 
 class Condition:
@@ -22,6 +25,7 @@ class Condition:
         self._rows = slice(None)
         self._made: dict[int, tuple[object, Any]] = {}
         self._beside: dict[int, list[tuple[Any, Any, float]]] = {}
+        self._changes: dict[tuple[int, str], list[Change]] = {}
 
     def rows(self, start: int, stop: int) -> Condition:
         """Take some of these samples. They share with the whole what layers make."""
@@ -30,7 +34,26 @@ class Condition:
         part._rows = slice(first + start, first + stop)
         part._made = self._made
         part._beside = self._beside
+        part._changes = self._changes
         return part
+
+    def changing(self, changes: Iterable[tuple[object, str, Change]]) -> Condition:
+        """Take the same, with changes of the inputs of some layers, for one evaluation.
+
+        Args:
+            changes: module, name of its layer, change.
+        """
+        same = Condition(self.values)
+        same._rows, same._made, same._beside = self._rows, self._made, self._beside
+        for module, name, change in changes:
+            same._changes.setdefault((id(module), name), []).append(change)
+        return same
+
+    def changed(self, module: object, name: str, x: Any) -> Any:
+        """Return the input of a layer of a module as it is after all changes."""
+        for change in self._changes.get((id(module), name), ()):
+            x = change(x)
+        return x
 
     def made_by(self, layer: object, make: Callable[[Any], tuple[Any, ...]]) -> tuple[Any, ...]:
         """Return the arrays that a layer makes of the values, for these rows.

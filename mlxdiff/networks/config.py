@@ -681,6 +681,116 @@ class ControlNetConfig(UNet2DConditionConfig):
         return cls(**vars(unet), **own)
 
 
+# -------------------------------------------------------------------------------------- T2I-Adapter
+
+T2I_ADAPTERS = ("full_adapter", "full_adapter_xl", "light_adapter")
+
+
+@dataclass(frozen=True)
+class T2IAdapterConfig:
+    """A T2I-Adapter, as diffusers' T2IAdapter.
+
+    Attributes:
+        in_channels: of the control picture: 3, or 1 for grey.
+        channels: of the feature maps; of a light adapter without the last, which has the same.
+        num_res_blocks: in each level.
+        downscale_factor: pixels for each place of the largest map, along a side.
+        adapter_type: a name of ``T2I_ADAPTERS``.
+
+    Source: Mou et al. 2023 (arXiv 2302.08453).
+    """
+
+    in_channels: int
+    channels: tuple[int, ...]
+    num_res_blocks: int
+    downscale_factor: int
+    adapter_type: str
+
+    @property
+    def is_light(self) -> bool:
+        """True for a light adapter."""
+        return self.adapter_type == "light_adapter"
+
+    @property
+    def feature_channels(self) -> tuple[int, ...]:
+        """Channels of each feature map, the largest map first."""
+        return (*self.channels, self.channels[-1]) if self.is_light else self.channels
+
+    @property
+    def halves(self) -> tuple[bool, ...]:
+        """For each level, whether it halves the sides first."""
+        levels = range(len(self.feature_channels))
+        if self.adapter_type == "full_adapter_xl":
+            return tuple(level == 2 for level in levels)
+        return tuple(level > 0 for level in levels)
+
+    @classmethod
+    def from_dict(
+        cls, data: Mapping[str, Any], where: str = "t2i_adapter/config.json"
+    ) -> T2IAdapterConfig:
+        """Read a config.json. Raises: ConfigError."""
+        reader = _Reader(data, where, ("T2IAdapter",))
+        config = cls(
+            in_channels=reader.only("in_channels", 3, 1, 3),
+            channels=reader.integers("channels", (320, 640, 1280, 1280)),
+            num_res_blocks=reader.integer("num_res_blocks", 2, most=MOST_LAYERS),
+            downscale_factor=reader.integer("downscale_factor", 8, most=64),
+            adapter_type=reader.only("adapter_type", "full_adapter", *T2I_ADAPTERS),
+        )
+        if config.is_light and any(width % 4 for width in config.channels):
+            raise reader.fail("channels", list(config.channels), "multiples of 4")
+        if config.adapter_type == "full_adapter_xl" and (
+            config.channels[2:] != config.channels[2:3] * len(config.channels[2:])
+        ):
+            raise reader.fail("channels", list(config.channels), "the same from the third on")
+        reader.finish({})
+        return config
+
+
+# -------------------------------------------------------------------------------- ControlNet-LLLite
+
+
+@dataclass(frozen=True)
+class LLLiteModuleConfig:
+    """A module of a ControlNet-LLLite.
+
+    Attributes:
+        target: the linear layer of the U-Net whose input it changes, by its parameter name without
+            ``.weight``.
+        in_dim: width of that input.
+        mlp_dim: width of the module.
+        cond_emb_dim: width of the embedded control picture.
+        depth: 1, 2 or 3: the picture is embedded at 1/8, 1/16 or 1/32 of its sides.
+    """
+
+    target: str
+    in_dim: int
+    mlp_dim: int
+    cond_emb_dim: int
+    depth: int
+
+    @property
+    def factor(self) -> int:
+        """Pixels for each place of the embedded picture, along a side."""
+        return int(4 * 2**self.depth)
+
+
+@dataclass(frozen=True)
+class LLLiteConfig:
+    """A ControlNet-LLLite. Its files have no config: shapes tell all of it (``convert.lllite``).
+
+    Source: networks/control_net_lllite.py of kohya's sd-scripts.
+    """
+
+    modules: tuple[LLLiteModuleConfig, ...]
+    types: ClassVar[None] = None
+
+    @property
+    def factor(self) -> int:
+        """Pixels of which both sides of the picture must be multiples."""
+        return max(module.factor for module in self.modules)
+
+
 # --------------------------------------------------------------------------------------- IP-Adapter
 
 
@@ -1073,7 +1183,14 @@ class AutoencoderTinyConfig:
 VAEConfig = AutoencoderKLConfig | AutoencoderTinyConfig
 UNetConfig = UNet2DConditionConfig | UNet2DConfig
 ComponentConfig = (
-    CLIPTextConfig | CLIPVisionConfig | UNetConfig | ControlNetConfig | IPAdapterConfig | VAEConfig
+    CLIPTextConfig
+    | CLIPVisionConfig
+    | UNetConfig
+    | ControlNetConfig
+    | T2IAdapterConfig
+    | LLLiteConfig
+    | IPAdapterConfig
+    | VAEConfig
 )
 
 

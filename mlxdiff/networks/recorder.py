@@ -141,6 +141,9 @@ class Recorded:
             sizes[sizes.index(-1)] = self.size // known
         return self.view(sizes)
 
+    def transpose(self, *axes: int) -> Recorded:
+        return self.view([self.shape[axis] for axis in axes])
+
     def __getitem__(self, index: Any) -> Recorded:
         parts = index if isinstance(index, tuple) else (index,)
         real = tuple(np.zeros(p.shape, int) if isinstance(p, Recorded) else p for p in parts)

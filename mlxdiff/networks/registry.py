@@ -14,12 +14,16 @@ from mlxdiff.networks.config import (
     ComponentConfig,
     ControlNetConfig,
     IPAdapterConfig,
+    LLLiteConfig,
+    T2IAdapterConfig,
     UNet2DConditionConfig,
     UNet2DConfig,
 )
 from mlxdiff.networks.controlnet import ControlNetModel
 from mlxdiff.networks.ip_adapter import IPAdapterModel
 from mlxdiff.networks.layers import Layers, Module
+from mlxdiff.networks.lllite import LLLiteModel
+from mlxdiff.networks.t2i_adapter import T2IAdapterModel
 from mlxdiff.networks.taesd import AutoencoderTiny
 from mlxdiff.networks.unet import UNet2DConditionModel
 from mlxdiff.networks.unet_2d import UNet2DModel
@@ -31,6 +35,8 @@ NETWORKS: dict[type[ComponentConfig], Callable[..., Module]] = {
     UNet2DConditionConfig: UNet2DConditionModel,
     UNet2DConfig: UNet2DModel,
     ControlNetConfig: ControlNetModel,
+    LLLiteConfig: LLLiteModel,
+    T2IAdapterConfig: T2IAdapterModel,
     IPAdapterConfig: IPAdapterModel,
     AutoencoderKLConfig: AutoencoderKL,
     AutoencoderTinyConfig: AutoencoderTiny,

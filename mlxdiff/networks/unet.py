@@ -77,8 +77,8 @@ class BasicTransformerBlock(Module):
 
     def __call__(self, x: Array, encoder_hidden_states: Condition, batch: int) -> Array:
         context = encoder_hidden_states if self.only_cross_attention else None
-        x = x + self.attn1(self.norm1(x), context, batch)
-        x += self.attn2(self.norm2(x), encoder_hidden_states, batch)
+        x = x + self.attn1(self.norm1(x), context, batch, encoder_hidden_states)
+        x += self.attn2(self.norm2(x), encoder_hidden_states, batch, encoder_hidden_states)
         x += self.ff(self.norm3(x))
         return x
 
@@ -122,6 +122,7 @@ class DownBlock2D(Module):
         temb: of (B, E).
         encoder_hidden_states: not used; there so that all blocks are called alike.
         skips: every output is appended, for the up path.
+        feature: is added to the last output; None: nothing.
     Returns: (B, H', W', out_channels), halved (rounded up) by the downsampler.
     """
 
@@ -136,6 +137,7 @@ class DownBlock2D(Module):
         temb: Condition,
         encoder_hidden_states: Condition | None,
         skips: list[Array],
+        feature: Array | None = None,
     ) -> Array:
         for resnet in self.resnets:
             x = resnet(x, temb)
@@ -143,13 +145,16 @@ class DownBlock2D(Module):
         for downsampler in self.downsamplers:
             x = downsampler(x)
             skips.append(x)
+        if feature is not None:
+            skips[-1] = x = x + feature
         return x
 
 
 class CrossAttnDownBlock2D(Module):
     """Resnets, each followed by a transformer, then a downsampler where the block has one.
 
-    Args and result: as DownBlock2D, with encoder_hidden_states of (B, L, D) attended to.
+    Args and result: as DownBlock2D, with encoder_hidden_states of (B, L, D) attended to, and
+    feature added before the downsampler.
     """
 
     def __init__(self, nn: Layers, block: BlockSpec, config: UNetConfig) -> None:
@@ -164,10 +169,13 @@ class CrossAttnDownBlock2D(Module):
         temb: Condition,
         encoder_hidden_states: Condition | None,
         skips: list[Array],
+        feature: Array | None = None,
     ) -> Array:
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
             x = attention(resnet(x, temb), encoder_hidden_states)
             skips.append(x)
+        if feature is not None:
+            skips[-1] = x = x + feature
         for downsampler in self.downsamplers:
             x = downsampler(x)
             skips.append(x)
@@ -344,19 +352,25 @@ class UNetEncoder(Module):
             given["class_labels"] = sizes.array(batch)
         return given
 
-    def encode(self, x: Array, temb: Condition, text: Condition) -> tuple[Array, list[Array]]:
+    def encode(
+        self, x: Array, temb: Condition, text: Condition, features: Sequence[Array] = ()
+    ) -> tuple[Array, list[Array]]:
         """The way down.
 
         Args:
             x: output of conv_in, (B, H, W, C).
             temb, text: B rows of the results of ``embed`` and ``read``.
+            features: what T2I-Adapters add to each block, and then to the mid block.
         Returns: output of the mid block; x and the output of every layer of the down path.
         """
         skips = [x]
+        left = list(features)
         for block in self.down_blocks:
-            x = block(x, temb, text, skips)
+            x = block(x, temb, text, skips, left.pop(0) if left else None)
         if self.mid_block is not None:
             x = self.mid_block(x, temb, text)
+            if left:
+                x = x + left[0]
         return x, skips
 
 
@@ -375,6 +389,7 @@ class UNet2DConditionModel(UNetEncoder):
             is filled with it; a filled one is used in its place, and only that last layer runs (Ma
             et al. 2023, "DeepCache": it changes little from one timestep to the next).
         residuals: what ControlNets add to each output of the way down, the mid block's last.
+        features: what T2I-Adapters add inside the way down, to each block, and to the mid block.
     Returns: (B, H, W, out_channels), float32 for weights of any dtype: sampling is float32.
     Raises: UsageError where the model needs text_embeds and time_ids, or class_labels, and does not
         get them.
@@ -398,12 +413,13 @@ class UNet2DConditionModel(UNetEncoder):
         class_labels: Array | None = None,
         deep: list[Array] | None = None,
         residuals: list[Array] | None = None,
+        features: Sequence[Array] = (),
     ) -> Array:
         numbers = self.nn.asarray(timesteps, self.nn.float32)
         timesteps = self.nn.broadcast_to(numbers, (len(sample),))
         temb = self.embed(timesteps, text_embeds, time_ids, timestep_cond, class_labels)
         text = self.read(encoder_hidden_states)
-        return self.predict(sample, Condition(temb), text, deep, residuals)
+        return self.predict(sample, Condition(temb), text, deep, residuals, features)
 
     def run_once(self, sizes: Sizes) -> Array:
         sample = sizes.array(sizes.batch, sizes.height, sizes.width, self.config.in_channels)
@@ -440,6 +456,7 @@ class UNet2DConditionModel(UNetEncoder):
         text: Condition,
         deep: list[Array] | None = None,
         residuals: list[Array] | None = None,
+        features: Sequence[Array] = (),
     ) -> Array:
         """Run the network.
 
@@ -447,7 +464,7 @@ class UNet2DConditionModel(UNetEncoder):
             sample: (B, H, W, in_channels).
             temb: B rows of the result of ``embed``.
             text: B rows of the result of ``read``.
-            deep, residuals: as when called.
+            deep, residuals, features: as when called.
         Returns: as when called.
         """
         x = self.conv_in(self.nn.cast(sample, self.dtype))
@@ -456,7 +473,7 @@ class UNet2DConditionModel(UNetEncoder):
             skips = [x if residuals is None else x + residuals[0]]
             x = deep[0]
         else:
-            x, skips = self.encode(x, temb, text)
+            x, skips = self.encode(x, temb, text, features)
             if residuals is not None:
                 *to_skips, to_mid = residuals
                 skips = [skip + more for skip, more in zip(skips, to_skips, strict=True)]

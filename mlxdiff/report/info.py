@@ -61,6 +61,8 @@ def describe(
             return textual_inversion.describe(here)
         if here.is_file():
             return _file(here, config)
+        if not (here / "model_index.json").is_file() and (files := lora.files_of(here)):
+            return recognise.describe(files[0]) | {"path": str(here)}
         if (here / "config.json").is_file() and not (here / "model_index.json").is_file():
             return _component(here)
     return _model(path, config)

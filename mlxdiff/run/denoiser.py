@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mlxdiff.networks.condition import Condition
-from mlxdiff.run.additions import Prompted
+from mlxdiff.run.additions import Added, Prompted
 from mlxdiff.run.model import Model, PromptEmbeddings
 from mlxdiff.run.settings import Settings
 from mlxdiff.samplers.guidance import (
@@ -146,6 +146,8 @@ class Denoiser:
                 text=self.text,
                 conditions=self.conditions,
                 batch=self.batch,
+                # A refiner has none of the model's additions.
+                controls=dict(zip(model.controlled, settings.controls, strict=False)),
             )
         )
         self._deep: list[Any] = []
@@ -175,8 +177,10 @@ class Denoiser:
             last = self.batch - 1, self.batch
             temb, text = temb.rows(*last), text.rows(*last)
         deep = self._features(evaluation, len(sample))
-        residuals = self._residuals(x, evaluation, guided, shallow=bool(deep))
-        out = self.unet.predict(sample, temb, text, deep, residuals)
+        added = self._added(x, evaluation, guided, shallow=bool(deep))
+        if added.changes:
+            text = text.changing(added.changes)
+        out = self.unet.predict(sample, temb, text, deep, added.residuals, added.features or ())
         if not guided:
             return out
         scale, rescale = self.settings.guidance, self.settings.guidance_rescale
@@ -192,17 +196,11 @@ class Denoiser:
         first, end = guided_evaluations(self.settings.guidance_interval, evaluation.total)
         return first <= evaluation.index < end
 
-    def _residuals(
-        self, x: Any, evaluation: Evaluation, guided: bool, shallow: bool
-    ) -> list[Any] | None:
-        """Sum what the additions add to the U-Net's way down; None: nothing."""
+    def _added(self, x: Any, evaluation: Evaluation, guided: bool, shallow: bool) -> Added:
+        """Sum what the additions add inside the U-Net."""
         index, total = evaluation.index, evaluation.total
-        sums: list[Any] | None = None
-        for acting in self.acting:
-            more = acting(x, evaluation.t, index, total, guided, shallow)
-            if more is not None:
-                sums = more if sums is None else [a + b for a, b in zip(sums, more, strict=True)]
-        return sums
+        made = (acting(x, evaluation.t, index, total, guided, shallow) for acting in self.acting)
+        return sum((one for one in made if one is not None), Added())
 
     def _features(self, evaluation: Evaluation, batch: int) -> list[Any] | None:
         """The U-Net's ``deep``: empty if the whole U-Net must run; None: features are not kept."""

@@ -97,8 +97,8 @@ class Kind(ABC):
 
         Args:
             part: "text", "prompt_2", "sdxl", "target_size", "aesthetic_score", "image", "mask",
-                "edits", "upscales", "label", "hires", or an addition: "controlnet", "ip_adapter",
-                "lora", "embedding", "vae", "refiner".
+                "edits", "upscales", "label", "hires", or an addition: "controlnet",
+                "t2i_adapter", "ip_adapter", "lora", "embedding", "vae", "refiner".
         Raises: KeyError for another word.
         """
 
@@ -494,6 +494,10 @@ _LATENT_PARTS: dict[str, tuple[Callable[[LatentKind], bool], str]] = {
         lambda kind: not _starts_from_noise_alone(kind),
         "{this}; it cannot be combined with a ControlNet ({controlnets})",
     ),
+    "t2i_adapter": (
+        lambda kind: not _starts_from_noise_alone(kind),
+        "{this}; it cannot be combined with a T2I-Adapter ({t2i_adapters})",
+    ),
     "ip_adapter": (
         lambda kind: not kind.upscales,
         "{this}; it cannot be combined with an IP-Adapter ({ip_adapters})",
@@ -503,6 +507,7 @@ _LATENT_PARTS: dict[str, tuple[Callable[[LatentKind], bool], str]] = {
 # Part -> the words for it.
 _PIXEL_PARTS = dict.fromkeys(_LATENT_PARTS, "that") | {
     "controlnet": "a ControlNet",
+    "t2i_adapter": "a T2I-Adapter",
     "ip_adapter": "an IP-Adapter",
     "lora": "a LoRA",
     "embedding": "an embedding",

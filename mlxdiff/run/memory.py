@@ -131,6 +131,7 @@ class UNetRun:
         device: what computes.
         unet: config of the U-Net.
         latent: (h, w) of the latents.
+        size: (height, width) of the picture, in pixels.
         batch: predictions of an evaluation.
         pictures: the most pictures that an IP-Adapter is given.
     """
@@ -138,6 +139,7 @@ class UNetRun:
     device: Device
     unet: Any
     latent: tuple[int, int]
+    size: tuple[int, int]
     batch: int
     pictures: int = 1
 
@@ -212,7 +214,8 @@ def estimate(
                     isinstance(tensor, QuantizedTensor) for tensor in tensors.values()
                 )
                 need = activation_bytes(config, kind, *latent, batch=batch, expands=expands)
-                extra = one.additions.work(UNetRun(kind, config, latent, batch, pictures))
+                run = UNetRun(kind, config, latent, (height, width), batch, pictures)
+                extra = one.additions.work(run)
                 need = max(need + extra.beside, extra.before)
             elif name == "vae":
                 need = activation_bytes(config, kind, *latent)

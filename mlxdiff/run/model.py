@@ -15,8 +15,10 @@ import numpy as np
 from mlxdiff.convert import Component
 from mlxdiff.noise import Generator
 from mlxdiff.run.additions import Additions
+from mlxdiff.run.additions.control import Controlled
 from mlxdiff.run.additions.controlnet import ControlNet
 from mlxdiff.run.additions.ip_adapter import IPAdapter
+from mlxdiff.run.additions.t2i_adapter import T2IAdapter
 from mlxdiff.run.kind import Kind, Network
 from mlxdiff.run.network_cache import NetworkCache
 from mlxdiff.store.folder import ModelSource
@@ -98,6 +100,11 @@ class Model(Kind):
     def controlnets(self) -> tuple[ControlNet, ...]:
         """The ControlNets that were added."""
         return self.additions.of(ControlNet)
+
+    @property
+    def controlled(self) -> tuple[Controlled, ...]:
+        """The additions that follow a control picture, in the order of their pictures."""
+        return *self.controlnets, *self.additions.of(T2IAdapter)
 
     @property
     def ip_adapters(self) -> tuple[IPAdapter, ...]:

@@ -342,27 +342,30 @@ class FileOptions(Options):
     )
     control_image: Pictures | None = _control(
         "--control-image",
-        help="Picture for a ControlNet; it is resized. Give one for each --controlnet.",
-        doc="picture for a ControlNet, resized: path, Pillow image or array; with several nets a "
-        "list, one for each.",
+        help="Picture for a ControlNet or T2I-Adapter; it is resized. Give one for each, those of "
+        "ControlNets first.",
+        doc="picture for a ControlNet or T2I-Adapter, resized: path, Pillow image or array; for "
+        "several a list, one for each, those of ControlNets first.",
         elsewhere="controlnet_image control_image_path controlnet_image_path",
     )
     control_scale: Scales | None = _control(
         "--control-scale",
-        help="How strongly a ControlNet counts; one for all or one for each. Default: 1.",
-        elsewhere="controlnet_conditioning_scale controlnet_strength control_strength",
+        help="How strongly a ControlNet or T2I-Adapter counts; one for all or one for each. "
+        "Default: 1.",
+        elsewhere="controlnet_conditioning_scale controlnet_strength control_strength "
+        "adapter_conditioning_scale",
     )
     control_start: Shares | None = _control(
         "--control-start",
-        help="Share of the run at which a ControlNet begins; one for all or one for each. "
-        "Default: 0.",
+        help="Share of the run at which a ControlNet or T2I-Adapter begins; one for all or one for "
+        "each. Default: 0.",
         elsewhere="control_guidance_start",
     )
     control_end: Shares | None = _control(
         "--control-end",
-        help="Share of the run at which a ControlNet ends; one for all or one for each. "
-        "Default: 1.",
-        elsewhere="control_guidance_end",
+        help="Share of the run at which a ControlNet or T2I-Adapter ends; one for all or one for "
+        "each. Default: 1.",
+        elsewhere="control_guidance_end adapter_conditioning_factor",
     )
     control_preprocess: Preprocessors | None = _control(
         "--control-preprocess",
@@ -518,6 +521,17 @@ class LoadOptions(Options):
         doc="ControlNets made for this kind of model, each a folder, a file or a hub id; "
         "``generate`` then takes a control_image for each.",
         elsewhere="controlnet controlnet_path control_net",
+    )
+    t2i_adapters: Places = _model(
+        "--t2i-adapter",
+        default=(),
+        key="t2i_adapter",
+        part="t2i_adapter",
+        help="A T2I-Adapter: folder, file or hub id. Repeatable; give --control-image once for "
+        "each, those of ControlNets first.",
+        doc="T2I-Adapters made for this kind of model, each a folder, a file or a hub id; "
+        "``generate`` then takes a control_image for each, after those of ControlNets.",
+        elsewhere="t2i_adapter adapter",
     )
     ip_adapters: Places = _model(
         "--ip-adapter",

@@ -18,7 +18,7 @@ from mlxdiff.pictures.canvas import Borders, Canvas, check_borders, load_mask, m
 from mlxdiff.pictures.hires import Hires, resolve_hires
 from mlxdiff.pictures.image import load_image, resize
 from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
-from mlxdiff.run.additions.controlnet import Control, resolve_controls
+from mlxdiff.run.additions.control import Control, resolve_controls
 from mlxdiff.run.additions.ip_adapter import ImagePrompt, resolve_image_prompts
 from mlxdiff.run.habits import note_habits, note_seed
 from mlxdiff.run.model import Model
@@ -49,7 +49,7 @@ class Settings(ValueOptions):
         canvas: the picture and what of it is repainted; else None.
         mask_name: the name of the mask's file, or "(pixels)".
         hires: how to enlarge the finished picture, and the controls at its larger size.
-        controls: the picture and the numbers of each ControlNet.
+        controls: the picture and the numbers of each ControlNet, then of each T2I-Adapter.
         image_prompts: the pictures of each IP-Adapter.
         refined: whether there is a refiner.
     """
@@ -230,7 +230,7 @@ def _resolve_text(
         [(width, height)] if larger is None else [(width, height), (larger.width, larger.height)]
     )
     controls = resolve_controls(
-        [net.component.config for net in model.controlnets],
+        model.controlled,
         sizes,
         control_image=asked.control_image,
         control_scale=asked.control_scale,
@@ -270,7 +270,7 @@ def _resolve_text(
         aesthetic_score=None,
         negative_aesthetic_score=None,
     )
-    if settings.guess_mode and not settings.controls:
+    if settings.guess_mode and not model.controlnets:
         raise UsageError(
             f"{argument('guess_mode')}: there is no ControlNet; give one "
             f"({argument('controlnets')})"

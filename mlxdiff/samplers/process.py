@@ -43,7 +43,6 @@ _FOREIGN = {
 }
 # Values of keys that mean flow matching, in whichever class.
 _FLOW_VALUES = {
-    "prediction_type": "flow_prediction",
     "use_flow_sigmas": True,
     "use_dynamic_shifting": True,
 }
@@ -74,6 +73,9 @@ def check_process(config: Mapping[str, Any], where: str = "scheduler_config.json
     for key, value in _FLOW_VALUES.items():
         if config.get(key) == value:
             raise _refusal(where, f"{key} {value!r}", _FLOW)
+    predicts = config.get("prediction_type")
+    if isinstance(predicts, str) and predicts.startswith("flow"):
+        raise _refusal(where, f"prediction_type {predicts!r}", _FLOW)
     plain = str(name).removeprefix("Flax")  # the classes that diffusers had for JAX
     if name is None or plain in DDPM_CLASSES | EDM_CLASSES:
         return

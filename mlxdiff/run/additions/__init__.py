@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 from mlxdiff.convert import Component
-from mlxdiff.networks.condition import Condition
+from mlxdiff.networks.condition import Change, Condition
 from mlxdiff.run.kind import Network
 from mlxdiff.run.memory import UNetRun, Work
 from mlxdiff.store.folder import Progress
@@ -49,6 +49,7 @@ class Prompted:
         text: the same, read by the U-Net. Additions may put more beside it.
         conditions: the U-Net's other inputs, (B, ...) each.
         batch: B.
+        controls: the picture of each addition that follows one (``additions.control.Control``).
     """
 
     settings: Any
@@ -60,6 +61,36 @@ class Prompted:
     text: Condition
     conditions: Mapping[str, Any]
     batch: int
+    controls: Mapping[Any, Any]
+
+
+@dataclass(frozen=True)
+class Added:
+    """What is added inside the U-Net in one evaluation.
+
+    Attributes:
+        residuals: to the outputs of its way down, the mid block last; of a shallow evaluation, to
+            the first of them. None: nothing.
+        features: to each block of its way down, and to the mid block. None: nothing.
+        changes: module, name of its layer, change of the input of this layer.
+    """
+
+    residuals: list[Any] | None = None
+    features: list[Any] | None = None
+    changes: tuple[tuple[object, str, Change], ...] = ()
+
+    def __add__(self, other: Added) -> Added:
+        return Added(
+            _sum(self.residuals, other.residuals),
+            _sum(self.features, other.features),
+            self.changes + other.changes,
+        )
+
+
+def _sum(one: list[Any] | None, other: list[Any] | None) -> list[Any] | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return [a + b for a, b in zip(one, other, strict=True)]
 
 
 class Acting(Protocol):
@@ -70,8 +101,8 @@ class Acting(Protocol):
 
     def __call__(
         self, x: Any, t: float, index: int, total: int, guided: bool, shallow: bool
-    ) -> list[Any] | None:
-        """Return what they add to the U-Net's way down, the mid block last; None: nothing.
+    ) -> Added | None:
+        """Return what they add; None: nothing.
 
         Args:
             x: latents (1, h, w, C), as the U-Net takes them.
@@ -126,9 +157,9 @@ class Addition:
         return {}
 
     @classmethod
-    def act(cls, items: Sequence[Any], prompted: Prompted) -> Acting | None:
-        """Get ready for a prompt. Return what takes part in each evaluation, if anything."""
-        return None
+    def act(cls, items: Sequence[Any], prompted: Prompted) -> Sequence[Acting]:
+        """Get ready for a prompt. Return what takes part in each evaluation."""
+        return ()
 
 
 AdditionT = TypeVar("AdditionT", bound=Addition)
@@ -199,8 +230,7 @@ class Additions:
 
     def act(self, prompted: Prompted) -> list[Acting]:
         """Get ready for a prompt; see ``Addition.act``."""
-        acting = [kind.act(items, prompted) for kind, items in self._by_kind()]
-        return [one for one in acting if one is not None]
+        return [one for kind, items in self._by_kind() for one in kind.act(items, prompted)]
 
     def _by_kind(self) -> list[tuple[type[Addition], list[Addition]]]:
         kinds = dict.fromkeys(type(one) for one in self.items)

@@ -17,7 +17,7 @@ import numpy as np
 from mlxdiff.convert import Component, open_ip_adapter
 from mlxdiff.errors import UsageError, argument
 from mlxdiff.pictures.image import load_image, to_clip
-from mlxdiff.run.additions import Addition, Fetch, Prompted, named
+from mlxdiff.run.additions import Acting, Addition, Fetch, Prompted, named
 from mlxdiff.run.kind import Kind
 from mlxdiff.run.memory import UNetRun, Work, activation_bytes
 from mlxdiff.run.values import listed
@@ -145,7 +145,7 @@ class IPAdapter(Addition):
         }
 
     @classmethod
-    def act(cls, items: Sequence[IPAdapter], prompted: Prompted) -> None:
+    def act(cls, items: Sequence[IPAdapter], prompted: Prompted) -> Sequence[Acting]:
         """Let the U-Net's layers that read the text see the pictures beside it.
 
         The rows of the text before the last see no picture.
@@ -174,3 +174,4 @@ class IPAdapter(Addition):
             made = adapter.keys_values(tokens)
             for layer, (keys, values) in zip(prompted.unet.cross_attentions(), made, strict=True):
                 layer.keep_beside(prompted.text, keys, values, prompt.scale)
+        return ()
