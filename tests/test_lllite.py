@@ -42,7 +42,7 @@ def test_a_file_is_opened_and_told(tmp_path: Path) -> None:
     assert config.factor == 32
     assert len(found.tensors()) == len(lllite_tensors("sdxl"))
     said = describe(str(path))
-    assert said["kind"] == "a ControlNet-LLLite" and "--controlnet" in said["use"]
+    assert said["kind"] == "a ControlNet-LLLite" and "controlnets" in said["use"]
 
 
 @pytest.mark.parametrize("shape", [None, (), (2, 2), (7, 9, 3, 3)])

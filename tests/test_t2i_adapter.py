@@ -71,7 +71,7 @@ def test_one_file_is_what_the_folder_is(tmp_path: Path, name: str, model: str, f
     for key, tensor in ours.items():
         np.testing.assert_array_equal(tensor.read(), theirs[key].read())
     said = describe(str(path))
-    assert said["kind"] == "a T2I-Adapter" and "--t2i-adapter" in said["use"]
+    assert said["kind"] == "a T2I-Adapter" and "t2i_adapters" in said["use"]
     assert describe(str(tmp_path / "net"))["kind"] == "a T2I-Adapter"
 
 
@@ -92,8 +92,8 @@ def test_the_published_adapters_fit_the_published_models() -> None:
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        (["control_model.input_hint_block.0.weight"], "a ControlNet; give it with --controlnet"),
-        (["style_embedding", "transformer_layes.0.ln_1.weight"], "a style T2I-Adapter; .+--ip-ada"),
+        (["control_model.input_hint_block.0.weight"], "a ControlNet; give it with controlnets"),
+        (["style_embedding", "transformer_layes.0.ln_1.weight"], "a style T2I-Adapter; .+ip_ada"),
         (["lora_unet_down.lora_up.weight"], "a LoRA"),
         (["body.0.skep.weight", "body.0.block1.weight"], "first structure"),
     ],
@@ -108,7 +108,7 @@ def test_files_that_hold_something_else(tmp_path: Path, names: list[str], says: 
 def test_given_as_a_controlnet(tmp_path: Path) -> None:
     path = tmp_path / "t2i.safetensors"
     save_file(original_names("full", "sd15"), path)
-    with pytest.raises(CheckpointError, match="a T2I-Adapter; give it with --t2i-adapter"):
+    with pytest.raises(CheckpointError, match="a T2I-Adapter; give it with t2i_adapters"):
         open_controlnet(path, unet_of("sd15"))
     folder = write_t2i_adapter(tmp_path / "net", "full", "sd15")
     with pytest.raises(CheckpointError, match="is a T2IAdapter, not a ControlNet"):
