@@ -49,7 +49,7 @@ def generate(text: str | None, quiet: bool, **given: Any) -> None:
     from mlxdiff.loading import load
     from mlxdiff.run.settings import pick_seeds
 
-    seeds = pick_seeds(for_run.pop("seed", None), for_run.get("count", 1))
+    seeds = pick_seeds(for_run.pop("seed", None), for_run.get("count", 1), for_run.get("vary"))
     output = Output(command, quiet, prompts, seeds)
     with ProgressBar("fetching", quiet) as progress:
         pipe = load(**given_to(LoadOptions, asked), progress=progress)

@@ -19,6 +19,7 @@ from mlxdiff.pictures.image import load_image, resize
 from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
 from mlxdiff.run.additions.controlnet import Control, resolve_controls
 from mlxdiff.run.additions.ip_adapter import ImagePrompt, resolve_image_prompts
+from mlxdiff.run.aspect import with_aspect
 from mlxdiff.run.habits import note_habits, note_seed
 from mlxdiff.run.model import Model
 from mlxdiff.run.options import RunOptions, ValueOptions
@@ -166,12 +167,14 @@ def resolve(
     sampler, schedule = samplers.resolve(asked.sampler, asked.schedule)
     asked = replace(asked, sampler=sampler, schedule=schedule)
     note_seed(asked.seed)
-    seeds = pick_seeds(asked.seed, asked.count)
+    seeds = pick_seeds(asked.seed, asked.count, asked.vary)
+    asked = with_aspect(model, asked)
     if model.lacks("text"):
         settings, plans = _resolve_pixels(model, asked)
     else:
         settings, plans = _resolve_text(model, refiner, asked)
     settings = replace(settings, sampler=plans[0].sampler, schedule=plans[0].schedule)
+    _check_first_noise(settings, asked, model)
     noise = _check_noise(settings, asked.noise, len(seeds), model)
     return PlannedRun(model, settings, plans, seeds, noise)
 
@@ -300,9 +303,24 @@ def _check_noise(
         raise UsageError(
             f"noise has shape {noise.shape}; expected {expected} (pictures, H/f, W/f, C)"
         )
-    if not settings.adds_noise:
-        raise UsageError("noise: this run begins without any (denoising_start)")
     return noise
+
+
+def _check_first_noise(settings: Settings, asked: RunOptions, model: Model) -> None:
+    """Refuse what changes the first noise where it is given, or where there is none."""
+    if asked.noise_size is not None:
+        height, width = asked.noise_size
+        try:
+            model.check_size(width=width, height=height)
+        except UsageError as error:
+            raise UsageError(f"noise_size: {error}") from None
+    changes = {"vary": asked.vary, "noise_size": asked.noise_size}
+    for name, value in (changes | {"noise": asked.noise}).items():
+        if value is not None and not settings.adds_noise:
+            raise UsageError(f"{name}: this run begins without any noise (denoising_start)")
+    for name, value in changes.items():
+        if value is not None and asked.noise is not None:
+            raise UsageError(f"{name} and noise are both given; give one of them")
 
 
 def _size(
@@ -548,9 +566,17 @@ def _note_what_has_no_effect(model: Model, settings: Settings, asked: RunOptions
             logger.warning("negative_prompt_2 has no effect without negative_prompt")
 
 
-def pick_seeds(seed: int | None, count: int) -> list[int]:
-    """The seeds of a run: seed, seed + 1, ...; the first is random if none is given."""
+def pick_seeds(seed: int | None, count: int, vary: tuple[int, float] | None = None) -> list[int]:
+    """The seeds of a run: seed, seed + 1, ...; the first is random if none is given.
+
+    With a variation all pictures have the same seed: the seed of the variation counts on.
+    """
     if count < 1:
         raise UsageError(f"count is {count}; expected at least 1")
     first = secrets.randbits(32) if seed is None else seed
-    return [first + i for i in range(count)]
+    return [first + (i if vary is None else 0) for i in range(count)]
+
+
+def variation(vary: tuple[int, float] | None, index: int) -> tuple[int, float] | None:
+    """The variation of picture ``index`` of a run."""
+    return None if vary is None else (vary[0] + index, vary[1])
