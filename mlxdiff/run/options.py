@@ -393,6 +393,12 @@ class FileOptions(Options):
     hires_strength: Share | None = _hires(
         "--hires-strength", help="How far to go from the enlarged picture, 0 to 1. Default: 0.5."
     )
+    hires_steps: Positive | None = _hires(
+        "--hires-steps",
+        metavar="N",
+        help="Steps of the second pass. Default: --steps times --hires-strength.",
+        elsewhere="hr_second_pass_steps",
+    )
     control_image: Pictures | None = _control(
         "--control-image",
         help="Picture for a ControlNet; it is resized. Give one for each --controlnet.",

@@ -90,11 +90,13 @@ class Settings(ValueOptions):
         if self.hires is None:
             return None
         size, larger = (self.height, self.width), (self.hires.height, self.hires.width)
+        steps, strength = self.hires.schedule(self.steps)
         return replace(
             self,
             width=self.hires.width,
             height=self.hires.height,
-            strength=self.hires.strength,
+            steps=steps,
+            strength=strength,
             # A size that was the picture's own stays so.
             original_size=larger if self.original_size == size else self.original_size,
             target_size=larger if self.target_size == size else self.target_size,
@@ -222,6 +224,7 @@ def _resolve_text(
         asked.hires,
         asked.hires_upscaler,
         asked.hires_strength,
+        asked.hires_steps,
         width=width,
         height=height,
         factor=model.vae_config.factor,
