@@ -170,7 +170,7 @@ def _at_hand(entry: Option, names: Any, path: str) -> Any:
     what = entry.name.replace("_", " ")
     if _leads_away(names):
         why = "which is outside this folder"
-    elif (place := without_hub(names)) is not None:
+    elif (place := without_hub(names)) is not None and (place != names or os.path.exists(place)):
         return place
     else:
         why = "which is not on this machine"

@@ -306,19 +306,28 @@ def of_picture(picture: Image.Image, where: str) -> Metadata:
     if JSON_KEY in texts:
         return Metadata.from_json(texts[JSON_KEY], where=where)
     if (found := _of_texts(texts)) is not None:
-        return found
+        return _with_size(found, picture)
     try:
         hidden = stealth.texts_of(picture)
     except Exception as error:
         raise UsageError(f"{where}: cannot be decoded ({one_line(error)})") from error
     if (found := _of_texts(hidden)) is not None:
-        return found
+        return _with_size(found, picture)
     if keys := foreign.unknown_keys({**hidden, **texts}):
         raise UsageError(
             f"{where}: holds JSON of a program that mlxdiff does not read (with {keys}); give the "
             "settings as options"
         )
     raise UsageError(f"{where}: says nothing about how it was made (nothing that mlxdiff reads)")
+
+
+def _with_size(found: Metadata, picture: Image.Image) -> Metadata:
+    """Take the size of the picture where settings of another program name none."""
+    if found.width or found.height or found.seed is None or found.version is not None:
+        return found
+    if "image" in found.extra or any(side % 8 for side in picture.size):
+        return found
+    return dataclasses.replace(found, width=picture.width, height=picture.height)
 
 
 def _of_texts(texts: Mapping[str, str]) -> Metadata | None:

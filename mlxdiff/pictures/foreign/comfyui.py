@@ -164,20 +164,21 @@ class _Walk:
     Attributes:
         graph: the nodes.
         read: ids of the nodes whose values are honoured, or that change nothing.
+        passes: number of samplers on the way to the picture; the first one is read.
+        savers: number of nodes that save pictures; the first one is taken.
     """
 
     def __init__(self, graph: Graph, sampler: str, decoder: str | None) -> None:
         self.graph, self.sampler, self.decoder = graph, sampler, decoder
         self.read: set[str] = set()
-        self.others: list[str] = []
+        self.passes = self.savers = 1
 
     @classmethod
     def begin(cls, graph: Graph) -> _Walk | None:
         """Find the sampler of the picture; None if there is none."""
         savers = [name for name, node in graph.items() if node["class_type"] in _SAVERS]
-        for saver in [*savers, *(n for n in graph if n not in savers)]:
-            if saver not in savers and graph[saver]["class_type"] not in _SAMPLERS:
-                continue
+        samplers = [name for name, node in graph.items() if node["class_type"] in _SAMPLERS]
+        for saver in (*savers, *samplers):
             decoder = sampler = None
             passes: list[str] = []
             for name in _upstream(graph, saver, ("images", "image", "samples", "latent_image",
@@ -190,7 +191,7 @@ class _Walk:
                     sampler = name
             if sampler is not None:
                 walk = cls(graph, sampler, decoder)
-                walk.others = passes[:-1]
+                walk.passes, walk.savers = len(passes), len(savers)
                 return walk
         return None
 
@@ -408,8 +409,10 @@ class _Walk:
         end = whole(self._value(inputs, "end_at_step"))
         if end is not None and record.steps is not None and end < record.steps:
             record.name({"end_at_step": end})
-        if self.others:
-            record.name({"passes after the first": len(self.others)})
+        if self.passes > 1:
+            record.name({"passes after the first": self.passes - 1})
+        if self.savers > 1:
+            record.name({"other pictures of the graph": self.savers - 1})
         rest = [
             self._kind(name)
             for name in self.graph

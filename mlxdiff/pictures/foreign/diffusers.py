@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from mlxdiff.pictures.foreign.record import (
+    COMPEL,
     UNNAMED,
     AddedLora,
     Fields,
@@ -92,6 +93,8 @@ def _read(fields: Fields, tool: str) -> Record:
     _read_clip_skip(record, fields, tool)
     _read_image(record, fields)
     record.loras = _loras(fields)
+    if tool == "Easy Diffusion":
+        record.name_weights(COMPEL, "Compel's, such as word++ or (words)1.2")
     if tool == "mflux":
         record.rng = None
         record.name({"seed": "mflux draws the noise of a seed with MLX, which is other noise"})

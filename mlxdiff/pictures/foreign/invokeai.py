@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlxdiff.pictures.foreign.record import (
+    COMPEL,
     UNNAMED,
     AddedLora,
     Fields,
@@ -42,6 +43,13 @@ _LONGEST_DREAM = 100_000
 
 def read(texts: Texts) -> Record | None:
     """Read what InvokeAI writes; see ``foreign.READERS``."""
+    record = _read(texts)
+    if record is not None:
+        record.name_weights(COMPEL, "Compel's, such as word++ or (words)1.2")
+    return record
+
+
+def _read(texts: Texts) -> Record | None:
     values = document(texts.get("invokeai_metadata"))
     if isinstance(values, dict) and values:
         return _of_3(Fields(values))

@@ -7,10 +7,12 @@ Source: NovelAI's pictures, as novelai-image-metadata (NovelAI's own, MIT) reads
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from mlxdiff.pictures.foreign.record import UNNAMED, Fields, Record, Texts, document
 
+_WEIGHTS = re.compile(r"[{}\[\]]|::")
 _SAYS_NOTHING = (
     "n_samples",
     "hide_debug_overlay",
@@ -59,6 +61,7 @@ def read(texts: Texts) -> Record | None:
     for key in ("v4_prompt", "v4_negative_prompt"):
         if _is_plain(fields.left.get(key)):
             del fields.left[key]  # the prompt once more
+    record.name_weights(_WEIGHTS, "NovelAI's, such as {word}, [word] or 1.2::word::")
     record.name(fields.left, _SAYS_NOTHING)
     return record
 

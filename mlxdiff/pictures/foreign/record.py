@@ -23,6 +23,8 @@ UNNAMED = "(not named)"
 
 _LONGEST_DOCUMENT = 8 << 20
 _MOST_NAMED = 100
+COMPEL = re.compile(r"[\w)][+-]{1,9}(?=[\s,.)]|$)|\)[0-9]*\.?[0-9]+|\)\.(?:and|blend|swap)\(")
+"""Signs of Compel's prompt syntax: ``word++``, ``(words)1.2``, ``("a", "b").blend(1, 1)``."""
 _LONGEST_VALUE = 200
 
 
@@ -104,6 +106,11 @@ class Record:
     vary: tuple[int, float] | None = None
     noise_size: tuple[int, int] | None = None
     named: dict[str, str] = field(default_factory=dict)
+
+    def name_weights(self, sign: re.Pattern[str], words: str) -> None:
+        """Name the weights of a prompt syntax that mlxdiff does not have, where a text has some."""
+        if any(sign.search(text) for text in (self.prompt, self.negative_prompt or "")):
+            self.name({"weights in the prompt": words})
 
     def name(self, values: Mapping[str, Any], ignored: Collection[str] = ()) -> None:
         """Name what is not honoured. A value that asks for nothing goes without saying.

@@ -18,7 +18,7 @@ _NO_SCHEDULE = {"", "automatic", "default", "none", "native", "auto"}
 _EVEN = {"normal", "uniform", "discrete", "linear"}
 _SPELLINGS: tuple[tuple[str, str], ...] = (
     (r"_gpu$", ""),  # ComfyUI: where the noise is drawn
-    (r"^k[_-]", ""),
+    (r"^(sample|k)[_-]", ""),
     (r"^dpm\+\+(?=\d)", "dpm++ "),  # stable-diffusion.cpp
     (r"^(ddim|plms|unipc)(_|-).*$", r"\1"),
 )
