@@ -71,9 +71,14 @@ def clip_skip_for_sdxl(options: Mapping[str, Any], path: str | None, given: bool
         given: whether the command line gives the clip skip.
     """
     skipped = options.get("clip_skip")
-    if path is None or given or not skipped or _read(path).version is not None:
+    if path is None or given or not skipped or not _is_foreign(_read(path)):
         return dict(options)
     return dict(options) | {"clip_skip": skipped - 1 or None}
+
+
+def _is_foreign(metadata: Metadata) -> bool:
+    """Return True for a picture of another program."""
+    return "tool" in metadata.extra
 
 
 def _read(path: str) -> Metadata:
@@ -85,7 +90,7 @@ def _read(path: str) -> Metadata:
 def _recorded(metadata: Metadata, path: str, overridden: set[str], trust: bool) -> dict[str, Any]:
     """The options that a picture's metadata hold, by Python name, but for those overridden."""
     values = metadata.to_dict()
-    is_foreign = metadata.version is None
+    is_foreign = _is_foreign(metadata)
     found: dict[str, Any] = {}
     rest: dict[str, Any] = {}
     for entry in _all():
