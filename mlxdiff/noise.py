@@ -157,7 +157,7 @@ class PhiloxGenerator:
         values = np.sqrt(-2.0 * np.log(radius * _UNIT + _UNIT / 2)) * np.sin(
             angle * _TURN + _TURN / 2
         )
-        return values.astype(np.float32).reshape(shape)
+        return np.asarray(values, np.float32).reshape(shape)
 
 
 class NumpyGenerator:
@@ -179,7 +179,8 @@ class NumpyGenerator:
 
     def randn(self, shape: int | Sequence[int]) -> np.ndarray:
         """Draw the next numbers: float32, in C order of `shape`."""
-        return self._state.standard_normal(_as_tuple(shape)).astype(np.float32)
+        values = self._state.standard_normal(_as_tuple(shape))
+        return np.asarray(values, np.float32)
 
 
 SOURCES: Mapping[str, Callable[[int], NoiseSource]] = {
@@ -198,10 +199,10 @@ def _integer(seed: Any) -> int:
 
 
 def _torch_seed(seed: Any) -> int:
-    seed = _integer(seed)
-    if not -(2**63) <= seed < 2**64:
-        raise UsageError(f"seed {seed} is out of range: torch takes -2**63 to 2**64 - 1")
-    return seed
+    whole = _integer(seed)
+    if not -(2**63) <= whole < 2**64:
+        raise UsageError(f"seed {whole} is out of range: torch takes -2**63 to 2**64 - 1")
+    return whole
 
 
 def _as_tuple(shape: int | Sequence[int]) -> tuple[int, ...]:
@@ -241,7 +242,7 @@ def framed(noise: np.ndarray, small: np.ndarray) -> np.ndarray:
     Returns: (1, h, w, C) float32.
     Source: A1111's "Resize seed from".
     """
-    result = noise.copy()
+    result = np.array(noise)
     inside: list[slice] = []
     taken: list[slice] = []
     for size, other in zip(noise.shape[1:3], small.shape[1:3], strict=True):

@@ -106,7 +106,8 @@ def resolve_hires(
             f"of {factor}, so it has no effect; give a larger value"
         )
     strength = STRENGTH if strength is None else strength
-    return Hires(float(scale), upscaler, float(strength), *larger, steps)
+    new_width, new_height = larger
+    return Hires(float(scale), upscaler, float(strength), new_width, new_height, steps)
 
 
 def enlarge_latents(latents: np.ndarray, height: int, width: int, upscaler: str) -> np.ndarray:

@@ -23,7 +23,7 @@ from mlxdiff.errors import UsageError, one_line, quoted
 from mlxdiff.pictures import foreign
 from mlxdiff.pictures.foreign import a1111, stealth, translate
 from mlxdiff.pictures.foreign.a1111 import NEGATIVE
-from mlxdiff.pictures.foreign.record import Fields
+from mlxdiff.pictures.foreign.record import Fields, Record
 from mlxdiff.pictures.foreign.texts import texts_of
 from mlxdiff.pictures.image import open_picture
 from mlxdiff.samplers.names import SAMPLER_NAMES, SCHEDULE_NAMES, find_sampler, find_schedule
@@ -229,7 +229,7 @@ class Metadata:
         return cls.from_record(a1111.of_text(parts))
 
     @classmethod
-    def from_record(cls, record: foreign.Record) -> Metadata:
+    def from_record(cls, record: Record) -> Metadata:
         """Take what a picture of another program says."""
         fields, extra = translate.settings(record)
         return cls(**fields, extra=extra)
