@@ -78,7 +78,19 @@ def test_values_of_a_wrong_kind_are_named_not_used(name: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("place", ["parameters", "UserComment", "Comment", "jpeg"])
 @pytest.mark.parametrize(
-    "text", ['{"a": 1}', '[{"prompt": "x"}]', '{"prompt": "a red circle", "x": ', '{ "k": "']
+    "text",
+    [
+        '{"a": 1}',
+        '[{"prompt": "x"}]',
+        '{"prompt": "a red circle", "x": ',
+        '{ "k": "',
+        "{'prompt': 'a red circle', 'steps': 20}",
+        '"{\\"aux\\": \\"a red circle\\"}"',
+        '\ufeff{"a": "a red circle"}',
+        '<?xml version="1.0"?><a>a red circle</a>',
+        "{}",
+        "[]",
+    ],
 )
 def test_json_is_never_a_prompt(place: str, text: str, tmp_path: Path) -> None:
     if place in ("UserComment", "jpeg"):
@@ -94,6 +106,26 @@ def test_a_graph_without_a_known_sampler_is_named(tmp_path: Path) -> None:
     path = png(tmp_path / "p.png", {"prompt": json.dumps(graph)})
     with pytest.raises(UsageError, match="StrangeSampler"):
         read(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a portrait, style: oil, lens: 50mm, time: dusk",
+        "Model: a tall woman, Size: large, Seed: of doubt",
+        "Steps to heaven, style: oil, Seed: 3, mood: calm",
+        "title: one\nsubtitle: two, a: b, c: d, e: f",
+        "{red|blue} circle",
+        "[a circle], [b: c: 0.5], d: e, f: g",
+        "a circle\nNegative prompt: style: oil, lens: 50mm, time: dusk",
+    ],
+)
+def test_a_prompt_with_colons_stays_a_prompt(text: str, tmp_path: Path) -> None:
+    """Case 14."""
+    found = read(png(tmp_path / "p.png", {"parameters": text}))
+    prompt, _, negative = text.partition("\nNegative prompt: ")
+    assert (found.prompt, found.negative_prompt or "") == (prompt, negative)
+    assert (found.seed, found.steps, found.sampler) == (None, None, None)
 
 
 @pytest.mark.parametrize("text", ["Screenshot", "", "\0\0\0", "   "])

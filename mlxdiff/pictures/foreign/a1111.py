@@ -24,11 +24,18 @@ from mlxdiff.pictures.foreign.record import UNNAMED, Fields, Record, Texts, docu
 NEGATIVE = "Negative prompt:"
 _KEY = re.compile(r"\w[\w \-/]+")
 _VALUE = re.compile(r'\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
-# A line of settings has one of these; a prompt with some "word: word, ..." has none.
-_SIGNS = frozenset(
-    {"Steps", "Sampler", "CFG scale", "Cfg scale", "Seed", "Size", "Model hash", "Version"}
-)
-_JSON = re.compile(r'\s*(\{\s*"|\[\s*\{\s*")')
+# Names that A1111 writes, and what their values look like. A prompt can have some "word: word".
+_SIGNS = {
+    "Steps": re.compile(r"\d{1,6}"),
+    "Seed": re.compile(r"-?\d{1,20}"),
+    "CFG scale": re.compile(r"-?[\d.]{1,12}"),
+    "Size": re.compile(r"\d{1,6}x\d{1,6}"),
+    "Sampler": re.compile(r"[^,]{2,60}"),
+    "Model hash": re.compile(r"[0-9a-fA-F]{6,64}"),
+    "Version": re.compile(r".*\d.*|ComfyUI"),
+}
+# JSON, Python's way to write it, JSON inside JSON, XML: each from its first characters on.
+_DATA = re.compile(r'\s*(\{\s*["\']|\[\s*\{\s*["\']|"\s*[\[{]\s*\\|<\?xml|<x:xmpmeta|<rdf:)')
 _VERSION = re.compile(r"(?:^|v)(\d{1,3})\.(\d{1,3})")
 _PLACES = ("parameters", "UserComment", "comment", "Comment", "Description", "ImageDescription")
 _LORA_TAG = re.compile(r"<(?:lora|lyco):([^<>:\n]{1,200})[:>]", re.IGNORECASE)
@@ -67,8 +74,9 @@ class Text(NamedTuple):
 def split(text: str) -> Text:
     """Split a text as A1111 does; where its last line holds no settings, all is prompt.
 
-    A1111 takes a line with three pairs for settings. Here one of the pairs must also have a name
-    that A1111 writes, so that a prompt such as ``style: oil, lens: 50mm, time: dusk`` stays one.
+    A1111 takes any line with three pairs for settings. Here it must also begin as A1111's, or have
+    two of A1111's names with fitting values, so that a prompt such as ``style: oil, lens: 50mm,
+    time: dusk`` stays one.
     Extensions write lines after the settings; these are found as well.
     """
     lines = text.strip().split("\n")
@@ -91,7 +99,7 @@ def split(text: str) -> Text:
 def _settings_line(lines: list[str]) -> tuple[int, list[tuple[str, str]]]:
     """Find the line of settings from the end; (count of lines, none) if there is none."""
     pairs = pairs_of(lines[-1])
-    if len(pairs) >= 3 and not _SIGNS.isdisjoint(key for key, _ in pairs):
+    if len(pairs) >= 3 and _is_settings(lines[-1], pairs):
         return len(lines) - 1, pairs
     for place in range(len(lines) - 2, max(-1, len(lines) - 20), -1):
         if lines[place].lstrip().startswith("Steps: "):
@@ -99,6 +107,14 @@ def _settings_line(lines: list[str]) -> tuple[int, list[tuple[str, str]]]:
             if len(pairs) >= 3:
                 return place, pairs
     return len(lines), []
+
+
+def _is_settings(line: str, pairs: list[tuple[str, str]]) -> bool:
+    """Return True if a line begins as A1111's does, or has two values of A1111's."""
+    if line.lstrip().startswith("Steps: "):
+        return True
+    signs = [key for key, value in pairs if key in _SIGNS and _SIGNS[key].fullmatch(value)]
+    return len(set(signs)) >= 2
 
 
 def pairs_of(line: str) -> list[tuple[str, str]]:
@@ -153,7 +169,7 @@ def read(texts: Texts) -> Record | None:
     """Read the text of A1111 and its kin; see ``foreign.READERS``."""
     for place in _PLACES:
         text = texts.get(place, "")
-        if not text.strip() or is_json(text):
+        if not text.strip() or is_data(text):
             continue
         parts = split(text)
         # A comment of a camera ("Screenshot") is no prompt.
@@ -163,9 +179,9 @@ def read(texts: Texts) -> Record | None:
     return None
 
 
-def is_json(text: str) -> bool:
-    """Return True for JSON, whole or damaged, which is never a prompt."""
-    return _JSON.match(text) is not None or document(text) is not None
+def is_data(text: str) -> bool:
+    """Return True for JSON and the like, whole or damaged, which is never a prompt."""
+    return _DATA.match(text) is not None or document(text) is not None
 
 
 def of_text(text: Text) -> Record:
@@ -273,8 +289,8 @@ def _read_passes(record: Record, fields: Fields) -> None:
         record.hires_upscaler = _UPSCALERS.get((upscaler or "").lower())
         if record.hires_upscaler is None:
             record.name({"Hires upscaler": upscaler})
-    elif old is not None or any(key.startswith("Hires ") for key in fields.left):
-        record.name({"Denoising strength": strength})
+    elif old is not None or scale or any(key.startswith("Hires ") for key in fields.left):
+        record.name({"Denoising strength": strength, "Hires upscale": scale})
         if old is not None:
             record.name({"First pass size": f"{old[0]}x{old[1]}"})
     elif strength is not None and fields.left.get("Operations") != "txt2img":

@@ -229,12 +229,18 @@ def size(value: Any) -> tuple[int, int] | None:
 
 def document(text: str | None) -> Any:
     """Return the JSON value of a text; None if it is no JSON object or list."""
-    if text is None or len(text) > _LONGEST_DOCUMENT or text.lstrip()[:1] not in ("{", "["):
+    if text is None or len(text) > _LONGEST_DOCUMENT:
+        return None
+    text = text.lstrip("\ufeff \t\r\n\0")
+    if text[:1] not in ("{", "[", '"'):
         return None
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):  # JSON inside JSON
+            value = json.loads(value)
     except (ValueError, RecursionError):
         return None
+    return value if isinstance(value, (dict, list)) else None
 
 
 def documents(texts: Texts) -> dict[str, dict[str, Any]]:

@@ -27,7 +27,7 @@ def texts_of(picture: Image.Image) -> dict[str, str]:
     for name, value in {**picture.info, **chunks}.items():
         text = _decoded(value) if name in (*_XMP, "comment") else value
         if isinstance(name, str) and isinstance(text, str) and len(text) <= _LONGEST:
-            found["XMP" if name in _XMP else name] = str(text)
+            found["XMP" if name in _XMP else name] = str(text).lstrip("\ufeff")
     return found
 
 
@@ -43,7 +43,7 @@ def _exif_texts(picture: Image.Image) -> dict[str, str]:
 def _decoded(value: Any) -> str | None:
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
-    return value.strip("\0") if isinstance(value, str) else None
+    return value.strip("\0\ufeff") if isinstance(value, str) else None
 
 
 def _comment(comment: bytes) -> str:
