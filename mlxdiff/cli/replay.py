@@ -16,7 +16,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from mlxdiff.cli import embeddings, loras
-from mlxdiff.errors import UsageError, quoted
+from mlxdiff.errors import UsageError, printable, quoted, shortened
 from mlxdiff.run.options import GenerateOptions, LoadOptions
 from mlxdiff.run.table import Option, entries
 from mlxdiff.run.values import Each, Files, Picture, Place, Unfit
@@ -28,6 +28,7 @@ logger = logging.getLogger("mlxdiff")
 
 BUILTIN_NAME = "builtin"  # what pictures of the built-in model say that they are made with
 TABLES: tuple[type, ...] = (LoadOptions, GenerateOptions)
+_MOST_NAMED, _LONGEST_NAMED = 40, 120  # in a note
 _SUFFIXES = (".safetensors", ".ckpt")  # A1111 names a checkpoint without its ending
 _ESSENTIAL = ("sampler", "schedule", "model")  # without these it would be another picture
 
@@ -128,13 +129,12 @@ def _recorded(metadata: Metadata, path: str, overridden: set[str], trust: bool) 
 
 def _note_rest(path: str, tool: Any, rest: Mapping[str, Any]) -> None:
     """Name in one note what of a picture is not honoured."""
-    if rest:
-        logger.warning(
-            "%s: drawn by %s; not taken over: %s",
-            path,
-            tool or "another program",
-            "; ".join(f"{name} {value}" for name, value in rest.items()),
-        )
+    if not rest:
+        return
+    named = [shortened(f"{name} {value}", _LONGEST_NAMED) for name, value in rest.items()]
+    more = f"; and {len(named) - _MOST_NAMED} more" if len(named) > _MOST_NAMED else ""
+    said = f"{'; '.join(named[:_MOST_NAMED])}{more}"
+    logger.warning("%s", printable(f"{path}: drawn by {tool}; not taken over: {said}"))
 
 
 def _with_suffix(name: Any) -> Any:

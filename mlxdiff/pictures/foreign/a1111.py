@@ -59,7 +59,8 @@ _UPSCALERS = {
     "lanczos": "lanczos",
     "none": "lanczos",
 }
-_SAYS_NOTHING = ("Batch size", "Batch pos", "User", "Created Date", "Parser")
+# Operations: "img2img" has a strength beside it.
+_SAYS_NOTHING = ("Batch size", "Batch pos", "User", "Created Date", "Parser", "Operations")
 
 
 class Text(NamedTuple):
