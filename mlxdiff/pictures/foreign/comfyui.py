@@ -94,7 +94,7 @@ _SCHEDULERS = {
 
 def read(texts: Texts) -> Record | None:
     """Read a graph of ComfyUI; see ``foreign.READERS``."""
-    for name in ("prompt", "workflow", "Make", "Model", "ImageDescription", "UserComment"):
+    for name in ("prompt", "workflow", "Model", "Make", "ImageDescription", "UserComment"):
         text = texts.get(name, "")
         for prefix in ("prompt:", "workflow:", "Prompt:", "Workflow:"):  # EXIF of WebP
             text = text.removeprefix(prefix)
@@ -112,7 +112,7 @@ def _graph(values: Any) -> Graph | None:
         values = values["prompt"]
     if isinstance(values.get("nodes"), list):
         return _from_workflow(values)
-    graph = {
+    graph: Graph = {
         str(name): node
         for name, node in values.items()
         if isinstance(node, dict)
