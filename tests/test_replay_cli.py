@@ -16,6 +16,7 @@ from foreign_files import SAMPLES, comment, png, with_exif
 from PIL import Image
 
 from mlxdiff.cli import main
+from mlxdiff.cli.replay import clip_skip_for_sdxl
 
 BUILTIN = Path(__file__).parent.parent / "mlxdiff" / "builtin"
 QUICK = ("--steps", "1", "-W", "64", "-H", "64")
@@ -178,6 +179,24 @@ def test_a_sampler_that_is_not_here_is_named() -> None:
     refused = replay("p.png")
     assert refused.exit_code == 2 and "DPM strange" in refused.stderr
     assert replay("p.png", "--sampler", "euler", "-o", "a.png").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("written", "for_sd", "for_sdxl"), [(1, None, None), (2, 1, None), (3, 2, 1)]
+)
+def test_clip_skip_counts_from_another_layer_for_sdxl(
+    written: int, for_sd: int | None, for_sdxl: int | None
+) -> None:
+    """diffusers' SDXL leaves out the last layer by itself; others write 2 for that."""
+    line = f"Steps: 2, Sampler: Euler, CFG scale: 1, Seed: 7, Clip skip: {written}"
+    png(Path("p.png"), {"parameters": f"a\n{line}, Version: v1.6.0"})
+    shown = json.loads(run("info", "p.png", "--json").stdout)["clip_skip"] or None
+    assert shown == for_sd
+    assert clip_skip_for_sdxl({"clip_skip": shown}, "p.png", given=False)["clip_skip"] == for_sdxl
+    # What the command line says, and what our own pictures say, is diffusers' count.
+    assert clip_skip_for_sdxl({"clip_skip": 2}, "p.png", given=True)["clip_skip"] == 2
+    png(Path("own.png"), {"parameters": f"a\n{line}, Version: mlxdiff 1"})
+    assert clip_skip_for_sdxl({"clip_skip": 2}, "own.png", given=False)["clip_skip"] == 2
 
 
 def test_a_shape_replaces_the_size_of_a_picture() -> None:
