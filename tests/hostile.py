@@ -504,6 +504,10 @@ def foreign(folder: Path) -> Make:
         if kind < 0.02:
             graph = _endless_graph(chance)
             png(path, {chance.choice(("prompt", "workflow")): graph})
+        elif kind < 0.03:
+            piece = chance.choice(("[],", '{"a":1},', '"",', "1.5,", "[[[[", '{"a":'))
+            large = f'{{"prompt":"x","seed":[{piece * (3_900_000 // len(piece))}0]}}'
+            png(path, {chance.choice(("parameters", "prompt", "Comment", "Dream")): large})
         elif sample.hidden is not None:
             pixels = np.asarray(stealth(sample.hidden)).copy()
             for _ in range(chance.choice((0, 1, 40))):

@@ -23,7 +23,7 @@ from mlxdiff.errors import UsageError, one_line, quoted
 from mlxdiff.pictures import foreign
 from mlxdiff.pictures.foreign import a1111, stealth, translate
 from mlxdiff.pictures.foreign.a1111 import NEGATIVE
-from mlxdiff.pictures.foreign.record import Fields, Record
+from mlxdiff.pictures.foreign.record import Fields, Record, Texts
 from mlxdiff.pictures.foreign.texts import texts_of
 from mlxdiff.pictures.image import open_picture
 from mlxdiff.samplers.names import SAMPLER_NAMES, SCHEDULE_NAMES, find_sampler, find_schedule
@@ -313,7 +313,7 @@ def of_picture(picture: Image.Image, where: str) -> Metadata:
         raise UsageError(f"{where}: cannot be decoded ({one_line(error)})") from error
     if (found := _of_texts(hidden)) is not None:
         return _with_size(found, picture)
-    if keys := foreign.unknown_keys({**hidden, **texts}):
+    if keys := foreign.unknown_keys(texts) or foreign.unknown_keys(hidden):
         raise UsageError(
             f"{where}: holds JSON of a program that mlxdiff does not read (with {keys}); give the "
             "settings as options"
@@ -330,7 +330,7 @@ def _with_size(found: Metadata, picture: Image.Image) -> Metadata:
     return dataclasses.replace(found, width=picture.width, height=picture.height)
 
 
-def _of_texts(texts: Mapping[str, str]) -> Metadata | None:
+def _of_texts(texts: Texts) -> Metadata | None:
     """Read our own text, or those of other programs; None: there are none."""
     for place in OWN_PLACES:
         if _OWN_VERSION in texts.get(place, ""):

@@ -19,7 +19,7 @@ from mlxdiff.pictures.foreign import (
     novelai,
     swarmui,
 )
-from mlxdiff.pictures.foreign.record import Record, Texts, documents, short
+from mlxdiff.pictures.foreign.record import Record, Texts, short
 
 READERS: tuple[Callable[[Texts], Record | None], ...] = (
     novelai.read,
@@ -41,7 +41,7 @@ def read(texts: Texts) -> Record | None:
 
 def unknown_keys(texts: Texts) -> str:
     """Name the first keys of JSON that no reader knows; "" if there is none."""
-    for values in documents(texts).values():
+    for values in texts.documents.values():
         kinds = [one["class_type"] for one in values.values() if _is_node(one)]
         if values:
             return ", ".join(short(key) for key in list(dict.fromkeys(kinds or values))[:8])

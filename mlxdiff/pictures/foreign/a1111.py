@@ -19,7 +19,7 @@ import json
 import re
 from typing import Any, NamedTuple
 
-from mlxdiff.pictures.foreign.record import UNNAMED, Fields, Record, Texts, document, file_name
+from mlxdiff.pictures.foreign.record import UNNAMED, Fields, Record, Texts, file_name
 
 NEGATIVE = "Negative prompt:"
 _KEY = re.compile(r"\w[\w \-/]+")
@@ -170,7 +170,7 @@ def read(texts: Texts) -> Record | None:
     """Read the text of A1111 and its kin; see ``foreign.READERS``."""
     for place in _PLACES:
         text = texts.get(place, "")
-        if not text.strip() or is_data(text):
+        if not text.strip() or place in texts.values_of_json or _DATA.match(text):
             continue
         parts = split(text)
         # A comment of a camera ("Screenshot") is no prompt.
@@ -178,11 +178,6 @@ def read(texts: Texts) -> Record | None:
         if parts.pairs or place == "parameters" or spoken:
             return of_text(parts)
     return None
-
-
-def is_data(text: str) -> bool:
-    """Return True for JSON and the like, whole or damaged, which is never a prompt."""
-    return _DATA.match(text) is not None or document(text) is not None
 
 
 def of_text(text: Text) -> Record:

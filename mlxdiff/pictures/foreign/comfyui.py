@@ -10,6 +10,7 @@ Source: ComfyUI, nodes.py and comfy_extras/nodes_custom_sampler.py (inputs of th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ from mlxdiff.pictures.foreign.record import (
     number,
     whole,
 )
+
+_EXIF_PREFIX = re.compile(r"(?:prompt|workflow):", re.IGNORECASE)  # of WebP
 
 Node = Mapping[str, Any]
 """``class_type`` and ``inputs``: values, or links [node id, output]."""
@@ -96,9 +99,9 @@ def read(texts: Texts) -> Record | None:
     """Read a graph of ComfyUI; see ``foreign.READERS``."""
     for name in ("prompt", "workflow", "Model", "Make", "ImageDescription", "UserComment"):
         text = texts.get(name, "")
-        for prefix in ("prompt:", "workflow:", "Prompt:", "Workflow:"):  # EXIF of WebP
-            text = text.removeprefix(prefix)
-        graph = _graph(document(text))
+        begin = _EXIF_PREFIX.match(text)
+        found = document(text[begin.end() :]) if begin else texts.documents.get(name)
+        graph = _graph(found)
         if graph and (walk := _Walk.begin(graph)) is not None:
             return walk.record()
     return None

@@ -17,7 +17,6 @@ from mlxdiff.pictures.foreign.record import (
     Fields,
     Record,
     Texts,
-    documents,
     file_name,
     number,
 )
@@ -49,7 +48,7 @@ _CHUNKS = ("seed", "Seed")
 
 def read(texts: Texts) -> Record | None:
     """Read the arguments of diffusers; see ``foreign.READERS``."""
-    for values in documents(texts).values():
+    for values in texts.documents.values():
         if "prompt" not in values and "Prompt" not in values:
             continue
         if "mflux_version" in values:

@@ -13,7 +13,6 @@ from mlxdiff.pictures.foreign.record import (
     Fields,
     Record,
     Texts,
-    documents,
     file_name,
     number,
 )
@@ -24,7 +23,7 @@ _MOST_LORAS = 40
 
 def read(texts: Texts) -> Record | None:
     """Read what Fooocus writes; see ``foreign.READERS``."""
-    for values in documents(texts).values():
+    for values in texts.documents.values():
         ruined = values.get("software") == "RuinedFooocus" or "base_model_name" in values
         said = str(values.get("version") or values.get("Version") or "").lower()
         if ruined or "fooocus" in said or "base_model_hash" in values or "Base Model" in values:

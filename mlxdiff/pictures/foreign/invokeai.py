@@ -19,7 +19,6 @@ from mlxdiff.pictures.foreign.record import (
     Fields,
     Record,
     Texts,
-    document,
     file_name,
     number,
     whole,
@@ -50,11 +49,10 @@ def read(texts: Texts) -> Record | None:
 
 
 def _read(texts: Texts) -> Record | None:
-    values = document(texts.get("invokeai_metadata"))
-    if isinstance(values, dict) and values:
+    if values := texts.documents.get("invokeai_metadata"):
         return _of_3(Fields(values))
-    values = document(texts.get("sd-metadata"))
-    if isinstance(values, dict) and isinstance(values.get("image"), dict):
+    values = texts.documents.get("sd-metadata", {})
+    if isinstance(values.get("image"), dict):
         return _of_2(Fields(values), Fields(values["image"]))
     dream = texts.get("Dream")
     return None if dream is None or len(dream) > _LONGEST_DREAM else _of_dream(dream)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from mlxdiff.pictures.foreign.record import UNNAMED, Fields, Record, Texts, document
+from mlxdiff.pictures.foreign.record import UNNAMED, Fields, Record, Texts
 
 _WEIGHTS = re.compile(r"[{}\[\]]|::")
 _SAYS_NOTHING = (
@@ -29,8 +29,8 @@ _SAYS_NOTHING = (
 
 def read(texts: Texts) -> Record | None:
     """Read what NovelAI writes; see ``foreign.READERS``."""
-    values = document(texts.get("Comment"))
-    if texts.get("Software") != "NovelAI" or not isinstance(values, dict):
+    values = texts.documents.get("Comment")
+    if texts.get("Software") != "NovelAI" or values is None:
         return None
     fields = Fields(values)
     record = Record(

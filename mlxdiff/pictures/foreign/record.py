@@ -11,17 +11,15 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-Texts = Mapping[str, str]
-"""Texts of a picture by the names of their chunks or tags."""
-
 UNNAMED = "(not named)"
 """Name of a picture that was used and is not named."""
 
-_LONGEST_DOCUMENT = 8 << 20
+_LONGEST_DOCUMENT = 4 << 20  # characters, of all texts of a picture together
 _MOST_NAMED = 100
 COMPEL = re.compile(r"[\w)][+-]{1,9}(?=[\s,.)]|$)|\)[0-9]*\.?[0-9]+|\)\.(?:and|blend|swap)\(")
 """Signs of Compel's prompt syntax: ``word++``, ``(words)1.2``, ``("a", "b").blend(1, 1)``."""
@@ -243,10 +241,24 @@ def document(text: str | None) -> Any:
     return value if isinstance(value, (dict, list)) else None
 
 
-def documents(texts: Texts) -> dict[str, dict[str, Any]]:
-    """Return the texts that are JSON objects, by name."""
-    found = {name: document(text) for name, text in texts.items()}
-    return {name: value for name, value in found.items() if isinstance(value, dict)}
+class Texts(dict[str, str]):
+    """Texts of a picture by the names of their chunks or tags; JSON among them is read once."""
+
+    @cached_property
+    def values_of_json(self) -> dict[str, Any]:
+        """The texts that are JSON objects or lists, by name."""
+        found: dict[str, Any] = {}
+        left = _LONGEST_DOCUMENT
+        for name, text in self.items():
+            if len(text) <= left and (value := document(text)) is not None:
+                found[name] = value
+                left -= len(text)
+        return found
+
+    @property
+    def documents(self) -> dict[str, dict[str, Any]]:
+        """The texts that are JSON objects, by name."""
+        return {k: v for k, v in self.values_of_json.items() if isinstance(v, dict)}
 
 
 def file_name(path: str | None) -> str | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mlxdiff.pictures.foreign.record import document
+from mlxdiff.pictures.foreign.record import Texts, document
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,10 +28,10 @@ _LETTERS = 15
 _LONGEST = 4 << 20  # bytes of a text, packed or not
 
 
-def texts_of(picture: Image.Image) -> dict[str, str]:
+def texts_of(picture: Image.Image) -> Texts:
     """Return the texts in the pixels of a picture, by name; none is the usual case."""
     if picture.mode not in ("RGB", "RGBA"):
-        return {}
+        return Texts()
     for of_alpha in (True, False):
         if of_alpha and picture.mode != "RGBA":
             continue
@@ -41,10 +41,10 @@ def texts_of(picture: Image.Image) -> dict[str, str]:
             continue
         length = int.from_bytes(bits.take(4), "big") // 8
         if not 0 < length <= min(_LONGEST, bits.left):
-            return {}
+            return Texts()
         text = _text(bits.take(length), packed=kind[1])
-        return {} if text is None else _named(text)
-    return {}
+        return Texts() if text is None else _named(text)
+    return Texts()
 
 
 class _Bits:
@@ -90,9 +90,9 @@ def _text(data: bytes, packed: bool) -> str | None:
         return None
 
 
-def _named(text: str) -> dict[str, str]:
+def _named(text: str) -> Texts:
     """NovelAI hides all of its chunks as one JSON object; the extension hides A1111's text."""
     values = document(text)
     if not isinstance(values, dict):
-        return {"parameters": text}
-    return {key: value for key, value in values.items() if isinstance(value, str)}
+        return Texts(parameters=text)
+    return Texts({key: value for key, value in values.items() if isinstance(value, str)})

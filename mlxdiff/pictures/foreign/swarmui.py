@@ -11,7 +11,6 @@ from mlxdiff.pictures.foreign.record import (
     Fields,
     Record,
     Texts,
-    documents,
     file_name,
     number,
 )
@@ -21,7 +20,7 @@ _SAYS_NOTHING = ("aspectratio", "automaticvae", "nopreviews", "images", "donotsa
 
 def read(texts: Texts) -> Record | None:
     """Read what SwarmUI writes; see ``foreign.READERS``."""
-    for values in documents(texts).values():
+    for values in texts.documents.values():
         if isinstance(params := values.get("sui_image_params"), dict):
             return _read(Fields(params))
     return None

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mlxdiff.pictures.foreign.record import Texts
+
 if TYPE_CHECKING:
     from PIL import Image
 
-_LONGEST = 8 << 20
+_LONGEST = 4 << 20
 _EXIF = {0x010E: "ImageDescription", 0x010F: "Make", 0x0110: "Model", 0x0131: "Software"}
 _EXIF_PART, _USER_COMMENT = 0x8769, 0x9286
 _XMP = ("xmp", "XML:com.adobe.xmp")
 
 
-def texts_of(picture: Image.Image) -> dict[str, str]:
+def texts_of(picture: Image.Image) -> Texts:
     """Return the texts of a picture that Pillow has opened, by the names of their places.
 
     EXIF's are ``UserComment``, ``ImageDescription``, ``Make``, ``Model`` and ``Software``; XMP is
@@ -23,7 +25,7 @@ def texts_of(picture: Image.Image) -> dict[str, str]:
     """
     # Text after the pixels is seen only once they are read.
     chunks: Any = getattr(picture, "text", None) or {}
-    found = {**_exif_texts(picture)}
+    found = Texts(_exif_texts(picture))
     for name, value in {**picture.info, **chunks}.items():
         text = _decoded(value) if name in (*_XMP, "comment") else value
         if isinstance(name, str) and isinstance(text, str) and len(text) <= _LONGEST:

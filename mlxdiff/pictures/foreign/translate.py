@@ -112,7 +112,8 @@ def sampler_and_schedule(record: Record) -> tuple[str | None, str | None]:
     elif own is None or said.lower() not in _NO_SCHEDULE:
         own = find_schedule(said) or said
     if own is None and record.sampler is not None:
-        own = "auto"
+        # What is built on diffusers takes the schedule of the model's own file.
+        own = "normal" if sampler in SAMPLERS and not record.even else "auto"
     return sampler, own
 
 
