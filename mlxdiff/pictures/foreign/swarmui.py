@@ -15,6 +15,7 @@ from mlxdiff.pictures.foreign.record import (
     number,
 )
 
+_DEFAULT_SAMPLER = "Euler"
 _SAYS_NOTHING = ("aspectratio", "automaticvae", "nopreviews", "images", "donotsave", "batchsize")
 
 
@@ -37,7 +38,7 @@ def _read(fields: Fields) -> Record:
         guidance=fields.number("cfgscale"),
         width=fields.whole("width"),
         height=fields.whole("height"),
-        sampler=fields.text("sampler", "comfyuisampler", "autowebuisampler") or "euler",
+        sampler=fields.text("sampler", "comfyuisampler", "autowebuisampler") or _DEFAULT_SAMPLER,
         schedule=fields.text("scheduler", "comfyuischeduler"),
         even=True,
         model=file_name(fields.text("model")),

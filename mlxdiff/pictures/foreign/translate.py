@@ -32,18 +32,6 @@ _SUFFIXES = {
     "_trailing": "trailing",
     " sgm uniform": "trailing",
 }
-_ALIASES = {
-    "euler a": "euler-a",
-    "euler_a": "euler-a",
-    "euler ancestral": "euler-a",
-    "uni_pc": "unipc",
-    "uni_pc_bh2": "unipc",
-    "plms": "pndm",
-    "dpm++ 2m v2": "dpmpp-2m",
-    "dpmpp_2s": "dpmpp-2s",
-    "dpmpp_3m": "dpmpp-3m",
-}
-_LEADING = {"ddim", "pndm"}  # what A1111 and ComfyUI have under these names steps so
 
 
 def settings(record: Record) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -122,20 +110,19 @@ def _even(sampler: str | None) -> str | None:
     known = SAMPLERS.get(sampler or "")
     if known is None:
         return None
-    even = "leading" if known.id in _LEADING else "linspace"
+    # DDIM and its kin step so there as well as in their classes of diffusers.
+    even = str(known.scheduler.defaults.get("timestep_spacing", "linspace"))
     return even if has_schedule(known.scheduler, even) else "normal"
 
 
 def _found(name: str) -> Iterator[tuple[str, str | None]]:
     """Yield what a name may mean here: as it is, and in the spellings of other programs."""
     for spelling in _spellings(name.strip()):
-        known = _ALIASES.get(spelling.lower(), spelling)
-        if (found := find_sampler(known)) is not None:
+        if (found := find_sampler(spelling)) is not None:
             yield found
         for suffix, schedule in _SUFFIXES.items():
             if spelling.lower().endswith(suffix):
-                head = spelling[: -len(suffix)]
-                found = find_sampler(_ALIASES.get(head.lower(), head))
+                found = find_sampler(spelling[: -len(suffix)])
                 if found is not None:
                     yield found[0], schedule
 
