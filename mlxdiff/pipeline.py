@@ -39,7 +39,7 @@ from mlxdiff.run.memory import Device, Estimate, estimate, require
 from mlxdiff.run.model import Model, PromptEmbeddings
 from mlxdiff.run.options import GenerateOptions, LoadOptions, RunOptions
 from mlxdiff.run.pixel_model import PixelModel
-from mlxdiff.run.settings import PlannedRun, Settings, resolve
+from mlxdiff.run.settings import PlannedRun, Settings, resolve, variation
 from mlxdiff.run.table import entries, make, takes
 from mlxdiff.store.folder import ModelSource, Progress
 from mlxdiff.store.recipes import find_recipe, recipe_of
@@ -488,7 +488,15 @@ class Pipeline:
                 if value is not None
             },
         )
-        return [replace(first, seed=seed) for seed in planned.seeds]
+        vary = planned.settings.vary
+        return [
+            replace(first, seed=seed)
+            if vary is None
+            else replace(
+                first, seed=seed, extra={**first.extra, "vary": list(variation(vary, index) or ())}
+            )
+            for index, seed in enumerate(planned.seeds)
+        ]
 
 
 _ATTRIBUTES = frozenset({"model", "memory_limit", "exact", "lora_folder", "_prompt_loras"})

@@ -585,6 +585,77 @@ def metadata(folder: Path) -> Make:
     return make
 
 
+def foreign(folder: Path) -> Make:
+    """Pictures of other programs, and their replay."""
+    from foreign_files import SAMPLES, png, stealth, with_exif
+
+    from mlxdiff.cli.replay import replayed
+    from mlxdiff.pictures.metadata import read as read_metadata
+
+    samples = list(SAMPLES.values())
+    path = folder / "p.png"
+
+    def read() -> None:
+        found = read_metadata(path)
+        found.to_parameters(), found.to_dict()
+        replayed({}, str(path))
+
+    def spoil(text: str, chance: Chance) -> str:
+        value: Any = None
+        with suppress(ValueError):
+            value = json.loads(text)
+        if isinstance(value, dict) and chance.random() < 0.8:
+            return _text(spoil_json(value, chance))
+        return spoil_bytes(text.encode(), chance).decode("utf-8", "replace")
+
+    def make(chance: Chance) -> Run:
+        sample, kind = chance.choice(samples), chance.random()
+        if kind < 0.02:
+            graph = _endless_graph(chance)
+            png(path, {chance.choice(("prompt", "workflow")): graph})
+        elif kind < 0.03:
+            piece = chance.choice(("[],", '{"a":1},', '"",', "1.5,", "[[[[", '{"a":'))
+            large = f'{{"prompt":"x","seed":[{piece * (3_900_000 // len(piece))}0]}}'
+            png(path, {chance.choice(("parameters", "prompt", "Comment", "Dream")): large})
+        elif sample.hidden is not None:
+            pixels = np.asarray(stealth(sample.hidden)).copy()
+            for _ in range(chance.choice((0, 1, 40))):
+                pixels[chance.randrange(len(pixels)), chance.randrange(4), 3] ^= 1
+            Image.fromarray(pixels).save(path)
+        elif sample.exif:
+            tags = {tag: spoil_bytes(_as_bytes(v), chance) for tag, v in sample.exif.items()}
+            with suppress(Exception):  # Pillow writes no such tag
+                with_exif(path, {tag: v if tag == 0x9286 else v.decode("latin-1")
+                                 for tag, v in tags.items()})  # fmt: skip
+        else:
+            texts = {key: spoil(text, chance) for key, text in sample.texts.items()}
+            png(
+                path, {key: text.encode("utf-8", "replace").decode() for key, text in texts.items()}
+            )
+        return read
+
+    return make
+
+
+def _as_bytes(value: str | bytes) -> bytes:
+    return value.encode() if isinstance(value, str) else value
+
+
+def _endless_graph(chance: Chance) -> str:
+    """Return a large graph whose nodes lead to each other in circles, or in long rows."""
+    count = chance.choice((3, 1000, 4999, 9000))
+    kinds = ("KSampler", "Reroute", "LoraLoader", "VAEDecode", "SaveImage", "CLIPTextEncode")
+    names = ("samples", "images", "latent_image", "model", "positive", "clip", "text", "vae", "")
+    kind = chance.choice(kinds)
+    return json.dumps({
+        str(i): {
+            "class_type": kind if chance.random() < 0.7 else chance.choice(kinds),
+            "inputs": {name: [str((i + 1) % count), 0] for name in names},
+        }
+        for i in range(count)
+    })  # fmt: skip
+
+
 def prompts(folder: Path) -> Make:
     """Prompts, in both syntaxes."""
     from mlxdiff.text import a1111
@@ -916,7 +987,8 @@ PARSERS = {
         Parser(pictures, 10_000, 150),
         Parser(schedulers, 2_000, 60),
         Parser(original_configs, 2_000, 60),
-        Parser(metadata, 8_000, 150),
+        Parser(metadata, 6_000, 150),
+        Parser(foreign, 2_000, 150),
         Parser(prompts, 8_000, 200),
         Parser(templates, 2_000, 100),
         Parser(loras, 5_000, 100),

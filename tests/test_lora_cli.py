@@ -13,6 +13,7 @@ from fake_hub import COMMIT, serve
 from test_cli import QUICK, error_of, generate, pixels, run, texts
 
 from mlxdiff.cli.loras import Asked, parse
+from mlxdiff.pictures.image import save_png
 from mlxdiff.pictures.metadata import read
 
 
@@ -52,6 +53,13 @@ def test_a_picture_under_loras_and_again_from_it(here: Path) -> None:
     again = generate("--from-image", "one.png", "-o", "again.png")  # it lies here, unchanged
     assert again.exit_code == 0, again.output
     np.testing.assert_array_equal(pixels(here / "one.png"), pixels(here / "again.png"))
+    # A copy that keeps the text alone knows the file by its short hash.
+    said = {"parameters": texts(here / "one.png")["parameters"]}
+    assert "a <lora:sd15-kohya:0.5>\n" in said["parameters"]
+    save_png(pixels(here / "one.png"), here / "copy.png", said)
+    again = generate("--from-image", "copy.png", "-o", "from-copy.png")
+    assert again.exit_code == 0, again.output
+    np.testing.assert_array_equal(pixels(here / "one.png"), pixels(here / "from-copy.png"))
 
     two = ("--lora", f"{path}:0.5", "--lora", f"{other}:-0.3")
     result = generate("a", "-s", "1", "-o", "two.png", "--json", "--quiet", *two, *QUICK)
@@ -65,9 +73,9 @@ def test_a_picture_under_loras_and_again_from_it(here: Path) -> None:
     assert again.exit_code == 0, again.output
     np.testing.assert_array_equal(pixels(here / "two.png"), pixels(here / "two-again.png"))
     path.write_bytes(other.read_bytes())  # another file of the same name
-    assert "sd15-kohya.safetensors:0.5" in error_of(
-        generate("--from-image", "one.png", "-o", "x.png")
-    )
+    for picture in ("one.png", "copy.png"):
+        message = error_of(generate("--from-image", picture, "-o", "x.png"))
+        assert "sd15-kohya.safetensors:0.5" in message
 
 
 def test_errors(here: Path) -> None:

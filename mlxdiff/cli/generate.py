@@ -14,7 +14,7 @@ from mlxdiff.cli import ProgressBar, common_options, show_notes
 from mlxdiff.cli import loras as lora_options
 from mlxdiff.cli.options import given_to, table_options
 from mlxdiff.cli.output import Output
-from mlxdiff.cli.replay import replayed
+from mlxdiff.cli.replay import clip_skip_for_sdxl, replayed
 from mlxdiff.cli.sections import SectionedCommand
 from mlxdiff.cli.streams import tell
 from mlxdiff.errors import UsageError
@@ -38,6 +38,7 @@ def generate(text: str | None, quiet: bool, **given: Any) -> None:
     command = make(CommandOptions, given_to(CommandOptions, given))
     asked = given_to(LoadOptions, given) | given_to(RunOptions, given)
     places = {"PROMPT": text, "--prompt": asked.pop("prompt", None)}
+    has_clip_skip = asked.get("clip_skip") is not None
     asked = replayed(asked, command.from_image, command.trust_image)
     prompts = _prompts(places, command.prompt_file, asked.pop("prompt", None))
     if prompts == [None] and "model" not in asked:  # a model of one's own may draw without
@@ -49,10 +50,12 @@ def generate(text: str | None, quiet: bool, **given: Any) -> None:
     from mlxdiff.loading import load
     from mlxdiff.run.settings import pick_seeds
 
-    seeds = pick_seeds(for_run.pop("seed", None), for_run.get("count", 1))
+    seeds = pick_seeds(for_run.pop("seed", None), for_run.get("count", 1), for_run.get("vary"))
     output = Output(command, quiet, prompts, seeds)
     with ProgressBar("fetching", quiet) as progress:
         pipe = load(**given_to(LoadOptions, asked), progress=progress)
+    if pipe.model.is_sdxl:
+        for_run = clip_skip_for_sdxl(for_run, command.from_image, has_clip_skip)
     if not quiet:
         _report_additions(pipe)
     with output:

@@ -56,14 +56,12 @@ def replayed(
             (path, scales.get(Path(path).name, (1.0, 1.0)) if scale is None else scale)
             for path, scale in asked
         ]
-    from mlxdiff.machine.disk import sha256
-
     loras: list[tuple[str, float | tuple[float, float]]] = []
     missing = []
-    for name, scale, digest, source in recorded:
-        here = Path(name)
-        if os.path.isfile(here) and (digest is None or sha256(here) == digest):
-            loras.append((name, scale))
+    for name, scale, digest, short, source in recorded:
+        here = next((one for one in (name, f"{name}.safetensors") if os.path.isfile(one)), None)
+        if here is not None and _is_same(here, digest, short):
+            loras.append((here, scale))
         else:
             missing.append(f"{source or name}:{scale[0]:g}")
     if missing:
@@ -74,10 +72,31 @@ def replayed(
     return loras
 
 
-def _recorded(
-    found: Any, picture: str | None
-) -> list[tuple[str, tuple[float, float], str | None, str | None]]:
-    """(name, scales, sha256, hub id) of each; the file may come from anyone."""
+def _is_same(file: str, digest: str | None, short: str | None) -> bool:
+    """Return True unless the file has another hash than the one that is recorded."""
+    if digest is not None:
+        from mlxdiff.machine.disk import sha256
+
+        return sha256(Path(file)) == digest
+    if short is None:
+        return True
+    from mlxdiff.adapters.lora import open_lora
+
+    return open_lora(file).short_hash == short
+
+
+class _Recorded(NamedTuple):
+    """A LoRA of a picture: name, scales, sha256, A1111's short hash, and hub id."""
+
+    name: str
+    scale: tuple[float, float]
+    digest: str | None
+    short: str | None
+    source: str | None
+
+
+def _recorded(found: Any, picture: str | None) -> list[_Recorded]:
+    """The LoRAs of a picture; the file may come from anyone."""
     result = []
     for one in found or ():
         if isinstance(one, dict) and one.get("in_prompt"):
@@ -88,9 +107,10 @@ def _recorded(
         good = all(type(number) in (int, float) and abs(number) < 1e9 for number in (scale, text))
         if not good or not isinstance(values.get("name"), str):
             raise UsageError(f"{picture}: loras in its mlxdiff metadata holds {quoted(one)}")
-        digest, source = (
-            one[key] if isinstance(one.get(key), str) else None for key in ("sha256", "source")
-        )
+        hashes = [
+            one[key] if isinstance(one.get(key), str) else None
+            for key in ("sha256", "short_hash", "source")
+        ]
         name = Path(one["name"]).name  # never a place of its own choosing
-        result.append((name, (float(scale), float(text)), digest, source))
+        result.append(_Recorded(name, (float(scale), float(text)), *hashes))
     return result

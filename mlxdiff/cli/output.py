@@ -50,7 +50,8 @@ class Output:
         self.prompts = [prompt or "" for prompt in prompts]
         # Only names that nobody chose are numbered where they exist.
         self.is_numbered = options.output is None and not options.force
-        several = "mlxdiff-{seed}-{index}.png" if len(prompts) > 1 else "mlxdiff-{seed}.png"
+        alone = len(prompts) == 1 and len(set(seeds)) == len(seeds)
+        several = "mlxdiff-{seed}.png" if alone else "mlxdiff-{seed}-{index}.png"
         self.template = Template(options.output or several, "--output")
         self.paths = self._name("model", 0)
         self.saved = 0
@@ -103,7 +104,8 @@ class Output:
         if len({str(path).casefold() for path in paths}) < len(paths):
             raise UsageError(
                 f"{self.template} gives {len(paths)} pictures the same name; "
-                "put {index} into it" + (" or {seed}" if len(self.prompts) == 1 else "")
+                "put {index} into it"
+                + (" or {seed}" if len(self.prompts) == 1 and len(set(self.seeds)) > 1 else "")
             )
         return paths
 

@@ -3,25 +3,34 @@
 A picture can come from a stranger. What it names is opened if it is in the working folder, or is a
 model of the hub that is on this machine already. Only ``--trust-image`` lets a picture choose other
 files, or fetch from the hub.
+
+A picture of another program gives what mlxdiff can honour; one note names the rest.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlxdiff.cli import embeddings, loras
-from mlxdiff.errors import UsageError, quoted, shortened
+from mlxdiff.errors import UsageError, printable, quoted, shortened
 from mlxdiff.run.options import GenerateOptions, LoadOptions
 from mlxdiff.run.table import Option, entries
 from mlxdiff.run.values import Each, Files, Picture, Place, Unfit
+
+if TYPE_CHECKING:
+    from mlxdiff.pictures.metadata import Metadata
 
 logger = logging.getLogger("mlxdiff")
 
 BUILTIN_NAME = "builtin"  # what pictures of the built-in model say that they are made with
 TABLES: tuple[type, ...] = (LoadOptions, GenerateOptions)
+_MOST_NAMED, _LONGEST_NAMED = 40, 120  # in a note
+_SUFFIXES = (".safetensors", ".ckpt")  # A1111 names a checkpoint without its ending
+_ESSENTIAL = ("sampler", "schedule", "model")  # without these it would be another picture
 
 
 def replayed(given: Mapping[str, Any], path: str | None, trust: bool = False) -> dict[str, Any]:
@@ -33,11 +42,14 @@ def replayed(given: Mapping[str, Any], path: str | None, trust: bool = False) ->
         trust: open whatever the picture names.
     Raises: UsageError where the picture was drawn with files that are not at hand.
     """
-    found = {} if path is None else _recorded(path, set(given) - {"loras", "embeddings"})
-    if path is not None and not trust:
-        for name, entry in _of_kind(Place):
-            if name in found:
-                found[name] = _at_hand(entry, found[name], path)
+    if path is None:
+        found: dict[str, Any] = {}
+    else:
+        if given.get("aspect") is not None:  # it says the size
+            given = {"width": None, "height": None} | dict(given)
+        metadata = _read(path)
+        overridden = set(given) - {"loras", "embeddings"}
+        found = _recorded(metadata, path, overridden, trust)
     for name, value in _of_kind(Picture):
         if name in found and name not in given:
             raise UsageError(_missing(value, found[name], path))
@@ -46,23 +58,68 @@ def replayed(given: Mapping[str, Any], path: str | None, trust: bool = False) ->
     merged["embeddings"] = embeddings.replayed(
         given.get("embeddings", ()), found.get("embeddings"), path
     )
-    return merged
+    return {name: value for name, value in merged.items() if value is not None}
 
 
-def _recorded(path: str, overridden: set[str]) -> dict[str, Any]:
-    """The options that a picture's metadata hold, by Python name, but for those overridden."""
+def clip_skip_for_sdxl(options: Mapping[str, Any], path: str | None, given: bool) -> dict[str, Any]:
+    """The options of a run for an SDXL model, whose text encoders others count in another way.
+
+    SDXL always leaves out the last layer of its text encoders. Other programs count it, and write
+    2 where diffusers writes nothing.
+
+    Args:
+        path: of the picture; None: there is none.
+        given: whether the command line gives the clip skip.
+    """
+    skipped = options.get("clip_skip")
+    if path is None or given or not skipped or not _is_foreign(_read(path)):
+        return dict(options)
+    return dict(options) | {"clip_skip": skipped - 1 or None}
+
+
+def _is_foreign(metadata: Metadata) -> bool:
+    """Return True for a picture of another program."""
+    return "tool" in metadata.extra
+
+
+def _read(path: str) -> Metadata:
     from mlxdiff.pictures.metadata import read
 
-    metadata = read(path)
+    return read(path)
+
+
+def _recorded(metadata: Metadata, path: str, overridden: set[str], trust: bool) -> dict[str, Any]:
+    """The options that a picture's metadata hold, by Python name, but for those overridden."""
     values = metadata.to_dict()
-    found = {}
+    is_foreign = _is_foreign(metadata)
+    found: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
     for entry in _all():
         value = None if entry.key is None else values.get(entry.key)
-        if value is not None and entry.name not in overridden:
-            found[entry.name] = _accepted(entry, value, path)
-    _note_what_is_left(metadata.extra.get("parameters"), path)
-    if metadata.version is None:  # by A1111, or a program that writes as it does
-        found["prompt_syntax"] = "a1111"
+        if value is None or entry.name in overridden:
+            continue
+        try:
+            accepted = _accepted(entry, value, path)
+            if isinstance(getattr(entry.kind, "kind", entry.kind), Place) and not trust:
+                if is_foreign:
+                    accepted = _with_suffix(accepted)
+                if accepted != BUILTIN_NAME or entry.name != "model":
+                    accepted = _at_hand(entry, accepted, path)
+            found[entry.name] = accepted
+        except UsageError:
+            if not is_foreign or entry.name in _ESSENTIAL:
+                raise
+            rest[entry.name.replace("_", " ")] = value
+    if is_foreign:
+        found.setdefault("prompt_syntax", "a1111")
+        said = values.get("parameters")
+        _note_rest(path, values.get("tool"), (said if isinstance(said, dict) else {}) | rest)
+    elif values.get("without_syntax"):
+        logger.warning(
+            "%s: its text does not say in which syntax its prompt is; it is taken as %s",
+            path,
+            "given" if "prompt_syntax" in overridden else "plain (--prompt-syntax)",
+        )
     if found.get("model") == BUILTIN_NAME:
         del found["model"]
     elif "model" in found and metadata.revision is not None:
@@ -70,21 +127,21 @@ def _recorded(path: str, overridden: set[str]) -> dict[str, Any]:
     return found
 
 
-_SAYS_NOTHING = {"Version", "Model", "Model hash", "VAE hash", "RNG", "TI hashes"}
-"""Keys of A1111's text that change nothing here, or that something else says."""
+def _note_rest(path: str, tool: Any, rest: Mapping[str, Any]) -> None:
+    """Name in one note what of a picture is not honoured."""
+    if not rest:
+        return
+    named = [shortened(f"{name} {value}", _LONGEST_NAMED) for name, value in rest.items()]
+    more = f"; and {len(named) - _MOST_NAMED} more" if len(named) > _MOST_NAMED else ""
+    said = f"{'; '.join(named[:_MOST_NAMED])}{more}"
+    logger.warning("%s", printable(f"{path}: drawn by {tool}; not taken over: {said}"))
 
 
-def _note_what_is_left(parameters: Any, path: str) -> None:
-    """Log what A1111's text holds beside the settings that are taken from it."""
-    known = parameters if isinstance(parameters, dict) else {}
-    left = [f"{key}: {value}" for key, value in known.items() if key not in _SAYS_NOTHING]
-    if left:
-        logger.warning(
-            "%s: not taken from it: %s; the picture will be another one unless you give the "
-            "options for these",
-            path,
-            shortened(", ".join(left)),
-        )
+def _with_suffix(name: Any) -> Any:
+    """The name of a checkpoint with its ending, where a file of that name is here."""
+    if isinstance(name, str) and not _leads_away(name) and not os.path.exists(name):
+        return next((name + end for end in _SUFFIXES if os.path.isfile(name + end)), name)
+    return name
 
 
 def _accepted(entry: Option, value: Any, path: str) -> Any:
@@ -120,7 +177,7 @@ def _at_hand(entry: Option, names: Any, path: str) -> Any:
     what = entry.name.replace("_", " ")
     if _leads_away(names):
         why = "which is outside this folder"
-    elif (place := without_hub(names)) is not None:
+    elif (place := without_hub(names)) is not None and (place != names or os.path.exists(place)):
         return place
     else:
         why = "which is not on this machine"

@@ -30,6 +30,7 @@ class Hires:
         upscaler: one of UPSCALERS.
         strength: strength of the image-to-image pass.
         width, height: size of the result in pixels: multiples of the VAE factor, nearest to scale.
+        steps: of the second pass; None: the run's steps times the strength.
     """
 
     scale: float
@@ -37,6 +38,22 @@ class Hires:
     strength: float
     width: int
     height: int
+    steps: int | None = None
+
+    def schedule(self, steps: int) -> tuple[int, float]:
+        """Return (steps, strength) of an image-to-image run that is the second pass.
+
+        With ``steps`` of its own the schedule is as fine as needed for them, so that the strength
+        still says where the pass begins. As in A1111.
+
+        Args:
+            steps: of the run.
+        """
+        if self.steps is None or self.strength == 0.0:
+            return steps, self.strength
+        whole = max(int(self.steps / min(self.strength, 0.999)), self.steps)
+        # Half a step more: rounding down then gives exactly these steps.
+        return whole, min((self.steps + 0.5) / whole, 1.0)
 
     def describe(self) -> dict[str, Any]:
         """Return the metadata entries: the arguments of ``generate``, and the size."""
@@ -44,6 +61,7 @@ class Hires:
             "hires": self.scale,
             "hires_upscaler": self.upscaler,
             "hires_strength": self.strength,
+            **({} if self.steps is None else {"hires_steps": self.steps}),
             "hires_size": [self.height, self.width],
         }
 
@@ -52,6 +70,7 @@ def resolve_hires(
     scale: float | None,
     upscaler: str | None,
     strength: float | None,
+    steps: int | None = None,
     *,
     width: int,
     height: int,
@@ -62,13 +81,15 @@ def resolve_hires(
     Args:
         scale, upscaler: as given; not checked yet.
         strength: already checked to be a number from 0 to 1.
+        steps: already checked to be a whole number of at least 1.
         width, height: size of the first pass, in pixels.
         factor: pixels per latent along a side.
     Returns: the settings, or None if ``scale`` is None.
     Raises: UsageError.
     """
     if scale is None:
-        for name, value in (("hires_upscaler", upscaler), ("hires_strength", strength)):
+        others = {"hires_upscaler": upscaler, "hires_strength": strength, "hires_steps": steps}
+        for name, value in others.items():
             if value is not None:
                 raise UsageError(
                     f"{argument(name)} has no effect without {argument('hires')}; add "
@@ -90,7 +111,8 @@ def resolve_hires(
             f"the next multiple of {factor}, so it has no effect; give a larger value"
         )
     strength = STRENGTH if strength is None else strength
-    return Hires(float(scale), upscaler, float(strength), *larger)
+    new_width, new_height = larger
+    return Hires(float(scale), upscaler, float(strength), new_width, new_height, steps)
 
 
 def enlarge_latents(latents: np.ndarray, height: int, width: int, upscaler: str) -> np.ndarray:

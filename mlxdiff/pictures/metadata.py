@@ -1,27 +1,30 @@
 """Metadata of pictures: their settings, for people, for other programs and for replay.
 
-A PNG of ours carries two text chunks. `parameters` is the text that AUTOMATIC1111's web UI writes
-and most programs and sites read. `mlxdiff` is JSON of a versioned schema with all that is needed to
-make the picture again. Neither names a folder of the machine it was made on.
+A PNG of ours carries two text chunks. `mlxdiff` is JSON of a versioned schema with all that is
+needed to make the picture again. `parameters` is the text that AUTOMATIC1111's web UI writes and
+most programs and sites read; it holds the same, so that a copy without the JSON can be made again,
+too. Neither names a folder of the machine it was made on.
 
-Source: stable-diffusion-webui, modules/processing.py (create_infotext) and
-modules/infotext_utils.py (parse_generation_parameters, quote); sampler and schedule names:
-modules/sd_samplers_kdiffusion.py, modules/sd_schedulers.py.
+Pictures of other programs are read by `foreign`, and give the same `Metadata`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from mlxdiff.errors import UsageError, one_line, quoted
+from mlxdiff.pictures import foreign
+from mlxdiff.pictures.foreign import a1111, stealth, translate
+from mlxdiff.pictures.foreign.a1111 import NEGATIVE
+from mlxdiff.pictures.foreign.record import Fields, Record, Texts
+from mlxdiff.pictures.foreign.texts import texts_of
 from mlxdiff.pictures.image import open_picture
 from mlxdiff.samplers.names import SAMPLER_NAMES, SCHEDULE_NAMES, find_sampler, find_schedule
 
@@ -38,12 +41,22 @@ UPSCALER_NAMES = {
 }
 """Our ids of what enlarges a picture -> A1111's "Hires upscaler"."""
 
-_KEY = re.compile(r"\w[\w \-/]+")
-_VALUE = re.compile(r'\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
-_SIZE = re.compile(r"(\d{1,9})x(\d{1,9})")
-_NEGATIVE = "Negative prompt:"
-_SYNTAX = "Prompt syntax"
-_ALWAYS = {"Steps", "Sampler", "Seed", "CFG scale", "Size"}
+_UPSCALER_IDS = {name: kind for kind, name in UPSCALER_NAMES.items()}
+_RNG_NAMES = {"cpu": "CPU", "gpu": "NV", "numpy": "NumPy"}
+OWN_PLACES = (PARAMETERS_KEY, "UserComment", "comment", "Comment", "Description")
+"""Where our own text may stand in a copy of a picture."""
+
+_OWN_VERSION = "mlxdiff "
+_OUR_KEY = re.compile(r"[a-z][a-z0-9_]{0,60}")
+_OWN_FIELDS = ("prompt_2", "negative_prompt_2", "guidance_rescale", "revision")
+_IN_A1111S_WORDS = frozenset(
+    {
+        "strength", "hires", "hires_strength", "hires_steps", "hires_upscaler", "hires_size",
+        "vary", "noise_size", "noise_seed_delta", "rng", "loras", "vae", "tool", "parameters",
+    }
+)  # fmt: skip
+_SCALE = r"(-?[0-9.]{1,30}(?:e-?[0-9]{1,3})?)"
+_LORA_TAG = re.compile(rf"<lora:[^<>:]{{1,300}}:{_SCALE}(?::{_SCALE})?>$")
 
 
 @dataclass(frozen=True)
@@ -109,31 +122,67 @@ class Metadata:
         return json.dumps(self.to_dict(), allow_nan=False)
 
     def to_parameters(self) -> str:
-        """The `parameters` chunk: prompt, negative prompt, and a line of `Key: value, ...`."""
-        pairs = {
+        """The `parameters` chunk: prompt, negative prompt, and a line of `Key: value, ...`.
+
+        A1111's names come first. What A1111 has no name for stands behind them under ours, so that
+        the text alone is enough to make the picture again.
+        """
+        extra, ours = self.extra, self.version is not None
+        hires = self._number("hires") is not None
+        vary, size = _pair_of(extra.get("vary")), _pair_of(extra.get("noise_size"))
+        tags, added = _lora_tags(extra.get("loras"))
+        pairs: dict[str, object] = {
             "Steps": self.steps,
             "Sampler": SAMPLER_NAMES.get(self.sampler or "", self.sampler),
             "Schedule type": SCHEDULE_NAMES.get(self.schedule or "", self.schedule),
             "CFG scale": _number(self.guidance),
             "Seed": self.seed,
             "Size": f"{self.width}x{self.height}" if self.width and self.height else None,
-            "Denoising strength": self._extra_number("hires_strength"),
-            "Hires upscale": self._extra_number("hires"),
-            "Hires upscaler": UPSCALER_NAMES.get(str(self.extra.get("hires_upscaler"))),
+            "Denoising strength": self._number("hires_strength" if hires else "strength"),
+            "Hires upscale": self._number("hires"),
+            "Hires steps": self._number("hires_steps"),
+            "Hires upscaler": self._upscaler(),
             "Model": _stem(self.model),
-            "RNG": "CPU" if self.version else None,
-            "TI hashes": _ti_hashes(self.extra.get("embeddings")),
-            "Lora hashes": _lora_hashes(self.extra.get("loras")),
+            "VAE": extra.get("vae") if isinstance(extra.get("vae"), str) else None,
+            "Variation seed": None if vary is None else _number(vary[0]),
+            "Variation seed strength": None if vary is None else _number(vary[1]),
+            "Seed resize from": None if size is None else f"{size[1]:g}x{size[0]:g}",
+            "ENSD": self._number("noise_seed_delta"),
+            "RNG": _RNG_NAMES.get(str(extra.get("rng", "cpu"))) if ours else None,
+            "TI hashes": _ti_hashes(extra.get("embeddings")),
+            "Lora hashes": _lora_hashes(extra.get("loras")),
             "Clip skip": self.clip_skip + 1 if self.clip_skip else None,
-            _SYNTAX: self.extra.get("prompt_syntax"),
-            "Version": f"mlxdiff {self.version}" if self.version else None,
         }
+        if ours:
+            pairs |= self._own_pairs(added, hires)
+            pairs["Version"] = f"mlxdiff {self.version}"
         line = ", ".join(f"{k}: {_quote(v)}" for k, v in pairs.items() if v is not None)
-        negative = f"\n{_NEGATIVE} {self.negative_prompt}" if self.negative_prompt else ""
+        prompt = " ".join(filter(None, (self.prompt, tags)))
+        negative = f"\n{NEGATIVE} {self.negative_prompt}" if self.negative_prompt else ""
         # PNG text cannot hold NUL; the JSON chunk keeps it, escaped.
-        return f"{self.prompt}{negative}\n{line}".strip().replace("\0", "")
+        return f"{prompt}{negative}\n{line}".strip().replace("\0", "")
 
-    def _extra_number(self, name: str) -> str | None:
+    def _own_pairs(self, added: list[str], hires: bool) -> dict[str, object]:
+        """Pairs under our own names: all that A1111 has no name for."""
+        said = {key: value for key, value in self.extra.items() if key not in _IN_A1111S_WORDS}
+        said |= {name: getattr(self, name) for name in _OWN_FIELDS}
+        if hires:
+            said["strength"] = self.extra.get("strength")
+        said |= {"added_loras": added or None}
+        said["empty_negative_prompt"] = self.negative_prompt == "" or None
+        said["prompt_syntax"] = self.extra.get("prompt_syntax", "plain")
+        said["guidance_rescale"] = said["guidance_rescale"] or None
+        return {
+            key.replace("_", " ").capitalize(): _as_text(value)
+            for key, value in said.items()
+            if value is not None and _OUR_KEY.fullmatch(key)
+        }
+
+    def _upscaler(self) -> str | None:
+        value = self.extra.get("hires_upscaler")
+        return UPSCALER_NAMES.get(value, value) if isinstance(value, str) else None
+
+    def _number(self, name: str) -> str | None:
         """A number of `extra` as A1111 writes it; None where it is absent or no number."""
         value = self.extra.get(name)
         return _number(value) if _is_number(value) else None
@@ -168,70 +217,77 @@ class Metadata:
 
     @classmethod
     def from_parameters(cls, text: str) -> Metadata:
-        """Reads A1111's text, whoever wrote it; what has no field goes to `extra["parameters"]`.
+        """Read A1111's text, whoever wrote it; what has no field goes to `extra`.
 
-        The last line is taken for parameters only where it holds three pairs, the rule of A1111's
-        own reader, and one of the keys that every writer has: a prompt can hold three colons.
-        Values that cannot be what their key says are left in `extra`.
+        The last line is taken for settings only where it holds three pairs, the rule of A1111's
+        own reader, and one of them has a name of A1111's. Values that cannot be what their key
+        says, and what mlxdiff cannot honour, are in `extra["parameters"]`.
         """
-        lines = text.strip().split("\n")
-        pairs = _pairs(lines[-1])
-        if len(pairs) < 3 or not _ALWAYS.intersection(key for key, _ in pairs):
-            pairs = []
-        else:
-            lines.pop()
-        prompts: tuple[list[str], list[str]] = ([], [])
-        negative = False
-        for line in map(str.strip, lines):
-            if line.startswith(_NEGATIVE):
-                negative, line = True, line[len(_NEGATIVE) :].strip()
-            prompts[negative].append(line)
-        rest = {key: _unquote(value) for key, value in pairs}
+        parts = a1111.split(text)
+        if parts.pairs.get("Version", "").startswith(_OWN_VERSION):
+            return cls._from_own_text(parts)
+        return cls.from_record(a1111.of_text(parts))
 
-        def take(key: str, kind: type) -> Any:
-            try:
-                value = kind(rest[key])
-            except (KeyError, ValueError):
-                return None
-            if kind is float and not math.isfinite(value):
-                return None
-            del rest[key]
-            return value
+    @classmethod
+    def from_record(cls, record: Record) -> Metadata:
+        """Take what a picture of another program says."""
+        fields, extra = translate.settings(record)
+        return cls(**fields, extra=extra)
 
-        size = _SIZE.fullmatch(rest.get("Size", ""))
-        if size:
-            del rest["Size"]
-        sampler, schedule = _sampler_and_schedule(take("Sampler", str), take("Schedule type", str))
-        clip_skip = take("Clip skip", int)
-        syntax = take(_SYNTAX, str)
-        version = rest.get("Version", "")
-        rest = {key: value for key, value in rest.items() if value is not None}
-        return cls(
-            # Empty lines at the beginning are lost on A1111's reader, and so here.
-            prompt="\n".join(prompts[0]).lstrip("\n"),
-            negative_prompt="\n".join(prompts[1]).lstrip("\n") if negative else None,
-            seed=take("Seed", int),
-            width=int(size[1]) if size else None,
-            height=int(size[2]) if size else None,
-            steps=take("Steps", int),
-            guidance=take("CFG scale", float),
-            sampler=sampler,
-            schedule=schedule,
-            clip_skip=None if clip_skip is None else max(clip_skip - 1, 0),
-            model=take("Model", str),
-            version=version[8:] if version.startswith("mlxdiff ") else None,
-            extra=({"parameters": rest} if rest else {})
-            | ({} if syntax is None else {"prompt_syntax": syntax}),
-        )
+    @classmethod
+    def _from_own_text(cls, parts: a1111.Text) -> Metadata:
+        """Read our own text alone, as a JPEG or a web site keeps it."""
+        taken = Fields(parts.pairs)
+        version = (taken.text("Version") or "")[len(_OWN_VERSION) :]
+        size = taken.size("Size") or (None, None)
+        vary = taken.whole("Variation seed"), taken.number("Variation seed strength")
+        noise = taken.size("Seed resize from")
+        strength, hires = taken.number("Denoising strength"), taken.number("Hires upscale")
+        skipped, hashes = taken.whole("Clip skip"), taken.text("Lora hashes") or ""
+        upscaler, rng = taken.text("Hires upscaler"), taken.text("RNG") or ""
+        kinds = {name: kind for kind, name in _RNG_NAMES.items()}
+        fields: dict[str, Any] = {
+            "negative_prompt": parts.negative_prompt,
+            "seed": taken.whole("Seed"),
+            "width": size[0],
+            "height": size[1],
+            "steps": taken.whole("Steps"),
+            "guidance": taken.number("CFG scale"),
+            "sampler": _known(find_sampler, taken.text("Sampler")),
+            "schedule": _known(find_schedule, taken.text("Schedule type")),
+            "clip_skip": None if skipped is None else max(skipped - 1, 0),
+            "model": taken.text("Model"),
+            "version": version,
+        }
+        extra: dict[str, Any] = {
+            "vae": taken.text("VAE"),
+            "hires": hires,
+            "hires_steps": taken.whole("Hires steps"),
+            "hires_strength" if hires is not None else "strength": strength,
+            "hires_upscaler": _UPSCALER_IDS.get(upscaler or "", upscaler),
+            "noise_seed_delta": taken.whole("ENSD"),
+            "vary": None if None in vary else list(vary),
+            "noise_size": None if noise is None else [noise[1], noise[0]],
+            "rng": None if rng == _RNG_NAMES["cpu"] else kinds.get(rng, rng or None),
+        }
+        taken.text("TI hashes")  # the embeddings stand under our own name as well
+        own = {key.lower().replace(" ", "_"): _from_text(v) for key, v in taken.left.items()}
+        known = {name: own.pop(name) for name in _OWN_FIELDS if name in own}
+        fields |= {name: _checked(name, value, "parameters") for name, value in known.items()}
+        if own.pop("empty_negative_prompt", None) and fields["negative_prompt"] is None:
+            fields["negative_prompt"] = ""
+        fields["prompt"], loras = _without_tags(parts.prompt, own.pop("added_loras", None), hashes)
+        extra |= {"loras": loras or None, "without_syntax": "prompt_syntax" not in own or None}
+        own = {key: value for key, value in own.items() if key not in {*FIELDS, "schema"}}
+        return cls(**fields, extra={k: v for k, v in {**extra, **own}.items() if v is not None})
 
 
 def read(path: str | os.PathLike[str]) -> Metadata:
-    """Read the settings of a picture, from our JSON or else from A1111's text.
-
-    A PNG carries them as text chunks, a JPEG or WebP A1111's as an EXIF comment.
+    """Read the settings of a picture, of mlxdiff or of another program (`foreign`).
 
     Raises:
-        UsageError: no such picture, no such text in it, or a schema of another version.
+        UsageError: no such picture, no settings in it, a schema of another version, or settings of
+            a program that is not known.
     """
     with open_picture(path) as picture:
         return of_picture(picture, str(path))
@@ -244,25 +300,45 @@ def of_picture(picture: Image.Image, where: str) -> Metadata:
         where: its name, for messages.
     """
     try:
-        # Text after the pixels is seen only once they are read.
-        texts: Mapping[Any, Any] = getattr(picture, "text", None) or picture.info
-        comment = _exif_comment(picture)
+        texts = texts_of(picture)
     except Exception as error:  # whatever a damaged file makes Pillow's many readers raise
         raise UsageError(f"{where}: cannot be decoded ({one_line(error)})") from error
-    if isinstance(texts.get(JSON_KEY), str):
+    if JSON_KEY in texts:
         return Metadata.from_json(texts[JSON_KEY], where=where)
-    parameters = texts.get(PARAMETERS_KEY) or comment
-    if not isinstance(parameters, str) or not parameters.strip():
+    if (found := _of_texts(texts)) is not None:
+        return _with_size(found, picture)
+    try:
+        hidden = stealth.texts_of(picture)
+    except Exception as error:
+        raise UsageError(f"{where}: cannot be decoded ({one_line(error)})") from error
+    if (found := _of_texts(hidden)) is not None:
+        return _with_size(found, picture)
+    if keys := foreign.unknown_keys(texts) or foreign.unknown_keys(hidden):
         raise UsageError(
-            f"{where}: says nothing about how it was made (neither an mlxdiff nor a parameters "
-            "text)"
+            f"{where}: holds JSON of a program that mlxdiff does not read (with {keys}); give the "
+            "settings as options"
         )
-    if (program := _program(parameters)) is not None:
-        raise UsageError(
-            f"{where}: its settings are JSON as {program} writes it, which mlxdiff does not read; "
-            "give the prompt and the settings yourself"
-        )
-    return Metadata.from_parameters(parameters)
+    raise UsageError(f"{where}: says nothing about how it was made (nothing that mlxdiff reads)")
+
+
+def _with_size(found: Metadata, picture: Image.Image) -> Metadata:
+    """Take the size of the picture where settings of another program name none."""
+    if found.width or found.height or found.seed is None or found.version is not None:
+        return found
+    if "image" in found.extra or any(side % 8 for side in picture.size):
+        return found
+    return dataclasses.replace(found, width=picture.width, height=picture.height)
+
+
+def _of_texts(texts: Texts) -> Metadata | None:
+    """Read our own text, or those of other programs; None: there are none."""
+    for place in OWN_PLACES:
+        if _OWN_VERSION in texts.get(place, ""):
+            parts = a1111.split(texts[place])
+            if parts.pairs.get("Version", "").startswith(_OWN_VERSION):
+                return Metadata._from_own_text(parts)
+    record = foreign.read(texts)
+    return None if record is None else Metadata.from_record(record)
 
 
 _PROGRAMS = {
@@ -311,28 +387,6 @@ def _checked(name: str, value: Any, where: str) -> Any:
 def _is_number(value: Any) -> bool:
     """Return True for a finite number in the range of a float. JSON has others (1e999)."""
     return type(value) in (int, float) and abs(value) < 1e308
-
-
-def _pairs(line: str) -> list[tuple[str, str]]:
-    """Split ``Key: value, ...`` as A1111's regular expression does, in linear time.
-
-    A key is what stands before a colon: word characters, blanks, hyphens and slashes, from the
-    first word character on. A value ends at a comma, or is quoted.
-    """
-    pairs = []
-    place, colon = 0, line.find(":")
-    while colon >= 0:
-        begin = colon
-        while begin > place and (line[begin - 1].isalnum() or line[begin - 1] in "_ -/"):
-            begin -= 1
-        key = _KEY.search(line, begin, colon)
-        if key is not None:
-            value = _VALUE.match(line, colon + 1)
-            assert value is not None  # it matches everywhere
-            pairs.append((key[0], value[1]))
-            place = value.end()
-        colon = line.find(":", max(place, colon + 1))
-    return pairs
 
 
 def _no_constant(name: str) -> None:
@@ -393,37 +447,69 @@ def _number(value: float | None) -> str | None:
 
 def _quote(value: object) -> str:
     text = str(value)
-    return json.dumps(text, ensure_ascii=False) if re.search("[,:\n]", text) else text
+    plain = not re.search("[,:\n]", text) and text == text.strip() and text[:1] != '"'
+    return text if plain else json.dumps(text, ensure_ascii=False)
 
 
-def _unquote(text: str) -> str:
-    if len(text) < 2 or text[0] != '"' or text[-1] != '"':
-        return text
+def _as_text(value: Any) -> str:
+    """Write a value so that `_from_text` gives it again: JSON, or a text as it is."""
+    if isinstance(value, str) and _from_text(value) == value:
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _from_text(text: str) -> Any:
     try:
-        return str(json.loads(text))
+        return json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError):
         return text
 
 
-def _sampler_and_schedule(name: str | None, kind: str | None) -> tuple[str | None, str | None]:
-    """Return our ids of A1111's names. An unknown name stays as it is."""
-    if name is None:
-        return None, None if kind is None else find_schedule(kind) or kind
-    sampler, own = find_sampler(name) or (name, None)
-    if kind is None:
-        return sampler, own or "auto"
-    return sampler, find_schedule(kind) or kind
+def _known(find: Callable[[str], Any], name: str | None) -> Any:
+    """Return our id of a name, or the name as it is."""
+    found = None if name is None else find(name)
+    return name if found is None else found[0] if isinstance(found, tuple) else found
 
 
-def _exif_comment(picture: Image.Image) -> str | None:
-    """EXIF UserComment: eight bytes name the encoding, then the text."""
-    comment = picture.getexif().get_ifd(0x8769).get(0x9286)
-    if not isinstance(comment, bytes):
-        return comment
-    code, body = comment[:8], comment[8:]
-    if code.startswith(b"UNICODE"):
-        # Written as UTF-16 big-endian by A1111 whatever the file's byte order; by others as they
-        # like.
-        little = body.startswith(b"\xff\xfe") or body[1:2] == b"\0" != body[:1]
-        return body.decode("utf-16-le" if little else "utf-16-be", "replace").lstrip("\ufeff")
-    return body.decode("utf-8", "replace")
+def _pair_of(value: Any) -> tuple[float, float] | None:
+    """Return two numbers of a list; the file may come from anyone."""
+    pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_number, value))
+    return (value[0], value[1]) if pair else None
+
+
+def _lora_tags(loras: Any) -> tuple[str, list[str]]:
+    """Return ``<lora:name:scale>`` of each LoRA that the prompt does not call, and their names."""
+    tags, names = [], []
+    for one in loras if isinstance(loras, list) else []:
+        if not isinstance(one, dict) or one.get("in_prompt"):
+            continue
+        name, scale = one.get("name"), one.get("scale")
+        text = one.get("text_scale", scale)
+        if isinstance(name, str) and _is_number(scale) and _is_number(text):
+            both = [scale] if text == scale else [text, scale]
+            tags.append(f"<lora:{_tag_name(name)}:{':'.join(str(_number(n)) for n in both)}>")
+            names.append(name)
+    return " ".join(tags), names
+
+
+def _tag_name(name: str) -> str:
+    return re.sub(r"[<>:,\n]", "_", PurePosixPath(name).stem)
+
+
+def _without_tags(prompt: str, names: Any, hashes: str) -> tuple[str, list[dict[str, Any]]]:
+    """Undo `_lora_tags`: return the prompt, and the LoRAs that were added to it."""
+    loras: list[dict[str, Any]] = []
+    digests = dict(one.split(": ", 1) for one in hashes.split(", ") if ": " in one)
+    for name in reversed(names if isinstance(names, list) else []):
+        tag = _LORA_TAG.search(prompt)
+        if tag is None or not isinstance(name, str):
+            break
+        text, unet = float(tag[1]), float(tag[2] or tag[1])
+        entry: dict[str, Any] = {"name": name, "scale": unet}
+        if text != unet:
+            entry["text_scale"] = text
+        if (digest := digests.get(PurePosixPath(name).stem)) is not None:
+            entry["short_hash"] = digest
+        loras.append(entry)
+        prompt = prompt[: tag.start()].rstrip(" ")
+    return prompt, loras[::-1]

@@ -24,15 +24,15 @@ import numpy as np
 from mlxdiff import samplers
 from mlxdiff.errors import MlxdiffError, UsageError, argument
 from mlxdiff.machine.turns import each_in_turn, turn
-from mlxdiff.noise import Generator
 from mlxdiff.pictures.image import check_writable, png_bytes, side_by_side, write_png
 from mlxdiff.pictures.metadata import Metadata
 from mlxdiff.pictures.names import Template
 from mlxdiff.run.additions.refiner import refiner_of
 from mlxdiff.run.denoiser import Evaluation, make_denoiser
 from mlxdiff.run.inputs import Inputs, Stage, Start, make_stages
-from mlxdiff.run.model import Model, draw_noise
-from mlxdiff.run.settings import PlannedRun, Settings
+from mlxdiff.run.model import Model
+from mlxdiff.run.seeds import Draws
+from mlxdiff.run.settings import PlannedRun, Settings, variation
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -442,34 +442,35 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
     total = sum(len(stage.plan) for stage in stages)
     inputs: Inputs | None = None
     denoisers: dict[int, Any] = {}
+    smaller = None if settings.noise_size is None else model.latent_shape(*settings.noise_size)
     last = len(run.seeds) - 1
     for picture, seed in enumerate(run.seeds):
         work.begin()
         if inputs is None:
             with work.turn("image" if settings.encodes else None):
                 inputs = Inputs(model, settings)
-        generator, index = Generator(seed), 0
+        vary, index = variation(settings.vary, picture), 0
+        draws = Draws(settings, seed, vary, smaller)
         given = None if run.noise is None else run.noise[picture][None]
         x: Any = None  # after the last step
         for part, stage in enumerate(stages):
-            size = stage.settings.height, stage.settings.width
-            draw = partial(draw_noise, generator, model.latent_shape(*size))
+            shape = model.latent_shape(stage.settings.height, stage.settings.width)
             denoise = None
             if part not in denoisers and stage.model.low_memory:
                 denoisers.clear()
             if x is None:
                 with work.turn():
-                    begun = inputs.begin(stage.plan, draw, given)
+                    begun = inputs.begin(stage.plan, draws, shape, given)
             else:
                 with work.turn("hires" if settings.hires is not None else None):
-                    begun = inputs.go_on(stage, begun, backend.to_numpy(x), draw)
+                    begun = inputs.go_on(stage, begun, backend.to_numpy(x), draws, shape)
             if part not in denoisers:
                 with work.turn("text_encoder"):
                     denoisers[part] = make_denoiser(
                         stage.model, stage.settings, stage.plan.timesteps, stage.before
                     )
             denoise = denoisers[part]
-            steps = _evaluations(stage, begun, denoise, backend, draw)
+            steps = _evaluations(stage, begun, denoise, backend, partial(draws.step, shape))
             for x, latents, clean, elapsed in each_in_turn(steps):  # noqa: B007 - x is used later
                 work.timings["steps"].append(elapsed)
                 _require_finite(latents, index, total, backend.dtype)
@@ -487,7 +488,7 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
                 )
                 index += 1
                 del clean
-        del x, begun, denoise, steps, draw
+        del x, begun, denoise, steps, draws
         backend.clear_cache()
         if model.low_memory and picture < last and len(work.drawn) < GROUP:
             continue

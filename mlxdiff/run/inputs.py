@@ -8,7 +8,7 @@ itself, and the noise that is added to the image is drawn first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,11 +18,9 @@ from mlxdiff.noise import add_noise
 from mlxdiff.pictures.hires import Hires, enlarge_latents
 from mlxdiff.pictures.image import resize_values, to_model
 from mlxdiff.run.model import ImageLatents, Model
+from mlxdiff.run.seeds import Draws, Shape
 from mlxdiff.run.settings import Settings
 from mlxdiff.samplers import Plan
-
-Draw = Callable[..., np.ndarray]
-"""Draws the next noise of a picture, (1, h, w, C); ``channels`` takes the place of C."""
 
 
 @dataclass(frozen=True)
@@ -133,24 +131,27 @@ class Inputs:
             # A plain model does not see it; the reference encodes and samples it all the same.
             self.masked = self.image if self.blends else model.encode_pixels(canvas.masked_image)
 
-    def begin(self, plan: Plan, draw: Draw, noise: np.ndarray | None = None) -> Start:
+    def begin(
+        self, plan: Plan, draws: Draws, shape: Shape, noise: np.ndarray | None = None
+    ) -> Start:
         """Return the start of a picture.
 
         Args:
             plan: of the model that begins.
-            draw: draws noise of the picture's own generator.
+            draws: the picture's noise.
+            shape: (h, w, C) of the latents.
             noise: takes the place of the first noise.
         """
         settings, repaints = self.settings, self.mask is not None
         if self.small is not None:
-            small = add_noise(self.small, draw(channels=self.small.shape[-1]), self.signal)
-            noise = draw() if noise is None else noise
+            small = add_noise(self.small, draws.next(shape, self.small.shape[-1]), self.signal)
+            noise = draws.first(shape) if noise is None else noise
             noise = np.asarray(noise * plan.init_noise_sigma, np.float32)
             return Start(noise, beside=np.asarray(small, np.float32))
-        clean = None if self.image is None else self.image.draw(draw)
+        clean = None if self.image is None else draws.sample(self.image)
         if clean is not None and not settings.adds_noise and not repaints:
             return Start(clean)
-        noise = draw() if noise is None else noise
+        noise = draws.first(shape) if noise is None else noise
         if clean is None or (repaints and settings.strength == 1.0):
             x = noise * plan.init_noise_sigma
         else:
@@ -158,35 +159,40 @@ class Inputs:
         x = np.asarray(x, np.float32)
         if self.mask is None or self.masked is None:
             return Start(x, beside=self.edited)
-        masked = self.masked.draw(draw)
+        masked = draws.sample(self.masked)
         if clean is not None and self.blends:
             return Start(x, kept=Kept(self.mask, clean, noise))
         return Start(x, beside=np.concatenate([self.mask, masked], axis=-1))
 
-    def go_on(self, stage: Stage, start: Start, latents: np.ndarray, draw: Draw) -> Start:
+    def go_on(
+        self, stage: Stage, start: Start, latents: np.ndarray, draws: Draws, shape: Shape
+    ) -> Start:
         """Return the start of the next part of a run.
 
         Args:
             stage: the next part.
             start: the start of the part before.
             latents: the result of the part before, (1, h, w, C).
-            draw: draws noise of the picture's own generator, of the size of the next part.
+            draws: the picture's noise.
+            shape: (h, w, C) of the latents of the next part.
         """
         if self.settings.hires is not None:
-            return self._enlarge(stage, self.settings.hires, latents, draw)
+            return self._enlarge(stage, self.settings.hires, latents, draws, shape)
         if start.kept is None:
             return Start(latents)
         # A refiner keeps the same picture with new noise.
-        return Start(latents, kept=Kept(start.kept.mask, start.kept.clean, draw()))
+        return Start(latents, kept=Kept(start.kept.mask, start.kept.clean, draws.next(shape)))
 
-    def _enlarge(self, stage: Stage, hires: Hires, latents: np.ndarray, draw: Draw) -> Start:
+    def _enlarge(
+        self, stage: Stage, hires: Hires, latents: np.ndarray, draws: Draws, shape: Shape
+    ) -> Start:
         model = stage.model
         if hires.upscaler == "lanczos":
             # Not rounded to 8 bits: the second pass would amplify the last bit.
             picture = np.clip(model.decode_pixels(latents[0]), -1.0, 1.0)
             pixels = resize_values(picture, hires.width, hires.height)[None]
-            clean = model.encode_pixels(pixels).draw(draw)
+            clean = draws.sample(model.encode_pixels(pixels))
         else:
-            height, width, _ = model.latent_shape(hires.height, hires.width)
-            clean = enlarge_latents(latents, height, width, hires.upscaler)
-        return Start(np.asarray(stage.plan.add_noise(clean, draw()), np.float32))
+            clean = enlarge_latents(latents, shape[0], shape[1], hires.upscaler)
+        noisy = stage.plan.add_noise(clean, draws.second(shape))
+        return Start(np.asarray(noisy, np.float32))

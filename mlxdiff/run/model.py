@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mlxdiff.convert import Component
-from mlxdiff.noise import Generator
+from mlxdiff.noise import NoiseSource
 from mlxdiff.run.additions import Additions
 from mlxdiff.run.additions.control import Controlled
 from mlxdiff.run.additions.controlnet import ControlNet
@@ -261,7 +261,7 @@ class Model(Kind):
 
 
 def draw_noise(
-    generator: Generator, shape: tuple[int, ...], channels: int | None = None
+    generator: NoiseSource, shape: tuple[int, ...], channels: int | None = None
 ) -> np.ndarray:
     """The next noise of a picture: (1, H, W, C), drawn in the reference's order (1, C, H, W).
 

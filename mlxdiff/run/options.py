@@ -21,7 +21,7 @@ from mlxdiff import samplers
 from mlxdiff.adapters.lora import Lora
 from mlxdiff.adapters.textual_inversion import TextualInversion
 from mlxdiff.convert.singlefile import PREDICTIONS
-from mlxdiff.noise import SEEDS
+from mlxdiff.noise import SEEDS, SOURCES
 from mlxdiff.pictures.control_modes import MODES
 from mlxdiff.pictures.hires import UPSCALERS
 from mlxdiff.pictures.preprocess import PREPROCESSORS
@@ -45,6 +45,7 @@ SECTIONS = (
 
 BACKENDS = ("auto", "mlx", "numpy")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+SEED_ORDERS = ("diffusers", "a1111")
 
 # Types of values: what a type checker sees, and the kind that checks a value at run time.
 PathLike = str | os.PathLike[str]
@@ -81,6 +82,10 @@ PredictionType = Annotated[str, values.Choice(PREDICTIONS)]
 Quantization = Annotated[int | str, values.Bits((*map(str, AFFINE_BITS), *FLOAT_MODES))]
 Enlargement = Annotated[float, values.Number(above=1)]
 Gigabytes = Annotated[float, values.Number(above=0, words="gigabytes, such as 4 or 6.5")]
+Aspect = Annotated[tuple[int, int], values.Ratio(most=100)]
+Variation = Annotated[tuple[int, float], values.SeedAndShare()]
+NoiseSource = Annotated[str, values.Choice(tuple(SOURCES))]
+SeedOrder = Annotated[str, values.Choice(SEED_ORDERS)]
 Picture = Annotated[Any, values.Picture()]
 # One value, or one for each ControlNet or IP-Adapter.
 Pictures = Annotated[Any, values.Each(values.Picture())]
@@ -228,6 +233,52 @@ class ValueOptions(Options):
     eta: Share | None = _picture(
         "--eta", help="Share of fresh noise, 0 (default) to 1; samplers ddim and tcd."
     )
+    vary: Variation | None = _picture(
+        "--vary",
+        help="Go this far (0 to 1) from the seed's noise to that of another seed: A1111's "
+        "variation seed. --count then counts the other seed on.",
+        doc="(seed, strength): go this far, 0 to 1, from the first noise of the seed to that of "
+        "this one, on a sphere; A1111's variation seed. With a count, this seed counts on and the "
+        "other one stays.",
+        elsewhere="subseed subseed_strength variation_seed variation_seed_strength",
+    )
+    noise_size: Size | None = _picture(
+        "--noise-size",
+        help="First noise of a picture of this size, in the middle of new noise: A1111's \"Resize "
+        'seed from".',
+        doc="(height, width): take the first noise of a picture of this size, in the middle of new "
+        'noise; A1111\'s "Resize seed from".',
+        elsewhere="seed_resize_from_h seed_resize_from_w",
+    )
+    rng: NoiseSource = _picture(
+        "--rng",
+        default="cpu",
+        help="What draws the noise: cpu (default) and gpu as torch does there, or numpy.",
+        doc='what draws the noise: "cpu" or "gpu", as torch does there, or "numpy".',
+        elsewhere="randn_source rand_device",
+    )
+    sampler_rng: NoiseSource | None = _picture(
+        "--sampler-rng",
+        metavar="NAME",
+        help="What draws the noise of the steps. Default: --rng.",
+        doc="what draws the noise of the steps; None: rng.",
+    )
+    noise_seed_delta: Whole = _picture(
+        "--noise-seed-delta",
+        default=0,
+        help="Draw the noise of the steps from the seed plus this: A1111's ENSD. Default: 0, which "
+        "goes on after the first noise.",
+        doc="draw the noise of the steps from the seed plus this; A1111's ENSD. 0: go on after the "
+        "first noise, where the same generator draws both.",
+        elsewhere="eta_noise_seed_delta ensd",
+    )
+    seed_order: SeedOrder = _picture(
+        "--seed-order",
+        default="diffusers",
+        help="diffusers (default): one stream for the image, the first noise and the steps. a1111: "
+        "each pass begins with its noise, as in A1111 and ComfyUI; the image is encoded without "
+        "any.",
+    )
     strength: Share | None = _image(
         "--strength",
         help="How far to go from the image, 0 to 1. Default: 0.8, SDXL 0.3, with a mask 1.",
@@ -316,6 +367,16 @@ class FileOptions(Options):
         doc="picture to start from: path, Pillow image or array; it is resized.",
         elsewhere="init_image image_path init_img input_image",
     )
+    aspect: Aspect | None = _picture(
+        "--aspect",
+        key=None,
+        metavar="W:H",
+        help="Shape of the picture, such as 16:9: the nearest size that such models are trained "
+        "for, in place of --width and --height.",
+        doc="(width, height), a shape such as (16, 9): the nearest size that such models are "
+        "trained for, in place of width and height.",
+        elsewhere="aspect_ratio ar",
+    )
     mask: Picture | None = _image(
         "--mask",
         part="mask",
@@ -339,6 +400,12 @@ class FileOptions(Options):
     )
     hires_strength: Share | None = _hires(
         "--hires-strength", help="How far to go from the enlarged picture, 0 to 1. Default: 0.5."
+    )
+    hires_steps: Positive | None = _hires(
+        "--hires-steps",
+        metavar="N",
+        help="Steps of the second pass. Default: --steps times --hires-strength.",
+        elsewhere="hr_second_pass_steps",
     )
     control_image: Pictures | None = _control(
         "--control-image",

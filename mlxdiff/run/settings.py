@@ -20,6 +20,7 @@ from mlxdiff.pictures.image import load_image, resize
 from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
 from mlxdiff.run.additions.control import Control, resolve_controls
 from mlxdiff.run.additions.ip_adapter import ImagePrompt, resolve_image_prompts
+from mlxdiff.run.aspect import with_aspect
 from mlxdiff.run.habits import note_habits, note_seed
 from mlxdiff.run.model import Model
 from mlxdiff.run.options import RunOptions, ValueOptions
@@ -90,11 +91,13 @@ class Settings(ValueOptions):
         if self.hires is None:
             return None
         size, larger = (self.height, self.width), (self.hires.height, self.hires.width)
+        steps, strength = self.hires.schedule(self.steps)
         return replace(
             self,
             width=self.hires.width,
             height=self.hires.height,
-            strength=self.hires.strength,
+            steps=steps,
+            strength=strength,
             # A size that was the picture's own stays so.
             original_size=larger if self.original_size == size else self.original_size,
             target_size=larger if self.target_size == size else self.target_size,
@@ -167,12 +170,14 @@ def resolve(
     sampler, schedule = samplers.resolve(asked.sampler, asked.schedule)
     asked = replace(asked, sampler=sampler, schedule=schedule)
     note_seed(asked.seed)
-    seeds = pick_seeds(asked.seed, asked.count)
+    seeds = pick_seeds(asked.seed, asked.count, asked.vary)
+    asked = with_aspect(model, asked)
     if model.lacks("text"):
         settings, plans = _resolve_pixels(model, asked)
     else:
         settings, plans = _resolve_text(model, refiner, asked)
     settings = replace(settings, sampler=plans[0].sampler, schedule=plans[0].schedule)
+    _check_first_noise(settings, asked, model)
     noise = _check_noise(settings, asked.noise, len(seeds), model)
     return PlannedRun(model, settings, plans, seeds, noise)
 
@@ -220,6 +225,7 @@ def _resolve_text(
         asked.hires,
         asked.hires_upscaler,
         asked.hires_strength,
+        asked.hires_steps,
         width=width,
         height=height,
         factor=model.vae_config.factor,
@@ -309,9 +315,29 @@ def _check_noise(
         raise UsageError(
             f"noise has shape {noise.shape}; expected {expected} (pictures, H/f, W/f, C)"
         )
-    if not settings.adds_noise:
-        raise UsageError(f"noise: this run begins without any ({argument('denoising_start')})")
     return noise
+
+
+def _check_first_noise(settings: Settings, asked: RunOptions, model: Model) -> None:
+    """Refuse what changes the first noise where it is given, or where there is none."""
+    if asked.noise_size is not None:
+        height, width = asked.noise_size
+        try:
+            model.check_size(width=width, height=height)
+        except UsageError as error:
+            raise UsageError(f"{argument('noise_size')}: {error}") from None
+    changes = {"vary": asked.vary, "noise_size": asked.noise_size}
+    for name, value in (changes | {"noise": asked.noise}).items():
+        if value is not None and not settings.adds_noise:
+            raise UsageError(
+                f"{argument(name)}: this run begins without any noise "
+                f"({argument('denoising_start')})"
+            )
+    for name, value in changes.items():
+        if value is not None and asked.noise is not None:
+            raise UsageError(
+                f"{argument(name)} and {argument('noise')} are both given; give one of them"
+            )
 
 
 def _size(
@@ -562,8 +588,11 @@ def _note_what_has_no_effect(model: Model, settings: Settings, asked: RunOptions
             logger.warning("%s has no effect without %s", *names)
 
 
-def pick_seeds(seed: int | None, count: int) -> list[int]:
-    """The seeds of a run: seed, seed + 1, ...; the first is random if none is given."""
+def pick_seeds(seed: int | None, count: int, vary: tuple[int, float] | None = None) -> list[int]:
+    """The seeds of a run: seed, seed + 1, ...; the first is random if none is given.
+
+    With a variation all pictures have the same seed: the seed of the variation counts on.
+    """
     if count < 1:
         raise UsageError(f"{argument('count')} is {count}; expected at least 1")
     first = secrets.randbits(32) if seed is None else seed
@@ -572,4 +601,9 @@ def pick_seeds(seed: int | None, count: int) -> list[int]:
             f"{argument('seed')} {first}: with {argument('count')} {count} the last seed is "
             f"{first + count - 1}; torch takes at most 2**64 - 1"
         )
-    return [first + i for i in range(count)]
+    return [first + (i if vary is None else 0) for i in range(count)]
+
+
+def variation(vary: tuple[int, float] | None, index: int) -> tuple[int, float] | None:
+    """The variation of picture ``index`` of a run."""
+    return None if vary is None else (vary[0] + index, vary[1])

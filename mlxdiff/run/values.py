@@ -275,6 +275,68 @@ class Numbers(Anything):
 
 
 @dataclass(frozen=True)
+class Ratio(Anything):
+    """A shape, width to height, such as 16:9.
+
+    Attributes:
+        most: how many times one side may be as long as the other.
+    """
+
+    most: int
+
+    metavar = "W:H"
+
+    @property
+    def expected(self) -> str:
+        """The accepted values, for messages."""
+        return f"width to height, such as 16:9, at most {self.most}:1"
+
+    def accept(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self.parse(value)
+        if not isinstance(value, (tuple, list)) or len(value) != 2:
+            raise Unfit(value, self.expected)
+        try:
+            width, height = (Whole(least=1).accept(one) for one in value)
+        except Unfit:
+            raise Unfit(value, self.expected) from None
+        if max(width, height) > self.most * min(width, height):
+            raise Unfit(value, self.expected)
+        return width, height
+
+    def parse(self, word: str) -> Any:
+        try:
+            return self.accept([Whole(least=1).parse(part) for part in word.split(":")])
+        except Unfit:
+            raise Unfit(word, self.expected) from None
+
+
+@dataclass(frozen=True)
+class SeedAndShare(Anything):
+    """A seed, and a share from 0 to 1."""
+
+    metavar = "SEED:STRENGTH"
+    expected = "a seed and a strength from 0 to 1 (SEED:STRENGTH), such as 11:0.3"
+
+    def accept(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self.parse(value)
+        if not isinstance(value, (tuple, list)) or len(value) != 2:
+            raise Unfit(value, self.expected)
+        try:
+            return Whole().accept(value[0]), Number(0, 1).accept(value[1])
+        except Unfit:
+            raise Unfit(value, self.expected) from None
+
+    def parse(self, word: str) -> Any:
+        seed, _, share = word.partition(":")
+        try:
+            return Whole().parse(seed), Number(0, 1).parse(share)
+        except Unfit:
+            raise Unfit(word, self.expected) from None
+
+
+@dataclass(frozen=True)
 class Choice(Anything):
     """One of several words.
 

@@ -170,6 +170,8 @@ HEUN = Scheduler(
 
 SAMPLERS = (
     Sampler("euler", "Euler", EULER, also=("k_euler",), edm=EDM),
-    Sampler("euler-a", "Euler a", ANCESTRAL, also=("euler_ancestral", "k_euler_a")),
+    Sampler(
+        "euler-a", "Euler a", ANCESTRAL, also=("euler_ancestral", "euler ancestral", "k_euler_a")
+    ),
     Sampler("heun", "Heun", HEUN, also=("k_heun",)),
 )

@@ -175,4 +175,4 @@ UNIPC = Scheduler(
     rows=_rows,
 )
 
-SAMPLERS = (Sampler("unipc", "UniPC", UNIPC, also=("uni_pc_bh2",)),)
+SAMPLERS = (Sampler("unipc", "UniPC", UNIPC, also=("uni_pc", "uni_pc_bh2")),)

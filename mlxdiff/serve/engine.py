@@ -21,7 +21,7 @@ from typing import Any
 from mlxdiff.errors import MlxdiffError, UsageError
 from mlxdiff.loading import load
 from mlxdiff.pictures.image import png_bytes
-from mlxdiff.run.settings import pick_seeds
+from mlxdiff.run.settings import pick_seeds, variation
 from mlxdiff.serve.gallery import Gallery
 
 logger = logging.getLogger("mlxdiff")
@@ -121,7 +121,8 @@ class Job:
         self.order = order
         self.state = "queued"
         self.stage = ""
-        self.seeds = [] if order is None else pick_seeds(order.seed, order.count)
+        self.vary = None if order is None else order.options.get("vary")
+        self.seeds = [] if order is None else pick_seeds(order.seed, order.count, self.vary)
         self.picture = self.step = self.steps = self.fetched = self.to_fetch = 0
         self.preview: bytes | None = None
         self.drawn: list[Drawn] = []
@@ -448,7 +449,8 @@ class Engine:
             job._begin(picture)
             job._set_stage("encoding")
             try:
-                result = pipe.generate(**order.options, seed=seed, count=1, on_step=job._advance)
+                options = {**order.options, "vary": variation(job.vary, picture)}
+                result = pipe.generate(**options, seed=seed, count=1, on_step=job._advance)
             except _Stop:
                 if job._cancelled:
                     raise

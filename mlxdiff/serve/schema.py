@@ -24,6 +24,8 @@ from mlxdiff.run.values import (
     Numbers,
     Picture,
     Place,
+    Ratio,
+    SeedAndShare,
     Text,
     Whole,
 )
@@ -70,6 +72,8 @@ def schema_of(kind: Anything) -> dict[str, Any]:
             "maxItems": count,
             "description": kind.form,
         }
+    if isinstance(kind, (Ratio, SeedAndShare)):
+        return {"type": ["string", "array"], "description": kind.metavar}
     if isinstance(kind, Choice):
         return {"enum": list(kind.words)}
     if isinstance(kind, Bits):

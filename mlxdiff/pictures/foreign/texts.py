@@ -1,0 +1,61 @@
+"""The texts of a picture file: PNG chunks, EXIF, XMP, comments, and those hidden in its pixels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mlxdiff.pictures.foreign.record import Texts
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_LONGEST = 4 << 20
+_EXIF = {0x010E: "ImageDescription", 0x010F: "Make", 0x0110: "Model", 0x0131: "Software"}
+_EXIF_PART, _USER_COMMENT = 0x8769, 0x9286
+_XMP = ("xmp", "XML:com.adobe.xmp")
+
+
+def texts_of(picture: Image.Image) -> Texts:
+    """Return the texts of a picture that Pillow has opened, by the names of their places.
+
+    EXIF's are ``UserComment``, ``ImageDescription``, ``Make``, ``Model`` and ``Software``; XMP is
+    ``XMP``. A chunk of the same name counts more.
+
+    Raises: whatever Pillow's readers raise for a damaged file.
+    """
+    # Text after the pixels is seen only once they are read.
+    chunks: Any = getattr(picture, "text", None) or {}
+    found = Texts(_exif_texts(picture))
+    for name, value in {**picture.info, **chunks}.items():
+        text = _decoded(value) if name in (*_XMP, "comment") else value
+        if isinstance(name, str) and isinstance(text, str) and len(text) <= _LONGEST:
+            found["XMP" if name in _XMP else name] = str(text).lstrip("\ufeff")
+    return found
+
+
+def _exif_texts(picture: Image.Image) -> dict[str, str]:
+    exif = picture.getexif()
+    found = {name: exif.get(tag) for tag, name in _EXIF.items()}
+    comment = exif.get_ifd(_EXIF_PART).get(_USER_COMMENT)
+    found["UserComment"] = _comment(comment) if isinstance(comment, bytes) else comment
+    texts = {name: _decoded(value) for name, value in found.items()}
+    return {name: text for name, text in texts.items() if text and len(text) <= _LONGEST}
+
+
+def _decoded(value: Any) -> str | None:
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    return value.strip("\0\ufeff") if isinstance(value, str) else None
+
+
+def _comment(comment: bytes) -> str:
+    """EXIF UserComment: eight bytes name the encoding, then the text."""
+    code, body = comment[:8], comment[8:]
+    if code.startswith(b"UNICODE"):
+        # Written as UTF-16 big-endian by A1111 whatever the file's byte order; by others as they
+        # like.
+        little = body.startswith(b"\xff\xfe") or body[1:2] == b"\0" != body[:1]
+        return body.decode("utf-16-le" if little else "utf-16-be", "replace").lstrip("\ufeff")
+    if code[:5] not in (b"ASCII", b"JIS\0\0") and code.strip(b"\0") != b"":
+        body = comment  # some write no name
+    return body.decode("utf-8", "replace")
