@@ -19,6 +19,10 @@ from mlxdiff.weights.tensors import LazyTensor, open_weights
 
 Tensors = Mapping[str, LazyTensor]
 
+_ENLARGES = (
+    "enlarge with it: mlxdiff upscale PICTURE -m PATH, or while drawing with --upscaler PATH or "
+    "--hires-upscaler PATH"
+)
 # Kind (words of ``detect``, or their start) -> how to use it here, or what to use in its place.
 _USES: dict[str, str] = {
     "a LoRA": "give it with --lora PATH[:SCALE]",
@@ -38,7 +42,8 @@ _USES: dict[str, str] = {
     "a U-Net": "give it with -m PATH and its model with --config FOLDER",
     "a text encoder, alone": "give the whole model that it belongs to (-m)",
     "a CLIP image encoder": "give its folder with --image-encoder, beside an --ip-adapter",
-    "an ESRGAN upscaler": "not supported; enlarge with --hires, or with -m x4-upscaler",
+    "an ESRGAN upscaler": _ENLARGES,
+    "a Real-ESRGAN compact upscaler": _ENLARGES,
 }
 _UNKNOWN = "weights of an unknown kind"
 _OTHERWISE = "not supported; give a Stable Diffusion 1, 2 or SDXL model"

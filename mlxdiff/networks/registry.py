@@ -11,9 +11,11 @@ from mlxdiff.networks.config import (
     AutoencoderTinyConfig,
     CLIPTextConfig,
     CLIPVisionConfig,
+    CompactConfig,
     ComponentConfig,
     ControlNetConfig,
     IPAdapterConfig,
+    RRDBNetConfig,
     UNet2DConditionConfig,
     UNet2DConfig,
 )
@@ -23,6 +25,7 @@ from mlxdiff.networks.layers import Layers, Module
 from mlxdiff.networks.taesd import AutoencoderTiny
 from mlxdiff.networks.unet import UNet2DConditionModel
 from mlxdiff.networks.unet_2d import UNet2DModel
+from mlxdiff.networks.upscaler import CompactNet, RRDBNet
 from mlxdiff.networks.vae import AutoencoderKL
 
 NETWORKS: dict[type[ComponentConfig], Callable[..., Module]] = {
@@ -34,6 +37,8 @@ NETWORKS: dict[type[ComponentConfig], Callable[..., Module]] = {
     IPAdapterConfig: IPAdapterModel,
     AutoencoderKLConfig: AutoencoderKL,
     AutoencoderTinyConfig: AutoencoderTiny,
+    RRDBNetConfig: RRDBNet,
+    CompactConfig: CompactNet,
 }
 
 

@@ -80,6 +80,51 @@ def load_image(source: ImageLike) -> np.ndarray:
     return _from_array(source)
 
 
+def load_alpha(source: ImageLike) -> np.ndarray | None:
+    """Load the opacity of a picture as uint8 (H, W), turned as ``load_image`` turns it.
+
+    Returns: 255 where it is opaque; None if the picture has no transparency.
+    Raises: UsageError as ``load_image``.
+    """
+    from PIL import Image
+
+    if isinstance(source, Image.Image):
+        return _alpha_of(source, "the image")
+    if isinstance(source, (str, os.PathLike)):
+        with open_picture(source) as picture:
+            return _alpha_of(picture, str(source))
+    array = np.asarray(source)
+    if array.ndim != 3 or array.shape[2] != 4:
+        return None
+    return _from_array(np.repeat(array[..., 3:], 3, axis=2))[..., 0]
+
+
+def _alpha_of(picture: Image.Image, what: str) -> np.ndarray | None:
+    if "A" not in picture.getbands() and "a" not in picture.getbands():
+        if "transparency" not in picture.info:
+            return None
+    try:
+        alpha = picture.convert("RGBA").getchannel("A")
+    except Exception as error:  # as in open_picture
+        raise UsageError(f"{what}: cannot be decoded ({_reason(error)})") from error
+    turn = _TURNS.get(picture.getexif().get(_ORIENTATION, 1))
+    pixels = np.array(alpha)
+    return pixels if turn is None else np.ascontiguousarray(turn(pixels))
+
+
+def is_grey(source: ImageLike) -> bool:
+    """Return True if a picture is stored in levels of grey."""
+    from PIL import Image
+
+    if isinstance(source, (str, os.PathLike)):
+        with open_picture(source) as picture:
+            return is_grey(picture)
+    if isinstance(source, Image.Image):
+        return source.mode in ("1", "L", "LA") or source.mode.startswith("I")
+    shape = np.shape(source)
+    return len(shape) == 2 or (len(shape) == 3 and shape[2] == 1)
+
+
 @contextlib.contextmanager
 def open_picture(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     """Open a picture file with Pillow.
