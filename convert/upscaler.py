@@ -16,10 +16,13 @@ from pathlib import Path
 from mlxdiff.convert import recognise
 from mlxdiff.convert.checkpoint import map_component
 from mlxdiff.convert.component import Component, find_component
+from mlxdiff.convert.detect import is_weights
 from mlxdiff.convert.keymap import Layout, Rule
 from mlxdiff.errors import CheckpointError
 from mlxdiff.networks.config import MOST_LAYERS, CompactConfig, RRDBNetConfig, UpscalerConfig
+from mlxdiff.store import catalogue
 from mlxdiff.store.folder import Progress
+from mlxdiff.store.reference import parse
 from mlxdiff.weights.files import open_file
 from mlxdiff.weights.tensors import LazyTensor, Shape
 
@@ -43,8 +46,8 @@ def open_upscaler(path: str | os.PathLike[str], progress: Progress | None = None
         )
     if not place.exists():
         raise CheckpointError(
-            f"{place}: no such file, and not the hub id of a file (org/name/FILE); give the file of "
-            "an upscaler (ESRGAN or Real-ESRGAN)"
+            f"{place}: no such file, and not the hub id of a file (org/name/FILE); give the file "
+            "of an upscaler (ESRGAN or Real-ESRGAN)"
         )
     file = open_file(place)
     tensors = _without_prefix(file.tensors)
@@ -56,6 +59,19 @@ def open_upscaler(path: str | os.PathLike[str], progress: Progress | None = None
         )
     files = map_component(place, tensors, _layout(config, tensors), config, str(place))
     return Component(config, lambda: files.read(config), provenance)
+
+
+def is_upscaler(path: str | os.PathLike[str]) -> bool:
+    """Return True if a path is, or by its form can only be, the file of an upscaler.
+
+    A file of the hub counts as one: a model in one file is fetched by its repository.
+    """
+    place = catalogue.expand(path)
+    if os.path.isfile(place):
+        file = Path(place)
+        return is_weights(file) and structure(file, open_file(file).tensors) is not None
+    reference = None if os.path.exists(place) else parse(str(place))
+    return reference is not None and bool(reference.file)
 
 
 def structure(path: Path, tensors: Mapping[str, LazyTensor]) -> UpscalerConfig | None:

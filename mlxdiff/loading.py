@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 from mlxdiff import library
+from mlxdiff.convert.upscaler import open_upscaler
 from mlxdiff.errors import UsageError
 from mlxdiff.machine.exact import require as require_exact
 from mlxdiff.pipeline import Pipeline
 from mlxdiff.run.options import BACKENDS, DTYPES, LoadOptions
 from mlxdiff.run.table import function_of
+from mlxdiff.run.upscaling import NetworkUpscaler
+from mlxdiff.store.folder import Progress
 
 logger = logging.getLogger("mlxdiff")
 
@@ -41,6 +45,58 @@ def _backend_class(name: str) -> Any:
     from mlxdiff.backends.numpy import NumPyBackend
 
     return NumPyBackend
+
+
+def load_upscaler(
+    path: str | os.PathLike[str],
+    *,
+    backend: str = "auto",
+    dtype: str | None = None,
+    low_memory: bool = False,
+    tile: int | None = None,
+    tile_overlap: int | None = None,
+    progress: Progress | None = None,
+) -> NetworkUpscaler:
+    """Open a network that enlarges pictures, without a model: ESRGAN, Real-ESRGAN.
+
+    Args:
+        path: its file, or the hub id of one (``org/name/FILE``).
+        backend, dtype, low_memory, progress: as for ``load``.
+        tile: side of a tile in pixels of the small picture; 0: the whole picture at once. None: as
+            large as memory allows.
+        tile_overlap: pixels that tiles have in common with their neighbours. None: all that a pixel
+            depends on, if that is at most 64, else 32.
+    Returns: a NetworkUpscaler; ``picture(...)`` enlarges.
+    Raises: UsageError, CheckpointError, HubError.
+    """
+    component = open_upscaler(path, progress)
+    chosen = make_backend(backend, dtype)
+    chosen.limit_cache(low_memory)
+    loaded: list[Any] = []
+    wide = chosen.dtype == "bfloat16"
+
+    def network() -> Any:
+        if not loaded:
+            kind = "float32" if wide else None
+            stored = True if low_memory else None
+            loaded.append(chosen.load(component.config, component.tensors(), kind, stored))
+        return loaded[0]
+
+    def widen() -> bool:
+        nonlocal wide
+        before, wide = wide, True
+        loaded.clear()
+        return not before and chosen.dtype != "float32"
+
+    return NetworkUpscaler(
+        component,
+        chosen,
+        network,
+        widen,
+        low_memory=low_memory,
+        side=tile,
+        overlap=tile_overlap,
+    )
 
 
 @function_of(LoadOptions)
@@ -84,6 +140,13 @@ def load(asked: LoadOptions) -> Pipeline:
         pipe.limit_memory(asked.memory_limit)
     pipe.set_refiner(
         asked.refiner,
+        dtype=asked.dtype,
+        quantize=asked.quantize,
+        variant=variant,
+        progress=progress,
+    )
+    pipe.set_upscaler(
+        asked.upscaler,
         dtype=asked.dtype,
         quantize=asked.quantize,
         variant=variant,

@@ -30,6 +30,7 @@ from mlxdiff.run.additions.controlnet import ControlNet
 from mlxdiff.run.additions.ip_adapter import IPAdapter
 from mlxdiff.run.additions.lora import LoRA, asked_for
 from mlxdiff.run.additions.refiner import Refiner, refiner_of
+from mlxdiff.run.additions.upscaler import HiresUpscaler, Upscaler, upscaler_of
 from mlxdiff.run.additions.vae import AnotherVAE
 from mlxdiff.run.additions.word_vectors import WordVectors
 from mlxdiff.run.drawing import Picture, Result, Run, Step
@@ -93,6 +94,7 @@ class Pipeline:
         self.exact = False
         self.lora_folder = Path()
         self._prompt_loras: dict[Any, tuple[LoRA, ...]] = {}
+        self._hires_networks: dict[Any, HiresUpscaler] = {}
 
     def __repr__(self) -> str:
         name = self.source.provenance.get("source", self.source.path)
@@ -123,7 +125,9 @@ class Pipeline:
     def save_memory(self, low_memory: bool = True, vae_tiling: bool | None = None) -> None:
         """Trade time for memory, from the next picture on; see ``load``."""
         with turn():
-            for model in (self.model, self.refiner):
+            upscaler = upscaler_of(self.model)
+            enlarging = None if upscaler is None else upscaler.model
+            for model in (self.model, self.refiner, enlarging):
                 if model is not None:
                     model.save_memory(low_memory, vae_tiling)
             self.backend.limit_cache(low_memory)
@@ -237,6 +241,35 @@ class Pipeline:
 
         self._set(Refiner, [] if refiner is None else [refiner], open_refiners)
 
+    def set_upscaler(
+        self,
+        upscaler: AnyPath | None,
+        *,
+        dtype: str | None = None,
+        quantize: int | str | None = None,
+        variant: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Enlarge each finished picture; None: leave it as it is.
+
+        Args:
+            upscaler, dtype, quantize, variant, progress: as ``load`` takes them.
+        Raises: UsageError, CheckpointError, ConfigError, HubError.
+        """
+        upscaler = make(LoadOptions, {"upscaler": upscaler}).upscaler
+
+        def open_model(path: AnyPath) -> Model:
+            source = library.open_model(
+                path, dtype=dtype, quantize=quantize, variant=variant, progress=progress
+            )
+            return Pipeline(source, self.backend).model
+
+        def open_all(given: Iterable[AnyPath], model: Model) -> Iterator[Upscaler]:
+            for path in given:
+                yield Upscaler.open(path, model, open_model, Fetch(variant, progress))
+
+        self._set(Upscaler, [] if upscaler is None else [upscaler], open_all)
+
     def _set(
         self,
         kind: type[AdditionT],
@@ -306,6 +339,21 @@ class Pipeline:
             loras = (*model.additions.of(LoRA), *self._prompt_loras[key])
         return model.with_additions(model.additions.replaced(LoRA, loras))
 
+    def _with_hires_network(self, model: Model, settings: Settings) -> Model:
+        """Return the model with the network that a hires pass asks for.
+
+        Raises: UsageError, CheckpointError.
+        """
+        path = None if settings.hires is None else settings.hires.network
+        if path is None:
+            return model
+        with turn():
+            key = path, identity(path) if os.path.exists(path) else None
+            if key not in self._hires_networks:  # that of the last run is kept
+                self._hires_networks = {key: HiresUpscaler.open(path)}
+            opened = (self._hires_networks[key],)
+        return model.with_additions(model.additions.replaced(HiresUpscaler, opened))
+
     @property
     def source(self) -> ModelSource:
         """The opened model."""
@@ -359,6 +407,12 @@ class Pipeline:
         model = self.model  # another thread may put another one in its place
         planned = resolve(model, refiner_of(model), asked)
         self._require_memory(planned.settings)
+        model = self._with_hires_network(model, planned.settings)
+        if (upscaler := upscaler_of(model)) is not None and upscaler.model is not None:
+            settings = planned.settings  # what can be refused is refused before anything is drawn
+            drawn = settings.enlarged or settings
+            blank = np.zeros((drawn.height, drawn.width, 3), np.uint8)
+            resolve(upscaler.model, None, upscaler.asked(settings, blank, 0))
         return planned._replace(model=self._with_prompt_loras(model, planned.settings))
 
     def memory(
@@ -467,7 +521,9 @@ class Pipeline:
         return [replace(first, seed=seed) for seed in planned.seeds]
 
 
-_ATTRIBUTES = frozenset({"model", "memory_limit", "exact", "lora_folder", "_prompt_loras"})
+_ATTRIBUTES = frozenset(
+    {"model", "memory_limit", "exact", "lora_folder", "_prompt_loras", "_hires_networks"}
+)
 
 
 def _advice(name: str) -> str:

@@ -66,8 +66,12 @@ def test_tiles_equal_the_whole(
 
 @pytest.mark.parametrize(
     "config",
-    [RRDBNetConfig(8, 4, 1), RRDBNetConfig(8, 4, 1, 1), RRDBNetConfig(8, 4, 1, 2, 2)]
-    + [CompactConfig(4, 1, 2)],
+    [
+        RRDBNetConfig(8, 4, 1),
+        RRDBNetConfig(8, 4, 1, 1),
+        RRDBNetConfig(8, 4, 1, 2, 2),
+        CompactConfig(4, 1, 2),
+    ],
 )
 def test_reach_is_what_a_pixel_depends_on(config: RRDBNetConfig | CompactConfig) -> None:
     """A change of a pixel changes the results within reach, up to its end, and none beyond."""

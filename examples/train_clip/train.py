@@ -36,11 +36,14 @@ import data
 
 BUILTIN = Path(mlxdiff.__file__).parent / "builtin" / "tokenizer"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-OTHERS = 3  # captions beside the right one that differ from it in one fact
+OTHERS = 1  # captions beside the right one that differ from it in one fact
+# What the picture encoder is also asked for, while it learns: the facts of each object, the left or
+# upper one first.
+FACTS = (data.SHAPES, data.COLORS, data.SIZES)
 
 
 def make_model(tokenizer: Tokenizer) -> CLIPModel:
-    """Return a CLIP of 0.4 million parameters for pictures of 64 pixels."""
+    """Return a CLIP of 0.3 million parameters for pictures of 64 pixels."""
     end = tokenizer.encode("")[1]
     text = {
         "vocab_size": tokenizer.vocab_size,
@@ -53,9 +56,9 @@ def make_model(tokenizer: Tokenizer) -> CLIPModel:
         "pad_token_id": end,
     }
     vision = {
-        "hidden_size": 96,
-        "intermediate_size": 192,
-        "num_hidden_layers": 4,
+        "hidden_size": 80,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "image_size": data.SIDE,
         "patch_size": 8,
@@ -92,16 +95,58 @@ def changed(spec: data.Spec, rng: np.random.Generator) -> data.Spec:
             return other
 
 
+class Learner(torch.nn.Module):
+    """The model, and what is asked of its picture encoder beside captions."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.clip = make_model(tokenizer)
+        width = self.clip.config.vision_config.hidden_size
+        sizes = [len(data.BACKGROUNDS), len(data.RELATIONS) + len(data.PLACES)]
+        sizes += [1 + len(words) for words in FACTS] * 2
+        self.heads = torch.nn.ModuleList(torch.nn.Linear(width, size) for size in sizes)
+
+    def forward(
+        self, pixels: torch.Tensor, ids: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return logits of pictures over captions, and of each fact."""
+        seen = self.clip.vision_model(pixel_values=pixels).pooler_output
+        read = self.clip.text_model(input_ids=ids).pooler_output
+        a, b = self.clip.visual_projection(seen), self.clip.text_projection(read)
+        a, b = (x / x.norm(dim=-1, keepdim=True) for x in (a, b))
+        return self.clip.logit_scale.exp() * a @ b.T, [head(seen) for head in self.heads]
+
+
+def facts_of(spec: data.Spec) -> list[int]:
+    """Return the right answer of each head."""
+    where = data.RELATIONS.index(spec.relation) if spec.relation else len(data.RELATIONS)
+    if spec.relation is None:
+        where += data.PLACES.index(spec.place)
+    # "a right of b" is "b left of a".
+    swapped = spec.relation in ("right of", "below")
+    if spec.relation is not None:
+        where -= swapped
+    things = spec.things[::-1] if swapped else spec.things
+    found = [data.BACKGROUNDS.index(spec.background), where]
+    for i in range(2):
+        thing = things[i] if i < len(things) else None
+        for words, name in zip(FACTS, ("shape", "color", "size"), strict=True):
+            found.append(0 if thing is None else 1 + words.index(getattr(thing, name)))
+    return found
+
+
 def train_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
-    """Train with the cross-entropy of pictures over captions, and of captions over pictures."""
+    """Train with the cross-entropy of pictures over captions, of captions over pictures, and of
+    the facts of each picture."""
     torch.manual_seed(args.seed)
     tokenizer = Tokenizer.from_folder(BUILTIN)
-    model = make_model(tokenizer)
+    model = Learner(tokenizer)
     training = common.Training(
         rank, processes, args.run, model, args.lr, args.minutes, ema=args.ema, muon=True
     )
     rng, size = np.random.default_rng((args.seed, training.step)), args.batch
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    cross_entropy = torch.nn.functional.cross_entropy
     while not training.done:
         specs = [data.random_spec(rng, 1 + int(rng.random() < 0.6)) for _ in range(size)]
         captions = [data.caption(spec, rng, complete=rng.random() < 0.7) for spec in specs]
@@ -113,25 +158,29 @@ def train_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
         pictures = np.stack([data.render(spec) for spec in specs])
         x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
         x = x + 0.02 * rng.random() * torch.randn_like(x)
-        out = model(input_ids=rows, pixel_values=(x - mean) / std)
-        logits, right = out.logits_per_image, torch.arange(size)
-        loss = torch.nn.functional.cross_entropy(logits, right)
-        loss = loss + torch.nn.functional.cross_entropy(logits[:, :size].T, right)
+        logits, answers = model((x - mean) / std, rows)
+        right = torch.arange(size)
+        loss = (cross_entropy(logits, right) + cross_entropy(logits[:, :size].T, right)) / 2
+        facts = torch.tensor([facts_of(spec) for spec in specs])
+        told = [cross_entropy(a, f) for a, f in zip(answers, facts.T, strict=True)]
         found = (logits.argmax(1) == right).float().mean()
-        training.update(loss / 2, size, found=float(found))
+        named = torch.stack([(a.argmax(1) == f) for a, f in zip(answers, facts.T, strict=True)])
+        training.update(
+            loss + sum(told) / 2, size, found=float(found), named=float(named.float().mean())
+        )
         with torch.no_grad():
-            model.logit_scale.clamp_(max=float(np.log(100)))
+            model.clip.logit_scale.clamp_(max=float(np.log(100)))
     training.save()
 
 
 def write(run: Path, to: Path) -> None:
     """Write the averaged weights in half precision, with tokenizer and preprocessing."""
-    model = make_model(Tokenizer.from_folder(BUILTIN))
+    learner = Learner(Tokenizer.from_folder(BUILTIN))
     averaged = torch.load(run / "last.pt", weights_only=True)["ema"]
     with torch.no_grad():
-        for p, value in zip(model.parameters(), averaged, strict=True):
+        for p, value in zip(learner.parameters(), averaged, strict=True):
             p.copy_(value)
-    model.half().save_pretrained(to)
+    learner.clip.half().save_pretrained(to)
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json"):
         shutil.copy(BUILTIN / name, to / name)
     side = data.SIDE
@@ -152,8 +201,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of this run")
     parser.add_argument("--to", type=Path, default=Path("shapes"), help="folder to write")
     parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--batch", type=int, default=96)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -16,6 +16,7 @@ run. The file RUN/minutes shortens or extends a run while it goes.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class Compact(torch.nn.Module):
         super().__init__()
         widths = [3] + [WIDTH] * (DEPTH + 1)
         layers: list[torch.nn.Module] = []
-        for inputs, outputs in zip(widths, widths[1:], strict=False):
+        for inputs, outputs in itertools.pairwise(widths):
             layers += [torch.nn.Conv2d(inputs, outputs, 3, padding=1), torch.nn.PReLU(outputs)]
         self.body = torch.nn.ModuleList(
             [*layers, torch.nn.Conv2d(WIDTH, 3 * SCALE**2, 3, padding=1)]

@@ -287,6 +287,7 @@ def save_png(
     text: Mapping[str, str] | None = None,
     overwrite: bool = False,
     compress_level: int = 6,
+    icc_profile: bytes | None = None,
 ) -> None:
     """Write a PNG file atomically: an interruption leaves no partial file.
 
@@ -296,6 +297,7 @@ def save_png(
         text: text chunks by keyword (tEXt, or iTXt if the text is not Latin-1).
         overwrite: replace an existing file.
         compress_level: zlib level, 0 to 9; level 1 takes a third of the time.
+        icc_profile: color profile.
 
     Raises:
         UsageError: the file exists and `overwrite` is False, its folder is missing, or it cannot be
@@ -303,7 +305,7 @@ def save_png(
     """
     check_writable(path, overwrite)
     try:
-        data = png_bytes(image, text, compress_level)
+        data = png_bytes(image, text, compress_level, icc_profile)
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({_reason(error)})") from error
     write_png(data, path, overwrite)
@@ -313,6 +315,7 @@ def png_bytes(
     image: Image.Image | np.ndarray,
     text: Mapping[str, str] | None = None,
     compress_level: int = 6,
+    icc_profile: bytes | None = None,
 ) -> bytes:
     """Encode a picture as PNG; arguments as for `save_png`."""
     from PIL import Image
@@ -324,7 +327,13 @@ def png_bytes(
     for key, value in (text or {}).items():
         chunks.add_text(key, value)
     encoded = io.BytesIO()
-    image.save(encoded, format="PNG", pnginfo=chunks, compress_level=compress_level)
+    image.save(
+        encoded,
+        format="PNG",
+        pnginfo=chunks,
+        compress_level=compress_level,
+        icc_profile=icc_profile,
+    )
     return encoded.getvalue()
 
 

@@ -29,10 +29,12 @@ from mlxdiff.pictures.image import check_writable, png_bytes, side_by_side, writ
 from mlxdiff.pictures.metadata import Metadata
 from mlxdiff.pictures.names import Template
 from mlxdiff.run.additions.refiner import refiner_of
+from mlxdiff.run.additions.upscaler import enlarged, upscaler_of
 from mlxdiff.run.denoiser import Evaluation, make_denoiser
 from mlxdiff.run.inputs import Inputs, Stage, Start, make_stages
 from mlxdiff.run.model import Model, draw_noise
-from mlxdiff.run.settings import PlannedRun, Settings
+from mlxdiff.run.options import RunOptions
+from mlxdiff.run.settings import PlannedRun, Settings, resolve
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -136,7 +138,7 @@ class Result:
         settings: of the run, with every default filled in.
         metadata: of each picture (``chunks()`` gives the text chunks of a PNG).
         timings: seconds by stage: load, text_encoder, image (encoding the given one), hires
-            (enlarging), unet, vae; and steps, the seconds of each evaluation.
+            (enlarging), unet, vae, upscaler; and steps, the seconds of each evaluation.
         peak_memory: bytes, as the backend counts them.
     """
 
@@ -418,6 +420,8 @@ class _Work:
                 if canvas is not None and planned.settings.paste_original:
                     image = canvas.paste_original(image)
                 model.backend.clear_cache()
+            if upscaler_of(model) is not None:
+                image = self._enlarge(model, image, planned.seeds[index])
             self.finished.append(
                 Picture(
                     index=index,
@@ -430,6 +434,28 @@ class _Work:
                 )
             )
             self.drawn.popleft()
+
+    def _enlarge(self, model: Model, image: PIL.Image.Image, seed: int) -> PIL.Image.Image:
+        """Enlarge a finished picture by the model's upscaler."""
+        upscaler = upscaler_of(model)
+        assert upscaler is not None
+
+        def draw(by: Model, asked: RunOptions) -> Any:
+            run = Run(resolve(by, None, asked), [Metadata()])
+            for _ in run:  # its turns are its own
+                pass
+            return run.result.images[0]
+
+        asked = upscaler.asked(self._planned.settings, image, seed)
+        start = time.perf_counter()
+        if upscaler.model is not None:
+            large = enlarged(model, image, draw, asked)
+            self.timings["upscaler"] = time.perf_counter() - start
+            return large
+        with self.turn("upscaler"):
+            large = enlarged(model, image, draw, asked)
+            model.backend.clear_cache()
+        return large
 
 
 def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:

@@ -66,7 +66,7 @@ Borders = Annotated[
 Sampler = Annotated[str, values.Choice(samplers.NAMES, spelled=samplers.spelled)]
 Schedule = Annotated[str, values.Choice(samplers.SCHEDULES, spelled=samplers.find_schedule)]
 Syntax = Annotated[str, values.Choice(SYNTAXES)]
-Upscaler = Annotated[str, values.Choice(UPSCALERS)]
+Upscaler = Annotated[PathLike, values.NameOrPlace(names=UPSCALERS)]
 Backend = Annotated[str, values.Choice(BACKENDS)]
 DType = Annotated[str, values.Choice(DTYPES)]
 PredictionType = Annotated[str, values.Choice(PREDICTIONS)]
@@ -100,6 +100,7 @@ _prompt = partial(option, section="Prompt", part="text")
 _picture = partial(option, section="Picture")
 _image = partial(option, section="From a picture", part="image")
 _hires = partial(option, section="Hires pass", part="hires")
+_upscaler = partial(option, section="Hires pass", part="upscaler")
 _control = partial(option, section="Control", part="controlnet")
 _shown = partial(option, section="Control", part="ip_adapter")
 _sdxl = partial(option, section="SDXL", part="sdxl")
@@ -252,6 +253,19 @@ class ValueOptions(Options):
         part="mask",
         help="With --mask or --outpaint: put the rest of the image back exactly as it was.",
     )
+    upscaler_steps: Positive | None = _upscaler(
+        "--upscaler-steps",
+        help="For an --upscaler that is a model: its sampling steps. Default: 20.",
+    )
+    upscaler_guidance: Scale | None = _upscaler(
+        "--upscaler-guidance",
+        help="For an --upscaler that is a model: its guidance scale. Default: 9.",
+    )
+    upscaler_noise_level: Whole | None = _upscaler(
+        "--upscaler-noise-level",
+        help="For an --upscaler that is a model: noise added to the picture first; higher values "
+        "invent more detail. Default: 20.",
+    )
     guess_mode: Flag = _control(
         "--guess-mode",
         default=False,
@@ -324,8 +338,8 @@ class FileOptions(Options):
     hires_upscaler: Upscaler | None = _hires(
         "--hires-upscaler",
         metavar="NAME",
-        help="How to enlarge: the picture (lanczos, default) or its latents (latent-nearest, "
-        "latent-bilinear).",
+        help="How to enlarge: the picture (lanczos, default), its latents (latent-nearest, "
+        "latent-bilinear), or the picture by a network: the file of an ESRGAN or Real-ESRGAN.",
         elsewhere="hr_upscaler",
     )
     hires_strength: Share | None = _hires(
@@ -469,6 +483,16 @@ class LoadOptions(Options):
         help="SDXL: a model, as for -m, that draws the last part of the run.",
         doc="an SDXL model that draws the last part of the run: as for ``model``, or a Pipeline "
         "of the same backend and dtype.",
+    )
+    upscaler: Place | None = _model(
+        "--upscaler",
+        key="upscaler",
+        part="upscaler",
+        help="Enlarge each finished picture: the file of a network (ESRGAN, Real-ESRGAN), or an "
+        "x4 upscaler, as for -m.",
+        doc="what enlarges each finished picture: the file of a network (ESRGAN, Real-ESRGAN) or "
+        "its hub id, or a model that enlarges, as for ``model``.",
+        elsewhere="upscale_model postprocess_upscaler",
     )
     loras: Loras = _model(
         "--lora",

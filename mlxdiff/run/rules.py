@@ -7,6 +7,8 @@ the pictures. What a single value may be is said in ``options``.
 from __future__ import annotations
 
 from mlxdiff.errors import UsageError
+from mlxdiff.run.additions.upscaler import OPTIONS as UPSCALER_OPTIONS
+from mlxdiff.run.additions.upscaler import upscaler_of
 from mlxdiff.run.kind import Kind
 from mlxdiff.run.model import Model
 from mlxdiff.run.options import RunOptions
@@ -28,6 +30,7 @@ def check(model: Model, refiner: Model | None, asked: RunOptions) -> None:
     if asked.hires is not None:
         _check_hires(refiner, asked)
     _check_split(refiner, asked)
+    check_upscaler(model, asked)
 
 
 def check_parts(model: Kind, refiner: Kind | None, asked: RunOptions) -> None:
@@ -150,6 +153,19 @@ def _check_hires(refiner: Model | None, asked: RunOptions) -> None:
         raise UsageError(
             f"hires cannot be combined with {found[0]}; draw that first, and start a hires run "
             "from the result (--image)"
+        )
+
+
+def check_upscaler(model: Model, asked: RunOptions) -> None:
+    """Refuse options of an upscaler that is not there, or that is a network. Raises: UsageError."""
+    given = [name for name in UPSCALER_OPTIONS if getattr(asked, name) is not None]
+    upscaler = upscaler_of(model)
+    if given and upscaler is None:
+        raise UsageError(f"{given[0]}: there is no upscaler; give one (--upscaler)")
+    if given and upscaler is not None and upscaler.model is None:
+        raise UsageError(
+            f"{given[0]}: the upscaler is a network, which enlarges at once; only a model that "
+            "enlarges (the x4 upscaler) takes that"
         )
 
 

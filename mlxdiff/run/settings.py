@@ -22,7 +22,14 @@ from mlxdiff.run.additions.ip_adapter import ImagePrompt, resolve_image_prompts
 from mlxdiff.run.habits import note_habits, note_seed
 from mlxdiff.run.model import Model
 from mlxdiff.run.options import RunOptions, ValueOptions
-from mlxdiff.run.rules import check, check_parts, checked_interval, is_scored, repaints
+from mlxdiff.run.rules import (
+    check,
+    check_parts,
+    check_upscaler,
+    checked_interval,
+    is_scored,
+    repaints,
+)
 from mlxdiff.run.table import entries
 from mlxdiff.samplers.guidance import guided_evaluations
 from mlxdiff.text import a1111
@@ -182,6 +189,7 @@ def _resolve_pixels(model: Model, asked: RunOptions) -> tuple[Settings, tuple[sa
     guidance = None if (asked.guidance or 0.0) <= 1.0 else asked.guidance
     asked = replace(asked, prompt=asked.prompt or None, guidance=guidance)
     check_parts(model, None, asked)
+    check_upscaler(model, asked)
     model.check_label(asked.label)
     width, height = asked.width, asked.height
     if width is None or height is None:

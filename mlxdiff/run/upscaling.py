@@ -1,7 +1,7 @@
 """Enlarge pictures by a network (ESRGAN and its kin), whole or in tiles.
 
 A tile is enlarged with a border of its neighbours, and the border is cut off. Nothing is blended.
-Where the border is as wide as what a pixel depends on (``config.reach``), the tiles equal the whole.
+Where the border is as wide as what a pixel depends on (``config.reach``), tiles equal the whole.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mlxdiff.convert import Component
 from mlxdiff.errors import MlxdiffError, UsageError
 from mlxdiff.networks.config import UpscalerConfig
 from mlxdiff.pictures.image import ImageLike, is_grey, load_alpha, load_image
-from mlxdiff.run.memory import Device, activation_bytes
+from mlxdiff.run.memory import Device, network_bytes
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -73,8 +73,7 @@ def choose_tiles(
     most = LOW_WORK if low_memory else WORK
 
     def fits(rows: int, columns: int) -> bool:
-        rows, columns = (n + -n % config.shuffle for n in (rows, columns))
-        return activation_bytes(config, device, rows, columns) <= most
+        return network_bytes(config, device, rows, columns) <= most
 
     if side is None and not fits(height, width):
         with_border = (one + 2 * overlap for one in _SIDES)
@@ -202,7 +201,8 @@ class NetworkUpscaler:
         for _ in range(2):
             out = enlarge(self._load(), backend, pixels, tiles.side, tiles.overlap, on_tile)
             if np.isfinite(out).all():
-                return np.clip(out, 0.0, 1.0)
+                clipped: np.ndarray = np.clip(out, 0.0, 1.0)
+                return clipped
             if not self._widen():
                 break
         raise MlxdiffError(
@@ -211,13 +211,18 @@ class NetworkUpscaler:
         )
 
     def picture(
-        self, source: ImageLike, on_tile: Callable[[int, int], object] | None = None
+        self,
+        source: ImageLike,
+        on_tile: Callable[[int, int], object] | None = None,
+        scale: float | None = None,
     ) -> Image.Image:
         """Enlarge a picture; its transparency is enlarged by the same network, and grey stays grey.
 
         Args:
             source: path, Pillow image or array, as ``pictures.image.load_image`` takes it.
             on_tile: as for ``enlarge``.
+            scale: size of the result, as times that of the picture: the network's result is
+                resized with Pillow's Lanczos filter. None: the network's own.
         Raises: UsageError, MlxdiffError.
         """
         from PIL import Image
@@ -233,7 +238,10 @@ class NetworkUpscaler:
                 grey = np.repeat(alpha[..., None], 3, axis=2)
                 veil = _levels(self.values(_values(grey), on_tile).mean(axis=2))
             large.putalpha(Image.fromarray(veil))
-        return large
+        if scale is None or scale == self.scale:
+            return large
+        width, height = (max(1, round(side * scale / self.scale)) for side in large.size)
+        return large.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _values(pixels: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from typing import Any
 
 from mlxdiff.errors import UsageError
 from mlxdiff.pictures import encoded
+from mlxdiff.pictures.hires import UPSCALERS
 from mlxdiff.run.options import RunOptions
 from mlxdiff.run.table import make
 from mlxdiff.run.values import Flag, Number, Text, Unfit
@@ -86,6 +87,10 @@ def order_of(given: Mapping[str, Any], shelf: Shelf, limits: Limits) -> Order:
     if "noise" in run:
         raise UsageError("noise is not taken from requests; leave it out")
     asked = make(RunOptions, run)
+    if asked.hires_upscaler is not None and asked.hires_upscaler not in UPSCALERS:
+        raise UsageError(
+            f"hires_upscaler is {asked.hires_upscaler!r}; expected one of {', '.join(UPSCALERS)}"
+        )
     _check_limits(asked, limits)
     run.pop("seed", None)
     run.pop("count", None)
