@@ -417,7 +417,9 @@ class _Work:
                 continue
             with self.turn("vae"):
                 image = model.decode(latents[None])[0]
-                if canvas is not None and planned.settings.paste_original:
+                settings = planned.settings
+                pastes = settings.paste_original or settings.only_masked is not None
+                if canvas is not None and pastes:
                     image = canvas.paste_original(image)
                 model.backend.clear_cache()
             if upscaler_of(model) is not None:

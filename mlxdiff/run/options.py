@@ -266,6 +266,15 @@ class ValueOptions(Options):
         help="For an --upscaler that is a model: noise added to the picture first; higher values "
         "invent more detail. Default: 20.",
     )
+    only_masked: Whole | None = _image(
+        "--only-masked",
+        part="mask",
+        metavar="PADDING",
+        help="With --mask: draw only the part around what is repainted, with so many pixels around "
+        "it, at the full size, and put it back. The result has the size of the image.",
+        elsewhere="padding_mask_crop inpaint_full_res_padding inpaint_full_res "
+        "inpaint_only_masked mask_padding",
+    )
     guess_mode: Flag = _control(
         "--guess-mode",
         default=False,

@@ -27,6 +27,8 @@ def check(model: Model, refiner: Model | None, asked: RunOptions) -> None:
     _check_task(model, refiner, asked)
     if asked.paste_original and not repaints(asked):
         raise UsageError("paste_original needs a mask (--mask) or borders (--outpaint)")
+    if asked.only_masked is not None:
+        _check_only_masked(model, asked)
     if asked.hires is not None:
         _check_hires(refiner, asked)
     _check_split(refiner, asked)
@@ -139,6 +141,24 @@ def _check_task(model: Model, refiner: Model | None, asked: RunOptions) -> None:
         for name, value in begins.items():
             if value is not None:
                 raise UsageError(f"{name} needs an image to start from (--image)")
+
+
+def _check_only_masked(model: Model, asked: RunOptions) -> None:
+    """Refuse to draw a part of a picture where no mask says which, or another picture is whole."""
+    if asked.only_masked is not None and asked.only_masked < 0:
+        raise UsageError(f"only_masked is {asked.only_masked}; expected pixels, 0 or more")
+    if asked.mask is None:
+        raise UsageError("only_masked needs a mask (--mask)")
+    if asked.outpaint is not None:
+        raise UsageError(
+            "only_masked cannot be combined with borders (--outpaint), which are as wide as the "
+            "picture; leave out one of the two"
+        )
+    if model.controlnets:
+        raise UsageError(
+            "only_masked cannot be combined with a ControlNet, whose picture shows the whole; crop "
+            "both pictures first"
+        )
 
 
 def _check_hires(refiner: Model | None, asked: RunOptions) -> None:

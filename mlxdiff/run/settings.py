@@ -13,7 +13,14 @@ import numpy as np
 
 from mlxdiff import samplers
 from mlxdiff.errors import UsageError
-from mlxdiff.pictures.canvas import Borders, Canvas, check_borders, load_mask, make_canvas
+from mlxdiff.pictures.canvas import (
+    Borders,
+    Canvas,
+    check_borders,
+    crop_canvas,
+    load_mask,
+    make_canvas,
+)
 from mlxdiff.pictures.hires import Hires, resolve_hires
 from mlxdiff.pictures.image import load_image, resize
 from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
@@ -269,6 +276,7 @@ def _resolve_text(
         noise_level=None,
         outpaint=None,
         paste_original=False,
+        only_masked=None,
         original_size=None,
         target_size=None,
         crop=None,
@@ -340,7 +348,11 @@ def _with_image(
     settings = replace(settings, image_name=_named(asked.image))
     if repaints(asked):
         greys = None if asked.mask is None else load_mask(asked.mask)
-        canvas = make_canvas(pixels, greys, width, height, model.vae_config.factor, outpaint)
+        factor = model.vae_config.factor
+        if asked.only_masked is not None and greys is not None:
+            canvas = crop_canvas(pixels, greys, width, height, factor, asked.only_masked)
+        else:
+            canvas = make_canvas(pixels, greys, width, height, factor, outpaint)
         _note_other_shape(pixels, greys)
         settings = replace(
             settings,
@@ -349,6 +361,7 @@ def _with_image(
             mask_name=None if asked.mask is None else _named(asked.mask),
             outpaint=outpaint,
             paste_original=asked.paste_original,
+            only_masked=asked.only_masked,
         )
     else:
         settings = replace(settings, image=_resized(model, pixels, width, height))
