@@ -19,7 +19,7 @@ TYPE_CHECKING = False  # type checkers take it for true; typing's own takes long
 if TYPE_CHECKING:
     from typing import Any
 
-    from mlxdiff.loading import load, load_upscaler
+    from mlxdiff.loading import load, load_judge, load_upscaler
     from mlxdiff.pipeline import Picture, Pipeline, Result, Run, Step
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "load",
+    "load_judge",
     "load_upscaler",
 ]
 
@@ -43,7 +44,7 @@ _submodule = submodules(__name__)
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("load", "load_upscaler"):
+    if name in ("load", "load_judge", "load_upscaler"):
         from mlxdiff import loading
 
         return getattr(loading, name)

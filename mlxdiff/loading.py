@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from mlxdiff import library
+from mlxdiff.convert.clip import open_clip
 from mlxdiff.convert.upscaler import open_upscaler
 from mlxdiff.errors import UsageError
 from mlxdiff.machine.exact import require as require_exact
 from mlxdiff.pipeline import Pipeline
+from mlxdiff.run.additions.judge import TEXT
+from mlxdiff.run.judge import Judge
 from mlxdiff.run.options import BACKENDS, DTYPES, LoadOptions
 from mlxdiff.run.table import function_of
 from mlxdiff.run.upscaling import NetworkUpscaler
@@ -99,6 +102,40 @@ def load_upscaler(
     )
 
 
+def load_judge(
+    path: str | os.PathLike[str],
+    *,
+    backend: str = "auto",
+    dtype: str | None = None,
+    low_memory: bool = False,
+    variant: str | None = None,
+    progress: Progress | None = None,
+) -> Judge:
+    """Open a CLIP, without a model, to compare pictures with words and with each other.
+
+    Args:
+        path: its folder, as transformers writes a CLIPModel, or a hub id.
+        backend, dtype, low_memory, variant, progress: as for ``load``.
+    Returns: a Judge.
+    Raises: UsageError, CheckpointError, ConfigError, HubError.
+    """
+    clip = open_clip(path, variant, progress)
+    chosen = make_backend(backend, dtype)
+    chosen.limit_cache(low_memory)
+    kept: dict[str, Any] = {}
+
+    def encoder(name: str) -> Any:
+        if name not in kept:
+            if low_memory:
+                kept.clear()
+            part = clip.text if name == TEXT else clip.image
+            stored = True if low_memory else None
+            kept[name] = chosen.load(part.config, part.tensors(), keep_stored=stored)
+        return kept[name]
+
+    return Judge(clip, chosen, encoder)
+
+
 @function_of(LoadOptions)
 def load(asked: LoadOptions) -> Pipeline:
     """Open a model for drawing.
@@ -145,6 +182,7 @@ def load(asked: LoadOptions) -> Pipeline:
         variant=variant,
         progress=progress,
     )
+    pipe.set_judge(asked.judge, variant=variant, progress=progress)
     pipe.set_upscaler(
         asked.upscaler,
         dtype=asked.dtype,

@@ -28,6 +28,7 @@ from mlxdiff.pictures.metadata import Metadata
 from mlxdiff.run.additions import AdditionT, Fetch
 from mlxdiff.run.additions.controlnet import ControlNet
 from mlxdiff.run.additions.ip_adapter import IPAdapter
+from mlxdiff.run.additions.judge import PictureJudge
 from mlxdiff.run.additions.lora import LoRA, asked_for
 from mlxdiff.run.additions.refiner import Refiner, refiner_of
 from mlxdiff.run.additions.upscaler import HiresUpscaler, Upscaler, upscaler_of
@@ -269,6 +270,27 @@ class Pipeline:
                 yield Upscaler.open(path, model, open_model, Fetch(variant, progress))
 
         self._set(Upscaler, [] if upscaler is None else [upscaler], open_all)
+
+    def set_judge(
+        self,
+        judge: AnyPath | None,
+        *,
+        variant: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Score each finished picture for its prompt; None: do not.
+
+        Args:
+            judge, variant, progress: as ``load`` takes them.
+        Raises: UsageError, CheckpointError, ConfigError, HubError.
+        """
+        judge = make(LoadOptions, {"judge": judge}).judge
+
+        def open_all(given: Iterable[AnyPath], model: Model) -> Iterator[PictureJudge]:
+            for path in given:
+                yield PictureJudge.open(path, Fetch(variant, progress))
+
+        self._set(PictureJudge, [] if judge is None else [judge], open_all)
 
     def _set(
         self,

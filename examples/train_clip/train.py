@@ -44,14 +44,14 @@ FACTS = (data.SHAPES, data.COLORS, data.SIZES)
 
 def make_model(tokenizer: Tokenizer) -> CLIPModel:
     """Return a CLIP of 0.3 million parameters for pictures of 64 pixels."""
-    end = tokenizer.encode("")[1]
+    end = tokenizer.eos_token_id
     text = {
         "vocab_size": tokenizer.vocab_size,
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "bos_token_id": tokenizer.encode("")[0],
+        "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": end,
         "pad_token_id": end,
     }
@@ -152,9 +152,8 @@ def train_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
         captions = [data.caption(spec, rng, complete=rng.random() < 0.7) for spec in specs]
         for _ in range(OTHERS):
             captions += [data.caption(changed(spec, rng), rng, complete=True) for spec in specs]
-        ids = [tokenizer.encode(caption, pad=False) for caption in captions]
-        longest = max(map(len, ids))
-        rows = torch.tensor([one + [one[-1]] * (longest - len(one)) for one in ids])
+        ids = torch.tensor([tokenizer.encode(caption) for caption in captions])
+        rows = ids[:, : 1 + int((ids != tokenizer.eos_token_id).sum(1).max())]  # up to the end
         pictures = np.stack([data.render(spec) for spec in specs])
         x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
         x = x + 0.02 * rng.random() * torch.randn_like(x)

@@ -220,11 +220,16 @@ def to_pil(image: np.ndarray) -> Image.Image:
     return Image.fromarray(values[:, :, 0] if image.shape[2] == 1 else values)
 
 
-_CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-_CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+CLIP_MEAN = 0.48145466, 0.4578275, 0.40821073
+CLIP_STD = 0.26862954, 0.26130258, 0.27577711
 
 
-def to_clip(image: np.ndarray, size: int) -> np.ndarray:
+def to_clip(
+    image: np.ndarray,
+    size: int,
+    mean: tuple[float, ...] = CLIP_MEAN,
+    std: tuple[float, ...] = CLIP_STD,
+) -> np.ndarray:
     """Prepare a picture for CLIP's image encoder.
 
     Resize the shorter side to ``size`` (Pillow's bicubic filter), crop the centre and normalize the
@@ -233,6 +238,7 @@ def to_clip(image: np.ndarray, size: int) -> np.ndarray:
     Args:
         image: uint8 (H, W, 3).
         size: input side of the encoder, in pixels.
+        mean, std: of the colors, in [0, 1].
     Returns: (1, size, size, 3) float32.
     Source: transformers models/clip/image_processing_clip.py.
     """
@@ -248,7 +254,8 @@ def to_clip(image: np.ndarray, size: int) -> np.ndarray:
     picture = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
     top, left = (height - size) // 2, (width - size) // 2
     pixels = np.array(picture)[top : top + size, left : left + size].astype(np.float32)
-    return ((pixels * np.float32(1 / 255) - _CLIP_MEAN) / _CLIP_STD)[None]
+    colors = pixels * np.float32(1 / 255)
+    return ((colors - np.array(mean, np.float32)) / np.array(std, np.float32))[None]
 
 
 def resize(image: np.ndarray, width: int, height: int, *, bicubic: bool = False) -> np.ndarray:

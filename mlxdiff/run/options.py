@@ -427,6 +427,16 @@ class SeedOptions(Options):
         doc="number of pictures.",
         elsewhere="num_images_per_prompt batch_size n_iter batch_count num_images n",
     )
+    best_of: Positive = _picture(
+        "--best-of",
+        default=1,
+        part="judge",
+        key=None,
+        metavar="N",
+        help="Draw N pictures for each one, and keep the one that the --judge scores highest.",
+        doc="draw so many pictures for each one, and keep the one that the judge scores highest. "
+        "Picture i is the best of the seeds from seed + i * best_of on; its metadata name all.",
+    )
     noise: np.ndarray | None = option(
         key=None,
         doc="(count, H/f, W/f, C) float32, standard normal, in place of the first noise that the "
@@ -492,6 +502,13 @@ class LoadOptions(Options):
         help="SDXL: a model, as for -m, that draws the last part of the run.",
         doc="an SDXL model that draws the last part of the run: as for ``model``, or a Pipeline "
         "of the same backend and dtype.",
+    )
+    judge: Place | None = _model(
+        "--judge",
+        part="judge",
+        help="Score each finished picture for its prompt: the folder or hub id of a CLIP "
+        "(openai/clip-vit-large-patch14).",
+        doc="a CLIP that scores each finished picture for its prompt: its folder or hub id.",
     )
     upscaler: Place | None = _model(
         "--upscaler",

@@ -26,6 +26,7 @@ from mlxdiff.pictures.image import load_image, resize
 from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
 from mlxdiff.run.additions.controlnet import Control, resolve_controls
 from mlxdiff.run.additions.ip_adapter import ImagePrompt, resolve_image_prompts
+from mlxdiff.run.additions.judge import judge_of
 from mlxdiff.run.habits import note_habits, note_seed
 from mlxdiff.run.model import Model
 from mlxdiff.run.options import RunOptions, ValueOptions
@@ -65,6 +66,7 @@ class Settings(ValueOptions):
         controls: the picture and the numbers of each ControlNet.
         image_prompts: the pictures of each IP-Adapter.
         refined: whether there is a refiner.
+        best_of: pictures that are drawn for each one that is kept.
     """
 
     prompt: str
@@ -81,6 +83,7 @@ class Settings(ValueOptions):
     controls: tuple[Control, ...] = ()
     image_prompts: tuple[ImagePrompt, ...] = ()
     refined: bool = False
+    best_of: int = 1
 
     @property
     def evaluations(self) -> int:
@@ -161,7 +164,7 @@ class PlannedRun(NamedTuple):
         model: the model, with all that is added to it for this run.
         settings: of the run.
         plans: the sampler's plan for the model, and for what comes after (``make_plans``).
-        seeds: seed of each picture.
+        seeds: seed of each picture that is drawn.
         noise: (pictures, H/f, W/f, C) float32 in place of the first noise; None: as the seeds give.
     """
 
@@ -180,12 +183,20 @@ def resolve(
     sampler, schedule = samplers.resolve(asked.sampler, asked.schedule)
     asked = replace(asked, sampler=sampler, schedule=schedule)
     note_seed(asked.seed)
-    seeds = pick_seeds(asked.seed, asked.count)
+    if asked.best_of > 1 and judge_of(model) is None:
+        model.require("judge", "best_of")
+        raise UsageError("best_of: there is no judge; give one (--judge)")
+    seeds = pick_seeds(asked.seed, asked.count * asked.best_of)
     if model.lacks("text"):
         settings, plans = _resolve_pixels(model, asked)
     else:
         settings, plans = _resolve_text(model, refiner, asked)
-    settings = replace(settings, sampler=plans[0].sampler, schedule=plans[0].schedule)
+    settings = replace(
+        settings,
+        sampler=plans[0].sampler,
+        schedule=plans[0].schedule,
+        best_of=asked.best_of,
+    )
     noise = _check_noise(settings, asked.noise, len(seeds), model)
     return PlannedRun(model, settings, plans, seeds, noise)
 

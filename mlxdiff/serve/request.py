@@ -140,8 +140,9 @@ def _accepted(kind: Any, name: str, value: Any) -> Any:
 
 def _check_limits(asked: RunOptions, limits: Limits) -> None:
     """Refuse what would keep the server busy for hours, or fill its memory. Raises: UsageError."""
-    if asked.count > limits.count:
-        raise UsageError(f"count is {asked.count}; at most {limits.count} are drawn for a request")
+    if asked.count * asked.best_of > limits.count:
+        many = f"count is {asked.count}" + f", best of {asked.best_of}" * (asked.best_of > 1)
+        raise UsageError(f"{many}; at most {limits.count} are drawn for a request")
     if asked.steps is not None and asked.steps > MOST_STEPS:
         raise UsageError(f"steps is {asked.steps}; at most {MOST_STEPS} are taken")
     for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2"):
