@@ -34,7 +34,9 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("form", FORMS)
 def test_scores_equal_transformers(form: str, backend: str, tmp_path: Path) -> None:
     """The logits within 2e-5 of their scale: float32 in another order of sums."""
-    judge = mlxdiff.load_judge(write_clip(tmp_path / "clip", form), backend=backend, dtype="float32")
+    judge = mlxdiff.load_judge(
+        write_clip(tmp_path / "clip", form), backend=backend, dtype="float32"
+    )
     bound = 2e-5 * judge.clip.scale
     np.testing.assert_allclose(
         judge.scores(PICTURES, TEXTS), EXPECTED[f"{form}/logits"], atol=bound

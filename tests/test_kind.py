@@ -20,8 +20,8 @@ HAS = {
     "judge",
     "pix2pix": "text image edits ip_adapter lora embedding vae upscaler judge",
     "x4-upscaler": "text image upscales lora embedding vae upscaler judge",
-    "ddpm": "upscaler",
-    "ddpm-labels": "label upscaler",
+    "ddpm": "threshold upscaler",
+    "ddpm-labels": "label threshold upscaler",
 }
 
 

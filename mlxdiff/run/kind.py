@@ -94,7 +94,7 @@ class Kind(ABC):
 
         Args:
             part: "text", "prompt_2", "sdxl", "target_size", "aesthetic_score", "image", "mask",
-                "edits", "upscales", "label", "hires", or an addition: "controlnet", "ip_adapter",
+                "edits", "upscales", "threshold", "label", "hires", or an addition: "controlnet", "ip_adapter",
                 "lora", "embedding", "vae", "refiner", "upscaler", "judge".
         Raises: KeyError for another word.
         """
@@ -342,7 +342,7 @@ class PixelKind(Kind):
     def lacks(self, part: str) -> Reason:
         """See ``Kind.lacks``."""
         what = _PIXEL_PARTS[part]
-        if part == "upscaler":
+        if part in ("upscaler", "threshold"):
             return None
         if part == "label":
             return None if self.takes_label else "this model has no classes"
@@ -451,6 +451,10 @@ _LATENT_PARTS: dict[str, tuple[Callable[[LatentKind], bool], str]] = {
     "vae": (_always, ""),
     "upscaler": (_always, ""),
     "judge": (_always, ""),
+    "threshold": (
+        lambda kind: False,
+        "only models that draw pixels take that: latents have no bounds to keep",
+    ),
     "label": (lambda kind: False, "this model draws from a prompt; it has no classes"),
     "sdxl": (lambda kind: kind.is_sdxl, "only SDXL models take that; this model is not one"),
     "prompt_2": (lambda kind: kind.takes_prompt_2, "this model has no second text encoder"),

@@ -57,6 +57,7 @@ Whole = Annotated[int, values.Whole()]
 Positive = Annotated[int, values.Whole(least=1)]
 Scale = Annotated[float, values.Number(least=0)]
 Share = Annotated[float, values.Number(least=0, most=1)]
+Bound = Annotated[float, values.Number(least=1)]
 Size = Annotated[tuple[int, int], values.Numbers("HxW", values.Whole(least=0))]
 Point = Annotated[tuple[int, int], values.Numbers("Y,X", values.Whole())]
 Interval = Annotated[tuple[float, float], values.Numbers("START,END", values.Number(0, 1))]
@@ -219,6 +220,20 @@ class ValueOptions(Options):
     )
     eta: Share | None = _picture(
         "--eta", help="Share of fresh noise, 0 (default) to 1; samplers ddim and tcd."
+    )
+    dynamic_threshold: Share | None = _picture(
+        "--dynamic-threshold",
+        part="threshold",
+        metavar="SHARE",
+        help="For a model that draws pixels: in each step, bring this share of the predicted values "
+        "within bounds (Imagen's dynamic thresholding; 0.995 as a rule).",
+        elsewhere="dynamic_thresholding_ratio thresholding",
+    )
+    threshold_max: Bound | None = _picture(
+        "--threshold-max",
+        part="threshold",
+        help="Largest threshold of --dynamic-threshold, at least 1. Default: no bound.",
+        elsewhere="sample_max_value",
     )
     strength: Share | None = _image(
         "--strength",

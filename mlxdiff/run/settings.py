@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -40,6 +41,7 @@ from mlxdiff.run.rules import (
 )
 from mlxdiff.run.table import entries
 from mlxdiff.samplers.guidance import guided_evaluations
+from mlxdiff.store.folder import ModelSource
 from mlxdiff.text import a1111
 
 logger = logging.getLogger("mlxdiff")
@@ -47,6 +49,7 @@ logger = logging.getLogger("mlxdiff")
 IMAGE_GUIDANCE = 1.5  # for models that edit a picture; the default of diffusers' pipelines
 NOISE_LEVEL = 20  # for upscalers; the default of diffusers' pipeline
 DEFAULT_SPLIT = 0.8  # share of the run after which a refiner takes over; as in diffusers' guide
+NO_THRESHOLD = 1e5  # as large as no prediction is
 AESTHETIC_SCORES = 6.0, 2.5  # for the prompt and the negative prompt
 
 
@@ -422,7 +425,7 @@ def make_plans(
         and samplers.takes_distilled_strength(source.scheduler_config, settings.sampler)
     )
     plan = samplers.plan(
-        source.scheduler_config,
+        source.scheduler_config | _thresholding(settings),
         settings.sampler,
         settings.schedule,
         settings.steps,
@@ -435,6 +438,8 @@ def make_plans(
         guidance=settings.guidance,
         altered=settings.altered,
     )
+    if settings.dynamic_threshold is not None and not _thresholds(plan):
+        raise _cannot_threshold(settings, source)
     if (enlarged := settings.enlarged) is not None:
         enlarged = replace(enlarged, sampler=plan.sampler, schedule=plan.schedule)
         try:
@@ -453,6 +458,38 @@ def make_plans(
         denoising_start=settings.denoising_start,
     )
     return plan, second
+
+
+def _thresholding(settings: Settings) -> dict[str, Any]:
+    """Arguments of a scheduler for the dynamic thresholding that is asked for."""
+    if settings.dynamic_threshold is None:
+        if settings.threshold_max is not None:
+            raise UsageError("threshold_max has no effect without dynamic_threshold")
+        return {}
+    most = NO_THRESHOLD if settings.threshold_max is None else settings.threshold_max
+    return {
+        "thresholding": True,
+        "dynamic_thresholding_ratio": settings.dynamic_threshold,
+        "sample_max_value": most,
+    }
+
+
+def _thresholds(plan: samplers.Plan) -> bool:
+    """Return True if a run brings its predictions within dynamic bounds."""
+    return any(row.limit is not None and row.limit.quantile is not None for row in plan.rows)
+
+
+def _cannot_threshold(settings: Settings, source: ModelSource) -> UsageError:
+    """Say which samplers threshold their predictions on this model."""
+    config, able = source.scheduler_config | _thresholding(settings), []
+    for name in samplers.SAMPLERS:
+        with contextlib.suppress(UsageError):
+            if _thresholds(samplers.plan(config, name, steps=4, family=source.family)):
+                able.append(name)
+    return UsageError(
+        f"dynamic_threshold: sampler {settings.sampler} does not threshold its predictions; "
+        f"{', '.join(able)} do"
+    )
 
 
 def _check_editing(settings: Settings) -> None:
