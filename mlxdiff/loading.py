@@ -19,6 +19,7 @@ from mlxdiff.run.options import BACKENDS, DTYPES, LoadOptions
 from mlxdiff.run.table import function_of
 from mlxdiff.run.upscaling import NetworkUpscaler
 from mlxdiff.store.folder import Progress
+from mlxdiff.text.styles import read_styles
 
 logger = logging.getLogger("mlxdiff")
 
@@ -165,6 +166,8 @@ def load(asked: LoadOptions) -> Pipeline:
         logger.warning("exact has no effect: nothing is computed on a GPU here")
     pipe = Pipeline(source, chosen)
     pipe.lora_folder = Path(asked.lora_folder)
+    if asked.style_file is not None:
+        pipe.styles = read_styles(asked.style_file)
     variant, progress = asked.variant, asked.progress
     pipe.set_vae(asked.vae, progress=progress)
     pipe.set_controlnets(asked.controlnets, variant=variant, progress=progress)

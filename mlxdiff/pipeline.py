@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,8 @@ from mlxdiff.run.settings import PlannedRun, Settings, resolve
 from mlxdiff.run.table import entries, make, takes
 from mlxdiff.store.folder import ModelSource, Progress
 from mlxdiff.store.recipes import find_recipe, recipe_of
+from mlxdiff.text.styles import Style
+from mlxdiff.text.styles import apply as apply_styles
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -84,6 +86,7 @@ class Pipeline:
     Attributes:
         model: its networks, stage by stage, with all that is added to it.
         lora_folder: where the LoRAs lie that a prompt calls by name.
+        styles: of the user, by name, beside those of ``mlxdiff.text.styles``.
         memory_limit: gigabytes that a run may take; None: as much as the machine has. What is
             expected to take more is refused (``mlxdiff.run.memory``).
         exact: whether a GPU computes as exactly as the type allows.
@@ -94,6 +97,7 @@ class Pipeline:
         self.memory_limit: float | None = None
         self.exact = False
         self.lora_folder = Path()
+        self.styles: Mapping[str, Style] = {}
         self._prompt_loras: dict[Any, tuple[LoRA, ...]] = {}
         self._hires_networks: dict[Any, HiresUpscaler] = {}
 
@@ -427,6 +431,7 @@ class Pipeline:
 
     def _plan(self, asked: RunOptions) -> PlannedRun:
         model = self.model  # another thread may put another one in its place
+        asked = self._styled(asked)
         planned = resolve(model, refiner_of(model), asked)
         self._require_memory(planned.settings)
         model = self._with_hires_network(model, planned.settings)
@@ -436,6 +441,18 @@ class Pipeline:
             blank = np.zeros((drawn.height, drawn.width, 3), np.uint8)
             resolve(upscaler.model, None, upscaler.asked(settings, blank, 0))
         return planned._replace(model=self._with_prompt_loras(model, planned.settings))
+
+    def _styled(self, asked: RunOptions) -> RunOptions:
+        """The same with the prompt in its styles. Raises: UsageError."""
+        if asked.style is None:
+            return asked
+        self.model.require("text", "style")
+        if asked.prompt is None:
+            raise UsageError("style: no prompt is given that could be put into it")
+        prompt, negative = apply_styles(
+            asked.style, self.styles, asked.prompt, asked.negative_prompt
+        )
+        return replace(asked, style=None, prompt=prompt, negative_prompt=negative)
 
     def memory(
         self,
@@ -544,7 +561,7 @@ class Pipeline:
 
 
 _ATTRIBUTES = frozenset(
-    {"model", "memory_limit", "exact", "lora_folder", "_prompt_loras", "_hires_networks"}
+    {"model", "memory_limit", "exact", "lora_folder", "styles", "_prompt_loras", "_hires_networks"}
 )
 
 

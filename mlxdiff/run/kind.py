@@ -94,8 +94,8 @@ class Kind(ABC):
 
         Args:
             part: "text", "prompt_2", "sdxl", "target_size", "aesthetic_score", "image", "mask",
-                "edits", "upscales", "threshold", "label", "hires", or an addition: "controlnet", "ip_adapter",
-                "lora", "embedding", "vae", "refiner", "upscaler", "judge".
+                "edits", "upscales", "threshold", "label", "hires", or an addition: "controlnet",
+                "ip_adapter", "lora", "embedding", "vae", "refiner", "upscaler", "judge".
         Raises: KeyError for another word.
         """
 

@@ -225,8 +225,8 @@ class ValueOptions(Options):
         "--dynamic-threshold",
         part="threshold",
         metavar="SHARE",
-        help="For a model that draws pixels: in each step, bring this share of the predicted values "
-        "within bounds (Imagen's dynamic thresholding; 0.995 as a rule).",
+        help="For a model that draws pixels: in each step, bring this share of the predicted "
+        "values within bounds (Imagen's dynamic thresholding; 0.995 as a rule).",
         elsewhere="dynamic_thresholding_ratio thresholding",
     )
     threshold_max: Bound | None = _picture(
@@ -352,6 +352,23 @@ class FileOptions(Options):
         doc="what to repaint, in white: path, Pillow image or array; resized, made grey, cut at "
         "one half. The size of the picture is then the model's own unless given.",
         elsewhere="mask_image masked_image_path mask_path",
+    )
+    zoom_out: Enlargement | None = _image(
+        "--zoom-out",
+        part="mask",
+        metavar="FACTOR",
+        help="With --image: make the picture smaller by this factor, and paint around it. The "
+        "result has the size of the image.",
+        elsewhere="zoom",
+    )
+    style: Text | None = _prompt(
+        "--style",
+        key=None,
+        metavar="NAME",
+        help="Put the prompt into a style (docs/upscaling.md); several with commas.",
+        doc="names of styles, with commas between them, that the prompt is put into "
+        "(``mlxdiff.text.styles``).",
+        elsewhere="styles style_preset stylize",
     )
     hires: Enlargement | None = _hires(
         "--hires",
@@ -553,6 +570,13 @@ class LoadOptions(Options):
         "(<lora:name:scale>). Default: here.",
         doc="where to look for the LoRAs that a prompt in a1111 syntax names "
         "(``<lora:name:0.8>``).",
+    )
+    style_file: Place | None = _model(
+        "--style-file",
+        part="text",
+        metavar="FILE",
+        help="Styles of one's own for --style: a TOML file.",
+        doc="styles of one's own, a TOML file (``mlxdiff.text.styles``).",
     )
     embeddings: Embeddings = _model(
         "--embedding",

@@ -239,6 +239,8 @@ def _resolve_text(
         raise UsageError(
             'no prompt is given; say what to draw, such as "a red circle on a blue background"'
         )
+    if asked.zoom_out is not None:
+        asked = _zoomed_out(model, asked)
     check(model, refiner, asked)
     interval = checked_interval(asked.guidance_interval)
     pixels = None if asked.image is None else load_image(asked.image)
@@ -310,6 +312,25 @@ def _resolve_text(
     plans = make_plans(settings, model, refiner)
     _check_some_guidance(settings, plans)
     return settings, plans
+
+
+def _zoomed_out(model: Model, asked: RunOptions) -> RunOptions:
+    """The same with the borders that make the picture smaller, at the size of the image."""
+    if asked.image is None or asked.zoom_out is None:
+        raise UsageError("zoom_out needs an image (--image)")
+    if asked.outpaint is not None:
+        raise UsageError("zoom_out and outpaint both say what to add; give one of them")
+    model.require("mask", "zoom_out")
+    rows, columns = load_image(asked.image).shape[:2]
+    factor = model.vae_config.factor
+    high, wide = (round((asked.zoom_out - 1) * side) for side in (rows, columns))
+    return replace(
+        asked,
+        zoom_out=None,
+        outpaint=(wide // 2, high // 2, wide - wide // 2, high - high // 2),
+        width=max(columns // factor, 1) * factor if asked.width is None else asked.width,
+        height=max(rows // factor, 1) * factor if asked.height is None else asked.height,
+    )
 
 
 def _settings(asked: RunOptions, **resolved: Any) -> Settings:
