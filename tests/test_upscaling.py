@@ -153,7 +153,7 @@ def test_one_picture_of_a_grid(files: dict[str, Path], tmp_path: Path) -> None:
         np.testing.assert_array_equal(pixels(drawn), pixels(expected))
 
 
-# --------------------------------------------------------------------------------- finished pictures
+# -------------------------------------------------------------------------------- finished pictures
 
 
 def test_a_finished_picture_is_enlarged_as_its_file_would_be(

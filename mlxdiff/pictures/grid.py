@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from mlxdiff.errors import UsageError
-from mlxdiff.pictures.image import ImageLike, open_picture
+from mlxdiff.pictures.image import open_picture
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,7 +36,7 @@ def parse_cell(text: str) -> Cell:
     return cell
 
 
-def cell_of(source: ImageLike, cell: Cell) -> Image.Image:
+def cell_of(source: str | os.PathLike[str], cell: Cell) -> Image.Image:
     """Return one picture of a grid.
 
     Args:

@@ -133,7 +133,7 @@ def _toml(text: str, path: Any) -> Mapping[str, Any]:
         import tomllib
     except ImportError:  # Python 3.10
         try:
-            import tomli as tomllib  # type: ignore[import-not-found,no-redef]
+            import tomli as tomllib
         except ImportError:
             raise UsageError(
                 f"{path}: is TOML, which Python 3.10 cannot read: pip install tomli, or use a "
