@@ -26,9 +26,12 @@ from mlxdiff.store.reference import parse
 from mlxdiff.weights.files import open_file
 from mlxdiff.weights.tensors import LazyTensor, Shape
 
+MOST_WIDTH = 1024  # channels of any known network, and more
 _PREFIXES = ("params_ema.", "params.", "module.", "model.netG.")
 _FIRST = "model.0.weight"  # of the oldest spelling
-_OLD_BLOCK = r"model\.1\.sub\.(\d+)\.RDB(\d)\.conv(\d|1x1)\.0\.(weight|bias)"
+_OLD_BLOCK = r"model\.1\.sub\.(\d{1,4})\.RDB(\d)\.conv(\d|1x1)\.0\.(weight|bias)"
+_BLOCK = r"(?:RRDB_trunk|body)\.(\d{1,4})\.(?:RDB|rdb)\d\.conv\d\.weight"
+_COMPACT = r"body\.(\d{1,4})\.(?:weight|bias)"
 
 
 def open_upscaler(path: str | os.PathLike[str], progress: Progress | None = None) -> Component:
@@ -80,10 +83,10 @@ def structure(path: Path, tensors: Mapping[str, LazyTensor]) -> UpscalerConfig |
     Raises: CheckpointError for an upscaler that mlxdiff cannot represent.
     """
     shapes = {name: tensor.shape for name, tensor in _without_prefix(tensors).items()}
-    old = _FIRST in shapes and any(re.fullmatch(_OLD_BLOCK, name) for name in shapes)
-    if old or "conv_first.weight" in shapes:
+    old = _FIRST in shapes and bool(_numbers(shapes, _OLD_BLOCK))
+    if old or ("conv_first.weight" in shapes and _numbers(shapes, _BLOCK)):
         return _rrdbnet(path, shapes, old)
-    if "body.0.weight" in shapes and "body.1.weight" in shapes:
+    if shapes and len(_numbers(shapes, _COMPACT)) == len(shapes) and "body.0.weight" in shapes:
         return _compact(path, shapes)
     return None
 
@@ -98,19 +101,19 @@ def _without_prefix(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
 
 def _rrdbnet(path: Path, shapes: Mapping[str, Shape], old: bool) -> RRDBNetConfig:
     if old:
-        last = max(_numbers(shapes, r"model\.(\d+)\.weight"), default=0)
+        last = max(_numbers(shapes, r"model\.(\d{1,4})\.weight"), default=0)
         first, end = shapes[_FIRST], shapes.get(f"model.{last}.weight", ())
         doublings = (last - 4) // 3
         blocks = _numbers(shapes, _OLD_BLOCK)
     else:
         first, end = shapes["conv_first.weight"], shapes.get("conv_last.weight", ())
-        doublings = max(_numbers(shapes, r"(?:upconv|conv_up)(\d+)\.weight"), default=0)
-        blocks = _numbers(shapes, r"(?:RRDB_trunk|body)\.(\d+)\.(?:RDB|rdb)\d\.conv\d\.weight")
+        doublings = max(_numbers(shapes, r"(?:upconv|conv_up)(\d{1,2})\.weight"), default=0)
+        blocks = _numbers(shapes, _BLOCK)
     growth = next(
         (
             shape[0]
             for name, shape in shapes.items()
-            if re.search(r"\.(?:RDB|rdb)1\.conv1\.(?:0\.)?weight$", name)
+            if shape and re.search(r"\.(?:RDB|rdb)1\.conv1\.(?:0\.)?weight$", name)
         ),
         0,
     )
@@ -125,10 +128,14 @@ def _rrdbnet(path: Path, shapes: Mapping[str, Shape], old: bool) -> RRDBNetConfi
             "color pictures (3 channels) are supported"
         )
     shuffle = math.isqrt(first[1] // 3)
-    if not 0 <= doublings <= 5 or max(blocks) >= MOST_LAYERS or 2**doublings < shuffle:
+    sizes = doublings, max(blocks), first[0], growth
+    most = 5, MOST_LAYERS - 1, MOST_WIDTH, MOST_WIDTH
+    if min(sizes) < 0 or any(a > b for a, b in zip(sizes, most, strict=True)) or not first[0]:
+        doublings = -1
+    if 2.0**doublings < shuffle:
         raise CheckpointError(
-            f"{path}: an ESRGAN network of {max(blocks) + 1} blocks and {doublings} doublings of "
-            "the sides; no such network is known"
+            f"{path}: an ESRGAN network of {max(blocks) + 1} blocks of {first[0]} channels that "
+            f"enlarges in {sizes[0]} steps; no such network is known"
         )
     return RRDBNetConfig(
         width=first[0],
@@ -141,15 +148,16 @@ def _rrdbnet(path: Path, shapes: Mapping[str, Shape], old: bool) -> RRDBNetConfi
 
 
 def _compact(path: Path, shapes: Mapping[str, Shape]) -> CompactConfig:
-    first, last = shapes["body.0.weight"], max(_numbers(shapes, r"body\.(\d+)\.weight"))
-    end = shapes[f"body.{last}.weight"]
-    if len(first) != 4 or len(end) != 4 or last % 2 or last < 2 or last > 2 * MOST_LAYERS:
+    first, last = shapes["body.0.weight"], max(_numbers(shapes, _COMPACT))
+    end = shapes.get(f"body.{last}.weight", ())
+    if len(first) != 4 or len(end) != 4 or last % 2 or not 2 <= last <= 2 * MOST_LAYERS:
         raise CheckpointError(
             f"{path}: is not a whole Real-ESRGAN compact network (convolutions and slopes in turn, "
             "a convolution at both ends)"
         )
     scale = math.isqrt(end[0] // 3)
-    if first[1] != 3 or end[0] != 3 * scale**2 or scale == 0:
+    sound = 0 < first[0] <= MOST_WIDTH and 0 < scale <= 16
+    if first[1] != 3 or end[0] != 3 * scale**2 or not sound:
         raise CheckpointError(
             f"{path}: this network takes {first[1]} channels and its last convolution gives "
             f"{end[0]}; only networks for color pictures (3 channels) are supported"

@@ -12,12 +12,13 @@ from safetensors.numpy import save_file
 from sides import Side
 from upscaler_files import FORMS, weights_of, write_upscaler
 
-from mlxdiff.convert.upscaler import open_upscaler
+from mlxdiff.convert.upscaler import open_upscaler, structure
 from mlxdiff.errors import CheckpointError
 from mlxdiff.networks.config import CompactConfig, RRDBNetConfig
 from mlxdiff.networks.registry import build
 from mlxdiff.report.info import describe
 from mlxdiff.run.upscaling import enlarge
+from mlxdiff.weights.tensors import LazyTensor
 
 EXPECTED = np.load(GOLDEN / "upscalers.npz")
 BOUND = 2e-5  # of values around 1, in float32: 20 convolutions of 72 to 1152 products each
@@ -106,6 +107,41 @@ def test_what_is_no_upscaler_is_named(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "part.pth")
     with pytest.raises(CheckpointError, match=r"missing.*body.3.weight"):
         open_upscaler(tmp_path / "part.pth")
+
+
+HOSTILE: dict[str, dict[str, tuple[int, ...]]] = {
+    "no first": {"model.0.weight": (8, 3, 3, 3), "model.1.sub.0.RDB1.conv1.0.weight": ()},
+    "wide": {"conv_first.weight": (1 << 40, 3, 3, 3), "body.0.rdb1.conv1.weight": (4, 8, 3, 3)}
+    | {"conv_last.weight": (3, 8, 3, 3)},
+    "many": {"conv_first.weight": (8, 3, 3, 3), "body.9999.rdb1.conv1.weight": (4, 8, 3, 3)}
+    | {"conv_last.weight": (3, 8, 3, 3)},
+    "steep": {"conv_first.weight": (8, 3, 3, 3), "body.0.rdb1.conv1.weight": (4, 8, 3, 3)}
+    | {"conv_last.weight": (3, 8, 3, 3), "conv_up99.weight": (8, 8, 3, 3)},
+    "flat": {"body.0.weight": (), "body.1.weight": (8,)},
+    "long": {"body.0.weight": (8, 3, 3, 3), "body.9998.weight": (12, 8, 3, 3)},
+    "empty": {"body.0.weight": (0, 3, 3, 3), "body.2.weight": (0, 8, 3, 3)},
+    "backwards": {
+        "model.0.weight": (8, 48, 3, 3),
+        "model.1.sub.0.RDB1.conv1.0.weight": (4, 8, 3, 3),
+    }
+    | {"model.2.weight": (3, 8, 3, 3)},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_shapes_are_errors_of_one_line(name: str, tmp_path: Path) -> None:
+    tensors = {key: LazyTensor(shape, "F32", list) for key, shape in HOSTILE[name].items()}
+    with pytest.raises(CheckpointError) as caught:
+        structure(tmp_path / "x.pth", tensors)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_networks_that_enlarge_are_not_taken_for_these(tmp_path: Path) -> None:
+    swinir = {"conv_first.weight": (60, 3, 3, 3), "layers.0.conv.weight": (60, 60, 3, 3)}
+    edsr = {"body.0.weight": (60, 3, 3, 3), "body.1.body.0.weight": (60, 60, 3, 3)}
+    for shapes in (swinir, edsr, {}):
+        tensors = {key: LazyTensor(shape, "F32", list) for key, shape in shapes.items()}
+        assert structure(tmp_path, tensors) is None
 
 
 def test_info_names_the_structure(tmp_path: Path) -> None:
