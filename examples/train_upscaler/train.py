@@ -30,7 +30,9 @@ import data
 from builtin import open_builtin
 
 SCALE, WIDTH, DEPTH = 4, 24, 8
-SMALL = 32  # side of a piece that the network sees in training, in small pixels
+FLAT = 20  # levels: pieces of less contrast teach nothing
+WEIGHT = 100.0  # of the squared error: the gradients are about 1
+SMALL = 24  # side of a piece that the network sees in training, in small pixels
 
 
 class Compact(torch.nn.Module):
@@ -45,6 +47,26 @@ class Compact(torch.nn.Module):
         self.body = torch.nn.ModuleList(
             [*layers, torch.nn.Conv2d(WIDTH, 3 * SCALE**2, 3, padding=1)]
         )
+        self.begin_bilinear()
+
+    @torch.no_grad()
+    def begin_bilinear(self) -> None:
+        """Begin with bilinear interpolation: the first three channels carry the picture through."""
+        *convs, last = [layer for layer in self.body if isinstance(layer, torch.nn.Conv2d)]
+        for conv, slopes in zip(convs, self.body[1::2], strict=True):
+            conv.weight[:3], conv.bias[:3], slopes.weight[:3] = 0, 0, 1
+            for channel in range(3):
+                conv.weight[channel, channel, 1, 1] = 1
+        last.weight *= 0.1
+        last.weight[:, :3], last.bias[:] = 0, 0
+        offsets = (np.arange(SCALE) + 0.5) / SCALE - 0.5  # of the centers, in small pixels
+        shares = np.stack([np.maximum(-offsets, 0), 1 - abs(offsets), np.maximum(offsets, 0)], 1)
+        for i in range(SCALE):
+            for j in range(SCALE):
+                kernel = torch.from_numpy(np.outer(shares[i], shares[j])).float()
+                kernel[1, 1] -= 1  # the repeated pixel is added
+                for channel in range(3):
+                    last.weight[channel * SCALE**2 + i * SCALE + j, channel] = kernel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = x
@@ -75,7 +97,7 @@ def make_pairs(path: Path, count: int, seed: int) -> None:
 
 
 def train_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
-    """Train for the mean absolute error."""
+    """Train for the squared error, on pieces that hold an edge."""
     torch.manual_seed(args.seed)
     path = args.run / "pairs.npz"
     if not path.exists():
@@ -87,9 +109,11 @@ def train_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
     rng = np.random.default_rng((args.seed, training.step))
     while not training.done:
         pieces = []
-        for row in rng.integers(0, len(small), args.batch):
-            y, x = rng.integers(0, data.SIDE - SMALL + 1, 2)
+        while len(pieces) < args.batch:
+            row, (y, x) = rng.integers(len(small)), rng.integers(0, data.SIDE - SMALL + 1, 2)
             one = small[row][y : y + SMALL, x : x + SMALL]
+            if one.std() < FLAT:
+                continue
             far = SCALE * SMALL
             other = large[row][SCALE * y :, SCALE * x :][:far, :far]
             if rng.random() < 0.5:
@@ -100,7 +124,7 @@ def train_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
             for half in zip(*pieces, strict=True)
         )
         error = net(x) - y
-        training.update(error.abs().mean(), args.batch, mse=float(error.detach().square().mean()))
+        training.update(WEIGHT * error.square().mean(), args.batch)
     training.save()
 
 
