@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from mlxdiff.convert.checkpoint import find_weights, map_component
-from mlxdiff.convert.component import Component, find_component
+from mlxdiff.convert.component import Component
 from mlxdiff.convert.keymap import DIFFUSERS
 from mlxdiff.errors import CheckpointError, ConfigError
 from mlxdiff.machine.disk import read_json
 from mlxdiff.networks.config import CLIPTextConfig, CLIPVisionConfig
 from mlxdiff.pictures.image import CLIP_MEAN, CLIP_STD
+from mlxdiff.store import hub
+from mlxdiff.store.cache import snapshot_of
 from mlxdiff.store.folder import Progress
+from mlxdiff.store.reference import parse
 from mlxdiff.tokenizer import Tokenizer
 from mlxdiff.weights.files import open_file
 from mlxdiff.weights.tensors import LazyTensor, open_weights
@@ -63,7 +66,7 @@ def open_clip(
         progress: called while files are fetched.
     Raises: CheckpointError, ConfigError, HubError.
     """
-    folder, provenance = find_component(path, "clip", variant, progress)
+    folder, provenance = _find(path, variant, progress)
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder}: is not the folder of a CLIP model; expected {_FILES} (for example "
@@ -100,6 +103,18 @@ def open_clip(
         std=std,
         provenance=provenance,
     )
+
+
+def _find(
+    path: str | os.PathLike[str], variant: str | None, progress: Progress | None
+) -> tuple[Path, dict[str, Any]]:
+    """Return the folder of a CLIP, fetched if necessary, and its provenance."""
+    place = snapshot_of(Path(path))
+    reference = None if os.path.exists(place) else parse(str(path))
+    if reference is None:
+        return place, {"source": place.resolve().name}
+    folder = hub.resolve_clip(str(path), variant, progress=progress)
+    return folder, {"source": reference.name, "revision": folder.name}
 
 
 def _configs(folder: Path) -> tuple[CLIPTextConfig, CLIPVisionConfig]:

@@ -285,8 +285,8 @@ class ValueOptions(Options):
         "--only-masked",
         part="mask",
         metavar="PADDING",
-        help="With --mask: draw only the part around what is repainted, with so many pixels around "
-        "it, at the full size, and put it back. The result has the size of the image.",
+        help="With --mask: cut out what is repainted with this many pixels around it, draw that at "
+        "the full size, and put it back. The result has the size of the image.",
         elsewhere="padding_mask_crop inpaint_full_res_padding inpaint_full_res "
         "inpaint_only_masked mask_padding",
     )
