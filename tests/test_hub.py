@@ -365,7 +365,7 @@ def test_a_clip_comes_with_its_tokenizer(server: type[Hub]) -> None:
     assert sorted(p.name for p in folder.iterdir()) == sorted(wanted)
     del server.files["merges.txt"]
     with pytest.raises(HubError, match=r"no tokenizer \(merges\.txt"):
-        hub.resolve_clip("org/other")
+        hub.resolve_clip("org/name@v1")
 
 
 def test_one_component_of_a_model(server: type[Hub]) -> None:
