@@ -27,7 +27,6 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train_builtin"))
 import common
 import data
-from builtin import open_builtin
 
 SCALE, WIDTH, DEPTH = 4, 24, 8
 FLAT = 20  # levels: pieces of less contrast teach nothing
@@ -79,6 +78,8 @@ class Compact(torch.nn.Module):
 @torch.no_grad()
 def make_pairs(path: Path, count: int, seed: int) -> None:
     """Draw pictures at both sizes once, for all epochs."""
+    from builtin import open_builtin
+
     vae, rng = open_builtin().vae, np.random.default_rng(seed)
     small, large = [], []
     for start in range(0, count, 32):
