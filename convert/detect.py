@@ -163,7 +163,11 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         r"(?:(?:enc|dec)\.)?blk\.\d+\..+|token_embd\.weight",
         "a language model or text encoder in llama.cpp's naming",
     ),
-    (r"(?:model\.1\.sub|body)\.\d+\.(?:RDB|rdb)\d\..+", "an ESRGAN upscaler"),
+    (
+        r"(?:.+\.)?(?:model\.1\.sub|body|RRDB_trunk)\.\d+\.(?:RDB|rdb)\d\..+",
+        "an ESRGAN upscaler",
+    ),
+    (r"(?:(?:params|params_ema|module)\.)?body\.\d+\.weight", "a Real-ESRGAN compact upscaler"),
 )
 # Input channels of an LDM U-Net -> kind.
 _CHANNELS = {5: "a depth-to-image model"}

@@ -35,6 +35,13 @@ def _other_controlnet() -> str:
     return f"not supported; use a ControlNet of the same kind ({argument('controlnets')})"
 
 
+def _enlarges() -> str:
+    return (
+        "enlarge with it: mlxdiff upscale PICTURE -m PATH, or while drawing with "
+        f"{argument('upscaler', form='PATH')} or {argument('hires_upscaler', form='PATH')}"
+    )
+
+
 # Kind (words of ``detect``, or their start) -> how to use it here, or what to use in its place.
 _USES: dict[str, Callable[[], str]] = {
     "a LoRA": lambda: f"give it with {_lora()}",
@@ -78,10 +85,8 @@ _USES: dict[str, Callable[[], str]] = {
     "a CLIP image encoder": lambda: (
         f"give its folder with {argument('image_encoder')}, beside {argument('ip_adapters')}"
     ),
-    "an ESRGAN upscaler": lambda: (
-        f"not supported; enlarge with {argument('hires')}, or with "
-        f"{argument('model', 'x4-upscaler')}"
-    ),
+    "an ESRGAN upscaler": _enlarges,
+    "a Real-ESRGAN compact upscaler": _enlarges,
 }
 _UNKNOWN = "weights of an unknown kind"
 _OTHERWISE = "not supported; give a Stable Diffusion 1, 2 or SDXL model"

@@ -19,7 +19,7 @@ TYPE_CHECKING = False  # type checkers take it for true; typing's own takes long
 if TYPE_CHECKING:
     from typing import Any
 
-    from mlxdiff.loading import load
+    from mlxdiff.loading import load, load_judge, load_upscaler
     from mlxdiff.pipeline import Picture, Pipeline, Result, Run, Step
 
 __all__ = [
@@ -35,6 +35,8 @@ __all__ = [
     "UsageError",
     "__version__",
     "load",
+    "load_judge",
+    "load_upscaler",
 ]
 
 
@@ -42,10 +44,10 @@ _submodule = submodules(__name__)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load":
-        from mlxdiff.loading import load
+    if name in ("load", "load_judge", "load_upscaler"):
+        from mlxdiff import loading
 
-        return load
+        return getattr(loading, name)
     if name in ("Picture", "Pipeline", "Result", "Run", "Step"):
         from mlxdiff import pipeline
 

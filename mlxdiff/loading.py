@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 from mlxdiff import library
+from mlxdiff.convert.clip import open_clip
+from mlxdiff.convert.upscaler import open_upscaler
 from mlxdiff.errors import UsageError
 from mlxdiff.machine.exact import require as require_exact
 from mlxdiff.pipeline import Pipeline
+from mlxdiff.run.additions.judge import TEXT
+from mlxdiff.run.judge import Judge
 from mlxdiff.run.options import BACKENDS, DTYPES, LoadOptions
 from mlxdiff.run.table import function_of
+from mlxdiff.run.upscaling import NetworkUpscaler
+from mlxdiff.store.folder import Progress
+from mlxdiff.text.styles import read_styles
 
 logger = logging.getLogger("mlxdiff")
 
@@ -43,6 +51,92 @@ def _backend_class(name: str) -> Any:
     return NumPyBackend
 
 
+def load_upscaler(
+    path: str | os.PathLike[str],
+    *,
+    backend: str = "auto",
+    dtype: str | None = None,
+    low_memory: bool = False,
+    tile: int | None = None,
+    tile_overlap: int | None = None,
+    progress: Progress | None = None,
+) -> NetworkUpscaler:
+    """Open a network that enlarges pictures, without a model: ESRGAN, Real-ESRGAN.
+
+    Args:
+        path: its file, or the hub id of one (``org/name/FILE``).
+        backend, dtype, low_memory, progress: as for ``load``.
+        tile: side of a tile in pixels of the small picture; 0: the whole picture at once. None: as
+            large as memory allows.
+        tile_overlap: pixels that tiles have in common with their neighbours. None: all that a pixel
+            depends on, if that is at most 64, else 32.
+    Returns: a NetworkUpscaler; ``picture(...)`` enlarges.
+    Raises: UsageError, CheckpointError, HubError.
+    """
+    component = open_upscaler(path, progress)
+    chosen = make_backend(backend, dtype)
+    chosen.limit_cache(low_memory)
+    loaded: list[Any] = []
+    wide = chosen.dtype == "bfloat16"
+
+    def network() -> Any:
+        if not loaded:
+            kind = "float32" if wide else None
+            stored = True if low_memory else None
+            loaded.append(chosen.load(component.config, component.tensors(), kind, stored))
+        return loaded[0]
+
+    def widen() -> bool:
+        nonlocal wide
+        before, wide = wide, True
+        loaded.clear()
+        return not before and chosen.dtype != "float32"
+
+    return NetworkUpscaler(
+        component,
+        chosen,
+        network,
+        widen,
+        low_memory=low_memory,
+        side=tile,
+        overlap=tile_overlap,
+    )
+
+
+def load_judge(
+    path: str | os.PathLike[str],
+    *,
+    backend: str = "auto",
+    dtype: str | None = None,
+    low_memory: bool = False,
+    variant: str | None = None,
+    progress: Progress | None = None,
+) -> Judge:
+    """Open a CLIP, without a model, to compare pictures with words and with each other.
+
+    Args:
+        path: its folder, as transformers writes a CLIPModel, or a hub id.
+        backend, dtype, low_memory, variant, progress: as for ``load``.
+    Returns: a Judge.
+    Raises: UsageError, CheckpointError, ConfigError, HubError.
+    """
+    clip = open_clip(path, variant, progress)
+    chosen = make_backend(backend, dtype)
+    chosen.limit_cache(low_memory)
+    kept: dict[str, Any] = {}
+
+    def encoder(name: str) -> Any:
+        if name not in kept:
+            if low_memory:
+                kept.clear()
+            part = clip.text if name == TEXT else clip.image
+            stored = True if low_memory else None
+            kept[name] = chosen.load(part.config, part.tensors(), keep_stored=stored)
+        return kept[name]
+
+    return Judge(clip, chosen, encoder)
+
+
 @function_of(LoadOptions)
 def load(asked: LoadOptions) -> Pipeline:
     """Open a model for drawing.
@@ -72,6 +166,8 @@ def load(asked: LoadOptions) -> Pipeline:
         logger.warning("exact has no effect: nothing is computed on a GPU here")
     pipe = Pipeline(source, chosen)
     pipe.lora_folder = Path(asked.lora_folder)
+    if asked.style_file is not None:
+        pipe.styles = read_styles(asked.style_file)
     variant, progress = asked.variant, asked.progress
     pipe.set_vae(asked.vae, progress=progress)
     pipe.set_controlnets(asked.controlnets, variant=variant, progress=progress)
@@ -85,6 +181,14 @@ def load(asked: LoadOptions) -> Pipeline:
         pipe.limit_memory(asked.memory_limit)
     pipe.set_refiner(
         asked.refiner,
+        dtype=asked.dtype,
+        quantize=asked.quantize,
+        variant=variant,
+        progress=progress,
+    )
+    pipe.set_judge(asked.judge, variant=variant, progress=progress)
+    pipe.set_upscaler(
+        asked.upscaler,
         dtype=asked.dtype,
         quantize=asked.quantize,
         variant=variant,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,9 +28,11 @@ from mlxdiff.pictures.metadata import Metadata
 from mlxdiff.run.additions import AdditionT, Fetch
 from mlxdiff.run.additions.controlnet import ControlNet
 from mlxdiff.run.additions.ip_adapter import IPAdapter
+from mlxdiff.run.additions.judge import PictureJudge
 from mlxdiff.run.additions.lora import LoRA, asked_for
 from mlxdiff.run.additions.refiner import Refiner, refiner_of
 from mlxdiff.run.additions.t2i_adapter import T2IAdapter
+from mlxdiff.run.additions.upscaler import HiresUpscaler, Upscaler, upscaler_of
 from mlxdiff.run.additions.vae import AnotherVAE
 from mlxdiff.run.additions.word_vectors import WordVectors
 from mlxdiff.run.drawing import Picture, Result, Run, Step
@@ -43,6 +45,8 @@ from mlxdiff.run.settings import PlannedRun, Settings, resolve, variation
 from mlxdiff.run.table import entries, make, takes
 from mlxdiff.store.folder import ModelSource, Progress
 from mlxdiff.store.recipes import find_recipe, recipe_of
+from mlxdiff.text.styles import Style
+from mlxdiff.text.styles import apply as apply_styles
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -83,6 +87,7 @@ class Pipeline:
     Attributes:
         model: its networks, stage by stage, with all that is added to it.
         lora_folder: where the LoRAs lie that a prompt calls by name.
+        styles: of the user, by name, beside those of ``mlxdiff.text.styles``.
         memory_limit: gigabytes that a run may take; None: as much as the machine has. What is
             expected to take more is refused (``mlxdiff.run.memory``).
         exact: whether a GPU computes as exactly as the type allows.
@@ -93,7 +98,9 @@ class Pipeline:
         self.memory_limit: float | None = None
         self.exact = False
         self.lora_folder = Path()
+        self.styles: Mapping[str, Style] = {}
         self._prompt_loras: dict[Any, tuple[LoRA, ...]] = {}
+        self._hires_networks: dict[Any, HiresUpscaler] = {}
 
     def __repr__(self) -> str:
         name = self.source.provenance.get("source", self.source.path)
@@ -126,7 +133,9 @@ class Pipeline:
     def save_memory(self, low_memory: bool = True, vae_tiling: bool | None = None) -> None:
         """Trade time for memory, from the next picture on; see ``load``."""
         with turn():
-            for model in (self.model, self.refiner):
+            upscaler = upscaler_of(self.model)
+            enlarging = None if upscaler is None else upscaler.model
+            for model in (self.model, self.refiner, enlarging):
                 if model is not None:
                     model.save_memory(low_memory, vae_tiling)
             self.backend.limit_cache(low_memory)
@@ -260,6 +269,56 @@ class Pipeline:
 
         self._set(Refiner, [] if refiner is None else [refiner], open_refiners)
 
+    def set_upscaler(
+        self,
+        upscaler: AnyPath | None,
+        *,
+        dtype: str | None = None,
+        quantize: int | str | None = None,
+        variant: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Enlarge each finished picture; None: leave it as it is.
+
+        Args:
+            upscaler, dtype, quantize, variant, progress: as ``load`` takes them.
+        Raises: UsageError, CheckpointError, ConfigError, HubError.
+        """
+        upscaler = make(LoadOptions, {"upscaler": upscaler}).upscaler
+
+        def open_model(path: AnyPath) -> Model:
+            source = library.open_model(
+                path, dtype=dtype, quantize=quantize, variant=variant, progress=progress
+            )
+            return Pipeline(source, self.backend).model
+
+        def open_all(given: Iterable[AnyPath], model: Model) -> Iterator[Upscaler]:
+            for path in given:
+                yield Upscaler.open(path, model, open_model, Fetch(variant, progress))
+
+        self._set(Upscaler, [] if upscaler is None else [upscaler], open_all)
+
+    def set_judge(
+        self,
+        judge: AnyPath | None,
+        *,
+        variant: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Score each finished picture for its prompt; None: do not.
+
+        Args:
+            judge, variant, progress: as ``load`` takes them.
+        Raises: UsageError, CheckpointError, ConfigError, HubError.
+        """
+        judge = make(LoadOptions, {"judge": judge}).judge
+
+        def open_all(given: Iterable[AnyPath], model: Model) -> Iterator[PictureJudge]:
+            for path in given:
+                yield PictureJudge.open(path, Fetch(variant, progress))
+
+        self._set(PictureJudge, [] if judge is None else [judge], open_all)
+
     def _set(
         self,
         kind: type[AdditionT],
@@ -329,6 +388,21 @@ class Pipeline:
             loras = (*model.additions.of(LoRA), *self._prompt_loras[key])
         return model.with_additions(model.additions.replaced(LoRA, loras))
 
+    def _with_hires_network(self, model: Model, settings: Settings) -> Model:
+        """Return the model with the network that a hires pass asks for.
+
+        Raises: UsageError, CheckpointError.
+        """
+        path = None if settings.hires is None else settings.hires.network
+        if path is None:
+            return model
+        with turn():
+            key = path, identity(path) if os.path.exists(path) else None
+            if key not in self._hires_networks:  # that of the last run is kept
+                self._hires_networks = {key: HiresUpscaler.open(path)}
+            opened = (self._hires_networks[key],)
+        return model.with_additions(model.additions.replaced(HiresUpscaler, opened))
+
     @property
     def source(self) -> ModelSource:
         """The opened model."""
@@ -380,9 +454,28 @@ class Pipeline:
 
     def _plan(self, asked: RunOptions) -> PlannedRun:
         model = self.model  # another thread may put another one in its place
+        asked = self._styled(asked)
         planned = resolve(model, refiner_of(model), asked)
         self._require_memory(planned.settings)
+        model = self._with_hires_network(model, planned.settings)
+        if (upscaler := upscaler_of(model)) is not None and upscaler.model is not None:
+            settings = planned.settings  # what can be refused is refused before anything is drawn
+            drawn = settings.enlarged or settings
+            blank = np.zeros((drawn.height, drawn.width, 3), np.uint8)
+            resolve(upscaler.model, None, upscaler.asked(settings, blank, 0))
         return planned._replace(model=self._with_prompt_loras(model, planned.settings))
+
+    def _styled(self, asked: RunOptions) -> RunOptions:
+        """The same with the prompt in its styles. Raises: UsageError."""
+        if asked.style is None:
+            return asked
+        self.model.require("text", "style")
+        if asked.prompt is None:
+            raise UsageError("style: no prompt is given that could be put into it")
+        prompt, negative = apply_styles(
+            asked.style, self.styles, asked.prompt, asked.negative_prompt
+        )
+        return replace(asked, style=None, prompt=prompt, negative_prompt=negative)
 
     def memory(
         self,
@@ -499,7 +592,9 @@ class Pipeline:
         ]
 
 
-_ATTRIBUTES = frozenset({"model", "memory_limit", "exact", "lora_folder", "_prompt_loras"})
+_ATTRIBUTES = frozenset(
+    {"model", "memory_limit", "exact", "lora_folder", "styles", "_prompt_loras", "_hires_networks"}
+)
 
 
 def _advice(name: str) -> str:

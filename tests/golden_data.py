@@ -33,7 +33,13 @@ FAMILIES = (
     "img2img",
 )
 """What make_family_goldens.py writes; of these, taesd is a VAE alone and img2img has no model."""
-INPAINTING = ("inpainting", "edm-inpainting", "sd15-inpainting", "sdxl-inpainting")
+INPAINTING = (
+    "inpainting",
+    "edm-inpainting",
+    "sd15-inpainting",
+    "sdxl-inpainting",
+    "only-masked",
+)
 """What make_image_goldens.py writes: with a mask; the first two have no model of their own."""
 EDITING = ("pix2pix", "sdxl-pix2pix", "cosxl-edit")
 """What it writes of models that edit a picture by instruction; beside these, hires."""

@@ -357,6 +357,17 @@ def test_repos_without_a_model(server: type[Hub]) -> None:
         hub.resolve_component("org/name@v1")
 
 
+def test_a_clip_comes_with_its_tokenizer(server: type[Hub]) -> None:
+    wanted = {"config.json": "{}", "model.safetensors": "x", "merges.txt": "", "vocab.json": "{}"}
+    wanted["preprocessor_config.json"] = "{}"
+    server.files = {**wanted, "README.md": "", "tf_model.h5": "", "pytorch_model.bin": "y"}
+    folder = hub.resolve_clip("org/name")
+    assert sorted(p.name for p in folder.iterdir()) == sorted(wanted)
+    del server.files["merges.txt"]
+    with pytest.raises(HubError, match=r"no tokenizer \(merges\.txt"):
+        hub.resolve_clip("org/name@v1")
+
+
 def test_one_component_of_a_model(server: type[Hub]) -> None:
     folder = hub.resolve_component("org/name", "vae")
     assert folder.name == "vae" and (folder / "config.json").is_file()

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mlxdiff.cli import main
 from mlxdiff.errors import UsageError
-from mlxdiff.pictures.canvas import make_canvas
+from mlxdiff.pictures.canvas import crop_region, make_canvas
 
 CASES = [(name, case) for name in INPAINTING for case in cases(name)]
 SMALL = {"width": 64, "height": 64, "steps": 2, "seed": 0}
@@ -280,3 +280,70 @@ def test_notes(opened: Opened, caplog: pytest.LogCaptureFixture) -> None:
     caplog.clear()
     opened("sd15").settings("a", image=photo(32, 64), mask=mask("disc", 64, 128))
     assert not caplog.text
+
+
+# ------------------------------------------------------------------------ only what is repainted
+
+
+def test_only_masked_is_its_definition(opened: Opened) -> None:
+    """Crop, draw at the size of the run, put back: the same by hand; nothing else changes."""
+    image, white = photo(96, 128), mask("disc", 96, 128)
+    pipe = opened("sd15")
+    given = {"sampler": "euler", **SMALL}
+    result = pipe.generate("a", image=image, mask=white, only_masked=6, **given)
+    got, kept = np.asarray(result.images[0]), white[..., 0] == 0
+    assert got.shape == image.shape
+    np.testing.assert_array_equal(got[kept], image[kept])
+    canvas = result.settings.canvas
+    assert canvas is not None and canvas.whole is not None
+    left, top, right, bottom = canvas.whole.box
+    _, columns = np.nonzero(~kept)
+    assert (left, right) == (columns.min() - 6, columns.max() + 7)
+    assert right - left == bottom - top  # the shape of the run
+    part = Image.fromarray(image).crop(canvas.whole.box)
+    shown = Image.fromarray(white).crop(canvas.whole.box)
+    large = part.resize((64, 64), Image.Resampling.LANCZOS)
+    drawn = pipe.generate(
+        "a", image=large, mask=shown.resize((64, 64), Image.Resampling.LANCZOS), **given
+    ).images[0]
+    back = np.asarray(drawn.resize(part.size, Image.Resampling.LANCZOS))
+    inside = white[top:bottom, left:right, 0] == 255
+    np.testing.assert_array_equal(got[top:bottom, left:right][inside], back[inside])
+
+
+@pytest.mark.parametrize(
+    ("box", "size", "padding", "expected"),
+    [
+        ((10, 10, 20, 20), (64, 64), 0, (10, 10, 20, 20)),
+        ((10, 10, 20, 20), (64, 64), 5, (5, 5, 25, 25)),
+        ((10, 10, 40, 20), (64, 64), 0, (10, 0, 40, 30)),
+        ((10, 40, 40, 48), (64, 64), 0, (10, 18, 40, 48)),
+        ((0, 10, 60, 48), (64, 16), 99, (0, 0, 60, 48)),
+    ],
+)
+def test_the_region_has_the_shape_of_the_run_where_there_is_room(
+    box: tuple[int, int, int, int],
+    size: tuple[int, int],
+    padding: int,
+    expected: tuple[int, int, int, int],
+) -> None:
+    left, top, right, bottom = box
+    grey = np.zeros((48, 60), np.uint8)
+    grey[top:bottom, left:right] = 1
+    assert crop_region(grey, *size, padding) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"image": photo(64, 64), "only_masked": 4}, r"needs a mask \(--mask\)"),
+        ({**DISC, "only_masked": -1}, "0 or more"),
+        ({**DISC, "only_masked": 4, "outpaint": (8, 0, 0, 0)}, "borders"),
+        ({**DISC, "mask": np.zeros((64, 64), np.uint8), "only_masked": 4}, "black"),
+    ],
+)
+def test_what_only_masked_cannot_do_is_refused(
+    arguments: dict[str, Any], says: str, opened: Opened
+) -> None:
+    with pytest.raises(UsageError, match=says):
+        opened("sd15").generate("a", **SMALL | arguments)

@@ -184,7 +184,9 @@ def test_webui_starts_from_a_picture(webui: Any, drawn: Image.Image) -> None:
     assert len(result.images) == 2
 
 
-def test_webui_inpaints(webui: Any, drawn: Image.Image) -> None:
+@pytest.mark.parametrize("part", [False, True])
+def test_webui_inpaints(webui: Any, drawn: Image.Image, part: bool) -> None:
+    drawn = drawn.resize((96, 80))
     mask = Image.new("L", drawn.size)
     mask.paste(255, (0, 0, 32, 64))
     result = webui.img2img(
@@ -192,12 +194,13 @@ def test_webui_inpaints(webui: Any, drawn: Image.Image) -> None:
         mask_image=mask,
         mask_blur=0,
         inpainting_fill=1,
-        inpaint_full_res=False,
+        inpaint_full_res=part,
+        inpaint_full_res_padding=4,
         prompt=PROMPT,
         width=64,
         height=64,
     )
-    assert result.image.size == (64, 64)
+    assert result.image.size == (drawn.size if part else (64, 64))
 
 
 def test_webui_enlarges(webui: Any, drawn: Image.Image) -> None:

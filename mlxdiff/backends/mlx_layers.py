@@ -806,6 +806,11 @@ def relu(x: mx.array) -> mx.array:
     return mx.maximum(x, 0)
 
 
+def leaky_relu(x: mx.array, slope: float | mx.array) -> mx.array:
+    """max(x, 0) + slope * min(x, 0); the slope is a number, or one for each channel."""
+    return mx.maximum(x, 0) + slope * mx.minimum(x, 0)
+
+
 def tanh(x: mx.array) -> mx.array:
     """The hyperbolic tangent."""
     return mx.tanh(x)

@@ -645,6 +645,17 @@ def relu(x: np.ndarray) -> np.ndarray:
     return out
 
 
+def leaky_relu(x: np.ndarray, slope: float | np.ndarray) -> np.ndarray:
+    """max(x, 0) + slope * min(x, 0); the slope is a number, or one for each channel."""
+
+    def compute(part: np.ndarray, out: np.ndarray) -> None:
+        np.minimum(part, 0, out=out)
+        out *= slope
+        out += np.maximum(part, 0)
+
+    return _elementwise(compute, x)
+
+
 def tanh(x: np.ndarray) -> np.ndarray:
     """The hyperbolic tangent."""
     out: np.ndarray = np.tanh(x)

@@ -26,6 +26,8 @@ from mlxdiff.machine import stopping
 # name -> module with a click command of the same name, one-line help.
 COMMANDS = {
     "generate": ("mlxdiff.cli.generate", "Draw pictures from a prompt."),
+    "upscale": ("mlxdiff.cli.upscale", "Enlarge pictures by a network (ESRGAN)."),
+    "score": ("mlxdiff.cli.score", "Compare pictures with words, or with each other."),
     "convert": ("mlxdiff.cli.convert", "Convert a model to a folder that loads fast."),
     "info": ("mlxdiff.cli.info", "Describe a model, a LoRA or a drawn picture."),
     "bench": ("mlxdiff.cli.bench", "Time a model on this machine; make a record to post."),

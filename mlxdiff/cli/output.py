@@ -223,7 +223,7 @@ class Output:
 
     def _report(self, run: Run, picture: Picture, path: Path, seconds: float) -> None:
         """Print a line for a picture. If that fails, go on drawing; ``__exit__`` says so."""
-        line = f"{path}  seed {picture.seed}  {seconds:.1f} s"
+        line = f"{path}  seed {picture.seed}  {seconds:.1f} s{_scores(picture)}"
         if self.options.as_json:
             line = json.dumps(record(run, picture, path, seconds))
         if self.lost_report is None:
@@ -285,6 +285,16 @@ def record(run: Run, picture: Picture, path: Path, seconds: float) -> dict[str, 
         "seconds": stages | {"total": round(seconds, 4)},
         "peak_memory_bytes": picture.peak_memory,
     }
+
+
+def _scores(picture: Picture) -> str:
+    """The score of a picture, and of those that it was chosen from."""
+    extra = picture.metadata.extra
+    if "score" not in extra:
+        return ""
+    all_of_them = ", ".join(f"{seed}: {points:.2f}" for seed, points in extra.get("scores", ()))
+    best = f", the best of {extra['best_of']} ({all_of_them})" if all_of_them else ""
+    return f"  score {extra['score']:.2f}{best}"
 
 
 def _exists(path: Path) -> bool:

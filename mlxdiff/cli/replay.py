@@ -170,7 +170,7 @@ def _at_hand(entry: Option, names: Any, path: str) -> Any:
     """
     if isinstance(names, (list, tuple)):
         return [_at_hand(entry, name, path) for name in names]
-    if not isinstance(names, str):
+    if not isinstance(names, str) or names in getattr(entry.kind, "names", ()):
         return names
     from mlxdiff.library import without_hub
 

@@ -142,7 +142,8 @@ class Recorded:
         return self.view(sizes)
 
     def transpose(self, *axes: int) -> Recorded:
-        return self.view([self.shape[axis] for axis in axes])
+        """The axes in another order: a new array, which the next layer reads."""
+        return _new(*(self.shape[axis] for axis in axes))
 
     def __getitem__(self, index: Any) -> Recorded:
         parts = index if isinstance(index, tuple) else (index,)
@@ -325,6 +326,11 @@ def geglu(x: Recorded) -> Recorded:
 
 def relu(x: Recorded) -> Recorded:
     """max(x, 0)."""
+    return _new(*x.shape)
+
+
+def leaky_relu(x: Recorded, slope: Any) -> Recorded:
+    """max(x, 0) + slope * min(x, 0)."""
     return _new(*x.shape)
 
 

@@ -11,10 +11,12 @@ from mlxdiff.networks.config import (
     AutoencoderTinyConfig,
     CLIPTextConfig,
     CLIPVisionConfig,
+    CompactConfig,
     ComponentConfig,
     ControlNetConfig,
     IPAdapterConfig,
     LLLiteConfig,
+    RRDBNetConfig,
     T2IAdapterConfig,
     UNet2DConditionConfig,
     UNet2DConfig,
@@ -27,6 +29,7 @@ from mlxdiff.networks.t2i_adapter import T2IAdapterModel
 from mlxdiff.networks.taesd import AutoencoderTiny
 from mlxdiff.networks.unet import UNet2DConditionModel
 from mlxdiff.networks.unet_2d import UNet2DModel
+from mlxdiff.networks.upscaler import CompactNet, RRDBNet
 from mlxdiff.networks.vae import AutoencoderKL
 
 NETWORKS: dict[type[ComponentConfig], Callable[..., Module]] = {
@@ -40,6 +43,8 @@ NETWORKS: dict[type[ComponentConfig], Callable[..., Module]] = {
     IPAdapterConfig: IPAdapterModel,
     AutoencoderKLConfig: AutoencoderKL,
     AutoencoderTinyConfig: AutoencoderTiny,
+    RRDBNetConfig: RRDBNet,
+    CompactConfig: CompactNet,
 }
 
 

@@ -10,7 +10,7 @@ masked picture beside the latents (Rombach et al. 2022, section 4.5).
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +29,21 @@ HALF = 128  # the lowest 8-bit grey level that counts as white
 
 
 @dataclass(frozen=True)
+class Whole:
+    """The picture that a canvas shows a part of.
+
+    Attributes:
+        image: uint8 (H, W, 3), of any size.
+        cover: uint8 (H, W), the whole mask in grey levels.
+        box: left, top, right and bottom of the part, in pixels of the picture.
+    """
+
+    image: np.ndarray
+    cover: np.ndarray
+    box: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
 class Canvas:
     """A picture and its repaint mask, both at the size of the run.
 
@@ -36,11 +51,13 @@ class Canvas:
         image: uint8 (H, W, 3).
         mask: bool (H, W), True where the picture is repainted.
         cover: uint8 (H, W), the mask in grey levels: 255 shows the drawn picture, 0 the original.
+        whole: the picture that this is a part of; None: it is all of it.
     """
 
     image: np.ndarray
     mask: np.ndarray
     cover: np.ndarray
+    whole: Whole | None = None
 
     @property
     def masked_image(self) -> np.ndarray:
@@ -61,14 +78,55 @@ class Canvas:
 
         Source: diffusers' VaeImageProcessor.apply_overlay.
         """
-        from PIL import Image, ImageOps
+        if self.whole is None:
+            return _overlaid(drawn, self.image, self.cover)
+        from PIL import Image
 
-        kept = ImageOps.invert(Image.fromarray(self.cover))
-        over = Image.new("RGBa", drawn.size)
-        over.paste(Image.fromarray(self.image).convert("RGBA").convert("RGBa"), mask=kept)
-        result = drawn.convert("RGBA")
-        result.alpha_composite(over.convert("RGBA"))
-        return result.convert("RGB")
+        left, top, right, bottom = self.whole.box
+        height, width = self.whole.cover.shape
+        base = Image.new("RGB", (width, height))
+        part = _fitted(drawn, right - left, bottom - top, covers=True)
+        base.paste(part, (left, top))
+        return _overlaid(base, self.whole.image, self.whole.cover)
+
+
+def _overlaid(drawn: Image.Image, original: np.ndarray, cover: np.ndarray) -> Image.Image:
+    """Lay the original over a drawn picture where the mask is not white."""
+    from PIL import Image, ImageOps
+
+    kept = ImageOps.invert(Image.fromarray(cover))
+    over = Image.new("RGBa", drawn.size)
+    over.paste(Image.fromarray(original).convert("RGBA").convert("RGBa"), mask=kept)
+    result = drawn.convert("RGBA")
+    result.alpha_composite(over.convert("RGBA"))
+    return result.convert("RGB")
+
+
+def _fitted(picture: Image.Image, width: int, height: int, *, covers: bool) -> Image.Image:
+    """Resize a picture to a size and keep its shape, in the middle.
+
+    Args:
+        covers: it covers the size, and what stands out is cut off; else it lies within, and its
+            edges are repeated outwards.
+    Source: diffusers' VaeImageProcessor, resize modes crop and fill.
+    """
+    from PIL import Image
+
+    wider = picture.width * height > width * picture.height
+    across = width if wider != covers else picture.width * height // picture.height
+    down = height if wider == covers else picture.height * width // picture.width
+    resized = picture.resize((max(across, 1), max(down, 1)), Image.Resampling.LANCZOS)
+    result = Image.new("RGB", (width, height))
+    left, top = width // 2 - resized.width // 2, height // 2 - resized.height // 2
+    result.paste(resized, (left, top))
+    wide, high = resized.size
+    if not covers and top > 0:
+        for edge, place in ((0, 0), (high, top + high)):
+            result.paste(resized.resize((width, top), box=(0, edge, width, edge)), (0, place))
+    if not covers and left > 0:
+        for edge, place in ((0, 0), (wide, left + wide)):
+            result.paste(resized.resize((left, height), box=(edge, 0, edge, height)), (place, 0))
+    return result
 
 
 def load_mask(source: ImageLike) -> np.ndarray:
@@ -152,9 +210,7 @@ def make_canvas(
         assert mask is not None, "neither mask nor borders"
         cover = np.array(Image.fromarray(resize(mask, width, height)).convert("L"))
         if cover.max() < HALF:
-            raise UsageError(
-                "the mask is black, so nothing would be repainted; paint the area to repaint white"
-            )
+            raise _black()
         repainted = cover >= HALF
     else:
         rows, columns, _ = image.shape
@@ -189,6 +245,71 @@ def make_canvas(
             "whether that latent is repainted, and none of these is white; widen the strokes"
         )
     return canvas
+
+
+def crop_region(mask: np.ndarray, width: int, height: int, padding: int) -> Borders:
+    """Return the box around all that a mask repaints, in the shape of the run if there is room.
+
+    Args:
+        mask: uint8 (H, W); what is not 0 lies in the box.
+        width, height: of the run.
+        padding: pixels around it.
+    Returns: left, top, right and bottom, in pixels.
+    Source: diffusers' VaeImageProcessor.get_crop_region, A1111's masking.expand_crop_region.
+    """
+    rows, columns = mask.shape
+    across, down = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    left, right = max(int(across[0]) - padding, 0), min(int(across[-1]) + 1 + padding, columns)
+    top, bottom = max(int(down[0]) - padding, 0), min(int(down[-1]) + 1 + padding, rows)
+    if (right - left) / (bottom - top) > width / height:
+        top, bottom = _widened(top, bottom, (right - left) / (width / height), rows)
+    else:
+        left, right = _widened(left, right, (bottom - top) * (width / height), columns)
+    return left, top, right, bottom
+
+
+def _widened(start: int, end: int, wanted: float, most: int) -> tuple[int, int]:
+    """Widen a span to a length, in the middle; move it and cut it to lie within 0 and ``most``."""
+    more = int(wanted - (end - start))
+    start, end = start - more // 2, end + more - more // 2
+    if end >= most:
+        start, end = start - (end - most), most
+    if start < 0:
+        start, end = 0, end - start
+    return start, min(end, most)
+
+
+def crop_canvas(
+    image: np.ndarray, mask: np.ndarray, width: int, height: int, factor: int, padding: int
+) -> Canvas:
+    """Bring the part of a picture that is repainted to the size of the run.
+
+    Args:
+        image: uint8 (H, W, 3).
+        mask: uint8 (H', W', 3) from ``load_mask``.
+        width, height: size of the run, in pixels.
+        factor: pixels per latent along a side.
+        padding: pixels of the picture around what is repainted, that the model sees.
+    Raises: UsageError if nothing would be repainted.
+    """
+    from PIL import Image
+
+    mask = resize(mask, image.shape[1], image.shape[0])
+    cover = np.array(Image.fromarray(mask).convert("L"))
+    if not cover.any():
+        raise _black()
+    box = crop_region(cover, width, height, padding)
+    parts = (Image.fromarray(one).crop(box) for one in (image, mask))
+    part, shown = (np.array(_fitted(one, width, height, covers=False)) for one in parts)
+    canvas = make_canvas(part, shown, width, height, factor)
+    return replace(canvas, whole=Whole(image, cover, box))
+
+
+def _black() -> UsageError:
+    return UsageError(
+        "the mask is black, so nothing would be repainted; paint the area to repaint white "
+        "(transparency is ignored)"
+    )
 
 
 def _inner(image: np.ndarray, borders: Borders, width: int, height: int) -> Borders:

@@ -9,6 +9,8 @@ image-to-image pipelines in sequence, with one noise generator. Idea and name: A
 from __future__ import annotations
 
 import math
+import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +29,7 @@ class Hires:
 
     Attributes:
         scale: the requested scale.
-        upscaler: one of UPSCALERS.
+        upscaler: one of UPSCALERS, or the file of a network.
         strength: strength of the image-to-image pass.
         width, height: size of the result in pixels: multiples of the VAE factor, nearest to scale.
         steps: of the second pass; None: the run's steps times the strength.
@@ -55,6 +57,11 @@ class Hires:
         # Half a step more: rounding down then gives exactly these steps.
         return whole, min((self.steps + 0.5) / whole, 1.0)
 
+    @property
+    def network(self) -> str | None:
+        """The file of the network that enlarges; None: another way."""
+        return None if self.upscaler in UPSCALERS else self.upscaler
+
     def describe(self) -> dict[str, Any]:
         """Return the metadata entries: the arguments of ``generate``, and the size."""
         return {
@@ -68,7 +75,7 @@ class Hires:
 
 def resolve_hires(
     scale: float | None,
-    upscaler: str | None,
+    upscaler: str | os.PathLike[str] | None,
     strength: float | None,
     steps: int | None = None,
     *,
@@ -99,10 +106,11 @@ def resolve_hires(
     known = isinstance(scale, (int, float)) and not isinstance(scale, bool)
     if not known or not math.isfinite(scale) or scale <= 1.0:
         raise UsageError(f"{argument('hires')} is {scale!r}; expected a number above 1, such as 2")
-    upscaler = UPSCALERS[0] if upscaler is None else upscaler
-    if upscaler not in UPSCALERS:
+    upscaler = UPSCALERS[0] if upscaler is None else os.fspath(upscaler)
+    if upscaler not in UPSCALERS and not re.search(r"[./\\]", upscaler):
         raise UsageError(
-            f"{argument('hires_upscaler')} is {upscaler!r}; expected one of {', '.join(UPSCALERS)}"
+            f"{argument('hires_upscaler')} is {upscaler!r}; expected one of "
+            f"{', '.join(UPSCALERS)}, or the file of a network (ESRGAN, Real-ESRGAN)"
         )
     larger = [int(side * scale / factor + 0.5) * factor for side in (width, height)]
     if larger == [width, height]:

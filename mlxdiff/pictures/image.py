@@ -110,6 +110,51 @@ def _opened(source: ImageLike) -> Iterator[tuple[Image.Image | None, str]]:
         yield (source if isinstance(source, Image.Image) else None), "the image"
 
 
+def load_alpha(source: ImageLike) -> np.ndarray | None:
+    """Load the opacity of a picture as uint8 (H, W), turned as ``load_image`` turns it.
+
+    Returns: 255 where it is opaque; None if the picture has no transparency.
+    Raises: UsageError as ``load_image``.
+    """
+    from PIL import Image
+
+    if isinstance(source, Image.Image):
+        return _alpha_of(source, "the image")
+    if isinstance(source, (str, os.PathLike)):
+        with open_picture(source) as picture:
+            return _alpha_of(picture, str(source))
+    array = np.asarray(source)
+    if array.ndim != 3 or array.shape[2] != 4:
+        return None
+    return _from_array(np.repeat(array[..., 3:], 3, axis=2))[..., 0]
+
+
+def _alpha_of(picture: Image.Image, what: str) -> np.ndarray | None:
+    if "A" not in picture.getbands() and "a" not in picture.getbands():
+        if "transparency" not in picture.info:
+            return None
+    try:
+        alpha = picture.convert("RGBA").getchannel("A")
+    except Exception as error:  # as in open_picture
+        raise UsageError(f"{what}: cannot be decoded ({_reason(error)})") from error
+    turn = _TURNS.get(picture.getexif().get(_ORIENTATION, 1))
+    pixels = np.array(alpha)
+    return pixels if turn is None else np.ascontiguousarray(turn(pixels))
+
+
+def is_grey(source: ImageLike) -> bool:
+    """Return True if a picture is stored in levels of grey."""
+    from PIL import Image
+
+    if isinstance(source, (str, os.PathLike)):
+        with open_picture(source) as picture:
+            return is_grey(picture)
+    if isinstance(source, Image.Image):
+        return source.mode in ("1", "L", "LA") or source.mode.startswith("I")
+    shape = np.shape(source)
+    return len(shape) == 2 or (len(shape) == 3 and shape[2] == 1)
+
+
 @contextlib.contextmanager
 def open_picture(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     """Open a picture file with Pillow.
@@ -205,11 +250,16 @@ def to_pil(image: np.ndarray) -> Image.Image:
     return Image.fromarray(values[:, :, 0] if image.shape[2] == 1 else values)
 
 
-_CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-_CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+CLIP_MEAN = 0.48145466, 0.4578275, 0.40821073
+CLIP_STD = 0.26862954, 0.26130258, 0.27577711
 
 
-def to_clip(image: np.ndarray, size: int) -> np.ndarray:
+def to_clip(
+    image: np.ndarray,
+    size: int,
+    mean: tuple[float, ...] = CLIP_MEAN,
+    std: tuple[float, ...] = CLIP_STD,
+) -> np.ndarray:
     """Prepare a picture for CLIP's image encoder.
 
     Resize the shorter side to ``size`` (Pillow's bicubic filter), crop the centre and normalize the
@@ -218,6 +268,7 @@ def to_clip(image: np.ndarray, size: int) -> np.ndarray:
     Args:
         image: uint8 (H, W, 3).
         size: input side of the encoder, in pixels.
+        mean, std: of the colors, in [0, 1].
     Returns: (1, size, size, 3) float32.
     Source: transformers models/clip/image_processing_clip.py.
     """
@@ -233,7 +284,8 @@ def to_clip(image: np.ndarray, size: int) -> np.ndarray:
     picture = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
     top, left = (height - size) // 2, (width - size) // 2
     pixels = np.array(picture)[top : top + size, left : left + size].astype(np.float32)
-    return ((pixels * np.float32(1 / 255) - _CLIP_MEAN) / _CLIP_STD)[None]
+    colors = pixels * np.float32(1 / 255)
+    return ((colors - np.array(mean, np.float32)) / np.array(std, np.float32))[None]
 
 
 def resize(image: np.ndarray, width: int, height: int, *, bicubic: bool = False) -> np.ndarray:
@@ -272,6 +324,7 @@ def save_png(
     text: Mapping[str, str] | None = None,
     overwrite: bool = False,
     compress_level: int = 6,
+    icc_profile: bytes | None = None,
 ) -> None:
     """Write a PNG file atomically: an interruption leaves no partial file.
 
@@ -281,6 +334,7 @@ def save_png(
         text: text chunks by keyword (tEXt, or iTXt if the text is not Latin-1).
         overwrite: replace an existing file.
         compress_level: zlib level, 0 to 9; level 1 takes a third of the time.
+        icc_profile: color profile.
 
     Raises:
         UsageError: the file exists and `overwrite` is False, its folder is missing, or it cannot be
@@ -288,7 +342,7 @@ def save_png(
     """
     check_writable(path, overwrite)
     try:
-        data = png_bytes(image, text, compress_level)
+        data = png_bytes(image, text, compress_level, icc_profile)
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({_reason(error)})") from error
     write_png(data, path, overwrite)
@@ -298,6 +352,7 @@ def png_bytes(
     image: Image.Image | np.ndarray,
     text: Mapping[str, str] | None = None,
     compress_level: int = 6,
+    icc_profile: bytes | None = None,
 ) -> bytes:
     """Encode a picture as PNG; arguments as for `save_png`."""
     from PIL import Image
@@ -309,7 +364,13 @@ def png_bytes(
     for key, value in (text or {}).items():
         chunks.add_text(key, value)
     encoded = io.BytesIO()
-    image.save(encoded, format="PNG", pnginfo=chunks, compress_level=compress_level)
+    image.save(
+        encoded,
+        format="PNG",
+        pnginfo=chunks,
+        compress_level=compress_level,
+        icc_profile=icc_profile,
+    )
     return encoded.getvalue()
 
 

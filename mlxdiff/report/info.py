@@ -11,12 +11,14 @@ from mlxdiff.adapters import lora, textual_inversion
 from mlxdiff.convert import describe as describe_model
 from mlxdiff.convert import open_source, recognise
 from mlxdiff.convert.checkpoint import find_weights
+from mlxdiff.convert.upscaler import structure
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError, argument
 from mlxdiff.loading import BUILTIN
 from mlxdiff.machine.disk import read_json
 from mlxdiff.pictures import metadata
 from mlxdiff.report.bench import expected_memory
 from mlxdiff.store.folder import MANIFEST, open_folder
+from mlxdiff.weights.files import open_file
 
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -77,6 +79,8 @@ def _is_picture(path: Path) -> bool:
 def _file(path: Path, config: str | None) -> dict[str, Any]:
     """Describe a weight file: as a model if it can be opened as one, else by its tensors."""
     facts = recognise.describe(path)
+    if (upscaler := structure(path, open_file(path).tensors)) is not None:
+        return facts | {"architecture": upscaler.description, "scale": upscaler.scale}
     try:
         model = _model(str(path), config)
     except (CheckpointError, ConfigError, UsageError) as error:

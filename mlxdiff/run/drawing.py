@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Generator as Steps
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,12 +27,15 @@ from mlxdiff.machine.turns import each_in_turn, turn
 from mlxdiff.pictures.image import check_writable, png_bytes, side_by_side, write_png
 from mlxdiff.pictures.metadata import Metadata
 from mlxdiff.pictures.names import Template
+from mlxdiff.run.additions.judge import judge_of, score
 from mlxdiff.run.additions.refiner import refiner_of
+from mlxdiff.run.additions.upscaler import enlarged, upscaler_of
 from mlxdiff.run.denoiser import Evaluation, make_denoiser
 from mlxdiff.run.inputs import Inputs, Stage, Start, make_stages
 from mlxdiff.run.model import Model
+from mlxdiff.run.options import RunOptions
 from mlxdiff.run.seeds import Draws
-from mlxdiff.run.settings import PlannedRun, Settings, variation
+from mlxdiff.run.settings import PlannedRun, Settings, resolve, variation
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -136,7 +139,7 @@ class Result:
         settings: of the run, with every default filled in.
         metadata: of each picture (``chunks()`` gives the text chunks of a PNG).
         timings: seconds by stage: load, text_encoder, image (encoding the given one), hires
-            (enlarging), unet, vae; and steps, the seconds of each evaluation.
+            (enlarging), unet, vae, judge, upscaler; and steps, the seconds of each evaluation.
         peak_memory: bytes, as the backend counts them.
     """
 
@@ -207,7 +210,7 @@ class Result:
     @property
     def steps_of_a_picture(self) -> int:
         """Evaluations of the U-Net for each picture."""
-        return len(self.timings["steps"]) // len(self.images)
+        return len(self.timings["steps"]) // (len(self.images) * self.settings.best_of)
 
     def _repr_png_(self) -> bytes:
         """Show the pictures in a notebook, side by side."""
@@ -251,14 +254,15 @@ class Run(Iterator[Step]):
         metadata: of its pictures.
     Attributes:
         settings: with every default filled in.
-        seeds: of its pictures.
-        metadata: of its pictures.
+        seeds: of its pictures; of several of which the best is kept, that of the first.
+        metadata: of its pictures, in the same way.
     """
 
     def __init__(self, planned: PlannedRun, metadata: list[Metadata]) -> None:
         self.settings = planned.settings
-        self.seeds = planned.seeds
-        self.metadata = metadata
+        of = planned.settings.best_of
+        self.seeds = planned.seeds[::of]
+        self.metadata = metadata[::of]
         # The generator does not get the run: a run that is dropped before its end is then in no
         # circle of references, and its networks leave memory at once.
         self._planned = planned
@@ -321,9 +325,9 @@ class Run(Iterator[Step]):
         return Result(
             images=[one.image for one in done],
             latents=np.stack([one.latents for one in done]),
-            seeds=self.seeds,
+            seeds=[one.seed for one in done],
             settings=self.settings,
-            metadata=self.metadata,
+            metadata=[one.metadata for one in done],
             timings=_sum(one.timings for one in done),
             peak_memory=done[-1].peak_memory,
         )
@@ -353,6 +357,7 @@ class Run(Iterator[Step]):
         """Stop drawing, decode what is drawn, and return the pictures that were not taken yet."""
         self.close()
         self._work.decode()
+        self._work.settle()
         return list(self._work.finished)
 
 
@@ -372,6 +377,7 @@ class _Work:
         ]
         self.drawn: deque[tuple[int, np.ndarray, dict[str, Any]]] = deque()
         self.finished: list[Picture] = []
+        self._rivals: list[tuple[int, Picture]] = []  # decoded; the best of them will be kept
         self.timings: dict[str, Any] = {}
         self.begin()
 
@@ -410,26 +416,91 @@ class _Work:
         model, canvas = planned.model, planned.settings.canvas
         while self.drawn:
             index, latents, self.timings = self.drawn[0]
-            if self.finished and self.finished[-1].index == index:
+            if self._is_decoded(index):
                 self.drawn.popleft()  # interrupted here
+                self._choose(index)
                 continue
             with self.turn("vae"):
                 image = model.decode(latents[None])[0]
-                if canvas is not None and planned.settings.paste_original:
+                settings = planned.settings
+                pastes = settings.paste_original or settings.only_masked is not None
+                if canvas is not None and pastes:
                     image = canvas.paste_original(image)
                 model.backend.clear_cache()
-            self.finished.append(
-                Picture(
-                    index=index,
-                    image=image,
-                    latents=latents,
-                    seed=planned.seeds[index],
-                    metadata=self._metadata[index],
-                    timings=self.timings,
-                    peak_memory=model.backend.peak_memory(),
-                )
+            picture = Picture(
+                index=index // planned.settings.best_of,
+                image=image,
+                latents=latents,
+                seed=planned.seeds[index],
+                metadata=self._scored(image, index),
+                timings=self.timings,
+                peak_memory=model.backend.peak_memory(),
             )
+            self._rivals.append((index, picture))
             self.drawn.popleft()
+            self._choose(index)
+
+    def _is_decoded(self, index: int) -> bool:
+        """Return True if a picture that is drawn is decoded, too."""
+        if self._rivals:
+            return self._rivals[-1][0] == index
+        last, of = (index + 1) % self._planned.settings.best_of == 0, self._planned.settings.best_of
+        return last and bool(self.finished) and self.finished[-1].index == index // of
+
+    def _scored(self, image: PIL.Image.Image, index: int) -> Metadata:
+        """Metadata of a picture, with its score if there is a judge."""
+        planned, metadata = self._planned, self._metadata[index]
+        if judge_of(planned.model) is None:
+            return metadata
+        with self.turn("judge"):
+            points = round(score(planned.model, image, planned.settings), 4)
+        return replace(metadata, extra={**metadata.extra, "score": points})
+
+    def _choose(self, index: int) -> None:
+        """Keep the best picture of a group when all of it is drawn, and enlarge it."""
+        if (index + 1) % self._planned.settings.best_of == 0:
+            self.settle()
+
+    def settle(self) -> None:
+        """Keep the best of the pictures that are decoded and not chosen from yet."""
+        rivals = [picture for _, picture in self._rivals]
+        if not rivals:
+            return
+        best = max(rivals, key=lambda one: one.metadata.extra.get("score", 0.0))
+        if len(rivals) > 1:
+            self.timings = _sum(one.timings for one in rivals)
+            scores = [[one.seed, one.metadata.extra["score"]] for one in rivals]
+            extra = {**best.metadata.extra, "best_of": len(rivals), "scores": scores}
+            best = replace(best, metadata=replace(best.metadata, extra=extra))
+        model = self._planned.model
+        if upscaler_of(model) is not None:
+            large = self._enlarge(model, best.image, best.seed)
+            best = replace(best, image=large, peak_memory=model.backend.peak_memory())
+        if not self.finished or self.finished[-1].index != best.index:  # else interrupted here
+            self.finished.append(replace(best, timings=self.timings))
+        self._rivals.clear()
+
+    def _enlarge(self, model: Model, image: PIL.Image.Image, seed: int) -> PIL.Image.Image:
+        """Enlarge a finished picture by the model's upscaler."""
+        upscaler = upscaler_of(model)
+        assert upscaler is not None
+
+        def draw(by: Model, asked: RunOptions) -> Any:
+            run = Run(resolve(by, None, asked), [Metadata()])
+            for _ in run:  # its turns are its own
+                pass
+            return run.result.images[0]
+
+        asked = upscaler.asked(self._planned.settings, image, seed)
+        start = time.perf_counter()
+        if upscaler.model is not None:
+            large = enlarged(model, image, draw, asked)
+            self.timings["upscaler"] = time.perf_counter() - start
+            return large
+        with self.turn("upscaler"):
+            large = enlarged(model, image, draw, asked)
+            model.backend.clear_cache()
+        return large
 
 
 def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
@@ -479,7 +550,7 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
                 yield Step(
                     index=index,
                     total=total,
-                    picture=picture,
+                    picture=picture // settings.best_of,
                     seed=seed,
                     seconds=elapsed,
                     latents=latents,

@@ -17,6 +17,7 @@ import numpy as np
 from mlxdiff.noise import add_noise
 from mlxdiff.pictures.hires import Hires, enlarge_latents
 from mlxdiff.pictures.image import resize_values, to_model
+from mlxdiff.run.additions.upscaler import enlarged_for_hires
 from mlxdiff.run.model import ImageLatents, Model
 from mlxdiff.run.seeds import Draws, Shape
 from mlxdiff.run.settings import Settings
@@ -187,7 +188,11 @@ class Inputs:
         self, stage: Stage, hires: Hires, latents: np.ndarray, draws: Draws, shape: Shape
     ) -> Start:
         model = stage.model
-        if hires.upscaler == "lanczos":
+        if hires.network is not None:
+            picture = np.clip(model.decode_pixels(latents[0]), -1.0, 1.0)
+            pixels = enlarged_for_hires(model, hires, picture)[None]
+            clean = draws.sample(model.encode_pixels(pixels))
+        elif hires.upscaler == "lanczos":
             # Not rounded to 8 bits: the second pass would amplify the last bit.
             picture = np.clip(model.decode_pixels(latents[0]), -1.0, 1.0)
             pixels = resize_values(picture, hires.width, hires.height)[None]

@@ -97,8 +97,9 @@ class Kind(ABC):
 
         Args:
             part: "text", "prompt_2", "sdxl", "target_size", "aesthetic_score", "image", "mask",
-                "edits", "upscales", "label", "hires", or an addition: "controlnet",
-                "t2i_adapter", "ip_adapter", "lora", "embedding", "vae", "refiner".
+                "edits", "upscales", "threshold", "label", "hires", or an addition: "controlnet",
+                "t2i_adapter", "ip_adapter", "lora", "embedding", "vae", "refiner", "upscaler",
+                "judge".
         Raises: KeyError for another word.
         """
 
@@ -349,6 +350,8 @@ class PixelKind(Kind):
     def lacks(self, part: str) -> Reason:
         """See ``Kind.lacks``."""
         what = _PIXEL_PARTS[part]
+        if part in ("upscaler", "threshold"):
+            return None
         if part == "label":
             return None if self.takes_label else "this model has no classes"
         return f"{self.description}; it has no part for {what}"
@@ -421,12 +424,20 @@ class PixelKind(Kind):
 
 
 def stage_of(network: str) -> str:
-    """The stage of a run that a network works in: text_encoder, unet or vae."""
+    """The stage of a run that a network works in: text_encoder, unet, vae, upscaler or judge."""
     return _STAGES.get(network, "unet")
 
 
 # What is not named here works beside the U-Net.
-_STAGES = {"text_encoder": "text_encoder", "text_encoder_2": "text_encoder", "vae": "vae"}
+_STAGES = {
+    "text_encoder": "text_encoder",
+    "text_encoder_2": "text_encoder",
+    "vae": "vae",
+    "upscaler": "upscaler",
+    "hires_upscaler": "upscaler",
+    "judge_text": "judge",
+    "judge_image": "judge",
+}
 
 
 def _sample_size(size: tuple[int, int] | None) -> tuple[int, int]:
@@ -457,6 +468,12 @@ _LATENT_PARTS: dict[str, tuple[Callable[[LatentKind], bool], str]] = {
     "lora": (_always, ""),
     "embedding": (_always, ""),
     "vae": (_always, ""),
+    "upscaler": (_always, ""),
+    "judge": (_always, ""),
+    "threshold": (
+        lambda kind: False,
+        "only models that draw pixels take that: latents have no bounds to keep",
+    ),
     "label": (lambda kind: False, "this model draws from a prompt; it has no classes"),
     "sdxl": (lambda kind: kind.is_sdxl, "only SDXL models take that; this model is not one"),
     "prompt_2": (lambda kind: kind.takes_prompt_2, "this model has no second text encoder"),
@@ -513,6 +530,7 @@ _PIXEL_PARTS = dict.fromkeys(_LATENT_PARTS, "that") | {
     "embedding": "an embedding",
     "vae": "a VAE",
     "refiner": "a refiner",
+    "judge": "a judge, which compares a picture with a prompt",
 }
 
 PARTS = tuple(_LATENT_PARTS)

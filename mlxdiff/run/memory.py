@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from mlxdiff.convert import Component
 from mlxdiff.errors import UsageError, argument
 from mlxdiff.machine import threads
-from mlxdiff.networks.config import AutoencoderKLConfig, ComponentConfig
+from mlxdiff.networks.config import AutoencoderKLConfig, ComponentConfig, UpscalerConfig
 from mlxdiff.networks.cost import operations
 from mlxdiff.networks.recorder import Operation
 from mlxdiff.networks.tiling import BAND_BYTES
@@ -72,7 +72,8 @@ class Estimate:
 
     Attributes:
         weights: of each network, in the order in which they are needed.
-        work: held in each stage beside weights; the stages are text_encoder, image, unet and vae.
+        work: held in each stage beside weights; the stages are text_encoder, image, unet and vae,
+            then those of additions.
         low_memory: whether each stage's networks leave memory after it.
     """
 
@@ -232,6 +233,10 @@ def estimate(
             size = weight_bytes(part.tensors(), device, low_memory or None)
             weights[Held(network, second)] = size
     order = [s for s in ("text_encoder", "image", "unet", "vae") if s in work]
+    for addition in model.additions.items:
+        for stage, size in addition.stages(device, height, width, low_memory).items():
+            work[stage] = max(work.get(stage, 0), size)
+            order += [stage] if stage not in order else []
     return Estimate(weights, {stage: work[stage] for stage in order}, low_memory)
 
 
@@ -284,6 +289,12 @@ def activation_bytes(
         return max(map(_numpy_bytes, work))
     size = SIZES[device.dtype]
     return _gpu_bytes(work, size, expands) if device.gpu else _cpu_bytes(work, size)
+
+
+def network_bytes(config: UpscalerConfig, device: Device, height: int, width: int) -> int:
+    """The same of a network that enlarges a picture, which is filled up to whole squares."""
+    rows, columns = (side + -side % config.shuffle for side in (height, width))
+    return activation_bytes(config, device, rows, columns)
 
 
 def tiled_bytes(
@@ -427,6 +438,8 @@ _NAMES = {
     "image": "VAE's encoder",
     "unet": "U-Net",
     "vae": "VAE's decoder",
+    "upscaler": "upscaler",
+    "judge": "judge",
 }
 
 

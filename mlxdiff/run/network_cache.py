@@ -101,8 +101,11 @@ class NetworkCache:
         """The type that a network is computed in; None: the backend's.
 
         A VAE is computed in float32 if its config asks for it. If the config says nothing, float16
-        is tried first (``widen``); bfloat16 is too coarse for pixels.
+        is tried first (``widen``); bfloat16 is too coarse for pixels, and for those of an upscaler.
         """
+        if stage_of(network.name) == "upscaler":
+            coarse = self.backend.dtype == "bfloat16" or self._wide.get(network) == makers
+            return "float32" if coarse else None
         if network.name != "vae":
             return None
         asks = config.force_upcast

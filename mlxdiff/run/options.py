@@ -66,6 +66,7 @@ Positive = Annotated[int, values.Whole(least=1)]
 Count = Annotated[int, values.Whole(1, 100_000)]  # each takes memory before the first is drawn
 Scale = Annotated[float, values.Number(least=0)]
 Share = Annotated[float, values.Number(least=0, most=1)]
+Bound = Annotated[float, values.Number(least=1)]
 Size = Annotated[tuple[int, int], values.Numbers("HxW", values.Whole(least=0))]
 Point = Annotated[tuple[int, int], values.Numbers("Y,X", values.Whole())]
 Interval = Annotated[tuple[float, float], values.Numbers("START,END", values.Number(0, 1))]
@@ -75,7 +76,7 @@ Borders = Annotated[
 Sampler = Annotated[str, values.Choice(samplers.NAMES, spelled=samplers.spelled)]
 Schedule = Annotated[str, values.Choice(samplers.SCHEDULES, spelled=samplers.find_schedule)]
 Syntax = Annotated[str, values.Choice(SYNTAXES)]
-Upscaler = Annotated[str, values.Choice(UPSCALERS)]
+Upscaler = Annotated[PathLike, values.NameOrPlace(names=UPSCALERS)]
 Backend = Annotated[str, values.Choice(BACKENDS)]
 DType = Annotated[str, values.Choice(DTYPES)]
 PredictionType = Annotated[str, values.Choice(PREDICTIONS)]
@@ -114,6 +115,7 @@ _prompt = partial(option, section="Prompt", part="text")
 _picture = partial(option, section="Picture")
 _image = partial(option, section="From a picture", part="image")
 _hires = partial(option, section="Hires pass", part="hires")
+_upscaler = partial(option, section="Hires pass", part="upscaler")
 _control = partial(option, section="Control", part="controlnet")
 _shown = partial(option, section="Control", part="ip_adapter")
 _sdxl = partial(option, section="SDXL", part="sdxl")
@@ -279,6 +281,20 @@ class ValueOptions(Options):
         "each pass begins with its noise, as in A1111 and ComfyUI; the image is encoded without "
         "any.",
     )
+    dynamic_threshold: Share | None = _picture(
+        "--dynamic-threshold",
+        part="threshold",
+        metavar="SHARE",
+        help="For a model that draws pixels: in each step, bring this share of the predicted "
+        "values within bounds (Imagen's dynamic thresholding; 0.995 as a rule).",
+        elsewhere="dynamic_thresholding_ratio thresholding",
+    )
+    threshold_max: Bound | None = _picture(
+        "--threshold-max",
+        part="threshold",
+        help="Largest threshold of --dynamic-threshold, at least 1. Default: no bound.",
+        elsewhere="sample_max_value",
+    )
     strength: Share | None = _image(
         "--strength",
         help="How far to go from the image, 0 to 1. Default: 0.8, SDXL 0.3, with a mask 1.",
@@ -311,6 +327,28 @@ class ValueOptions(Options):
         default=False,
         part="mask",
         help="With --mask or --outpaint: put the rest of the image back exactly as it was.",
+    )
+    upscaler_steps: Positive | None = _upscaler(
+        "--upscaler-steps",
+        help="For an --upscaler that is a model: its sampling steps. Default: 20.",
+    )
+    upscaler_guidance: Scale | None = _upscaler(
+        "--upscaler-guidance",
+        help="For an --upscaler that is a model: its guidance scale. Default: 9.",
+    )
+    upscaler_noise_level: Whole | None = _upscaler(
+        "--upscaler-noise-level",
+        help="For an --upscaler that is a model: noise added to the picture first; higher values "
+        "invent more detail. Default: 20.",
+    )
+    only_masked: Whole | None = _image(
+        "--only-masked",
+        part="mask",
+        metavar="PADDING",
+        help="With --mask: cut out what is repainted with this many pixels around it, draw that at "
+        "the full size, and put it back. The result has the size of the image.",
+        elsewhere="padding_mask_crop inpaint_full_res_padding inpaint_full_res "
+        "inpaint_only_masked mask_padding",
     )
     guess_mode: Flag = _control(
         "--guess-mode",
@@ -385,6 +423,23 @@ class FileOptions(Options):
         "one half. The size of the picture is then the model's own unless given.",
         elsewhere="mask_image masked_image_path mask_path",
     )
+    zoom_out: Enlargement | None = _image(
+        "--zoom-out",
+        part="mask",
+        metavar="FACTOR",
+        help="With --image: make the picture smaller by this factor, and paint around it. The "
+        "result has the size of the image.",
+        elsewhere="zoom",
+    )
+    style: Text | None = _prompt(
+        "--style",
+        key=None,
+        metavar="NAME",
+        help="Put the prompt into a style (docs/upscaling.md); several with commas.",
+        doc="names of styles, with commas between them, that the prompt is put into "
+        "(``mlxdiff.text.styles``).",
+        elsewhere="styles style_preset stylize",
+    )
     hires: Enlargement | None = _hires(
         "--hires",
         metavar="SCALE",
@@ -394,8 +449,8 @@ class FileOptions(Options):
     hires_upscaler: Upscaler | None = _hires(
         "--hires-upscaler",
         metavar="NAME",
-        help="How to enlarge: the picture (lanczos, default) or its latents (latent-nearest, "
-        "latent-bilinear).",
+        help="How to enlarge: the picture (lanczos, default), its latents (latent-nearest, "
+        "latent-bilinear), or the picture by a network: the file of an ESRGAN or Real-ESRGAN.",
         elsewhere="hr_upscaler",
     )
     hires_strength: Share | None = _hires(
@@ -483,6 +538,16 @@ class SeedOptions(Options):
         doc="number of pictures.",
         elsewhere="num_images_per_prompt batch_size n_iter batch_count num_images n",
     )
+    best_of: Positive = _picture(
+        "--best-of",
+        default=1,
+        part="judge",
+        key=None,
+        metavar="N",
+        help="Draw N pictures for each one, and keep the one that the --judge scores highest.",
+        doc="draw so many pictures for each one, and keep the one that the judge scores highest. "
+        "Picture i is the best of the seeds from seed + i * best_of on; its metadata name all.",
+    )
     noise: np.ndarray | None = option(
         key=None,
         doc="(count, H/f, W/f, C) float32, standard normal, in place of the first noise that the "
@@ -549,6 +614,23 @@ class LoadOptions(Options):
         doc="an SDXL model that draws the last part of the run: as for ``model``, or a Pipeline "
         "of the same backend and dtype.",
     )
+    judge: Place | None = _model(
+        "--judge",
+        part="judge",
+        help="Score each finished picture for its prompt: the folder or hub id of a CLIP "
+        "(openai/clip-vit-large-patch14).",
+        doc="a CLIP that scores each finished picture for its prompt: its folder or hub id.",
+    )
+    upscaler: Place | None = _model(
+        "--upscaler",
+        key="upscaler",
+        part="upscaler",
+        help="Enlarge each finished picture: the file of a network (ESRGAN, Real-ESRGAN), or an "
+        "x4 upscaler, as for -m.",
+        doc="what enlarges each finished picture: the file of a network (ESRGAN, Real-ESRGAN) or "
+        "its hub id, or a model that enlarges, as for ``model``.",
+        elsewhere="upscale_model postprocess_upscaler",
+    )
     loras: Loras = _model(
         "--lora",
         default=(),
@@ -567,6 +649,13 @@ class LoadOptions(Options):
         "(<lora:name:scale>). Default: here.",
         doc="where to look for the LoRAs that a prompt in a1111 syntax names "
         "(``<lora:name:0.8>``).",
+    )
+    style_file: Place | None = _model(
+        "--style-file",
+        part="text",
+        metavar="FILE",
+        help="Styles of one's own for --style: a TOML file.",
+        doc="styles of one's own, a TOML file (``mlxdiff.text.styles``).",
     )
     embeddings: Embeddings = _model(
         "--embedding",

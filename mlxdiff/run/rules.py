@@ -7,6 +7,8 @@ the pictures. What a single value may be is said in ``options``.
 from __future__ import annotations
 
 from mlxdiff.errors import UsageError, argument
+from mlxdiff.run.additions.upscaler import OPTIONS as UPSCALER_OPTIONS
+from mlxdiff.run.additions.upscaler import upscaler_of
 from mlxdiff.run.kind import Kind
 from mlxdiff.run.model import Model
 from mlxdiff.run.options import RunOptions
@@ -25,9 +27,12 @@ def check(model: Model, refiner: Model | None, asked: RunOptions) -> None:
     _check_task(model, refiner, asked)
     if asked.paste_original and not repaints(asked):
         raise UsageError(f"{argument('paste_original')} needs {_area()}")
+    if asked.only_masked is not None:
+        _check_only_masked(model, asked)
     if asked.hires is not None:
         _check_hires(refiner, asked)
     _check_split(refiner, asked)
+    check_upscaler(model, asked)
 
 
 def check_parts(model: Kind, refiner: Kind | None, asked: RunOptions) -> None:
@@ -149,6 +154,26 @@ def _check_task(model: Model, refiner: Model | None, asked: RunOptions) -> None:
                 )
 
 
+def _check_only_masked(model: Model, asked: RunOptions) -> None:
+    """Refuse to draw a part of a picture where no mask says which, or another picture is whole."""
+    if asked.only_masked is not None and asked.only_masked < 0:
+        raise UsageError(
+            f"{argument('only_masked')} is {asked.only_masked}; expected pixels, 0 or more"
+        )
+    if asked.mask is None:
+        raise UsageError(f"{argument('only_masked')} needs a mask ({argument('mask')})")
+    if asked.outpaint is not None:
+        raise UsageError(
+            f"{argument('only_masked')} cannot be combined with borders ({argument('outpaint')}), "
+            "which are as wide as the picture; leave out one of the two"
+        )
+    if model.controlled:
+        raise UsageError(
+            f"{argument('only_masked')} cannot be combined with a ControlNet or a T2I-Adapter, "
+            "whose picture shows the whole; crop both pictures first"
+        )
+
+
 def _check_hires(refiner: Model | None, asked: RunOptions) -> None:
     """Refuse a hires pass after a run that does not end in a whole picture."""
     other = {
@@ -161,6 +186,21 @@ def _check_hires(refiner: Model | None, asked: RunOptions) -> None:
         raise UsageError(
             f"{argument('hires')} cannot be combined with {found[0]}; draw that first, and start a "
             f"hires run from the result ({argument('image')})"
+        )
+
+
+def check_upscaler(model: Model, asked: RunOptions) -> None:
+    """Refuse options of an upscaler that is not there, or that is a network. Raises: UsageError."""
+    given = [name for name in UPSCALER_OPTIONS if getattr(asked, name) is not None]
+    upscaler = upscaler_of(model)
+    if given and upscaler is None:
+        raise UsageError(
+            f"{argument(given[0])}: there is no upscaler; give one ({argument('upscaler')})"
+        )
+    if given and upscaler is not None and upscaler.model is None:
+        raise UsageError(
+            f"{argument(given[0])}: the upscaler is a network, which enlarges at once; only a "
+            "model that enlarges (the x4 upscaler) takes that"
         )
 
 

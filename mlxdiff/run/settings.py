@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -14,19 +15,35 @@ import numpy as np
 from mlxdiff import samplers
 from mlxdiff.errors import UsageError, argument, quoted
 from mlxdiff.noise import SEEDS
-from mlxdiff.pictures.canvas import Borders, Canvas, check_borders, load_mask, make_canvas
+from mlxdiff.pictures.canvas import (
+    Borders,
+    Canvas,
+    check_borders,
+    crop_canvas,
+    load_mask,
+    make_canvas,
+)
 from mlxdiff.pictures.hires import Hires, resolve_hires
 from mlxdiff.pictures.image import load_image, resize
 from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
 from mlxdiff.run.additions.control import Control, resolve_controls
 from mlxdiff.run.additions.ip_adapter import ImagePrompt, resolve_image_prompts
+from mlxdiff.run.additions.judge import judge_of
 from mlxdiff.run.aspect import with_aspect
 from mlxdiff.run.habits import note_habits, note_seed
 from mlxdiff.run.model import Model
 from mlxdiff.run.options import RunOptions, ValueOptions
-from mlxdiff.run.rules import check, check_parts, checked_interval, is_scored, repaints
+from mlxdiff.run.rules import (
+    check,
+    check_parts,
+    check_upscaler,
+    checked_interval,
+    is_scored,
+    repaints,
+)
 from mlxdiff.run.table import entries
 from mlxdiff.samplers.guidance import guided_evaluations
+from mlxdiff.store.folder import ModelSource
 from mlxdiff.text import a1111
 
 logger = logging.getLogger("mlxdiff")
@@ -34,6 +51,7 @@ logger = logging.getLogger("mlxdiff")
 IMAGE_GUIDANCE = 1.5  # for models that edit a picture; the default of diffusers' pipelines
 NOISE_LEVEL = 20  # for upscalers; the default of diffusers' pipeline
 DEFAULT_SPLIT = 0.8  # share of the run after which a refiner takes over; as in diffusers' guide
+NO_THRESHOLD = 1e5  # as large as no prediction is
 AESTHETIC_SCORES = 6.0, 2.5  # for the prompt and the negative prompt
 
 
@@ -53,6 +71,7 @@ class Settings(ValueOptions):
         controls: the picture and the numbers of each ControlNet, then of each T2I-Adapter.
         image_prompts: the pictures of each IP-Adapter.
         refined: whether there is a refiner.
+        best_of: pictures that are drawn for each one that is kept.
     """
 
     prompt: str
@@ -69,6 +88,7 @@ class Settings(ValueOptions):
     controls: tuple[Control, ...] = ()
     image_prompts: tuple[ImagePrompt, ...] = ()
     refined: bool = False
+    best_of: int = 1
 
     @property
     def evaluations(self) -> int:
@@ -151,7 +171,7 @@ class PlannedRun(NamedTuple):
         model: the model, with all that is added to it for this run.
         settings: of the run.
         plans: the sampler's plan for the model, and for what comes after (``make_plans``).
-        seeds: seed of each picture.
+        seeds: seed of each picture that is drawn.
         noise: (pictures, H/f, W/f, C) float32 in place of the first noise; None: as the seeds give.
     """
 
@@ -170,13 +190,23 @@ def resolve(
     sampler, schedule = samplers.resolve(asked.sampler, asked.schedule)
     asked = replace(asked, sampler=sampler, schedule=schedule)
     note_seed(asked.seed)
-    seeds = pick_seeds(asked.seed, asked.count, asked.vary)
+    if asked.best_of > 1 and judge_of(model) is None:
+        model.require("judge", "best_of")
+        raise UsageError(
+            f"{argument('best_of')}: there is no judge; give one ({argument('judge')})"
+        )
+    seeds = pick_seeds(asked.seed, asked.count * asked.best_of, asked.vary)
     asked = with_aspect(model, asked)
     if model.lacks("text"):
         settings, plans = _resolve_pixels(model, asked)
     else:
         settings, plans = _resolve_text(model, refiner, asked)
-    settings = replace(settings, sampler=plans[0].sampler, schedule=plans[0].schedule)
+    settings = replace(
+        settings,
+        sampler=plans[0].sampler,
+        schedule=plans[0].schedule,
+        best_of=asked.best_of,
+    )
     _check_first_noise(settings, asked, model)
     noise = _check_noise(settings, asked.noise, len(seeds), model)
     return PlannedRun(model, settings, plans, seeds, noise)
@@ -188,6 +218,7 @@ def _resolve_pixels(model: Model, asked: RunOptions) -> tuple[Settings, tuple[sa
     guidance = None if (asked.guidance or 0.0) <= 1.0 else asked.guidance
     asked = replace(asked, prompt=asked.prompt or None, guidance=guidance)
     check_parts(model, None, asked)
+    check_upscaler(model, asked)
     model.check_label(asked.label)
     width, height = asked.width, asked.height
     if width is None or height is None:
@@ -216,6 +247,8 @@ def _resolve_text(
         raise UsageError(
             'no prompt is given; say what to draw, such as "a red circle on a blue background"'
         )
+    if asked.zoom_out is not None:
+        asked = _zoomed_out(model, asked)
     check(model, refiner, asked)
     interval = checked_interval(asked.guidance_interval)
     pixels = None if asked.image is None else load_image(asked.image)
@@ -270,6 +303,7 @@ def _resolve_text(
         noise_level=None,
         outpaint=None,
         paste_original=False,
+        only_masked=None,
         original_size=None,
         target_size=None,
         crop=None,
@@ -292,6 +326,28 @@ def _resolve_text(
     plans = make_plans(settings, model, refiner)
     _check_some_guidance(settings, plans)
     return settings, plans
+
+
+def _zoomed_out(model: Model, asked: RunOptions) -> RunOptions:
+    """The same with the borders that make the picture smaller, at the size of the image."""
+    if asked.image is None or asked.zoom_out is None:
+        raise UsageError(f"{argument('zoom_out')} needs an image ({argument('image')})")
+    if asked.outpaint is not None:
+        raise UsageError(
+            f"{argument('zoom_out')} and {argument('outpaint')} both say what to add; give one of "
+            "them"
+        )
+    model.require("mask", "zoom_out")
+    rows, columns = load_image(asked.image).shape[:2]
+    factor = model.vae_config.factor
+    high, wide = (round((asked.zoom_out - 1) * side) for side in (rows, columns))
+    return replace(
+        asked,
+        zoom_out=None,
+        outpaint=(wide // 2, high // 2, wide - wide // 2, high - high // 2),
+        width=max(columns // factor, 1) * factor if asked.width is None else asked.width,
+        height=max(rows // factor, 1) * factor if asked.height is None else asked.height,
+    )
 
 
 def _settings(asked: RunOptions, **resolved: Any) -> Settings:
@@ -367,7 +423,11 @@ def _with_image(
     settings = replace(settings, image_name=_named(asked.image))
     if repaints(asked):
         greys = None if asked.mask is None else load_mask(asked.mask)
-        canvas = make_canvas(pixels, greys, width, height, model.vae_config.factor, outpaint)
+        factor = model.vae_config.factor
+        if asked.only_masked is not None and greys is not None:
+            canvas = crop_canvas(pixels, greys, width, height, factor, asked.only_masked)
+        else:
+            canvas = make_canvas(pixels, greys, width, height, factor, outpaint)
         _note_other_shape(pixels, greys)
         settings = replace(
             settings,
@@ -376,6 +436,7 @@ def _with_image(
             mask_name=None if asked.mask is None else _named(asked.mask),
             outpaint=outpaint,
             paste_original=asked.paste_original,
+            only_masked=asked.only_masked,
         )
     else:
         settings = replace(settings, image=_resized(model, pixels, width, height))
@@ -429,7 +490,7 @@ def make_plans(
         and samplers.takes_distilled_strength(source.scheduler_config, settings.sampler)
     )
     plan = samplers.plan(
-        source.scheduler_config,
+        source.scheduler_config | _thresholding(settings),
         settings.sampler,
         settings.schedule,
         settings.steps,
@@ -442,6 +503,8 @@ def make_plans(
         guidance=settings.guidance,
         altered=settings.altered,
     )
+    if settings.dynamic_threshold is not None and not _thresholds(plan):
+        raise _cannot_threshold(settings, source)
     if (enlarged := settings.enlarged) is not None:
         enlarged = replace(enlarged, sampler=plan.sampler, schedule=plan.schedule)
         try:
@@ -460,6 +523,40 @@ def make_plans(
         denoising_start=settings.denoising_start,
     )
     return plan, second
+
+
+def _thresholding(settings: Settings) -> dict[str, Any]:
+    """Arguments of a scheduler for the dynamic thresholding that is asked for."""
+    if settings.dynamic_threshold is None:
+        if settings.threshold_max is not None:
+            raise UsageError(
+                f"{argument('threshold_max')} has no effect without {argument('dynamic_threshold')}"
+            )
+        return {}
+    most = NO_THRESHOLD if settings.threshold_max is None else settings.threshold_max
+    return {
+        "thresholding": True,
+        "dynamic_thresholding_ratio": settings.dynamic_threshold,
+        "sample_max_value": most,
+    }
+
+
+def _thresholds(plan: samplers.Plan) -> bool:
+    """Return True if a run brings its predictions within dynamic bounds."""
+    return any(row.limit is not None and row.limit.quantile is not None for row in plan.rows)
+
+
+def _cannot_threshold(settings: Settings, source: ModelSource) -> UsageError:
+    """Say which samplers threshold their predictions on this model."""
+    config, able = source.scheduler_config | _thresholding(settings), []
+    for name in samplers.SAMPLERS:
+        with contextlib.suppress(UsageError):
+            if _thresholds(samplers.plan(config, name, steps=4, family=source.family)):
+                able.append(name)
+    return UsageError(
+        f"{argument('dynamic_threshold')}: sampler {settings.sampler} does not threshold its predictions; "
+        f"{', '.join(able)} do"
+    )
 
 
 def _check_editing(settings: Settings) -> None:

@@ -133,6 +133,23 @@ class Place(Anything):
 
 
 @dataclass(frozen=True)
+class NameOrPlace(Place):
+    """One of these names, or a file or hub id."""
+
+    names: tuple[str, ...] = ()
+
+    @property
+    def expected(self) -> str:
+        """The accepted values, for messages."""
+        return f"{', '.join(self.names)}, or a file"
+
+    @property
+    def suggestions(self) -> Sequence[str]:
+        """See ``Anything.suggestions``."""
+        return self.names
+
+
+@dataclass(frozen=True)
 class Flag(Anything):
     """True or false."""
 

@@ -270,6 +270,9 @@ class A1111API:
             shown = picture_of(mask, "mask", limits)
             flip = left.pop("inpainting_mask_invert", 0)
             found["mask"] = encoded.inverted(shown) if flip else shown.convert("L")
+            padding = left.pop("inpaint_full_res_padding", 0)
+            if left.pop("inpaint_full_res", False):
+                found["only_masked"] = padding
         left.pop("inpainting_mask_invert", None)
         return found
 

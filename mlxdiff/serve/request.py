@@ -11,6 +11,7 @@ from typing import Any
 
 from mlxdiff.errors import UsageError
 from mlxdiff.pictures import encoded
+from mlxdiff.pictures.hires import UPSCALERS
 from mlxdiff.run.options import RunOptions
 from mlxdiff.run.table import make
 from mlxdiff.run.values import Flag, Number, Text, Unfit
@@ -86,6 +87,10 @@ def order_of(given: Mapping[str, Any], shelf: Shelf, limits: Limits) -> Order:
     if "noise" in run:
         raise UsageError("noise is not taken from requests; leave it out")
     asked = make(RunOptions, run)
+    if asked.hires_upscaler is not None and asked.hires_upscaler not in UPSCALERS:
+        raise UsageError(
+            f"hires_upscaler is {asked.hires_upscaler!r}; expected one of {', '.join(UPSCALERS)}"
+        )
     _check_limits(asked, limits)
     run.pop("seed", None)
     run.pop("count", None)
@@ -135,8 +140,9 @@ def _accepted(kind: Any, name: str, value: Any) -> Any:
 
 def _check_limits(asked: RunOptions, limits: Limits) -> None:
     """Refuse what would keep the server busy for hours, or fill its memory. Raises: UsageError."""
-    if asked.count > limits.count:
-        raise UsageError(f"count is {asked.count}; at most {limits.count} are drawn for a request")
+    if asked.count * asked.best_of > limits.count:
+        many = f"count is {asked.count}" + f", best of {asked.best_of}" * (asked.best_of > 1)
+        raise UsageError(f"{many}; at most {limits.count} are drawn for a request")
     if asked.steps is not None and asked.steps > MOST_STEPS:
         raise UsageError(f"steps is {asked.steps}; at most {MOST_STEPS} are taken")
     for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2"):

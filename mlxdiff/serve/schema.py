@@ -20,6 +20,7 @@ from mlxdiff.run.values import (
     Each,
     Files,
     Flag,
+    NameOrPlace,
     Number,
     Numbers,
     Picture,
@@ -80,6 +81,8 @@ def schema_of(kind: Anything) -> dict[str, Any]:
         return {"enum": [int(word) if word.isdigit() else word for word in kind.words]}
     if isinstance(kind, Files):
         return {"type": "array", "description": kind.form}
+    if isinstance(kind, NameOrPlace):
+        return {"enum": list(kind.names)}
     if isinstance(kind, (Text, Place)):
         return {"type": "string"}
     return {}

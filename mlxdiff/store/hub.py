@@ -56,6 +56,7 @@ from mlxdiff.store.selection import (
     Listing,
     Select,
     Unusable,
+    clip_selector,
     component_selector,
     file_selector,
     lora_selector,
@@ -115,6 +116,16 @@ def resolve_component(
     """
     select = component_selector(component, variant)
     return fetch(_find(parse_or_raise(repo), select), progress)
+
+
+def resolve_clip(
+    repo: str, variant: str | None = None, *, progress: Progress | None = None
+) -> Path:
+    """Return the folder of a CLIP: config, weights, tokenizer, preparation of pictures.
+
+    Args, Raises: as for `resolve`.
+    """
+    return fetch(_find(parse_or_raise(repo), clip_selector(variant)), progress)
 
 
 def resolve_lora(repo: str, *, progress: Progress | None = None) -> Path:

@@ -175,6 +175,29 @@ def component_selector(component: str, variant: str | None) -> Select:
     return select
 
 
+BESIDE_CLIP = frozenset(
+    """preprocessor_config.json merges.txt vocab.json tokenizer.json tokenizer_config.json
+    special_tokens_map.json added_tokens.json""".split()
+)
+"""What a CLIP needs beside config and weights, where it has it."""
+
+
+def clip_selector(variant: str | None) -> Select:
+    """Select a CLIP with its tokenizer and the preparation of its pictures."""
+
+    def select(files: set[str], is_complete: bool) -> Selection:
+        names = {file for file in files if "/" not in file}
+        if "config.json" not in names:
+            raise Unusable("it holds no config.json, so it is no CLIP")
+        if not names & {"merges.txt", "tokenizer.json"}:
+            words = "it holds no tokenizer (merges.txt or tokenizer.json)"
+            raise Unusable(words) if is_complete else Incomplete(words)
+        weights = _pick_weights(_weights_by_variant(names), variant, "it", is_complete)
+        return Selection({"config.json"} | weights | (BESIDE_CLIP & names), "")
+
+    return select
+
+
 ADAPTERS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """Names under which diffusers and PEFT publish a LoRA."""
 

@@ -130,7 +130,10 @@ def draw(
         given["callback_on_step_end"] = keep
     else:  # the SDXL class that edits and the upscaler have the older kind
         given |= {"callback": lambda step, time, x: last.update(latents=x), "callback_steps": 1}
-    images = pipe(prompt, output_type=output_type, **given).images
+    pasted = "padding_mask_crop" in given  # diffusers does that with Pillow's pictures alone
+    images = pipe(prompt, output_type="pil" if pasted else output_type, **given).images
+    if pasted:
+        return nhwc(last["latents"]), np.stack([np.asarray(image) for image in images])
     if output_type != "np":
         return images
     return nhwc(last["latents"]), (images * 255).round().astype(np.uint8)

@@ -288,6 +288,20 @@ PICTURES: dict[str, dict[str, dict[str, Any]]] = {
         "refined": case(sampler="euler-a", **SPLIT),
     },
 }
+ODD = {"image": [90, 121], "mask": ["soft", 90, 121]}
+PICTURES["only-masked"] = {
+    "sd15-disc": case(
+        model="sd15", sampler="euler", only_masked=4, image=[96, 128], mask=["disc", 96, 128]
+    ),
+    "sd15-odd": case(
+        TREE, model="sd15", sampler="dpmpp-2m", only_masked=0, width=72, height=48, **ODD
+    ),
+    "sd15-edge": case(
+        model="sd15", sampler="euler-a", only_masked=50, strength=0.7, width=96, height=32, **ODD
+    ),
+    "inpainting": case(model="sd15-inpainting", sampler="euler", only_masked=8, **ODD),
+    "sdxl": case(model="sdxl", sampler="dpmpp-2m", only_masked=8, width=48, **ODD, **FIVE),
+}
 PICTURES["edm-inpainting"] = {
     "cosxl-checkpoint": case(model="cosxl", sampler="checkpoint", **FIVE),
     "cosxl-strength": case(TREE, model="cosxl", sampler="dpmpp-2m", strength=0.7, **FIVE),
@@ -419,6 +433,8 @@ def run(family: str, arguments: dict[str, Any], seed: int) -> Drawn:
     elif repaints:
         (given["mask_image"],) = pictures(mask, [arguments["mask"]])
     given["image"] = image
+    if "only_masked" in arguments:
+        given["padding_mask_crop"] = arguments["only_masked"]
     if repaints:
         given |= {side: arguments[side] for side in ("width", "height")}
         # The SDXL class needs less than 1 with denoising_start, and ignores it.

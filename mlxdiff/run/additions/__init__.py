@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 from mlxdiff.convert import Component
 from mlxdiff.networks.condition import Change, Condition
 from mlxdiff.run.kind import Network
-from mlxdiff.run.memory import UNetRun, Work
+from mlxdiff.run.memory import Device, UNetRun, Work
 from mlxdiff.store.folder import Progress
 
 Path = str | os.PathLike[str]
@@ -135,6 +135,16 @@ class Addition:
     def work(self, run: UNetRun) -> Work:
         """Memory that it takes in a run, beside the weights of its networks."""
         return Work()
+
+    def stages(self, device: Device, height: int, width: int, low_memory: bool) -> dict[str, int]:
+        """Memory of stages of its own after a picture is drawn: name -> bytes beside weights.
+
+        Args:
+            device: what computes.
+            height, width: of the picture that is drawn.
+            low_memory: save memory rather than time.
+        """
+        return {}
 
     @classmethod
     def change(cls, items: Sequence[Any], name: str, component: Component) -> Component:
