@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,6 +40,18 @@ class Evaluation:
     index: int
     total: int
     beside: Any = None
+
+
+class Prediction(NamedTuple):
+    """What a denoiser predicts in one evaluation.
+
+    Attributes:
+        output: the model's output after guidance, (1, h, w, C) float32.
+        unconditional: that for the negative prompt alone; None: there is no guidance.
+    """
+
+    output: Any
+    unconditional: Any = None
 
 
 class TimeEmbeddings:
@@ -159,8 +171,8 @@ class Denoiser:
             positive = np.concatenate([*[negative] * (self.batch - 1), positive])
         return self.backend.asarray(positive)
 
-    def __call__(self, x: Any, evaluation: Evaluation) -> Any:
-        """Return the model's output at x_t, after guidance: (1, h, w, C) float32, as x."""
+    def __call__(self, x: Any, evaluation: Evaluation) -> Prediction:
+        """Return the model's output at x_t, (1, h, w, C)."""
         guided = self.guided and self._within(evaluation)
         sample = x
         if evaluation.beside is not None:
@@ -178,12 +190,13 @@ class Denoiser:
         residuals = self._residuals(x, evaluation, guided, shallow=bool(deep))
         out = self.unet.predict(sample, temb, text, deep, residuals)
         if not guided:
-            return out
+            return Prediction(out)
         scale, rescale = self.settings.guidance, self.settings.guidance_rescale
         image_scale = self.settings.image_guidance
         if self.edits and image_scale is not None:
-            return guide_edit(out[:1], out[1:2], out[2:], scale, image_scale, rescale)
-        return guide(out[:1], out[1:], scale, rescale)
+            edited = guide_edit(out[:1], out[1:2], out[2:], scale, image_scale, rescale)
+            return Prediction(edited, out[:1])
+        return Prediction(guide(out[:1], out[1:], scale, rescale), out[:1])
 
     def _within(self, evaluation: Evaluation) -> bool:
         """Return True if there is guidance in this evaluation."""
@@ -237,9 +250,9 @@ class PixelDenoiser:
         embed = partial(_embed, self.backend, self.unet, conditions, 1)
         self.times = TimeEmbeddings(timesteps, embed, 1)
 
-    def __call__(self, x: Any, evaluation: Evaluation) -> Any:
-        """Return the model's output at x_t: (1, H, W, C) float32, as x."""
-        return self.unet.predict(x, self.times.at(evaluation.index))
+    def __call__(self, x: Any, evaluation: Evaluation) -> Prediction:
+        """Return the model's output at x_t, (1, H, W, C)."""
+        return Prediction(self.unet.predict(x, self.times.at(evaluation.index)))
 
 
 class EditedDenoiser:
@@ -253,8 +266,8 @@ class EditedDenoiser:
     def __init__(self, denoisers: list[tuple[int, Denoiser]], before: int) -> None:
         self.denoisers, self.before = denoisers, before
 
-    def __call__(self, x: Any, evaluation: Evaluation) -> Any:
-        """Return the model's output at x_t, after guidance: (1, h, w, C) float32, as x."""
+    def __call__(self, x: Any, evaluation: Evaluation) -> Prediction:
+        """Return the model's output at x_t, (1, h, w, C)."""
         index = self.before + evaluation.index
         found = next((d for last, d in self.denoisers if index <= last), self.denoisers[-1][1])
         return found(x, evaluation)

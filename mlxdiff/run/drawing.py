@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlxdiff import samplers
+from mlxdiff.brownian import BrownianMotion
 from mlxdiff.errors import MlxdiffError, UsageError
 from mlxdiff.machine.turns import each_in_turn, turn
 from mlxdiff.noise import Generator
@@ -469,7 +470,8 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
                         stage.model, stage.settings, stage.plan.timesteps, stage.before
                     )
             denoise = denoisers[part]
-            steps = _evaluations(stage, begun, denoise, backend, draw)
+            motion = _motion(stage, seed)
+            steps = _evaluations(stage, begun, denoise, backend, draw, motion)
             for x, latents, clean, elapsed in each_in_turn(steps):  # noqa: B007 - x is used later
                 work.timings["steps"].append(elapsed)
                 _require_finite(latents, index, total, backend.dtype)
@@ -487,7 +489,7 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
                 )
                 index += 1
                 del clean
-        del x, begun, denoise, steps, draw
+        del x, begun, denoise, steps, draw, motion
         backend.clear_cache()
         if model.low_memory and picture < last and len(work.drawn) < GROUP:
             continue
@@ -498,13 +500,19 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
 
 
 def _evaluations(
-    stage: Stage, begun: Start, denoise: Any, backend: Any, draw: Callable[[], np.ndarray]
+    stage: Stage,
+    begun: Start,
+    denoise: Any,
+    backend: Any,
+    draw: Callable[[], np.ndarray],
+    motion: BrownianMotion | None,
 ) -> Iterator[tuple[Any, np.ndarray, Callable[[], np.ndarray], float]]:
     """Evaluate the U-Net of a stage again and again, for one picture.
 
     Args:
         begun: the start of the picture.
         draw: noise of the picture's own generator.
+        motion: what the noise of the steps is the increment of; None: it is independent.
     Yields: x after each step, (1, h, w, C); the same as float32 NumPy (h, w, C); a function that
         gives it without noise; seconds.
     """
@@ -515,9 +523,16 @@ def _evaluations(
     for i, t in enumerate(plan.timesteps):
         start = time.perf_counter()
         evaluation = Evaluation(t, i, len(plan), beside)
-        output = denoise(plan.scale_model_input(x, state), evaluation)
+        output, unconditional = denoise(plan.scale_model_input(x, state), evaluation)
         clean = partial(_denoised, backend, plan, i, x, output)
-        x, state = plan.step(x, output, state, noise=partial(_on_backend, backend, draw))
+        x, state = plan.step(
+            x,
+            output,
+            state,
+            noise=partial(_on_backend, backend, draw),
+            motion=None if motion is None else partial(_on_backend, backend, motion),
+            unconditional=unconditional,
+        )
         if kept is not None:
             x = kept(x, plan, i + 1)
         backend.evaluate(x)
@@ -540,8 +555,22 @@ def _denoised(backend: Any, plan: samplers.Plan, index: int, x: Any, output: Any
     return clean
 
 
-def _on_backend(backend: Any, draw: Callable[[], np.ndarray]) -> Any:
-    return backend.asarray(draw())
+def _motion(stage: Stage, seed: int) -> BrownianMotion | None:
+    """Return the Brownian motion of a picture's steps; None: their noise is independent.
+
+    Its numbers have seeds of their own, which follow from the picture's.
+    """
+    plan, settings = stage.plan, stage.settings
+    if plan.interval is None or not plan.draws or not settings.is_brownian(plan):
+        return None
+    shape = stage.model.latent_shape(settings.height, settings.width)
+    return BrownianMotion(
+        plan.interval, seed % 2**64, lambda own: draw_noise(Generator(own), shape)
+    )
+
+
+def _on_backend(backend: Any, draw: Callable[..., np.ndarray], *between: float) -> Any:
+    return backend.asarray(draw(*between))
 
 
 def _sum(timings: Iterator[dict[str, Any]]) -> dict[str, Any]:

@@ -65,6 +65,8 @@ Borders = Annotated[
 ]
 Sampler = Annotated[str, values.Choice(samplers.NAMES, spelled=samplers.spelled)]
 Schedule = Annotated[str, values.Choice(samplers.SCHEDULES, spelled=samplers.find_schedule)]
+Sigmas = Annotated[tuple[float, ...], values.NumberList(values.Number(least=0))]
+StepNoise = Annotated[str, values.Choice(("independent", "brownian"))]
 Syntax = Annotated[str, values.Choice(SYNTAXES)]
 Upscaler = Annotated[str, values.Choice(UPSCALERS)]
 Backend = Annotated[str, values.Choice(BACKENDS)]
@@ -215,6 +217,21 @@ class ValueOptions(Options):
         help="Noise schedule (docs/samplers.md). Default: auto.",
         doc="see ``mlxdiff.samplers``.",
         elsewhere="scheduler scheduler_name schedule_type",
+    )
+    sigmas: Sigmas | None = _picture(
+        "--sigmas",
+        help="Noise levels of the steps in place of a schedule: Karras' sigma, falling, such as "
+        "14.6,7.5,4.7,2.2,0.8.",
+        doc="the noise levels of the steps in place of a schedule: Karras' sigma, falling; a 0 at "
+        "the end is left out. None: the schedule says them.",
+        elsewhere="sigma_list",
+    )
+    step_noise: StepNoise | None = _picture(
+        "--step-noise",
+        help="Noise of stochastic steps: independent, or brownian as k-diffusion's SDE samplers "
+        "draw it. Default: brownian for dpmpp-sde and dpmpp-3m-sde, else independent.",
+        doc="noise of stochastic steps: independent, or the increments of one Brownian motion, as "
+        "k-diffusion's SDE samplers draw it. None: brownian for dpmpp-sde and dpmpp-3m-sde.",
     )
     eta: Share | None = _picture(
         "--eta", help="Share of fresh noise, 0 (default) to 1; samplers ddim and tcd."

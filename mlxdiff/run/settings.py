@@ -114,6 +114,10 @@ class Settings(ValueOptions):
             said |= self.hires.describe()
         return said | {"image": self.image_name, "mask": self.mask_name}
 
+    def is_brownian(self, plan: samplers.Plan) -> bool:
+        """Return True if the noise of the steps is that of one Brownian motion."""
+        return plan.brownian if self.step_noise is None else self.step_noise == "brownian"
+
     def guides(self, model: Model) -> bool:
         """Return True if a model of the run takes several predictions an evaluation."""
         return model.is_guided(self.guidance, self.image_guidance if model.edits else None)
@@ -244,7 +248,7 @@ def _resolve_text(
         asked,
         width=width,
         height=height,
-        steps=model.default_steps(asked.sampler) if asked.steps is None else asked.steps,
+        steps=_steps(model, asked),
         guidance=model.default_guidance if asked.guidance is None else asked.guidance,
         guidance_interval=interval,
         feature_reuse=None if asked.feature_reuse == 1 else asked.feature_reuse,
@@ -279,6 +283,7 @@ def _resolve_text(
     note_habits(model, asked, height, width)
     plans = make_plans(settings, model, refiner)
     _check_some_guidance(settings, plans)
+    _check_step_noise(settings, plans)
     return settings, plans
 
 
@@ -286,6 +291,34 @@ def _settings(asked: RunOptions, **resolved: Any) -> Settings:
     """Settings with the values that are asked for, but for those that are resolved."""
     kept = {name: getattr(asked, name) for name in entries(ValueOptions)}
     return Settings(**kept | resolved)
+
+
+def _steps(model: Model, asked: RunOptions) -> int:
+    """Number of steps: what is asked for, else that of the listed sigmas, else the model's own."""
+    listed = None if asked.sigmas is None else [sigma for sigma in asked.sigmas if sigma > 0.0]
+    if listed is None:
+        return model.default_steps(asked.sampler) if asked.steps is None else asked.steps
+    if asked.steps not in (None, len(listed)):
+        raise UsageError(
+            f"sigmas: they are {len(listed)} steps, and steps is {asked.steps}; leave steps out"
+        )
+    return max(len(listed), 1)
+
+
+def _check_step_noise(settings: Settings, plans: tuple[samplers.Plan, ...]) -> None:
+    """Refuse a Brownian motion for steps that belong to no interval; note what has no effect."""
+    if settings.step_noise is None:
+        return
+    for plan in plans:
+        if not plan.draws:
+            logger.warning("step_noise has no effect: sampler %s draws no noise", plan.sampler)
+        elif settings.step_noise == "brownian" and any(
+            row.noise and not row.between for row in plan.rows
+        ):
+            raise UsageError(
+                f"step_noise brownian: sampler {plan.sampler} draws independent noise; "
+                "dpmpp-sde, dpmpp-2m-sde and dpmpp-3m-sde can take a Brownian motion"
+            )
 
 
 def _check_noise(
@@ -402,9 +435,11 @@ def make_plans(
         denoising_end=settings.denoising_end,
         guidance=settings.guidance,
         altered=settings.altered,
+        sigmas=settings.sigmas,
     )
     if (enlarged := settings.enlarged) is not None:
-        enlarged = replace(enlarged, sampler=plan.sampler, schedule=plan.schedule)
+        kept = "auto" if settings.sigmas is not None else plan.schedule
+        enlarged = replace(enlarged, sampler=plan.sampler, schedule=kept)
         try:
             return plan, *make_plans(enlarged, model)
         except UsageError as error:
@@ -414,11 +449,12 @@ def make_plans(
     second = samplers.plan(
         refiner.source.scheduler_config,
         plan.sampler,
-        plan.schedule,
+        "auto" if settings.sigmas is not None else plan.schedule,
         settings.steps,
         eta=settings.eta,
         family=source.family,
         denoising_start=settings.denoising_start,
+        sigmas=settings.sigmas,
     )
     return plan, second
 

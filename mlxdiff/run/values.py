@@ -269,6 +269,40 @@ class Numbers(Anything):
 
 
 @dataclass(frozen=True)
+class NumberList(Anything):
+    """Numbers of one kind, as many as there are: 14.6,7.5,0.8.
+
+    Attributes:
+        each: the kind of each number.
+    """
+
+    each: Whole | Number
+
+    metavar = "LIST"
+
+    @property
+    def expected(self) -> str:
+        """The accepted values, for messages."""
+        return f"a list of numbers{self.each.expected.partition('number')[2]}, such as 14.6,7.5,0.8"
+
+    def accept(self, value: Any) -> Any:
+        if isinstance(value, np.ndarray) and value.ndim == 1:
+            value = tuple(value)
+        if not isinstance(value, (tuple, list)) or not value:
+            raise Unfit(value, self.expected)
+        try:
+            return tuple(self.each.accept(one) for one in value)
+        except Unfit:
+            raise Unfit(value, self.expected) from None
+
+    def parse(self, word: str) -> Any:
+        try:
+            return self.accept([self.each.parse(part) for part in word.split(",")])
+        except Unfit:
+            raise Unfit(word, self.expected) from None
+
+
+@dataclass(frozen=True)
 class Choice(Anything):
     """One of several words.
 
