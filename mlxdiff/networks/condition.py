@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
@@ -22,6 +22,7 @@ class Condition:
         self._rows = slice(None)
         self._made: dict[int, tuple[object, Any]] = {}
         self._beside: dict[int, list[tuple[Any, Any, float]]] = {}
+        self._changes: dict[int, tuple[object, Any]] = {}
 
     def rows(self, start: int, stop: int) -> Condition:
         """Take some of these samples. They share with the whole what layers make."""
@@ -30,7 +31,23 @@ class Condition:
         part._rows = slice(first + start, first + stop)
         part._made = self._made
         part._beside = self._beside
+        part._changes = self._changes
         return part
+
+    def changed(self, changes: Iterable[tuple[object, Any]]) -> Condition:
+        """Return the same input, with changes to layers that are evaluated with it.
+
+        Args:
+            changes: pairs of a layer and its change (``networks.perturbation``).
+        """
+        part = Condition(self.values)
+        part._rows, part._made, part._beside = self._rows, self._made, self._beside
+        part._changes = {**self._changes, **{id(layer): (layer, new) for layer, new in changes}}
+        return part
+
+    def change(self, layer: object) -> Any:
+        """Return the change of a layer, or None."""
+        return self._changes[id(layer)][1] if id(layer) in self._changes else None
 
     def made_by(self, layer: object, make: Callable[[Any], tuple[Any, ...]]) -> tuple[Any, ...]:
         """Return the arrays that a layer makes of the values, for these rows.

@@ -14,14 +14,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlxdiff.networks.condition import Condition
+from mlxdiff.networks.perturbation import Blur, FreeU, Identity, Skip, blocks_named
 from mlxdiff.run.additions import Prompted
 from mlxdiff.run.model import Model, PromptEmbeddings
 from mlxdiff.run.settings import Settings
+from mlxdiff.samplers import guiders
 from mlxdiff.samplers.guidance import (
     guidance_scale_embedding,
-    guide,
     guide_edit,
     guided_evaluations,
+    rescaled,
 )
 
 
@@ -98,6 +100,23 @@ def _embed(
     return unet.embed(backend.asarray(timesteps.repeat(batch)), **repeated)
 
 
+def _freeu(unet: Any, factors: tuple[float, float, float, float]) -> list[tuple[object, FreeU]]:
+    """Return FreeU's changes, of the first two up blocks. `factors`: b1, b2, s1, s2."""
+    b1, b2, s1, s2 = factors
+    changes = FreeU(b1, s1), FreeU(b2, s2)
+    return list(zip(unet.up_blocks[:2], changes, strict=False))
+
+
+def _weakening(unet: Any, guider: guiders.Weakened) -> list[tuple[object, Any]]:
+    """Return the changes that weaken the network for a guider."""
+    change: Any = Identity()
+    if isinstance(guider, guiders.SmoothedEnergy):
+        change = Blur(guider.blur)
+    elif isinstance(guider, guiders.SkippedLayers):
+        change = Skip()
+    return [(block, change) for block in blocks_named(unet, guider.layers)]
+
+
 class Denoiser:
     """Predictions of a model that draws from text: one, or several that guidance combines.
 
@@ -128,6 +147,10 @@ class Denoiser:
         self.batch = settings.batch(model)
         states = self._both(text.negative_prompt_embeds, text.prompt_embeds)
         self.text = self.unet.read(states)
+        if settings.freeu is not None:
+            self.text = self.text.changed(_freeu(self.unet, settings.freeu))
+        self.guider = settings.guiding
+        self.memory = guiders.Memory()
         # What is lazy belongs to the thread that made it, and each step may run in another.
         self.backend.evaluate(self.text.values)
         # Inputs of the U-Net beside text and timestep, (B, ...) each.
@@ -160,6 +183,10 @@ class Denoiser:
                 batch=self.batch,
             )
         )
+        self.weakened: Condition | None = None
+        if isinstance(self.guider, guiders.Weakened):
+            prompt = self.text.rows(self.batch - 1, self.batch)
+            self.weakened = prompt.changed(_weakening(self.unet, self.guider))
         self._deep: list[Any] = []
         self._counting: list[list[int]] = []  # the additions that took part in these features
 
@@ -189,14 +216,41 @@ class Denoiser:
         deep = self._features(evaluation, len(sample))
         residuals = self._residuals(x, evaluation, guided, shallow=bool(deep))
         out = self.unet.predict(sample, temb, text, deep, residuals)
-        if not guided:
-            return Prediction(out)
         scale, rescale = self.settings.guidance, self.settings.guidance_rescale
         image_scale = self.settings.image_guidance
-        if self.edits and image_scale is not None:
+        if guided and self.edits and image_scale is not None:
             edited = guide_edit(out[:1], out[1:2], out[2:], scale, image_scale, rescale)
             return Prediction(edited, out[:1])
-        return Prediction(guide(out[:1], out[1:], scale, rescale), out[:1])
+        cond, found = out[-1:], out[-1:]
+        if guided:
+            found = self.guider.combine(out[:1], cond, scale, self._remembered(evaluation))
+        weakened = self._weakened(evaluation, sample, temb, residuals)
+        if weakened is not None:
+            found = found + self.guider.scale * (cond - weakened)
+        if guided or weakened is not None:
+            found = rescaled(found, cond, rescale)
+        return Prediction(found, out[:1] if guided else None)
+
+    def _remembered(self, evaluation: Evaluation) -> guiders.Memory:
+        """What the guider keeps of this picture; a picture begins where the index falls."""
+        if evaluation.index <= self.memory.index:
+            self.memory = guiders.Memory()
+        self.memory.index = evaluation.index
+        return self.memory
+
+    def _weakened(
+        self, evaluation: Evaluation, sample: Any, temb: Condition, residuals: list[Any] | None
+    ) -> Any:
+        """Predict for the prompt by the network that the guider weakens; None: it does not act."""
+        guider = self.guider
+        if self.weakened is None or not isinstance(guider, guiders.Weakened):
+            return None
+        if not guider.acts(evaluation.index, evaluation.total):
+            return None
+        last = len(sample) - 1, len(sample)
+        if residuals is not None:
+            residuals = [residual[-1:] for residual in residuals]
+        return self.unet.predict(sample[-1:], temb.rows(*last), self.weakened, None, residuals)
 
     def _within(self, evaluation: Evaluation) -> bool:
         """Return True if there is guidance in this evaluation."""

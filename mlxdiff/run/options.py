@@ -26,6 +26,7 @@ from mlxdiff.pictures.hires import UPSCALERS
 from mlxdiff.pictures.preprocess import PREPROCESSORS
 from mlxdiff.run import values
 from mlxdiff.run.table import Options, option
+from mlxdiff.samplers import guiders
 from mlxdiff.text.prompt import SYNTAXES
 from mlxdiff.weights.quantization import AFFINE_BITS, FLOAT_MODES
 
@@ -66,6 +67,10 @@ Borders = Annotated[
 Sampler = Annotated[str, values.Choice(samplers.NAMES, spelled=samplers.spelled)]
 Schedule = Annotated[str, values.Choice(samplers.SCHEDULES, spelled=samplers.find_schedule)]
 Sigmas = Annotated[tuple[float, ...], values.NumberList(values.Number(least=0))]
+Guider = Annotated[str, values.Worded(guiders.parse, tuple(guiders.GUIDERS))]
+FreeU = Annotated[
+    tuple[float, float, float, float], values.Numbers("B1,B2,S1,S2", values.Number(least=0))
+]
 StepNoise = Annotated[str, values.Choice(("independent", "brownian"))]
 Syntax = Annotated[str, values.Choice(SYNTAXES)]
 Upscaler = Annotated[str, values.Choice(UPSCALERS)]
@@ -194,6 +199,23 @@ class ValueOptions(Options):
         "A step without guidance costs half.",
         doc="(start, end): use guidance only between these shares of the run, 0 to 1 (with a "
         "refiner, of the part of each model). An evaluation without guidance costs half.",
+    )
+    guider: Guider | None = _picture(
+        "--guider",
+        part="text",
+        metavar="NAME[:KEY=VALUE,...]",
+        help="Guide in another way (docs/guidance.md): apg, cfg-zero, mimic; or with a weakened "
+        "network beside the guidance: pag, seg, slg. Such as pag:scale=3,layers=mid.",
+        doc="another way of guidance, see ``mlxdiff.samplers.guiders``, with its numbers: "
+        '"pag:scale=3,layers=mid". None: classifier-free guidance alone.',
+    )
+    freeu: FreeU | None = _picture(
+        "--freeu",
+        part="text",
+        help="FreeU: factors of the two lowest up blocks' backbone and skips, such as "
+        "1.5,1.6,0.9,0.2 (SD 1.5) or 1.3,1.4,0.9,0.2 (SDXL).",
+        doc="(b1, b2, s1, s2): FreeU's factors of the backbone and of the skips in the two lowest "
+        "up blocks. None: off.",
     )
     feature_reuse: Positive | None = _picture(
         "--feature-reuse",

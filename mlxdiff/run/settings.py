@@ -24,6 +24,7 @@ from mlxdiff.run.model import Model
 from mlxdiff.run.options import RunOptions, ValueOptions
 from mlxdiff.run.rules import check, check_parts, checked_interval, is_scored, repaints
 from mlxdiff.run.table import entries
+from mlxdiff.samplers import guiders
 from mlxdiff.samplers.guidance import guided_evaluations
 from mlxdiff.text import a1111
 
@@ -118,6 +119,11 @@ class Settings(ValueOptions):
         """Return True if the noise of the steps is that of one Brownian motion."""
         return plan.brownian if self.step_noise is None else self.step_noise == "brownian"
 
+    @property
+    def guiding(self) -> guiders.Guider:
+        """How the predictions of an evaluation are combined."""
+        return guiders.CFG if self.guider is None else guiders.parse(self.guider)
+
     def guides(self, model: Model) -> bool:
         """Return True if a model of the run takes several predictions an evaluation."""
         return model.is_guided(self.guidance, self.image_guidance if model.edits else None)
@@ -129,7 +135,13 @@ class Settings(ValueOptions):
     @property
     def altered(self) -> bool:
         """True if some steps lack guidance or the whole network, or if a second pass follows."""
-        parts = self.guidance_interval, self.feature_reuse, self.hires
+        parts = (
+            self.guidance_interval,
+            self.feature_reuse,
+            self.hires,
+            self.guider,
+            self.freeu,
+        )
         return any(part is not None for part in parts)
 
     def time_ids(self, model: Model) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -284,6 +296,7 @@ def _resolve_text(
     plans = make_plans(settings, model, refiner)
     _check_some_guidance(settings, plans)
     _check_step_noise(settings, plans)
+    _check_guider(settings, model)
     return settings, plans
 
 
@@ -303,6 +316,22 @@ def _steps(model: Model, asked: RunOptions) -> int:
             f"sigmas: they are {len(listed)} steps, and steps is {asked.steps}; leave steps out"
         )
     return max(len(listed), 1)
+
+
+def _check_guider(settings: Settings, model: Model) -> None:
+    """Refuse a guider where its predictions do not exist."""
+    if settings.guider is None:
+        return
+    if model.edits:
+        raise UsageError(
+            f"guider {settings.guiding.name}: this model has a guidance of its own, of a picture "
+            "and a prompt; leave the guider out"
+        )
+    if settings.guiding.weakens and settings.feature_reuse is not None:
+        raise UsageError(
+            f"guider {settings.guiding.name} with feature_reuse: the features of the whole network "
+            "are not those of the weakened one; leave out one of the two"
+        )
 
 
 def _check_step_noise(settings: Settings, plans: tuple[samplers.Plan, ...]) -> None:
@@ -566,6 +595,7 @@ def _note_what_has_no_effect(model: Model, settings: Settings, asked: RunOptions
         "negative_aesthetic_score": asked.negative_aesthetic_score,
         "guidance_rescale": settings.guidance_rescale or None,
         "guidance_interval": settings.guidance_interval,
+        "guider": None if settings.guiding.weakens else settings.guider,
         "image_guidance": image_guidance,
     }
     off = image_guidance is not None and image_guidance < 1.0 < settings.guidance

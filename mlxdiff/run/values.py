@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mlxdiff.errors import UsageError
 from mlxdiff.store.reference import is_address, parse
 
 
@@ -338,6 +339,39 @@ class Choice(Anything):
             if (word := self.spelled(value)) is not None:
                 return word
         raise Unfit(value, self.expected)
+
+
+@dataclass(frozen=True)
+class Worded(Anything):
+    """Something with numbers of its own, described in one word: pag:scale=3.
+
+    Attributes:
+        read: makes it of the word, or raises UsageError; its ``text`` is the word again.
+        words: the names with which it begins.
+    """
+
+    read: Callable[[str], Any]
+    words: tuple[str, ...]
+
+    metavar = "NAME[:KEY=VALUE,...]"
+
+    @property
+    def expected(self) -> str:
+        """The accepted values, for messages."""
+        return f"one of {', '.join(self.words)}, alone or as NAME:KEY=VALUE,..."
+
+    @property
+    def suggestions(self) -> Sequence[str]:
+        """The names."""
+        return self.words
+
+    def accept(self, value: Any) -> Any:
+        if not isinstance(value, str):
+            raise Unfit(value, self.expected)
+        try:
+            return self.read(value).text
+        except UsageError as error:
+            raise Unfit(value, f"{self.expected} ({error})") from None
 
 
 @dataclass(frozen=True)

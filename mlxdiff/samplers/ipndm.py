@@ -1,7 +1,7 @@
 """iPNDM: Adams-Bashforth of up to fourth order in Karras' sigma, on the ODE's slopes (euler.py).
 
-`ipndm` takes the weights of equal steps, whatever the steps are, so its order is 1 where they
-differ. `ipndm-v` takes those of the true steps. The first steps have lower orders; the last one, to
+`ipndm` takes the weights of equal steps, whatever the steps are, so its order is 2 where steps
+grow by a fixed share. `ipndm-v` takes those of the true steps. The first steps have lower orders; the last one, to
 sigma 0, is x_0 itself.
 
 Source: Zhang and Chen 2022 (arXiv 2204.13902), which takes it from PNDM (Liu et al. 2022). The
