@@ -18,6 +18,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from mlxdiff.machine import threads
+from mlxdiff.networks.layers import convolve
 from mlxdiff.weights.quantization import Beside, Packed, dequantize
 from mlxdiff.weights.tensors import raise_faults
 
@@ -250,7 +251,7 @@ class Conv2d(Module):
     def __call__(
         self, x: np.ndarray, more: np.ndarray | Callable[[], np.ndarray] | None = None
     ) -> np.ndarray:
-        out = self._convolve(x)
+        out = convolve(self._convolve, x, self.padding, self.stride, np.concatenate)
         if more is not None:
             out += more() if callable(more) else more
         return out

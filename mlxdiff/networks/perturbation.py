@@ -4,12 +4,13 @@ A change stands in a ``Condition``, under the block that it changes. The block a
 with changes and one without can share a network.
 
 Sources: Ahn et al. 2024 (arXiv 2403.17377), Hong 2024 (arXiv 2408.00760), Hyung et al. 2024 (arXiv
-2411.18664), Si et al. 2023, "FreeU" (arXiv 2309.11497). Equal to diffusers' PAG attention processors,
-its smoothed energy hook, and apply_freeu.
+2411.18664), Si et al. 2023, "FreeU" (arXiv 2309.11497). Equal to diffusers' PAG attention
+processors, its smoothed energy hook, and apply_freeu.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from functools import lru_cache
@@ -116,18 +117,18 @@ class FreeU:
 
 @lru_cache(maxsize=32)
 def low_waves(height: int, width: int) -> np.ndarray:
-    """Return the waves of the four lowest frequencies, (8, height * width) float32.
+    """Return the waves of the lowest frequencies, (8 or fewer, height * width) float32.
 
     FreeU scales the square of 2 x 2 frequencies -1 and 0 around the middle of the shifted
     spectrum. The real part of their inverse transform is ``waves.T @ waves @ x``.
     """
     rows, columns = np.arange(height)[:, None] / height, np.arange(width)[None] / width
     waves = []
-    for u, v in ((0, 0), (1, 0), (0, 1), (1, 1)):
+    for u, v in itertools.product(range(min(height, 2)), range(min(width, 2))):
         phase = 2 * np.pi * (u * rows + v * columns)
         waves += [np.cos(phase), np.sin(phase)]
     scale = math.sqrt(height * width)
-    return (np.stack(waves).reshape(8, -1) / scale).astype(np.float32)
+    return (np.stack(waves).reshape(len(waves), -1) / scale).astype(np.float32)
 
 
 def blocks_named(unet: Any, words: str) -> list[Any]:

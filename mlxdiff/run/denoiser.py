@@ -7,7 +7,7 @@ sampling loop in ``pipeline`` calls it and knows nothing of guidance or addition
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import numpy as np
 from mlxdiff.networks.condition import Condition
 from mlxdiff.networks.perturbation import Blur, FreeU, Identity, Skip, blocks_named
 from mlxdiff.run.additions import Prompted
+from mlxdiff.run.composition import Merge, by_regions, by_weights
 from mlxdiff.run.model import Model, PromptEmbeddings
 from mlxdiff.run.settings import Settings
 from mlxdiff.samplers import guiders
@@ -129,6 +130,8 @@ class Denoiser:
         settings: of the run.
         timesteps: of all evaluations of the plan.
         unet: the model's U-Net; None: load it.
+        others: the denoisers of further prompts of the picture.
+        merge: joins their predictions with this one's; None: there are no others.
     """
 
     def __init__(
@@ -138,10 +141,13 @@ class Denoiser:
         settings: Settings,
         timesteps: Sequence[float],
         unet: Any = None,
+        others: Sequence[Denoiser | EditedDenoiser] = (),
+        merge: Merge | None = None,
     ) -> None:
         self.backend = model.backend
         self.unet = model.component("unet") if unet is None else unet
         self.settings = settings
+        self.others, self.merge = others, merge
         self.guided = settings.guides(model)
         self.edits = model.edits
         self.batch = settings.batch(model)
@@ -221,7 +227,11 @@ class Denoiser:
         if guided and self.edits and image_scale is not None:
             edited = guide_edit(out[:1], out[1:2], out[2:], scale, image_scale, rescale)
             return Prediction(edited, out[:1])
-        cond, found = out[-1:], out[-1:]
+        cond = out[-1:]
+        if self.merge is not None:
+            more = [other(x, evaluation).output for other in self.others]
+            cond = self.merge(out[:1] if guided else None, cond, more)
+        found = cond
         if guided:
             found = self.guider.combine(out[:1], cond, scale, self._remembered(evaluation))
         weakened = self._weakened(evaluation, sample, temb, residuals)
@@ -341,8 +351,52 @@ def make_denoiser(
     """
     if model.lacks("text"):
         return PixelDenoiser(model, settings.label, timesteps)
+    unet = model.take("unet")
+    others = _others(model, settings, timesteps, before, unet)
+    found = _denoisers(model, settings, timesteps, unet, others, _merge(model, settings))
+    if model.low_memory:
+        every = [*found, *(one for other in others for one in other.denoisers)]
+        unet.absorb([denoiser.text for _, denoiser in every])
+    return found[0][1] if len(found) == 1 else EditedDenoiser(found, before)
+
+
+def _others(
+    model: Model, settings: Settings, timesteps: Sequence[float], before: int, unet: Any
+) -> list[EditedDenoiser]:
+    """Make the denoisers of the picture's further prompts, without guidance of their own."""
+    prompts = [region.prompt for region in settings.regions]
+    prompts += [prompt for prompt, _ in settings.prompts[1:]]
+    alone = replace(settings, guidance=1.0, region=None, guider=None, prompt_2=None)
+    return [
+        EditedDenoiser(_denoisers(model, replace(alone, prompt=prompt), timesteps, unet), before)
+        for prompt in prompts
+    ]
+
+
+def _merge(model: Model, settings: Settings) -> Merge | None:
+    """Return what joins the predictions of the picture's prompts; None: there is one prompt."""
+    if settings.regions:
+        height, width, _ = model.latent_shape(settings.height, settings.width)
+        return by_regions(settings.regions, height, width, model.backend)
+    if len(settings.prompts) > 1:
+        return by_weights([weight for _, weight in settings.prompts])
+    return None
+
+
+def _denoisers(
+    model: Model,
+    settings: Settings,
+    timesteps: Sequence[float],
+    unet: Any,
+    others: Sequence[EditedDenoiser] = (),
+    merge: Merge | None = None,
+) -> list[tuple[int, Denoiser]]:
+    """Make the denoisers of a prompt that may change in the course of the run.
+
+    Returns: (last, denoiser) in order; see ``EditedDenoiser``.
+    """
     timeline = model.prompt_timeline(
-        settings.prompt,
+        settings.prompts[0][0],
         settings.negative_prompt,
         settings.prompt_2,
         settings.negative_prompt_2,
@@ -352,12 +406,10 @@ def make_denoiser(
         steps=settings.evaluations,
     )
     made: dict[tuple[bytes | None, ...], Denoiser] = {}  # texts that come back are prepared once
-    denoisers, unet = [], model.take("unet")
+    denoisers = []
     for last, text in timeline:
         key = tuple(None if array is None else array.tobytes() for array in text)
         if key not in made:
-            made[key] = Denoiser(model, text, settings, timesteps, unet)
+            made[key] = Denoiser(model, text, settings, timesteps, unet, others, merge)
         denoisers.append((last, made[key]))
-    if model.low_memory:
-        unet.absorb([denoiser.text for denoiser in made.values()])
-    return denoisers[0][1] if len(denoisers) == 1 else EditedDenoiser(denoisers, before)
+    return denoisers

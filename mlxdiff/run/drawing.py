@@ -25,6 +25,7 @@ from mlxdiff import samplers
 from mlxdiff.brownian import BrownianMotion
 from mlxdiff.errors import MlxdiffError, UsageError
 from mlxdiff.machine.turns import each_in_turn, turn
+from mlxdiff.networks.layers import seamless
 from mlxdiff.noise import Generator
 from mlxdiff.pictures.image import check_writable, png_bytes, side_by_side, write_png
 from mlxdiff.pictures.metadata import Metadata
@@ -414,7 +415,7 @@ class _Work:
             if self.finished and self.finished[-1].index == index:
                 self.drawn.popleft()  # interrupted here
                 continue
-            with self.turn("vae"):
+            with self.turn("vae"), seamless(planned.settings.seamless):
                 image = model.decode(latents[None])[0]
                 if canvas is not None and planned.settings.paste_original:
                     image = canvas.paste_original(image)
@@ -440,6 +441,7 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
     """
     model, settings, backend = run.model, run.settings, run.model.backend
     stages = make_stages(settings, run.plans, model, refiner_of(model))
+    edges = partial(seamless, settings.seamless)
     total = sum(len(stage.plan) for stage in stages)
     inputs: Inputs | None = None
     denoisers: dict[int, Any] = {}
@@ -447,7 +449,7 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
     for picture, seed in enumerate(run.seeds):
         work.begin()
         if inputs is None:
-            with work.turn("image" if settings.encodes else None):
+            with work.turn("image" if settings.encodes else None), edges():
                 inputs = Inputs(model, settings)
         generator, index = Generator(seed), 0
         given = None if run.noise is None else run.noise[picture][None]
@@ -459,13 +461,13 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
             if part not in denoisers and stage.model.low_memory:
                 denoisers.clear()
             if x is None:
-                with work.turn():
+                with work.turn(), edges():
                     begun = inputs.begin(stage.plan, draw, given)
             else:
-                with work.turn("hires" if settings.hires is not None else None):
+                with work.turn("hires" if settings.hires is not None else None), edges():
                     begun = inputs.go_on(stage, begun, backend.to_numpy(x), draw)
             if part not in denoisers:
-                with work.turn("text_encoder"):
+                with work.turn("text_encoder"), edges():
                     denoisers[part] = make_denoiser(
                         stage.model, stage.settings, stage.plan.timesteps, stage.before
                     )
@@ -523,7 +525,8 @@ def _evaluations(
     for i, t in enumerate(plan.timesteps):
         start = time.perf_counter()
         evaluation = Evaluation(t, i, len(plan), beside)
-        output, unconditional = denoise(plan.scale_model_input(x, state), evaluation)
+        with seamless(stage.settings.seamless):
+            output, unconditional = denoise(plan.scale_model_input(x, state), evaluation)
         clean = partial(_denoised, backend, plan, i, x, output)
         x, state = plan.step(
             x,

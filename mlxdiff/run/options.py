@@ -24,7 +24,7 @@ from mlxdiff.convert.singlefile import PREDICTIONS
 from mlxdiff.pictures.control_modes import MODES
 from mlxdiff.pictures.hires import UPSCALERS
 from mlxdiff.pictures.preprocess import PREPROCESSORS
-from mlxdiff.run import values
+from mlxdiff.run import composition, values
 from mlxdiff.run.table import Options, option
 from mlxdiff.samplers import guiders
 from mlxdiff.text.prompt import SYNTAXES
@@ -70,6 +70,10 @@ Sigmas = Annotated[tuple[float, ...], values.NumberList(values.Number(least=0))]
 Guider = Annotated[str, values.Worded(guiders.parse, tuple(guiders.GUIDERS))]
 FreeU = Annotated[
     tuple[float, float, float, float], values.Numbers("B1,B2,S1,S2", values.Number(least=0))
+]
+Edges = Annotated[str, values.Choice(("x", "y", "xy"))]
+Regions = Annotated[
+    str | Sequence[str], values.Each(values.Worded(composition.parse, (), "AREA:PROMPT"))
 ]
 StepNoise = Annotated[str, values.Choice(("independent", "brownian"))]
 Syntax = Annotated[str, values.Choice(SYNTAXES)]
@@ -147,6 +151,14 @@ class ValueOptions(Options):
         help="Skip this many layers at the end of the text encoders; A1111 counts one more.",
         elsewhere="clip_stop_at_last_layers CLIP_stop_at_last_layers",
     )
+    region: Regions | None = _prompt(
+        "--region",
+        metavar="AREA:PROMPT",
+        help="Another prompt for a part of the picture: LEFT,TOP,RIGHT,BOTTOM:PROMPT with shares "
+        "of it, such as 0,0,0.5,1:a red house, or MASK.png:PROMPT. May be given several times.",
+        doc='other prompts for parts of the picture, "0,0,0.5,1:a red house" or '
+        '"mask.png:a red house": one or a list. AREA*WEIGHT counts more where they overlap.',
+    )
     label: Whole | None = _prompt(
         "--label",
         part="label",
@@ -216,6 +228,14 @@ class ValueOptions(Options):
         "1.5,1.6,0.9,0.2 (SD 1.5) or 1.3,1.4,0.9,0.2 (SDXL).",
         doc="(b1, b2, s1, s2): FreeU's factors of the backbone and of the skips in the two lowest "
         "up blocks. None: off.",
+    )
+    seamless: Edges | None = _picture(
+        "--seamless",
+        part="text",
+        help="Draw a picture whose edges meet when copies lie side by side: x, y or xy.",
+        doc="edges that meet when copies of the picture lie side by side: x (left and right), y "
+        "(top and bottom), xy. None: none.",
+        elsewhere="tiling tile",
     )
     feature_reuse: Positive | None = _picture(
         "--feature-reuse",

@@ -17,6 +17,7 @@ from mlxdiff.pictures.canvas import Borders, Canvas, check_borders, load_mask, m
 from mlxdiff.pictures.hires import Hires, resolve_hires
 from mlxdiff.pictures.image import load_image, resize
 from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
+from mlxdiff.run import composition
 from mlxdiff.run.additions.controlnet import Control, resolve_controls
 from mlxdiff.run.additions.ip_adapter import ImagePrompt, resolve_image_prompts
 from mlxdiff.run.habits import note_habits, note_seed
@@ -24,6 +25,7 @@ from mlxdiff.run.model import Model
 from mlxdiff.run.options import RunOptions, ValueOptions
 from mlxdiff.run.rules import check, check_parts, checked_interval, is_scored, repaints
 from mlxdiff.run.table import entries
+from mlxdiff.run.values import listed
 from mlxdiff.samplers import guiders
 from mlxdiff.samplers.guidance import guided_evaluations
 from mlxdiff.text import a1111
@@ -111,6 +113,8 @@ class Settings(ValueOptions):
             value = getattr(self, name)
             if entry.key is not None and (entry.key in METADATA_FIELDS or value != entry.default):
                 said[entry.key] = value
+        if self.region is not None:
+            said["region"] = [one.named.text for one in self.regions]
         if self.hires is not None:
             said |= self.hires.describe()
         return said | {"image": self.image_name, "mask": self.mask_name}
@@ -118,6 +122,18 @@ class Settings(ValueOptions):
     def is_brownian(self, plan: samplers.Plan) -> bool:
         """Return True if the noise of the steps is that of one Brownian motion."""
         return plan.brownian if self.step_noise is None else self.step_noise == "brownian"
+
+    @property
+    def regions(self) -> tuple[composition.Region, ...]:
+        """The parts of the picture with prompts of their own."""
+        return tuple(map(composition.parse, listed(self.region)))
+
+    @property
+    def prompts(self) -> list[tuple[str, float]]:
+        """The prompts that make up the picture everywhere, each with its weight (A1111's AND)."""
+        if self.prompt_syntax == "plain":
+            return [(self.prompt, 1.0)]
+        return a1111.composition(self.prompt)
 
     @property
     def guiding(self) -> guiders.Guider:
@@ -141,6 +157,9 @@ class Settings(ValueOptions):
             self.hires,
             self.guider,
             self.freeu,
+            self.seamless,
+            self.region,
+            None if len(self.prompts) == 1 else self.prompts,
         )
         return any(part is not None for part in parts)
 

@@ -347,18 +347,19 @@ class Worded(Anything):
 
     Attributes:
         read: makes it of the word, or raises UsageError; its ``text`` is the word again.
-        words: the names with which it begins.
+        words: the names with which it begins, if it begins with one.
+        metavar: its form.
     """
 
     read: Callable[[str], Any]
-    words: tuple[str, ...]
-
-    metavar = "NAME[:KEY=VALUE,...]"
+    words: tuple[str, ...] = ()
+    metavar: str = "NAME[:KEY=VALUE,...]"
 
     @property
     def expected(self) -> str:
         """The accepted values, for messages."""
-        return f"one of {', '.join(self.words)}, alone or as NAME:KEY=VALUE,..."
+        names = f"one of {', '.join(self.words)}, alone or as " if self.words else ""
+        return names + self.metavar
 
     @property
     def suggestions(self) -> Sequence[str]:

@@ -1,17 +1,18 @@
 """Ways to combine the predictions of an evaluation, beside classifier-free guidance itself.
 
 A guider is named, with its numbers, in one word: `apg`, `pag:scale=3,layers=mid`. Some change how
-the predictions with and without the prompt are combined. Others ask for one more prediction, for the
-prompt, by a network that is weakened on purpose (networks/perturbation.py), and step away from it:
+the predictions with and without the prompt are combined. Others ask for one more prediction, for
+the prompt, by a network that is weakened on purpose (networks/perturbation.py), and step away from
+it:
 
     output = uncond + g (cond - uncond) + scale (cond - weakened)
 
 Sources: Sadat et al. 2024, "Eliminating Oversaturation and Artifacts of High Guidance Scales"
-(arXiv 2410.02416; apg); Fan et al. 2025, "CFG-Zero*" (arXiv 2503.18886); sd-dynamic-thresholding (MIT
-licence; mimic, after Saharia et al. 2022); Ahn et al. 2024, "Perturbed-Attention Guidance" (arXiv
-2403.17377; pag); Hong 2024, "Smoothed Energy Guidance" (arXiv 2408.00760; seg); Hyung et al. 2024,
-"Spatiotemporal Skip Guidance" (arXiv 2411.18664; slg). Equal to diffusers' guiders and PAG pipelines
-(docs/guidance.md says in what they differ).
+(arXiv 2410.02416; apg); Fan et al. 2025, "CFG-Zero*" (arXiv 2503.18886); sd-dynamic-thresholding
+(MIT licence; mimic, after Saharia et al. 2022); Ahn et al. 2024, "Perturbed-Attention Guidance"
+(arXiv 2403.17377; pag); Hong 2024, "Smoothed Energy Guidance" (arXiv 2408.00760; seg); Hyung et al.
+2024, "Spatiotemporal Skip Guidance" (arXiv 2411.18664; slg). Equal to diffusers' guiders and PAG
+pipelines (docs/guidance.md says in what they differ).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """iPNDM: Adams-Bashforth of up to fourth order in Karras' sigma, on the ODE's slopes (euler.py).
 
 `ipndm` takes the weights of equal steps, whatever the steps are, so its order is 2 where steps
-grow by a fixed share. `ipndm-v` takes those of the true steps. The first steps have lower orders; the last one, to
-sigma 0, is x_0 itself.
+shrink by a fixed share. `ipndm-v` takes those of the true steps. The first steps have lower orders;
+the last one, to sigma 0, is x_0 itself.
 
 Source: Zhang and Chen 2022 (arXiv 2204.13902), which takes it from PNDM (Liu et al. 2022). The
 weights of true steps are those of lms.py; diff-sampler (zju-pi), which other programs follow, has a
