@@ -6,6 +6,7 @@ sampling loop in ``pipeline`` calls it and knows nothing of guidance or addition
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +19,7 @@ from mlxdiff.networks.perturbation import Blur, FreeU, Identity, Skip, blocks_na
 from mlxdiff.run.additions import Prompted
 from mlxdiff.run.composition import Merge, by_regions, by_weights
 from mlxdiff.run.model import Model, PromptEmbeddings
+from mlxdiff.run.reuse import Reuse
 from mlxdiff.run.settings import Settings
 from mlxdiff.samplers import guiders
 from mlxdiff.samplers.guidance import (
@@ -26,6 +28,8 @@ from mlxdiff.samplers.guidance import (
     guided_evaluations,
     rescaled,
 )
+
+logger = logging.getLogger("mlxdiff")
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,7 @@ class Denoiser:
         if isinstance(self.guider, guiders.Weakened):
             prompt = self.text.rows(self.batch - 1, self.batch)
             self.weakened = prompt.changed(_weakening(self.unet, self.guider))
+        self.reuse: Reuse | None = None
         self._deep: list[Any] = []
         self._counting: list[list[int]] = []  # the additions that took part in these features
 
@@ -219,9 +224,15 @@ class Denoiser:
         if self.guided and not guided:  # the prompt alone
             last = self.batch - 1, self.batch
             temb, text = temb.rows(*last), text.rows(*last)
+        old = self._deep
         deep = self._features(evaluation, len(sample))
         residuals = self._residuals(x, evaluation, guided, shallow=bool(deep))
+        whole = not deep
         out = self.unet.predict(sample, temb, text, deep, residuals)
+        if whole and self.settings.feature_reuse_error is not None:
+            self._measure(evaluation, sample, temb, text, old, residuals, out)
+        if self.reuse is not None and evaluation.index == evaluation.total - 1:
+            logger.info("%s", self.reuse.said(evaluation.total))
         scale, rescale = self.settings.guidance, self.settings.guidance_rescale
         image_scale = self.settings.image_guidance
         if guided and self.edits and image_scale is not None:
@@ -283,17 +294,51 @@ class Denoiser:
 
     def _features(self, evaluation: Evaluation, batch: int) -> list[Any] | None:
         """The U-Net's ``deep``: empty if the whole U-Net must run; None: features are not kept."""
-        every = self.settings.feature_reuse
-        if every is None:
+        every, index = self.settings.feature_reuse, evaluation.index
+        if every is None and self.settings.feature_reuse_error is None:
             return None
-        index = evaluation.index
+        if index == 0:
+            self._deep = []
         counting = [acting.counting(index, evaluation.total) for acting in self.acting]
-        due = index % every == 0 or counting != self._counting
-        if due or not self._deep or len(self._deep[0]) < batch:
+        due = counting != self._counting or not self._deep or len(self._deep[0]) < batch
+        if every is not None:
+            due = due or index % every == 0
+        else:
+            due = due or not self._reuse(evaluation).skips(index, evaluation.t)
+        if due:
             self._deep, self._counting = [], counting
         else:
             self._deep = [features[-batch:] for features in self._deep]  # the prompt's come last
         return self._deep
+
+    def _reuse(self, evaluation: Evaluation) -> Reuse:
+        """The decisions for this picture; a picture begins with the first evaluation."""
+        if evaluation.index == 0 or self.reuse is None:
+            self.reuse = Reuse(self.settings.feature_reuse_error or 0.0)
+        return self.reuse
+
+    def _measure(
+        self,
+        evaluation: Evaluation,
+        sample: Any,
+        temb: Condition,
+        text: Condition,
+        old: list[Any],
+        residuals: list[Any] | None,
+        out: Any,
+    ) -> None:
+        """Measure the error that the old features would have had in a whole evaluation."""
+        reuse, error = self._reuse(evaluation), None
+        if evaluation.index > 0 and old and len(old[0]) >= len(sample):
+            again = [features[-len(sample) :] for features in old]
+            shallow = self.unet.predict(sample, temb, text, again, residuals)
+            off, guided = shallow - out, out
+            if len(out) > 1:
+                scale = self.settings.guidance
+                off, guided = (one[:1] + scale * (one[-1:] - one[:1]) for one in (off, out))
+            size = self.backend.to_numpy((off * off).mean() / (guided * guided).mean())
+            error = float(size) ** 0.5
+        reuse.measure(evaluation.t, error)
 
 
 class PixelDenoiser:

@@ -75,6 +75,7 @@ Edges = Annotated[str, values.Choice(("x", "y", "xy"))]
 Regions = Annotated[
     str | Sequence[str], values.Each(values.Worded(composition.parse, (), "AREA:PROMPT"))
 ]
+Relative = Annotated[float, values.Number(above=0)]
 StepNoise = Annotated[str, values.Choice(("independent", "brownian"))]
 Syntax = Annotated[str, values.Choice(SYNTAXES)]
 Upscaler = Annotated[str, values.Choice(UPSCALERS)]
@@ -244,6 +245,15 @@ class ValueOptions(Options):
         help="Run the whole U-Net only in every Nth evaluation: faster, less exact. Default: 1.",
         doc="run the whole U-Net only in every Nth evaluation; in those between, run its last "
         "layer on the deep features of the last whole one. 1: always run all of it.",
+    )
+    feature_reuse_error: Relative | None = _picture(
+        "--feature-reuse-error",
+        part="text",
+        metavar="E",
+        help="Run the whole U-Net only where older deep features would change its output by more "
+        "than this, measured on the way: 0.05, for example. Says what it skipped.",
+        doc="run the whole U-Net only where older deep features would change its output, after "
+        "guidance, by more than this share, as measured on the way. None: always run all of it.",
     )
     sampler: Sampler = _picture(
         "--sampler",

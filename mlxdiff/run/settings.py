@@ -136,6 +136,11 @@ class Settings(ValueOptions):
         return a1111.composition(self.prompt)
 
     @property
+    def reuses(self) -> bool:
+        """True if some evaluations use deep features of others."""
+        return self.feature_reuse is not None or self.feature_reuse_error is not None
+
+    @property
     def guiding(self) -> guiders.Guider:
         """How the predictions of an evaluation are combined."""
         return guiders.CFG if self.guider is None else guiders.parse(self.guider)
@@ -154,6 +159,7 @@ class Settings(ValueOptions):
         parts = (
             self.guidance_interval,
             self.feature_reuse,
+            self.feature_reuse_error,
             self.hires,
             self.guider,
             self.freeu,
@@ -316,6 +322,7 @@ def _resolve_text(
     _check_some_guidance(settings, plans)
     _check_step_noise(settings, plans)
     _check_guider(settings, model)
+    _check_reuse(settings, model)
     return settings, plans
 
 
@@ -346,10 +353,30 @@ def _check_guider(settings: Settings, model: Model) -> None:
             f"guider {settings.guiding.name}: this model has a guidance of its own, of a picture "
             "and a prompt; leave the guider out"
         )
-    if settings.guiding.weakens and settings.feature_reuse is not None:
+    if settings.guiding.weakens and settings.reuses:
         raise UsageError(
             f"guider {settings.guiding.name} with feature_reuse: the features of the whole network "
             "are not those of the weakened one; leave out one of the two"
+        )
+
+
+def _check_reuse(settings: Settings, model: Model) -> None:
+    """Refuse reuse within an error where it cannot be measured."""
+    if settings.feature_reuse_error is None:
+        return
+    if settings.feature_reuse is not None:
+        raise UsageError(
+            "feature_reuse and feature_reuse_error: a fixed and a measured reuse; leave out one"
+        )
+    if samplers.distilled_for(model.source.scheduler_config) is not None:
+        raise UsageError(
+            "feature_reuse_error: this model needs few steps, and each of them is too different "
+            "from the last; leave it out"
+        )
+    if settings.region is not None or len(settings.prompts) > 1:
+        raise UsageError(
+            "feature_reuse_error: the picture has several prompts, whose errors add up; leave out "
+            "one of the two, or take feature_reuse"
         )
 
 
@@ -509,7 +536,7 @@ def make_plans(
 
 def _check_editing(settings: Settings) -> None:
     """Refuse feature reuse together with a prompt that changes from step to step."""
-    if settings.prompt_syntax == "plain" or settings.feature_reuse is None:
+    if settings.prompt_syntax == "plain" or not settings.reuses:
         return
     texts = (
         settings.prompt,
