@@ -107,7 +107,7 @@ def test_the_page_lists_every_sampler_and_schedule() -> None:
 
 def test_the_page_says_which_combinations_exist() -> None:
     page = (ROOT / "docs" / "samplers.md").read_text(encoding="utf-8")
-    rows = [row for row in _table(page, "Schedules") if len(row) == 6]
+    rows = [row for row in _table(page, "Schedules") if len(row) == 7]
     columns = [head.split(", ") for head in rows[0][1:]]
     found: dict[str, set[str]] = {}
     for row in rows[1:]:

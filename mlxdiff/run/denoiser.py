@@ -396,26 +396,23 @@ def make_denoiser(
     """
     if model.lacks("text"):
         return PixelDenoiser(model, settings.label, timesteps)
+    # All texts first: in low memory the text encoders and the U-Net are not held together.
+    alone = [
+        replace(settings, prompt=prompt, guidance=1.0, region=None, guider=None, prompt_2=None)
+        for prompt in settings.other_prompts
+    ]
+    timelines = [_timeline(model, one) for one in (settings, *alone)]
     unet = model.take("unet")
-    others = _others(model, settings, timesteps, before, unet)
-    found = _denoisers(model, settings, timesteps, unet, others, _merge(model, settings))
+    others = [
+        EditedDenoiser(_denoisers(model, one, timeline, timesteps, unet), before)
+        for one, timeline in zip(alone, timelines[1:], strict=True)
+    ]
+    merge = _merge(model, settings)
+    found = _denoisers(model, settings, timelines[0], timesteps, unet, others, merge)
     if model.low_memory:
         every = [*found, *(one for other in others for one in other.denoisers)]
         unet.absorb([denoiser.text for _, denoiser in every])
     return found[0][1] if len(found) == 1 else EditedDenoiser(found, before)
-
-
-def _others(
-    model: Model, settings: Settings, timesteps: Sequence[float], before: int, unet: Any
-) -> list[EditedDenoiser]:
-    """Make the denoisers of the picture's further prompts, without guidance of their own."""
-    prompts = [region.prompt for region in settings.regions]
-    prompts += [prompt for prompt, _ in settings.prompts[1:]]
-    alone = replace(settings, guidance=1.0, region=None, guider=None, prompt_2=None)
-    return [
-        EditedDenoiser(_denoisers(model, replace(alone, prompt=prompt), timesteps, unet), before)
-        for prompt in prompts
-    ]
 
 
 def _merge(model: Model, settings: Settings) -> Merge | None:
@@ -428,19 +425,9 @@ def _merge(model: Model, settings: Settings) -> Merge | None:
     return None
 
 
-def _denoisers(
-    model: Model,
-    settings: Settings,
-    timesteps: Sequence[float],
-    unet: Any,
-    others: Sequence[EditedDenoiser] = (),
-    merge: Merge | None = None,
-) -> list[tuple[int, Denoiser]]:
-    """Make the denoisers of a prompt that may change in the course of the run.
-
-    Returns: (last, denoiser) in order; see ``EditedDenoiser``.
-    """
-    timeline = model.prompt_timeline(
+def _timeline(model: Model, settings: Settings) -> list[tuple[int, PromptEmbeddings]]:
+    """Embed the texts that the prompt is in the course of the run; see ``prompt_timeline``."""
+    return model.prompt_timeline(
         settings.prompts[0][0],
         settings.negative_prompt,
         settings.prompt_2,
@@ -450,6 +437,21 @@ def _denoisers(
         prompt_syntax=settings.prompt_syntax,
         steps=settings.evaluations,
     )
+
+
+def _denoisers(
+    model: Model,
+    settings: Settings,
+    timeline: Sequence[tuple[int, PromptEmbeddings]],
+    timesteps: Sequence[float],
+    unet: Any,
+    others: Sequence[EditedDenoiser] = (),
+    merge: Merge | None = None,
+) -> list[tuple[int, Denoiser]]:
+    """Make the denoisers of a prompt that may change in the course of the run.
+
+    Returns: (last, denoiser) in order; see ``EditedDenoiser``.
+    """
     made: dict[tuple[bytes | None, ...], Denoiser] = {}  # texts that come back are prepared once
     denoisers = []
     for last, text in timeline:

@@ -136,6 +136,12 @@ class Settings(ValueOptions):
         return a1111.composition(self.prompt)
 
     @property
+    def other_prompts(self) -> list[str]:
+        """The prompts of the picture beside the first: of its regions, or joined by AND."""
+        regions = [region.prompt for region in self.regions]
+        return regions + [prompt for prompt, _ in self.prompts[1:]]
+
+    @property
     def reuses(self) -> bool:
         """True if some evaluations use deep features of others."""
         return self.feature_reuse is not None or self.feature_reuse_error is not None
