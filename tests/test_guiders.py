@@ -229,3 +229,19 @@ def test_masks_and_boxes() -> None:
 def test_what_is_refused(arguments: dict[str, Any], said: str, opened: Opened) -> None:
     with pytest.raises(UsageError, match=said):
         drawn(opened, "numpy", **arguments)
+
+
+def test_reuse_within_an_error(opened: Opened, caplog: pytest.LogCaptureFixture) -> None:
+    """A tiny error reuses nothing, a large one all that it can; the note says which."""
+    caplog.set_level("INFO", logger="mlxdiff")
+    plain = drawn(opened, "numpy", steps=5)
+    none = drawn(opened, "numpy", steps=5, feature_reuse_error=1e-9)
+    np.testing.assert_array_equal(none, plain)
+    assert "0 of 5 evaluations used old features (none)" in caplog.text
+    caplog.clear()
+    drawn(opened, "numpy", steps=5, feature_reuse_error=1e6)
+    assert "3 of 5 evaluations used old features (3, 4, 5)" in caplog.text
+    with pytest.raises(UsageError, match="a fixed and a measured reuse"):
+        drawn(opened, "numpy", feature_reuse_error=0.1, feature_reuse=2)
+    with pytest.raises(UsageError, match="needs few steps"):
+        drawn(opened, "numpy", "sdxl-turbo", guidance=0.0, feature_reuse_error=0.1)

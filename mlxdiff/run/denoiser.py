@@ -245,10 +245,10 @@ class Denoiser:
         found = cond
         if guided:
             found = self.guider.combine(out[:1], cond, scale, self._remembered(evaluation))
-        weakened = self._weakened(evaluation, sample, temb, residuals)
-        if weakened is not None:
-            found = found + self.guider.scale * (cond - weakened)
-        if guided or weakened is not None:
+        away = self._away(evaluation, sample, temb, residuals, cond)
+        if away is not None:
+            found = found + away
+        if guided or away is not None:
             found = rescaled(found, cond, rescale)
         return Prediction(found, out[:1] if guided else None)
 
@@ -259,10 +259,15 @@ class Denoiser:
         self.memory.index = evaluation.index
         return self.memory
 
-    def _weakened(
-        self, evaluation: Evaluation, sample: Any, temb: Condition, residuals: list[Any] | None
+    def _away(
+        self,
+        evaluation: Evaluation,
+        sample: Any,
+        temb: Condition,
+        residuals: list[Any] | None,
+        cond: Any,
     ) -> Any:
-        """Predict for the prompt by the network that the guider weakens; None: it does not act."""
+        """Return the step away from the network that the guider weakens; None: it does not act."""
         guider = self.guider
         if self.weakened is None or not isinstance(guider, guiders.Weakened):
             return None
@@ -271,7 +276,8 @@ class Denoiser:
         last = len(sample) - 1, len(sample)
         if residuals is not None:
             residuals = [residual[-1:] for residual in residuals]
-        return self.unet.predict(sample[-1:], temb.rows(*last), self.weakened, None, residuals)
+        weakened = self.unet.predict(sample[-1:], temb.rows(*last), self.weakened, None, residuals)
+        return guider.scale * (cond - weakened)
 
     def _within(self, evaluation: Evaluation) -> bool:
         """Return True if there is guidance in this evaluation."""
