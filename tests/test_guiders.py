@@ -15,6 +15,7 @@ from mlxdiff.errors import UsageError
 from mlxdiff.networks.condition import Condition
 from mlxdiff.networks.layers import seamless
 from mlxdiff.networks.perturbation import Blur, FreeU, Identity, Skip, blocks_named
+from mlxdiff.pictures import metadata
 from mlxdiff.run import composition
 from mlxdiff.samplers import guiders
 from mlxdiff.samplers.guidance import rescaled
@@ -93,6 +94,13 @@ def test_guiders_equal_diffusers(case: str, guider: str, rescale: float, backend
         uncond, cond = map(array, pair)
         found = rescaled(one.combine(uncond, cond, 6.0, memory), cond, rescale)
         np.testing.assert_allclose(np.array(found), expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["apg", "cfg-zero", "mimic"])
+def test_equal_predictions_give_that_prediction(name: str) -> None:
+    cond = predictions()[0][1]
+    found = guiders.parse(name).combine(cond, cond, 6.0, guiders.Memory())
+    np.testing.assert_allclose(found, cond, rtol=1e-4, atol=1e-5)
 
 
 def test_mimic_keeps_the_range_of_the_lower_scale() -> None:
@@ -245,3 +253,27 @@ def test_reuse_within_an_error(opened: Opened, caplog: pytest.LogCaptureFixture)
         drawn(opened, "numpy", feature_reuse_error=0.1, feature_reuse=2)
     with pytest.raises(UsageError, match="needs few steps"):
         drawn(opened, "numpy", "sdxl-turbo", guidance=0.0, feature_reuse_error=0.1)
+
+
+def test_they_are_replayed(tmp_path: Path, opened: Opened) -> None:
+    """The metadata of a picture hold every option, and give the same picture."""
+    pipe = opened("sd15", "numpy")
+    asked: dict[str, Any] = {
+        "guider": "pag:scale=2",
+        "freeu": (1.2, 1.3, 0.9, 0.8),
+        "seamless": "x",
+        "region": ["0,0,0.5,1:a lake", "0.5,0,1,0.5*2:a tree"],
+        "sigmas": (14.0, 2.0),
+        "sampler": "dpmpp-2m-sde",
+        "step_noise": "brownian",
+    }
+    given = {**SMALL, "steps": None, "guidance": 5.0, **asked}
+    first = pipe.generate("a photo", **given)
+    found = metadata.read(first.save(tmp_path / "x.png")[0])
+    again = {key: value for key, value in found.extra.items() if key in given}
+    again |= {"schedule": found.schedule, "steps": found.steps, "seed": found.seed}
+    again |= {"sampler": found.sampler, "guidance": found.guidance}
+    size = {"width": found.width, "height": found.height}
+    np.testing.assert_array_equal(
+        pipe.generate(found.prompt, **size, **again).latents, first.latents
+    )

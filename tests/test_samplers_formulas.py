@@ -237,3 +237,17 @@ def test_cfg_plus_plus_without_guidance_is_the_plain_sampler() -> None:
                 x, state = plan.step(x, output, state, noise=lambda noise=noise: next(noise))
             ends.append(x)
         np.testing.assert_allclose(*ends, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("sampler", [name for name in samplers.SAMPLERS if name != "fitted"])
+@pytest.mark.parametrize("strength", [0.3, 0.75])
+def test_a_run_begins_with_a_whole_step(sampler: str, strength: float) -> None:
+    plan = samplers.plan(CONFIGS["sd15"], sampler, "normal", 24, strength=strength)
+    assert plan.rows[0].anchor_last == 0.0
+    x, state = plan.add_noise(OTHER, START), plan.start()
+    for row in plan.rows:
+        output = _network(plan.scale_model_input(x, state), max(row.level[1], 0.01))[0]
+        x, state = plan.step(x, output, state, noise=lambda: START)
+    assert np.isfinite(x).all() and len(plan) < len(
+        samplers.plan(CONFIGS["sd15"], sampler, "normal", 24)
+    )

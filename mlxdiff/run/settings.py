@@ -519,8 +519,7 @@ def make_plans(
         sigmas=settings.sigmas,
     )
     if (enlarged := settings.enlarged) is not None:
-        kept = "auto" if settings.sigmas is not None else plan.schedule
-        enlarged = replace(enlarged, sampler=plan.sampler, schedule=kept)
+        enlarged = replace(enlarged, sampler=plan.sampler, schedule=plan.schedule)
         try:
             return plan, *make_plans(enlarged, model)
         except UsageError as error:
@@ -530,7 +529,7 @@ def make_plans(
     second = samplers.plan(
         refiner.source.scheduler_config,
         plan.sampler,
-        "auto" if settings.sigmas is not None else plan.schedule,
+        plan.schedule,
         settings.steps,
         eta=settings.eta,
         family=source.family,

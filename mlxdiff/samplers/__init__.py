@@ -265,7 +265,7 @@ def _choose(
     if not isinstance(config, Mapping):
         raise ConfigError(f"scheduler_config.json must hold an object, not {type(config).__name__}")
     sampler, schedule = resolve(sampler, schedule)
-    if sigmas is not None and schedule != "auto":
+    if sigmas is not None and schedule not in ("auto", "normal"):
         raise UsageError(f"sigmas replace a schedule; leave schedule {schedule} out")
     sampler, schedule = automatic(config, sampler, schedule, steps, family, guidance, altered)
     found = find(config, sampler)

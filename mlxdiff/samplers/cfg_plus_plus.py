@@ -16,7 +16,7 @@ Source: Chung et al. 2024 (arXiv 2406.08070), algorithms 1 and 2 and the authors
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 from mlxdiff.samplers.arguments import SchedulerArguments
@@ -73,12 +73,14 @@ def _multistep_rows(
         yield _row(arguments, timestep, sigmas[i], shrink, before)
 
 
-def _scheduler(rows: object) -> Scheduler:
+def _scheduler(
+    rows: Callable[[SchedulerArguments, Grid, int, float], Iterable[Row]],
+) -> Scheduler:
     return Scheduler(
         reference=None,
         defaults={**SPACED, **SIGMA_SPACINGS},
         grid=grid,
-        rows=rows,  # type: ignore[arg-type]
+        rows=rows,
         takes_timesteps=True,
         takes_levels=True,
     )

@@ -28,6 +28,7 @@ from mlxdiff.errors import UsageError
 
 Array = Any  # np.ndarray or mx.array, float32
 _ALL = (1, 2, 3)  # all axes of a picture
+_TINY = 1e-12  # keeps 0 / 0 away where both predictions are the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +103,8 @@ class AdaptiveProjected(Guider):
         memory.average = difference if self.momentum else None
         if self.norm > 0.0:
             size = _sum(difference * difference) ** 0.5
-            difference = difference * _at_most_one(self.norm / size)
-        parallel = _sum(difference * cond) / _sum(cond * cond) * cond
+            difference = difference * _at_most_one(self.norm / (size + _TINY))
+        parallel = _sum(difference * cond) / (_sum(cond * cond) + _TINY) * cond
         return uncond + scale * (difference - parallel + self.eta * parallel)
 
 
@@ -147,7 +148,7 @@ class Mimic(Guider):
         centred = full - mean
         low = _largest(mimicked - mimicked.mean(axis=(1, 2), keepdims=True), 1.0)
         high = _larger(low, _largest(centred, self.percentile))
-        return _clipped(centred, high) / high * low + mean
+        return _clipped(centred, high) / (high + _TINY) * low + mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,7 +261,7 @@ def _at_most_one(x: Array) -> Array:
 
 
 def _smaller(x: Array, y: Array) -> Array:
-    # (x + y - |x - y|) / 2 loses no bit that matters, but where is exact.
+    # Arrays of both backends have operators, and no common function for it.
     return (x <= y) * x + (x > y) * y
 
 
