@@ -187,7 +187,7 @@ def test_a_file_of_a1111(tmp_path: Path) -> None:
         steps=28,
         guidance=5.5,
         sampler="dpmpp-2m",
-        schedule="trailing",
+        schedule="sgm-uniform",
         clip_skip=1,
         model="v1-5-pruned-emaonly",
         extra={
