@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import sys
 import textwrap
 import time
@@ -57,7 +58,7 @@ METHODS = {
     "Euler": ("euler", "normal"),
 }
 OURS, DDIM, FULL = "mlxdiff (auto)", "DDIM", "DPM-Solver++ 2M"
-# Rows of question 2: steps, guidance interval, feature reuse.
+# Rows of question 2: steps, guidance interval, feature reuse: every Nth, or (below 1) an error.
 CHEAPER_AT = 4.0
 CHEAPER = (
     ("auto", 6, None, 1),
@@ -77,6 +78,10 @@ CHEAPER = (
     ("auto", 10, (0.0, 0.8), 1),
     ("auto", 10, (0.0, 0.6), 1),
     ("auto", 12, None, 2),
+    ("dpmpp-2m", 20, None, 0.05),
+    ("dpmpp-2m", 20, None, 0.1),
+    ("dpmpp-2m", 20, None, 0.2),
+    ("dpmpp-2m", 20, None, 0.4),
 )
 # Rows of question 3, at guidance scales above 1.
 CANDIDATES = {
@@ -87,6 +92,16 @@ CANDIDATES = {
     "dpmpp-2m leading": ("dpmpp-2m", "leading"),
     "unipc trailing": ("unipc", "trailing"),
     "ddim trailing": ("ddim", "trailing"),
+    "dpmpp-2m kl-optimal": ("dpmpp-2m", "kl-optimal"),
+    "dpmpp-2m gits": ("dpmpp-2m", "gits"),
+    "dpmpp-2m bong-tangent": ("dpmpp-2m", "bong-tangent"),
+    "res-multistep trailing": ("res-multistep", "trailing"),
+    "ipndm trailing": ("ipndm", "trailing"),
+    "ipndm-v trailing": ("ipndm-v", "trailing"),
+    "dpm2 karras": ("dpm2", "karras"),
+    "heunpp2 trailing": ("heunpp2", "trailing"),
+    "dpm-fast": ("dpm-fast", "normal"),
+    "ddim-uniform dpmpp-2m": ("dpmpp-2m", "ddim-uniform"),
 }
 CANDIDATE_COUNTS = (6, 8, 12, 20)
 CHUNK = 4  # prompts computed and kept together
@@ -109,18 +124,26 @@ class Runs:
         ]
         self.fingerprint = self.network.fingerprint()
         self.asked = 0
+        self.skipped: list[int] = []  # evaluations on old features, for each picture
 
     def plan(self, sampler: str, schedule: str, count: int, guidance: float | None) -> Any:
         return samplers.plan(
             self.network.config, sampler, schedule, count, family="sd1", guidance=guidance
         )
 
+    def within(self, sampler: str, schedule: str, count: int, guidance: float) -> Any:
+        """Plan as many steps as take at most `count` evaluations."""
+        steps = count
+        while len(plan := self.plan(sampler, schedule, steps, guidance)) > count and steps > 2:
+            steps -= 1
+        return plan
+
     def latents(
         self,
         plan: samplers.Plan,
         guidance: float,
         interval: tuple[float, float] | None = None,
-        reuse: int = 1,
+        reuse: float = 1,
     ) -> np.ndarray:
         """Return the final latents of all prompts, (B, h, w, C)."""
         said = repr((self.fingerprint, plan.rows, plan.init_noise_sigma, guidance, interval, reuse))
@@ -134,6 +157,8 @@ class Runs:
                 self.asked += len(plan) * len(prompts) * (1 if guidance <= 1.0 else 2)
                 usual = interval is None and reuse == 1
                 asker = self._whole(prompts, guidance)
+                if reuse < 1:
+                    return self._measured(plan, noise, prompts, guidance, reuse)
                 if not usual:
                     asker = self._cheaper(prompts, guidance, interval, reuse, len(plan))
                 x, state = np.float32(plan.init_noise_sigma) * noise, plan.start()
@@ -142,8 +167,48 @@ class Runs:
                     x, state = plan.step(x, output, state)
                 return {"x": x}
 
-            found.append(teacher.cached(self.cache, f"run-{key}", draw)["x"])
+            kept = teacher.cached(self.cache, f"run-{key}", draw)
+            found.append(kept["x"])
+            self.skipped += kept["skipped"].tolist() if "skipped" in kept else []
         return np.concatenate(found)
+
+    def _measured(
+        self,
+        plan: samplers.Plan,
+        noise: np.ndarray,
+        prompts: Sequence[str],
+        guidance: float,
+        allowed: float,
+    ) -> dict[str, np.ndarray]:
+        """Draw with mlxdiff's own pipeline, which decides for each picture on its own."""
+        ends, skipped = [], []
+
+        class Count(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                if "feature reuse:" in record.getMessage():
+                    skipped.append(int(record.getMessage().split()[2]))
+
+        handler, logger = Count(), logging.getLogger("mlxdiff")
+        logger.addHandler(handler)
+        level = logger.level
+        logger.setLevel(logging.INFO)
+        try:
+            for prompt, first in zip(prompts, noise, strict=True):
+                result = self.network.pipe.generate(
+                    prompt,
+                    noise=first[None],
+                    steps=len(plan),
+                    guidance=guidance,
+                    sampler=plan.sampler,
+                    schedule=plan.schedule,
+                    feature_reuse_error=allowed,
+                    negative_prompt="",
+                )
+                ends.append(result.latents[0])
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+        return {"x": np.array(ends), "skipped": np.array(skipped)}
 
     def _whole(self, prompts: Sequence[str], guidance: float) -> Callable[..., np.ndarray]:
         return lambda x, t, index: self.network(x, t, prompts, guidance)
@@ -276,7 +341,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         found["candidates"][scale] = {
             name: {
                 str(count): error(
-                    runs.latents(runs.plan(sampler, schedule, count, guidance), guidance), reference
+                    runs.latents(runs.within(sampler, schedule, count, guidance), guidance),
+                    reference,
                 )
                 for count in CANDIDATE_COUNTS
             }
@@ -310,9 +376,14 @@ def cheaper(
         cost, kept = 0.0, 0
         for index in range(count):
             size = 2 if first <= index < end else 1
-            again = index % reuse == 0 or size > kept
+            again = reuse < 1 or index % reuse == 0 or size > kept
             cost += size * (1.0 if again else part)
             kept = size
+        runs.skipped = []
+        latents = runs.latents(plan, guidance, interval, reuse)
+        if reuse < 1:  # each whole evaluation but the first measures, for the cost of a shallow one
+            skipped = float(np.mean(runs.skipped))
+            cost = 2 * (count - skipped) + 2 * part * (count - 1)
         rows.append(
             {
                 "sampler": plan.sampler,
@@ -320,7 +391,7 @@ def cheaper(
                 "interval": interval,
                 "reuse": reuse,
                 "cost": cost,
-                **error(runs.latents(plan, guidance, interval, reuse), reference),
+                **error(latents, reference),
             }
         )
     return rows
@@ -376,6 +447,8 @@ def described(row: dict[str, Any]) -> str:
         words.append("--guidance-interval {:g},{:g}".format(*row["interval"]))
     if row["reuse"] > 1:
         words.append(f"--feature-reuse {row['reuse']}")
+    elif row["reuse"] < 1:
+        words.append(f"--feature-reuse-error {row['reuse']:g}")
     return " ".join(words)
 
 

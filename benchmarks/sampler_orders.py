@@ -21,8 +21,11 @@ from typing import Any
 import numpy as np
 
 from mlxdiff import samplers
+from mlxdiff.samplers.dpm_fast import DPM_FAST
 from mlxdiff.samplers.euler import HEUN
+from mlxdiff.samplers.heunpp import HEUNPP
 from mlxdiff.samplers.lcm import TCD
+from mlxdiff.samplers.midpoint import KDPM2
 from mlxdiff.samplers.plan import Plan
 from mlxdiff.samplers.pndm import PNDM
 from mlxdiff.samplers.schedule import NoiseSchedule
@@ -98,6 +101,15 @@ METHODS = (
     Method("unipc", "unipc", 3, warm_up=2),
     Method("unipc, order 3", "unipc", 4, (("solver_order", 3),), 3),
     Method("lms", "lms", 4, warm_up=3),
+    Method("res-multistep", "res-multistep", 2, warm_up=1),
+    Method("dpm2", "dpm2", 2),
+    Method("dpm-fast", "dpm-fast", 3),
+    Method("ipndm", "ipndm", 2, warm_up=3),
+    Method("ipndm-v", "ipndm-v", 4, warm_up=3),
+    Method("heunpp2", "heunpp2", 1),
+    Method("sa-solver, tau 0", "sa-solver", 2, warm_up=2),
+    Method("euler-cfg++", "euler-cfg++", 1),
+    Method("dpmpp-2m-cfg++", "dpmpp-2m-cfg++", 2, warm_up=1),
 )
 # First order by its arguments; it has no id of its own.
 FIRST_ORDER = Method("dpmpp, order 1", "dpmpp-2m", 1, (("solver_order", 1),))
@@ -129,16 +141,28 @@ def plan(method: Method, steps: int) -> tuple[Plan, np.ndarray]:
 def _grid(scheduler: Scheduler, lambdas: np.ndarray) -> Grid:
     """Return the levels, as their own training schedule and as sigmas."""
     steps = len(lambdas) - 1
+    if scheduler is DPM_FAST:  # three evaluations in each step, also even in lambda
+        lambdas = np.linspace(*LAMBDAS, 3 * steps + 1)
     schedule = NoiseSchedule(1 / (1 + np.exp(-2 * lambdas[::-1])), np.exp(-lambdas[::-1]))
-    times = np.arange(steps, 0, -1)
+    times = np.arange(len(lambdas) - 1, 0, -1)
     sigmas = np.exp(-lambdas)
+    starts: tuple[int, ...] = ()
+    if scheduler is DPM_FAST:
+        starts = tuple(range(0, 3 * steps, 3))
+    if scheduler is KDPM2:  # a middle level in every step, which its rows work out
+        times, sigmas = np.repeat(times, 2), np.repeat(sigmas, 2)[1:]
+    if scheduler is HEUNPP:
+        ahead = [range(k, min(k + 3, steps)) for k in range(steps)]
+        indices = [k for stages in ahead for k in stages]
+        starts = tuple(np.cumsum([0, *map(len, ahead)])[:-1].tolist())
+        times, sigmas = times[indices], np.append(sigmas[indices], sigmas[-1])
     if scheduler is HEUN:
         times, sigmas = np.repeat(times, 2)[1:], np.repeat(sigmas, 2)[1:-1]
         # unlike a run to zero noise, the last step is corrected too
         times, sigmas = np.append(times, 0), np.append(sigmas, [sigmas[-1], sigmas[-1]])
     if scheduler is TCD:
         times = np.append(times, 0)  # its last row is the identity at the lowest timestep
-    return Grid(schedule, times, sigmas)
+    return Grid(schedule, times, sigmas, starts=starts)
 
 
 def error(method: Method, data: Mixture, steps: int) -> float:
@@ -150,7 +174,7 @@ def error(method: Method, data: Mixture, steps: int) -> float:
     x = x if exponential else x / level(lambdas[0])[0]
     for i, lam in enumerate(levels):
         output = data.noise(run.scale_model_input(x, state), lam)
-        x, state = run.step(x, output, state)
+        x, state = run.step(x, output, state, noise=lambda: 0.0)  # sa-solver draws for nothing
         if i < method.warm_up:
             x = data.quantile(PARTICLES, levels[i + 1])
             x = x if exponential else x / level(levels[i + 1])[0]

@@ -14,7 +14,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "_version"),
     ("machine",),
     ("weights",),
-    ("networks", "samplers", "noise", "tokenizer"),
+    ("networks", "samplers", "noise", "brownian", "tokenizer"),
     ("pictures", "store"),
     ("convert",),
     ("adapters",),

@@ -82,15 +82,15 @@ def draw(copy: Path, sampler: str, steps: int, *more: str, name: str = "") -> np
 
 
 def test_a_sampler_is_one_file_and_two_lines(copy: Path) -> None:
-    assert follow("A sampler", copy) == (["mlxdiff/samplers/ipndm.py"], 2)
-    where = run(copy, "-c", "import mlxdiff.samplers.ipndm as new; print(new.__file__)")
-    assert Path(where.strip()) == copy / "mlxdiff" / "samplers" / "ipndm.py"
+    assert follow("A sampler", copy) == (["mlxdiff/samplers/ab2.py"], 2)
+    where = run(copy, "-c", "import mlxdiff.samplers.ab2 as new; print(new.__file__)")
+    assert Path(where.strip()) == copy / "mlxdiff" / "samplers" / "ab2.py"
     # It draws the picture that a fine solution of the ODE gives, nearer than Euler's method does.
-    fine, new, euler = draw(copy, "dpmpp-2m", 16), draw(copy, "ipndm", 8), draw(copy, "euler", 8)
+    fine, new, euler = draw(copy, "dpmpp-2m", 16), draw(copy, "ab2", 8), draw(copy, "euler", 8)
     off, usual = np.abs(new - fine).mean(), np.abs(euler - fine).mean()
     assert off < usual, (off, usual)
-    with Image.open(copy / "ipndm-8.png") as picture:
-        assert "Sampler: iPNDM" in picture.info["parameters"]
+    with Image.open(copy / "ab2-8.png") as picture:
+        assert "Sampler: AB2" in picture.info["parameters"]
     # The other lists follow: A1111's names, the page, and the checks of every plan.
     tests = ("samplers_registry", "samplers")
     run(copy, "-m", "pytest", "-q", *(f"tests/test_{name}.py" for name in tests))

@@ -88,31 +88,6 @@ def a1111_reads(text: str) -> tuple[str, str, dict[str, str]]:
     return prompt, negative, pairs
 
 
-@pytest.mark.parametrize(
-    ("written", "program"),
-    [
-        ({"sui_image_params": {"prompt": "a"}}, "SwarmUI"),
-        ({"mflux_version": "0.10.0", "prompt": "a"}, "mflux"),
-        ({"base_model": "x", "full_prompt": ["a"], "clip_skip": 2}, "Fooocus"),
-        ({"prompt": "a", "use_stable_diffusion_model": "sd"}, "Easy Diffusion"),
-        ({"prompt": "a"}, "another program"),
-    ],
-)
-@pytest.mark.parametrize("place", ["text", "comment"])
-def test_json_of_other_programs_is_refused_by_name(
-    written: dict[str, Any], program: str, place: str, tmp_path: Path
-) -> None:
-    text, path = json.dumps(written), tmp_path / "x.png"
-    exif, chunks = Image.Exif(), PngImagePlugin.PngInfo()
-    if place == "text":
-        chunks.add_text("parameters", text)
-    else:
-        exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + text.encode("utf-16-be")
-    Image.new("RGB", (8, 8)).save(path, pnginfo=chunks, exif=exif.tobytes())
-    with pytest.raises(UsageError, match=f"JSON as {program} writes it"):
-        read(path)
-
-
 def test_a_prompt_with_colons_or_braces_is_a_prompt() -> None:
     for text in ("a portrait, style: oil, lens: 50mm, time: dusk", "{red|blue} car", "{}car"):
         assert Metadata.from_parameters(text).prompt == text
@@ -236,7 +211,7 @@ def test_a_file_of_a1111(tmp_path: Path) -> None:
         steps=28,
         guidance=5.5,
         sampler="dpmpp-2m",
-        schedule="trailing",
+        schedule="sgm-uniform",
         clip_skip=1,
         model="v1-5-pruned-emaonly",
         extra={

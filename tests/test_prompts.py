@@ -150,7 +150,7 @@ def test_padding_follows_the_first_end() -> None:
         ({"clip_skip": -1}, "expected 0 to 3"),
         ({"clip_skip": 1.5}, "whole number"),
         ({"prompt_syntax": "a1111", "prompt": "a (red:1.2.3) cat"}, "not a number"),
-        ({"prompt_syntax": "a1111", "prompt": "a cat AND a dog"}, "AND"),
+        ({"prompt_syntax": "a1111", "prompt": "a cat", "negative_prompt": "a AND b"}, "AND"),
         ({"prompt_syntax": "a1111", "prompt": "a [b|c]", "feature_reuse": 2}, "feature_reuse"),
         ({"prompt_syntax": "a1111", "prompt": "<hypernet:a:1> cat"}, "hypernet"),
     ],

@@ -14,6 +14,7 @@ from mlxdiff.errors import ConfigError, UsageError
 from mlxdiff.samplers import schedule as sch
 from mlxdiff.samplers.arguments import KNOWN_KEYS
 from mlxdiff.samplers.ddim import DDIM
+from mlxdiff.samplers.levels import AYS
 from mlxdiff.samplers.plan import Limit, Plan, Row
 
 SD = CONFIGS["sd15"]
@@ -40,7 +41,7 @@ def test_plans_hold_python_numbers_only(sampler: str) -> None:
         for row in plan.rows:
             assert {type(number) for number in _numbers(row)} <= {float, int, bool, type(None)}
             for field in dataclasses.fields(row):
-                if field.name not in ("timestep", "draws", "limit"):
+                if field.name not in ("timestep", "draws", "unconditional", "limit"):
                     assert {type(n) for n in _numbers(getattr(row, field.name))} <= {float}, (
                         field.name
                     )
@@ -128,7 +129,7 @@ _BETA = (
 
 @pytest.mark.parametrize("family", [None, "sd1", "sdxl", "sdxl-refiner"])
 def test_ays_is_the_published_list_at_ten_steps(family: str | None) -> None:
-    listed = sch.AYS["sdxl" if family and family.startswith("sdxl") else "sd"]
+    listed = AYS["sdxl" if family and family.startswith("sdxl") else "sd"]
     assert samplers.plan(SD, "euler", "ays", 10, family=family).timesteps == listed
     for steps in (1, 4, 7, 25):
         times = samplers.plan(SD, "dpmpp-2m", "ays", steps, family=family).timesteps
@@ -292,7 +293,7 @@ def test_noise_prediction_does_not_step_to_zero() -> None:
             "unknown sampler 'dpm\\+\\+'; there are auto, checkpoint, dpmpp-2m",
         ),
         (("euler", "fast", 4), {}, "unknown schedule 'fast'"),
-        (("euler-a", "karras", 4), {}, "it has normal, trailing.*karras exists for dpmpp-2m"),
+        (("ddim", "karras", 4), {}, "it has normal, trailing.*karras exists for dpmpp-2m"),
         (("dpmpp-2s", "trailing", 4), {}, "it has normal, karras, exponential, beta, ays"),
         (("unipc", "ays", 10), {}, "ays exists for"),
         (("euler", "normal", 0), {}, "steps"),

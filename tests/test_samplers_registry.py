@@ -54,6 +54,14 @@ CONTRACT: dict[str, tuple[str | None, dict[str, Any]]] = {
     "tcd": ("TCDScheduler", {}),
     "deis": ("DEISMultistepScheduler", {}),
     "fitted": (None, {}),
+    "res-multistep": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "heun"},
+    ),
+    "dpm2": ("KDPM2DiscreteScheduler", {}),
+    "dpm2-a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "dpmpp-sde": ("DPMSolverSDEScheduler", {}),
+    "sa-solver": ("SASolverScheduler", {"algorithm_type": "data_prediction"}),
 }
 
 
@@ -99,7 +107,7 @@ def test_the_page_lists_every_sampler_and_schedule() -> None:
 
 def test_the_page_says_which_combinations_exist() -> None:
     page = (ROOT / "docs" / "samplers.md").read_text(encoding="utf-8")
-    rows = [row for row in _table(page, "Schedules") if len(row) == 6]
+    rows = [row for row in _table(page, "Schedules") if len(row) == 7]
     columns = [head.split(", ") for head in rows[0][1:]]
     found: dict[str, set[str]] = {}
     for row in rows[1:]:
@@ -205,11 +213,11 @@ def test_another_noise_process_is_refused_by_name(
 
 
 def test_other_solvers_of_the_same_process_pass() -> None:
-    for name in ("KDPM2DiscreteScheduler", "SASolverScheduler", "FlaxPNDMScheduler"):
+    for name in ("DDIMInverseScheduler", "RePaintScheduler", "FlaxPNDMScheduler"):
         config = {**SD, "_class_name": name}
         assert samplers.plan(config, "auto", "auto", 6).sampler == "dpmpp-2m"
     with pytest.raises(ConfigError, match=r"not implemented.*choose a sampler by name"):
-        samplers.plan({**SD, "_class_name": "KDPM2DiscreteScheduler"}, "checkpoint", "normal", 6)
+        samplers.plan({**SD, "_class_name": "RePaintScheduler"}, "checkpoint", "normal", 6)
 
 
 # --- names of other programs ----------------------------------------------------------------------
@@ -257,7 +265,7 @@ def test_every_sampler_has_its_names() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["DPM++ SDE Karras", "DPM++ 2S a", "DPM2 a", "Restart", "EDMEulerScheduler", "", " "]
+    "name", ["DPM adaptive", "res_2s", "DPM++ 2M SDE Heun Lu", "EDMEulerScheduler", "", " "]
 )
 def test_what_does_not_exist_here_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match=r"unknown sampler .*there are auto, checkpoint"):
@@ -266,7 +274,7 @@ def test_what_does_not_exist_here_is_refused(name: str) -> None:
 
 def test_a_name_with_a_schedule_beside_another_schedule() -> None:
     assert samplers.resolve("DPM++ 2M Karras", "karras") == ("dpmpp-2m", "karras")
-    with pytest.raises(UsageError, match="names the schedule karras; leave trailing out"):
+    with pytest.raises(UsageError, match="names the schedule karras; leave sgm-uniform out"):
         samplers.resolve("DPM++ 2M Karras", "SGM Uniform")
     with pytest.raises(UsageError, match="unknown schedule 'no'; there are auto, normal"):
         samplers.resolve("euler", "no")

@@ -131,7 +131,7 @@ def test_options_of_the_command_line_are_no_arguments(opened: Opened) -> None:
         (["--strength", "0.5"], "--strength needs an image to start from (--image)"),
         (["--paste-original"], "--paste-original needs --mask or --outpaint"),
         (["--hires-strength", "0.5"], "has no effect without --hires; add --hires 2"),
-        (["--control-scale", "1"], "--control-scale: there is no ControlNet; give one (--"),
+        (["--control-scale", "1"], "--control-scale: there is no ControlNet and no T2I"),
         (["--ip-scale", "1"], "--ip-scale: there is no IP-Adapter; give one (--ip-adapter)"),
         (["--guidance-interval", "0.5,0.5"], "--guidance-interval is 0.5 to 0.5"),
         (["--clip-skip", "99"], "--clip-skip is 99"),

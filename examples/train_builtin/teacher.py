@@ -15,6 +15,7 @@ from mlxdiff.noise import Generator
 from mlxdiff.run.model import draw_noise
 from mlxdiff.samplers.dpm_solver import MULTISTEP
 from mlxdiff.samplers.plan import Plan, Row
+from mlxdiff.samplers.schedule import NoiseSchedule
 
 LEVELS = (*np.linspace(999, 40, 57).round().astype(int).tolist(), 33, 27, 21, 16, 12, 8, 5, 2, 0)
 PARTS = 2  # steps of the fine solution from one level to the next
@@ -125,7 +126,8 @@ def solver(config: dict[str, Any], times: Sequence[int]) -> Plan:
     fixed: dict[str, Any] = {f"use_{name}": False for name in spacings}
     fixed |= {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "heun"}
     arguments = MULTISTEP.read(config, fixed)
-    grid = MULTISTEP.grid(arguments, len(times), times)
+    known = NoiseSchedule.from_arguments(arguments, keep_finite=True)
+    grid = MULTISTEP.grid(arguments, len(times), known.at(times))
     return Plan("dpmpp-2m", "custom", tuple(MULTISTEP.rows(arguments, grid, 0, 0.0)), 1.0)
 
 

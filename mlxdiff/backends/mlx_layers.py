@@ -18,6 +18,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxdiff.backends.frequencies import frequencies
+from mlxdiff.networks.layers import convolve
 from mlxdiff.weights.quantization import Beside, Packed, Quantization
 
 # Attention without a fused kernel holds its scores, a convolution on the CPU its unfolded input;
@@ -199,10 +200,14 @@ class Conv2d(Module):
         stored = isinstance(weight, StoredWeight)
         if isinstance(weight, StoredWeight):
             weight = weight.expand()
-        if _on_gpu():
-            x = mx.conv2d(x, weight, self.stride, self.padding)
-        else:
-            x = _conv_by_rows(x, weight, self.stride, self.padding)
+        by = mx.conv2d if _on_gpu() else _conv_by_rows
+        x = convolve(
+            lambda x: by(x, weight, self.stride, self.padding),
+            x,
+            self.padding,
+            self.stride,
+            mx.concatenate,
+        )
         more = more() if callable(more) else more
         x = _sum(x, *(part for part in (bias, more) if part is not None))
         return _before_the_next(x) if stored else x

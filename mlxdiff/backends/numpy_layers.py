@@ -19,6 +19,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from mlxdiff.backends.frequencies import frequencies
 from mlxdiff.machine import threads
+from mlxdiff.networks.layers import convolve
 from mlxdiff.weights.quantization import Beside, Packed, dequantize
 from mlxdiff.weights.tensors import raise_faults
 
@@ -251,7 +252,7 @@ class Conv2d(Module):
     def __call__(
         self, x: np.ndarray, more: np.ndarray | Callable[[], np.ndarray] | None = None
     ) -> np.ndarray:
-        out = self._convolve(x)
+        out = convolve(self._convolve, x, self.padding, self.stride, np.concatenate)
         if more is not None:
             out += more() if callable(more) else more
         return out

@@ -177,7 +177,7 @@ class Attention(Module):
         inputs: Condition | None = None,
     ) -> Array:
         def changed(name: str) -> Array:
-            return tokens if inputs is None else inputs.changed(self, name, tokens)
+            return tokens if inputs is None else inputs.changed_input(self, name, tokens)
 
         tokens = x if self.group_norm is None else self.group_norm(x)
         if batch is None:

@@ -25,7 +25,8 @@ class Condition:
         self._rows = slice(None)
         self._made: dict[int, tuple[object, Any]] = {}
         self._beside: dict[int, list[tuple[Any, Any, float]]] = {}
-        self._changes: dict[tuple[int, str], list[Change]] = {}
+        self._inputs: dict[tuple[int, str], list[Change]] = {}
+        self._changes: dict[int, tuple[object, Any]] = {}
 
     def rows(self, start: int, stop: int) -> Condition:
         """Take some of these samples. They share with the whole what layers make."""
@@ -34,7 +35,7 @@ class Condition:
         part._rows = slice(first + start, first + stop)
         part._made = self._made
         part._beside = self._beside
-        part._changes = self._changes
+        part._inputs, part._changes = self._inputs, self._changes
         return part
 
     def changing(self, changes: Iterable[tuple[object, str, Change]]) -> Condition:
@@ -43,17 +44,37 @@ class Condition:
         Args:
             changes: module, name of its layer, change.
         """
-        same = Condition(self.values)
-        same._rows, same._made, same._beside = self._rows, self._made, self._beside
+        same = self._copy()
+        same._inputs = {key: [*found] for key, found in self._inputs.items()}
         for module, name, change in changes:
-            same._changes.setdefault((id(module), name), []).append(change)
+            same._inputs.setdefault((id(module), name), []).append(change)
         return same
 
-    def changed(self, module: object, name: str, x: Any) -> Any:
+    def changed_input(self, module: object, name: str, x: Any) -> Any:
         """Return the input of a layer of a module as it is after all changes."""
-        for change in self._changes.get((id(module), name), ()):
+        for change in self._inputs.get((id(module), name), ()):
             x = change(x)
         return x
+
+    def changed(self, changes: Iterable[tuple[object, Any]]) -> Condition:
+        """Return the same input, with changes to layers that are evaluated with it.
+
+        Args:
+            changes: pairs of a layer and its change (``networks.perturbation``).
+        """
+        part = self._copy()
+        part._changes = {**self._changes, **{id(layer): (layer, new) for layer, new in changes}}
+        return part
+
+    def _copy(self) -> Condition:
+        same = Condition(self.values)
+        same._rows, same._made, same._beside = self._rows, self._made, self._beside
+        same._inputs, same._changes = self._inputs, self._changes
+        return same
+
+    def change(self, layer: object) -> Any:
+        """Return the change of a layer, or None."""
+        return self._changes[id(layer)][1] if id(layer) in self._changes else None
 
     def made_by(self, layer: object, make: Callable[[Any], tuple[Any, ...]]) -> tuple[Any, ...]:
         """Return the arrays that a layer makes of the values, for these rows.

@@ -19,13 +19,65 @@ NumPy's and MLX's sets are ``backends.numpy_layers`` and ``backends.mlx_layers``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 Array: TypeAlias = Any
 """An array of the backend, np.ndarray or mx.array: they share indexing, reshape and operators."""
+
+
+_SEAMLESS: ContextVar[tuple[bool, bool]] = ContextVar("seamless", default=(False, False))
+
+
+@contextmanager
+def seamless(axes: str | None) -> Iterator[None]:
+    """Let convolutions that pad with zeros see the opposite edge in their place, meanwhile.
+
+    A picture that is drawn so continues itself when copies are laid side by side.
+
+    Args:
+        axes: x (left and right edges meet), y (top and bottom), xy; None: none.
+    """
+    token = _SEAMLESS.set(("y" in (axes or ""), "x" in (axes or "")))
+    try:
+        yield
+    finally:
+        _SEAMLESS.reset(token)
+
+
+def wraps_rows() -> bool:
+    """Return True if the top and the bottom edge meet."""
+    return _SEAMLESS.get()[0]
+
+
+def convolve(
+    convolution: Callable[[Array], Array], x: Array, reach: int, stride: int, join: Any
+) -> Array:
+    """Apply a convolution that pads with zeros, with edges that meet where `seamless` says so.
+
+    Args:
+        convolution: maps (B, H, W, C) to (B, H', W', C').
+        reach: how many zeros it pads with.
+        stride: its stride.
+        join: the backend's concatenate.
+    """
+    if not reach or not any(_SEAMLESS.get()):
+        return convolution(x)
+    # As many pixels from the opposite edge as give `reach` more outputs, which see the zeros.
+    more, cut = reach * stride, [slice(None), slice(None)]
+    for axis, meets in zip((1, 2), _SEAMLESS.get(), strict=True):
+        if not meets:
+            continue
+        size = x.shape[axis]
+        before = [x[(slice(None),) * axis + (slice(-more % size, None),)]] if more % size else []
+        after = [x[(slice(None),) * axis + (slice(0, more % size),)]] if more % size else []
+        x = join([*before, *[x] * (2 * (more // size) + 1), *after], axis)
+        cut[axis - 1] = slice(reach, -reach)
+    return convolution(x)[:, cut[0], cut[1]]
 
 
 class Layer(Protocol):

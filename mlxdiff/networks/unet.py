@@ -56,7 +56,7 @@ class BasicTransformerBlock(Module):
     Args:
         x: (B * H * W, C), the rows of all samples in one matrix.
         encoder_hidden_states: of (B, L, D).
-        batch: B.
+        shape: (B, H, W, C).
     Returns: the shape of x.
     """
 
@@ -75,10 +75,17 @@ class BasicTransformerBlock(Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(nn, width)
 
-    def __call__(self, x: Array, encoder_hidden_states: Condition, batch: int) -> Array:
+    def __call__(self, x: Array, encoder_hidden_states: Condition, shape: tuple[int, ...]) -> Array:
         context = encoder_hidden_states if self.only_cross_attention else None
-        x = x + self.attn1(self.norm1(x), context, batch, encoder_hidden_states)
-        x += self.attn2(self.norm2(x), encoder_hidden_states, batch, encoder_hidden_states)
+        batch, text = shape[0], encoder_hidden_states
+        change = text.change(self)
+        if change is None:
+            x = x + self.attn1(self.norm1(x), context, batch, text)
+        elif change.skips:
+            return x
+        else:
+            x = x + change.attend(self.attn1, self.norm1(x), shape)
+        x += self.attn2(self.norm2(x), text, batch, text)
         x += self.ff(self.norm3(x))
         return x
 
@@ -108,7 +115,7 @@ class Transformer2DModel(Module):
     def __call__(self, x: Array, encoder_hidden_states: Condition) -> Array:
         h = self.proj_in(self.norm(x).reshape(-1, x.shape[-1]))
         for block in self.transformer_blocks:
-            h = block(h, encoder_hidden_states, len(x))
+            h = block(h, encoder_hidden_states, x.shape)
         h = self.proj_out(h).reshape(x.shape)
         h += x
         return h
@@ -211,13 +218,21 @@ class UNetMidBlock2DCrossAttn(Module):
         return x
 
 
+def _joined(block: Module, x: Array, skip: Array, text: Condition | None) -> Array:
+    """Join what comes from below and a skip, which the text can change (FreeU)."""
+    change = None if text is None else text.change(block)
+    if change is not None:
+        return change.join(block.nn, x, skip)
+    return block.nn.concatenate([x, skip], axis=-1)
+
+
 class UpBlock2D(Module):
     """Resnets that each take a skip as well, then an upsampler where the block has one.
 
     Args:
         x: (B, H, W, C).
         temb: of (B, E).
-        encoder_hidden_states: not used; there so that all blocks are called alike.
+        encoder_hidden_states: not attended to; it can change how skips are taken.
         skips: outputs of the down path, the last first; those used are removed.
         layers: run only these of its layers, and the upsampler where no later ones are left.
     Returns: (B, H', W', out_channels), of the size of the next skip where it was upsampled.
@@ -237,7 +252,7 @@ class UpBlock2D(Module):
         layers: slice = ALL,
     ) -> Array:
         for resnet in self.resnets[layers]:
-            x = resnet(self.nn.concatenate([x, skips.pop()], axis=-1), temb)
+            x = resnet(_joined(self, x, skips.pop(), encoder_hidden_states), temb)
         for upsampler in self.upsamplers if layers.stop is None else []:
             x = upsampler(x, skips[-1].shape[1:3])
         return x
@@ -264,7 +279,7 @@ class CrossAttnUpBlock2D(Module):
         layers: slice = ALL,
     ) -> Array:
         for resnet, attention in zip(self.resnets[layers], self.attentions[layers], strict=True):
-            x = resnet(self.nn.concatenate([x, skips.pop()], axis=-1), temb)
+            x = resnet(_joined(self, x, skips.pop(), encoder_hidden_states), temb)
             x = attention(x, encoder_hidden_states)
         for upsampler in self.upsamplers if layers.stop is None else []:
             x = upsampler(x, skips[-1].shape[1:3])

@@ -6,23 +6,30 @@ sampling loop in ``pipeline`` calls it and knows nothing of guidance or addition
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mlxdiff.networks.condition import Condition
+from mlxdiff.networks.perturbation import Blur, FreeU, Identity, Skip, blocks_named
 from mlxdiff.run.additions import Added, Prompted
+from mlxdiff.run.composition import Merge, by_regions, by_weights
 from mlxdiff.run.model import Model, PromptEmbeddings
+from mlxdiff.run.reuse import Reuse
 from mlxdiff.run.settings import Settings
+from mlxdiff.samplers import guiders
 from mlxdiff.samplers.guidance import (
     guidance_scale_embedding,
-    guide,
     guide_edit,
     guided_evaluations,
+    rescaled,
 )
+
+logger = logging.getLogger("mlxdiff")
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,18 @@ class Evaluation:
     index: int
     total: int
     beside: Any = None
+
+
+class Prediction(NamedTuple):
+    """What a denoiser predicts in one evaluation.
+
+    Attributes:
+        output: the model's output after guidance, (1, h, w, C) float32.
+        unconditional: that for the negative prompt alone; None: there is no guidance.
+    """
+
+    output: Any
+    unconditional: Any = None
 
 
 class TimeEmbeddings:
@@ -86,6 +105,23 @@ def _embed(
     return unet.embed(backend.asarray(timesteps.repeat(batch)), **repeated)
 
 
+def _freeu(unet: Any, factors: tuple[float, float, float, float]) -> list[tuple[object, FreeU]]:
+    """Return FreeU's changes, of the first two up blocks. `factors`: b1, b2, s1, s2."""
+    b1, b2, s1, s2 = factors
+    changes = FreeU(b1, s1), FreeU(b2, s2)
+    return list(zip(unet.up_blocks[:2], changes, strict=False))
+
+
+def _weakening(unet: Any, guider: guiders.Weakened) -> list[tuple[object, Any]]:
+    """Return the changes that weaken the network for a guider."""
+    change: Any = Identity()
+    if isinstance(guider, guiders.SmoothedEnergy):
+        change = Blur(guider.blur)
+    elif isinstance(guider, guiders.SkippedLayers):
+        change = Skip()
+    return [(block, change) for block in blocks_named(unet, guider.layers)]
+
+
 class Denoiser:
     """Predictions of a model that draws from text: one, or several that guidance combines.
 
@@ -98,6 +134,8 @@ class Denoiser:
         settings: of the run.
         timesteps: of all evaluations of the plan.
         unet: the model's U-Net; None: load it.
+        others: the denoisers of further prompts of the picture.
+        merge: joins their predictions with this one's; None: there are no others.
     """
 
     def __init__(
@@ -107,15 +145,22 @@ class Denoiser:
         settings: Settings,
         timesteps: Sequence[float],
         unet: Any = None,
+        others: Sequence[Denoiser | EditedDenoiser] = (),
+        merge: Merge | None = None,
     ) -> None:
         self.backend = model.backend
         self.unet = model.component("unet") if unet is None else unet
         self.settings = settings
+        self.others, self.merge = others, merge
         self.guided = settings.guides(model)
         self.edits = model.edits
         self.batch = settings.batch(model)
         states = self._both(text.negative_prompt_embeds, text.prompt_embeds)
         self.text = self.unet.read(states)
+        if settings.freeu is not None:
+            self.text = self.text.changed(_freeu(self.unet, settings.freeu))
+        self.guider = settings.guiding
+        self.memory = guiders.Memory()
         # What is lazy belongs to the thread that made it, and each step may run in another.
         self.backend.evaluate(self.text.values)
         # Inputs of the U-Net beside text and timestep, (B, ...) each.
@@ -150,6 +195,11 @@ class Denoiser:
                 controls=dict(zip(model.controlled, settings.controls, strict=False)),
             )
         )
+        self.weakened: Condition | None = None
+        if isinstance(self.guider, guiders.Weakened):
+            prompt = self.text.rows(self.batch - 1, self.batch)
+            self.weakened = prompt.changed(_weakening(self.unet, self.guider))
+        self.reuse: Reuse | None = None
         self._deep: list[Any] = []
         self._counting: list[list[int]] = []  # the additions that took part in these features
 
@@ -161,8 +211,8 @@ class Denoiser:
             positive = np.concatenate([*[negative] * (self.batch - 1), positive])
         return self.backend.asarray(positive)
 
-    def __call__(self, x: Any, evaluation: Evaluation) -> Any:
-        """Return the model's output at x_t, after guidance: (1, h, w, C) float32, as x."""
+    def __call__(self, x: Any, evaluation: Evaluation) -> Prediction:
+        """Return the model's output at x_t, (1, h, w, C)."""
         guided = self.guided and self._within(evaluation)
         sample = x
         if evaluation.beside is not None:
@@ -176,18 +226,63 @@ class Denoiser:
         if self.guided and not guided:  # the prompt alone
             last = self.batch - 1, self.batch
             temb, text = temb.rows(*last), text.rows(*last)
+        old = self._deep
         deep = self._features(evaluation, len(sample))
         added = self._added(x, evaluation, guided, shallow=bool(deep))
         if added.changes:
             text = text.changing(added.changes)
+        whole = not deep
         out = self.unet.predict(sample, temb, text, deep, added.residuals, added.features or ())
-        if not guided:
-            return out
+        if whole and self.settings.feature_reuse_error is not None:
+            self._measure(evaluation, sample, temb, text, old, added, out)
+        if self.reuse is not None and evaluation.index == evaluation.total - 1:
+            logger.info("%s", self.reuse.said(evaluation.total))
         scale, rescale = self.settings.guidance, self.settings.guidance_rescale
         image_scale = self.settings.image_guidance
-        if self.edits and image_scale is not None:
-            return guide_edit(out[:1], out[1:2], out[2:], scale, image_scale, rescale)
-        return guide(out[:1], out[1:], scale, rescale)
+        if guided and self.edits and image_scale is not None:
+            edited = guide_edit(out[:1], out[1:2], out[2:], scale, image_scale, rescale)
+            return Prediction(edited, out[:1])
+        cond = out[-1:]
+        if self.merge is not None:
+            more = [other(x, evaluation).output for other in self.others]
+            cond = self.merge(out[:1] if guided else None, cond, more)
+        found = cond
+        if guided:
+            found = self.guider.combine(out[:1], cond, scale, self._remembered(evaluation))
+        away = self._away(evaluation, sample, temb, added, cond)
+        if away is not None:
+            found = found + away
+        if guided or away is not None:
+            found = rescaled(found, cond, rescale)
+        return Prediction(found, out[:1] if guided else None)
+
+    def _remembered(self, evaluation: Evaluation) -> guiders.Memory:
+        """What the guider keeps of this picture; a picture begins where the index falls."""
+        if evaluation.index <= self.memory.index:
+            self.memory = guiders.Memory()
+        self.memory.index = evaluation.index
+        return self.memory
+
+    def _away(
+        self,
+        evaluation: Evaluation,
+        sample: Any,
+        temb: Condition,
+        added: Added,
+        cond: Any,
+    ) -> Any:
+        """Return the step away from the network that the guider weakens; None: it does not act."""
+        guider = self.guider
+        if self.weakened is None or not isinstance(guider, guiders.Weakened):
+            return None
+        if not guider.acts(evaluation.index, evaluation.total):
+            return None
+        last = len(sample) - 1, len(sample)
+        residuals = added.residuals and [one[-1:] for one in added.residuals]
+        features = [one[-1:] for one in added.features or ()]
+        text = self.weakened.changing(added.changes) if added.changes else self.weakened
+        weakened = self.unet.predict(sample[-1:], temb.rows(*last), text, None, residuals, features)
+        return guider.scale * (cond - weakened)
 
     def _within(self, evaluation: Evaluation) -> bool:
         """Return True if there is guidance in this evaluation."""
@@ -204,17 +299,53 @@ class Denoiser:
 
     def _features(self, evaluation: Evaluation, batch: int) -> list[Any] | None:
         """The U-Net's ``deep``: empty if the whole U-Net must run; None: features are not kept."""
-        every = self.settings.feature_reuse
-        if every is None:
+        every, index = self.settings.feature_reuse, evaluation.index
+        if every is None and self.settings.feature_reuse_error is None:
             return None
-        index = evaluation.index
+        if index == 0:
+            self._deep = []
         counting = [acting.counting(index, evaluation.total) for acting in self.acting]
-        due = index % every == 0 or counting != self._counting
-        if due or not self._deep or len(self._deep[0]) < batch:
+        due = counting != self._counting or not self._deep or len(self._deep[0]) < batch
+        if every is not None:
+            due = due or index % every == 0
+        else:
+            due = due or not self._reuse(evaluation).skips(index, evaluation.t)
+        if due:
             self._deep, self._counting = [], counting
         else:
             self._deep = [features[-batch:] for features in self._deep]  # the prompt's come last
         return self._deep
+
+    def _reuse(self, evaluation: Evaluation) -> Reuse:
+        """The decisions for this picture; a picture begins with the first evaluation."""
+        if evaluation.index == 0 or self.reuse is None:
+            self.reuse = Reuse(self.settings.feature_reuse_error or 0.0)
+        return self.reuse
+
+    def _measure(
+        self,
+        evaluation: Evaluation,
+        sample: Any,
+        temb: Condition,
+        text: Condition,
+        old: list[Any],
+        added: Added,
+        out: Any,
+    ) -> None:
+        """Measure the error that the old features would have had in a whole evaluation."""
+        reuse, error = self._reuse(evaluation), None
+        if evaluation.index > 0 and old and len(old[0]) >= len(sample):
+            again = [features[-len(sample) :] for features in old]
+            shallow = self.unet.predict(
+                sample, temb, text, again, added.residuals, added.features or ()
+            )
+            off, guided = shallow - out, out
+            if len(out) > 1:
+                scale = self.settings.guidance
+                off, guided = (one[:1] + scale * (one[-1:] - one[:1]) for one in (off, out))
+            size = self.backend.to_numpy((off * off).mean() / (guided * guided).mean())
+            error = float(size) ** 0.5
+        reuse.measure(evaluation.t, error)
 
 
 class PixelDenoiser:
@@ -235,9 +366,9 @@ class PixelDenoiser:
         embed = partial(_embed, self.backend, self.unet, conditions, 1)
         self.times = TimeEmbeddings(timesteps, embed, 1)
 
-    def __call__(self, x: Any, evaluation: Evaluation) -> Any:
-        """Return the model's output at x_t: (1, H, W, C) float32, as x."""
-        return self.unet.predict(x, self.times.at(evaluation.index))
+    def __call__(self, x: Any, evaluation: Evaluation) -> Prediction:
+        """Return the model's output at x_t, (1, H, W, C)."""
+        return Prediction(self.unet.predict(x, self.times.at(evaluation.index)))
 
 
 class EditedDenoiser:
@@ -251,8 +382,8 @@ class EditedDenoiser:
     def __init__(self, denoisers: list[tuple[int, Denoiser]], before: int) -> None:
         self.denoisers, self.before = denoisers, before
 
-    def __call__(self, x: Any, evaluation: Evaluation) -> Any:
-        """Return the model's output at x_t, after guidance: (1, h, w, C) float32, as x."""
+    def __call__(self, x: Any, evaluation: Evaluation) -> Prediction:
+        """Return the model's output at x_t, (1, h, w, C)."""
         index = self.before + evaluation.index
         found = next((d for last, d in self.denoisers if index <= last), self.denoisers[-1][1])
         return found(x, evaluation)
@@ -272,8 +403,39 @@ def make_denoiser(
     """
     if model.lacks("text"):
         return PixelDenoiser(model, settings.label, timesteps)
-    timeline = model.prompt_timeline(
-        settings.prompt,
+    # All texts first: in low memory the text encoders and the U-Net are not held together.
+    alone = [
+        replace(settings, prompt=prompt, guidance=1.0, region=None, guider=None, prompt_2=None)
+        for prompt in settings.other_prompts
+    ]
+    timelines = [_timeline(model, one) for one in (settings, *alone)]
+    unet = model.take("unet")
+    others = [
+        EditedDenoiser(_denoisers(model, one, timeline, timesteps, unet), before)
+        for one, timeline in zip(alone, timelines[1:], strict=True)
+    ]
+    merge = _merge(model, settings)
+    found = _denoisers(model, settings, timelines[0], timesteps, unet, others, merge)
+    if model.low_memory:
+        every = [*found, *(one for other in others for one in other.denoisers)]
+        unet.absorb([denoiser.text for _, denoiser in every])
+    return found[0][1] if len(found) == 1 else EditedDenoiser(found, before)
+
+
+def _merge(model: Model, settings: Settings) -> Merge | None:
+    """Return what joins the predictions of the picture's prompts; None: there is one prompt."""
+    if settings.regions:
+        height, width, _ = model.latent_shape(settings.height, settings.width)
+        return by_regions(settings.regions, height, width, model.backend)
+    if len(settings.prompts) > 1:
+        return by_weights([weight for _, weight in settings.prompts])
+    return None
+
+
+def _timeline(model: Model, settings: Settings) -> list[tuple[int, PromptEmbeddings]]:
+    """Embed the texts that the prompt is in the course of the run; see ``prompt_timeline``."""
+    return model.prompt_timeline(
+        settings.prompts[0][0],
         settings.negative_prompt,
         settings.prompt_2,
         settings.negative_prompt_2,
@@ -282,13 +444,26 @@ def make_denoiser(
         prompt_syntax=settings.prompt_syntax,
         steps=settings.evaluations,
     )
+
+
+def _denoisers(
+    model: Model,
+    settings: Settings,
+    timeline: Sequence[tuple[int, PromptEmbeddings]],
+    timesteps: Sequence[float],
+    unet: Any,
+    others: Sequence[EditedDenoiser] = (),
+    merge: Merge | None = None,
+) -> list[tuple[int, Denoiser]]:
+    """Make the denoisers of a prompt that may change in the course of the run.
+
+    Returns: (last, denoiser) in order; see ``EditedDenoiser``.
+    """
     made: dict[tuple[bytes | None, ...], Denoiser] = {}  # texts that come back are prepared once
-    denoisers, unet = [], model.take("unet")
+    denoisers = []
     for last, text in timeline:
         key = tuple(None if array is None else array.tobytes() for array in text)
         if key not in made:
-            made[key] = Denoiser(model, text, settings, timesteps, unet)
+            made[key] = Denoiser(model, text, settings, timesteps, unet, others, merge)
         denoisers.append((last, made[key]))
-    if model.low_memory:
-        unet.absorb([denoiser.text for denoiser in made.values()])
-    return denoisers[0][1] if len(denoisers) == 1 else EditedDenoiser(denoisers, before)
+    return denoisers

@@ -22,8 +22,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlxdiff import samplers
+from mlxdiff.brownian import BrownianMotion
 from mlxdiff.errors import MlxdiffError, UsageError, argument
 from mlxdiff.machine.turns import each_in_turn, turn
+from mlxdiff.networks.layers import seamless
+from mlxdiff.noise import SOURCES
 from mlxdiff.pictures.image import check_writable, png_bytes, side_by_side, write_png
 from mlxdiff.pictures.metadata import Metadata
 from mlxdiff.pictures.names import Template
@@ -32,7 +35,7 @@ from mlxdiff.run.additions.refiner import refiner_of
 from mlxdiff.run.additions.upscaler import enlarged, upscaler_of
 from mlxdiff.run.denoiser import Evaluation, make_denoiser
 from mlxdiff.run.inputs import Inputs, Stage, Start, make_stages
-from mlxdiff.run.model import Model
+from mlxdiff.run.model import Model, draw_noise
 from mlxdiff.run.options import RunOptions
 from mlxdiff.run.seeds import Draws
 from mlxdiff.run.settings import PlannedRun, Settings, resolve, variation
@@ -420,7 +423,7 @@ class _Work:
                 self.drawn.popleft()  # interrupted here
                 self._choose(index)
                 continue
-            with self.turn("vae"):
+            with self.turn("vae"), seamless(planned.settings.seamless):
                 image = model.decode(latents[None])[0]
                 settings = planned.settings
                 pastes = settings.paste_original or settings.only_masked is not None
@@ -510,6 +513,7 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
     """
     model, settings, backend = run.model, run.settings, run.model.backend
     stages = make_stages(settings, run.plans, model, refiner_of(model))
+    edges = partial(seamless, settings.seamless)
     total = sum(len(stage.plan) for stage in stages)
     inputs: Inputs | None = None
     denoisers: dict[int, Any] = {}
@@ -518,7 +522,7 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
     for picture, seed in enumerate(run.seeds):
         work.begin()
         if inputs is None:
-            with work.turn("image" if settings.encodes else None):
+            with work.turn("image" if settings.encodes else None), edges():
                 inputs = Inputs(model, settings)
         vary, index = variation(settings.vary, picture), 0
         draws = Draws(settings, seed, vary, smaller)
@@ -530,18 +534,19 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
             if part not in denoisers and stage.model.low_memory:
                 denoisers.clear()
             if x is None:
-                with work.turn():
+                with work.turn(), edges():
                     begun = inputs.begin(stage.plan, draws, shape, given)
             else:
-                with work.turn("hires" if settings.hires is not None else None):
+                with work.turn("hires" if settings.hires is not None else None), edges():
                     begun = inputs.go_on(stage, begun, backend.to_numpy(x), draws, shape)
             if part not in denoisers:
-                with work.turn("text_encoder"):
+                with work.turn("text_encoder"), edges():
                     denoisers[part] = make_denoiser(
                         stage.model, stage.settings, stage.plan.timesteps, stage.before
                     )
             denoise = denoisers[part]
-            steps = _evaluations(stage, begun, denoise, backend, partial(draws.step, shape))
+            motion, draw = _motion(stage, seed), partial(draws.step, shape)
+            steps = _evaluations(stage, begun, denoise, backend, draw, motion)
             for x, latents, clean, elapsed in each_in_turn(steps):  # noqa: B007 - x is used later
                 work.timings["steps"].append(elapsed)
                 _require_finite(latents, index, total, backend.dtype)
@@ -559,7 +564,7 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
                 )
                 index += 1
                 del clean
-        del x, begun, denoise, steps, draws
+        del x, begun, denoise, steps, draws, draw, motion
         backend.clear_cache()
         if model.low_memory and picture < last and len(work.drawn) < GROUP:
             continue
@@ -570,13 +575,19 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
 
 
 def _evaluations(
-    stage: Stage, begun: Start, denoise: Any, backend: Any, draw: Callable[[], np.ndarray]
+    stage: Stage,
+    begun: Start,
+    denoise: Any,
+    backend: Any,
+    draw: Callable[[], np.ndarray],
+    motion: BrownianMotion | None,
 ) -> Iterator[tuple[Any, np.ndarray, Callable[[], np.ndarray], float]]:
     """Evaluate the U-Net of a stage again and again, for one picture.
 
     Args:
         begun: the start of the picture.
         draw: noise of the picture's own generator.
+        motion: what the noise of the steps is the increment of; None: it is independent.
     Yields: x after each step, (1, h, w, C); the same as float32 NumPy (h, w, C); a function that
         gives it without noise; seconds.
     """
@@ -587,9 +598,17 @@ def _evaluations(
     for i, t in enumerate(plan.timesteps):
         start = time.perf_counter()
         evaluation = Evaluation(t, i, len(plan), beside)
-        output = denoise(plan.scale_model_input(x, state), evaluation)
+        with seamless(stage.settings.seamless):
+            output, unconditional = denoise(plan.scale_model_input(x, state), evaluation)
         clean = partial(_denoised, backend, plan, i, x, output)
-        x, state = plan.step(x, output, state, noise=partial(_on_backend, backend, draw))
+        x, state = plan.step(
+            x,
+            output,
+            state,
+            noise=partial(_on_backend, backend, draw),
+            motion=None if motion is None else partial(_on_backend, backend, motion),
+            unconditional=unconditional,
+        )
         if kept is not None:
             x = kept(x, plan, i + 1)
         backend.evaluate(x)
@@ -612,8 +631,21 @@ def _denoised(backend: Any, plan: samplers.Plan, index: int, x: Any, output: Any
     return clean
 
 
-def _on_backend(backend: Any, draw: Callable[[], np.ndarray]) -> Any:
-    return backend.asarray(draw())
+def _motion(stage: Stage, seed: int) -> BrownianMotion | None:
+    """Return the Brownian motion of a picture's steps; None: their noise is independent.
+
+    Its numbers have seeds of their own, which follow from the picture's.
+    """
+    plan, settings = stage.plan, stage.settings
+    if plan.interval is None or not plan.draws or not settings.is_brownian(plan):
+        return None
+    shape = stage.model.latent_shape(settings.height, settings.width)
+    source = SOURCES[settings.sampler_rng or settings.rng]
+    return BrownianMotion(plan.interval, seed % 2**64, lambda own: draw_noise(source(own), shape))
+
+
+def _on_backend(backend: Any, draw: Callable[..., np.ndarray], *between: float) -> Any:
+    return backend.asarray(draw(*between))
 
 
 def _sum(timings: Iterator[dict[str, Any]]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import numpy as np
 from mlxdiff.errors import UsageError
 from mlxdiff.networks import tiling
 from mlxdiff.networks.config import AutoencoderTinyConfig
+from mlxdiff.networks.layers import wraps_rows
 from mlxdiff.noise import Generator
 from mlxdiff.pictures import preview
 from mlxdiff.pictures.image import load_image, to_model, to_pil
@@ -158,7 +159,8 @@ class LatentModel(LatentKind, Model):
         bands = self.band_bytes(factor * len(latents), factor * len(latents[0]), self.low_memory)
 
         def decode(vae: Any) -> tuple[Any]:
-            return (vae.decode(z) if bands is None else tiling.decode(vae, z, bands),)
+            whole = bands is None or wraps_rows()  # a band does not see the opposite edge
+            return (vae.decode(z) if whole else tiling.decode(vae, z, bands),)
 
         (pixels,) = self._run_vae(decode)
         found: np.ndarray = pixels[0]

@@ -25,8 +25,9 @@ from mlxdiff.noise import SEEDS, SOURCES
 from mlxdiff.pictures.control_modes import MODES
 from mlxdiff.pictures.hires import UPSCALERS
 from mlxdiff.pictures.preprocess import PREPROCESSORS
-from mlxdiff.run import values
+from mlxdiff.run import composition, values
 from mlxdiff.run.table import Options, option
+from mlxdiff.samplers import guiders
 from mlxdiff.text.prompt import SYNTAXES
 from mlxdiff.weights.quantization import AFFINE_BITS, FLOAT_MODES
 
@@ -75,6 +76,17 @@ Borders = Annotated[
 ]
 Sampler = Annotated[str, values.Choice(samplers.NAMES, spelled=samplers.spelled)]
 Schedule = Annotated[str, values.Choice(samplers.SCHEDULES, spelled=samplers.find_schedule)]
+Sigmas = Annotated[tuple[float, ...], values.NumberList(values.Number(least=0))]
+Guider = Annotated[str, values.Worded(guiders.parse, tuple(guiders.GUIDERS))]
+FreeU = Annotated[
+    tuple[float, float, float, float], values.Numbers("B1,B2,S1,S2", values.Number(least=0))
+]
+Edges = Annotated[str, values.Choice(("x", "y", "xy"))]
+Regions = Annotated[
+    str | Sequence[str], values.Each(values.Worded(composition.parse, (), "AREA:PROMPT"))
+]
+Relative = Annotated[float, values.Number(above=0)]
+StepNoise = Annotated[str, values.Choice(("independent", "brownian"))]
 Syntax = Annotated[str, values.Choice(SYNTAXES)]
 Upscaler = Annotated[PathLike, values.NameOrPlace(names=UPSCALERS)]
 Backend = Annotated[str, values.Choice(BACKENDS)]
@@ -156,6 +168,14 @@ class ValueOptions(Options):
         help="Skip this many layers at the end of the text encoders; A1111 counts one more.",
         elsewhere="clip_stop_at_last_layers CLIP_stop_at_last_layers",
     )
+    region: Regions | None = _prompt(
+        "--region",
+        metavar="AREA:PROMPT",
+        help="Another prompt for a part of the picture: LEFT,TOP,RIGHT,BOTTOM:PROMPT with shares "
+        "of it, such as 0,0,0.5,1:a red house, or MASK.png:PROMPT. May be given several times.",
+        doc='other prompts for parts of the picture, "0,0,0.5,1:a red house" or '
+        '"mask.png:a red house": one or a list. AREA*WEIGHT counts more where they overlap.',
+    )
     label: Whole | None = _prompt(
         "--label",
         part="label",
@@ -209,6 +229,31 @@ class ValueOptions(Options):
         doc="(start, end): use guidance only between these shares of the run, 0 to 1 (with a "
         "refiner, of the part of each model). An evaluation without guidance costs half.",
     )
+    guider: Guider | None = _picture(
+        "--guider",
+        part="text",
+        metavar="NAME[:KEY=VALUE,...]",
+        help="Guide in another way (docs/guidance.md): apg, cfg-zero, mimic; or with a weakened "
+        "network beside the guidance: pag, seg, slg. Such as pag:scale=3,layers=mid.",
+        doc="another way of guidance, see ``mlxdiff.samplers.guiders``, with its numbers: "
+        '"pag:scale=3,layers=mid". None: classifier-free guidance alone.',
+    )
+    freeu: FreeU | None = _picture(
+        "--freeu",
+        part="text",
+        help="FreeU: factors of the two lowest up blocks' backbone and skips, such as "
+        "1.5,1.6,0.9,0.2 (SD 1.5) or 1.3,1.4,0.9,0.2 (SDXL).",
+        doc="(b1, b2, s1, s2): FreeU's factors of the backbone and of the skips in the two lowest "
+        "up blocks. None: off.",
+    )
+    seamless: Edges | None = _picture(
+        "--seamless",
+        part="text",
+        help="Draw a picture whose edges meet when copies lie side by side: x, y or xy.",
+        doc="edges that meet when copies of the picture lie side by side: x (left and right), y "
+        "(top and bottom), xy. None: none.",
+        elsewhere="tiling tile",
+    )
     feature_reuse: Positive | None = _picture(
         "--feature-reuse",
         part="text",
@@ -216,6 +261,15 @@ class ValueOptions(Options):
         help="Run the whole U-Net only in every Nth evaluation: faster, less exact. Default: 1.",
         doc="run the whole U-Net only in every Nth evaluation; in those between, run its last "
         "layer on the deep features of the last whole one. 1: always run all of it.",
+    )
+    feature_reuse_error: Relative | None = _picture(
+        "--feature-reuse-error",
+        part="text",
+        metavar="E",
+        help="Run the whole U-Net only where older deep features would change its output by more "
+        "than this, measured on the way: 0.05, for example. Says what it skipped.",
+        doc="run the whole U-Net only where older deep features would change its output, after "
+        "guidance, by more than this share, as measured on the way. None: always run all of it.",
     )
     sampler: Sampler = _picture(
         "--sampler",
@@ -231,6 +285,21 @@ class ValueOptions(Options):
         help="Noise schedule (docs/samplers.md). Default: auto.",
         doc="see ``mlxdiff.samplers``.",
         elsewhere="scheduler scheduler_name schedule_type",
+    )
+    sigmas: Sigmas | None = _picture(
+        "--sigmas",
+        help="Noise levels of the steps in place of a schedule: Karras' sigma, falling, such as "
+        "14.6,7.5,4.7,2.2,0.8.",
+        doc="the noise levels of the steps in place of a schedule: Karras' sigma, falling; a 0 at "
+        "the end is left out. None: the schedule says them.",
+        elsewhere="sigma_list",
+    )
+    step_noise: StepNoise | None = _picture(
+        "--step-noise",
+        help="Noise of stochastic steps: independent, or brownian as k-diffusion's SDE samplers "
+        "draw it. Default: brownian for dpmpp-sde and dpmpp-3m-sde, else independent.",
+        doc="noise of stochastic steps: independent, or the increments of one Brownian motion, as "
+        "k-diffusion's SDE samplers draw it. None: brownian for dpmpp-sde and dpmpp-3m-sde.",
     )
     eta: Share | None = _picture(
         "--eta", help="Share of fresh noise, 0 (default) to 1; samplers ddim and tcd."

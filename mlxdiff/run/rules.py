@@ -99,8 +99,10 @@ def _check_texts(asked: RunOptions) -> None:
                 f"<lora:{found[0].name}:...> stands in the negative or the second prompt; it "
                 "changes the model for the whole picture: put it into the prompt"
             )
-    for text in (prompt, asked.prompt_2 or ""):
+    for text in others:
         a1111.refuse_composition(text)
+    if len(a1111.composition(prompt)) > 1 and asked.region is not None:
+        raise UsageError("region: the prompt joins others with AND; leave out one of the two")
 
 
 def _check_task(model: Model, refiner: Model | None, asked: RunOptions) -> None:

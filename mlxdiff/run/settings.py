@@ -26,6 +26,7 @@ from mlxdiff.pictures.canvas import (
 from mlxdiff.pictures.hires import Hires, resolve_hires
 from mlxdiff.pictures.image import load_image, resize
 from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
+from mlxdiff.run import composition
 from mlxdiff.run.additions.control import Control, resolve_controls
 from mlxdiff.run.additions.ip_adapter import ImagePrompt, resolve_image_prompts
 from mlxdiff.run.additions.judge import judge_of
@@ -42,6 +43,8 @@ from mlxdiff.run.rules import (
     repaints,
 )
 from mlxdiff.run.table import entries
+from mlxdiff.run.values import listed
+from mlxdiff.samplers import guiders
 from mlxdiff.samplers.guidance import guided_evaluations
 from mlxdiff.store.folder import ModelSource
 from mlxdiff.text import a1111
@@ -134,9 +137,43 @@ class Settings(ValueOptions):
             value = getattr(self, name)
             if entry.key is not None and (entry.key in METADATA_FIELDS or value != entry.default):
                 said[entry.key] = value
+        if self.region is not None:
+            said["region"] = [one.named.text for one in self.regions]
         if self.hires is not None:
             said |= self.hires.describe()
         return said | {"image": self.image_name, "mask": self.mask_name}
+
+    def is_brownian(self, plan: samplers.Plan) -> bool:
+        """Return True if the noise of the steps is that of one Brownian motion."""
+        return plan.brownian if self.step_noise is None else self.step_noise == "brownian"
+
+    @property
+    def regions(self) -> tuple[composition.Region, ...]:
+        """The parts of the picture with prompts of their own."""
+        return tuple(map(composition.parse, listed(self.region)))
+
+    @property
+    def prompts(self) -> list[tuple[str, float]]:
+        """The prompts that make up the picture everywhere, each with its weight (A1111's AND)."""
+        if self.prompt_syntax == "plain":
+            return [(self.prompt, 1.0)]
+        return a1111.composition(self.prompt)
+
+    @property
+    def other_prompts(self) -> list[str]:
+        """The prompts of the picture beside the first: of its regions, or joined by AND."""
+        regions = [region.prompt for region in self.regions]
+        return regions + [prompt for prompt, _ in self.prompts[1:]]
+
+    @property
+    def reuses(self) -> bool:
+        """True if some evaluations use deep features of others."""
+        return self.feature_reuse is not None or self.feature_reuse_error is not None
+
+    @property
+    def guiding(self) -> guiders.Guider:
+        """How the predictions of an evaluation are combined."""
+        return guiders.CFG if self.guider is None else guiders.parse(self.guider)
 
     def guides(self, model: Model) -> bool:
         """Return True if a model of the run takes several predictions an evaluation."""
@@ -149,7 +186,17 @@ class Settings(ValueOptions):
     @property
     def altered(self) -> bool:
         """True if some steps lack guidance or the whole network, or if a second pass follows."""
-        parts = self.guidance_interval, self.feature_reuse, self.hires
+        parts = (
+            self.guidance_interval,
+            self.feature_reuse,
+            self.feature_reuse_error,
+            self.hires,
+            self.guider,
+            self.freeu,
+            self.seamless,
+            self.region,
+            None if len(self.prompts) == 1 else self.prompts,
+        )
         return any(part is not None for part in parts)
 
     def time_ids(self, model: Model) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -286,7 +333,7 @@ def _resolve_text(
         asked,
         width=width,
         height=height,
-        steps=model.default_steps(asked.sampler) if asked.steps is None else asked.steps,
+        steps=_steps(model, asked),
         guidance=model.default_guidance if asked.guidance is None else asked.guidance,
         guidance_interval=interval,
         feature_reuse=None if asked.feature_reuse == 1 else asked.feature_reuse,
@@ -325,6 +372,9 @@ def _resolve_text(
     note_habits(model, asked, height, width)
     plans = make_plans(settings, model, refiner)
     _check_some_guidance(settings, plans)
+    _check_step_noise(settings, plans)
+    _check_guider(settings, model)
+    _check_reuse(settings, model)
     return settings, plans
 
 
@@ -354,6 +404,70 @@ def _settings(asked: RunOptions, **resolved: Any) -> Settings:
     """Settings with the values that are asked for, but for those that are resolved."""
     kept = {name: getattr(asked, name) for name in entries(ValueOptions)}
     return Settings(**kept | resolved)
+
+
+def _steps(model: Model, asked: RunOptions) -> int:
+    """Number of steps: what is asked for, else that of the listed sigmas, else the model's own."""
+    listed = None if asked.sigmas is None else [sigma for sigma in asked.sigmas if sigma > 0.0]
+    if listed is None:
+        return model.default_steps(asked.sampler) if asked.steps is None else asked.steps
+    if asked.steps not in (None, len(listed)):
+        raise UsageError(
+            f"sigmas: they are {len(listed)} steps, and steps is {asked.steps}; leave steps out"
+        )
+    return max(len(listed), 1)
+
+
+def _check_guider(settings: Settings, model: Model) -> None:
+    """Refuse a guider where its predictions do not exist."""
+    if settings.guider is None:
+        return
+    if model.edits:
+        raise UsageError(
+            f"guider {settings.guiding.name}: this model has a guidance of its own, of a picture "
+            "and a prompt; leave the guider out"
+        )
+    if settings.guiding.weakens and settings.reuses:
+        raise UsageError(
+            f"guider {settings.guiding.name} with feature_reuse: the features of the whole network "
+            "are not those of the weakened one; leave out one of the two"
+        )
+
+
+def _check_reuse(settings: Settings, model: Model) -> None:
+    """Refuse reuse within an error where it cannot be measured."""
+    if settings.feature_reuse_error is None:
+        return
+    if settings.feature_reuse is not None:
+        raise UsageError(
+            "feature_reuse and feature_reuse_error: a fixed and a measured reuse; leave out one"
+        )
+    if samplers.distilled_for(model.source.scheduler_config) is not None:
+        raise UsageError(
+            "feature_reuse_error: this model needs few steps, and each of them is too different "
+            "from the last; leave it out"
+        )
+    if settings.region is not None or len(settings.prompts) > 1:
+        raise UsageError(
+            "feature_reuse_error: the picture has several prompts, whose errors add up; leave out "
+            "one of the two, or take feature_reuse"
+        )
+
+
+def _check_step_noise(settings: Settings, plans: tuple[samplers.Plan, ...]) -> None:
+    """Refuse a Brownian motion for steps that belong to no interval; note what has no effect."""
+    if settings.step_noise is None:
+        return
+    for plan in plans:
+        if not plan.draws:
+            logger.warning("step_noise has no effect: sampler %s draws no noise", plan.sampler)
+        elif settings.step_noise == "brownian" and any(
+            row.noise and not row.between for row in plan.rows
+        ):
+            raise UsageError(
+                f"step_noise brownian: sampler {plan.sampler} draws independent noise; "
+                "dpmpp-sde, dpmpp-2m-sde and dpmpp-3m-sde can take a Brownian motion"
+            )
 
 
 def _check_noise(
@@ -502,6 +616,7 @@ def make_plans(
         denoising_end=settings.denoising_end,
         guidance=settings.guidance,
         altered=settings.altered,
+        sigmas=settings.sigmas,
     )
     if settings.dynamic_threshold is not None and not _thresholds(plan):
         raise _cannot_threshold(settings, source)
@@ -521,6 +636,7 @@ def make_plans(
         eta=settings.eta,
         family=source.family,
         denoising_start=settings.denoising_start,
+        sigmas=settings.sigmas,
     )
     return plan, second
 
@@ -554,14 +670,14 @@ def _cannot_threshold(settings: Settings, source: ModelSource) -> UsageError:
             if _thresholds(samplers.plan(config, name, steps=4, family=source.family)):
                 able.append(name)
     return UsageError(
-        f"{argument('dynamic_threshold')}: sampler {settings.sampler} does not threshold its predictions; "
-        f"{', '.join(able)} do"
+        f"{argument('dynamic_threshold')}: sampler {settings.sampler} does not threshold its "
+        f"predictions; {', '.join(able)} do"
     )
 
 
 def _check_editing(settings: Settings) -> None:
     """Refuse feature reuse together with a prompt that changes from step to step."""
-    if settings.prompt_syntax == "plain" or settings.feature_reuse is None:
+    if settings.prompt_syntax == "plain" or not settings.reuses:
         return
     texts = (
         settings.prompt,
@@ -666,6 +782,7 @@ def _note_what_has_no_effect(model: Model, settings: Settings, asked: RunOptions
         "negative_aesthetic_score": asked.negative_aesthetic_score,
         "guidance_rescale": settings.guidance_rescale or None,
         "guidance_interval": settings.guidance_interval,
+        "guider": None if settings.guiding.weakens else settings.guider,
         "image_guidance": image_guidance,
     }
     off = image_guidance is not None and image_guidance < 1.0 < settings.guidance

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mlxdiff.errors import UsageError
 from mlxdiff.store.reference import is_address, parse
 
 
@@ -354,6 +355,40 @@ class SeedAndShare(Anything):
 
 
 @dataclass(frozen=True)
+class NumberList(Anything):
+    """Numbers of one kind, as many as there are: 14.6,7.5,0.8.
+
+    Attributes:
+        each: the kind of each number.
+    """
+
+    each: Whole | Number
+
+    metavar = "LIST"
+
+    @property
+    def expected(self) -> str:
+        """The accepted values, for messages."""
+        return f"a list of numbers{self.each.expected.partition('number')[2]}, such as 14.6,7.5,0.8"
+
+    def accept(self, value: Any) -> Any:
+        if isinstance(value, np.ndarray) and value.ndim == 1:
+            value = tuple(value)
+        if not isinstance(value, (tuple, list)) or not value:
+            raise Unfit(value, self.expected)
+        try:
+            return tuple(self.each.accept(one) for one in value)
+        except Unfit:
+            raise Unfit(value, self.expected) from None
+
+    def parse(self, word: str) -> Any:
+        try:
+            return self.accept([self.each.parse(part) for part in word.split(",")])
+        except Unfit:
+            raise Unfit(word, self.expected) from None
+
+
+@dataclass(frozen=True)
 class Choice(Anything):
     """One of several words.
 
@@ -389,6 +424,40 @@ class Choice(Anything):
             if (word := self.spelled(value)) is not None:
                 return word
         raise Unfit(value, self.expected)
+
+
+@dataclass(frozen=True)
+class Worded(Anything):
+    """Something with numbers of its own, described in one word: pag:scale=3.
+
+    Attributes:
+        read: makes it of the word, or raises UsageError; its ``text`` is the word again.
+        words: the names with which it begins, if it begins with one.
+        metavar: its form.
+    """
+
+    read: Callable[[str], Any]
+    words: tuple[str, ...] = ()
+    metavar: str = "NAME[:KEY=VALUE,...]"
+
+    @property
+    def expected(self) -> str:
+        """The accepted values, for messages."""
+        names = f"one of {', '.join(self.words)}, alone or as " if self.words else ""
+        return names + self.metavar
+
+    @property
+    def suggestions(self) -> Sequence[str]:
+        """The names."""
+        return self.words
+
+    def accept(self, value: Any) -> Any:
+        if not isinstance(value, str):
+            raise Unfit(value, self.expected)
+        try:
+            return self.read(value).text
+        except UsageError as error:
+            raise Unfit(value, f"{self.expected} ({error})") from None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ and every step. docs/samplers.md describes each sampler. docs/extending.md shows
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from mlxdiff.errors import ConfigError, UsageError, argument
-from mlxdiff.samplers import fitted
+from mlxdiff.samplers import fitted, levels
 from mlxdiff.samplers.arguments import SchedulerArguments
 from mlxdiff.samplers.ddim import DDPM
 from mlxdiff.samplers.defaults import PIXELS, automatic, distilled_for, is_turbo
@@ -41,7 +41,7 @@ from mlxdiff.samplers.registry import (
     samplers_for,
     schedule_arguments,
 )
-from mlxdiff.samplers.schedule import NoiseSchedule, ays, check_steps
+from mlxdiff.samplers.schedule import Levels, NoiseSchedule, check_steps
 from mlxdiff.samplers.scheduler import Grid, Scheduler
 
 __all__ = [
@@ -83,6 +83,7 @@ def plan(
     distilled_strength: float | None = None,
     guidance: float | None = None,
     altered: bool = False,
+    sigmas: Sequence[float] | None = None,
 ) -> Plan:
     """Compute all coefficients of a run of `steps` steps.
 
@@ -102,13 +103,16 @@ def plan(
             sampler fitted depend on it.
         altered: True if an output will not be the guided output of the whole network in every step.
             `auto` then does not take the fitted sampler.
+        sigmas: the noise levels of the steps, in place of a schedule: Karras' sigma, falling.
     Raises: UsageError for an unknown id, a combination that does not exist, a number out of range;
         ConfigError for a scheduler_config.json that is not understood.
     """
     partial = any(share is not None for share in (strength, denoising_start, denoising_end))
-    altered = altered or partial  # fits are for whole runs
+    altered = altered or partial or sigmas is not None  # fits are for whole runs
     with _finite(sampler, steps):
-        chosen = _choose(scheduler_config, sampler, schedule, steps, family, guidance, altered)
+        chosen = _choose(
+            scheduler_config, sampler, schedule, steps, family, guidance, altered, sigmas
+        )
     scheduler = chosen.scheduler
     if eta is not None and not scheduler.has_eta:
         having = [one.id for one in SAMPLERS.values() if one.scheduler.has_eta]
@@ -121,8 +125,9 @@ def plan(
                 f"strength is {distilled_strength} for sampler {chosen.sampler}; "
                 f"expected 0 to 1 and sampler {' or '.join(having)}"
             )
-        custom = scheduler.distilled_timesteps(chosen.arguments, steps, distilled_strength)
-        chosen = replace(chosen, custom=custom)
+        times = scheduler.distilled_timesteps(chosen.arguments, steps, distilled_strength)
+        known = NoiseSchedule.from_arguments(chosen.arguments)
+        chosen = replace(chosen, custom=known.at(times))
     if is_continuous(scheduler_config) and (denoising_start, denoising_end) != (None, None):
         raise UsageError(
             f"{argument('denoising_start')}, {argument('denoising_end')}: this model takes "
@@ -141,7 +146,15 @@ def plan(
         rows[: last - first],
         grid.init_noise_sigma,
         scheduler.evaluations_per_step,
+        _interval(grid),
+        scheduler.brownian,
     )
+
+
+def _interval(grid: Grid) -> tuple[float, float] | None:
+    """Return the lowest sigma of a run above 0, and the highest."""
+    found = [] if grid.sigmas is None else [sigma for sigma in grid.levels() if sigma > 0.0]
+    return (min(found), max(found)) if found else None
 
 
 def timesteps(
@@ -232,7 +245,7 @@ class _Choice:
     scheduler: Scheduler
     arguments: SchedulerArguments
     steps: int
-    custom: list[int] | None
+    custom: Levels | None
 
     def grid(self) -> Grid:
         """Return the timesteps and noise levels of the whole run."""
@@ -247,14 +260,25 @@ def _choose(
     family: str | None,
     guidance: float | None = None,
     altered: bool = False,
+    sigmas: Sequence[float] | None = None,
 ) -> _Choice:
     """Resolve ids to a scheduler and its arguments; raise UsageError for what does not exist."""
     if not isinstance(config, Mapping):
         raise ConfigError(f"scheduler_config.json must hold an object, not {type(config).__name__}")
     sampler, schedule = resolve(sampler, schedule)
+    if sigmas is not None and schedule not in ("auto", "normal"):
+        raise UsageError(f"sigmas replace a schedule; leave schedule {schedule} out")
     sampler, schedule = automatic(config, sampler, schedule, steps, family, guidance, altered)
     found = find(config, sampler)
     scheduler = found.scheduler
+    if sigmas is not None:
+        schedule = "normal"
+        if not scheduler.takes_levels:
+            having = [one.id for one in samplers_for(config).values() if one.scheduler.takes_levels]
+            raise UsageError(
+                f"sampler {sampler} takes no list of sigmas on this model; "
+                f"{', '.join(having) or 'no sampler'} take one"
+            )
     asked = schedule_arguments(scheduler, schedule)
     if asked is None:
         having = [name for name in SCHEDULE_ARGUMENTS if has_schedule(scheduler, name)]
@@ -266,7 +290,7 @@ def _choose(
             f"{schedule} exists for {', '.join(others) or f'no sampler{of_this}'}"
         )
     overrides = {**found.arguments, **asked}
-    if schedule == "ays" or set(asked) & set(SIGMA_FLAGS):
+    if (schedule in levels.LEVELS and not asked) or set(asked) & set(SIGMA_FLAGS):
         # The schedule that the user asks for replaces the file's own spacing of sigmas.
         off = {flag: False for flag in SIGMA_FLAGS if flag in scheduler.defaults}
         overrides = {**off, **overrides}
@@ -274,7 +298,11 @@ def _choose(
         overrides |= fitted.overrides(config, steps, guidance)
     arguments = scheduler.read(config, overrides, pixels=family == PIXELS)
     check_steps(steps, arguments)
-    custom = ays(arguments, steps, family) if schedule == "ays" else None
+    custom = None
+    if sigmas is not None:
+        custom = levels.given(arguments, sigmas)
+    elif schedule in levels.LEVELS and not asked:
+        custom = levels.LEVELS[schedule](arguments, steps, family)
     return _Choice(sampler, schedule, scheduler, arguments, steps, custom)
 
 
@@ -299,16 +327,26 @@ def _window(
     for name, value in given.items():
         _check_share(name, value)
     count, trained = len(grid.timesteps), len(grid.schedule)
+    starts = grid.steps(scheduler.evaluations_per_step)
+    shares = (denoising_start, denoising_end)
+    if any(shares) and (np.diff(grid.timesteps) > 0).any():
+        raise UsageError(
+            "denoising_start, denoising_end: this sampler goes back to higher noise levels, so a "
+            "timestep does not divide its run; choose another sampler"
+        )
     first, last = 0, count
     if denoising_start:
         cutoff = round(trained - denoising_start * trained)
         left = int((grid.timesteps < cutoff).sum())
-        # Do not begin in the middle of a two-stage step.
-        if scheduler.evaluations_per_step == 2 and left % 2 == 0:
-            left += 1
-        first = max(count - left, 0)
+        # Do not begin in the middle of a step.
+        first = max((index for index in starts if index <= count - left), default=0)
+        if left == 0:
+            first = count
     elif strength is not None:
-        first = max(steps - int(steps * strength), 0) * scheduler.evaluations_per_step
+        skipped = max(steps - int(steps * strength), 0)
+        if len(starts) != steps:  # the steps of a run are not those that it is asked for
+            skipped = skipped * len(starts) // steps
+        first = starts[skipped] if skipped < len(starts) else count
     if denoising_end is not None and denoising_end < 1.0:
         cutoff = round(trained - denoising_end * trained)
         last = first + int((grid.timesteps[first:] >= cutoff).sum())

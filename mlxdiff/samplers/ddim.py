@@ -11,9 +11,7 @@ equations 6 and 7. Equal to diffusers' DDIMScheduler and DDPMScheduler.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-
-import numpy as np
+from collections.abc import Iterator
 
 from mlxdiff.samplers import schedule as sch
 from mlxdiff.samplers.arguments import SchedulerArguments
@@ -30,9 +28,9 @@ from mlxdiff.samplers.scheduler import (
 )
 
 
-def grid(arguments: SchedulerArguments, steps: int, custom: Sequence[int] | None) -> Grid:
+def grid(arguments: SchedulerArguments, steps: int, custom: sch.Levels | None) -> Grid:
     """Return whole timesteps, spaced as `timestep_spacing` says, and no sigmas."""
-    times = sch.spaced(arguments, steps) if custom is None else np.asarray(custom)
+    times = sch.spaced(arguments, steps) if custom is None else custom.times
     return Grid(sch.NoiseSchedule.from_arguments(arguments), sch.whole(times, arguments))
 
 

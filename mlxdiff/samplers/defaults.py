@@ -10,7 +10,7 @@ from typing import Any
 
 from mlxdiff.samplers import fitted
 from mlxdiff.samplers.process import is_continuous
-from mlxdiff.samplers.registry import find, has_schedule, samplers_for
+from mlxdiff.samplers.registry import find, has_own_schedule, samplers_for
 
 PIXELS = "ddpm"
 """The family of models that draw pixels, not latents of a VAE."""
@@ -57,7 +57,7 @@ def automatic(
         # Continuous noise levels (EDM's) belong to the model.
         if distilled or sampler == "checkpoint" or family == PIXELS or is_continuous(config):
             wanted = "normal"
-        schedule = wanted if has_schedule(find(config, sampler).scheduler, wanted) else "normal"
+        schedule = wanted if has_own_schedule(find(config, sampler).scheduler, wanted) else "normal"
     return sampler, schedule
 
 

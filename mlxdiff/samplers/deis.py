@@ -28,7 +28,7 @@ from mlxdiff.samplers.scheduler import (
 )
 
 
-def _grid(arguments: SchedulerArguments, steps: int, custom: Sequence[int] | None) -> Grid:
+def _grid(arguments: SchedulerArguments, steps: int, custom: sch.Levels | None) -> Grid:
     return solver_grid(arguments, steps, custom, repeat_last=True)
 
 
@@ -91,6 +91,7 @@ DEIS = Scheduler(
     },
     choices={"solver_order": (1, 2, 3)},
     grid=_grid,
+    takes_levels=True,
     rows=_rows,
 )
 

@@ -68,7 +68,7 @@ _CHOICES = {
 def grid(
     arguments: SchedulerArguments,
     steps: int,
-    custom: Sequence[int] | None,
+    custom: sch.Levels | None,
     *,
     repeat_last: bool = False,
     round_karras: bool = True,
@@ -87,8 +87,7 @@ def grid(
     highest, lowest = sch.sigma_range(arguments, float(known[-1]), float(known[0]))
     spacing = sch.sigma_spacing(arguments)
     if custom is not None:
-        times = np.asarray(custom, np.int64)
-        sigmas = np.interp(times, np.arange(len(known)), known)
+        times, sigmas = custom.times.round(), custom.sigmas
     elif spacing is None:
         times = sch.spaced_between(arguments, steps, _highest_timestep(arguments, schedule))
         sigmas = np.interp(times, np.arange(len(known)), known)
@@ -295,6 +294,7 @@ def _rows(
             weights=weights(step, h, order, arguments.solver_type),
             noise=step.noise,
             draws=stochastic,
+            between=(sigmas[i], sigmas[i + 1]) if stochastic and sigmas[i + 1] > 0.0 else (),
         )
 
 
@@ -326,9 +326,7 @@ def _singlestep_rows(
     return _rows(_DDPM, arguments, grid, start, orders, singlestep=True)
 
 
-def _multistep_grid(
-    arguments: SchedulerArguments, steps: int, custom: Sequence[int] | None
-) -> Grid:
+def _multistep_grid(arguments: SchedulerArguments, steps: int, custom: sch.Levels | None) -> Grid:
     return grid(
         arguments, steps, custom, round_karras=arguments.beta_schedule != "squaredcos_cap_v2"
     )
@@ -350,6 +348,7 @@ MULTISTEP = Scheduler(
         # DEIS's class writes "deis"; the reference reads it as dpmsolver++ here.
         "algorithm_type": ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver", "deis"),
     },
+    takes_levels=True,
     grid=_multistep_grid,
     rows=partial(_multistep_rows, _DDPM),
     takes_timesteps=True,
@@ -379,6 +378,7 @@ SINGLESTEP = Scheduler(
     reference="DPMSolverSinglestepScheduler",
     defaults={**_SHARED, "lower_order_final": False},
     choices={**_CHOICES, "algorithm_type": ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "deis")},
+    takes_levels=True,
     grid=grid,
     rows=_singlestep_rows,
     takes_timesteps=True,
@@ -392,6 +392,13 @@ SAMPLERS = (
         {"algorithm_type": "dpmsolver++", "solver_order": 2},
         also=("k_dpmpp_2m",),
         edm=EDM,
+    ),
+    Sampler(
+        "res-multistep",
+        "RES multistep",
+        MULTISTEP,
+        {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "heun"},
+        also=("res_multistep",),
     ),
     Sampler(
         "dpmpp-3m",

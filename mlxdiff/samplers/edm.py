@@ -16,7 +16,6 @@ euler.py and dpm_solver.py hold the solvers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -52,7 +51,7 @@ def level(sigma: float) -> tuple[float, float]:
 def grid(
     arguments: SchedulerArguments,
     steps: int,
-    custom: Sequence[int] | None,
+    custom: sch.Levels | None,
     *,
     double: bool = False,
 ) -> Grid:

@@ -14,7 +14,7 @@ EulerAncestralDiscreteScheduler, HeunDiscreteScheduler and EDMEulerScheduler.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -36,7 +36,7 @@ from mlxdiff.samplers.scheduler import (
 )
 
 
-def grid(arguments: SchedulerArguments, steps: int, custom: Sequence[int] | None) -> Grid:
+def grid(arguments: SchedulerArguments, steps: int, custom: sch.Levels | None) -> Grid:
     """Return timesteps (float32) and sigmas of the classes that step in sigma (Euler, Heun, LMS).
 
     It differs from dpm_solver.grid: the spacing gives n timesteps, fractional ones stay fractional,
@@ -44,15 +44,17 @@ def grid(arguments: SchedulerArguments, steps: int, custom: Sequence[int] | None
     """
     schedule = sch.NoiseSchedule.from_arguments(arguments, keep_finite=True)
     known = schedule.sigmas_karras
-    times = sch.spaced(arguments, steps) if custom is None else np.asarray(custom)
+    times = sch.spaced(arguments, steps) if custom is None else custom.times
     times = times.astype(np.float32)
-    if arguments.get("interpolation_type") == "log_linear":
+    if custom is not None:
+        sigmas = custom.sigmas
+    elif arguments.get("interpolation_type") == "log_linear":
         ends = np.log(known[[-1, 0]])
         sigmas = np.exp(sch.linspace(ends[0], ends[1], steps + 1)).astype(np.float64)
     else:
         sigmas = np.interp(times, np.arange(len(known)), known)
     spacing = sch.sigma_spacing(arguments)
-    if spacing is not None:
+    if spacing is not None and custom is None:
         highest, lowest = sch.sigma_range(arguments, float(sigmas[0]), float(sigmas[-1]))
         sigmas = spacing(highest, lowest, steps)
         times = sch.timestep_of(sigmas, known).astype(np.float32)
@@ -63,7 +65,7 @@ def grid(arguments: SchedulerArguments, steps: int, custom: Sequence[int] | None
         and arguments.prediction_type == "v_prediction"
     ):
         if custom is not None:
-            raise UsageError("schedule ays needs a model with discrete timesteps")
+            raise UsageError("this schedule needs a model with discrete timesteps; leave it out")
         times = np.float32(0.25) * np.log(sigmas[:-1])
     top = sigmas.max()
     if arguments.timestep_spacing == "leading":  # as if x_0 had the variance 1, not 0
@@ -102,7 +104,7 @@ def _ancestral_rows(
         )
 
 
-def _heun_grid(arguments: SchedulerArguments, steps: int, custom: Sequence[int] | None) -> Grid:
+def _heun_grid(arguments: SchedulerArguments, steps: int, custom: sch.Levels | None) -> Grid:
     once = grid(arguments, steps, custom)
     times, sigmas = np.repeat(once.timesteps, 2)[1:], np.repeat(once.levels(), 2)[1:-1]
     return Grid(once.schedule, times, sigmas.astype(np.float32), once.init_noise_sigma)
@@ -137,6 +139,7 @@ EULER = Scheduler(
         "rescale_betas_zero_snr": False,
         "final_sigmas_type": "zero",
     },
+    takes_levels=True,
     grid=grid,
     rows=partial(_rows, ve_terms),
     takes_timesteps=True,
@@ -154,6 +157,7 @@ ANCESTRAL = Scheduler(
     reference="EulerAncestralDiscreteScheduler",
     defaults={**SPACED, "rescale_betas_zero_snr": False},
     choices={"prediction_type": ("epsilon", "v_prediction")},
+    takes_levels=True,
     grid=grid,
     rows=_ancestral_rows,
 )
@@ -162,6 +166,7 @@ HEUN = Scheduler(
     reference="HeunDiscreteScheduler",
     defaults={**SPACED, **SIGMA_SPACINGS, **CLIPPING, "beta_start": 0.00085, "beta_end": 0.012},
     choices={"beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "exp")},
+    takes_levels=True,
     grid=_heun_grid,
     rows=_heun_rows,
     takes_timesteps=True,

@@ -126,7 +126,7 @@ def _is_run(steps: int, run: Sequence[Any]) -> bool:
     )
 
 
-def _grid(arguments: SchedulerArguments, steps: int, custom: Sequence[int] | None) -> Grid:
+def _grid(arguments: SchedulerArguments, steps: int, custom: sch.Levels | None) -> Grid:
     schedule = sch.NoiseSchedule.from_arguments(arguments)
     times = np.array([time for time, _ in arguments.run], np.int64)
     if times[0] >= len(schedule):

@@ -33,8 +33,7 @@ def guide(uncond: Array, cond: Array, scale: float, rescale: float = 0.0) -> Arr
             picture.
     Returns: the guided prediction, (B, H, W, C), float32.
     """
-    guided = uncond + scale * (cond - uncond)
-    return guided if rescale == 0.0 else _rescaled(guided, cond, rescale)
+    return rescaled(uncond + scale * (cond - uncond), cond, rescale)
 
 
 def guided_evaluations(interval: tuple[float, float], total: int) -> tuple[int, int]:
@@ -56,10 +55,13 @@ def guide_edit(
     Source: Brooks et al. 2022, "InstructPix2Pix", equation 3.
     """
     guided = uncond + scale * (cond - image) + image_scale * (image - uncond)
-    return guided if rescale == 0.0 else _rescaled(guided, cond, rescale)
+    return rescaled(guided, cond, rescale)
 
 
-def _rescaled(guided: Array, cond: Array, rescale: float) -> Array:
+def rescaled(guided: Array, cond: Array, rescale: float) -> Array:
+    """Give a share of a guided prediction the standard deviation of ``cond``; as in ``guide``."""
+    if rescale == 0.0:
+        return guided
     ratio = _variance(cond) / _variance(guided)
     return rescale * (guided * ratio**0.5) + (1.0 - rescale) * guided
 

@@ -16,7 +16,7 @@ algorithm 1. Equal to diffusers' LCMScheduler and TCDScheduler.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -39,10 +39,10 @@ from mlxdiff.samplers.scheduler import (
 _SIGMA_DATA = 0.5  # of the boundary condition that both were trained with
 
 
-def _grid(arguments: SchedulerArguments, steps: int, custom: Sequence[int] | None) -> Grid:
+def _grid(arguments: SchedulerArguments, steps: int, custom: sch.Levels | None) -> Grid:
     schedule = sch.NoiseSchedule.from_arguments(arguments)
     if custom is not None:
-        return Grid(schedule, np.asarray(custom, np.int64))
+        return Grid(schedule, custom.times.astype(np.int64))
     return Grid(schedule, np.asarray(timesteps(arguments, steps), np.int64))
 
 

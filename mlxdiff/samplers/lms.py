@@ -16,12 +16,13 @@ from collections.abc import Iterator, Sequence
 from mlxdiff.samplers.arguments import SchedulerArguments
 from mlxdiff.samplers.euler import grid as sigma_grid
 from mlxdiff.samplers.plan import Row
+from mlxdiff.samplers.schedule import Levels
 from mlxdiff.samplers.scheduler import SIGMA_SPACINGS, SPACED, Grid, Sampler, Scheduler, ve_terms
 
 _ORDER = 4
 
 
-def _grid(arguments: SchedulerArguments, steps: int, custom: Sequence[int] | None) -> Grid:
+def _grid(arguments: SchedulerArguments, steps: int, custom: Levels | None) -> Grid:
     if arguments.use_karras_sigmas:  # this class alone ignores the file's sigma_min and sigma_max
         arguments = arguments.replace(sigma_min=None, sigma_max=None)
     return sigma_grid(arguments, steps, custom)
@@ -30,16 +31,24 @@ def _grid(arguments: SchedulerArguments, steps: int, custom: Sequence[int] | Non
 def _rows(arguments: SchedulerArguments, grid: Grid, start: int, eta: float) -> Iterator[Row]:
     sigmas = grid.levels()
     for i, timestep in grid.evaluations(start):
-        nodes = sigmas[max(i + 1 - _ORDER, 0) : i + 1][::-1]
-        weights = [_integral(nodes, k, sigmas[i], sigmas[i + 1]) for k in range(len(nodes))]
+        weights = adams_weights(sigmas[max(i + 1 - _ORDER, 0) : i + 1][::-1], sigmas[i + 1])
         # For a run that begins in the middle, the reference takes the full order's weights of the
         # slopes that exist.
         yield Row(
             timestep=timestep,
             **ve_terms(arguments, sigmas[i], noise=True),
             scale=1.0,
-            weights=tuple(weights[: i - start + 1]),
+            weights=weights[: i - start + 1],
         )
+
+
+def adams_weights(nodes: Sequence[float], end: float) -> tuple[float, ...]:
+    """Return the weights of the slopes at `nodes`, latest first, for the step to `end`.
+
+    Args:
+        nodes: up to four levels, no two of them equal.
+    """
+    return tuple(_integral(nodes, k, nodes[0], end) for k in range(len(nodes)))
 
 
 def _integral(nodes: Sequence[float], which: int, lower: float, upper: float) -> float:
@@ -57,6 +66,7 @@ LMS = Scheduler(
     reference="LMSDiscreteScheduler",
     defaults={**SPACED, **SIGMA_SPACINGS},
     grid=_grid,
+    takes_levels=True,
     rows=_rows,
 )
 

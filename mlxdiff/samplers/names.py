@@ -19,10 +19,16 @@ SCHEDULE_NAMES = {
     "exponential": "Exponential",
     "beta": "Beta",
     "lu": "Lu",
-    "trailing": "SGM Uniform",
-    "leading": "DDIM",
+    "trailing": "Trailing",
+    "leading": "Leading",
     "linspace": "Linspace",
     "ays": "Align Your Steps",
+    "sgm-uniform": "SGM Uniform",
+    "simple": "Simple",
+    "ddim-uniform": "DDIM",
+    "kl-optimal": "KL Optimal",
+    "bong-tangent": "Bong Tangent",
+    "gits": "GITS",
 }
 """Our schedule ids -> A1111's "Schedule type"."""
 
@@ -36,8 +42,9 @@ def _plain(name: str) -> str:
 _SCHEDULE_IDS = {
     **{_plain(name): name for name in SCHEDULES},
     **{_plain(name): key for key, name in SCHEDULE_NAMES.items()},
-    "simple": "trailing",
-    "sgm-uniform": "trailing",
+    "polyexponential": "exponential",  # the same with its usual rho 1
+    "discrete": "linspace",  # of stable-diffusion.cpp
+    "align-your-steps": "ays",
 }
 
 

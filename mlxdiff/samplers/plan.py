@@ -4,7 +4,8 @@ All samplers are linear in the sample, the network's outputs and fresh noise. On
 coefficients differ. A sampler's file computes the coefficients once, as Python floats. `Plan.step`
 applies one row:
 
-    data   = row.data[0] * x + row.data[1] * output
+    data   = row.data[0] * x + row.data[1] * output     (the output for the negative prompt alone
+                                                         in rows that say `unconditional`: CFG++)
     data   = row.after_limit[0] * x + row.after_limit[1] * limit(data)     where a limit is on
     anchor = row.anchor_x * x + row.anchor_last * last anchor + sum of row.anchor_data[k] * data_k
     next x = row.scale * anchor + row.output * output + sum of row.weights[k] * data_k
@@ -65,6 +66,9 @@ class Row:
         level: (signal, noise): the forward process at this row is signal * x_0 + noise * noise.
         input_scale: the network takes input_scale * x.
         draws: True if the step draws noise (also noise with coefficient 0, as in the reference).
+        between: the two sigmas between which the noise is the increment of a Brownian motion, for
+            the samplers that integrate an SDE; (): the noise belongs to no interval.
+        unconditional: True if the data come from the output for the negative prompt alone.
         x0: coefficients of x and of the output that give the predicted x_0. (1, 0), x itself, where
             x is noise alone and the output says nothing of x_0.
         All other fields are coefficients of the module's equation.
@@ -78,6 +82,8 @@ class Row:
     output: float = 0.0
     noise: float = 0.0
     draws: bool = False
+    between: tuple[float, ...] = ()
+    unconditional: bool = False
     anchor_x: float = 1.0
     anchor_last: float = 0.0
     anchor_data: tuple[float, ...] = ()
@@ -116,6 +122,9 @@ class Plan:
         rows: one per model evaluation.
         init_noise_sigma: the factor of the initial standard normal noise.
         evaluations_per_step: model evaluations that a step of the sampler takes.
+        interval: the lowest and the highest sigma of its Brownian motion, if its rows have
+            `between`; None: they have not.
+        brownian: True if its noise is that of a Brownian motion unless the user says otherwise.
     """
 
     sampler: str
@@ -123,6 +132,8 @@ class Plan:
     rows: tuple[Row, ...]
     init_noise_sigma: float
     evaluations_per_step: int = 1
+    interval: tuple[float, float] | None = None
+    brownian: bool = False
     _memory: int = field(init=False, repr=False)
     _anchored: bool = field(init=False, repr=False)
 
@@ -149,8 +160,19 @@ class Plan:
         scale = self.rows[state.index].input_scale
         return x if scale == 1.0 else scale * x
 
+    @property
+    def draws(self) -> bool:
+        """True if a step draws noise."""
+        return any(row.draws for row in self.rows)
+
     def step(
-        self, x: Array, output: Array, state: State, noise: Callable[[], Array] | None = None
+        self,
+        x: Array,
+        output: Array,
+        state: State,
+        noise: Callable[[], Array] | None = None,
+        motion: Callable[[float, float], Array] | None = None,
+        unconditional: Array | None = None,
     ) -> tuple[Array, State]:
         """Return the sample after this evaluation, and its state.
 
@@ -158,10 +180,17 @@ class Plan:
             x: the sample of this evaluation, before `scale_model_input`; float32.
             output: the network's output, after guidance; same shape and array type.
             noise: draws standard normal noise of that shape; called if the row draws.
+            motion: gives the increment of a Brownian motion from one sigma to another, scaled to
+                variance 1; called instead of `noise` if the row has a `between`. None: `noise` is.
+            unconditional: the output for the negative prompt alone; None: there is no guidance in
+                this evaluation, and it is the same as `output`.
         Raises: TypeError if the row draws noise and `noise` is None.
         """
         row = self.rows[state.index]
-        data = _combine([(row.data[0], x), (row.data[1], output)])
+        seen = output
+        if row.unconditional and unconditional is not None:
+            seen = unconditional
+        data = _combine([(row.data[0], x), (row.data[1], seen)])
         if row.limit is not None:
             data = _combine([(row.after_limit[0], x), (row.after_limit[1], row.limit(data))])
         history = (data, *state.data)
@@ -177,7 +206,9 @@ class Plan:
             (row.output, output),
             *zip(row.weights, history, strict=False),
         ]
-        if row.draws:
+        if row.draws and motion is not None and row.between:
+            terms.append((row.noise, motion(*row.between)))
+        elif row.draws:
             if noise is None:
                 raise TypeError(f"sampler {self.sampler!r} draws noise at every step: pass noise=")
             terms.append((row.noise, noise()))

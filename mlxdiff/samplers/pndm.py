@@ -35,7 +35,7 @@ ADAMS = (
 """Adams-Bashforth's weights of the latest 1, 2, 3, 4 outputs for equal steps, latest first."""
 
 
-def _grid(arguments: SchedulerArguments, steps: int, custom: Sequence[int] | None) -> Grid:
+def _grid(arguments: SchedulerArguments, steps: int, custom: sch.Levels | None) -> Grid:
     times = sch.whole(sch.spaced(arguments, steps), arguments)
     if arguments.skip_prk_steps:
         times = np.concatenate([times[:2], times[1:]])

@@ -8,16 +8,26 @@ from typing import Any
 
 from mlxdiff.errors import ConfigError, UsageError
 from mlxdiff.samplers import (
+    cfg_plus_plus,
     ddim,
     deis,
+    dpm_fast,
     dpm_solver,
+    dpmpp_3m_sde,
+    er_sde,
     euler,
     fitted,
+    heunpp,
+    ipndm,
     lcm,
     lms,
+    midpoint,
     pndm,
+    restart,
+    sa_solver,
     unipc,
 )
+from mlxdiff.samplers.levels import LEVELS
 from mlxdiff.samplers.process import check_process, is_continuous, is_edm
 from mlxdiff.samplers.scheduler import Sampler, Scheduler
 
@@ -26,11 +36,20 @@ _FILES = (
     dpm_solver,
     unipc,
     euler,
+    midpoint,
+    dpmpp_3m_sde,
     ddim,
     lms,
     pndm,
+    ipndm,
     lcm,
     deis,
+    er_sde,
+    sa_solver,
+    restart,
+    heunpp,
+    dpm_fast,
+    cfg_plus_plus,
     fitted,
 )
 SAMPLERS: dict[str, Sampler] = {one.id: one for file in _FILES for one in file.SAMPLERS}
@@ -45,10 +64,10 @@ SCHEDULE_ARGUMENTS: dict[str, tuple[dict[str, Any], ...]] = {
     "trailing": ({"timestep_spacing": "trailing"},),
     "leading": ({"timestep_spacing": "leading"},),
     "linspace": ({"timestep_spacing": "linspace"},),
-    "ays": (),
 }
-"""Schedule id -> the arguments that it sets: of the first set that the scheduler class takes.
-`ays` passes a list of timesteps instead."""
+SCHEDULE_ARGUMENTS |= {name: () for name in LEVELS if name not in SCHEDULE_ARGUMENTS}
+"""Schedule id -> the arguments that it sets: of the first set that the scheduler class takes; none
+for the schedules of levels.py, which give the noise levels themselves."""
 
 SIGMA_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 """The arguments that choose a spacing of sigmas."""
@@ -68,17 +87,22 @@ def check_known(what: str, name: str, names: tuple[str, ...]) -> None:
 
 def schedule_arguments(scheduler: Scheduler, schedule: str) -> dict[str, Any] | None:
     """Return the arguments that a schedule sets, or None if the scheduler class takes none."""
-    if schedule == "ays":
+    if schedule == "ays":  # whole timesteps, which more classes take
         return {} if scheduler.takes_timesteps else None
     for arguments in SCHEDULE_ARGUMENTS[schedule]:
         if set(arguments) <= set(scheduler.defaults):
             return arguments
-    return None
+    return {} if schedule in LEVELS and scheduler.takes_levels else None
 
 
 def has_schedule(scheduler: Scheduler, schedule: str) -> bool:
     """Return True if the schedule exists for the scheduler."""
     return schedule_arguments(scheduler, schedule) is not None
+
+
+def has_own_schedule(scheduler: Scheduler, schedule: str) -> bool:
+    """Return True if the scheduler class itself has the schedule, as an argument."""
+    return schedule == "normal" or bool(schedule_arguments(scheduler, schedule))
 
 
 def samplers_for(config: Mapping[str, Any]) -> dict[str, Sampler]:

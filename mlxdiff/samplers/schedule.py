@@ -13,7 +13,7 @@ deviation of the noise in x_t. With `alpha` = sqrt(a), sigma_karras = sigma / al
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -23,6 +23,22 @@ from mlxdiff.errors import ConfigError, UsageError
 from mlxdiff.samplers.arguments import SchedulerArguments
 
 _F32 = np.float32
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Noise levels of a run that no argument of a scheduler class describes.
+
+    Attributes:
+        times: training timesteps, not always whole: (n,) float64, falling.
+        sigmas: Karras' sigma of each, without the final one: (n,) float64.
+    """
+
+    times: np.ndarray
+    sigmas: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.times)
 
 
 @dataclass(frozen=True)
@@ -60,6 +76,11 @@ class NoiseSchedule:
 
     def __len__(self) -> int:
         return len(self.alphas_cumprod)
+
+    def at(self, times: Sequence[float]) -> Levels:
+        """Return the levels at training timesteps, with sigma linear in the timestep."""
+        known = self.sigmas_karras
+        return Levels(np.array(times, np.float64), np.interp(times, np.arange(len(known)), known))
 
 
 def alpha_sigma(sigma_karras: float) -> tuple[float, float]:
@@ -286,35 +307,6 @@ def timestep_of(sigmas: np.ndarray, schedule_sigmas: np.ndarray) -> np.ndarray:
     width = (logs[low] - logs[low + 1]).astype(np.float64)
     weight = np.clip((logs[low].astype(np.float64) - log_sigma) / width, 0, 1)
     return (1 - weight) * low + weight * (low + 1)
-
-
-# Timesteps for ten steps, optimised for a model family (Sabour et al. 2024, "Align Your Steps", and
-# its web page).
-AYS = {
-    "sd": (999, 850, 736, 645, 545, 455, 343, 233, 124, 24),
-    "sdxl": (999, 845, 730, 587, 443, 310, 193, 116, 53, 13),
-}
-
-
-def ays(arguments: SchedulerArguments, steps: int, family: str | None) -> list[int]:
-    """Return the Align-Your-Steps timesteps of a model family: the ten published ones at ten steps.
-
-    For another step count it interpolates as the authors do, between the sigmas of the ten
-    timesteps and the lowest sigma of the schedule: even in their index, linear in the logarithm.
-    """
-    if arguments.num_train_timesteps != 1000:
-        raise UsageError(
-            "schedule ays was made for 1000 training timesteps; "
-            f"this model has {arguments.num_train_timesteps}: choose another schedule"
-        )
-    known = NoiseSchedule.from_arguments(arguments, keep_finite=True).sigmas_karras
-    listed = [*AYS["sdxl" if (family or "").startswith("sdxl") else "sd"], 0]
-    logs = np.log(known[listed].astype(np.float64))
-    sigmas = np.exp(np.interp(np.linspace(0, 10, steps + 1)[:-1], np.arange(11), logs))
-    times = [round(t) for t in timestep_of(sigmas, known).tolist()]
-    if len(set(times)) < steps:
-        raise UsageError(f"schedule ays has no {steps} different timesteps; take fewer steps")
-    return times
 
 
 def check_steps(steps: int, arguments: SchedulerArguments) -> None:

@@ -6,7 +6,7 @@ user types: a scheduler and the arguments that the id fixes. docs/extending.md s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from mlxdiff.errors import ConfigError
 from mlxdiff.samplers.arguments import SchedulerArguments
 from mlxdiff.samplers.plan import Limit, Row
-from mlxdiff.samplers.schedule import NoiseSchedule, alpha_sigma
+from mlxdiff.samplers.schedule import Levels, NoiseSchedule, alpha_sigma
 
 # Arguments that nearly every scheduler class shares, with their usual defaults.
 TRAINING = {
@@ -51,17 +51,23 @@ class Grid:
         sigmas: the reference's `scheduler.sigmas`, the final one included, float32; None where the
             class has none.
         init_noise_sigma: the scale of the initial noise.
+        starts: index of the first evaluation of each step; (): every step has as many.
     """
 
     schedule: NoiseSchedule
     timesteps: np.ndarray
     sigmas: np.ndarray | None = None
     init_noise_sigma: float = 1.0
+    starts: tuple[int, ...] = ()
 
     def levels(self) -> list[float]:
         """Return the sigmas as Python floats, for coefficients."""
         assert self.sigmas is not None
         return [float(sigma) for sigma in self.sigmas]
+
+    def steps(self, each: int) -> tuple[int, ...]:
+        """Return the index of the first evaluation of each step of `each` evaluations."""
+        return self.starts or tuple(range(0, len(self.timesteps), each))
 
     def evaluations(self, start: int) -> list[tuple[int, float]]:
         """Return (index, timestep) of each evaluation from index `start` on, as Python numbers."""
@@ -76,13 +82,15 @@ class Scheduler:
         reference: the class of diffusers that it equals, or None where diffusers has none.
         defaults: its arguments and their defaults. A schedule exists for the scheduler if
             `defaults` holds the argument that the schedule sets.
-        grid: (arguments, steps, custom timesteps or None) -> Grid.
+        grid: (arguments, steps, custom levels or None) -> Grid.
         rows: (arguments, grid, start, eta) -> the rows from grid index `start` to the end. The
             start matters: multistep methods begin with low order wherever they begin.
         choices: values of an argument, where they are not the usual ones.
         takes_timesteps: True if set_timesteps accepts a list of timesteps.
+        takes_levels: True if its grid takes any noise levels.
         evaluations_per_step: timesteps that one step takes (diffusers' `order`). A strength counts
             in whole steps.
+        brownian: True if its noise is that of a Brownian motion unless the user says otherwise.
         has_eta: True if its step takes eta, the share of fresh noise.
         pixel_defaults: defaults that differ where the model draws pixels (see arguments.py).
         distilled_timesteps: (arguments, steps, strength) -> the timesteps of a run that begins at a
@@ -91,11 +99,13 @@ class Scheduler:
 
     reference: str | None
     defaults: Mapping[str, Any]
-    grid: Callable[[SchedulerArguments, int, Sequence[int] | None], Grid]
+    grid: Callable[[SchedulerArguments, int, Levels | None], Grid]
     rows: Callable[[SchedulerArguments, Grid, int, float], Iterable[Row]]
     choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     takes_timesteps: bool = False
+    takes_levels: bool = False
     evaluations_per_step: int = 1
+    brownian: bool = False
     has_eta: bool = False
     pixel_defaults: Mapping[str, Any] = field(default_factory=dict)
     distilled_timesteps: Callable[[SchedulerArguments, int, float], list[int]] | None = None

@@ -34,7 +34,7 @@ from mlxdiff.samplers.scheduler import (
 )
 
 
-def _grid(arguments: SchedulerArguments, steps: int, custom: Sequence[int] | None) -> Grid:
+def _grid(arguments: SchedulerArguments, steps: int, custom: sch.Levels | None) -> Grid:
     return solver_grid(arguments, steps, custom, repeat_last=True)
 
 
@@ -172,6 +172,7 @@ UNIPC = Scheduler(
         "solver_type": ("bh2", "bh1", "midpoint", "heun", "logrho"),
     },
     grid=_grid,
+    takes_levels=True,
     rows=_rows,
 )
 

@@ -284,6 +284,7 @@ def _at(tree: list[object], step: int) -> Iterator[str]:
 
 _NETWORK = re.compile(r"<(\w+):([^>]+)>")
 _COMPOSED = re.compile(r"\bAND\b")
+_WEIGHTED = re.compile(r"((?:\s|.)*?)(?:\s*:\s*([-+]?(?:\d+\.?|\d*\.\d+)))?\s*")
 
 
 def networks(text: str) -> tuple[str, list[Network]]:
@@ -325,11 +326,25 @@ def _strength(text: str, where: str) -> float:
     return value
 
 
+def composition(text: str) -> list[tuple[str, float]]:
+    """Return the prompts that ``AND`` joins, each with its weight: ``a cat AND a dog :1.2``.
+
+    Raises: UsageError if all weights together are 0.
+    """
+    found = []
+    for part in _COMPOSED.split(text):
+        prompt, weight = _WEIGHTED.fullmatch(part).groups()  # type: ignore[union-attr]
+        found.append((prompt.strip(), 1.0 if weight is None else float(weight)))
+    if len(found) > 1 and sum(weight for _, weight in found) == 0.0:
+        raise UsageError("the weights of the prompts that AND joins add up to 0; change one")
+    return found if len(found) > 1 else [(text, 1.0)]
+
+
 def refuse_composition(text: str) -> None:
-    """Raise UsageError if a prompt joins several prompts with ``AND``."""
+    """Raise UsageError if a text that cannot be composed joins several prompts with ``AND``."""
     if _COMPOSED.search(text):
         raise UsageError(
-            "the prompt has AND in capitals, which composes two prompts in A1111's syntax; this is "
-            "not supported; write 'and', or use the plain syntax "
+            "AND in capitals composes prompts in A1111's syntax, and only in the prompt itself; "
+            "write 'and' here, or use the plain syntax "
             f"({argument('prompt_syntax', 'plain')})"
         )

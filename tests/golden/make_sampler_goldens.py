@@ -1,9 +1,10 @@
 """Make tests/golden/samplers/*.npz: what torch draws, and what diffusers' schedulers do.
 
-    python tests/golden/make_sampler_goldens.py [runs edm noise]
+    python tests/golden/make_sampler_goldens.py [runs more edm noise]
                                         # needs torch==2.13.0 diffusers==0.42.1 scipy
 
-runs.npz, and edm.npz for models that were trained with EDM's noise: `cells`, a JSON list of runs
+runs.npz, more.npz for the samplers in `LATER` (so that a new sampler does not make the old runs
+anew), and edm.npz for models that were trained with EDM's noise: `cells`, a JSON list of runs
 (config name, overrides, sampler, schedule, steps, options), and for all of them end to end:
 `timesteps`, `sigmas`, `scales` (the initial scale) and `samples`, x before and after each step.
 noise.npz: torch.randn on the CPU, several draws from one generator.
@@ -84,6 +85,11 @@ VARIANTS += [
     ),
     ({"predict_x0": False, "final_sigmas_type": "sigma_min"}, "unipc", "normal", 7),
     ({"disable_corrector": [0, 2]}, "unipc", "normal", 6),
+    ({"predictor_order": 3, "corrector_order": 4}, "sa-solver", "karras", 9),
+    ({"predictor_order": 1, "corrector_order": 1}, "sa-solver", "normal", 5),
+    ({"lower_order_final": False}, "sa-solver", "trailing", 6),
+    ({"sigma_min": 0.1, "sigma_max": 10.0}, "dpm2", "karras", 6),
+    ({"sigma_min": 0.1, "sigma_max": 10.0}, "dpmpp-sde", "karras", 6),
     ({"skip_prk_steps": False}, "pndm", "normal", 8),
     ({"set_alpha_to_one": True}, "pndm", "linspace", 6),
     ({"set_alpha_to_one": True}, "ddim", "trailing", 7),
@@ -149,6 +155,9 @@ EDM_VARIANTS: list[tuple[str, dict[str, Any], str, int]] = [
 ]
 
 STRENGTH = 0.7
+LATER = ("res-multistep", "dpm2", "dpm2-a", "dpmpp-sde", "sa-solver")
+# The classes that do not take prediction_type sample.
+NO_SAMPLE = ("euler-a", "pndm", "dpm2", "dpm2-a", "dpmpp-sde")
 
 
 def sets(cls: type, schedule: str) -> dict[str, Any] | None:
@@ -175,7 +184,7 @@ def cells() -> list[dict[str, Any]]:
             if not exists(cls, sampler, schedule):
                 continue
             for config, steps in cases.STEPS.items():
-                if config == "sample" and (sampler in ("euler-a", "pndm") or schedule == "ays"):
+                if config == "sample" and (sampler in NO_SAMPLE or schedule == "ays"):
                     continue  # no sample prediction there; AYS is for 1000 timesteps
                 steps = 10 if schedule == "ays" else steps
                 found.append(
@@ -200,6 +209,11 @@ def cells() -> list[dict[str, Any]]:
         cell = {"config": "sd15", "sampler": sampler, "schedule": schedule, "steps": steps}
         found.append({**cell, "overrides": overrides})
     return found
+
+
+def parted(later: bool) -> list[dict[str, Any]]:
+    """The runs of the samplers in `LATER`, or of all others."""
+    return [cell for cell in cells() if (cell["sampler"] in LATER) == later]
 
 
 def edm_cells() -> list[dict[str, Any]]:
@@ -256,6 +270,9 @@ def run(cell: dict[str, Any]) -> tuple[np.ndarray, np.ndarray | None, float, lis
     extra = {"generator": torch.Generator("cpu").manual_seed(3)} if "generator" in takes else {}
     if "eta" in takes:
         extra["eta"] = cell.get("eta", 0.0)
+    if hasattr(scheduler, "noise_sampler"):  # independent noise; test_noise.py has the Brownian one
+        generator = torch.Generator("cpu").manual_seed(3)
+        scheduler.noise_sampler = lambda *_: torch.randn(x.shape, generator=generator)
     samples = [x.numpy()]
     for t in scheduler.timesteps[first:]:
         seen = scheduler.scale_model_input(x, t)
@@ -317,9 +334,11 @@ def main() -> None:
     warnings.simplefilter("ignore")
     folder = HERE / "samplers"
     folder.mkdir(exist_ok=True)
-    wanted = sys.argv[1:] or ["runs", "edm", "noise"]
+    wanted = sys.argv[1:] or ["runs", "more", "edm", "noise"]
     if "runs" in wanted:
-        write(folder / "runs.npz", cells())
+        write(folder / "runs.npz", parted(later=False))
+    if "more" in wanted:
+        write(folder / "more.npz", parted(later=True))
     if "edm" in wanted:
         write(folder / "edm.npz", edm_cells())
     if "noise" in wanted:
