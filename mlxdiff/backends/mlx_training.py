@@ -1,0 +1,16 @@
+"""MLX as the backend of training: its networks are built from ``mlx_training_layers``.
+
+Importing it without mlx raises the error of ``backends.mlx``.
+"""
+
+from __future__ import annotations
+
+from mlxdiff.backends import mlx_training_layers
+from mlxdiff.backends.mlx import MLXBackend
+from mlxdiff.networks.layers import Layers
+
+
+class TrainingBackend(MLXBackend):
+    """Loads networks that can be trained, frozen weights as they are stored."""
+
+    layers: Layers = mlx_training_layers
