@@ -322,6 +322,6 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
 
     cache = ArrayCache(tmp_path)
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(UsageError, match="No space left on device.*--cache"):
+    with pytest.raises(UsageError, match=r"No space left on device.*--cache"):
         cache.put({"a": 1}, {"x": np.ones(4, np.float32)})
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []

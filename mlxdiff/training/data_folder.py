@@ -1,12 +1,12 @@
-"""Read a folder of training pictures: which files, their captions, labels and repeats, their faults.
+"""Read a folder of training pictures: the files, their captions, labels, repeats and faults.
 
 Three forms are read, also side by side:
 
 - pictures with a text file of the same name beside them (``cat.png``, ``cat.txt`` or ``.caption``);
 - a ``metadata.jsonl`` in a folder: one JSON object a line with ``file_name`` and ``text``
   (huggingface.co/docs/datasets, "ImageFolder");
-- kohya's sub-folders ``10_name``: each picture counts 10 times; ``name`` is the caption of a picture
-  that has no other.
+- kohya's sub-folders ``10_name``: each picture counts 10 times; ``name`` is the caption of a
+  picture that has no other.
 
 Every file is looked at before training starts. What cannot be used is counted and named, never
 dropped without a word.
@@ -230,8 +230,8 @@ def _classes(root: Path, pictures: Sequence[Path]) -> tuple[str, ...]:
     names = tuple(sorted({parts[0] for parts in inside if len(parts) > 1}))
     if not names:
         raise UsageError(
-            f"{root}: has no sub-folder with pictures, so there are no classes; put the pictures of "
-            "each class into a sub-folder, or train without classes"
+            f"{root}: has no sub-folder with pictures, so there are no classes; put the pictures "
+            "of each class into a sub-folder, or train without classes"
         )
     return names
 
