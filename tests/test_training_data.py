@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 
 from mlxdiff.errors import UsageError
+from mlxdiff.pictures.image import load_on_white
 from mlxdiff.training import data_buckets
 from mlxdiff.training.data_buckets import Bucket, choose, cut, make_buckets
 from mlxdiff.training.data_cache import ArrayCache
-from mlxdiff.training.data_folder import pixels_of, read_pictures
+from mlxdiff.training.data_folder import read_pictures
 from mlxdiff.training.data_order import Order, Place
 
 
@@ -165,7 +166,7 @@ def test_what_is_only_odd_is_noted(tmp_path: Path) -> None:
         "1 picture lies there more than once, so it counts more: a.png = b.png",
         "other files are not read: 1 .npz",
     ]
-    pixels = pixels_of(tmp_path / "clear.png")
+    pixels = load_on_white(tmp_path / "clear.png")
     assert (pixels[:32] == (200, 0, 0)).all() and (pixels[32:] == 255).all()
 
 
@@ -175,7 +176,7 @@ def test_a_transparent_picture_is_turned_as_its_exif_says(tmp_path: Path) -> Non
     layer = np.zeros((8, 16, 4), np.uint8)
     layer[:, :8] = (10, 20, 30, 255)
     Image.fromarray(layer).save(tmp_path / "turned.png", exif=exif)
-    pixels = pixels_of(tmp_path / "turned.png")
+    pixels = load_on_white(tmp_path / "turned.png")
     assert pixels.shape == (16, 8, 3)
     assert (pixels[:8] == (10, 20, 30)).all() and (pixels[8:] == 255).all()
 
@@ -268,6 +269,13 @@ def test_the_order_depends_on_the_seed_alone_and_goes_on_anywhere() -> None:
         Order(["a"] * 16, [1] * 16, 3, seed=3), 5
     )
     assert batches(order, 5) == [[d.index for d in draws] for _, draws in whole[:5]]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7, 40])
+def test_places_by_number(batch: int) -> None:
+    order = Order(["a"] * 11 + ["b"] * 5 + ["c"], [1] * 17, batch, seed=1)
+    for number, (place, _) in zip(range(60), order.walk(), strict=False):
+        assert order.place(number) == place
 
 
 def test_more_than_all_pictures_in_a_batch() -> None:

@@ -21,13 +21,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from mlxdiff.errors import UsageError, one_line
 from mlxdiff.machine.disk import read_document, sha256
-from mlxdiff.pictures.image import load_image, open_picture
+from mlxdiff.pictures.image import is_transparent, load_on_white, open_picture
 
 METADATA = "metadata.jsonl"
 PICTURES = frozenset(
@@ -194,28 +191,6 @@ def read_pictures(
     return Pictures(root, tuple(items), names, tuple(found.faults), tuple(notes))
 
 
-def pixels_of(path: str | os.PathLike[str]) -> np.ndarray:
-    """Load a picture for training: uint8 (H, W, 3), the right way up.
-
-    Transparent parts are laid on white: what lies hidden under them is mostly black or stray, and
-    nobody has ever seen it.
-    Raises: UsageError.
-    """
-    with open_picture(path) as picture:
-        if not _is_transparent(picture):
-            return load_image(picture)
-        from PIL import Image
-
-        try:
-            layer = picture.convert("RGBA")
-            white = Image.new("RGBA", layer.size, "white")
-            shown = Image.alpha_composite(white, layer).convert("RGB")
-            shown.getexif().update(picture.getexif())
-        except Exception as error:  # a damaged file can make Pillow's readers raise anything
-            raise UsageError(f"{path}: cannot be decoded ({one_line(error)})") from error
-        return load_image(shown)
-
-
 def _walk(root: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise UsageError(f"{error.filename}: cannot be read ({error.strerror})")
@@ -249,8 +224,8 @@ def _look(path: Path, name: str, side: int, found: _Finding) -> tuple[str, int, 
     try:
         digest = sha256(path)
         with open_picture(path) as picture:
-            transparent, frames = _is_transparent(picture), getattr(picture, "n_frames", 1)
-        height, width = pixels_of(path).shape[:2]
+            transparent, frames = is_transparent(picture), getattr(picture, "n_frames", 1)
+        height, width = load_on_white(path).shape[:2]
     except (UsageError, OSError) as error:
         reason = (
             one_line(error) if isinstance(error, UsageError) else error.strerror or "unreadable"
@@ -272,18 +247,6 @@ def _look(path: Path, name: str, side: int, found: _Finding) -> tuple[str, int, 
     if frames > 1:
         found.animated.append(name)
     return digest, width, height
-
-
-def _is_transparent(picture: Any) -> bool:
-    if "transparency" in picture.info:
-        return True
-    if picture.mode not in ("RGBA", "LA", "PA", "RGBa", "La"):
-        return False
-    try:
-        least, _ = picture.getchannel("A").getextrema()
-    except Exception:  # `load_image` reports the damage
-        return False
-    return bool(least < 255)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -98,6 +98,19 @@ class Order:
         """Return how many batches an epoch has; 0 where all pictures together fill no batch yet."""
         return len(self._epoch(epoch))
 
+    def place(self, index: int) -> Place:
+        """Return the place of a batch by its number over all epochs, from 0 on."""
+        epoch = index * self.batch // self.count
+        while self._before(epoch) > index:
+            epoch -= 1
+        while self._before(epoch + 1) <= index:
+            epoch += 1
+        return Place(self.seed, epoch, index - self._before(epoch))
+
+    def _before(self, epoch: int) -> int:
+        """Return how many batches all epochs before this one have."""
+        return sum(epoch * len(row) // self.batch for row in self._rows)
+
     def start(self) -> Place:
         """Return the place before the first batch."""
         return self._settled(Place(self.seed))
