@@ -23,6 +23,7 @@ from mlxdiff.errors import UsageError
 from mlxdiff.machine import stopping
 from mlxdiff.machine.temporary import temporary_file
 from mlxdiff.networks.layers import Module
+from mlxdiff.networks.params import expected_parameters
 from mlxdiff.run.latent_model import LatentModel
 from mlxdiff.training import folders, networks
 from mlxdiff.training.data import Batch
@@ -79,13 +80,11 @@ class LoRA:
 
     def _adapt(self, component: str, network: Module, seed: int) -> None:
         """Give the chosen layers of a network an adapter."""
-        pattern = re.compile(_PATTERNS[self._options.targets])
         scale = self.alpha / self.rank
         layers = dict(network.named_modules())  # type: ignore[attr-defined]
-        for path in sorted(layers):
+        shapes = expected_parameters(self._source.config(component))
+        for path in chosen(shapes, self._options.targets):
             layer = layers[path]
-            if not hasattr(layer, "adapt") or not pattern.fullmatch(f".{path}"):
-                continue
             parts = layer.adapt(self.rank, scale, self._options.dora)
             number = int.from_bytes(hashlib.sha256(f"{component}.{path}".encode()).digest()[:8])
             random = np.random.default_rng([seed % 2**64, number])
@@ -215,6 +214,22 @@ class LoRA:
             "text_encoder": o.text_encoder,
             "dora": o.dora,
         }
+
+
+def chosen(shapes: Mapping[str, tuple[int, ...]], targets: str) -> list[str]:
+    """Return the modules of a network that a LoRA changes.
+
+    Args:
+        shapes: parameter -> shape.
+        targets: one of ``options.TARGETS``.
+    """
+    pattern = re.compile(_PATTERNS[targets])
+    modules = (
+        name.removesuffix(".weight")
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and len(shape) > 1
+    )
+    return sorted(module for module in modules if pattern.fullmatch(module))
 
 
 def _kohya_names(configs: Mapping[str, Any], family: str) -> dict[str, str]:

@@ -7,14 +7,15 @@ table of their own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from mlxdiff.run import values
 from mlxdiff.run.options import DType, File, Flag, Place, Positive, Quantization, Scale, Text, Whole
 from mlxdiff.run.table import Options, option
+from mlxdiff.training.data_buckets import CROPS
 from mlxdiff.training.optimizers import OPTIMIZERS, SCHEDULES
 
 SECTIONS = (
@@ -42,9 +43,12 @@ Optimizer = Annotated[str, values.Choice(OPTIMIZERS)]
 Schedule = Annotated[str, values.Choice(SCHEDULES)]
 Targets = Annotated[str, values.Choice(TARGETS)]
 Form = Annotated[str, values.Choice(FORMS)]
+Crop = Annotated[str, values.Choice(CROPS)]
+Size = Annotated[tuple[int, int], values.Numbers("WxH", values.Whole(least=8))]
 Prompts = Annotated[str | Sequence[str], values.Each(values.Text())]
 
 _model = partial(option, section="Model", key=None)
+_data = partial(option, section="Data", key=None)
 _training = partial(option, section="Training", key=None)
 _loss = partial(option, section="Loss", key=None)
 _machine = partial(option, section="Machine", key=None)
@@ -103,7 +107,7 @@ class TrainOptions(Options):
     rate_schedule: Schedule = _training(
         "--rate-schedule",
         default="constant",
-        help="Learning rate after the warm-up: constant (default), or to 0 linearly or by a cosine.",
+        help="Learning rate after the warm-up: constant (default), linear or cosine (to 0).",
         elsewhere="lr_scheduler",
     )
     warmup: Whole = _training(
@@ -195,7 +199,60 @@ class TrainOptions(Options):
     )
 
 
-# DataOptions stands here.
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(Options):
+    """The pictures and their captions."""
+
+    resolution: Size | None = _data(
+        "--resolution",
+        metavar="WxH",
+        help="Size of training pictures, as WIDTHxHEIGHT or one number. Default: the model's own.",
+    )
+    buckets: Flag = _data(
+        "--buckets/--no-buckets",
+        default=True,
+        help="Let pictures keep their aspect ratio, at the area of the resolution. Default: yes.",
+    )
+    caption: Text | None = _data(
+        "--caption",
+        metavar="TEXT",
+        help="Caption of pictures that have none. Default: such a picture is an error.",
+    )
+    crop: Crop = _data(
+        "--crop",
+        default="center",
+        help="Where a picture is cut that is wider or taller: center (default) or random.",
+    )
+    flip: Flag = _data("--flip", default=False, help="Mirror half of the pictures.")
+    skip_faulty: Flag = _data(
+        "--skip-faulty", default=False, help="Leave out pictures that cannot be used."
+    )
+    cache: File | None = _data(
+        "--cache",
+        metavar="FOLDER",
+        help="Where encoded pictures and captions are kept. Default: in the output folder.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorOptions(Options):
+    """What keeps a model from forgetting the class of a subject (Ruiz et al. 2023, DreamBooth)."""
+
+    prior_folder: File | None = _data(
+        "--prior-folder",
+        metavar="FOLDER",
+        help="Pictures of the subject's class, trained beside the others. With --prior-caption, "
+        "the model draws those that are missing.",
+    )
+    prior_caption: Text | None = _data(
+        "--prior-caption", metavar="TEXT", help="Caption of these pictures, such as: a dog."
+    )
+    prior_count: Positive = _data(
+        "--prior-count", default=100, help="How many of them to have. Default: 100."
+    )
+    prior_weight: Scale = _data(
+        "--prior-weight", default=1.0, help="Weight of their loss. Default: 1."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,4 +282,15 @@ class LoraOptions(Options):
     )
     licence: Text | None = _lora(
         "--licence", help="Licence of the LoRA, for its metadata.", elsewhere="license"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainLoraOptions(LoraOptions, TrainOptions, PriorOptions, DataOptions, ModelOptions):
+    """All options of ``mlxdiff train lora``."""
+
+    taken_by: ClassVar[str] = "mlxdiff.training.train_lora"
+
+    say: Callable[[str], None] | None = option(
+        key=None, doc="called with lines about the progress."
     )
