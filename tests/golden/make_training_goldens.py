@@ -1,6 +1,6 @@
 """Compute gradients, losses, optimizer steps and a LoRA run with torch, diffusers and PEFT.
 
-    python tests/golden/make_training_goldens.py
+    python tests/golden/make_training_goldens.py [unets others losses steps lora]
 
 Of gradients, norms and random products are kept (tests/training_cases.py), of the run its curve and
 its last weights. Needs prodigyopt beside the parity extra.
@@ -114,7 +114,7 @@ def others(found: dict[str, np.ndarray]) -> None:
     hint = {n: p.detach().numpy() for n, p in net.named_parameters() if "cond_embedding" in n}
     for name, values in hint.items():
         found[f"controlnet-first/{name}"] = values
-    plain = UNet2DModel.from_pretrained(HERE / "ddpm" / "checkpoint" / "unet")
+    plain = UNet2DModel.from_pretrained(HERE / "ddpm" / "checkpoint")
     side = plain.config.sample_size
     random = np.random.default_rng(8)
     x = torch_layout(random.standard_normal((2, side, side, 3), np.float32))
@@ -239,18 +239,27 @@ def lora(found: dict[str, np.ndarray]) -> None:
             found["lora/latents"], found["lora/image"] = run(pipe, case)
 
 
+PARTS = {part.__name__: part for part in (unets, others, losses, steps, lora)}
+
+
 def main() -> None:
     warnings.filterwarnings("ignore")
-    torch.manual_seed(0)
-    found: dict[str, np.ndarray] = {}
-    for part in (unets, others, losses, steps, lora):
-        part(found)
-        print(part.__name__, len(found), flush=True)
     target = HERE / "training.npz"
+    chosen = sys.argv[1:] or list(PARTS)
+    found: dict[str, np.ndarray] = {}
+    if len(chosen) < len(PARTS) and target.exists():
+        found = cases.unpacked(dict(np.load(target)))
+    for name in chosen:
+        torch.manual_seed(0)
+        PARTS[name](found)
+        print(name, len(found), flush=True)
     # Summaries are small; float32 holds products to 1e-7 of the norm.
     np.savez_compressed(
         target,
-        **{n: v.astype(np.float32) if v.dtype == np.float64 else v for n, v in found.items()},
+        **{
+            name: values.astype(np.float32) if values.dtype == np.float64 else values
+            for name, values in cases.packed(found).items()
+        },
     )
     print(target.stat().st_size, "bytes")
 
