@@ -88,6 +88,7 @@ class TrainControlNet:
             net.put(name, value)
         told = networks.conditions(batch)
         states = told.pop("encoder_hidden_states")
+        assert batch.hint is not None
         image = net.embed_image(mx.array(batch.hint))
         temb = Condition(net.embed(timesteps, **told))
         added = net.predict(noisy, temb, net.read(states), image)

@@ -38,7 +38,7 @@ def first_vectors(
         seed: of the random vectors.
     Raises: UsageError if ``start`` is no text.
     """
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for name in model.texts.names:
         tensors = model.source.tensors(name)
         (key,) = (k for k in tensors if k.endswith("token_embedding.weight"))
@@ -69,12 +69,12 @@ def with_word(model: LatentModel, word: str, vectors: Mapping[str, np.ndarray]) 
 
 def check_captions(captions: Sequence[str], word: str) -> None:
     """Check that each caption has the word. Raises: UsageError that counts those without."""
-    without = [caption for caption in captions if word not in caption.split()]
+    without = [caption for caption in captions if word not in caption]
     if without:
         raise UsageError(
             f"{len(without)} of {len(captions)} captions do not have the word {word!r} "
-            f"({without[0]!r}, for example); write it into each, between spaces, or leave captions "
-            f"out and give one for all (--caption 'a picture of {word}')"
+            f"({without[0]!r}, for example); write it into each, or leave captions out "
+            f"and give one for all (--caption 'a picture of {word}')"
         )
 
 
@@ -94,7 +94,7 @@ class Embedding:
         self, model: LatentModel, word: str, vectors: Mapping[str, np.ndarray], form: str
     ) -> None:
         self._source, self._word, self._form = model.source, word, form
-        self._vectors = dict(vectors)
+        self._vectors, self._penultimate = dict(vectors), model.is_sdxl
         self._unet = networks.load(model, "unet")
         self._encoders = {name: networks.load(model, name) for name in model.texts.names}
 
@@ -106,9 +106,10 @@ class Embedding:
         self, parameters: Mapping[str, mx.array], batch: Batch, noisy: mx.array, timesteps: mx.array
     ) -> mx.array:
         """Read the captions with these vectors, then run the U-Net."""
-        text = networks.encode(self._source, self._encoders, batch.tokens or {}, parameters)
-        told = networks.conditions(batch, text)
-        found: mx.array = self._unet(noisy, timesteps, **told)
+        text = networks.encode(
+            self._encoders, batch.tokens or {}, parameters, penultimate=self._penultimate
+        )
+        found: mx.array = self._unet(noisy, timesteps, **networks.conditions(batch, text))
         return found
 
     def save(
@@ -119,8 +120,8 @@ class Embedding:
         if len(parameters) > 1:
             named = {_PARTS[name]: rows for name, rows in parameters.items()}
         else:
-            key = self._word if self._form == "diffusers" else "emb_params"
-            named = {key: rows for rows in parameters.values()}
+            (rows,) = parameters.values()
+            named = {self._word if self._form == "diffusers" else "emb_params": rows}
         told = {"format": "pt", "modelspec.title": self._word, **networks.strings(facts)}
         with temporary_file(place.parent) as (temporary, _):
             write_safetensors(temporary, folders.lazy(named), "float32", metadata=told)

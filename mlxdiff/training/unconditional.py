@@ -107,6 +107,7 @@ def new_model(
             f"channels, or sides that are multiples of {halvings}"
         )
     groups = next(n for n in _GROUPS if all(c % n == 0 and c // n >= 2 for c in channels) or n == 1)
+    head = next(n for n in _GROUPS if not any(c % n for c in channels))
     attends = [max(width, height) // 2**level <= attention for level in range(len(channels))]
     unet = {
         "_class_name": "UNet2DModel",
@@ -117,7 +118,9 @@ def new_model(
         "layers_per_block": layers,
         "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
-        "attention_head_dim": next(n for n in (32, 16, 8, 4, 2, 1) if not any(c % n for c in channels)),
+        "attention_head_dim": next(
+            n for n in (32, 16, 8, 4, 2, 1) if not any(c % n for c in channels)
+        ),
         "norm_num_groups": groups,
         "norm_eps": 1e-06,
         "downsample_padding": 1,
