@@ -72,7 +72,7 @@ class TrainControlNet:
         tensors = model.source.tensors("unet")
         unet = {name: np.asarray(tensor.read(), np.float32) for name, tensor in tensors.items()}
         self._first = fresh.controlnet(config, unet, seed, images)
-        self._net = networks.build(config)
+        self._net: Any = networks.build(config)
         self._unet = networks.load(model, "unet")
 
     def parameters(self) -> dict[str, mx.array]:

@@ -94,7 +94,7 @@ class Embedding:
         self, model: LatentModel, word: str, vectors: Mapping[str, np.ndarray], form: str
     ) -> None:
         self._source, self._word, self._form = model.source, word, form
-        self._vectors, self._penultimate = dict(vectors), model.is_sdxl
+        self._vectors = dict(vectors)
         self._unet = networks.load(model, "unet")
         self._encoders = {name: networks.load(model, name) for name in model.texts.names}
 
@@ -106,9 +106,7 @@ class Embedding:
         self, parameters: Mapping[str, mx.array], batch: Batch, noisy: mx.array, timesteps: mx.array
     ) -> mx.array:
         """Read the captions with these vectors, then run the U-Net."""
-        text = networks.encode(
-            self._encoders, batch.tokens or {}, parameters, penultimate=self._penultimate
-        )
+        text = networks.encode(self._source, self._encoders, batch.tokens or {}, parameters)
         found: mx.array = self._unet(noisy, timesteps, **networks.conditions(batch, text))
         return found
 

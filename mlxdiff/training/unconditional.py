@@ -118,9 +118,7 @@ def new_model(
         "layers_per_block": layers,
         "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
-        "attention_head_dim": next(
-            n for n in (32, 16, 8, 4, 2, 1) if not any(c % n for c in channels)
-        ),
+        "attention_head_dim": head,
         "norm_num_groups": groups,
         "norm_eps": 1e-06,
         "downsample_padding": 1,
