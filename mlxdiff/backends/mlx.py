@@ -49,12 +49,11 @@ class MLXBackend:
     Attributes:
         name: "mlx".
         dtype: name of the default dtype of weights: float32, float16 or bfloat16.
-        layers: what networks are built from.
     Raises: UsageError for another dtype.
     """
 
     name = "mlx"
-    layers: Layers = mlx_layers
+    _layers: Layers = mlx_layers
 
     def __init__(self, dtype: str = "float32") -> None:
         _dtype(dtype)
@@ -84,7 +83,7 @@ class MLXBackend:
         Raises: CheckpointError for a missing, unknown or misshapen tensor; UsageError for the
             dtype.
         """
-        model = build(self.layers, config)
+        model = build(self._layers, config)
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         check_parameters(shapes, config, f"weights for {type(model).__name__}")
         target = _dtype(dtype or self.dtype)

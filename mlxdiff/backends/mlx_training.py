@@ -13,4 +13,4 @@ from mlxdiff.networks.layers import Layers
 class TrainingBackend(MLXBackend):
     """Loads networks that can be trained, frozen weights as they are stored."""
 
-    layers: Layers = mlx_training_layers
+    _layers: Layers = mlx_training_layers

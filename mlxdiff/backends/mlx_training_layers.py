@@ -100,9 +100,10 @@ def _apply(forward: Forward, backward: Backward, *inputs: mx.array) -> mx.array:
         return mx.array(forward(*map(_numpy, arrays)))
 
     function: Any = mx.custom_function(run)
+    alone = len(inputs) == 1  # MLX keeps the functions with the result: they must hold no arrays
 
     def slope(primals: Any, cotangent: mx.array, out: mx.array) -> Any:
-        primals = (primals,) if len(inputs) == 1 else tuple(primals)
+        primals = (primals,) if alone else tuple(primals)
         found = backward(*map(_numpy, primals), _numpy(out), _numpy(cotangent))
         gradients = tuple(
             mx.zeros_like(x)
@@ -110,7 +111,7 @@ def _apply(forward: Forward, backward: Backward, *inputs: mx.array) -> mx.array:
             else mx.array(np.ascontiguousarray(part)).astype(x.dtype)
             for x, part in zip(primals, found, strict=True)
         )
-        return gradients[0] if len(inputs) == 1 else gradients
+        return gradients[0] if alone else gradients
 
     function.vjp(slope)
     result: mx.array = function(*inputs)
