@@ -19,10 +19,6 @@ from mlxdiff.training import folders, networks
 from mlxdiff.training.data import Batch
 from mlxdiff.weights.tensors import write_safetensors
 
-FORMS = ("diffusers", "a1111")
-"""diffusers: the tensor is named after the word. a1111: it is ``emb_params``, and the name of the
-file is the word. SDXL's ``clip_l`` and ``clip_g`` are the same in both."""
-
 _PARTS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 
@@ -85,7 +81,8 @@ class Embedding:
         model: with the word (``with_word``).
         word: as prompts have it.
         vectors: what it means before training.
-        form: one of FORMS.
+        form: diffusers: the tensor is named after the word; a1111: it is ``emb_params``, and the
+            name of the file is the word. SDXL's ``clip_l`` and ``clip_g`` are the same in both.
     """
 
     kind = "embedding"
