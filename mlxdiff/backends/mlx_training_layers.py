@@ -97,14 +97,16 @@ def _apply(forward: Forward, backward: Backward, *inputs: mx.array) -> mx.array:
     """
 
     def run(*arrays: mx.array) -> mx.array:
-        return mx.array(forward(*map(_numpy, arrays)))
+        with np.errstate(over="ignore", invalid="ignore"):  # the loop looks at the loss
+            return mx.array(forward(*map(_numpy, arrays)))
 
     function: Any = mx.custom_function(run)
     alone = len(inputs) == 1  # MLX keeps the functions with the result: they must hold no arrays
 
     def slope(primals: Any, cotangent: mx.array, out: mx.array) -> Any:
         primals = (primals,) if alone else tuple(primals)
-        found = backward(*map(_numpy, primals), _numpy(out), _numpy(cotangent))
+        with np.errstate(over="ignore", invalid="ignore"):
+            found = backward(*map(_numpy, primals), _numpy(out), _numpy(cotangent))
         gradients = tuple(
             mx.zeros_like(x)
             if part is None

@@ -26,9 +26,6 @@ from mlxdiff.training.process import Draws, Process, draw
 from mlxdiff.training.state import State
 
 Arrays = dict[str, mx.array]
-RESULT = "result"
-"""Name of what is trained in the folder of a run."""
-
 _KEPT_KINDS = ("lora", "embedding")  # small: their results at every saved step are kept
 
 
@@ -296,6 +293,7 @@ def train(
     process: Process,
     options: TrainOptions,
     folder: Path,
+    result: Path,
     *,
     facts: Mapping[str, Any] | None = None,
     validate: Callable[[dict[str, np.ndarray], int], None] | None = None,
@@ -307,7 +305,8 @@ def train(
     Args:
         task, data, process: what is trained, on what, with what noise.
         options: how.
-        folder: of the run; it is made. It gets the result, the state, a log and a plot.
+        folder: of the run; it is made. It gets the state, a log and a plot.
+        result: where what was trained is written, without ending.
         facts: about the run, for the metadata of the result.
         validate: draws pictures with the parameters of a step.
         progress: called after each step with the line of the log.
@@ -357,7 +356,7 @@ def train(
     files: list[Path] = []
     loss = math.nan
     if log is not None:
-        files = task.save(trainer.result(), folder / RESULT, {**told, "steps": options.steps})
+        files = task.save(trainer.result(), result, {**told, "steps": options.steps})
         files.append(log.plot(f"{folder.name}: loss"))
         last = [line["loss"] for line in log.lines[-max(1, len(log.lines) // 10) :]]
         loss = float(np.mean(last)) if last else math.nan

@@ -245,11 +245,17 @@ class TrainOptions(Options):
         help="Say how many steps, how much memory and about how much time it takes; train nothing.",
     )
     resume: Flag = _output(
-        "--resume", default=False, help="Go on with the run in the output folder."
+        "--resume",
+        default=False,
+        help="Go on from the last saved state; start where there is none.",
     )
-    force: Flag = _output("--force", default=False, help="Replace the run in the output folder.")
+    force: Flag = _output("--force", default=False, help="Replace what is there.")
     output: File | None = _output(
-        "-o", "--output", metavar="FOLDER", help="Folder of the run. Default: named after FOLDER."
+        "-o",
+        "--output",
+        metavar="OUT",
+        help="What to write. State, log and plot go into the folder OUT-training beside it. "
+        "Default: named after FOLDER.",
     )
 
 
@@ -284,7 +290,7 @@ class DataOptions(Options):
     cache: File | None = _data(
         "--cache",
         metavar="FOLDER",
-        help="Where encoded pictures and captions are kept. Default: in the output folder.",
+        help="Where encoded pictures and captions are kept. Default: in OUT-training.",
     )
 
 

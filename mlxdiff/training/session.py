@@ -34,11 +34,13 @@ class Session:
     Attributes:
         pipe: the model that training starts from; None: it starts from nothing.
         options: with every default filled in.
-        folder: of the run.
+        result: where what was trained will be, without ending.
+        folder: of the run: state, log, plot, cache.
     """
 
     pipe: Pipeline | None
     options: TrainOptions
+    result: Path
     folder: Path
     _temporary: tempfile.TemporaryDirectory[str] = field(
         default_factory=lambda: tempfile.TemporaryDirectory(prefix="mlxdiff-"), repr=False
@@ -97,6 +99,7 @@ class Session:
             process,
             o,
             self.folder,
+            self.result,
             facts=facts,
             validate=validate,
             progress=progress,
@@ -126,20 +129,32 @@ class Validation:
 
 
 def begin(
-    source: Path, model: ModelOptions | None, options: TrainOptions, suffix: str, **loading: Any
+    source: Path,
+    model: ModelOptions | None,
+    options: TrainOptions,
+    suffix: str,
+    ending: str = "",
+    **loading: Any,
 ) -> Session:
-    """Open the model, check the machine, and find the folder of the run.
+    """Open the model, check the machine, and find the places of the result and of the run.
 
     Args:
-        source: folder of pictures, after which the run is named.
+        source: folder of pictures, after which the result is named.
         model: the model to start from; None: from nothing.
         options: of training.
-        suffix: of the folder's name: what is trained.
+        suffix: of the result's name: what is trained.
+        ending: of the result; "": it is a folder.
         loading: other arguments of ``mlxdiff.load``.
     Raises: UsageError, and the errors of ``mlxdiff.load``.
     """
-    folder = Path(options.output or f"{source.resolve().name}-{suffix}")
-    _check_folder(folder, options)
+    if not source.is_dir():
+        raise UsageError(f"{source}: there is no such folder; give a folder of pictures")
+    name = options.output or f"{source.resolve().name}-{suffix}{ending}"
+    if not name.endswith(ending):
+        raise UsageError(f"output is {name!r}; expected a name that ends in {ending}")
+    result = Path(name.removesuffix(ending))
+    folder = result.with_name(f"{result.name}-training")
+    _check_new(Path(name), folder, options)
     gpu = MLXBackend.has_gpu()
     dtype = options.dtype
     if dtype in (None, "auto"):
@@ -158,22 +173,23 @@ def begin(
             low_memory=True,
             **loading,
         )
-    return Session(pipe, replace(options, dtype=dtype), folder)
+    return Session(pipe, replace(options, dtype=dtype), result, folder)
 
 
-def _check_folder(folder: Path, options: TrainOptions) -> None:
-    """Check that a run may be written there; with --force, remove the one that is there."""
+def _check_new(result: Path, folder: Path, options: TrainOptions) -> None:
+    """Check that a run may be written there; with --force, forget the one that is there."""
     if options.resume and options.force:
         raise UsageError("--resume and --force are both given; give one")
-    runs = [path for path in (folder / state.FILE, folder / log.FILE) if os.path.lexists(path)]
-    if not runs or options.resume or options.dry_run:
+    run = [path for path in (folder / state.FILE, folder / log.FILE) if os.path.lexists(path)]
+    there = run + [path for path in (result,) if os.path.lexists(path)]
+    if not there or options.resume or options.dry_run:
         return
     if not options.force:
         raise UsageError(
-            f"{folder} holds a run already; go on with --resume, replace it with --force, or give "
-            "another folder with --output"
+            f"{there[0]} already exists; go on with --resume, replace it with --force, or give "
+            "another name with --output"
         )
-    for path in runs:
+    for path in run:
         path.unlink()
 
 

@@ -30,7 +30,7 @@ def train_embedding(folder: str | Path, **given: Any) -> Done:
     word = (options.word or "").strip()
     if not word or len(word.split()) > 1:
         raise UsageError("no word to teach: give one without spaces (--word '<robot>')")
-    opened = session.begin(Path(folder), options, options, "embedding")
+    opened = session.begin(Path(folder), options, options, "embedding", ".safetensors")
     assert opened.pipe is not None
     plain = check_trainable(opened.pipe.model)
     vectors = embedding.first_vectors(plain, options.init_word, options.vectors, options.seed)

@@ -50,7 +50,7 @@ def train_lora(folder: str | Path, **given: Any) -> Done:
     """
     options = make(TrainLoraOptions, given)
     say = options.say or (lambda line: None)
-    opened = session.begin(Path(folder), options, options, "lora")
+    opened = session.begin(Path(folder), options, options, "lora", ".safetensors")
     assert opened.pipe is not None
     model = check_trainable(opened.pipe.model)
     process = Process.from_config(model.source.scheduler_config)
