@@ -492,9 +492,15 @@ def _time_ids(one: Example, each: Cut) -> tuple[int, ...]:
 
 
 def _multiple(width: int, height: int, factor: int) -> int:
-    """Return what the sides of buckets are multiples of: 8 latents, or fewer for an odd size."""
-    latents = next((n for n in (8, 4, 2) if width % (n * factor) == height % (n * factor) == 0), 1)
-    return latents * factor
+    """Return what the sides of buckets are multiples of, in pixels.
+
+    8 latents, as all public tools have it, or fewer for a small size, which would have no buckets.
+    """
+    for latents in (8, 4, 2):
+        multiple = latents * factor
+        if width % multiple == height % multiple == 0 and min(width, height) >= 8 * multiple:
+            return multiple
+    return factor
 
 
 def _as_many(pictures: Pictures, count: int) -> Iterator[Picture]:

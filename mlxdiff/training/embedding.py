@@ -45,7 +45,6 @@ def first_vectors(
         else:
             tokenizer = model.source.tokenizer(name.replace("text_encoder", "tokenizer"))
             ids = tokenizer.encode(start, pad=False)
-            ids = [i for i in ids if i not in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
             if not ids:
                 raise UsageError(f"init_word is {start!r}; expected a word of the model's language")
             rows = table[[ids[i % len(ids)] for i in range(count)]]

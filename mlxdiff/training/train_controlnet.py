@@ -12,6 +12,7 @@ from mlxdiff.errors import UsageError
 from mlxdiff.loading import load
 from mlxdiff.networks.params import expected_parameters
 from mlxdiff.run.table import make
+from mlxdiff.store.folder import check_dest
 from mlxdiff.training import plan, session
 from mlxdiff.training.controlnet import TrainControlNet
 from mlxdiff.training.data import LatentData, open_data
@@ -44,6 +45,7 @@ def train_controlnet(folder: str | Path, **given: Any) -> Done:
             "draw with mlxdiff generate --controlnet"
         )
     opened = session.begin(Path(folder), options, options, "controlnet")
+    check_dest(opened.result, force=True)  # before any work
     assert opened.pipe is not None
     model = check_trainable(opened.pipe.model)
     data = open_data(

@@ -10,6 +10,7 @@ from mlxdiff.errors import UsageError
 from mlxdiff.loading import load
 from mlxdiff.networks.params import expected_parameters
 from mlxdiff.run.table import make
+from mlxdiff.store.folder import check_dest
 from mlxdiff.training import plan, session
 from mlxdiff.training.data import open_data
 from mlxdiff.training.finetune import Finetune
@@ -36,6 +37,7 @@ def train_finetune(folder: str | Path, **given: Any) -> Done:
             "it out, or train a LoRA"
         )
     opened = session.begin(Path(folder), options, options, "finetune")
+    check_dest(opened.result, force=True)  # before any work
     assert opened.pipe is not None
     model = check_trainable(opened.pipe.model)
     data = open_data(
