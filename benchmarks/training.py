@@ -52,8 +52,8 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
 
     import mlxdiff
     from mlxdiff.training.data import Batch, Data, Text
-    from mlxdiff.training.lora import LoRA
     from mlxdiff.training.loop import Trainer
+    from mlxdiff.training.lora import LoRA
     from mlxdiff.training.options import LoraOptions, TrainOptions
     from mlxdiff.training.process import Process
 

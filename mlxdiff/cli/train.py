@@ -9,6 +9,10 @@ import click
 # name -> module with a click command of the same name, one-line help.
 COMMANDS = {
     "lora": ("mlxdiff.cli.train_lora", "A LoRA: a style or a subject, in a small file."),
+    "embedding": ("mlxdiff.cli.train_commands", "A word of your own (textual inversion)."),
+    "controlnet": ("mlxdiff.cli.train_commands", "A ControlNet: pictures that follow a picture."),
+    "unconditional": ("mlxdiff.cli.train_commands", "A new model of pixels, from scratch."),
+    "finetune": ("mlxdiff.cli.train_commands", "All weights of a small model."),
 }
 
 

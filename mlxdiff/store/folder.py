@@ -670,8 +670,8 @@ def check_dest(dest: str | os.PathLike[str], force: bool) -> None:
         or not (any((dest / name).is_file() for name in _OURS) or not any(dest.iterdir()))
     ):
         raise UsageError(
-            f"{dest} is not a folder that mlxdiff wrote, so it is not replaced; remove it yourself, or give "
-            "another name"
+            f"{dest} is not a folder that mlxdiff wrote, so it is not replaced; remove it "
+            "yourself, or give another name"
         )
 
 

@@ -72,7 +72,7 @@ class TrainControlNet:
         tensors = model.source.tensors("unet")
         unet = {name: np.asarray(tensor.read(), np.float32) for name, tensor in tensors.items()}
         self._first = fresh.controlnet(config, unet, seed, images)
-        self._net = networks.build(config)
+        self._net: Any = networks.build(config)
         self._unet = networks.load(model, "unet")
 
     def parameters(self) -> dict[str, mx.array]:
@@ -88,6 +88,7 @@ class TrainControlNet:
             net.put(name, value)
         told = networks.conditions(batch)
         states = told.pop("encoder_hidden_states")
+        assert batch.hint is not None
         image = net.embed_image(mx.array(batch.hint))
         temb = Condition(net.embed(timesteps, **told))
         added = net.predict(noisy, temb, net.read(states), image)

@@ -107,12 +107,7 @@ class Data:
         sources: name of each file -> sha256.
         classes: names of the classes; the place of a name is its label.
         notes: what the user should know, a line each.
-        empty: the empty caption (B = 1), for dropping captions; None without text.
-        empty_tokens: the same where tokens are given.
     """
-
-    empty: Text | None = None
-    empty_tokens: dict[str, np.ndarray] | None = None
 
     def __init__(
         self,
@@ -162,6 +157,16 @@ class Data:
     def batches(self, size: int) -> int:
         """Return how many batches an epoch has, on average and at least 1."""
         return max(1, round(self.size / size))
+
+    @property
+    def empty(self) -> Text | None:
+        """The empty caption (B = 1), for dropping captions; None without text."""
+        return None
+
+    @property
+    def empty_tokens(self) -> dict[str, np.ndarray] | None:
+        """The same where tokens are given."""
+        return None
 
     @abstractmethod
     def batch_shape(self, size: int) -> tuple[int, int, int, int]:
@@ -230,10 +235,22 @@ class LatentData(Data):
             **backend,
             "text": [digest_of(model.source, name) for name in model.texts.names],
         }
-        if tokens:
-            self.empty_tokens = self._ids("")
-        else:
-            self.empty = self._empty()
+
+    @property
+    def empty(self) -> Text | None:
+        """What guidance compares with when the model draws without a negative prompt."""
+        if self._tokens:
+            return None
+        found = self._text("")
+        if not self._model.zeros_for_empty_prompt:
+            return found
+        pooled = None if found.pooled is None else np.zeros_like(found.pooled)
+        return Text(np.zeros_like(found.states), pooled)
+
+    @property
+    def empty_tokens(self) -> dict[str, np.ndarray] | None:
+        """The empty caption's tokens (B = 1)."""
+        return self._ids("") if self._tokens else None
 
     def batch_shape(self, size: int) -> tuple[int, int, int, int]:
         bucket, factor = self._largest(), self._factor
@@ -241,8 +258,16 @@ class LatentData(Data):
         return size, bucket.height // factor, bucket.width // factor, channels
 
     def prepare(self, progress: Progress = lambda done, total, name: None) -> None:
-        super().prepare(progress)
-        for name in ("vae", *(() if self._tokens else self._model.texts.names)):
+        """See ``Data.prepare``. One encoder is in memory at a time."""
+        captions = sorted({"", *(one.picture.caption for one in self.examples)})
+        captions = [] if self._tokens else captions
+        total = len(self.examples) + len(captions)
+        super().prepare(lambda done, _, name: progress(done, total, name))
+        self._model.cache.release(Network("vae"))
+        for done, caption in enumerate(captions, len(self.examples) + 1):
+            self._text(caption)
+            progress(done, total, caption)
+        for name in self._model.texts.names:
             self._model.cache.release(Network(name))
 
     def _prepare(self, one: Example, each: Cut) -> None:
@@ -250,8 +275,6 @@ class LatentData(Data):
         key = self._latents_key(one, each)
         if key not in self._cache:
             self._cache.put(key, self._encode(one, each))
-        if not self._tokens:
-            self._text(one.picture.caption)
         if one.hint is not None:
             self._hint(one, each)
 
@@ -305,14 +328,6 @@ class LatentData(Data):
             found = self._model.encode_prompt(caption, guided=False)
         states, pooled = found.prompt_embeds, found.pooled_prompt_embeds
         return {"states": states} | ({} if pooled is None else {"pooled": pooled})
-
-    def _empty(self) -> Text:
-        """Return what guidance compares with when the model draws without a negative prompt."""
-        found = self._text("")
-        if not self._model.zeros_for_empty_prompt:
-            return found
-        pooled = None if found.pooled is None else np.zeros_like(found.pooled)
-        return Text(np.zeros_like(found.states), pooled)
 
     def _ids(self, caption: str) -> dict[str, np.ndarray]:
         return {
@@ -492,9 +507,15 @@ def _time_ids(one: Example, each: Cut) -> tuple[int, ...]:
 
 
 def _multiple(width: int, height: int, factor: int) -> int:
-    """Return what the sides of buckets are multiples of: 8 latents, or fewer for an odd size."""
-    latents = next((n for n in (8, 4, 2) if width % (n * factor) == height % (n * factor) == 0), 1)
-    return latents * factor
+    """Return what the sides of buckets are multiples of, in pixels.
+
+    8 latents, as all public tools have it, or fewer for a small size, which would have no buckets.
+    """
+    for latents in (8, 4, 2):
+        multiple = latents * factor
+        if width % multiple == height % multiple == 0 and min(width, height) >= 8 * multiple:
+            return multiple
+    return factor
 
 
 def _as_many(pictures: Pictures, count: int) -> Iterator[Picture]:

@@ -19,10 +19,6 @@ from mlxdiff.training import folders, networks
 from mlxdiff.training.data import Batch
 from mlxdiff.weights.tensors import write_safetensors
 
-FORMS = ("diffusers", "a1111")
-"""diffusers: the tensor is named after the word. a1111: it is ``emb_params``, and the name of the
-file is the word. SDXL's ``clip_l`` and ``clip_g`` are the same in both."""
-
 _PARTS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 
@@ -38,7 +34,7 @@ def first_vectors(
         seed: of the random vectors.
     Raises: UsageError if ``start`` is no text.
     """
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for name in model.texts.names:
         tensors = model.source.tensors(name)
         (key,) = (k for k in tensors if k.endswith("token_embedding.weight"))
@@ -49,7 +45,6 @@ def first_vectors(
         else:
             tokenizer = model.source.tokenizer(name.replace("text_encoder", "tokenizer"))
             ids = tokenizer.encode(start, pad=False)
-            ids = [i for i in ids if i not in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
             if not ids:
                 raise UsageError(f"init_word is {start!r}; expected a word of the model's language")
             rows = table[[ids[i % len(ids)] for i in range(count)]]
@@ -69,12 +64,12 @@ def with_word(model: LatentModel, word: str, vectors: Mapping[str, np.ndarray]) 
 
 def check_captions(captions: Sequence[str], word: str) -> None:
     """Check that each caption has the word. Raises: UsageError that counts those without."""
-    without = [caption for caption in captions if word not in caption.split()]
+    without = [caption for caption in captions if word not in caption]
     if without:
         raise UsageError(
             f"{len(without)} of {len(captions)} captions do not have the word {word!r} "
-            f"({without[0]!r}, for example); write it into each, between spaces, or leave captions "
-            f"out and give one for all (--caption 'a picture of {word}')"
+            f"({without[0]!r}, for example); write it into each, or leave captions out "
+            f"and give one for all (--caption 'a picture of {word}')"
         )
 
 
@@ -85,7 +80,8 @@ class Embedding:
         model: with the word (``with_word``).
         word: as prompts have it.
         vectors: what it means before training.
-        form: one of FORMS.
+        form: diffusers: the tensor is named after the word; a1111: it is ``emb_params``, and the
+            name of the file is the word. SDXL's ``clip_l`` and ``clip_g`` are the same in both.
     """
 
     kind = "embedding"
@@ -107,8 +103,7 @@ class Embedding:
     ) -> mx.array:
         """Read the captions with these vectors, then run the U-Net."""
         text = networks.encode(self._source, self._encoders, batch.tokens or {}, parameters)
-        told = networks.conditions(batch, text)
-        found: mx.array = self._unet(noisy, timesteps, **told)
+        found: mx.array = self._unet(noisy, timesteps, **networks.conditions(batch, text))
         return found
 
     def save(
@@ -119,8 +114,8 @@ class Embedding:
         if len(parameters) > 1:
             named = {_PARTS[name]: rows for name, rows in parameters.items()}
         else:
-            key = self._word if self._form == "diffusers" else "emb_params"
-            named = {key: rows for rows in parameters.values()}
+            (rows,) = parameters.values()
+            named = {self._word if self._form == "diffusers" else "emb_params": rows}
         told = {"format": "pt", "modelspec.title": self._word, **networks.strings(facts)}
         with temporary_file(place.parent) as (temporary, _):
             write_safetensors(temporary, folders.lazy(named), "float32", metadata=told)

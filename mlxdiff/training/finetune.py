@@ -21,7 +21,7 @@ class Finetune:
 
     def __init__(self, model: LatentModel) -> None:
         self._source = model.source
-        self._unet = networks.load(model, "unet")
+        self._unet = networks.load(model, "unet", all_trained=True)
 
     def parameters(self) -> dict[str, mx.array]:
         """Return the weights that training begins with."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from mlxdiff.convert.export import in_pytorch, write_diffusers
-from mlxdiff.errors import UsageError
 from mlxdiff.networks.params import check_parameters
 from mlxdiff.store.folder import TRAINED, ModelSource, json_bytes, new_folder
 from mlxdiff.weights.tensors import LazyTensor, write_safetensors
@@ -105,18 +103,6 @@ def write_network(
         (folder / "config.json").write_bytes(json_bytes(dict(config)))
         (folder / TRAINED).write_bytes(json_bytes(dict(facts)))
         (folder / CARD).write_text(card, encoding="utf-8")
-
-
-def check_new(dest: str | os.PathLike[str], resume: bool, force: bool) -> None:
-    """Check, before any work, that a result may be written there.
-
-    Raises: UsageError if something lies there, unless this run goes on or may replace it.
-    """
-    if not os.path.lexists(dest) or resume or force:
-        return
-    raise UsageError(
-        f"{dest} already exists; give another name, go on with --resume, or replace it with --force"
-    )
 
 
 def model_card(title: str, lines: list[str], facts: Mapping[str, Any]) -> str:

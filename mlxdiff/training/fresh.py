@@ -87,8 +87,8 @@ def _awaken(weights: dict[str, np.ndarray], images: np.ndarray, seed: int) -> No
     """Give the layers that see the control image unit variance, one after the other.
 
     Control images are mostly black. With torch's first weights their signal fades at every layer,
-    and the layer that joins it to the U-Net has nothing to learn from (Mishkin and Matas 2016 start
-    from orthogonal matrices, and divide each by the deviation of its output).
+    and the layer that joins it to the U-Net has nothing to learn from. So each layer is divided by
+    the deviation of its output (Mishkin and Matas 2016).
     """
     layers = sorted(
         {name.rpartition(".")[0] for name in weights if name.startswith(_HINT)},
@@ -98,9 +98,7 @@ def _awaken(weights: dict[str, np.ndarray], images: np.ndarray, seed: int) -> No
     for layer in layers:
         shape = weights[f"{layer}.weight"].shape
         rng = np.random.default_rng((seed, zlib.crc32(layer.encode())))
-        q, r = np.linalg.qr(rng.standard_normal((max(shape[0], math.prod(shape[1:])), shape[0])))
-        matrix = (q * np.sign(np.diag(r))).T[:, : math.prod(shape[1:])]
-        kernel = matrix.reshape(shape).astype(np.float32)
+        kernel = rng.standard_normal(shape, np.float32)
         stride = 2 if layer.rpartition(".")[2] in _HALVING else 1
         y = _convolved(x, kernel, stride)
         kernel /= max(float(y.std()), 1e-6)

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from mlxdiff.run import values
 from mlxdiff.run.options import DType, File, Flag, Place, Positive, Quantization, Scale, Text, Whole
 from mlxdiff.run.table import Options, option
 from mlxdiff.training.data_buckets import CROPS
 from mlxdiff.training.optimizers import OPTIMIZERS, SCHEDULES
+from mlxdiff.training.process import PREDICTIONS
 
 SECTIONS = (
     "Model",
@@ -36,6 +37,52 @@ SECTIONS = (
 TARGETS = ("attention", "transformer", "all")
 FORMS = ("diffusers", "kohya", "both")
 
+WORD_FORMS = ("diffusers", "a1111")
+BETAS: dict[str, dict[str, Any]] = {
+    "linear": {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
+    "scaled-linear": {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+    },
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+}
+"""Noise schedules of new models: Ho et al. 2020, Rombach et al. 2022, Nichol and Dhariwal 2021."""
+
+
+@dataclass(frozen=True)
+class Square(values.Numbers):
+    """Two numbers; one stands for both."""
+
+    def accept(self, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = (value, value)
+        return super().accept(value)
+
+    def parse(self, word: str) -> Any:
+        return super().parse(f"{word}x{word}" if word.isdecimal() else word)
+
+
+@dataclass(frozen=True)
+class Channels(values.Anything):
+    """Channels of each level of a network, such as 64,128,128."""
+
+    expected = "one to six whole numbers of at least 4, such as 64,128,128"
+    metavar = "N,N,..."
+
+    def accept(self, value: Any) -> Any:
+        fits = isinstance(value, (tuple, list)) and 1 <= len(value) <= 6
+        if not fits or not all(type(one) is int and 4 <= one <= 8192 for one in value):
+            raise values.Unfit(value, self.expected)
+        return tuple(value)
+
+    def parse(self, word: str) -> Any:
+        try:
+            return self.accept([int(part) for part in word.split(",")])
+        except ValueError:
+            raise values.Unfit(word, self.expected) from None
+
+
 Rate = Annotated[float, values.Number(above=0, words="a number above 0, such as 1e-4")]
 Share = Annotated[float, values.Number(least=0, most=1)]
 Above = Annotated[float, values.Number(above=0)]
@@ -44,7 +91,11 @@ Schedule = Annotated[str, values.Choice(SCHEDULES)]
 Targets = Annotated[str, values.Choice(TARGETS)]
 Form = Annotated[str, values.Choice(FORMS)]
 Crop = Annotated[str, values.Choice(CROPS)]
-Size = Annotated[tuple[int, int], values.Numbers("WxH", values.Whole(least=8))]
+Size = Annotated[tuple[int, int], Square("WxH", values.Whole(least=8))]
+Levels = Annotated[tuple[int, ...], Channels()]
+Noise = Annotated[str, values.Choice(tuple(BETAS))]
+Prediction = Annotated[str, values.Choice(PREDICTIONS)]
+WordForm = Annotated[str, values.Choice(WORD_FORMS)]
 Prompts = Annotated[str | Sequence[str], values.Each(values.Text())]
 
 _model = partial(option, section="Model", key=None)
@@ -55,6 +106,9 @@ _machine = partial(option, section="Machine", key=None)
 _checks = partial(option, section="Checks", key=None)
 _output = partial(option, section="Output", key=None)
 _lora = partial(option, section="LoRA", key=None)
+_word = partial(option, section="Word", key=None)
+_control = partial(option, section="ControlNet", key=None)
+_network = partial(option, section="Network", key=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,6 +350,153 @@ class TrainLoraOptions(LoraOptions, TrainOptions, PriorOptions, DataOptions, Mod
     """All options of ``mlxdiff train lora``."""
 
     taken_by: ClassVar[str] = "mlxdiff.training.train_lora"
+
+    say: Callable[[str], None] | None = option(
+        key=None, doc="called with lines about the progress."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordOptions(Options):
+    """Options of ``mlxdiff train embedding`` alone."""
+
+    word: Text | None = _word(
+        "--word",
+        help="The word to teach, as prompts will have it, such as <robot>. It must be in every "
+        "caption.",
+        elsewhere="placeholder_token",
+    )
+    init_word: Text | None = _word(
+        "--init-word",
+        metavar="TEXT",
+        help="Start from the meaning of this text, such as: toy. Default: from a random vector.",
+        elsewhere="initializer_token",
+    )
+    vectors: Annotated[int, values.Whole(least=1, most=75)] = _word(
+        "--vectors",
+        default=1,
+        metavar="N",
+        help="Vectors that the word stands for: each takes a token of the prompt. Default: 1.",
+        elsewhere="num_vectors",
+    )
+    form: WordForm = _word(
+        "--form",
+        default="diffusers",
+        help="diffusers (default): the file holds the word. a1111: the file's name is the word.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlOptions(Options):
+    """Options of ``mlxdiff train controlnet`` alone."""
+
+    control: File | None = _control(
+        "--control",
+        help="Control images: made by edges, grey or tile; or metadata, those that metadata.jsonl "
+        "names as conditioning_image; or a folder with a picture of the same name for each.",
+        elsewhere="conditioning_data_dir",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions(Options):
+    """The new model of ``mlxdiff train unconditional``."""
+
+    channels: Levels = _network(
+        "--channels",
+        default=(64, 128, 128),
+        help="Channels of each level; each after the first has half the side of the one before. "
+        "Default: 64,128,128.",
+        elsewhere="block_out_channels",
+    )
+    layers: Annotated[int, values.Whole(least=1, most=8)] = _network(
+        "--layers",
+        default=2,
+        help="Blocks of each level. Default: 2.",
+        elsewhere="layers_per_block",
+    )
+    attention: Whole = _network(
+        "--attention",
+        default=16,
+        metavar="SIDE",
+        help="Self-attention at levels of this side, in pixels, or less. Default: 16.",
+    )
+    noise: Noise = _network(
+        "--noise",
+        default="linear",
+        help="Noise schedule: linear (default, Ho et al.), scaled-linear (Stable Diffusion) or "
+        "cosine (better for small pictures).",
+        elsewhere="beta_schedule",
+    )
+    prediction_type: Prediction = _network(
+        "--prediction-type",
+        default="epsilon",
+        help="What the network learns to predict: epsilon (default, the noise), v_prediction or "
+        "sample.",
+    )
+    classes: Flag = _network(
+        "--classes", default=False, help="Each sub-folder is a class; draw one with --label."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelOptions(Options):
+    """The pictures of ``mlxdiff train unconditional``."""
+
+    resolution: Size | None = _data(
+        "--resolution",
+        metavar="WxH",
+        help="Size of the model's pictures, as WIDTHxHEIGHT or one number. Default: 64.",
+    )
+    crop: Crop = _data(
+        "--crop",
+        default="center",
+        help="Where a picture is cut that is wider or taller: center (default) or random.",
+    )
+    flip: Flag = _data("--flip", default=False, help="Mirror half of the pictures.")
+    skip_faulty: Flag = _data(
+        "--skip-faulty", default=False, help="Leave out pictures that cannot be used."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainEmbeddingOptions(WordOptions, TrainOptions, DataOptions, ModelOptions):
+    """All options of ``mlxdiff train embedding``."""
+
+    taken_by: ClassVar[str] = "mlxdiff.training.train_embedding"
+
+    say: Callable[[str], None] | None = option(
+        key=None, doc="called with lines about the progress."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainControlNetOptions(ControlOptions, TrainOptions, DataOptions, ModelOptions):
+    """All options of ``mlxdiff train controlnet``."""
+
+    taken_by: ClassVar[str] = "mlxdiff.training.train_controlnet"
+
+    say: Callable[[str], None] | None = option(
+        key=None, doc="called with lines about the progress."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFinetuneOptions(TrainOptions, DataOptions, ModelOptions):
+    """All options of ``mlxdiff train finetune``."""
+
+    taken_by: ClassVar[str] = "mlxdiff.training.train_finetune"
+
+    say: Callable[[str], None] | None = option(
+        key=None, doc="called with lines about the progress."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainUnconditionalOptions(NetworkOptions, TrainOptions, PixelOptions):
+    """All options of ``mlxdiff train unconditional``."""
+
+    taken_by: ClassVar[str] = "mlxdiff.training.train_unconditional"
 
     say: Callable[[str], None] | None = option(
         key=None, doc="called with lines about the progress."

@@ -70,21 +70,44 @@ def plan(model: LatentModel, data: Data, options: TrainOptions, lora: LoraOption
 
     Raises: UsageError if the memory will not suffice.
     """
-    dtype = options.dtype or "float32"
-    gpu = dtype != "float32"
-    device = Device("mlx", gpu, dtype)
-    shape = data.batch_shape(options.batch)
     names = ("unet", *(model.texts.names if lora.text_encoder else ()))
-    weights = sum(
-        weight_bytes(model.component_of(Network(name)).tensors(), device, keep_stored=True)
-        for name in names
-    )
+    weights = sum(frozen_bytes(model, name, options) for name in names)
     trained = sum(_trained(model, name, lora) for name in names)
+    return expect(model.source.config("unet"), data, options, weights, trained)
+
+
+def frozen_bytes(model: LatentModel, component: str, options: TrainOptions) -> int:
+    """Return the bytes of a component whose weights do not change."""
+    dtype = options.dtype or "float32"
+    device = Device("mlx", dtype != "float32", dtype)
+    tensors = model.component_of(Network(component)).tensors()
+    return weight_bytes(tensors, device, keep_stored=True)
+
+
+def expect(
+    config: Any,
+    data: Data,
+    options: TrainOptions,
+    weights: int,
+    trained: int,
+    checkpointing: bool | None = None,
+) -> Plan:
+    """Work out what any training of a U-Net will take.
+
+    Args:
+        config: of the U-Net.
+        weights: bytes of the frozen weights.
+        trained: number of values that are trained.
+        checkpointing: whether blocks are computed again; None: as the options say, or if the
+            memory would not suffice.
+    Raises: UsageError if the memory will not suffice.
+    """
+    dtype = options.dtype or "float32"
+    shape = data.batch_shape(options.batch)
     per_value = 4 * (2 + _STATES[options.optimizer] + (1 if options.ema else 0))
-    config = model.source.config("unet")
     kept = {again: activation_bytes(config, shape, SIZES[dtype], again) for again in (False, True)}
     most = memory_bytes()
-    asked = options.checkpointing
+    asked = options.checkpointing if checkpointing is None else checkpointing
     if asked is None:
         needed = weights + trained * per_value + kept[False]
         asked = most is not None and needed > 0.7 * most

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +44,13 @@ class Session:
     options: TrainOptions
     result: Path
     folder: Path
-    _temporary: tempfile.TemporaryDirectory[str] = field(
-        default_factory=lambda: tempfile.TemporaryDirectory(prefix="mlxdiff-"), repr=False
-    )
 
     def cache(self, asked: str | None) -> Path:
         """Return the folder of encoded pictures and captions. A dry run leaves nothing behind."""
         if self.options.dry_run:
-            return Path(self._temporary.name)
+            temporary = tempfile.mkdtemp(prefix="mlxdiff-")
+            atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+            return Path(temporary)
         return self.folder / "cache" if asked is None else Path(asked)
 
     def facts(self, data: Data, **more: Any) -> dict[str, Any]:

@@ -15,18 +15,8 @@ from mlxdiff.store.folder import json_bytes
 from mlxdiff.tokenizer import Tokenizer
 from mlxdiff.training import folders, fresh, networks
 from mlxdiff.training.data import Batch
+from mlxdiff.training.options import BETAS
 from mlxdiff.weights.tensors import LazyTensor
-
-BETAS: dict[str, dict[str, Any]] = {
-    "linear": {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
-    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
-    "scaled-linear": {
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-    },
-}
-"""Noise schedules: Ho et al. 2020, Nichol and Dhariwal 2021, Rombach et al. 2022."""
 
 _GROUPS = (32, 16, 8, 4, 2, 1)
 
@@ -96,7 +86,7 @@ def new_model(
         layers: resnets of each level, on the way down.
         attention: levels of this side, in pixels, or less have self-attention; 0: only the middle.
         classes: number of classes; 0: none.
-        noise: one of BETAS.
+        noise: one of ``options.BETAS``.
         prediction: epsilon, v_prediction or sample.
     Raises: UsageError if the sides cannot be halved that often.
     """
@@ -107,6 +97,7 @@ def new_model(
             f"channels, or sides that are multiples of {halvings}"
         )
     groups = next(n for n in _GROUPS if all(c % n == 0 and c // n >= 2 for c in channels) or n == 1)
+    head = next(n for n in _GROUPS if not any(c % n for c in channels))
     attends = [max(width, height) // 2**level <= attention for level in range(len(channels))]
     unet = {
         "_class_name": "UNet2DModel",
@@ -117,9 +108,7 @@ def new_model(
         "layers_per_block": layers,
         "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
-        "attention_head_dim": next(
-            n for n in (32, 16, 8, 4, 2, 1) if not any(c % n for c in channels)
-        ),
+        "attention_head_dim": head,
         "norm_num_groups": groups,
         "norm_eps": 1e-06,
         "downsample_padding": 1,
