@@ -19,7 +19,9 @@ from mlxdiff.backends.numpy_layers import (
     Conv2d,
     GroupNorm,
     _blocks,
+    _exponentials,
     _for_each,
+    _longest,
     _polynomial,
     _product,
     _rows,
@@ -311,27 +313,30 @@ def attention(
 
     def compute(parts: Sequence[tuple[int, slice]]) -> None:
         first, second = (np.empty((step, keys_length), np.float32) for _ in range(2))
+        # A column of ones beside V: its product with -D is the subtraction of D.
+        values = np.ones((keys_length, head_dim + 1), np.float32)
+        received = np.empty((step, head_dim + 1), np.float32)
         for b, head in parts:
-            keys, values = (np.ascontiguousarray(x[b, :, head]) for x in (k, v))
-            keys_sum, values_sum = np.zeros_like(keys), np.zeros_like(values)
+            keys = np.ascontiguousarray(k[b, :, head])
+            values[:, :-1] = v[b, :, head]
+            longest = _longest(keys)
+            keys_sum, values_sum = np.zeros_like(keys), np.zeros_like(keys)
             for start in range(0, length, step):
                 rows = slice(start, min(start + step, length))
                 size = rows.stop - rows.start
                 queries = q[b, rows, head] * scale
-                received = np.ascontiguousarray(g[b, rows, head])
                 weights = np.matmul(queries, keys.T, out=first[:size])
                 if mask is not None:
                     np.copyto(weights, -np.inf, where=~mask[rows])
-                shared = np.matmul(received, values.T, out=second[:size])
-                expected = np.einsum("nd,nd->n", received, out[b, rows, head])
-                for block in _blocks(size, keys_length):
-                    part, difference = weights[block], shared[block]
-                    part -= part.max(axis=1, keepdims=True)
-                    np.exp(part, out=part)
-                    part /= part.sum(axis=1, keepdims=True)
-                    difference -= expected[block, None]
-                    difference *= part
-                values_sum += weights.T @ received
+                _exponentials(weights, _longest(queries) * longest)
+                # The softmax's denominator divides g and D, not each weight.
+                given, part = received[:size], g[b, rows, head]
+                inverse = 1 / weights.sum(axis=1)
+                np.multiply(part, inverse[:, None], out=given[:, :-1])
+                given[:, -1] = -np.einsum("nd,nd->n", part, out[b, rows, head]) * inverse
+                shared = np.matmul(given, values.T, out=second[:size])
+                shared *= weights
+                values_sum += weights.T @ given[:, :-1]
                 keys_sum += shared.T @ queries
                 np.multiply(shared @ keys, scale, out=dq[b, rows, head])
             dk[b, :, head], dv[b, :, head] = keys_sum, values_sum
