@@ -4,8 +4,9 @@
         [--sides mlxdiff diffusers] [--checkpointing no yes] [--python PYTHON] [--profile]
 
 A LoRA of the attention layers of a full-size U-Net with random weights, float32, AdamW, batch 1.
-Each side runs in a process of its own, one at a time. The first step is not timed. Peak is the
-process's largest resident memory, with all that it imports; beside it stands MLX's own count.
+Each side runs in a process of its own, one at a time. The first step is not timed (with --steps 0 it
+is the only one). Peak is the process's largest resident memory, with all that it imports; beside it
+stands MLX's own count.
 mlxdiff keeps the frozen weights in the file's half precision, and computes in float32.
 
 --python is an interpreter that has torch, diffusers and peft. Nothing is downloaded; the model is
@@ -126,9 +127,10 @@ def theirs(args: argparse.Namespace) -> dict[str, Any]:
 
 def timed(step: Any, count: int, profile: bool) -> dict[str, float]:
     """Run a step once, then ``count`` times; return the least seconds of one, and the peak."""
-    step()
+    if count:
+        step()
     walls, cpus = [], []
-    for _ in range(count):
+    for _ in range(max(1, count)):
         wall, cpu = time.perf_counter(), time.process_time()
         step()
         walls.append(time.perf_counter() - wall)

@@ -291,7 +291,10 @@ class Given(Data):
     def __init__(self, batches: list[dict[str, np.ndarray]]) -> None:
         self.batches_, self.digest, self.size = batches, "given", len(batches)
         self.sources = {}
-        self.empty = Text(np.zeros_like(batches[0]["text"][:1]), None) if batches else None
+
+    @property
+    def empty(self) -> Text | None:
+        return Text(np.zeros_like(self.batches_[0]["text"][:1]), None)
 
     def batch(self, index: int, size: int, seed: int) -> Batch:
         found = self.batches_[index % len(self.batches_)]
