@@ -42,7 +42,7 @@ BOUND = 1e-4
 
 @cache
 def golden() -> dict[str, np.ndarray]:
-    return dict(np.load(GOLDEN / "training.npz"))
+    return cases.unpacked(dict(np.load(GOLDEN / "training.npz")))
 
 
 @cache
@@ -60,18 +60,23 @@ def in_torch(values: Any) -> np.ndarray:
     return array.transpose(0, 3, 1, 2) if array.ndim == 4 else array
 
 
+def distance(name: str, values: Any, summary: np.ndarray) -> float:
+    return cases.distance(name, in_torch(values), summary)
+
+
 def check(prefix: str, found: Mapping[str, Any], strip: str = "") -> None:
     """Compare gradients with the golden ones, all of them."""
     expected = {
-        n.removeprefix(f"{prefix}/"): v for n, v in golden().items() if n.startswith(prefix + "/")
+        n.removeprefix(f"{prefix}/").removeprefix(strip): v
+        for n, v in golden().items()
+        if n.startswith(f"{prefix}/")
     }
     names = {name.removeprefix(strip): values for name, values in found.items()}
     whole = max(float(v[0]) for v in expected.values())
     for name, summary in expected.items():
         if summary[0] < 1e-7 * whole:  # zero but for rounding: a bias before a softmax
             continue
-        short = name.removeprefix("inputs.")
-        assert cases.distance(short, in_torch(names.pop(name)), summary) < BOUND, name
+        assert distance(name.removeprefix("inputs."), names.pop(name), summary) < BOUND, name
     unused = [
         n for n, v in names.items() if float(mx.abs(v).max()) > 1e-5 * whole and n not in expected
     ]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 PROBES = 8
-STEPS = 40  # of the golden LoRA run
+STEPS = 30  # of the golden LoRA run
 RATE = 1e-3
 RANK = 4
 BATCH = 2
@@ -19,6 +19,7 @@ def summary(name: str, values: np.ndarray) -> np.ndarray:
 
     The root mean square of the products of a difference estimates the difference's norm.
     """
+    name = name.removeprefix("text_model.")
     random = np.random.default_rng(zlib.crc32(name.encode()))
     signs = random.integers(0, 2, (PROBES, values.size), dtype=np.int8) * 2 - 1
     flat = values.reshape(-1).astype(np.float64)
@@ -100,3 +101,31 @@ PROCESSES: dict[str, dict[str, Any]] = {
     },
 }
 TIMESTEPS = np.array([0, 1, 250, 601, 998, 999])
+
+
+def packed(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same in few arrays: the summaries of a part are one table, with their names."""
+    parts: dict[str, list[str]] = {}
+    others = {}
+    for name, values in found.items():
+        part, _, own = name.partition("/")
+        if values.shape == (1 + PROBES,):
+            parts.setdefault(part, []).append(own)
+        else:
+            others[name] = values
+    for part, names in parts.items():
+        others[f"{part}//names"] = np.array("\n".join(names))
+        table = [found[f"{part}/{name}"] for name in names]
+        others[f"{part}//table"] = np.array(table, np.float32)
+    return others
+
+
+def unpacked(stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Undo ``packed``."""
+    found = {name: values for name, values in stored.items() if "//" not in name}
+    for name, names in stored.items():
+        part, _, what = name.partition("//")
+        if what == "names":
+            for own, row in zip(str(names).split("\n"), stored[f"{part}//table"], strict=True):
+                found[f"{part}/{own}"] = row
+    return found

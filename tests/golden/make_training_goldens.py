@@ -1,6 +1,6 @@
 """Compute gradients, losses, optimizer steps and a LoRA run with torch, diffusers and PEFT.
 
-    python tests/golden/make_training_goldens.py
+    python tests/golden/make_training_goldens.py [unets others losses steps lora ...]
 
 Of gradients, norms and random products are kept (tests/training_cases.py), of the run its curve and
 its last weights. Needs prodigyopt beside the parity extra.
@@ -114,7 +114,7 @@ def others(found: dict[str, np.ndarray]) -> None:
     hint = {n: p.detach().numpy() for n, p in net.named_parameters() if "cond_embedding" in n}
     for name, values in hint.items():
         found[f"controlnet-first/{name}"] = values
-    plain = UNet2DModel.from_pretrained(HERE / "ddpm" / "checkpoint" / "unet")
+    plain = UNet2DModel.from_pretrained(HERE / "ddpm" / "checkpoint")
     side = plain.config.sample_size
     random = np.random.default_rng(8)
     x = torch_layout(random.standard_normal((2, side, side, 3), np.float32))
@@ -215,42 +215,56 @@ def train(dora: bool, count: int) -> tuple[UNet2DConditionModel, list[float]]:
     return unet, curve
 
 
+def kept_run(found: dict[str, np.ndarray], name: str, dora: bool, count: int) -> dict[str, Any]:
+    unet, curve = train(dora, count)
+    found[f"{name}/curve"] = np.array(curve)
+    state: dict[str, Any] = get_peft_model_state_dict(unet)
+    for key, value in state.items():
+        found[f"{name}/{key}"] = cases.summary(key, value.detach().numpy())
+    return state
+
+
+def dora(found: dict[str, np.ndarray]) -> None:
+    kept_run(found, "dora", True, 12)
+
+
+def lora_200(found: dict[str, np.ndarray]) -> None:
+    kept_run(found, "lora-200", False, 200)
+
+
 def lora(found: dict[str, np.ndarray]) -> None:
-    for name, dora, count in (
-        ("lora", False, cases.STEPS),
-        ("lora-200", False, 200),
-        ("dora", True, 12),
-    ):
-        unet, curve = train(dora, count)
-        found[f"{name}/curve"] = np.array(curve)
-        state = get_peft_model_state_dict(unet)
-        for key, value in state.items():
-            values = value.detach().numpy()
-            found[f"{name}/{key}"] = cases.summary(key, values)
-        if name != "lora":
-            continue
-        # A picture with these weights, drawn by diffusers.
-        with tempfile.TemporaryDirectory() as folder:
-            StableDiffusionPipeline.save_lora_weights(folder, state)
-            pipe = load("sd15", torch.float32)
-            pipe.load_lora_weights(folder)
-            case = {"prompt": "a cat", "steps": 6, "guidance": 5.0, "seed": 3}
-            case |= {"width": 64, "height": 64, "sampler": "dpmpp-2m", "schedule": "normal"}
-            found["lora/latents"], found["lora/image"] = run(pipe, case)
+    state = kept_run(found, "lora", False, cases.STEPS)
+    # A picture with these weights, drawn by diffusers.
+    with tempfile.TemporaryDirectory() as folder:
+        StableDiffusionPipeline.save_lora_weights(folder, state)
+        pipe = load("sd15", torch.float32)
+        pipe.load_lora_weights(folder)
+        case = {"prompt": "a cat", "steps": 6, "guidance": 5.0, "seed": 3}
+        case |= {"width": 64, "height": 64, "sampler": "dpmpp-2m", "schedule": "normal"}
+        found["lora/latents"], found["lora/image"] = run(pipe, case)
+
+
+PARTS = {part.__name__: part for part in (unets, others, losses, steps, lora, dora, lora_200)}
 
 
 def main() -> None:
     warnings.filterwarnings("ignore")
-    torch.manual_seed(0)
-    found: dict[str, np.ndarray] = {}
-    for part in (unets, others, losses, steps, lora):
-        part(found)
-        print(part.__name__, len(found), flush=True)
     target = HERE / "training.npz"
+    chosen = sys.argv[1:] or list(PARTS)
+    found: dict[str, np.ndarray] = {}
+    if len(chosen) < len(PARTS) and target.exists():
+        found = cases.unpacked(dict(np.load(target)))
+    for name in chosen:
+        torch.manual_seed(0)
+        PARTS[name](found)
+        print(name, len(found), flush=True)
     # Summaries are small; float32 holds products to 1e-7 of the norm.
     np.savez_compressed(
         target,
-        **{n: v.astype(np.float32) if v.dtype == np.float64 else v for n, v in found.items()},
+        **{
+            name: values.astype(np.float32) if values.dtype == np.float64 else values
+            for name, values in cases.packed(found).items()
+        },
     )
     print(target.stat().st_size, "bytes")
 
