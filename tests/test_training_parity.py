@@ -60,8 +60,8 @@ def theirs(pipe: Any, prompt: str = PROMPT, **more: Any) -> np.ndarray:
 
 
 def ours(pipe: Any, prompt: str = PROMPT, **more: Any) -> np.ndarray:
-    told = {"steps": STEPS, "guidance": GUIDANCE, "sampler": "ddim", "seed": 3}
-    found: np.ndarray = pipe.generate(prompt, width=64, height=64, **told, **more).latents
+    told = {"sampler": "ddim", "schedule": "normal", "steps": STEPS, "guidance": GUIDANCE}
+    found: np.ndarray = pipe.generate(prompt, width=64, height=64, seed=3, **told, **more).latents
     return found
 
 

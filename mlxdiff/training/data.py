@@ -225,12 +225,11 @@ class LatentData(Data):
         tokens: bool,
         **more: Any,
     ) -> None:
-        rules = {"tokens": tokens, "family": model.source.family}
-        super().__init__(examples, rules, **more)
-        self._model, self._cache, self._tokens = model, cache, tokens
-        self._factor = model.vae_config.factor
         backend = {"backend": model.backend.name, "dtype": model.backend.dtype}
         self._vae = {**backend, "vae": digest_of(model.source, "vae")}
+        super().__init__(examples, {"tokens": tokens, **self._vae}, **more)
+        self._model, self._cache, self._tokens = model, cache, tokens
+        self._factor = model.vae_config.factor
         self._encoders = {
             **backend,
             "text": [digest_of(model.source, name) for name in model.texts.names],

@@ -11,7 +11,7 @@ from mlxdiff.training.data import Data
 from mlxdiff.training.loop import Task
 from mlxdiff.training.plan import Plan
 from mlxdiff.training.process import Process
-from mlxdiff.training.session import Progress, Session
+from mlxdiff.training.session import Encoding, Progress, Session
 from mlxdiff.training.train_lora import Done
 
 Say = Callable[[str], None]
@@ -46,7 +46,7 @@ def run(
     if opened.options.dry_run:
         return Done(expected, None)
     say(f"{data.size} pictures, {opened.options.steps} steps")
-    data.prepare(lambda done, total, name: say(f"encoding {name} ({done} of {total})"))
+    data.prepare(Encoding(say))
     if opened.pipe is not None:
         opened.pipe.model.cache.release_all()
     report = opened.train(

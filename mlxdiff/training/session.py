@@ -194,6 +194,24 @@ def _check_new(result: Path, folder: Path, options: TrainOptions) -> None:
         path.unlink()
 
 
+class Encoding:
+    """Says how far the pictures are encoded, now and then.
+
+    Args:
+        say: shows a line.
+        every: seconds from one line to the next.
+    """
+
+    def __init__(self, say: Callable[[str], None], every: float = 2.0) -> None:
+        self._say, self._every, self._last = say, every, time.perf_counter()
+
+    def __call__(self, done: int, total: int, name: str) -> None:
+        now = time.perf_counter()
+        if now - self._last >= self._every:
+            self._last = now
+            self._say(f"encoding pictures and captions, {done} of {total}: {name}")
+
+
 class Progress:
     """Says how a run goes: loss, rate, memory, time left.
 
@@ -232,4 +250,4 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-__all__ = ["Progress", "Ranks", "Session", "Validation", "begin"]
+__all__ = ["Encoding", "Progress", "Ranks", "Session", "Validation", "begin"]

@@ -65,7 +65,7 @@ def train_lora(folder: str | Path, **given: Any) -> Done:
         f"{data.size} pictures, {options.steps} steps"
         + (", blocks computed again for their gradient (less memory)" if checkpointing else "")
     )
-    data.prepare(lambda done, total, name: say(f"encoding {name} ({done} of {total})"))
+    data.prepare(session.Encoding(say))
     model.cache.release_all()
     task = LoRA(model, options, options.seed, str(opened.options.dtype), checkpointing)
     report = opened.train(
