@@ -4,9 +4,9 @@
         [--sides mlxdiff diffusers] [--checkpointing no yes] [--python PYTHON] [--profile]
 
 A LoRA of the attention layers of a full-size U-Net with random weights, float32, AdamW, batch 1.
-Each side runs in a process of its own, one at a time. The first step is not timed (with --steps 0 it
-is the only one). Peak is the process's largest resident memory, with all that it imports; beside it
-stands MLX's own count.
+Each side runs in a process of its own, one at a time. The first step is not timed (with --steps 0
+it is the only one). Peak is the process's largest resident memory, with all that it imports; beside
+it stands MLX's own count.
 mlxdiff keeps the frozen weights in the file's half precision, and computes in float32.
 
 --python is an interpreter that has torch, diffusers and peft. Nothing is downloaded; the model is

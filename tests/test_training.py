@@ -32,7 +32,12 @@ from mlxdiff.training import loop, networks, optimizers, state  # noqa: E402
 from mlxdiff.training.data import Batch, Data, Text  # noqa: E402
 from mlxdiff.training.log import read as read_log  # noqa: E402
 from mlxdiff.training.lora import LoRA  # noqa: E402
-from mlxdiff.training.options import LoraOptions, TrainOptions  # noqa: E402
+from mlxdiff.training.options import (  # noqa: E402
+    OPTIMIZERS,
+    RATE_SCHEDULES,
+    LoraOptions,
+    TrainOptions,
+)
 from mlxdiff.training.process import Draws, Process, draw  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -257,7 +262,7 @@ def test_draws_follow_from_seed_and_number() -> None:
 # --------------------------------------------------------------------------------- optimizers
 
 
-@pytest.mark.parametrize("kind", optimizers.OPTIMIZERS)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_optimizers_are_torchs_step_by_step(kind: str) -> None:
     first, gradients = cases.optimizer_problem()
     parameters = {name: mx.array(value) for name, value in first.items()}
@@ -274,7 +279,7 @@ def test_optimizers_are_torchs_step_by_step(kind: str) -> None:
             np.testing.assert_allclose(np.array(value), expected, rtol=2e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("schedule", optimizers.SCHEDULES)
+@pytest.mark.parametrize("schedule", RATE_SCHEDULES)
 def test_learning_rates(schedule: str) -> None:
     rates = [optimizers.rate_at(i, 2.0, schedule, 4, 20) for i in range(21)]
     assert rates[:5] == [0.0, 0.5, 1.0, 1.5, 2.0]
@@ -347,10 +352,14 @@ def test_a_run_is_that_of_diffusers_and_peft(name: str, count: int, tmp_path: Pa
     names = {n.removeprefix(f"{name}/") for n in golden() if n.startswith(f"{name}/")}
     names -= {"curve", "latents", "image"}
     assert {n.removeprefix("unet.") for n in tensors} == names
+    summaries = {key: golden()[f"{name}/{key.removeprefix('unet.')}"] for key in tensors}
+    largest = max(float(s[0]) for key, s in summaries.items() if "lora_B" in key)
     for key, values in tensors.items():
-        short = key.removeprefix("unet.")
-        # Adam divides small gradients by their size, so rounding grows; weights stay near.
-        assert cases.distance(short, values, golden()[f"{name}/{short}"]) < 0.02, key
+        # Adam divides gradients by their size, so rounding grows, most where the gradient is zero
+        # but for rounding (self-attention of the middle block, which has one pixel here).
+        summary = summaries[key]
+        off = cases.distance(key.removeprefix("unet."), values, summary) * float(summary[0])
+        assert off < 0.02 * max(float(summary[0]), 0.1 * largest), key
     if name == "lora":  # what was trained draws diffusers' picture
         (file,) = trainer.task.save(trainer.result(), tmp_path / "trained", {})
         pipe = mlxdiff.load(GOLDEN / "sd15" / "checkpoint", backend="numpy", loras=[file])

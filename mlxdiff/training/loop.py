@@ -21,7 +21,7 @@ from mlxdiff.errors import UsageError
 from mlxdiff.training import optimizers, state
 from mlxdiff.training.data import Batch, Data, Text
 from mlxdiff.training.log import Log
-from mlxdiff.training.options import TrainOptions
+from mlxdiff.training.options import DEFAULT_RATES, TrainOptions
 from mlxdiff.training.process import Draws, Process, draw
 from mlxdiff.training.state import State
 
@@ -154,7 +154,7 @@ class Trainer:
         self.task, self.data, self.process, self.options = task, data, process, options
         self.ranks = Ranks() if ranks is None else ranks
         rate = options.learning_rate
-        self.rate = optimizers.DEFAULT_RATES[options.optimizer] if rate is None else rate
+        self.rate = DEFAULT_RATES[options.optimizer] if rate is None else rate
         parameters = task.parameters()
         self.optimizer = optimizers.make(options.optimizer, parameters, options.weight_decay)
         average = dict(parameters) if options.ema else {}

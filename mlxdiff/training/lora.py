@@ -86,7 +86,9 @@ class LoRA:
         for path in chosen(shapes, self._options.targets):
             layer = layers[path]
             parts = layer.adapt(self.rank, scale, self._options.dora)
-            number = int.from_bytes(hashlib.sha256(f"{component}.{path}".encode()).digest()[:8])
+            number = int.from_bytes(
+                hashlib.sha256(f"{component}.{path}".encode()).digest()[:8], "big"
+            )
             random = np.random.default_rng([seed % 2**64, number])
             shape = parts["lora_A"].shape
             # As PEFT: uniform, of variance 1 / (3 inputs); the change is zero at first.
@@ -153,7 +155,7 @@ class LoRA:
             own = own.removeprefix("text_model.")
             modules[component].add(own)
             tensors[f"{component}.{own}.{_PARTS.get(part, part)}"] = self._in_pytorch(name, value)
-        told = {}
+        told: dict[str, Any] = {}
         for component, found in modules.items():
             config: dict[str, Any] = {
                 "r": self.rank,

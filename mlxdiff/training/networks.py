@@ -20,7 +20,8 @@ from mlxdiff.networks.layers import Module
 from mlxdiff.run.kind import Network
 from mlxdiff.run.model import Model
 from mlxdiff.store.folder import ModelSource
-from mlxdiff.training.data import Batch, digest_of
+from mlxdiff.training.data import Batch
+from mlxdiff.training.data_cache import digest_of
 
 
 class States(NamedTuple):
@@ -115,7 +116,7 @@ def checkpoint(network: Module, parameters: Mapping[str, Any]) -> None:
             continue
         prefix = f"{path}."
         own = tuple(name[len(prefix) :] for name in parameters if name.startswith(prefix))
-        layer.__class__ = _checkpointed(kind)
+        layer.__class__ = _checkpointed(kind)  # type: ignore[arg-type]
         layer._own = own
 
 

@@ -11,14 +11,9 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.optimizers as mlx_optimizers
+import numpy as np
 
 Arrays = dict[str, mx.array]
-
-OPTIMIZERS = ("adamw", "adafactor", "prodigy")
-SCHEDULES = ("constant", "linear", "cosine")
-
-DEFAULT_RATES = {"adamw": 1e-4, "adafactor": 1e-4, "prodigy": 1.0}
-"""Learning rates where none is given. Prodigy finds its own; its rate is a factor of that."""
 
 
 class Optimizer(Protocol):
@@ -152,21 +147,21 @@ class Prodigy:
             if name:
                 getattr(self, part)[name] = array
             else:
-                self.numbers[part] = float(sum(array.tolist()))
+                self.numbers[part] = sum(np.array(array).astype(float).tolist())
 
 
 def _halves(value: float) -> list[float]:
     """A float64 as float32 numbers whose sum it is, to its last bit."""
     parts, rest = [], value
     for _ in range(3):
-        part = float(mx.array(rest, mx.float32).item())
+        part = float(np.float32(rest))
         parts.append(part)
         rest -= part
     return parts
 
 
 def make(kind: str, parameters: Arrays, weight_decay: float) -> Optimizer:
-    """Return an optimizer of one of OPTIMIZERS."""
+    """Return an optimizer of one of ``options.OPTIMIZERS``."""
     if kind == "prodigy":
         return Prodigy(parameters, weight_decay=weight_decay)
     if kind == "adafactor":

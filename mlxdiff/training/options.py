@@ -16,7 +16,6 @@ from mlxdiff.run import values
 from mlxdiff.run.options import DType, File, Flag, Place, Positive, Quantization, Scale, Text, Whole
 from mlxdiff.run.table import Options, option
 from mlxdiff.training.data_buckets import CROPS
-from mlxdiff.training.optimizers import OPTIMIZERS, SCHEDULES
 from mlxdiff.training.process import PREDICTIONS
 
 SECTIONS = (
@@ -33,6 +32,12 @@ SECTIONS = (
     "Output",
 )
 """Titles in ``--help``, in order."""
+
+OPTIMIZERS = ("adamw", "adafactor", "prodigy")
+RATE_SCHEDULES = ("constant", "linear", "cosine")
+
+DEFAULT_RATES = {"adamw": 1e-4, "adafactor": 1e-4, "prodigy": 1.0}
+"""Learning rates where none is given. Prodigy finds its own; its rate is a factor of that."""
 
 TARGETS = ("attention", "transformer", "all")
 FORMS = ("diffusers", "kohya", "both")
@@ -87,7 +92,7 @@ Rate = Annotated[float, values.Number(above=0, words="a number above 0, such as 
 Share = Annotated[float, values.Number(least=0, most=1)]
 Above = Annotated[float, values.Number(above=0)]
 Optimizer = Annotated[str, values.Choice(OPTIMIZERS)]
-Schedule = Annotated[str, values.Choice(SCHEDULES)]
+Schedule = Annotated[str, values.Choice(RATE_SCHEDULES)]
 Targets = Annotated[str, values.Choice(TARGETS)]
 Form = Annotated[str, values.Choice(FORMS)]
 Crop = Annotated[str, values.Choice(CROPS)]

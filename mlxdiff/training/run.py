@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlxdiff.pipeline import Pipeline
 from mlxdiff.training.data import Data
-from mlxdiff.training.loop import Task
+from mlxdiff.training.loop import Report, Task
 from mlxdiff.training.plan import Plan
 from mlxdiff.training.process import Process
 from mlxdiff.training.session import Encoding, Progress, Session
-from mlxdiff.training.train_lora import Done
+
+
+@dataclass(frozen=True)
+class Done:
+    """What came of a command.
+
+    Attributes:
+        plan: what was expected.
+        report: of the run; None after a dry run.
+    """
+
+    plan: Plan
+    report: Report | None
+
+    def lines(self) -> list[str]:
+        """Return it in words."""
+        if self.report is None:
+            return self.plan.lines()
+        files = [str(file) for file in self.report.files]
+        return [*files, f"{self.report.steps} steps, loss {self.report.loss:.4f}"]
+
 
 Say = Callable[[str], None]
 
@@ -45,7 +66,9 @@ def run(
         say(f"Note: {note}")
     if opened.options.dry_run:
         return Done(expected, None)
-    say(f"{data.size} pictures, {opened.options.steps} steps")
+    again = ", blocks computed again for their gradient (less memory)"
+    steps = f"{data.size} pictures, {opened.options.steps} steps"
+    say(steps + (again if expected.checkpointing else ""))
     data.prepare(Encoding(say))
     if opened.pipe is not None:
         opened.pipe.model.cache.release_all()

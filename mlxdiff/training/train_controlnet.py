@@ -19,8 +19,7 @@ from mlxdiff.training.data import LatentData, open_data
 from mlxdiff.training.lora import check_trainable
 from mlxdiff.training.options import TrainControlNetOptions
 from mlxdiff.training.process import Process
-from mlxdiff.training.run import run, silent
-from mlxdiff.training.train_lora import Done
+from mlxdiff.training.run import Done, run, silent
 
 _LOOKED_AT = 16  # control images that decide the scale of the first weights
 

@@ -13,8 +13,7 @@ from mlxdiff.training.data import open_data
 from mlxdiff.training.lora import check_trainable
 from mlxdiff.training.options import TrainEmbeddingOptions
 from mlxdiff.training.process import Process
-from mlxdiff.training.run import run, silent
-from mlxdiff.training.train_lora import Done
+from mlxdiff.training.run import Done, run, silent
 
 
 def train_embedding(folder: str | Path, **given: Any) -> Done:

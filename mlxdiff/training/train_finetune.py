@@ -17,8 +17,7 @@ from mlxdiff.training.finetune import Finetune
 from mlxdiff.training.lora import check_trainable
 from mlxdiff.training.options import TrainFinetuneOptions
 from mlxdiff.training.process import Process
-from mlxdiff.training.run import run, silent
-from mlxdiff.training.train_lora import Done
+from mlxdiff.training.run import Done, run, silent
 
 
 def train_finetune(folder: str | Path, **given: Any) -> Done:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +11,12 @@ from mlxdiff.run.latent_model import LatentModel
 from mlxdiff.run.table import make
 from mlxdiff.training import plan, session
 from mlxdiff.training.data import LatentData, open_data
-from mlxdiff.training.loop import Report
 from mlxdiff.training.lora import LoRA, check_trainable
 from mlxdiff.training.options import TrainLoraOptions
 from mlxdiff.training.process import Process
+from mlxdiff.training.run import Done, Say, run, silent
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
-
-
-@dataclass(frozen=True)
-class Done:
-    """What came of a command.
-
-    Attributes:
-        plan: what was expected.
-        report: of the run; None after a dry run.
-    """
-
-    plan: plan.Plan
-    report: Report | None
-
-    def lines(self) -> list[str]:
-        """Return it in words."""
-        if self.report is None:
-            return self.plan.lines()
-        files = [str(file) for file in self.report.files]
-        return [*files, f"{self.report.steps} steps, loss {self.report.loss:.4f}"]
 
 
 def train_lora(folder: str | Path, **given: Any) -> Done:
@@ -49,34 +28,24 @@ def train_lora(folder: str | Path, **given: Any) -> Done:
     Raises: UsageError, CheckpointError, ConfigError, HubError; OSError if the disk fails.
     """
     options = make(TrainLoraOptions, given)
-    say = options.say or (lambda line: None)
+    say = options.say or silent
     opened = session.begin(Path(folder), options, options, "lora", ".safetensors")
     assert opened.pipe is not None
     model = check_trainable(opened.pipe.model)
     process = Process.from_config(model.source.scheduler_config)
     data = _data(Path(folder), opened, options, model, say)
-    for note in data.notes:
-        say(f"Note: {note}")
     expected = plan.plan(model, data, opened.options, options)
-    if options.dry_run:
-        return Done(expected, None)
-    checkpointing = expected.checkpointing
-    say(
-        f"{data.size} pictures, {options.steps} steps"
-        + (", blocks computed again for their gradient (less memory)" if checkpointing else "")
-    )
-    data.prepare(session.Encoding(say))
-    model.cache.release_all()
-    task = LoRA(model, options, options.seed, str(opened.options.dtype), checkpointing)
-    report = opened.train(
-        task,
+    dtype, again = str(opened.options.dtype), expected.checkpointing
+    return run(
+        opened,
         data,
         process,
-        facts=opened.facts(data, rank=options.rank),
+        expected,
+        lambda: LoRA(model, options, options.seed, dtype, again),
         open_result=lambda files: _with_lora(options, files[0]),
-        progress=session.Progress(options.steps, say),
+        say=say,
+        rank=options.rank,
     )
-    return Done(expected, report)
 
 
 def _with_lora(options: TrainLoraOptions, file: Path) -> Pipeline:
@@ -89,7 +58,7 @@ def _data(
     opened: session.Session,
     options: TrainLoraOptions,
     model: LatentModel,
-    say: Any,
+    say: Say,
 ) -> LatentData:
     """The training set. Pictures of the class that are missing are drawn."""
     prior = None if options.prior_folder is None else Path(options.prior_folder)
@@ -113,7 +82,7 @@ def _data(
 
 
 def _draw_missing(
-    opened: session.Session, prior: Path, options: TrainLoraOptions, say: Any
+    opened: session.Session, prior: Path, options: TrainLoraOptions, say: Say
 ) -> None:
     """Draw pictures of a class with the model itself until there are enough."""
     assert opened.pipe is not None and options.prior_caption is not None

@@ -14,8 +14,7 @@ from mlxdiff.training import plan, session
 from mlxdiff.training.data import open_pixels
 from mlxdiff.training.options import TrainUnconditionalOptions
 from mlxdiff.training.process import Process
-from mlxdiff.training.run import run, silent
-from mlxdiff.training.train_lora import Done
+from mlxdiff.training.run import Done, run, silent
 from mlxdiff.training.unconditional import Unconditional, new_model
 
 SIDE = 64
