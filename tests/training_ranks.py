@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,17 +36,19 @@ class _Data(Data):
         return Batch(given["latents"], None, ones, Text(given["text"], None))
 
 
-def main() -> None:
+def update(ranks: Ranks) -> tuple[float, dict[str, Any]]:
+    """Loss and gradients of the first step, of all processes together."""
     pipe = mlxdiff.load(HERE / "golden" / "sd15" / "checkpoint", backend="mlx")
-    ranks = Ranks.launched()
     options = TrainOptions(batch=2 // ranks.size, learning_rate=1e-2, optimizer="adamw", clip=0.0)
     process = Process.from_config(pipe.model.source.scheduler_config)
     task = LoRA(pipe.model, LoraOptions(rank=2))
     width = pipe.model.source.config("unet").cross_attention_dim[0]
-    trainer = Trainer(task, _Data(width), process, options, ranks)
-    loss, gradients, _ = trainer.gradients(0)
-    if ranks.rank == 0:
+    loss, gradients, _ = Trainer(task, _Data(width), process, options, ranks).gradients(0)
+    return loss, gradients
+
+
+if __name__ == "__main__":
+    together = Ranks.launched()
+    loss, gradients = update(together)
+    if together.rank == 0:
         np.savez(sys.argv[1], loss=loss, **{n: np.array(v) for n, v in gradients.items()})
-
-
-main()

@@ -225,7 +225,7 @@ def kept_run(found: dict[str, np.ndarray], name: str, dora: bool, count: int) ->
 
 
 def dora(found: dict[str, np.ndarray]) -> None:
-    kept_run(found, "dora", True, 12)
+    kept_run(found, "dora", True, 5)
 
 
 def lora_200(found: dict[str, np.ndarray]) -> None:
