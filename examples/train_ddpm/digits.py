@@ -5,8 +5,8 @@
     python digits.py --judge drawer                  # the table of the README
     python digits.py --judge drawer --sheet sheet.png
 
-A picture has 8x8 pixels: a digit of 5x7 in one of two inks, anywhere on white paper. The judge finds
-the digit whose picture is nearest. Needs mlxdiff only.
+A picture has 8x8 pixels: a digit of 5x7 in one of two inks, anywhere on white paper. The judge
+finds the digit whose picture is nearest. Needs mlxdiff only.
 """
 
 from __future__ import annotations
