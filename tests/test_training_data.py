@@ -14,10 +14,10 @@ from PIL import Image
 
 from mlxdiff.errors import UsageError
 from mlxdiff.pictures.image import load_on_white
-from mlxdiff.training import data_buckets
+from mlxdiff.training import data_buckets, data_folder
 from mlxdiff.training.data_buckets import Bucket, choose, cut, make_buckets
 from mlxdiff.training.data_cache import ArrayCache
-from mlxdiff.training.data_folder import read_pictures
+from mlxdiff.training.data_folder import Seen, read_pictures
 from mlxdiff.training.data_order import Order, Place
 
 
@@ -179,6 +179,22 @@ def test_a_transparent_picture_is_turned_as_its_exif_says(tmp_path: Path) -> Non
     pixels = load_on_white(tmp_path / "turned.png")
     assert pixels.shape == (16, 8, 3)
     assert (pixels[:8] == (10, 20, 30)).all() and (pixels[8:] == 255).all()
+
+
+def test_a_picture_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captioned(tmp_path / "in", "a.png", seed=1)
+    captioned(tmp_path / "in", "cut.png").write_bytes(b"no picture")
+    place = tmp_path / "cache" / "pictures.json"
+    seen = Seen(place)
+    first = read_pictures(tmp_path / "in", seen=seen)
+    seen.save()
+    with monkeypatch.context() as patch:
+        patch.setattr(data_folder, "load_on_white", None)
+        again = read_pictures(tmp_path / "in", seen=Seen(place))
+    assert again == first and len(first.faults) == 1
+    for damaged in (b"", b"[]", b'{"a": 3}', b'{"a": [1, 2]}'):
+        place.write_bytes(damaged)
+        assert read_pictures(tmp_path / "in", seen=Seen(place)) == first
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:

@@ -196,11 +196,13 @@ def sheet(lesson: str, lora: Path, to: Path) -> None:
     pipes = [mlxdiff.load(), mlxdiff.load(loras=[lora])]
     lines = []
     with world(lesson):
-        rows_of = rows(lesson, 8)
+        rows_of = rows(lesson, 6)
     for told in rows_of.values():
         print(" / ".join(text for text, _ in told))
         lines += [np.concatenate(drawn(pipe, told), axis=1) for pipe in pipes]
-    Image.fromarray(np.concatenate(lines)).quantize(64).save(to, optimize=True)
+    whole = Image.fromarray(np.concatenate(lines))
+    whole = whole.resize((2 * whole.width, 2 * whole.height), Image.Resampling.NEAREST)
+    whole.quantize(64).save(to, optimize=True)
 
 
 def main() -> None:

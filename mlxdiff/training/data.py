@@ -27,7 +27,7 @@ from mlxdiff.run.kind import Network
 from mlxdiff.run.latent_model import LatentModel
 from mlxdiff.training.data_buckets import PLACES, Bucket, Cut, choose, cut, make_buckets
 from mlxdiff.training.data_cache import ArrayCache, digest_of
-from mlxdiff.training.data_folder import Picture, Pictures, read_pictures
+from mlxdiff.training.data_folder import Picture, Pictures, Seen, read_pictures
 from mlxdiff.training.data_order import Draw, Order, Place
 
 Progress = Callable[[int, int, str], None]
@@ -412,7 +412,8 @@ def open_data(
     multiple = _multiple(width, height, model.vae_config.factor)
     sizes = make_buckets(width, height, multiple, one_size=not buckets)
     side = min(width, height)
-    found = read_pictures(folder, caption=caption, side=side)
+    seen = Seen(Path(cache) / "pictures.json")
+    found = read_pictures(folder, caption=caption, side=side, seen=seen)
     found.require_usable(skip_faulty)
     examples = [
         Example(p, choose(p.width, p.height, sizes), hint=_hint_of(p, found.folder, control))
@@ -420,13 +421,14 @@ def open_data(
     ]
     notes = list(found.notes) + [f"left out: {fault}" for fault in found.faults]
     if prior_folder is not None:
-        prior = read_pictures(prior_folder, caption=prior_caption, side=side)
+        prior = read_pictures(prior_folder, caption=prior_caption, side=side, seen=seen)
         prior.require_usable(skip_faulty)
         notes += list(prior.notes) + [f"left out: {fault}" for fault in prior.faults]
         examples += [
             Example(p, choose(p.width, p.height, sizes), prior_weight)
             for p in _as_many(prior, found.count)
         ]
+    seen.save()
     return LatentData(
         examples, model, ArrayCache(cache), tokens=tokens, flip=flip, crop=crop, notes=notes
     )

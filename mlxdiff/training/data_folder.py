@@ -19,12 +19,17 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 from mlxdiff.errors import UsageError, one_line
 from mlxdiff.machine.disk import read_document, sha256
+from mlxdiff.machine.temporary import temporary_file
 from mlxdiff.pictures.image import is_transparent, load_on_white, open_picture
+
+Facts: TypeAlias = tuple[int, int, int, int]
 
 METADATA = "metadata.jsonl"
 PICTURES = frozenset(
@@ -126,6 +131,43 @@ class Pictures:
             )
 
 
+class Seen:
+    """What is known of pictures that were decoded before, by the hash of their files.
+
+    To decode thousands of large pictures takes minutes, at every start of a run.
+
+    Args:
+        path: a JSON file; one that cannot be read counts as empty.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._known = path, dict[str, Facts]()
+        try:
+            data = json.loads(read_document(path, _MOST_METADATA))
+            found = {name: tuple(values) for name, values in data.items()}
+        except (OSError, ValueError, RecursionError, AttributeError, TypeError):
+            return
+        if all(len(v) == 4 and all(type(n) is int for n in v) for v in found.values()):
+            self._known = found
+
+    def of(self, digest: str) -> Facts | None:
+        """Return width, height, and whether a picture is transparent and animated (0 or 1)."""
+        return self._known.get(digest)
+
+    def add(self, digest: str, facts: Facts) -> None:
+        """Remember a picture."""
+        self._known[digest] = facts
+
+    def save(self) -> None:
+        """Write the file. A disk that takes no more loses time at the next start, nothing else."""
+        with suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary_file(self._path.parent) as (temporary, file):
+                file.write(json.dumps(self._known).encode())
+                file.flush()
+                os.replace(temporary, self._path)
+
+
 @dataclass
 class _Finding:
     """What has been found so far."""
@@ -146,6 +188,7 @@ def read_pictures(
     caption: str | None = None,
     classes: bool = False,
     side: int = 0,
+    seen: Seen | None = None,
 ) -> Pictures:
     """Find the pictures of a folder and of its sub-folders, and check every one.
 
@@ -156,6 +199,7 @@ def read_pictures(
         classes: each sub-folder is a class. Its label is its place in the order of names.
         side: the side of the training pictures, in pixels: a picture that must be enlarged more
             than twice is a fault. 0: any size will do.
+        seen: pictures that were decoded before; they are not decoded again.
     Returns: the pictures, with all faults.
     Raises: UsageError if the folder cannot be read, or holds no class.
     """
@@ -178,7 +222,7 @@ def read_pictures(
         if told is None:
             continue
         text, control = told
-        facts = _look(path, name, side, found)
+        facts = _look(path, name, side, found, seen)
         if facts is None:
             continue
         digest, width, height = facts
@@ -219,19 +263,25 @@ def _repeats(folders: Sequence[str]) -> tuple[int, str | None]:
     return 1, None
 
 
-def _look(path: Path, name: str, side: int, found: _Finding) -> tuple[str, int, int] | None:
+def _look(
+    path: Path, name: str, side: int, found: _Finding, seen: Seen | None
+) -> tuple[str, int, int] | None:
     """Decode a picture once. Return its hash and size, or None with a fault."""
     try:
         digest = sha256(path)
-        with open_picture(path) as picture:
-            transparent, frames = is_transparent(picture), getattr(picture, "n_frames", 1)
-        height, width = load_on_white(path).shape[:2]
+        facts = None if seen is None else seen.of(digest)
+        if facts is None:
+            with open_picture(path) as picture:
+                transparent, frames = is_transparent(picture), getattr(picture, "n_frames", 1)
+            height, width = load_on_white(path).shape[:2]
+            facts = (width, height, int(transparent), int(frames > 1))
+        width, height, hidden, animated = facts
     except (UsageError, OSError) as error:
-        reason = (
-            one_line(error) if isinstance(error, UsageError) else error.strerror or "unreadable"
-        )
+        reason = getattr(error, "strerror", None) or one_line(error)
         found.fault("unreadable", name, reason.removeprefix(f"{path}: "))
         return None
+    if seen is not None:
+        seen.add(digest, facts)
     short = min(width, height)
     if short * _ENLARGED < side:
         found.fault(
@@ -242,9 +292,9 @@ def _look(path: Path, name: str, side: int, found: _Finding) -> tuple[str, int, 
         return None
     if short < side:
         found.enlarged.append(name)
-    if transparent:
+    if hidden:
         found.transparent.append(name)
-    if frames > 1:
+    if animated:
         found.animated.append(name)
     return digest, width, height
 
