@@ -237,6 +237,26 @@ def test_checkpointing_changes_no_gradient() -> None:
         assert float(mx.linalg.norm(value - checkpointed[name])) < 1e-5 * whole, name
 
 
+def test_checkpointing_keeps_less() -> None:
+    width = model("sd15").source.config("unet").cross_attention_dim[0]
+    random = np.random.default_rng(0)
+    given = {
+        "latents": random.standard_normal((2, 32, 32, 4), np.float32),
+        "text": random.standard_normal((2, 77, width), np.float32),
+    }
+    peaks = []
+    for again in (False, True):
+        task = LoRA(model("sd15"), LoraOptions(rank=2), checkpointing=again)
+        trainer = Trainer(task, given)
+        arguments = task.parameters(), *trainer.batch(0)
+        mx.eval(trainer._gradient(*arguments))
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(trainer._gradient(*arguments))
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[1] < 0.6 * peaks[0]
+
+
 # ------------------------------------------------------------------------------- the process
 
 

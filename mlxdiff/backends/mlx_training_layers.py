@@ -53,6 +53,7 @@ __all__ = [
     "attention",
     "broadcast_to",
     "cast",
+    "checkpointed",
     "clip",
     "concatenate",
     "evaluate",
@@ -118,6 +119,38 @@ def _apply(forward: Forward, backward: Backward, *inputs: mx.array) -> mx.array:
     function.vjp(slope)
     result: mx.array = function(*inputs)
     return result
+
+
+def checkpointed(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """A function of arrays that keeps its inputs alone, and is computed again for its gradient.
+
+    On a CPU ``mx.checkpoint`` would keep all: what NumPy computes is computed while MLX traces, and
+    MLX holds what it traces. So the function gets arrays there that MLX does not trace.
+    """
+    if not _on_cpu():
+        found: Callable[..., mx.array] = mx.checkpoint(function)
+        return found
+
+    def run(*arrays: mx.array) -> mx.array:
+        return _untraced(function(*map(_untraced, arrays)))
+
+    made: Any = mx.custom_function(run)
+
+    def slope(primals: Any, cotangent: mx.array, out: mx.array) -> Any:
+        alone = isinstance(primals, mx.array)
+        inputs = [_untraced(x) for x in ((primals,) if alone else primals)]
+        _, gradients = mx.vjp(function, inputs, [_untraced(cotangent)])
+        kept = tuple(map(_untraced, gradients))
+        return kept[0] if alone else kept
+
+    made.vjp(slope)
+    result: Callable[..., mx.array] = made
+    return result
+
+
+def _untraced(x: mx.array) -> mx.array:
+    """The values as an array that MLX does not trace; a copy."""
+    return mx.array(_numpy(x))
 
 
 def _gradient(x: mx.array, values: np.ndarray | None) -> mx.array:

@@ -72,11 +72,11 @@ class LoRA:
         self._first: dict[str, mx.array] = {}
         for name, network in self.networks.items():
             self._adapt(name, network, seed)
-        if checkpointing:
-            for name, network in self.networks.items():
-                prefix = f"{name}."
-                own = {n[len(prefix) :]: v for n, v in self._first.items() if n.startswith(prefix)}
-                networks.checkpoint(network, own)
+        kinds = networks.BLOCKS if checkpointing else networks.GATES
+        for name, network in self.networks.items():
+            prefix = f"{name}."
+            own = {n[len(prefix) :]: v for n, v in self._first.items() if n.startswith(prefix)}
+            networks.checkpoint(network, own, kinds)
 
     def _adapt(self, component: str, network: Module, seed: int) -> None:
         """Give the chosen layers of a network an adapter."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -101,15 +101,23 @@ def encode(
     return States(mx.concatenate(states, axis=-1).astype(mx.float32), pooled)
 
 
-def checkpoint(network: Module, parameters: Mapping[str, Any]) -> None:
-    """Let a U-Net keep no more of the forward pass than the inputs of its blocks.
+BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "CLIPEncoderLayer", "Attention")
+GATES = ("GEGLU",)
+"""Kinds of modules that ``checkpoint`` takes. Gates hold most of what a transformer keeps, and are
+quick to compute again."""
 
-    The gradient computes each resnet and each transformer block again (Chen et al. 2016).
+
+def checkpoint(
+    network: Module, parameters: Mapping[str, Any], kinds: tuple[str, ...] = BLOCKS
+) -> None:
+    """Let modules of these kinds keep no more of the forward pass than their inputs.
+
+    The gradient computes them again (Chen et al. 2016).
 
     Args:
         parameters: names of the trained parameters.
+        kinds: BLOCKS or GATES.
     """
-    kinds = ("ResnetBlock2D", "BasicTransformerBlock", "CLIPEncoderLayer", "Attention")
     for path, layer in network.named_modules():  # type: ignore[attr-defined]
         kind = type(layer)
         if kind.__name__ not in kinds or (kind.__name__ == "Attention" and "transformer" in path):
@@ -132,11 +140,11 @@ def _checkpointed(kind: Any) -> Any:
         others = [None if isinstance(one, mx.array) else one for one in plain]
         is_array = [isinstance(one, mx.array) for one in plain]
 
-        def run(values: list[mx.array], arrays: list[mx.array]) -> Any:
+        def run(*given_arrays: mx.array) -> Any:
             before = [_get(self, name) for name in self._own]
-            for name, value in zip(self._own, values, strict=True):
+            for name, value in zip(self._own, given_arrays, strict=False):
                 self.put(name, value)
-            rest = iter(arrays)
+            rest = iter(given_arrays[len(before) :])
             given = [
                 next(rest) if known else one for known, one in zip(is_array, others, strict=True)
             ]
@@ -149,8 +157,7 @@ def _checkpointed(kind: Any) -> Any:
                 self.put(name, value)
             return out
 
-        function: Callable[..., Any] = mx.checkpoint(run)
-        return function(values, arrays)
+        return mlx_training_layers.checkpointed(run)(*values, *arrays)
 
     return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
 

@@ -148,16 +148,23 @@ def activation_bytes(
 ) -> int:
     """Return about how many bytes a U-Net keeps for its gradient.
 
-    Every layer's input is some layer's output; so all outputs are kept. With checkpointing, those
-    of one block, and the input of each block.
+    Every layer's input is some layer's output, so all outputs are kept. With checkpointing, those
+    of one block are, and the input of each block. In half precision a GPU computes: MLX has no
+    fused gradient of attention there, so one layer's scores, weights and their gradients add to it.
+
+    Args:
+        shape: of the latents, (B, h, w, C).
+        size: bytes of a value.
     """
     batch, height, width, _ = shape
     work = operations(config, height, width, batch=batch, tokens=TOKENS)
     total = sum(op.outputs for op in work)
     largest = max(op.inputs + op.outputs for op in work)
-    if checkpointing:
-        return size * (total // 8 + 8 * largest)
-    return size * (total + 4 * largest)
+    scores = 0
+    if size < 4:
+        scores = 3 * max((op.scratch for op in work if op.kind == "attention"), default=0)
+    kept = total // 8 + 8 * largest if checkpointing else total + 4 * largest
+    return size * (kept + scores)
 
 
 def _seconds(
