@@ -109,7 +109,7 @@ def write_diffusers(
     Raises: UsageError, CheckpointError.
     """
     tensors = {
-        component: {name: _in_pytorch(t) for name, t in model.tensors(component).items()}
+        component: {name: in_pytorch(t) for name, t in model.tensors(component).items()}
         for component in model.components
     }
     total = sum(stored_bytes(t, dtype) for part in tensors.values() for t in part.values())
@@ -214,7 +214,7 @@ def _made(
     return LazyTensor(shape, kind, lambda: change(tensor.read()))
 
 
-def _in_pytorch(tensor: LazyTensor) -> LazyTensor:
+def in_pytorch(tensor: LazyTensor) -> LazyTensor:
     """Return a tensor of ours in PyTorch's layout, without quantization."""
     if len(tensor.shape) != 4:
         return _made(tensor, tensor.shape, lambda values: values)
@@ -229,7 +229,7 @@ def _in_ldm_names(
 ) -> dict[str, LazyTensor]:
     """Return the tensors of a component under the names and in the layout of a single file."""
     if naming == "clip":
-        return {name: _in_pytorch(tensor) for name, tensor in tensors.items()}
+        return {name: in_pytorch(tensor) for name, tensor in tensors.items()}
     is_vae = isinstance(config, AutoencoderKLConfig)
     if naming == "openclip":
         layout = openclip_text(config)
@@ -248,9 +248,9 @@ def _in_ldm_names(
         elif is_vae and ".attn_1." in name and len(parts[0].shape) == 2:  # 1x1 convolutions there
             forward = linear_to_conv1x1.forward
             widened = _made(parts[0], (parts[0].shape[0], 1, 1, parts[0].shape[1]), forward)
-            result[name] = _in_pytorch(widened)
+            result[name] = in_pytorch(widened)
         else:
-            result[name] = _in_pytorch(parts[0])
+            result[name] = in_pytorch(parts[0])
     return result
 
 

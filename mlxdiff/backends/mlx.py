@@ -54,6 +54,7 @@ class MLXBackend:
     """
 
     name = "mlx"
+    _layers: Layers = mlx_layers
 
     def __init__(self, dtype: str = "float32") -> None:
         _dtype(dtype)
@@ -83,7 +84,7 @@ class MLXBackend:
         Raises: CheckpointError for a missing, unknown or misshapen tensor; UsageError for the
             dtype.
         """
-        model = build(nn, config)
+        model = build(self._layers, config)
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         check_parameters(shapes, config, f"weights for {type(model).__name__}")
         target = _dtype(dtype or self.dtype)

@@ -29,6 +29,7 @@ COMMANDS = {
     "upscale": ("mlxdiff.cli.upscale", "Enlarge pictures by a network (ESRGAN)."),
     "score": ("mlxdiff.cli.score", "Compare pictures with words, or with each other."),
     "convert": ("mlxdiff.cli.convert", "Convert a model to a folder that loads fast."),
+    "train": ("mlxdiff.cli.train", "Teach a model from a folder of pictures."),
     "info": ("mlxdiff.cli.info", "Describe a model, a LoRA or a drawn picture."),
     "bench": ("mlxdiff.cli.bench", "Time a model on this machine; make a record to post."),
     "doctor": ("mlxdiff.cli.doctor", "Find what is slow or broken here, and what to do."),

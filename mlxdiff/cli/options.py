@@ -104,12 +104,21 @@ def on_command_line(name: str, value: Any, form: str) -> str:
 
 def table_options(command: F) -> F:
     """Give a command every option of all tables that has a flag. What is not given is None."""
-    # Decorators apply from the bottom up.
-    for table in reversed(TABLES):
-        for entry in reversed(list(entries(table).values())):
-            if entry.flags:
-                command = _decorator(entry)(command)
-    return command
+    return options_of(*TABLES)(command)
+
+
+def options_of(*tables: type) -> Callable[[F], F]:
+    """Give a command every option of these tables that has a flag. What is not given is None."""
+
+    def decorate(command: F) -> F:
+        # Decorators apply from the bottom up.
+        for table in reversed(tables):
+            for entry in reversed(list(entries(table).values())):
+                if entry.flags:
+                    command = _decorator(entry)(command)
+        return command
+
+    return decorate
 
 
 def options_named(table: type, *names: str) -> Callable[[F], F]:

@@ -155,6 +155,40 @@ def is_grey(source: ImageLike) -> bool:
     return len(shape) == 2 or (len(shape) == 3 and shape[2] == 1)
 
 
+def load_on_white(path: str | os.PathLike[str]) -> np.ndarray:
+    """Load a picture file as ``load_image`` does, but lay its transparent parts on white.
+
+    ``load_image`` keeps the colours under them, which are mostly black or stray. A model must not
+    learn those: nobody has ever seen them.
+    Raises: UsageError.
+    """
+    from PIL import Image
+
+    with open_picture(path) as picture:
+        if not is_transparent(picture):
+            return _to_rgb(picture, str(path))
+        try:
+            layer = picture.convert("RGBA")
+            white = Image.new("RGBA", layer.size, "white")
+            shown = Image.alpha_composite(white, layer).convert("RGB")
+            shown.getexif().update(picture.getexif())
+        except Exception as error:  # as in open_picture
+            raise UsageError(f"{path}: cannot be decoded ({_reason(error)})") from error
+        return _to_rgb(shown, str(path))
+
+
+def is_transparent(picture: Image.Image) -> bool:
+    """Return True if parts of an opened picture are not opaque."""
+    if "transparency" in picture.info:
+        return True
+    if picture.mode not in ("RGBA", "LA", "PA", "RGBa", "La"):
+        return False
+    try:
+        return picture.getchannel("A").getextrema()[0] < 255  # type: ignore[operator]
+    except Exception:  # the damage is reported by what loads the picture
+        return False
+
+
 @contextlib.contextmanager
 def open_picture(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     """Open a picture file with Pillow.

@@ -62,6 +62,9 @@ GLOBAL_SCALE_VERSION = 3
 VERSIONS = (FORMAT_VERSION, QUANTIZED_VERSION, GLOBAL_SCALE_VERSION)
 
 MANIFEST = "mlxdiff.json"
+TRAINED = "training.json"
+"""What training writes beside its result: how it was made. Such a folder may be replaced, too."""
+_OURS = (MANIFEST, TRAINED)
 COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 LOW_RES_SCHEDULER = "low_res_scheduler"
@@ -665,11 +668,11 @@ def check_dest(dest: str | os.PathLike[str], force: bool) -> None:
     if (
         dest.is_symlink()
         or not dest.is_dir()
-        or not ((dest / MANIFEST).is_file() or not any(dest.iterdir()))
+        or not (any((dest / name).is_file() for name in _OURS) or not any(dest.iterdir()))
     ):
         raise UsageError(
-            f"{dest} is not a converted folder, so it is not replaced; remove it yourself, or give "
-            "another name"
+            f"{dest} is not a folder that mlxdiff wrote, so it is not replaced; remove it "
+            "yourself, or give another name"
         )
 
 

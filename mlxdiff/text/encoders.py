@@ -175,6 +175,13 @@ class TextEncoders:
             embeds.append(state)
         return Encoded(np.concatenate(embeds, axis=-1), pooled)
 
+    def token_ids(self, text: str) -> dict[str, tuple[int, ...]]:
+        """Return the tokens of a plain text for each encoder, padded and cut, without a warning.
+
+        Ids from the size of the vocabulary on stand for the vectors of textual inversions.
+        """
+        return {name: self._vocabulary(name).plain(text)[0].ids for name in self.names}
+
     def a1111(self, texts: Sequence[Sequence[str]], clip_skip: int | None = None) -> list[Encoded]:
         """Encode the texts of a prompt in A1111's syntax.
 
