@@ -15,7 +15,7 @@ def keep_freed() -> bool:
     """Let arrays of up to 32 MB come from memory that is kept; return whether that is possible.
 
     By default glibc gives freed arrays back to the system and gets new ones from it, cleared page
-    by page. Training frees and takes gigabytes in each step; this took a third of its time.
+    by page. Training frees and takes gigabytes in each step; this took a quarter of its time.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
