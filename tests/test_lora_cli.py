@@ -113,7 +113,7 @@ def test_a_lora_from_the_hub(here: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             np.testing.assert_array_equal(pixels(here / "x.png"), pixels(here / f"{i}.png"))
             (said,) = read(here / f"{i}.png").to_dict()["loras"]
             assert said["source"] == f"org/name/style.safetensors@{COMMIT}"
-            again = error_of(run("generate", "--from-image", f"{i}.png", "-o", "y.png"))
+            again = error_of(generate("--from-image", f"{i}.png", "-o", "y.png"))
             assert f"the LoRA {said['source']}:0.5: give all of its LoRAs" in again
         assert "no such LoRA" in error_of(generate("a", "--lora", "other/name", *QUICK))
         missing = error_of(generate("a", "--lora", "org/name/none.safetensors", *QUICK))

@@ -115,7 +115,7 @@ def test_numpy_numbers_are_those_of_random_state() -> None:
         expected = state.randn(*shape).astype(np.float32)
         np.testing.assert_array_equal(generator.randn(shape), expected)
     for seed in (-1, 2**32):
-        with pytest.raises(UsageError, match="--rng"):
+        with pytest.raises(UsageError, match=r"generator \(rng\)"):
             NumpyGenerator(seed)
 
 
