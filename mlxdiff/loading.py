@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -72,23 +73,48 @@ def load(asked: LoadOptions) -> Pipeline:
         logger.warning("exact has no effect: nothing is computed on a GPU here")
     pipe = Pipeline(source, chosen)
     pipe.lora_folder = Path(asked.lora_folder)
-    variant, progress = asked.variant, asked.progress
-    pipe.set_vae(asked.vae, progress=progress)
-    pipe.set_controlnets(asked.controlnets, variant=variant, progress=progress)
-    pipe.set_ip_adapters(
-        asked.ip_adapters, image_encoder=asked.image_encoder, variant=variant, progress=progress
-    )
-    pipe.set_loras(asked.loras, progress=progress)
-    pipe.set_embeddings(asked.embeddings)
+    add(pipe, asked)
     if asked.memory_limit is not None:
         pipe.limit_memory(asked.memory_limit)
-    pipe.set_refiner(
-        asked.refiner,
-        dtype=asked.dtype,
-        quantize=asked.quantize,
-        variant=variant,
-        progress=progress,
-    )
     pipe.save_memory(asked.low_memory, asked.vae_tiling)
     pipe.exact = asked.exact and chosen.has_gpu()
     return pipe
+
+
+ADDITIONS = ("vae", "controlnets", "ip_adapters", "image_encoder", "loras", "embeddings", "refiner")
+"""Options of ``load`` that can change on a pipeline that is open, in the order in which they are
+set."""
+
+
+def add(pipe: Pipeline, asked: LoadOptions, names: Collection[str] = ADDITIONS) -> None:
+    """Set additions of a pipeline.
+
+    Args:
+        asked: all options of loading.
+        names: of the additions to set, of ``ADDITIONS``.
+    Raises: UsageError, CheckpointError, ConfigError, HubError.
+    """
+    variant, progress = asked.variant, asked.progress
+    if "vae" in names:
+        pipe.set_vae(asked.vae, progress=progress)
+    if "controlnets" in names:
+        pipe.set_controlnets(asked.controlnets, variant=variant, progress=progress)
+    if "ip_adapters" in names or "image_encoder" in names:
+        pipe.set_ip_adapters(
+            asked.ip_adapters,
+            image_encoder=asked.image_encoder,
+            variant=variant,
+            progress=progress,
+        )
+    if "loras" in names:
+        pipe.set_loras(asked.loras, progress=progress)
+    if "embeddings" in names:
+        pipe.set_embeddings(asked.embeddings)
+    if "refiner" in names:
+        pipe.set_refiner(
+            asked.refiner,
+            dtype=asked.dtype,
+            quantize=asked.quantize,
+            variant=variant,
+            progress=progress,
+        )

@@ -12,7 +12,7 @@ import pytest
 from fake_hub import serve
 from test_cli import QUICK, error_of, generate, pixels, run, texts
 
-from mlxdiff.cli.loras import Asked, parse
+from mlxdiff.run.values import Files, Scaled
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_path_and_scale(text: str, asked: tuple[str, float | None], here: Path) -> None:
     (here / "with:1").write_bytes(b"")
-    assert parse(text) == Asked(*asked)
+    assert Files("PATH[:SCALE]").parse(text) == Scaled(*asked)
 
 
 def test_a_picture_under_loras_and_again_from_it(here: Path) -> None:

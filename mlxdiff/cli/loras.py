@@ -4,31 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mlxdiff.cli.streams import tell
 from mlxdiff.errors import UsageError, quoted
-from mlxdiff.run.values import Number, Unfit
-
-
-class Asked(NamedTuple):
-    """A LoRA as it is asked for; the scale is None where none was given."""
-
-    path: str
-    scale: float | None
-
-
-def parse(word: str) -> Asked:
-    """Read PATH or PATH:SCALE; a path that exists is never cut. Raises: Unfit."""
-    path, colon, scale = word.rpartition(":")
-    if not colon or not path or os.path.exists(os.path.expanduser(word)):
-        return Asked(word, None)
-    try:
-        return Asked(path, float(Number().accept(float(scale))))
-    except ValueError as error:
-        if not isinstance(error, Unfit) and not os.path.exists(os.path.expanduser(path)):
-            return Asked(word, None)  # the colon is one of the path
-        raise Unfit(word, f"PATH:SCALE; its scale {scale!r} is not a number") from None
+from mlxdiff.run.values import Scaled
 
 
 def report(loras: tuple[Any, ...]) -> None:
@@ -38,7 +18,7 @@ def report(loras: tuple[Any, ...]) -> None:
 
 
 def replayed(
-    asked: tuple[Asked, ...], found: Any, picture: str | None
+    asked: tuple[Scaled, ...], found: Any, picture: str | None
 ) -> list[tuple[str, float | tuple[float, float]]]:
     """The LoRAs to load: those asked for, else those of the picture.
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from mlxdiff.cli import embeddings, loras
 from mlxdiff.run.options import (
     CommandOptions,
     FileOptions,
@@ -23,8 +22,6 @@ TABLES: tuple[type, ...] = (LoadOptions, FileOptions, SeedOptions, ValueOptions,
 """In the order of ``--help``, section by section."""
 FEW = 6  # words that the help of an option has room for without a list of its own
 
-# How one file with a scale or a word is written.
-_FILES: dict[str, Callable[[str], Any]] = {"loras": loras.parse, "embeddings": embeddings.parse}
 F = TypeVar("F", bound=Callable[..., Any])
 
 if TYPE_CHECKING:  # generic from click 8.4 on, for type checkers only
@@ -46,21 +43,16 @@ class TableOption(click.Option):
 
 
 class Value(ParamType):
-    """A value of a kind of ``run.values``.
+    """A value of a kind of ``run.values``."""
 
-    Args:
-        parse: reads a word, in place of the kind.
-    """
-
-    def __init__(self, kind: Anything, parse: Callable[[str], Any] | None = None) -> None:
+    def __init__(self, kind: Anything) -> None:
         self.kind, self.name = kind, kind.metavar
-        self.parse = kind.parse if parse is None else parse
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not isinstance(value, str):
             return value
         try:
-            return self.parse(value)
+            return self.kind.parse(value)
         except Unfit as unfit:
             self.fail(str(unfit), param, ctx)
 
@@ -68,7 +60,7 @@ class Value(ParamType):
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
         words = [word for word in self.kind.suggestions if word.startswith(incomplete)]
-        plain = self.kind.metavar in ("FILE", "PATH")
+        plain = self.kind.metavar.startswith(("FILE", "PATH", "FOLDER"))
         return [CompletionItem(word) for word in words] or (
             [CompletionItem(incomplete, type="file")] if plain else []
         )
@@ -108,7 +100,7 @@ def _decorator(entry: Option) -> Callable[[Any], Any]:
     value: dict[str, Any] = {"is_flag": True}
     if not isinstance(kind, Flag):
         value = {
-            "type": Value(kind, _FILES.get(entry.name)),
+            "type": Value(kind),
             "metavar": entry.metavar or kind.metavar,
             "multiple": isinstance(kind, (Each, Files)),
         }

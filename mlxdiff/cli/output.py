@@ -190,13 +190,13 @@ class Output:
         Returns: its file.
         Raises: UsageError if it is not where it was asked for.
         """
-        from mlxdiff.pictures.image import png_bytes, write_png
+        from mlxdiff.pictures.image import png_bytes, write_bytes
 
         text = {} if self.options.no_metadata else picture.metadata.chunks()
         data, path = png_bytes(picture.image, text), self.paths[index]
         for one in numbered(path) if self.is_numbered else (path,):
             try:
-                write_png(data, one, overwrite=self.options.force)
+                write_bytes(data, one, overwrite=self.options.force)
             except UsageError as error:
                 if self.is_numbered and _exists(one):  # made by another process just now
                     continue
@@ -209,12 +209,12 @@ class Output:
 
     def _rescued(self, data: bytes, path: Path) -> Path | None:
         """Write a picture into the temporary folder. Return its file, or None if that fails too."""
-        from mlxdiff.pictures.image import write_png
+        from mlxdiff.pictures.image import write_bytes
 
         with contextlib.suppress(OSError, UsageError):
             folder = Path(tempfile.gettempdir())
             place = next(one for one in numbered(folder / path.name) if not _exists(one))
-            write_png(data, place)
+            write_bytes(data, place)
             self.saved += 1
             return place
         return None

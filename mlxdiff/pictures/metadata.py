@@ -2,17 +2,20 @@
 
 A PNG of ours carries two text chunks. `parameters` is the text that AUTOMATIC1111's web UI writes
 and most programs and sites read. `mlxdiff` is JSON of a versioned schema with all that is needed to
-make the picture again. Neither names a folder of the machine it was made on.
+make the picture again. Neither names a folder of the machine it was made on. JPEG, WebP and AVIF
+files carry the first in EXIF's UserComment, as A1111's do, and the second in EXIF's MakerNote, the
+field for data of the maker.
 
 Source: stable-diffusion-webui, modules/processing.py (create_infotext) and
 modules/infotext_utils.py (parse_generation_parameters, quote); sampler and schedule names:
-modules/sd_samplers_kdiffusion.py, modules/sd_schedulers.py.
+modules/sd_samplers_kdiffusion.py, modules/sd_schedulers.py; EXIF 2.32, section 4.6.5.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import re
@@ -28,6 +31,8 @@ from mlxdiff.samplers.names import SAMPLER_NAMES, SCHEDULE_NAMES, find_sampler, 
 if TYPE_CHECKING:
     from PIL import Image
 
+logger = logging.getLogger("mlxdiff")
+
 SCHEMA = "mlxdiff.image/1"
 PARAMETERS_KEY, JSON_KEY = "parameters", "mlxdiff"
 
@@ -42,6 +47,9 @@ _KEY = re.compile(r"\w[\w \-/]+")
 _VALUE = re.compile(r'\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _SIZE = re.compile(r"(\d{1,9})x(\d{1,9})")
 _NEGATIVE = "Negative prompt:"
+
+_EXIF_IFD, _USER_COMMENT, _MAKER_NOTE = 0x8769, 0x9286, 0x927C
+_MAKER = b"mlxdiff\0"
 
 
 @dataclass(frozen=True)
@@ -222,7 +230,7 @@ class Metadata:
 def read(path: str | os.PathLike[str]) -> Metadata:
     """Read the settings of a picture, from our JSON or else from A1111's text.
 
-    A PNG carries them as text chunks, a JPEG or WebP A1111's as an EXIF comment.
+    A PNG carries them as text chunks; JPEG, WebP and AVIF carry them in EXIF.
 
     Raises:
         UsageError: no such picture, no such text in it, or a schema of another version.
@@ -240,11 +248,12 @@ def of_picture(picture: Image.Image, where: str) -> Metadata:
     try:
         # Text after the pixels is seen only once they are read.
         texts: Mapping[Any, Any] = getattr(picture, "text", None) or picture.info
-        comment = _exif_comment(picture)
+        comment, note = _exif_comment(picture), _exif_note(picture)
     except Exception as error:  # whatever a damaged file makes Pillow's many readers raise
         raise UsageError(f"{where}: cannot be decoded ({one_line(error)})") from error
-    if isinstance(texts.get(JSON_KEY), str):
-        return Metadata.from_json(texts[JSON_KEY], where=where)
+    ours = texts.get(JSON_KEY) or note
+    if isinstance(ours, str):
+        return Metadata.from_json(ours, where=where)
     parameters = texts.get(PARAMETERS_KEY) or comment
     if not isinstance(parameters, str) or not parameters.strip():
         raise UsageError(
@@ -384,9 +393,43 @@ def _sampler_and_schedule(name: str | None, kind: str | None) -> tuple[str | Non
     return sampler, find_schedule(kind) or kind
 
 
+def exif(metadata: Metadata, most: int | None = None) -> bytes:
+    """Encode metadata as EXIF: A1111's text as UserComment, our JSON as MakerNote.
+
+    Args:
+        most: bytes that fit; None: any number. What does not fit is left out with a warning, our
+            JSON first.
+    """
+    comment = b"UNICODE\0" + metadata.to_parameters().encode("utf-16-be", "replace")
+    note = _MAKER + metadata.to_json().encode()
+    whole = _exif({_USER_COMMENT: comment, _MAKER_NOTE: note})
+    if most is None or len(whole) <= most:
+        return whole
+    short = _exif({_USER_COMMENT: comment})
+    lost = "a part of the settings" if len(short) <= most else "the settings"
+    logger.warning("%s did not fit into the file (%d bytes); PNG takes any", lost, len(whole))
+    return short if len(short) <= most else _exif({})
+
+
+def _exif(fields: dict[int, bytes]) -> bytes:
+    from PIL import Image
+
+    made = Image.Exif()
+    made.get_ifd(_EXIF_IFD).update(fields)
+    return made.tobytes()
+
+
+def _exif_note(picture: Image.Image) -> str | None:
+    """Our JSON in EXIF's MakerNote."""
+    note = picture.getexif().get_ifd(_EXIF_IFD).get(_MAKER_NOTE)
+    if not isinstance(note, bytes) or not note.startswith(_MAKER):
+        return None
+    return note[len(_MAKER) :].decode("utf-8", "replace")
+
+
 def _exif_comment(picture: Image.Image) -> str | None:
     """EXIF UserComment: eight bytes name the encoding, then the text."""
-    comment = picture.getexif().get_ifd(0x8769).get(0x9286)
+    comment = picture.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT)
     if not isinstance(comment, bytes):
         return comment
     code, body = comment[:8], comment[8:]

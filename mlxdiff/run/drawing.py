@@ -25,7 +25,8 @@ from mlxdiff import samplers
 from mlxdiff.errors import MlxdiffError, UsageError
 from mlxdiff.machine.turns import each_in_turn, turn
 from mlxdiff.noise import Generator
-from mlxdiff.pictures.image import check_writable, png_bytes, side_by_side, write_png
+from mlxdiff.pictures import formats
+from mlxdiff.pictures.image import check_writable, png_bytes, side_by_side, write_bytes
 from mlxdiff.pictures.metadata import Metadata
 from mlxdiff.pictures.names import Template
 from mlxdiff.run.additions.refiner import refiner_of
@@ -177,14 +178,22 @@ class Result:
             raise UsageError(f"index is {index}; there are {len(self.images)} pictures, from 0")
         return png_bytes(self.images[index], self.metadata[index].chunks())
 
-    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
-        """Write all pictures as PNG files, with their settings in them.
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        quality: int | None = None,
+    ) -> list[Path]:
+        """Write all pictures as files, with their settings in them.
 
         Args:
-            path: the file; with several pictures a template with ``{seed}`` or ``{index}``. Also
-                ``{step}`` (their number), ``{frame}`` (0), ``{prompt}``, ``{model}`` and ``{date}``
-                are filled in, numbers also as ``{seed:05d}``. Its folder must exist.
+            path: the file, whose ending gives the format (.png, .jpg, .webp, .avif); with several
+                pictures a template with ``{seed}`` or ``{index}``. Also ``{step}`` (their number),
+                ``{frame}`` (0), ``{prompt}``, ``{model}``, ``{image}`` and ``{date}`` are filled
+                in, numbers also as ``{seed:05d}``. Its folder must exist.
             overwrite: replace existing files.
+            quality: 1 to 100, see ``pictures.formats.encode``.
         Returns: the files, in order.
         Raises: UsageError. Nothing is written if one of the files cannot be.
         """
@@ -199,9 +208,12 @@ class Result:
                 "into it"
             )
         for one in paths:
-            check_writable(one, overwrite)
+            check_writable(one, overwrite, tuple(formats.ENDINGS))
         for index, one in enumerate(paths):
-            write_png(self.png(index), one, overwrite)
+            data = formats.encode(
+                self.images[index], formats.ending(one), self.metadata[index], quality
+            )
+            write_bytes(data, one, overwrite)
         return paths
 
     @property
@@ -225,6 +237,7 @@ def name_values(metadata: Metadata, index: int, steps: int) -> dict[str, int | s
         "frame": 0,
         "prompt": metadata.prompt,
         "model": _model_name(metadata),
+        "image": Path(str(metadata.extra.get("image") or "none")).stem,
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -560,5 +573,5 @@ def _same_pixels(image: PIL.Image.Image, other: PIL.Image.Image) -> bool:
 
 def _path_text(path: Any) -> str:
     if not isinstance(path, (str, os.PathLike)):
-        raise UsageError(f"path is {path!r}; expected the name of a PNG file")
+        raise UsageError(f"path is {path!r}; expected the name of a picture file")
     return os.fspath(path)

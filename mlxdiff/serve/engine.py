@@ -7,19 +7,18 @@ submit, watch, skip and cancel jobs.
 
 from __future__ import annotations
 
-import gc
 import logging
 import secrets
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from mlxdiff.batch.models import Models
 from mlxdiff.errors import MlxdiffError, UsageError
-from mlxdiff.loading import load
 from mlxdiff.pictures.image import png_bytes
 from mlxdiff.run.settings import pick_seeds
 from mlxdiff.serve.gallery import Gallery
@@ -287,7 +286,7 @@ class Engine:
         gallery: keeps finished pictures, and which jobs are under way.
         loading: options of ``mlxdiff.load`` for every model: quantize, dtype, ...
         queue_length: jobs that may wait.
-        keep_alive: seconds without a job after which the model leaves memory; 0: at once;
+        keep_alive: seconds without a job after which a model leaves memory; 0: at once;
             None: never.
     """
 
@@ -300,12 +299,9 @@ class Engine:
         keep_alive: float | None = 300.0,
     ) -> None:
         self.gallery = gallery
-        self.loading = dict(loading or {})
-        self.queue_length, self.keep_alive = queue_length, keep_alive
+        self.queue_length = queue_length
+        self.models = Models(loading, keep_alive)
         self.current: Job | None = None
-        self.loaded: str | None = None
-        self._pipe: Any = None
-        self._additions: dict[str, Any] = {}
         self._waiting: deque[Job] = deque()
         self._jobs: dict[str, Job] = {}
         self._wake = threading.Condition()
@@ -344,6 +340,11 @@ class Engine:
         """All jobs that are known, the oldest first."""
         with self._wake:
             return list(self._jobs.values())
+
+    @property
+    def loaded(self) -> str | None:
+        """The model that was used last, if it is loaded."""
+        return next(reversed(self.models.names), None)
 
     @property
     def waiting(self) -> int:
@@ -406,7 +407,7 @@ class Engine:
             except MlxdiffError as error:
                 job._finish("failed", error)
             except MemoryError:
-                self._unload()
+                self.models.unload_all()
                 job._finish("failed", UsageError("out of memory; try a smaller size"))
             except Exception as error:
                 logger.debug("a job failed", exc_info=True)
@@ -419,15 +420,14 @@ class Engine:
             notes.job = None
             del job
         logger.removeHandler(notes)
-        self._unload()
+        self.models.unload_all()
 
     def _next(self) -> Job | None:
         """Wait for the next job; None: the engine is closed."""
         with self._wake:
             while not self._waiting and not self._closed:
-                timeout = self.keep_alive if self._pipe is not None else None
-                if not self._wake.wait(timeout) and not self._waiting:
-                    self._unload()
+                if not self._wake.wait(self.models.seconds_to_idle) and not self._waiting:
+                    self.models.unload_idle()
             if self._closed:
                 return None
             job = self.current = self._waiting.popleft()
@@ -440,7 +440,12 @@ class Engine:
         """Draw the pictures of a job, each on its own: it is what its own seed gives alone."""
         order = job.order
         assert order is not None
-        pipe = self._loaded(job, order)
+        pipe = self.models.get(
+            {"model": order.place, **order.additions},
+            name=order.model,
+            progress=job._fetch,
+            on_load=lambda: job._set_stage("loading"),
+        )
         if job._cancelled:
             raise _Stop
         for picture, seed in enumerate(job.seeds):
@@ -448,7 +453,12 @@ class Engine:
             job._begin(picture)
             job._set_stage("encoding")
             try:
-                result = pipe.generate(**order.options, seed=seed, count=1, on_step=job._advance)
+                run = pipe.stream(**order.options, seed=seed, count=1)
+                self.models.make_room(pipe, run.settings)
+                with closing(run):
+                    for step in run:
+                        job._advance(step)
+                    result = run.result
             except _Stop:
                 if job._cancelled:
                     raise
@@ -463,46 +473,3 @@ class Engine:
             if job._cancelled:
                 raise _Stop
         job._finish("done")
-
-    def _loaded(self, job: Job, order: Order) -> Any:
-        """The pipeline of an order, with its additions and no others."""
-        if self.loaded != order.model:
-            self._unload()
-            job._set_stage("loading")
-            self._pipe = load(order.place, **self.loading, progress=job._fetch)
-            self.loaded, self._additions = order.model, {}
-        wanted = dict(order.additions)
-        for name, setter in _SETTERS:
-            value = wanted.get(name)
-            if value != self._additions.get(name):
-                job._set_stage("loading")
-                setter(self._pipe, value, job._fetch)
-                self._additions[name] = value
-        if "lora_folder" in self.loading:
-            self._pipe.lora_folder = Path(self.loading["lora_folder"])
-        return self._pipe
-
-    def _unload(self) -> None:
-        if self._pipe is None:
-            return
-        backend = self._pipe.backend
-        self._pipe, self.loaded, self._additions = None, None, {}
-        gc.collect()
-        backend.clear_cache()
-
-
-# Additions, in the order in which ``load`` sets them.
-_SETTERS: tuple[tuple[str, Callable[[Any, Any, Any], None]], ...] = (
-    ("vae", lambda pipe, value, progress: pipe.set_vae(value, progress=progress)),
-    (
-        "controlnets",
-        lambda pipe, value, progress: pipe.set_controlnets(value or (), progress=progress),
-    ),
-    (
-        "ip_adapters",
-        lambda pipe, value, progress: pipe.set_ip_adapters(value or (), progress=progress),
-    ),
-    ("loras", lambda pipe, value, progress: pipe.set_loras(value or ())),
-    ("embeddings", lambda pipe, value, progress: pipe.set_embeddings(value or ())),
-    ("refiner", lambda pipe, value, progress: pipe.set_refiner(value, progress=progress)),
-)
