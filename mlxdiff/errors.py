@@ -36,6 +36,10 @@ class HubError(MlxdiffError):
     """A model that cannot be fetched from the Hugging Face hub and is not in the cache."""
 
 
+class Cancelled(MlxdiffError):
+    """What was cancelled: by its ``mlxdiff.Cancel``, or by another request to a server."""
+
+
 def printable(text: str) -> str:
     """Return a text as one line without control characters, which could steer a terminal.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from mlxdiff.errors import UsageError
 from mlxdiff.machine.exact import require as require_exact
 from mlxdiff.pipeline import Pipeline
 from mlxdiff.run.options import BACKENDS, DTYPES, LoadOptions
+from mlxdiff.run.progress import downloads
 from mlxdiff.run.table import function_of
 
 logger = logging.getLogger("mlxdiff")
@@ -53,6 +55,8 @@ def load(asked: LoadOptions) -> Pipeline:
     Returns: a Pipeline; its weights are read when they are first needed.
     Raises: UsageError, ConfigError, CheckpointError, HubError.
     """
+    progress = downloads(asked.progress, asked.on_progress, asked.cancel)
+    asked = replace(asked, progress=progress)
     source = library.open_model(
         BUILTIN if asked.model is None else asked.model,
         dtype=asked.dtype,

@@ -36,8 +36,9 @@ from mlxdiff.run.drawing import Picture, Result, Run, Step
 from mlxdiff.run.latent_model import LatentModel
 from mlxdiff.run.memory import Device, Estimate, estimate, require
 from mlxdiff.run.model import Model, PromptEmbeddings
-from mlxdiff.run.options import GenerateOptions, LoadOptions, RunOptions
+from mlxdiff.run.options import GenerateOptions, LoadOptions, RunOptions, StreamOptions
 from mlxdiff.run.pixel_model import PixelModel
+from mlxdiff.run.progress import Watch
 from mlxdiff.run.settings import PlannedRun, Settings, resolve
 from mlxdiff.run.table import entries, make, takes
 from mlxdiff.store.folder import ModelSource, Progress
@@ -412,8 +413,8 @@ class Pipeline:
             )
         require(expected(), self.backend.memory_size(), self.memory_limit, helps)
 
-    @takes(RunOptions)
-    def stream(self, asked: RunOptions) -> Run:
+    @takes(StreamOptions)
+    def stream(self, asked: StreamOptions) -> Run:
         """Draw step by step, and end in ``run.result``.
 
         Args:
@@ -439,10 +440,12 @@ class Pipeline:
                 asked.on_step(step)
         return run.result
 
-    def _begin(self, asked: RunOptions) -> Run:
+    def _begin(self, asked: StreamOptions) -> Run:
         """Make a run. All that decides its pictures is fixed here."""
         planned = self._plan(asked)
-        return Run(planned, self._metadata(planned))
+        steps = sum(map(len, planned.plans))
+        watch = Watch(len(planned.seeds), steps, asked.on_progress, asked.cancel)
+        return Run(planned, self._metadata(planned), watch)
 
     def _metadata(self, planned: PlannedRun) -> list[Metadata]:
         """Describe each picture of a run."""

@@ -58,6 +58,11 @@ class Job:
     line: int = 0
 
     @property
+    def name(self) -> str:
+        """What to call it in a message."""
+        return ", ".join((self.place, *self.labels)).strip(", ") or "the command line"
+
+    @property
     def count(self) -> int:
         """Number of pictures."""
         count: int = self.options.get("count", 1)

@@ -138,6 +138,13 @@ def _too_large(path: Path, picture: Image.Image | None = None) -> UsageError:
     )
 
 
+def to_image(pixels: np.ndarray) -> Image.Image:
+    """Return uint8 (H, W, 3) as a Pillow image."""
+    from PIL import Image
+
+    return Image.fromarray(pixels)
+
+
 def to_model(image: np.ndarray) -> np.ndarray:
     """Convert uint8 (H, W, 3) to float32 (1, H, W, 3); 0 becomes -1 and 255 becomes 1."""
     return (image.astype(np.float32) / np.float32(255) * 2 - 1)[None]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlxdiff import samplers
-from mlxdiff.errors import MlxdiffError, UsageError
+from mlxdiff.errors import Cancelled, MlxdiffError, UsageError
 from mlxdiff.machine.turns import each_in_turn, turn
 from mlxdiff.noise import Generator
 from mlxdiff.pictures import formats
@@ -33,6 +33,7 @@ from mlxdiff.run.additions.refiner import refiner_of
 from mlxdiff.run.denoiser import Evaluation, make_denoiser
 from mlxdiff.run.inputs import Inputs, Stage, Start, make_stages
 from mlxdiff.run.model import Model, draw_noise
+from mlxdiff.run.progress import Watch
 from mlxdiff.run.settings import PlannedRun, Settings
 
 if TYPE_CHECKING:
@@ -262,20 +263,24 @@ class Run(Iterator[Step]):
     Args:
         planned: the run, checked and planned.
         metadata: of its pictures.
+        watch: tells a caller of its progress, and stops it; None: nobody watches.
     Attributes:
         settings: with every default filled in.
         seeds: of its pictures.
         metadata: of its pictures.
     """
 
-    def __init__(self, planned: PlannedRun, metadata: list[Metadata]) -> None:
+    def __init__(
+        self, planned: PlannedRun, metadata: list[Metadata], watch: Watch | None = None
+    ) -> None:
         self.settings = planned.settings
         self.seeds = planned.seeds
         self.metadata = metadata
         # The generator does not get the run: a run that is dropped before its end is then in no
         # circle of references, and its networks leave memory at once.
         self._planned = planned
-        self._work = _Work(planned, metadata)
+        self._watch = Watch(len(planned.seeds), 0) if watch is None else watch
+        self._work = _Work(planned, metadata, self._watch)
         self._steps = _draw(planned, self._work)
         self._handed_out = False
 
@@ -293,11 +298,19 @@ class Run(Iterator[Step]):
         return step
 
     def _advance(self) -> Step | None:
-        """Return the next step, or None when pictures are finished. Raises: StopIteration."""
+        """Return the next step, or None when pictures are finished.
+
+        Raises: StopIteration, Cancelled.
+        """
         if inspect.getgeneratorstate(self._steps) == inspect.GEN_RUNNING:
             raise UsageError(
                 "this run is being drawn in another thread; start one of its own for each thread"
             )
+        try:
+            self._watch.check()
+        except Cancelled:
+            self.close()
+            raise
         return next(self._steps)
 
     def close(self) -> None:
@@ -369,17 +382,22 @@ class Run(Iterator[Step]):
         return list(self._work.finished)
 
 
+_SHOWN = {"text_encoder": "encode", "image": "encode", "hires": "encode", "vae": "decode"}
+"""Stages of the timings -> stages that a caller is told of."""
+
+
 class _Work:
     """The progress of a run.
 
     Attributes:
+        watch: is told of it.
         timings: of the picture that is drawn now.
         drawn: index, latents and timings of pictures that are not decoded yet.
         finished: pictures that nobody has taken yet.
     """
 
-    def __init__(self, planned: PlannedRun, metadata: list[Metadata]) -> None:
-        self._planned, self._metadata = planned, metadata
+    def __init__(self, planned: PlannedRun, metadata: list[Metadata], watch: Watch) -> None:
+        self._planned, self._metadata, self.watch = planned, metadata, watch
         self._models = [
             one for one in (planned.model, refiner_of(planned.model)) if one is not None
         ]
@@ -398,14 +416,32 @@ class _Work:
         with turn():
             start, loaded = time.perf_counter(), self._load_seconds
             timings = self.timings
+            shown = None if stage is None else _SHOWN[stage]
+            if shown is not None:
+                self.watch.tell(shown)
+            self._tell_of_loading(shown)
             try:
                 yield
             finally:
+                for model in self._models:
+                    model.cache.on_load = None
                 loading = self._load_seconds - loaded
                 timings["load"] += loading
                 if stage is not None:
                     seconds = time.perf_counter() - start - loading
                     timings[stage] = timings.get(stage, 0.0) + seconds
+
+    def _tell_of_loading(self, stage: str | None) -> None:
+        """Tell of each network that is loaded in this turn, and of the stage that goes on then."""
+
+        def tell(network: str) -> None:
+            if network:
+                self.watch.tell("load", network)
+            elif stage is not None:
+                self.watch.tell(stage)
+
+        for model in self._models:
+            model.cache.on_load = tell
 
     @property
     def _load_seconds(self) -> float:
@@ -458,6 +494,7 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
     last = len(run.seeds) - 1
     for picture, seed in enumerate(run.seeds):
         work.begin()
+        work.watch.begin(picture)
         if inputs is None:
             with work.turn("image" if settings.encodes else None):
                 inputs = Inputs(model, settings)
@@ -488,6 +525,7 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
                 _require_finite(latents, index, total, backend.dtype)
                 if index == total - 1:
                     work.finish(picture, latents)
+                work.watch.advance(elapsed)
                 yield Step(
                     index=index,
                     total=total,
