@@ -85,7 +85,16 @@ def load(asked: LoadOptions) -> Pipeline:
     return pipe
 
 
-ADDITIONS = ("vae", "controlnets", "ip_adapters", "image_encoder", "loras", "embeddings", "refiner")
+ADDITIONS = (
+    "vae",
+    "controlnets",
+    "ip_adapters",
+    "image_encoder",
+    "loras",
+    "fast",
+    "embeddings",
+    "refiner",
+)
 """Options of ``load`` that can change on a pipeline that is open, in the order in which they are
 set."""
 
@@ -112,6 +121,8 @@ def add(pipe: Pipeline, asked: LoadOptions, names: Collection[str] = ADDITIONS) 
         )
     if "loras" in names:
         pipe.set_loras(asked.loras, progress=progress)
+    if "fast" in names and (asked.fast or pipe.is_fast):
+        pipe.set_fast(asked.fast, progress=progress)
     if "embeddings" in names:
         pipe.set_embeddings(asked.embeddings)
     if "refiner" in names:

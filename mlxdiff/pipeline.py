@@ -28,7 +28,7 @@ from mlxdiff.pictures.metadata import Metadata
 from mlxdiff.run.additions import AdditionT, Fetch
 from mlxdiff.run.additions.controlnet import ControlNet
 from mlxdiff.run.additions.ip_adapter import IPAdapter
-from mlxdiff.run.additions.lora import LoRA, asked_for
+from mlxdiff.run.additions.lora import LoRA, asked_for, few_step_of, open_few_step
 from mlxdiff.run.additions.refiner import Refiner, refiner_of
 from mlxdiff.run.additions.vae import AnotherVAE
 from mlxdiff.run.additions.word_vectors import WordVectors
@@ -193,7 +193,30 @@ class Pipeline:
         Raises: UsageError, CheckpointError, HubError.
         """
         loras = make(LoadOptions, {"loras": loras}).loras
-        self._set(LoRA, loras, partial(LoRA.open, progress=progress))
+        fast = tuple(one for one in self.model.additions.of(LoRA) if one.way is not None)
+
+        def open_all(given: Iterable[lora.Given], model: Model) -> tuple[LoRA, ...]:
+            return (*LoRA.open(given, model, progress=progress), *fast)
+
+        self._set(LoRA, loras, open_all)
+
+    def set_fast(self, fast: bool = True, *, progress: Progress | None = None) -> None:
+        """Draw in few steps, with the LoRA that is published for this kind of model.
+
+        Its sampler, steps and guidance are then the defaults (``store.few_step``).
+
+        Args:
+            fast, progress: as ``load`` takes them.
+        Raises: UsageError where none is published, or it is not here and cannot be fetched.
+        """
+        fast = make(LoadOptions, {"fast": fast}).fast
+        own = tuple(one for one in self.model.additions.of(LoRA) if one.way is None)
+        added = [None] if fast else []
+
+        def open_all(given: Iterable[None], model: Model) -> tuple[LoRA, ...]:
+            return (*own, *(open_few_step(model, progress) if list(given) else ()))
+
+        self._set(LoRA, added, open_all)
 
     def set_embeddings(self, embeddings: Iterable[textual_inversion.Given]) -> None:
         """Let these words, and no others, stand for vectors of their own (textual inversion).
@@ -286,6 +309,11 @@ class Pipeline:
     def loras(self) -> tuple[lora.Lora, ...]:
         """The LoRAs that change the model's weights, beside those that a prompt asks for."""
         return tuple(one.matched for one in self.model.additions.of(LoRA))
+
+    @property
+    def is_fast(self) -> bool:
+        """Return True if the model draws in few steps by a LoRA of ``set_fast``."""
+        return few_step_of(self.model.additions) is not None
 
     @property
     def refiner(self) -> Model | None:

@@ -58,8 +58,8 @@ def _recorded(found: Any, picture: str | None) -> list[tuple[str, tuple[float, f
     """(name, scales, sha256) of each; the file may come from anyone."""
     result = []
     for one in found or ():
-        if isinstance(one, dict) and one.get("in_prompt"):
-            continue  # the prompt asks for it
+        if isinstance(one, dict) and (one.get("in_prompt") or one.get("fast")):
+            continue  # the prompt, or --fast, asks for it
         values = one if isinstance(one, dict) else {}
         scale: Any = values.get("scale")
         text: Any = values.get("text_scale", scale)

@@ -22,6 +22,7 @@ LOADING = (
     "vae_tiling",
     "memory_limit",
     "exact",
+    "fast",
 )
 """Options of loading that hold for every model."""
 

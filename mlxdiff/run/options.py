@@ -504,6 +504,16 @@ class LoadOptions(Options):
         "weights: each alone, or (path, scale).",
         elsewhere="lora lora_paths lora_weights",
     )
+    fast: Flag = _model(
+        "--fast",
+        default=False,
+        key="fast",
+        part="lora",
+        help="Draw in few steps: add the LoRA that is published for this kind of model, and take "
+        "its sampler, steps and guidance (docs/models.md).",
+        doc="draw in few steps: add the LoRA that is published for this kind of model, and take "
+        "its sampler, steps and guidance as defaults.",
+    )
     lora_folder: Place = _model(
         "--lora-folder",
         default=".",

@@ -19,6 +19,7 @@ from mlxdiff.pictures.image import load_image, resize
 from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
 from mlxdiff.run.additions.controlnet import Control, resolve_controls
 from mlxdiff.run.additions.ip_adapter import ImagePrompt, resolve_image_prompts
+from mlxdiff.run.additions.lora import few_step_of
 from mlxdiff.run.habits import note_habits, note_seed
 from mlxdiff.run.model import Model
 from mlxdiff.run.options import RunOptions, ValueOptions
@@ -206,6 +207,7 @@ def _resolve_text(
     model: Model, refiner: Model | None, asked: RunOptions
 ) -> tuple[Settings, tuple[samplers.Plan, ...]]:
     """Settings of a model that draws from text."""
+    asked = _in_few_steps(model, asked)
     if asked.prompt is None:
         raise UsageError(
             'no prompt is given; say what to draw, such as "a red circle on a blue background"'
@@ -280,6 +282,22 @@ def _resolve_text(
     plans = make_plans(settings, model, refiner)
     _check_some_guidance(settings, plans)
     return settings, plans
+
+
+def _in_few_steps(model: Model, asked: RunOptions) -> RunOptions:
+    """Fill in what the model's few-step LoRA asks for, where nothing else is given."""
+    way = few_step_of(model.additions)
+    if way is None:
+        return asked
+    asked = replace(
+        asked,
+        steps=way.steps if asked.steps is None else asked.steps,
+        guidance=way.guidance if asked.guidance is None else asked.guidance,
+    )
+    if (asked.sampler, asked.schedule) != ("auto", "auto"):
+        return asked
+    eta = way.eta if asked.eta is None else asked.eta
+    return replace(asked, sampler=way.sampler, schedule=way.schedule, eta=eta)
 
 
 def _settings(asked: RunOptions, **resolved: Any) -> Settings:
