@@ -527,7 +527,8 @@ def templates(folder: Path) -> Make:
 
     # fmt: off
     pieces = [
-        "{seed}", "{index:09d}", "{step}", "{prompt}", "{model}", "{date}", "{", "}", "{{", "}}",
+        "{seed}", "{index:09d}", "{step}", "{prompt}", "{model}", "{image}", "{date}", "{", "}",
+        "{{", "}}",
         "{seed:>9999999999}", "{seed.__class__}", "{0}", "{}", "{seed!r}", "{prompt:5}", "a", "~",
         "../", "/", "~x/", "\0", "\ud800", "é", "\u202e", "%s", "$HOME", "x" * 300, ".png", " ",
     ]
@@ -540,11 +541,12 @@ def templates(folder: Path) -> Make:
         words = "".join(chance.choice(pieces) for _ in range(3))
         values["prompt"] = words * chance.choice((1, 5000))
         values["model"] = chance.choice(("org/name", "../x", "", "\ud800", "."))
+        values["image"] = chance.choice(("../photo", "", "a\0b", "x" * 300))
 
         def read() -> None:
             filled = Template(text, "--output").fill(**values)
             own = Template(text, "--output").fields
-            if not own & {"prompt", "model"} or "/" in text or text.startswith("~"):
+            if not own & {"prompt", "model", "image"} or "/" in text or text.startswith("~"):
                 return
             assert "/" not in str(filled) and len(filled.name.encode("utf-8", "replace")) < 3000
 

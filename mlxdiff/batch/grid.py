@@ -6,14 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mlxdiff.batch.jobs import Axis, Job
-from mlxdiff.pictures.image import load_image
+from mlxdiff.pictures.formats import encode
 from mlxdiff.pictures.sheet import contact_sheet
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -89,18 +85,18 @@ def _table(jobs: Sequence[Job], axes: Sequence[Axis], several: bool) -> Layout:
     )
 
 
-def draw(places: Layout, files: Mapping[int, Path]) -> Image.Image | None:
+def draw(
+    places: Layout, files: Mapping[int, Path], ending: str, quality: int | None = None
+) -> bytes | None:
     """Draw the sheet of pictures that are files; None if there is no picture.
 
     Args:
         files: by the index of the picture; one that was not drawn is missing.
+        ending, quality: of the file, see ``pictures.formats.encode``.
+    Raises: UsageError if a file cannot be read.
     """
-    from mlxdiff.pictures.image import to_image
-
-    cells = [
-        [None if i is None or i not in files else to_image(load_image(files[i])) for i in row]
-        for row in places.cells
-    ]
+    cells = [[None if i is None else files.get(i) for i in row] for row in places.cells]
     if not any(one is not None for row in cells for one in row):
         return None
-    return contact_sheet(cells, places.rows, places.columns, places.captions)
+    sheet = contact_sheet(cells, places.rows, places.columns, places.captions)
+    return encode(sheet, ending, quality=quality)

@@ -24,9 +24,10 @@ class Wildcards:
 
     Args:
         folder: of the files. Each has a choice a line; a line that begins with # is a comment.
+            None: there are no files.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self._lines: dict[str, list[str]] = {}
 
@@ -59,6 +60,8 @@ class Wildcards:
         return self._lines[name]
 
     def _read(self, name: str) -> list[str]:
+        if self.folder is None:
+            raise UsageError(f"__{name}__: there is no folder of wildcards here")
         path = self.folder / f"{name}.txt"
         if ".." in Path(name).parts or Path(name).is_absolute():
             raise UsageError(f"__{name}__ leads out of the folder of wildcards")
@@ -70,7 +73,10 @@ class Wildcards:
                 for one in self.folder.rglob("*.txt")
             )
             said = f"there are {', '.join(there[:20])}" if there else "there is none"
-            raise UsageError(f"__{name}__: no {path}; {said}") from None
+            # Without the folder, which is no concern of a server's clients.
+            raise UsageError(
+                f"__{name}__: there is no {name}.txt in the folder of wildcards; {said}"
+            ) from None
         except UnicodeDecodeError:
             raise UsageError(f"{path}: is not a UTF-8 text file") from None
         lines = [line.strip() for line in text.removeprefix("\ufeff").splitlines()]

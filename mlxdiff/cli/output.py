@@ -240,14 +240,14 @@ class Output:
     def draw_grid(self, axes: Sequence[Axis]) -> None:
         """Write the contact sheet of all pictures. Raises: UsageError."""
         from mlxdiff.batch import grid
-        from mlxdiff.pictures.formats import encode, ending
+        from mlxdiff.pictures.formats import ending
         from mlxdiff.pictures.image import write_bytes
 
         assert self.options.grid is not None
         path = Path(self.options.grid).expanduser()
-        sheet = grid.draw(grid.layout(self.jobs, axes), self.files)
-        if sheet is not None:
-            data = encode(sheet, ending(path), quality=self.options.quality)
+        places = grid.layout(self.jobs, axes)
+        data = grid.draw(places, self.files, ending(path), self.options.quality)
+        if data is not None:
             write_bytes(data, path, overwrite=self.options.force or self.options.resume)
             tell(f"The sheet is {path}")
             self.reporter.event("grid", path=str(path))

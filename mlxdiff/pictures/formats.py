@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxdiff.errors import UsageError
 from mlxdiff.pictures.image import png_bytes
-from mlxdiff.pictures.metadata import Metadata, exif
+from mlxdiff.pictures.metadata import Metadata, exif, of_picture
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -71,6 +71,21 @@ def encode(
     encoded = io.BytesIO()
     image.convert("RGB").save(encoded, format=form, **how)
     return encoded.getvalue()
+
+
+def reencode(png: bytes, name: str, quality: int | None = None) -> bytes:
+    """Return a PNG file of ours in another format, with its metadata.
+
+    Args:
+        name, quality: as for ``encode``.
+    """
+    from PIL import Image
+
+    if ENDINGS[name] == "PNG":
+        return png
+    with Image.open(io.BytesIO(png), formats=["PNG"]) as picture:
+        picture.load()
+        return encode(picture, name, of_picture(picture, "the picture"), quality)
 
 
 def animation(frames: Sequence[Image.Image], name: str) -> bytes:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from mlxdiff.pictures.image import load_image, open_picture, to_image
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
@@ -17,7 +20,7 @@ _LINES = 4  # of a label
 
 
 def contact_sheet(
-    cells: Sequence[Sequence[Image.Image | None]],
+    cells: Sequence[Sequence[Path | None]],
     rows: Sequence[str] = (),
     columns: Sequence[str] = (),
     captions: Sequence[Sequence[str]] = (),
@@ -25,15 +28,16 @@ def contact_sheet(
     """Put pictures on a sheet.
 
     Args:
-        cells: rows of pictures; None leaves a place empty. All rows have the same length.
+        cells: rows of files; None leaves a place empty. All rows have the same length, and there
+            is at least one file.
         rows, columns: a label for each row and column; none: there are no such labels.
         captions: a text under each picture; none: there are none.
+    Raises: UsageError if a file cannot be read.
     """
     from PIL import Image, ImageDraw
 
-    pictures = [one for row in cells for one in row if one is not None]
-    width = max(one.width for one in pictures)
-    height = max(one.height for one in pictures)
+    sizes = [_size_of(one) for row in cells for one in row if one is not None]
+    width, height = max(one[0] for one in sizes), max(one[1] for one in sizes)
     shrink = (len(cells) * len(cells[0]) * width * height / MOST_PIXELS) ** 0.5
     if shrink > 1:
         width, height = max(1, int(width / shrink)), max(1, int(height / shrink))
@@ -56,7 +60,7 @@ def contact_sheet(
         for j, picture in enumerate(row):
             x = left + j * step[0]
             if picture is not None:
-                shown = picture.convert("RGB")
+                shown = to_image(load_image(picture))
                 if shrink > 1:
                     shown = shown.resize(
                         (max(1, int(shown.width / shrink)), max(1, int(shown.height / shrink)))
@@ -65,6 +69,11 @@ def contact_sheet(
             if captions:
                 _write(draw, captions[i][j], font, (x, y + height + GAP // 2), width)
     return sheet
+
+
+def _size_of(path: Path) -> tuple[int, int]:
+    with open_picture(path) as picture:
+        return picture.size
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

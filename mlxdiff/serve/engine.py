@@ -12,12 +12,15 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mlxdiff.batch.jobs import Axis, expand, singly
+from mlxdiff.batch.jobs import Job as Drawing
 from mlxdiff.batch.models import Models
+from mlxdiff.batch.wildcards import Wildcards
 from mlxdiff.errors import MlxdiffError, UsageError
 from mlxdiff.pictures.image import png_bytes
 from mlxdiff.run.settings import pick_seeds
@@ -62,7 +65,9 @@ class Order:
         additions: options of loading that change from picture to picture: loras, vae, ...
         options: of ``Pipeline.generate``, but for seed and count.
         seed: of the first picture; None: random.
-        count: number of pictures.
+        count: number of pictures, for each combination of the axes.
+        axes: options that take several values.
+        wildcards: fill in the wildcards of prompts; None: prompts stay as they are.
         save: whether the gallery keeps the pictures.
     """
 
@@ -72,7 +77,19 @@ class Order:
     additions: Mapping[str, Any] = field(default_factory=dict)
     seed: int | None = None
     count: int = 1
+    axes: Sequence[Axis] = ()
+    wildcards: Wildcards | None = None
     save: bool = True
+
+    def drawings(self) -> list[Drawing]:
+        """Return a job for each picture. Raises: UsageError for a wildcard without a file."""
+        seed = pick_seeds(self.seed, 1)[0]
+        options = {**self.options, "count": self.count}
+        found = singly(expand(options, seed, axes=self.axes, wildcards=self.wildcards))
+        for one in found:
+            if one.fault is not None:
+                raise one.fault
+        return found
 
 
 @dataclass(frozen=True)
@@ -83,6 +100,7 @@ class Drawn:
         id: its name in the gallery; None if the gallery does not keep it.
         png: the file.
         seed: its seed.
+        labels: the value of each axis in words.
         metadata: how it was made, as JSON values.
         parameters: the same as A1111 writes it.
     """
@@ -90,6 +108,7 @@ class Drawn:
     id: str | None
     png: bytes
     seed: int
+    labels: Sequence[str]
     metadata: Mapping[str, Any]
     parameters: str
 
@@ -102,6 +121,7 @@ class Job:
         order: what to draw; None for a job that was lost.
         state: "queued", "running", or one of ``ENDED``.
         stage: of a job that runs: "loading", "encoding", "drawing" or "saving".
+        drawings: its pictures, each with its options; [] once it has ended.
         seeds: of its pictures.
         picture: index of the picture that is being drawn.
         step, steps: evaluations of the U-Net that are done for it, and all of them.
@@ -120,7 +140,8 @@ class Job:
         self.order = order
         self.state = "queued"
         self.stage = ""
-        self.seeds = [] if order is None else pick_seeds(order.seed, order.count)
+        self.drawings = [] if order is None else order.drawings()
+        self.seeds = [one.seeds[0] for one in self.drawings]
         self.picture = self.step = self.steps = self.fetched = self.to_fetch = 0
         self.preview: bytes | None = None
         self.drawn: list[Drawn] = []
@@ -182,7 +203,9 @@ class Job:
             "fetched": self.fetched,
             "to_fetch": self.to_fetch,
             "has_preview": self.preview is not None,
-            "drawn": [{"id": one.id, "seed": one.seed} for one in self.drawn],
+            "drawn": [
+                {"id": one.id, "seed": one.seed, "labels": list(one.labels)} for one in self.drawn
+            ],
             "notes": list(self.notes),
             "error": None if self.error is None else str(self.error),
             "created": self.created,
@@ -233,6 +256,7 @@ class Job:
         self.state, self.stage = state, ""
         self.preview = None
         self.ended = time.time()
+        self.drawings = []
         if self.order is not None:  # uploaded pictures leave memory
             plain = {
                 k: v for k, v in self.order.options.items() if isinstance(v, (str, int, float))
@@ -448,12 +472,12 @@ class Engine:
         )
         if job._cancelled:
             raise _Stop
-        for picture, seed in enumerate(job.seeds):
+        for picture, drawing in enumerate(job.drawings):
             start = time.perf_counter()
             job._begin(picture)
             job._set_stage("encoding")
             try:
-                run = pipe.stream(**order.options, seed=seed, count=1)
+                run = pipe.stream(**drawing.options)
                 self.models.make_room(pipe, run.settings)
                 with closing(run):
                     for step in run:
@@ -464,12 +488,23 @@ class Engine:
                     raise
                 continue
             job._set_stage("saving")
-            metadata = result.metadata[0]
-            png = result.png()
-            kept = self.gallery.add(png) if order.save else None
-            job.drawn.append(Drawn(kept, png, seed, metadata.to_dict(), metadata.to_parameters()))
+            job.drawn.append(self._drawn(order, drawing, result))
             self._picture_seconds = time.perf_counter() - start
             job._changed()
             if job._cancelled:
                 raise _Stop
         job._finish("done")
+
+    def _drawn(self, order: Order, drawing: Drawing, result: Any) -> Drawn:
+        """Encode a picture, and put it into the gallery if it is to be kept."""
+        metadata = result.metadata[0]
+        metadata = replace(metadata, extra={**metadata.extra, **drawing.said})
+        png = png_bytes(result.images[0], metadata.chunks())
+        return Drawn(
+            id=self.gallery.add(png) if order.save else None,
+            png=png,
+            seed=drawing.seeds[0],
+            labels=drawing.labels,
+            metadata=metadata.to_dict(),
+            parameters=metadata.to_parameters(),
+        )
