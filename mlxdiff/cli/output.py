@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import tempfile
 import time
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ from mlxdiff.machine.stopping import uninterrupted
 from mlxdiff.machine.temporary import FILES, remove_leftovers
 from mlxdiff.pictures.names import Template, numbered
 from mlxdiff.run.options import CommandOptions
+
+logger = logging.getLogger("mlxdiff")
 
 if TYPE_CHECKING:
     from mlxdiff.pictures.metadata import Metadata
@@ -68,6 +71,10 @@ class Output:
         self.lost_report: OSError | None = None  # why standard output takes no more
         self.preview: Preview | None = None
         self.reporter = self._reporter(quiet)
+        if options.quality is not None and all(
+            path.suffix.lower() == ".png" for path in self.paths
+        ):
+            logger.warning("quality has no effect: PNG keeps every pixel")
         self._is_checked = False
         if options.preview or options.preview_file is not None:
             every = 1 if options.preview_every is None else options.preview_every
