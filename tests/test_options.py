@@ -250,6 +250,32 @@ def test_choices_complete_in_a_shell() -> None:
     assert found == ["dpmpp-2m", "dpmpp-2m-sde", "dpmpp-2s"]
 
 
+@pytest.mark.parametrize(
+    ("option", "typed", "found"),
+    [
+        ("--sampler", "eul", "plain,euler-a"),
+        ("-m", "sdxl-t", "plain,sdxl-turbo"),
+        ("-m", "x", "file,x"),
+        ("-o", "x", "file,x"),
+        ("--lora", "x", "file,x"),
+        ("--image", "x", "file,x"),
+        ("--vary-option", "step", "plain,steps="),
+        ("--preset", "in", "plain,ink"),
+    ],
+)
+def test_a_shell_completes_values_and_files(
+    option: str, typed: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLXDIFF_CONFIG", str(tmp_path))
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "presets" / "ink.toml").touch()
+    words = {"COMP_WORDS": f"mlxdiff generate {option} {typed}", "COMP_CWORD": "3"}
+    said = CliRunner().invoke(
+        mlxdiff_main(), [], env={**words, "_MLXDIFF_COMPLETE": "bash_complete"}, prog_name="mlxdiff"
+    )
+    assert found in said.output.splitlines()
+
+
 def test_help_lists_every_sampler_and_schedule() -> None:
     said = " ".join(CliRunner().invoke(generate, ["--help"]).output.split())
     assert ", ".join(samplers.NAMES) in said and ", ".join(samplers.SCHEDULES) in said

@@ -43,10 +43,14 @@ class TableOption(click.Option):
 
 
 class Value(ParamType):
-    """A value of a kind of ``run.values``."""
+    """A value of a kind of ``run.values``.
 
-    def __init__(self, kind: Anything) -> None:
-        self.kind, self.name = kind, kind.metavar
+    Args:
+        metavar: what stands for it in ``--help``; None: what its kind says.
+    """
+
+    def __init__(self, kind: Anything, metavar: str | None = None) -> None:
+        self.kind, self.name = kind, metavar or kind.metavar
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not isinstance(value, str):
@@ -59,11 +63,40 @@ class Value(ParamType):
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        words = [word for word in self.kind.suggestions if word.startswith(incomplete)]
-        plain = self.kind.metavar.startswith(("FILE", "PATH", "FOLDER"))
-        return [CompletionItem(word) for word in words] or (
-            [CompletionItem(incomplete, type="file")] if plain else []
-        )
+        known = [*self.kind.suggestions, *_NAMES.get(str(param.name), list)()]
+        items = [CompletionItem(word) for word in known if word.startswith(incomplete)]
+        if self.name.startswith(("FILE", "PATH", "FOLDER")) or param.name == "preset":
+            items.append(CompletionItem(incomplete, type="file"))
+        return items
+
+
+def _models() -> list[str]:
+    """Short names of models, and models that are converted."""
+    from mlxdiff import library
+    from mlxdiff.store.catalogue import KNOWN
+
+    return [one.name for one in KNOWN] + [one.name for one in library.entries()]
+
+
+def _presets() -> list[str]:
+    from mlxdiff.batch.presets import config_folder
+
+    return sorted(path.stem for path in (config_folder() / "presets").glob("*.toml"))
+
+
+def _axes() -> list[str]:
+    from mlxdiff.batch.words import MACHINE, options
+
+    return [f"{name}=" for name, one in options().items() if one.section != MACHINE]
+
+
+_NAMES: dict[str, Callable[[], list[str]]] = {
+    "model": _models,
+    "refiner": _models,
+    "preset": _presets,
+    "vary_option": _axes,
+}
+"""Options whose values have names that are looked up."""
 
 
 def table_options(command: F) -> F:
@@ -100,7 +133,7 @@ def _decorator(entry: Option) -> Callable[[Any], Any]:
     value: dict[str, Any] = {"is_flag": True}
     if not isinstance(kind, Flag):
         value = {
-            "type": Value(kind),
+            "type": Value(kind, entry.metavar),
             "metavar": entry.metavar or kind.metavar,
             "multiple": isinstance(kind, (Each, Files)),
         }
