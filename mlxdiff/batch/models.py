@@ -24,15 +24,23 @@ class _Warm:
         pipe: the pipeline.
         name: of its model.
         additions: that are set, by the name of the option.
-        held: bytes of its weights, once it has drawn.
+        settings: of its last run; None: it has not drawn yet.
         used: when it was last asked for, by the monotonic clock.
     """
 
     pipe: Any
     name: str
     additions: dict[str, Any] = field(default_factory=dict)
-    held: int = 0
+    settings: Any = None
     used: float = field(default_factory=time.monotonic)
+
+    @property
+    def held(self) -> int:
+        """Bytes of the weights that it keeps between runs, by the estimate."""
+        if self.settings is None:
+            return 0
+        estimate = self.pipe.memory(self.settings)
+        return 0 if estimate.low_memory else sum(estimate.weights.values())
 
 
 class Models:
@@ -99,18 +107,21 @@ class Models:
         Args:
             pipe, settings: of the run. What does not fit even alone was refused with its settings.
         """
-        needed = pipe.memory(settings)
+        held: dict[str, int] = {}  # by the others
+        for key, one in self._warm.items():
+            if one.pipe is pipe:
+                one.settings = settings
+            else:
+                held[key] = one.held
         size = pipe.backend.memory_size()
         most = size if pipe.memory_limit is None else int(pipe.memory_limit * 1e9)
-        others = {key: one for key, one in self._warm.items() if one.pipe is not pipe}
-        for one in self._warm.values():
-            if one.pipe is pipe:
-                one.held = 0 if needed.low_memory else sum(needed.weights.values())
-        for key in list(others):
-            held = sum(one.held for one in others.values())
-            if most is None or needed.peak + held + PROCESS <= most:
+        if not held or most is None:
+            return
+        needed = pipe.memory(settings).peak + PROCESS
+        for key in list(held):
+            if needed + sum(held.values()) <= most:
                 return
-            del others[key]
+            del held[key]
             self.unload(key)
 
     def unload_idle(self) -> None:
