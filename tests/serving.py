@@ -81,7 +81,7 @@ class FakePipeline:
 class FakeRun:
     """A run of a FakePipeline."""
 
-    settings = None
+    settings = "of the run"
 
     def __init__(self, seed: int, options: Mapping[str, Any]) -> None:
         self.seed, self.options = seed, options
