@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import UsageError, one_line
 
 _STARTED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 """Variables of the environment of a process that was started with others."""
@@ -31,15 +31,22 @@ class Processes:
         return sum(part << (16 * i) for i, part in enumerate(self.add(mine)))
 
     def add(self, numbers: list[int]) -> list[int]:
-        """Return the sums of these numbers over all processes. Waits for all of them."""
+        """Return the sums of these numbers over all processes. Waits for all of them.
+
+        Raises: UsageError if one of them has ended.
+        """
         if self._group is None:
             return numbers
         import mlx.core as mx
 
-        total = mx.distributed.all_sum(
-            mx.array(numbers, mx.int32), group=self._group, stream=mx.cpu
-        )
-        return [int(one) for one in total.tolist()]  # type: ignore[union-attr]
+        mine = mx.array(numbers, mx.int32)
+        try:
+            total = mx.distributed.all_sum(mine, group=self._group, stream=mx.cpu).tolist()
+        except RuntimeError as error:
+            raise UsageError(
+                f"mlx.launch: another process has ended before its time ({one_line(error)})"
+            ) from None
+        return [int(one) for one in total]  # type: ignore[union-attr]
 
 
 def started_together() -> Processes:
