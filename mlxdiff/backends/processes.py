@@ -40,13 +40,14 @@ class Processes:
         import mlx.core as mx
 
         mine = mx.array(numbers, mx.int32)
+        total: Any
         try:
             total = mx.distributed.all_sum(mine, group=self._group, stream=mx.cpu).tolist()
         except RuntimeError as error:
             raise UsageError(
                 f"mlx.launch: another process has ended before its time ({one_line(error)})"
             ) from None
-        return [int(one) for one in total]  # type: ignore[union-attr]
+        return [int(one) for one in total]
 
 
 def started_together() -> Processes:
