@@ -15,7 +15,7 @@ from mlxdiff.batch import words
 from mlxdiff.batch.lines import Line
 from mlxdiff.batch.presets import TEXTS, styled
 from mlxdiff.batch.wildcards import Wildcards
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import UsageError, one_line
 
 MOST_AXES = 2
 
@@ -83,8 +83,8 @@ def read_axis(text: str) -> Axis:
         entry = words.find(name)
         given = next(csv.reader([rest], skipinitialspace=True))
         return make_axis(entry.name, given, lambda word: words.of_word(entry, word))
-    except UsageError as error:
-        raise UsageError(f"--vary-option {name}: {error}") from None
+    except (UsageError, csv.Error) as error:
+        raise UsageError(f"--vary-option {name}: {one_line(error)}") from None
 
 
 def make_axis(name: str, given: Sequence[Any], read: Callable[[Any], Any]) -> Axis:

@@ -13,10 +13,12 @@ from pathlib import Path
 from mlxdiff.errors import UsageError
 from mlxdiff.machine.disk import read_document
 
-_NAME = re.compile(r"__([\w./ -]*?\w)__")
-_CHOICE = re.compile(r"\{([^{}]*\|[^{}]*)\}")
+_NAME = re.compile(r"__([\w./ -]{0,99}?\w)__")  # bounded: a prompt may come from anyone
+_BRACES = re.compile(r"\{([^{}]*)\}")
 MOST = 1000
 """Choices in one text."""
+LONGEST = 100_000
+"""Characters of a text that is filled in."""
 
 
 class Wildcards:
@@ -33,7 +35,7 @@ class Wildcards:
 
     def has_any(self, text: str) -> bool:
         """Return True if something is to be filled in."""
-        return bool(_NAME.search(text) or _CHOICE.search(text))
+        return _NAME.search(text) is not None or _choice(text) is not None
 
     def fill(self, text: str, seed: int) -> str:
         """Return the text with one choice for each wildcard, from the inside out.
@@ -43,16 +45,21 @@ class Wildcards:
         Raises: UsageError for a file that is not there, and for wildcards without end.
         """
         for number in range(MOST):
+            if len(text) > LONGEST:
+                break
             found = _NAME.search(text)
             if found is not None:
                 choices = self._file(found[1])
-            elif (found := _CHOICE.search(text)) is not None:
+            elif (found := _choice(text)) is not None:
                 choices = found[1].split("|")
             else:
                 return text
             chosen = choices[_pick(seed, number, len(choices))]
             text = text[: found.start()] + chosen + text[found.end() :]
-        raise UsageError(f"the wildcards of a prompt name each other without end ({text[:60]}...)")
+        raise UsageError(
+            f"the wildcards of a prompt name each other without end, or give more than {LONGEST} "
+            f"characters ({text[:60]}...)"
+        )
 
     def _file(self, name: str) -> list[str]:
         if name not in self._lines:
@@ -84,6 +91,11 @@ class Wildcards:
         if not choices:
             raise UsageError(f"{path}: holds no line to choose")
         return choices
+
+
+def _choice(text: str) -> re.Match[str] | None:
+    """The first braces that hold choices and no braces."""
+    return next((one for one in _BRACES.finditer(text) if "|" in one[1]), None)
 
 
 def _pick(seed: int, number: int, count: int) -> int:
