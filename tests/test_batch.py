@@ -282,6 +282,9 @@ def test_resume_skips_what_is_there(here: Path) -> None:
     assert result.stdout.count("seed") == 2
     for name, data in whole.items():
         assert (here / name).read_bytes() == data
+    one = ("a", "-s", "7", "-b", "2", *QUICK)  # the default names are the same with it
+    assert generate(*one).exit_code == 0
+    assert "2 of 2 pictures were there already" in generate(*one, "--resume").stderr
     other = generate(*command, "--resume", "--negative-prompt", "x")
     assert "drawn with another negative_prompt" in other.stderr and other.exit_code == 2
     assert "--resume needs --seed" in error_of(generate("a", "--resume", *QUICK))

@@ -65,11 +65,11 @@ def generate(text: str | None, quiet: bool, **given: Any) -> None:
         saved, skipped, failed = processes.add([output.saved, output.skipped, output.failed])
         if command.grid is not None and processes.rank == 0:
             if processes.count > 1:  # the others have written theirs
-                output.files = {i: one for i, one in enumerate(output.paths) if one.exists()}
+                output.files = {i: one for i, one in enumerate(output.names.paths) if one.exists()}
             output.draw_grid(axes)
         output.reporter.event("end", saved=saved, skipped=skipped, failed=failed)
     if skipped and not quiet:
-        tell(f"{skipped} of {len(output.paths)} pictures were there already")
+        tell(f"{skipped} of {len(output.names.paths)} pictures were there already")
     if failed:
         raise UsageError(
             f"{failed} of {len(jobs)} jobs could not be drawn; {saved} pictures are saved"

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlxdiff.batch.jobs import Axis, Job
+from mlxdiff.cli.names import Names, exists
 from mlxdiff.cli.preview import Preview
 from mlxdiff.cli.progress import Bar, Events, Reporter
 from mlxdiff.cli.streams import tell
 from mlxdiff.errors import MlxdiffError, UsageError
 from mlxdiff.machine.stopping import uninterrupted
-from mlxdiff.machine.temporary import FILES, remove_leftovers
-from mlxdiff.pictures.names import Template, numbered
+from mlxdiff.pictures.formats import encode, ending
+from mlxdiff.pictures.names import numbered
 from mlxdiff.run.options import CommandOptions
 
 logger = logging.getLogger("mlxdiff")
@@ -34,9 +35,6 @@ logger = logging.getLogger("mlxdiff")
 if TYPE_CHECKING:
     from mlxdiff.pictures.metadata import Metadata
     from mlxdiff.run.drawing import Picture, Run, Step
-
-Values = dict[str, int | str]
-"""Values for the name of a file, see ``pictures.names``."""
 
 
 class NotSaved(UsageError):
@@ -60,22 +58,14 @@ class Output:
         self, options: CommandOptions, quiet: bool, jobs: Sequence[Job], numbers_names: bool = True
     ) -> None:
         self.options, self.jobs = options, jobs
-        # Only names that nobody chose are numbered where they exist.
-        self.is_numbered = numbers_names and options.output is None and not options.force
-        several = "mlxdiff-{seed}-{index}.png" if len(jobs) > 1 else "mlxdiff-{seed}.png"
-        self.template = Template(options.output or several, "--output")
-        self.values = [self._values(job, i) for job in jobs for i in range(job.count)]
-        self.paths = self._named(self.values)
+        self.names = Names(options, jobs, numbers_names)
         self.files: dict[int, Path] = {}  # of finished pictures, by their index
         self.saved = self.skipped = self.failed = 0
         self.lost_report: OSError | None = None  # why standard output takes no more
         self.preview: Preview | None = None
         self.reporter = self._reporter(quiet)
-        if options.quality is not None and all(
-            path.suffix.lower() == ".png" for path in self.paths
-        ):
+        if options.quality is not None and ending(self.names.template.text) == ".png":
             logger.warning("quality has no effect: PNG keeps every pixel")
-        self._is_checked = False
         if options.preview or options.preview_file is not None:
             every = 1 if options.preview_every is None else options.preview_every
             self.preview = Preview(options.preview_file, every, options.force)
@@ -91,7 +81,7 @@ class Output:
         return Reporter() if quiet or form == "none" else Bar()
 
     def __enter__(self) -> Output:
-        self.reporter.event("begin", pictures=len(self.paths))
+        self.reporter.event("begin", pictures=len(self.names.paths))
         return self
 
     def __exit__(
@@ -101,7 +91,7 @@ class Output:
         trace: TracebackType | None,
     ) -> None:
         if error is not None:
-            if len(self.paths) > 1:
+            if len(self.names.paths) > 1:
                 tell(f"{self._count()}.")
         elif self.lost_report is not None:
             if isinstance(self.lost_report, BrokenPipeError):
@@ -110,79 +100,22 @@ class Output:
             raise UsageError(f"standard output: cannot be written ({why}); {self._count()}")
 
     def _count(self) -> str:
-        return f"{self.saved} of {len(self.paths)} pictures are saved"
-
-    def _values(self, job: Job, picture: int, model: str = "model", step: int = 0) -> Values:
-        """The values for the name of a picture of a job."""
-        image = job.options.get("image")
-        return {
-            "seed": job.seeds[picture],
-            "index": job.first + picture,
-            "step": step,
-            "frame": 0,
-            "prompt": job.options.get("prompt") or "",
-            "model": model,
-            "image": Path(image).stem if isinstance(image, str) else "none",
-            "date": time.strftime("%Y-%m-%d"),
-        }
-
-    def _named(self, values: Sequence[Values]) -> list[Path]:
-        """Name a file for each picture. Raises: UsageError if two have the same name."""
-        paths = [self.template.fill(**one) for one in values]
-        if len({str(path).casefold() for path in paths}) < len(paths):
-            raise UsageError(
-                f"{self.template} gives {len(paths)} pictures the same name; "
-                "put {index} into it" + (" or {seed}" if len(self.jobs) == 1 else "")
-            )
-        return paths
+        return f"{self.saved} of {len(self.names.paths)} pictures are saved"
 
     def check(self, run: Run, job: Job) -> None:
-        """Make the folders, and name the files of a job, before it is drawn.
+        """See that the files of a job can be written, the first time those of all jobs.
 
-        The first time all jobs are named and checked, as if their runs had the same model and
-        number of steps.
-        Raises: NotSaved the first time, later UsageError, where a file cannot be written.
+        Raises: NotSaved the first time, later UsageError.
         """
-        facts = run.model_name, run.steps
-        if not self._is_checked:
-            self._is_checked = True
-            self.values = [
-                self._values(one, i, *facts) for one in self.jobs for i in range(one.count)
-            ]
-            self.paths = self._named(self.values)
-            try:
-                self._prepare(range(len(self.paths)))
-                if self.preview is not None:
-                    self.preview.check(self.paths, self.values)
-            except UsageError as error:
-                raise NotSaved(str(error)) from None
+        if self.names.is_checked:
+            self.names.check(run, job)
             return
-        places = range(job.first, job.first + job.count)
-        changed = False
-        for picture, index in enumerate(places):
-            values = self._values(job, picture, *facts)
-            if values != self.values[index]:
-                path = self.template.fill(**values)
-                changed = changed or path != self.paths[index]
-                self.values[index], self.paths[index] = values, path
-        if changed:
-            self._prepare(places)
-
-    def _prepare(self, indices: Sequence[int]) -> None:
-        """Make folders, and see that files can be written. Raises: UsageError."""
-        from mlxdiff.pictures.formats import ENDINGS, ending, require_writer
-        from mlxdiff.pictures.image import check_writable, require_right_to_write
-
-        for folder in dict.fromkeys(self.paths[index].parent for index in indices):
-            folder.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(folder, FILES)
-            require_right_to_write(folder)
-        for i in indices:
-            require_writer(ending(self.paths[i]))
-            if self.is_numbered:
-                self.paths[i] = next(one for one in numbered(self.paths[i]) if not _exists(one))
-            replaces = self.options.force or self.options.resume
-            check_writable(self.paths[i], overwrite=replaces, endings=tuple(ENDINGS))
+        try:
+            self.names.check(run, job)
+            if self.preview is not None:
+                self.preview.check(self.names.paths, self.names.values)
+        except UsageError as error:
+            raise NotSaved(str(error)) from None
 
     def is_there(self, run: Run, job: Job) -> bool:
         """Return True if the picture of a job is there already, and report it.
@@ -193,7 +126,7 @@ class Output:
         """
         from mlxdiff.batch.resume import is_there
 
-        path = self.paths[job.first]
+        path = self.names.paths[job.first]
         if not is_there(path, _described(run.metadata[0], job)):
             return False
         self.skipped += 1
@@ -247,7 +180,6 @@ class Output:
     def draw_grid(self, axes: Sequence[Axis]) -> None:
         """Write the contact sheet of all pictures. Raises: UsageError."""
         from mlxdiff.batch import grid
-        from mlxdiff.pictures.formats import ending
         from mlxdiff.pictures.image import write_bytes
 
         assert self.options.grid is not None
@@ -263,7 +195,7 @@ class Output:
         """Show a preview. One that cannot be written is no reason to stop."""
         assert self.preview is not None
         try:
-            self.preview.show(pipe, step, self.paths[index], index)
+            self.preview.show(pipe, step, self.names.paths[index], index)
         except (OSError, UsageError) as error:
             self.preview = None
             tell(f"Note: no more previews: {error}")
@@ -283,18 +215,17 @@ class Output:
         Returns: its file.
         Raises: NotSaved if it is not where it was asked for.
         """
-        from mlxdiff.pictures.formats import encode, ending
         from mlxdiff.pictures.image import write_bytes
 
         index = job.first + picture.index
-        path = self.paths[index]
+        path = self.names.paths[index]
         text = None if self.options.no_metadata else _described(picture.metadata, job)
         data = encode(picture.image, ending(path), text, self.options.quality)
-        for one in numbered(path) if self.is_numbered else (path,):
+        for one in numbered(path) if self.names.is_numbered else (path,):
             try:
                 write_bytes(data, one, overwrite=self.options.force)
             except UsageError as error:
-                if self.is_numbered and _exists(one):  # made by another process just now
+                if self.names.is_numbered and exists(one):  # made by another process just now
                     continue
                 place = self._rescued(data, path)
                 where = "it is lost" if place is None else f"the picture is in {place}"
@@ -310,7 +241,7 @@ class Output:
 
         with contextlib.suppress(OSError, UsageError):
             folder = Path(tempfile.gettempdir())
-            place = next(one for one in numbered(folder / path.name) if not _exists(one))
+            place = next(one for one in numbered(folder / path.name) if not exists(one))
             write_bytes(data, place)
             self.saved += 1
             return place
@@ -358,7 +289,3 @@ def record(run: Run, picture: Picture, path: Path, seconds: float) -> dict[str, 
         "seconds": stages | {"total": round(seconds, 4)},
         "peak_memory_bytes": picture.peak_memory,
     }
-
-
-def _exists(path: Path) -> bool:
-    return path.exists() or path.is_symlink()
