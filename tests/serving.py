@@ -66,7 +66,7 @@ class FakePipeline:
         """A gigabyte of weights, and one of work."""
         return SimpleNamespace(peak=2_000_000_000, weights={"unet": 10**9}, low_memory=False)
 
-    def stream(self, *, seed: int, count: int, **options: Any) -> FakeRun:
+    def stream(self, *, seed: int, count: int, on_progress: Any, **options: Any) -> FakeRun:
         self.calls.append(options | {"seed": seed})
         prompt = options.get("prompt")
         if prompt == "fail":

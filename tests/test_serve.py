@@ -18,6 +18,7 @@ from PIL import Image
 from serving import FakePipeline, fake, running
 
 from mlxdiff.errors import UsageError
+from mlxdiff.loading import BUILTIN
 from mlxdiff.run.options import RunOptions
 from mlxdiff.run.table import entries
 from mlxdiff.serve.engine import Engine, Order, QueueFull
@@ -55,6 +56,19 @@ def test_a_job_draws_each_picture_with_its_own_seed(engine: Engine) -> None:
     assert [one.seed for one in job.drawn] == [7, 8, 9]
     assert [one.id for one in job.drawn] == engine.gallery.names()[::-1]
     assert job.progress == 1.0 and job.seconds_left is None
+
+
+def test_stages_of_a_job_are_those_of_its_run(tmp_path: Path) -> None:
+    engine, stages = Engine(Gallery(tmp_path, 10**7)), []
+    try:
+        job = engine.submit(Order("builtin", BUILTIN, {"prompt": "a", "steps": 2}, save=False))
+        job.watch(lambda: stages.append(job.stage))
+        assert job.wait(60) and job.state == "done", job.error
+    finally:
+        engine.close()
+    seen = [stage for i, stage in enumerate(stages) if stage and stage not in stages[:i]]
+    assert seen[-3:] == ["encoding", "drawing", "saving"]
+    assert "loading" in stages[stages.index("encoding") :]  # weights are read when they are needed
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back(engine: Engine) -> None:

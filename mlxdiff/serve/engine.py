@@ -23,6 +23,7 @@ from mlxdiff.batch.models import Models
 from mlxdiff.batch.wildcards import Wildcards
 from mlxdiff.errors import MlxdiffError, UsageError
 from mlxdiff.pictures.image import png_bytes
+from mlxdiff.run.progress import Progress
 from mlxdiff.run.settings import pick_seeds
 from mlxdiff.serve.gallery import Gallery
 
@@ -37,6 +38,10 @@ PREVIEW_PIXELS = 256
 
 ENDED = frozenset({"done", "failed", "cancelled", "lost"})
 """States in which a job stays."""
+
+
+_STAGES = {"load": "loading", "encode": "encoding", "step": "drawing", "decode": "saving"}
+"""Stages of a run -> stages of a job."""
 
 
 class QueueFull(MlxdiffError):
@@ -271,6 +276,14 @@ class Job:
         self.fetched, self.to_fetch = done, total
         self._changed()
 
+    def _told(self, now: Progress) -> None:
+        """Show the stage of the run; a job that is cancelled ends between two stages."""
+        stage = _STAGES[now.stage]
+        if stage != self.stage:
+            self._set_stage(stage)
+        if self._cancelled:
+            raise _Stop
+
     def _advance(self, step: Any) -> None:
         if self.stage != "drawing":
             self.stage = "drawing"
@@ -477,7 +490,7 @@ class Engine:
             job._begin(picture)
             job._set_stage("encoding")
             try:
-                run = pipe.stream(**drawing.options)
+                run = pipe.stream(**drawing.options, on_progress=job._told)
                 self.models.make_room(pipe, run.settings)
                 with closing(run):
                     for step in run:
