@@ -140,9 +140,14 @@ def load(requests: int) -> None:
         assert share(waits, part) <= gate, f"{part:.0%} of the requests took more than {gate} ms"
 
 
-if __name__ == "__main__":
-    numbers = [int(word) for word in sys.argv[1:] if word.isdecimal()]
-    if "--load" in sys.argv:
+def main(arguments: list[str]) -> None:
+    """Read the arguments, and measure."""
+    numbers = [int(word) for word in arguments if word.isdecimal()]
+    if "--load" in arguments:
         load(numbers[0] if numbers else 200)
     else:
         draw(numbers[0] if numbers else 1000)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
