@@ -24,7 +24,7 @@ from typing import Any
 
 from mlxdiff.loading import BUILTIN
 from mlxdiff.serve.desk import Desk
-from mlxdiff.serve.engine import Engine, Order
+from mlxdiff.serve.engine import Engine, Job, Order
 from mlxdiff.serve.gallery import Gallery
 from mlxdiff.serve.guard import Policy
 from mlxdiff.serve.http import listen, server
@@ -79,7 +79,7 @@ class Client:
 
 def load(requests: int) -> None:
     """Draw for many clients at a time, and report."""
-    jobs: dict[int, str] = {}
+    jobs: dict[int, Job] = {}
     refused = Counter[int]()
 
     def client(number: int) -> None:
@@ -92,7 +92,11 @@ def load(requests: int) -> None:
                 time.sleep(0.05)
             status, job = answer
             assert status == 202, job
-            jobs[seed] = job["id"]
+            found = engine.job(job["id"])
+            assert found is not None
+            jobs[seed] = found
+            if len(jobs) == requests // 2:
+                print(f"after {len(jobs)} requests: {state()}", flush=True)
             if index % 10 == 9:
                 own.ask("DELETE", f"/api/jobs/{job['id']}")
 
@@ -113,9 +117,8 @@ def load(requests: int) -> None:
         for thread in threads:
             thread.join()
         ends = Counter[str]()
-        for seed, name in jobs.items():
-            job = engine.job(name)
-            assert job is not None and job.wait(60), f"seed {seed} is lost"
+        for seed, job in jobs.items():
+            assert job.wait(60), f"seed {seed} is lost"
             ends[job.state] += 1
             if job.state == "done":
                 assert [one.seed for one in job.drawn] == [seed], f"seed {seed} is drawn twice"
@@ -123,7 +126,7 @@ def load(requests: int) -> None:
         said = ", ".join(f"{count} {how}" for how, count in sorted(ends.items()))
         print(f"{len(jobs)} requests of {CLIENTS} clients in {seconds:.1f} s: {said}; "
               f"{refused.total()} times 429")  # fmt: skip
-        print(f"after: {state()}", flush=True)
+        print(f"after {len(jobs)} requests: {state()}", flush=True)
 
         waits, own = [], Client(port)  # the worker is idle at each of these
         for seed in range(100):
