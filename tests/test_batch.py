@@ -370,7 +370,7 @@ def test_two_processes_draw_the_same_pictures_each_once(here: Path) -> None:
     assert run(*command, "-o", "alone-{index}.png").exit_code == 0
     launch = Path(sys.executable).with_name("mlx.launch")
     done = subprocess.run(
-        [launch, "-n", "2", "--backend", "ring", sys.executable, "-m", "mlxdiff", *command,
+        [launch, "-n", "2", "--", sys.executable, "-m", "mlxdiff", *command,
          "-o", "shared-{index}.png"],
         env=os.environ, capture_output=True, text=True, timeout=300,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Draw the jobs of a command, one after the other; one that cannot be drawn does not stop the rest.
 
-``mlx.launch -n 2 mlxdiff generate ...`` shares the pictures over two processes.
+``mlx.launch -n 2 -- mlxdiff generate ...`` shares the pictures over two processes.
 """
 
 from __future__ import annotations
