@@ -49,8 +49,12 @@ def mirror(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def test_the_lora_its_sampler_and_its_steps(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with mirror(here, monkeypatch):
-        result = generate("a", "--fast", "-o", "fast.png", *SMALL)
+        events = ("--json", "--progress", "json")
+        result = generate("a", "--fast", "-o", "fast.png", *SMALL, *events)
     assert result.exit_code == 0, result.output
+    told = [json.loads(line) for line in result.stdout.splitlines()]
+    fetched = [one for one in told if one.get("stage") == "download"]
+    assert fetched and fetched[-1]["done"] == fetched[-1]["total"] > 0
     assert "fast: LCM-LoRA (org/name/style.safetensors, 1 MB, licence openrail++)" in result.stderr
     said = json.loads(texts(here / "fast.png")["mlxdiff"])
     assert (said["sampler"], said["steps"], said["guidance"]) == ("lcm", 3, 1.0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden_data import photo
+from golden_data import checkpoint, photo
 from PIL import Image, features
 from test_cli import QUICK, error_of, generate, pixels
 
@@ -115,6 +115,18 @@ def test_the_command_writes_them_and_reads_them_back(here: Path, name: str) -> N
     assert again.exit_code == 0, again.output
     assert generate("a", "-s", "1", *QUICK, "-o", "a.png").exit_code == 0
     np.testing.assert_array_equal(pixels(here / "again.png"), pixels(here / "a.png"))
+
+
+def test_a_result_writes_them(tmp_path: Path) -> None:
+    import mlxdiff
+
+    pipe = mlxdiff.load(checkpoint("sd15"), backend="numpy")
+    result = pipe.generate("a", seed=1, steps=1, width=32, height=32)
+    (path,) = result.save(tmp_path / "{seed}.webp", quality=100)
+    assert path.name == "1.webp" and metadata.read(path) == result.metadata[0]
+    np.testing.assert_array_equal(pixels(path), np.asarray(result.images[0]))
+    with pytest.raises(UsageError, match="already exists"):
+        result.save(path)
 
 
 def test_what_cannot_be_written_is_said(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
