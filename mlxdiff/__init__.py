@@ -12,7 +12,14 @@ Importing this module is cheap. Heavy modules are loaded on first use.
 from __future__ import annotations
 
 from mlxdiff._version import __version__
-from mlxdiff.errors import CheckpointError, ConfigError, HubError, MlxdiffError, UsageError
+from mlxdiff.errors import (
+    Cancelled,
+    CheckpointError,
+    ConfigError,
+    HubError,
+    MlxdiffError,
+    UsageError,
+)
 from mlxdiff.machine.lazy import submodules
 
 TYPE_CHECKING = False  # type checkers take it for true; typing's own takes long to import
@@ -21,14 +28,18 @@ if TYPE_CHECKING:
 
     from mlxdiff.loading import load, load_judge, load_upscaler
     from mlxdiff.pipeline import Picture, Pipeline, Result, Run, Step
+    from mlxdiff.run.progress import Cancel, Progress
 
 __all__ = [
+    "Cancel",
+    "Cancelled",
     "CheckpointError",
     "ConfigError",
     "HubError",
     "MlxdiffError",
     "Picture",
     "Pipeline",
+    "Progress",
     "Result",
     "Run",
     "Step",
@@ -52,6 +63,10 @@ def __getattr__(name: str) -> Any:
         from mlxdiff import pipeline
 
         return getattr(pipeline, name)
+    if name in ("Cancel", "Progress"):
+        from mlxdiff.run import progress
+
+        return getattr(progress, name)
     return _submodule(name)  # mlxdiff.convert, mlxdiff.pictures, ...
 
 

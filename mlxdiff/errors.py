@@ -47,6 +47,10 @@ class HubError(MlxdiffError):
     """A model that cannot be fetched from the Hugging Face hub and is not in the cache."""
 
 
+class Cancelled(MlxdiffError):
+    """What was cancelled: by its ``mlxdiff.Cancel``, or by another request to a server."""
+
+
 def in_python(name: str, value: Any, form: str) -> str:
     """Name an option as an argument in Python, ``steps`` or ``steps=20``."""
     return name if value is None else f"{name}={value!r}"

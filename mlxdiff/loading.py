@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from mlxdiff.pipeline import Pipeline
 from mlxdiff.run.additions.judge import TEXT
 from mlxdiff.run.judge import Judge
 from mlxdiff.run.options import BACKENDS, DTYPES, LoadOptions
+from mlxdiff.run.progress import downloads
 from mlxdiff.run.table import function_of
 from mlxdiff.run.upscaling import NetworkUpscaler
 from mlxdiff.store.folder import Progress
@@ -146,6 +149,8 @@ def load(asked: LoadOptions) -> Pipeline:
     Returns: a Pipeline; its weights are read when they are first needed.
     Raises: UsageError, ConfigError, CheckpointError, HubError.
     """
+    progress = downloads(asked.progress, asked.on_progress, asked.cancel)
+    asked = replace(asked, progress=progress)
     source = library.open_model(
         BUILTIN if asked.model is None else asked.model,
         dtype=asked.dtype,
@@ -166,34 +171,77 @@ def load(asked: LoadOptions) -> Pipeline:
         logger.warning("exact has no effect: nothing is computed on a GPU here")
     pipe = Pipeline(source, chosen)
     pipe.lora_folder = Path(asked.lora_folder)
-    if asked.style_file is not None:
-        pipe.styles = read_styles(asked.style_file)
-    variant, progress = asked.variant, asked.progress
-    pipe.set_vae(asked.vae, progress=progress)
-    pipe.set_controlnets(asked.controlnets, variant=variant, progress=progress)
-    pipe.set_t2i_adapters(asked.t2i_adapters, variant=variant, progress=progress)
-    pipe.set_ip_adapters(
-        asked.ip_adapters, image_encoder=asked.image_encoder, variant=variant, progress=progress
-    )
-    pipe.set_loras(asked.loras, progress=progress)
-    pipe.set_embeddings(asked.embeddings)
+    add(pipe, asked)
     if asked.memory_limit is not None:
         pipe.limit_memory(asked.memory_limit)
-    pipe.set_refiner(
-        asked.refiner,
-        dtype=asked.dtype,
-        quantize=asked.quantize,
-        variant=variant,
-        progress=progress,
-    )
-    pipe.set_judge(asked.judge, variant=variant, progress=progress)
-    pipe.set_upscaler(
-        asked.upscaler,
-        dtype=asked.dtype,
-        quantize=asked.quantize,
-        variant=variant,
-        progress=progress,
-    )
     pipe.save_memory(asked.low_memory, asked.vae_tiling)
     pipe.exact = asked.exact and chosen.has_gpu()
     return pipe
+
+
+ADDITIONS = (
+    "style_file",
+    "vae",
+    "controlnets",
+    "t2i_adapters",
+    "ip_adapters",
+    "image_encoder",
+    "loras",
+    "fast",
+    "embeddings",
+    "refiner",
+    "judge",
+    "upscaler",
+)
+"""Options of ``load`` that can change on a pipeline that is open, in the order in which they are
+set."""
+
+
+def add(pipe: Pipeline, asked: LoadOptions, names: Collection[str] = ADDITIONS) -> None:
+    """Set additions of a pipeline.
+
+    Args:
+        asked: all options of loading.
+        names: of the additions to set, of ``ADDITIONS``.
+    Raises: UsageError, CheckpointError, ConfigError, HubError.
+    """
+    variant, progress = asked.variant, asked.progress
+    if "style_file" in names and asked.style_file is not None:
+        pipe.styles = read_styles(asked.style_file)
+    if "vae" in names:
+        pipe.set_vae(asked.vae, progress=progress)
+    if "controlnets" in names:
+        pipe.set_controlnets(asked.controlnets, variant=variant, progress=progress)
+    if "t2i_adapters" in names:
+        pipe.set_t2i_adapters(asked.t2i_adapters, variant=variant, progress=progress)
+    if "ip_adapters" in names or "image_encoder" in names:
+        pipe.set_ip_adapters(
+            asked.ip_adapters,
+            image_encoder=asked.image_encoder,
+            variant=variant,
+            progress=progress,
+        )
+    if "loras" in names:
+        pipe.set_loras(asked.loras, progress=progress)
+    if "fast" in names and (asked.fast or pipe.is_fast):
+        pipe.set_fast(asked.fast, progress=progress)
+    if "embeddings" in names:
+        pipe.set_embeddings(asked.embeddings)
+    if "refiner" in names:
+        pipe.set_refiner(
+            asked.refiner,
+            dtype=asked.dtype,
+            quantize=asked.quantize,
+            variant=variant,
+            progress=progress,
+        )
+    if "judge" in names:
+        pipe.set_judge(asked.judge, variant=variant, progress=progress)
+    if "upscaler" in names:
+        pipe.set_upscaler(
+            asked.upscaler,
+            dtype=asked.dtype,
+            quantize=asked.quantize,
+            variant=variant,
+            progress=progress,
+        )

@@ -29,7 +29,7 @@ from mlxdiff.run.additions import AdditionT, Fetch
 from mlxdiff.run.additions.controlnet import ControlNet
 from mlxdiff.run.additions.ip_adapter import IPAdapter
 from mlxdiff.run.additions.judge import PictureJudge
-from mlxdiff.run.additions.lora import LoRA, asked_for
+from mlxdiff.run.additions.lora import LoRA, asked_for, few_step_of, open_few_step
 from mlxdiff.run.additions.refiner import Refiner, refiner_of
 from mlxdiff.run.additions.t2i_adapter import T2IAdapter
 from mlxdiff.run.additions.upscaler import HiresUpscaler, Upscaler, upscaler_of
@@ -39,8 +39,9 @@ from mlxdiff.run.drawing import Picture, Result, Run, Step
 from mlxdiff.run.latent_model import LatentModel
 from mlxdiff.run.memory import Device, Estimate, estimate, require
 from mlxdiff.run.model import Model, PromptEmbeddings
-from mlxdiff.run.options import GenerateOptions, LoadOptions, RunOptions
+from mlxdiff.run.options import GenerateOptions, LoadOptions, RunOptions, StreamOptions
 from mlxdiff.run.pixel_model import PixelModel
+from mlxdiff.run.progress import Watch
 from mlxdiff.run.settings import PlannedRun, Settings, resolve, variation
 from mlxdiff.run.table import entries, make, takes
 from mlxdiff.store.folder import ModelSource, Progress
@@ -224,7 +225,30 @@ class Pipeline:
         Raises: UsageError, CheckpointError, HubError.
         """
         loras = make(LoadOptions, {"loras": loras}).loras
-        self._set(LoRA, loras, partial(LoRA.open, progress=progress))
+        fast = tuple(one for one in self.model.additions.of(LoRA) if one.way is not None)
+
+        def open_all(given: Iterable[lora.Given], model: Model) -> tuple[LoRA, ...]:
+            return (*LoRA.open(given, model, progress=progress), *fast)
+
+        self._set(LoRA, loras, open_all)
+
+    def set_fast(self, fast: bool = True, *, progress: Progress | None = None) -> None:
+        """Draw in few steps, with the LoRA that is published for this kind of model.
+
+        Its sampler, steps and guidance are then the defaults (``store.few_step``).
+
+        Args:
+            fast, progress: as ``load`` takes them.
+        Raises: UsageError where none is published, or it is not here and cannot be fetched.
+        """
+        fast = make(LoadOptions, {"fast": fast}).fast
+        own = tuple(one for one in self.model.additions.of(LoRA) if one.way is None)
+        added = [None] if fast else []
+
+        def open_all(given: Iterable[None], model: Model) -> tuple[LoRA, ...]:
+            return (*own, *(open_few_step(model, progress) if list(given) else ()))
+
+        self._set(LoRA, added, open_all)
 
     def set_embeddings(self, embeddings: Iterable[textual_inversion.Given]) -> None:
         """Let these words, and no others, stand for vectors of their own (textual inversion).
@@ -367,6 +391,11 @@ class Pipeline:
     def loras(self) -> tuple[lora.Lora, ...]:
         """The LoRAs that change the model's weights, beside those that a prompt asks for."""
         return tuple(one.matched for one in self.model.additions.of(LoRA))
+
+    @property
+    def is_fast(self) -> bool:
+        """Return True if the model draws in few steps by a LoRA of ``set_fast``."""
+        return few_step_of(self.model.additions) is not None
 
     @property
     def refiner(self) -> Model | None:
@@ -529,8 +558,8 @@ class Pipeline:
             )
         require(expected(), self.backend.memory_size(), self.memory_limit, helps)
 
-    @takes(RunOptions)
-    def stream(self, asked: RunOptions) -> Run:
+    @takes(StreamOptions)
+    def stream(self, asked: StreamOptions) -> Run:
         """Draw step by step, and end in ``run.result``.
 
         Args:
@@ -556,10 +585,12 @@ class Pipeline:
                 asked.on_step(step)
         return run.result
 
-    def _begin(self, asked: RunOptions) -> Run:
+    def _begin(self, asked: StreamOptions) -> Run:
         """Make a run. All that decides its pictures is fixed here."""
         planned = self._plan(asked)
-        return Run(planned, self._metadata(planned))
+        steps = sum(map(len, planned.plans))
+        watch = Watch(len(planned.seeds), steps, asked.on_progress, asked.cancel)
+        return Run(planned, self._metadata(planned), watch)
 
     def _metadata(self, planned: PlannedRun) -> list[Metadata]:
         """Describe each picture of a run."""

@@ -701,13 +701,56 @@ def prompts(folder: Path) -> Make:
     return make
 
 
+def lines(folder: Path) -> Make:
+    """Files of prompts, axes and presets; wildcards of prompts."""
+    from mlxdiff.batch import jobs, presets
+    from mlxdiff.batch.lines import read_lines
+    from mlxdiff.batch.wildcards import Wildcards
+
+    (folder / "a.txt").write_text("__b__\n{x|y}\n")
+    (folder / "b.txt").write_text("__a__ __a__\n__b__\nz\n")
+    preset = folder / "preset.toml"
+    words = Wildcards(folder)
+    # fmt: off
+    pieces = [
+        "{", "}", "|", "__", "__a__", "__b__", "__../a__", "_", " ", "a", "{a|b}", "\n", "\r", '"',
+        "'", "--", "--steps ", "--prompt ", "--lora ", "--guess-mode ", "=", ",", ":", "[", "]",
+        "9" * 400, "1e999", '{"', '"steps": ', '"loras": [["x", ', "steps = ", "loras = [[", "#",
+        "\\", "\0", "é", "\ud800", "steps=1,2", "x.png", "-1", "true", "[[", "{" * 50, "\u2028",
+    ]
+    # fmt: on
+
+    def read(text: str) -> None:
+        def each(run: Run) -> None:
+            with suppress(MlxdiffError):
+                run()
+
+        found = read_lines(text, "x")
+        each(lambda: jobs.expand({"count": 2}, 1, found, wildcards=words))
+        each(lambda: jobs.read_axis(text))
+        preset.write_text(text, "utf-8", errors="replace")
+        each(lambda: presets.read_preset(str(preset)))
+        words.fill(text, 1)
+
+    def make(chance: Chance) -> Run:
+        if chance.random() < 0.95:
+            text = "".join(chance.choice(pieces) for _ in range(chance.randint(0, 30)))
+        else:
+            few = "".join(chance.sample(pieces, chance.choice((1, 2, 3))))
+            text = few * (chance.choice((12_000, 98_000)) // len(few))
+        return lambda: read(text)
+
+    return make
+
+
 def templates(folder: Path) -> Make:
     """Names of output files, and what is filled in."""
     from mlxdiff.pictures.names import Template
 
     # fmt: off
     pieces = [
-        "{seed}", "{index:09d}", "{step}", "{prompt}", "{model}", "{date}", "{", "}", "{{", "}}",
+        "{seed}", "{index:09d}", "{step}", "{prompt}", "{model}", "{image}", "{date}", "{", "}",
+        "{{", "}}",
         "{seed:>9999999999}", "{seed.__class__}", "{0}", "{}", "{seed!r}", "{prompt:5}", "a", "~",
         "../", "/", "~x/", "\0", "\ud800", "é", "\u202e", "%s", "$HOME", "x" * 300, ".png", " ",
     ]
@@ -720,11 +763,12 @@ def templates(folder: Path) -> Make:
         words = "".join(chance.choice(pieces) for _ in range(3))
         values["prompt"] = words * chance.choice((1, 5000))
         values["model"] = chance.choice(("org/name", "../x", "", "\ud800", "."))
+        values["image"] = chance.choice(("../photo", "", "a\0b", "x" * 300))
 
         def read() -> None:
             filled = Template(text, "--output").fill(**values)
             own = Template(text, "--output").fields
-            if not own & {"prompt", "model"} or "/" in text or text.startswith("~"):
+            if not own & {"prompt", "model", "image"} or "/" in text or text.startswith("~"):
                 return
             assert "/" not in str(filled) and len(filled.name.encode("utf-8", "replace")) < 3000
 
@@ -989,7 +1033,8 @@ PARSERS = {
         Parser(original_configs, 2_000, 60),
         Parser(metadata, 6_000, 150),
         Parser(foreign, 2_000, 150),
-        Parser(prompts, 8_000, 200),
+        Parser(prompts, 7_000, 200),
+        Parser(lines, 1_000, 150),
         Parser(templates, 2_000, 100),
         Parser(loras, 5_000, 100),
         Parser(hubs, 4_000, 60),

@@ -20,10 +20,10 @@ from PIL import Image
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
+from mlxdiff.batch import models as models_module
 from mlxdiff.errors import UsageError
 from mlxdiff.pictures.image import png_bytes
 from mlxdiff.pictures.metadata import Metadata
-from mlxdiff.serve import engine as engine_module
 from mlxdiff.serve.desk import Desk
 from mlxdiff.serve.engine import Engine
 from mlxdiff.serve.gallery import Gallery
@@ -40,25 +40,33 @@ class FakePipeline:
     """
 
     made: ClassVar[list[FakePipeline]] = []
+    memory_size: ClassVar[int] = 1_000_000_000_000
 
-    def __init__(self, place: Any, **loading: Any) -> None:
-        self.place, self.loading = place, loading
+    def __init__(self, model: Any, **loading: Any) -> None:
+        self.place, self.loading = model, loading
         self.calls: list[dict[str, Any]] = []
         self.added: dict[str, Any] = {}
         self.lora_folder: Any = None
-        self.backend = SimpleNamespace(clear_cache=lambda: None)
+        self.backend = SimpleNamespace(
+            clear_cache=lambda: None, memory_size=lambda: self.memory_size
+        )
+        self.memory_limit = None
         FakePipeline.made.append(self)
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("set_"):
             raise AttributeError(name)
 
-        def setter(value: Any, progress: Any = None) -> None:
+        def setter(value: Any, **how: Any) -> None:
             self.added[name.removeprefix("set_")] = value
 
         return setter
 
-    def generate(self, *, on_step: Any, seed: int, count: int, **options: Any) -> Any:
+    def memory(self, settings: Any) -> Any:
+        """A gigabyte of weights, and one of work."""
+        return SimpleNamespace(peak=2_000_000_000, weights={"unet": 10**9}, low_memory=False)
+
+    def stream(self, *, seed: int, count: int, on_progress: Any, **options: Any) -> FakeRun:
         self.calls.append(options | {"seed": seed})
         prompt = options.get("prompt")
         if prompt == "fail":
@@ -67,27 +75,45 @@ class FakePipeline:
             raise ZeroDivisionError("nobody expected this")
         if prompt == "note":
             logging.getLogger("mlxdiff").warning("%s has no effect", "eta")
-        steps = options.get("steps", 4)
-        size = options.get("width", 64), options.get("height", 64)
-        image = Image.new("RGB", size, (seed % 256, 0, 0))
+        return FakeRun(seed, options)
+
+
+class FakeRun:
+    """A run of a FakePipeline."""
+
+    settings = "of the run"
+
+    def __init__(self, seed: int, options: Mapping[str, Any]) -> None:
+        self.seed, self.options = seed, options
+        self.size = options.get("width", 64), options.get("height", 64)
+        self.image = Image.new("RGB", self.size, (seed % 256, 0, 0))
+
+    def __iter__(self) -> Iterator[Any]:
+        steps = self.options.get("steps", 4)
         for index in range(steps):
-            if prompt == "slow":
+            if self.options.get("prompt") == "slow":
                 time.sleep(0.02)
-            on_step(SimpleNamespace(index=index, total=steps, seconds=0.001, sketch=image.copy))
+            yield SimpleNamespace(index=index, total=steps, seconds=0.001, sketch=self.image.copy)
+
+    def close(self) -> None:
+        pass
+
+    @property
+    def result(self) -> Any:
         metadata = Metadata(
-            prompt=prompt or "",
-            seed=seed,
-            steps=steps,
-            width=size[0],
-            height=size[1],
+            prompt=self.options.get("prompt") or "",
+            seed=self.seed,
+            steps=self.options.get("steps", 4),
+            width=self.size[0],
+            height=self.size[1],
             model="builtin",
             sampler="euler",
             version="0",
         )
         return SimpleNamespace(
-            images=[image],
+            images=[self.image],
             metadata=[metadata],
-            png=lambda: png_bytes(image, metadata.chunks()),
+            png=lambda: png_bytes(self.image, metadata.chunks()),
         )
 
 
@@ -168,5 +194,5 @@ def running(
 def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakePipeline]:
     """Let the engine load pipelines that draw at once."""
     FakePipeline.made = []
-    monkeypatch.setattr(engine_module, "load", FakePipeline)
+    monkeypatch.setattr(models_module, "load", FakePipeline)
     return FakePipeline

@@ -22,6 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("run",),
     ("pipeline",),
     ("loading",),
+    ("batch",),
     ("report", "training"),
     ("serve",),
     ("cli",),

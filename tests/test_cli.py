@@ -250,7 +250,7 @@ def test_unseeded_pictures_tell_their_seed(here: Path) -> None:
         (("a", "--original-size", "512"), "HxW"),
         (("a", "--dtype", "int4"), "float32"),
         (("a", "--backend", "cuda"), "numpy"),
-        (("a", "-o", "x.jpg"), "PNG"),
+        (("a", "-o", "x.gif"), ".webp"),
         (("a", "-o", "{name}.png"), "{seed}"),
         (("a", "-o", "{.png"), "--output"),
         (("a", "-b", "2", "-o", "x.png"), "{index}"),

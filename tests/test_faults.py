@@ -275,7 +275,7 @@ def test_a_picture_that_cannot_be_written_goes_to_the_temporary_folder(
     from mlxdiff.errors import UsageError
     from mlxdiff.pictures import image
 
-    own, rescue = image.write_png, tmp_path / "temporary"
+    own, rescue = image.write_bytes, tmp_path / "temporary"
     rescue.mkdir()
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(rescue))
 
@@ -284,7 +284,7 @@ def test_a_picture_that_cannot_be_written_goes_to_the_temporary_folder(
             raise UsageError(f"{path}: cannot be written (No space left on device)")
         own(data, path, overwrite)
 
-    monkeypatch.setattr(image, "write_png", full)
+    monkeypatch.setattr(image, "write_bytes", full)
     code, error = in_process(tmp_path, monkeypatch, "-o", "p-{seed}.png")
     assert code == 2, error
     assert [path.name for path in pictures(tmp_path)] == ["p-3.png", "p-4.png"]

@@ -13,7 +13,7 @@ from mlxdiff.pictures.names import FIELDS, NUMBERS, TEXTS, Template, numbered, s
 
 VALUES: dict[str, int | str] = {
     "seed": 7, "index": 2, "step": 20, "frame": 0,
-    "prompt": "a red fox", "model": "sd15", "date": "2026-11-30",
+    "prompt": "a red fox", "model": "sd15", "image": "photo", "date": "2026-11-30",
 }  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def test_anything_else_in_braces_is_an_error_that_lists_the_fields(text: str) ->
     assert all(f"{{{name}}}" in str(caught.value) for name in FIELDS)
 
 
-@pytest.mark.parametrize("text", ["x.jpg", "x", "", "x.png\0.png"])
+@pytest.mark.parametrize("text", ["x.gif", "x.bmp", "x", "", "x.png\0.png"])
 def test_other_names_are_refused(text: str) -> None:
     with pytest.raises(UsageError):
         Template(text, "--output")

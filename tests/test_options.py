@@ -36,6 +36,7 @@ from mlxdiff.run.options import (
     GenerateOptions,
     LoadOptions,
     RunOptions,
+    StreamOptions,
     ValueOptions,
 )
 from mlxdiff.run.settings import Settings
@@ -56,7 +57,8 @@ def pipe() -> mlxdiff.Pipeline:
 
 
 def test_entries_are_sound() -> None:
-    assert [name for name, n in Counter(e.name for e in ALL).items() if n > 1] == []
+    twice = [name for name, n in Counter(e.name for e in ALL).items() if n > 1]
+    assert twice == ["on_progress", "cancel"]  # of generate and of load; neither has a flag
     assert [flag for flag, n in Counter(f for e in ALL for f in e.flags).items() if n > 1] == []
     for entry in ALL:
         assert entry.doc.endswith((".", ")")), entry.name
@@ -86,7 +88,7 @@ def test_settings_have_every_value() -> None:
     ("function", "table", "first"),
     [
         (mlxdiff.Pipeline.generate, GenerateOptions, "self"),
-        (mlxdiff.Pipeline.stream, RunOptions, "self"),
+        (mlxdiff.Pipeline.stream, StreamOptions, "self"),
         (mlxdiff.Pipeline.settings, RunOptions, "self"),
         (mlxdiff.load, LoadOptions, None),
     ],
@@ -246,6 +248,32 @@ def test_choices_complete_in_a_shell() -> None:
     assert isinstance(sampler.type, Value)
     found = [item.value for item in sampler.type.shell_complete(context, sampler, "dpmpp-2")]
     assert found == ["dpmpp-2m", "dpmpp-2m-sde", "dpmpp-2s", "dpmpp-2s-a", "dpmpp-2m-cfg++"]
+
+
+@pytest.mark.parametrize(
+    ("option", "typed", "found"),
+    [
+        ("--sampler", "eul", "plain,euler-a"),
+        ("-m", "sdxl-t", "plain,sdxl-turbo"),
+        ("-m", "x", "file,x"),
+        ("-o", "x", "file,x"),
+        ("--lora", "x", "file,x"),
+        ("--image", "x", "file,x"),
+        ("--vary-option", "step", "plain,steps="),
+        ("--preset", "in", "plain,ink"),
+    ],
+)
+def test_a_shell_completes_values_and_files(
+    option: str, typed: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLXDIFF_CONFIG", str(tmp_path))
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "presets" / "ink.toml").touch()
+    words = {"COMP_WORDS": f"mlxdiff generate {option} {typed}", "COMP_CWORD": "3"}
+    said = CliRunner().invoke(
+        mlxdiff_main(), [], env={**words, "_MLXDIFF_COMPLETE": "bash_complete"}, prog_name="mlxdiff"
+    )
+    assert found in said.output.splitlines()
 
 
 def test_help_lists_every_sampler_and_schedule() -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 from serving import FakePipeline, fake, running
 
 from mlxdiff.errors import UsageError
+from mlxdiff.loading import BUILTIN
 from mlxdiff.run.options import RunOptions
 from mlxdiff.run.table import entries
 from mlxdiff.serve.engine import Engine, Order, QueueFull
@@ -55,6 +56,19 @@ def test_a_job_draws_each_picture_with_its_own_seed(engine: Engine) -> None:
     assert [one.seed for one in job.drawn] == [7, 8, 9]
     assert [one.id for one in job.drawn] == engine.gallery.names()[::-1]
     assert job.progress == 1.0 and job.seconds_left is None
+
+
+def test_stages_of_a_job_are_those_of_its_run(tmp_path: Path) -> None:
+    engine, stages = Engine(Gallery(tmp_path, 10**7)), []
+    try:
+        job = engine.submit(Order("builtin", BUILTIN, {"prompt": "a", "steps": 2}, save=False))
+        job.watch(lambda: stages.append(job.stage))
+        assert job.wait(60) and job.state == "done", job.error
+    finally:
+        engine.close()
+    seen = [stage for i, stage in enumerate(stages) if stage and stage not in stages[:i]]
+    assert seen[-3:] == ["encoding", "drawing", "saving"]
+    assert "loading" in stages[stages.index("encoding") :]  # weights are read when they are needed
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back(engine: Engine) -> None:
@@ -124,6 +138,81 @@ def test_additions_are_set_where_they_change(engine: Engine, fake: type[FakePipe
         assert engine.submit(one).wait(10)
         assert list(fake.made[0].added.get("loras") or []) == loras
     assert len(fake.made) == 1
+
+
+def test_models_stay_loaded_together_while_they_fit(
+    tmp_path: Path, fake: type[FakePipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw(name: str) -> None:
+        job = engine.submit(Order(name, name, {"prompt": "a"}, save=False))
+        assert job.wait(10) and job.state == "done", job.error
+
+    # A run takes two gigabytes; a model that rests holds one.
+    monkeypatch.setattr(fake, "memory_size", 3_200_000_000)
+    engine = Engine(Gallery(tmp_path, 10**7))
+    try:
+        for name in ("a", "b", "a"):
+            draw(name)
+        assert engine.models.names == ("b", "a") and len(fake.made) == 2
+        draw("c")  # the least recently used makes room
+        assert engine.models.names == ("a", "c") and engine.loaded == "c"
+        monkeypatch.setattr(fake, "memory_size", 2_000_000_000)
+        draw("c")
+        assert engine.models.names == ("c",) and len(fake.made) == 3
+    finally:
+        engine.close()
+
+
+def test_each_model_has_a_time_of_its_own(tmp_path: Path, fake: type[FakePipeline]) -> None:
+    engine = Engine(Gallery(tmp_path, 10**7), keep_alive=0.6)
+    try:
+        for name, pause in (("a", 0.4), ("b", 0.4)):
+            job = engine.submit(Order(name, name, {"prompt": "a"}, save=False))
+            assert job.wait(10)
+            time.sleep(pause)
+        assert engine.models.names == ("b",)
+        time.sleep(0.5)
+        assert engine.models.names == ()
+    finally:
+        engine.close()
+
+
+def test_options_that_vary_and_wildcards(tmp_path: Path, fake: type[FakePipeline]) -> None:
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "colour.txt").write_text("red\nblue\n")
+    shelf = Shelf(wildcards=tmp_path / "words")
+    asked = {
+        "prompt": "a __colour__ {cat|dog}",
+        "wildcards": True,
+        "seed": 7,
+        "vary": {"steps": [2, 3], "sampler": ["euler", "lcm"]},
+    }
+    with running(tmp_path / "gallery", shelf=shelf) as server:
+        status, job, _ = server.ask("POST", "/api/jobs", asked)
+        assert status == 202, job
+        done = server.finished(job["id"])
+        assert done["state"] == "done" and done["seeds"] == [7] * 4
+        labels = [one["labels"] for one in done["drawn"]]
+        assert labels == [["2", "euler"], ["2", "lcm"], ["3", "euler"], ["3", "lcm"]]
+        calls = fake.made[0].calls
+        assert [(one["steps"], one["sampler"]) for one in calls] == [
+            (2, "euler"), (2, "lcm"), (3, "euler"), (3, "lcm")
+        ]  # fmt: skip
+        assert len({one["prompt"] for one in calls}) == 1  # one seed chooses once
+        described = server.ask("GET", f"/api/pictures/{done['drawn'][0]['id']}")[1]
+        assert described["prompt_template"] == asked["prompt"]
+        assert described["prompt"] == calls[0]["prompt"] and "_" not in described["prompt"]
+        for vary, says in (
+            ({"steps": [0]}, "steps is 0"),
+            ({"steps": 3}, "expected a list"),
+            ({"image": ["x"]}, "no option that can vary"),
+            ({"steps": list(range(1, 18))}, "at most 16"),
+            ({"steps": [1001]}, "at most 1000"),
+        ):
+            status, answer, _ = server.ask("POST", "/api/jobs", {"prompt": "a", "vary": vary})
+            assert status == 422 and says in answer["error"]["message"], answer
+        status, answer, _ = server.ask("POST", "/api/jobs", asked | {"prompt": "__none__"})
+        assert status == 422 and "there are colour" in answer["error"]["message"]
 
 
 def test_a_restart_says_which_jobs_were_lost(tmp_path: Path, fake: type[FakePipeline]) -> None:

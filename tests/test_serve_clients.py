@@ -17,6 +17,7 @@ from PIL import Image
 from serving import FakePipeline, Server, fake, running
 
 import mlxdiff
+from mlxdiff.pictures import metadata
 from mlxdiff.serve.shelf import Shelf
 
 __all__ = ["fake"]
@@ -84,6 +85,14 @@ def test_openai_gives_addresses(openai: Any, server: Server) -> None:
     assert server.ask("GET", url.removeprefix(server.url))[0] == 200
 
 
+def test_openai_chooses_the_format(openai: Any, drawn: Image.Image) -> None:
+    how = {"prompt": PROMPT, "output_format": "webp", "output_compression": 100}
+    answer = openai.images.generate(**how, extra_body={"seed": 7, "steps": 2})
+    picture = opened(answer)
+    assert picture.format == "WEBP" and same(picture, drawn)  # lossless at 100
+    assert metadata.of_picture(picture, "x").seed == 7
+
+
 def test_openai_edits(openai: Any, drawn: Image.Image) -> None:
     mask = Image.new("RGBA", drawn.size, (0, 0, 0, 255))
     mask.paste((0, 0, 0, 0), (0, 0, 32, 64))
@@ -119,6 +128,8 @@ def test_openai_lists_models(openai: Any) -> None:
         ({"style": "natural"}, "style"),
         ({"background": "transparent"}, "background"),
         ({"size": "huge"}, "size"),
+        ({"output_format": "gif"}, "output_format"),
+        ({"output_compression": 101}, "output_compression"),
         ({"n": 0}, "count"),
         ({"extra_body": {"steps": "many"}}, "steps"),
     ],
@@ -206,6 +217,18 @@ def test_webui_inpaints(webui: Any, drawn: Image.Image, part: bool) -> None:
 def test_webui_enlarges(webui: Any, drawn: Image.Image) -> None:
     enlarged = webui.extra_single_image(drawn, upscaling_resize=2, upscaler_1="Lanczos")
     assert enlarged.image.size == (128, 128)
+
+
+def test_webui_chooses_the_format_and_a_refiner(webui: Any, server: Server) -> None:
+    override = {"samples_format": "jpg", "jpeg_quality": 95}
+    size = {"width": 64, "height": 64}
+    result = webui.txt2img(prompt=PROMPT, steps=2, seed=7, **size, override_settings=override)
+    with Image.open(io.BytesIO(base64.b64decode(result.json["images"][0]))) as picture:
+        assert picture.format == "JPEG"
+        assert metadata.of_picture(picture, "x").prompt == PROMPT
+    body = {"prompt": PROMPT, **size, "refiner_checkpoint": "builtin", "refiner_switch_at": 0.8}
+    status, answer, _ = server.ask("POST", "/sdapi/v1/txt2img", body)
+    assert status == 422 and "refiner" in answer["detail"]  # the model has no part for one
 
 
 def test_webui_lists(webui: Any) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,27 @@ def test_an_agent_is_told_what_is_wrong(
 
     answer = talk(tmp_path, conversation)
     assert answer.is_error and said in answer.content[0].text
+
+
+def test_the_command_over_standard_input_and_output(tmp_path: Path) -> None:
+    """The official client starts ``mlxdiff mcp`` as a process, and draws."""
+    from mcp.client.stdio import StdioServerParameters
+
+    command = ["-m", "mlxdiff", "mcp", "--gallery", str(tmp_path)]
+    process = StdioServerParameters(command=sys.executable, args=command)
+
+    async def run() -> Any:
+        async with mcp.Client(process) as client:
+            tools = await client.list_tools()
+            drawn = await client.call_tool("generate", {"prompt": "a", "steps": 1, "seed": 7})
+            wrong = await client.call_tool("generate", {"prompt": "a", "steps": 0})
+            return tools, drawn, wrong
+
+    tools, drawn, wrong = asyncio.run(run())
+    assert {one.name for one in tools.tools} == {"generate", "edit", "info", "models"}
+    picture = Image.open(io.BytesIO(base64.b64decode(drawn.content[0].data)))
+    assert picture.size == (64, 64) and json.loads(drawn.content[1].text)["seeds"] == [7]
+    assert wrong.is_error and "steps is 0" in wrong.content[0].text
 
 
 def test_capabilities_on_the_command_line() -> None:

@@ -140,6 +140,36 @@ def test_a_slow_upload_is_ended(server: Server, pause: float) -> None:
     assert time.monotonic() - start < 7
 
 
+@pytest.mark.parametrize("before", [b"", b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: "])
+def test_a_head_that_arrives_slowly_is_ended(
+    tmp_path: Path, fake: type[FakePipeline], before: bytes
+) -> None:
+    """From a client that is silent, and from one that sends a byte now and then (slowloris)."""
+    with running(tmp_path, policy=Policy(head_seconds=0.4)) as server:
+        start = time.monotonic()
+        with socket.create_connection(("127.0.0.1", server.port), timeout=0.1) as client:
+            client.sendall(before)
+            answer: bytes | None = None
+            while answer is None and time.monotonic() - start < 8:
+                try:
+                    answer = client.recv(100)
+                except TimeoutError:
+                    if before:
+                        client.sendall(b"x")
+                except ConnectionError:
+                    answer = b""
+            assert answer == b""
+        assert 0.3 < time.monotonic() - start < 5
+        # A connection that is kept alive may rest between its requests.
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        for _ in range(2):
+            connection.request("GET", "/api/jobs")
+            answered = connection.getresponse()
+            assert answered.status == 200 and answered.read()
+            time.sleep(0.6)
+        connection.close()
+
+
 def basic(password: str) -> str:
     return "Basic " + base64.b64encode(f"user:{password}".encode()).decode()
 

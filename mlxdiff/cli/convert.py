@@ -9,8 +9,9 @@ from typing import Any
 import click
 
 from mlxdiff.cli import ProgressBar, common_options, show_notes
-from mlxdiff.cli.loras import parse
 from mlxdiff.errors import UsageError
+from mlxdiff.run.options import LoadOptions
+from mlxdiff.run.table import entries
 from mlxdiff.run.values import Unfit
 
 
@@ -98,7 +99,7 @@ def _baked(words: tuple[str, ...]) -> Any:
     if not words:
         return None
     try:
-        asked = [parse(word) for word in words]
+        asked = [entries(LoadOptions)["loras"].kind.parse(word) for word in words]
     except Unfit as unfit:
         raise UsageError(f"--lora {unfit}") from None
     return lora.Baking([(one.path, 1.0 if one.scale is None else one.scale) for one in asked])

@@ -7,19 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mlxdiff.errors import UsageError, quoted
-from mlxdiff.run.values import Unfit, no_address
 
 Asked = tuple[str, str | None]
-
-
-def parse(word: str) -> Asked:
-    """Read PATH or PATH:WORD; a path that exists is never cut. Raises: Unfit."""
-    path, colon, token = no_address(word).rpartition(":")
-    if not colon or not path or os.path.exists(os.path.expanduser(word)):
-        return os.path.expanduser(word), None
-    if not token.strip():
-        raise Unfit(word, "a word after the colon; there is no word")
-    return os.path.expanduser(path), token
 
 
 def replayed(asked: tuple[Asked, ...], found: Any, picture: str | None) -> list[Asked]:

@@ -1,19 +1,16 @@
-"""``mlxdiff generate``: prompts in, PNG files out. Its options are in ``run.options``."""
+"""``mlxdiff generate``: prompts in, picture files out. Its options are in ``run.options``."""
 
 from __future__ import annotations
 
-import re
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mlxdiff.cli import ProgressBar, common_options, show_notes
+from mlxdiff.cli import common_options, show_notes
 from mlxdiff.cli import loras as lora_options
 from mlxdiff.cli.options import given_to, table_options
-from mlxdiff.cli.output import Output
 from mlxdiff.cli.replay import clip_skip_for_sdxl, replayed
 from mlxdiff.cli.sections import SectionedCommand
 from mlxdiff.cli.streams import tell
@@ -37,67 +34,79 @@ def generate(text: str | None, quiet: bool, **given: Any) -> None:
     show_notes(quiet)
     command = make(CommandOptions, given_to(CommandOptions, given))
     asked = given_to(LoadOptions, given) | given_to(RunOptions, given)
-    places = {"PROMPT": text, "--prompt": asked.pop("prompt", None)}
+    places = {
+        "PROMPT": text,
+        "--prompt": asked.pop("prompt", None),
+        "--prompt-file": command.prompt_file,
+    }
+    if len(names := [name for name, value in places.items() if value is not None]) > 1:
+        raise UsageError(f"{' and '.join(names)} are both given; give one")
     has_clip_skip = asked.get("clip_skip") is not None
     asked = replayed(asked, command.from_image, command.trust_image)
-    prompts = _prompts(places, command.prompt_file, asked.pop("prompt", None))
-    if prompts == [None] and "model" not in asked:  # a model of one's own may draw without
-        raise UsageError(
-            'no prompt is given; for example: mlxdiff generate "a red circle on a blue background"'
-        )
-    for_run = given_to(RunOptions, asked)
+    prompt = next((places[one] for one in ("PROMPT", "--prompt") if places[one] is not None), None)
+    recorded = asked.pop("prompt", None)
+    asked = {name: value for name, value in asked.items() if value not in (None, (), [])}
 
-    from mlxdiff.loading import load
+    from mlxdiff.backends.processes import started_together
+    from mlxdiff.cli import batch
+    from mlxdiff.cli.output import Output
     from mlxdiff.run.settings import pick_seeds
 
-    seeds = pick_seeds(for_run.pop("seed", None), for_run.get("count", 1), for_run.get("vary"))
-    output = Output(command, quiet, prompts, seeds)
-    with ProgressBar("fetching", quiet) as progress:
-        pipe = load(**given_to(LoadOptions, asked), progress=progress)
-    if pipe.model.is_sdxl:
-        for_run = clip_skip_for_sdxl(for_run, command.from_image, has_clip_skip)
-    if not quiet:
-        _report_additions(pipe)
+    processes = started_together()
+    lines = batch.lines_of(recorded if prompt is None else prompt, command.prompt_file)
+    seed = processes.agree(pick_seeds(None, 1)[0])
+    jobs, axes = batch.jobs_of(command, asked, lines, seed)
+    numbers_names = not command.resume and processes.count == 1
+    output = Output(command, quiet, jobs, numbers_names)
+    if command.grid is not None:
+        _check_grid(command)
     with output:
-        for index, one in enumerate(prompts):
-            run = pipe.stream(one, seed=seeds[0], **for_run)
-            if index == 0:  # what can be refused is refused before anything is drawn
-                output.check(run)
-            output.draw(pipe, run, index, start)
-            start = time.perf_counter()
+        report = (lambda pipe: None) if quiet else _Additions().report
+
+        def adapted(pipe: Any, options: dict[str, Any]) -> dict[str, Any]:
+            if pipe.model.is_sdxl:
+                return clip_skip_for_sdxl(options, command.from_image, has_clip_skip)
+            return options
+
+        batch.draw(jobs, output, processes, report, adapted, start)
+        saved, skipped, failed = processes.add([output.saved, output.skipped, output.failed])
+        if command.grid is not None and processes.rank == 0:
+            if processes.count > 1:  # the others have written theirs
+                output.files = {i: one for i, one in enumerate(output.names.paths) if one.exists()}
+            output.draw_grid(axes)
+        output.reporter.event("end", saved=saved, skipped=skipped, failed=failed)
+    if skipped and not quiet:
+        tell(f"{skipped} of {len(output.names.paths)} pictures were there already")
+    if failed:
+        raise UsageError(
+            f"{failed} of {len(jobs)} jobs could not be drawn; {saved} pictures are saved"
+        )
 
 
-def _report_additions(pipe: Any) -> None:
-    """Say on stderr which words have vectors of their own, and what each LoRA changes."""
-    for word in pipe.embeddings:
-        many = "1 vector" if word.count == 1 else f"{word.count} vectors"
-        tell(f"Embedding {word.path.name}: {word.token!r} stands for {many}")
-    lora_options.report(pipe.loras)
+def _check_grid(command: CommandOptions) -> None:
+    """Raise UsageError if the sheet cannot be written, before anything is drawn."""
+    from mlxdiff.pictures.formats import ENDINGS, ending
+    from mlxdiff.pictures.image import check_writable
+
+    path = Path(str(command.grid)).expanduser()
+    if ending(path) not in ENDINGS:
+        raise UsageError(f"--grid {path}: end it in one of {', '.join(ENDINGS)}")
+    check_writable(path, command.force or command.resume, tuple(ENDINGS))
 
 
-def _prompts(
-    places: dict[str, str | None], prompt_file: str | None, recorded: str | None
-) -> list[str | None]:
-    """The prompts to draw, from the one place that gives them; [None] where none does.
+class _Additions:
+    """Says on stderr which words have vectors of their own, and what each LoRA changes, once."""
 
-    Args:
-        places: where one prompt may stand, and what stands there.
-        prompt_file: a file of prompts; - is standard input.
-        recorded: the prompt of a picture.
-    """
-    given = {name: value for name, value in places.items() if value is not None}
-    names = [*given, *([] if prompt_file is None else ["--prompt-file"])]
-    if len(names) > 1:
-        raise UsageError(f"{' and '.join(names)} are both given; give one")
-    if prompt_file is None:
-        return [next(iter(given.values()), recorded)]
-    try:
-        text = sys.stdin.read() if prompt_file == "-" else Path(prompt_file).read_text("utf-8")
-    except UnicodeDecodeError:
-        raise UsageError(f"{prompt_file}: not a UTF-8 text file") from None
-    # Lines as text editors have them: str.splitlines would also cut at U+2028 and the like.
-    lines = re.split(r"\r\n|\n|\r", text.removeprefix("\ufeff"))
-    prompts: list[str | None] = [line for line in lines if line.strip()]
-    if not prompts:
-        raise UsageError(f"{prompt_file}: holds no prompt; expected one on each line")
-    return prompts
+    def __init__(self) -> None:
+        self._said: tuple[Any, ...] = ()
+
+    def report(self, pipe: Any) -> None:
+        """Say it of a pipeline, unless it was said last."""
+        now = (*pipe.embeddings, *pipe.loras)
+        if now == self._said:
+            return
+        self._said = now
+        for word in pipe.embeddings:
+            many = "1 vector" if word.count == 1 else f"{word.count} vectors"
+            tell(f"Embedding {word.path.name}: {word.token!r} stands for {many}")
+        lora_options.report(pipe.loras)

@@ -8,27 +8,7 @@ from typing import Any, NamedTuple
 
 from mlxdiff.cli.streams import tell
 from mlxdiff.errors import UsageError, quoted
-from mlxdiff.run.values import Number, Unfit
-
-
-class Asked(NamedTuple):
-    """A LoRA as it is asked for; the scale is None where none was given."""
-
-    path: str
-    scale: float | None
-
-
-def parse(word: str) -> Asked:
-    """Read PATH or PATH:SCALE; a path that exists is never cut. Raises: Unfit."""
-    path, colon, scale = word.rpartition(":")
-    if not colon or not path or os.path.exists(os.path.expanduser(word)):
-        return Asked(word, None)
-    try:
-        return Asked(path, float(Number().accept(float(scale))))
-    except ValueError as error:
-        if not isinstance(error, Unfit) and not os.path.exists(os.path.expanduser(path)):
-            return Asked(word, None)  # the colon is one of the path
-        raise Unfit(word, f"PATH:SCALE; its scale {scale!r} is not a number") from None
+from mlxdiff.run.values import Scaled
 
 
 def report(loras: tuple[Any, ...]) -> None:
@@ -38,7 +18,7 @@ def report(loras: tuple[Any, ...]) -> None:
 
 
 def replayed(
-    asked: tuple[Asked, ...], found: Any, picture: str | None
+    asked: tuple[Scaled, ...], found: Any, picture: str | None
 ) -> list[tuple[str, float | tuple[float, float]]]:
     """The LoRAs to load: those asked for, else those of the picture.
 
@@ -99,8 +79,8 @@ def _recorded(found: Any, picture: str | None) -> list[_Recorded]:
     """The LoRAs of a picture; the file may come from anyone."""
     result = []
     for one in found or ():
-        if isinstance(one, dict) and one.get("in_prompt"):
-            continue  # the prompt asks for it
+        if isinstance(one, dict) and (one.get("in_prompt") or one.get("fast")):
+            continue  # the prompt, or --fast, asks for it
         values = one if isinstance(one, dict) else {}
         scale: Any = values.get("scale")
         text: Any = values.get("text_scale", scale)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from mlxdiff.cli import embeddings, loras
 from mlxdiff.errors import in_python
 from mlxdiff.run.options import (
     CommandOptions,
@@ -24,8 +23,6 @@ TABLES: tuple[type, ...] = (LoadOptions, FileOptions, SeedOptions, ValueOptions,
 """In the order of ``--help``, section by section."""
 FEW = 6  # words that the help of an option has room for without a list of its own
 
-# How one file with a scale or a word is written.
-_FILES: dict[str, Callable[[str], Any]] = {"loras": loras.parse, "embeddings": embeddings.parse}
 F = TypeVar("F", bound=Callable[..., Any])
 
 if TYPE_CHECKING:  # generic from click 8.4 on, for type checkers only
@@ -50,29 +47,57 @@ class Value(ParamType):
     """A value of a kind of ``run.values``.
 
     Args:
-        parse: reads a word, in place of the kind.
+        metavar: what stands for it in ``--help``; None: what its kind says.
     """
 
-    def __init__(self, kind: Anything, parse: Callable[[str], Any] | None = None) -> None:
-        self.kind, self.name = kind, kind.metavar
-        self.parse = kind.parse if parse is None else parse
+    def __init__(self, kind: Anything, metavar: str | None = None) -> None:
+        self.kind, self.name = kind, metavar or kind.metavar
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not isinstance(value, str):
             return value
         try:
-            return self.parse(value)
+            return self.kind.parse(value)
         except Unfit as unfit:
             self.fail(str(unfit), param, ctx)
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        words = [word for word in self.kind.suggestions if word.startswith(incomplete)]
-        plain = self.kind.metavar in ("FILE", "PATH")
-        return [CompletionItem(word) for word in words] or (
-            [CompletionItem(incomplete, type="file")] if plain else []
-        )
+        known = [*self.kind.suggestions, *_NAMES.get(str(param.name), list)()]
+        items = [CompletionItem(word) for word in known if word.startswith(incomplete)]
+        if self.name.startswith(("FILE", "PATH", "FOLDER")) or param.name == "preset":
+            items.append(CompletionItem(incomplete, type="file"))
+        return items
+
+
+def _models() -> list[str]:
+    """Short names of models, and models that are converted."""
+    from mlxdiff import library
+    from mlxdiff.store.catalogue import KNOWN
+
+    return [one.name for one in KNOWN] + [one.name for one in library.entries()]
+
+
+def _presets() -> list[str]:
+    from mlxdiff.batch.presets import config_folder
+
+    return sorted(path.stem for path in (config_folder() / "presets").glob("*.toml"))
+
+
+def _axes() -> list[str]:
+    from mlxdiff.batch.words import MACHINE, options
+
+    return [f"{name}=" for name, one in options().items() if one.section != MACHINE]
+
+
+_NAMES: dict[str, Callable[[], list[str]]] = {
+    "model": _models,
+    "refiner": _models,
+    "preset": _presets,
+    "vary_option": _axes,
+}
+"""Options whose values have names that are looked up."""
 
 
 # Arguments of functions that have no table, and those that have another name in Python.
@@ -145,7 +170,7 @@ def _decorator(entry: Option) -> Callable[[Any], Any]:
     value: dict[str, Any] = {"is_flag": True}
     if not isinstance(kind, Flag):
         value = {
-            "type": Value(kind, _FILES.get(entry.name)),
+            "type": Value(kind, entry.metavar),
             "metavar": entry.metavar or kind.metavar,
             "multiple": isinstance(kind, (Each, Files)),
         }

@@ -8,62 +8,80 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
+import logging
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlxdiff.batch.jobs import Axis, Job
+from mlxdiff.cli.names import Names, exists
 from mlxdiff.cli.preview import Preview
+from mlxdiff.cli.progress import Bar, Events, Reporter
 from mlxdiff.cli.streams import tell
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import MlxdiffError, UsageError
 from mlxdiff.machine.stopping import uninterrupted
-from mlxdiff.machine.temporary import FILES, remove_leftovers
-from mlxdiff.pictures.names import Template, numbered
+from mlxdiff.pictures.formats import encode, ending
+from mlxdiff.pictures.names import numbered
 from mlxdiff.run.options import CommandOptions
 
+logger = logging.getLogger("mlxdiff")
+
 if TYPE_CHECKING:
+    from mlxdiff.pictures.metadata import Metadata
     from mlxdiff.run.drawing import Picture, Run, Step
 
 
+class NotSaved(UsageError):
+    """A picture that cannot be written where it was asked for: nothing more is drawn."""
+
+
 class Output:
-    """Writes and reports the pictures of all prompts of a command.
+    """Writes and reports the pictures of all jobs of a command.
 
     As a context manager it says, where something fails, how many pictures are saved.
 
     Args:
         options: of the command line.
         quiet: show no progress.
-        prompts: the prompts, in order.
-        seeds: of the pictures of each prompt.
+        jobs: all of them, in order.
+        numbers_names: number default names where such files exist.
     Raises: UsageError where the names of the files cannot be used.
     """
 
     def __init__(
-        self, options: CommandOptions, quiet: bool, prompts: Sequence[str | None], seeds: list[int]
+        self, options: CommandOptions, quiet: bool, jobs: Sequence[Job], numbers_names: bool = True
     ) -> None:
-        self.options, self.quiet, self.seeds = options, quiet, seeds
-        self.prompts = [prompt or "" for prompt in prompts]
-        # Only names that nobody chose are numbered where they exist.
-        self.is_numbered = options.output is None and not options.force
-        alone = len(prompts) == 1 and len(set(seeds)) == len(seeds)
-        several = "mlxdiff-{seed}.png" if alone else "mlxdiff-{seed}-{index}.png"
-        self.template = Template(options.output or several, "--output")
-        self.paths = self._name("model", 0)
-        self.saved = 0
+        self.options, self.jobs = options, jobs
+        self.names = Names(options, jobs, numbers_names)
+        self.files: dict[int, Path] = {}  # of finished pictures, by their index
+        self.saved = self.skipped = self.failed = 0
         self.lost_report: OSError | None = None  # why standard output takes no more
         self.preview: Preview | None = None
+        self.reporter = self._reporter(quiet)
+        if options.quality is not None and ending(self.names.template.text) == ".png":
+            logger.warning("quality has no effect: PNG keeps every pixel")
         if options.preview or options.preview_file is not None:
             every = 1 if options.preview_every is None else options.preview_every
             self.preview = Preview(options.preview_file, every, options.force)
         elif options.preview_every is not None:
             raise UsageError("--preview-every needs --preview or --preview-file")
 
+    def _reporter(self, quiet: bool) -> Reporter:
+        form = self.options.show_progress
+        if form == "json" and not self.options.as_json:
+            raise UsageError("--progress json writes JSON to standard output; give --json, too")
+        if form == "json":
+            return Events(self.say)
+        return Reporter() if quiet or form == "none" else Bar()
+
     def __enter__(self) -> Output:
+        self.reporter.event("begin", pictures=len(self.names.paths))
         return self
 
     def __exit__(
@@ -73,7 +91,7 @@ class Output:
         trace: TracebackType | None,
     ) -> None:
         if error is not None:
-            if len(self.paths) > 1:
+            if len(self.names.paths) > 1:
                 tell(f"{self._count()}.")
         elif self.lost_report is not None:
             if isinstance(self.lost_report, BrokenPipeError):
@@ -82,97 +100,102 @@ class Output:
             raise UsageError(f"standard output: cannot be written ({why}); {self._count()}")
 
     def _count(self) -> str:
-        return f"{self.saved} of {len(self.paths)} pictures are saved"
+        return f"{self.saved} of {len(self.names.paths)} pictures are saved"
 
-    def _name(self, model: str, steps: int) -> list[Path]:
-        """Name a file for each picture. Raises: UsageError if two have the same name."""
-        date = time.strftime("%Y-%m-%d")
-        self.values: list[dict[str, int | str]] = [
-            {
-                "seed": seed,
-                "index": number * len(self.seeds) + i,
-                "step": steps,
-                "frame": 0,
-                "prompt": prompt,
-                "model": model,
-                "date": date,
-            }
-            for number, prompt in enumerate(self.prompts)
-            for i, seed in enumerate(self.seeds)
-        ]
-        paths = [self.template.fill(**values) for values in self.values]
-        if len({str(path).casefold() for path in paths}) < len(paths):
-            raise UsageError(
-                f"{self.template} gives {len(paths)} pictures the same name; "
-                "put {index} into it"
-                + (" or {seed}" if len(self.prompts) == 1 and len(set(self.seeds)) > 1 else "")
-            )
-        return paths
+    def check(self, run: Run, job: Job) -> None:
+        """See that the files of a job can be written, the first time those of all jobs.
 
-    def check(self, run: Run) -> None:
-        """Make the folders, before anything is drawn.
-
-        Args:
-            run: of the first prompt.
-        Raises: UsageError where a file cannot be written.
+        Raises: NotSaved the first time, later UsageError.
         """
-        from mlxdiff.pictures.image import check_writable, require_right_to_write
+        if self.names.is_checked:
+            self.names.check(run, job)
+            return
+        try:
+            self.names.check(run, job)
+            if self.preview is not None:
+                self.preview.check(self.names.paths, self.names.values)
+        except UsageError as error:
+            raise NotSaved(str(error)) from None
 
-        self.paths = self._name(run.model_name, run.steps)
-        for folder in dict.fromkeys(path.parent for path in self.paths):
-            folder.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(folder, FILES)
-            require_right_to_write(folder)
-        for i, path in enumerate(self.paths):
-            if self.is_numbered:
-                self.paths[i] = next(one for one in numbered(path) if not _exists(one))
-            check_writable(self.paths[i], overwrite=self.options.force)
-        if self.preview is not None:
-            self.preview.check(self.paths, self.values)
-
-    def draw(self, pipe: Any, run: Run, prompt: int, start: float) -> None:
-        """Draw the pictures of one prompt, write and report them.
+    def is_there(self, run: Run, job: Job) -> bool:
+        """Return True if the picture of a job is there already, and report it.
 
         Args:
-            pipe, run: the Pipeline, and the run of the prompt.
-            prompt: which one, from 0.
+            run, job: of one picture.
+        Raises: UsageError if there is another picture.
+        """
+        from mlxdiff.batch.resume import is_there
+
+        path = self.names.paths[job.first]
+        if not is_there(path, _described(run.metadata[0], job)):
+            return False
+        self.skipped += 1
+        self.files[job.first] = path
+        self.reporter.event("skipped", path=str(path), index=job.first)
+        return True
+
+    def draw(self, pipe: Any, run: Run, job: Job, start: float) -> None:
+        """Draw the pictures of a job, write and report them.
+
+        Args:
+            pipe, run: the Pipeline, and the run of the job.
             start: when the work on it began.
+        Raises: NotSaved where a picture cannot be written.
         """
-        before = prompt * len(self.seeds)
-        bar = StepBar(self.quiet)
+        before = job.first
         written = 0
 
         def on_step(step: Step) -> None:
             if self.preview is not None:
                 self._show(pipe, step, before + step.picture)
-            bar.advance(step)
+            self.reporter.advance(step)
 
         try:
             for picture in run.pictures(on_step):
-                bar.finish()
+                self.reporter.finish()
                 with uninterrupted():
                     written += 1  # even if it fails: it is then where the error says
-                    path = self._save(picture, before + picture.index)
+                    path = self._save(picture, job)
                 self._report(run, picture, path, time.perf_counter() - start)
                 start = time.perf_counter()
         except BaseException as error:
-            bar.finish()
+            self.reporter.finish()
             if self.preview is not None:
                 self._end_preview(keep=isinstance(error, KeyboardInterrupt))
             with contextlib.suppress(Exception):  # the first error counts
                 for picture in run.rescue():
                     if picture.index >= written:
-                        path = self._save(picture, before + picture.index)
+                        path = self._save(picture, job)
                         self._report(run, picture, path, time.perf_counter() - start)
             raise
         if self.preview is not None:
             self.preview.done()
 
+    def note_failure(self, job: Job, error: MlxdiffError) -> None:
+        """Say that a job of several could not be drawn, and count it."""
+        self.failed += 1
+        tell(f"Not drawn: {job.name}: {error}")
+        self.reporter.event("failed", place=job.name, message=str(error))
+
+    def draw_grid(self, axes: Sequence[Axis]) -> None:
+        """Write the contact sheet of all pictures. Raises: UsageError."""
+        from mlxdiff.batch import grid
+        from mlxdiff.pictures.image import write_bytes
+
+        assert self.options.grid is not None
+        path = Path(self.options.grid).expanduser()
+        places = grid.layout(self.jobs, axes)
+        data = grid.draw(places, self.files, ending(path), self.options.quality)
+        if data is not None:
+            write_bytes(data, path, overwrite=self.options.force or self.options.resume)
+            tell(f"The sheet is {path}")
+            self.reporter.event("grid", path=str(path))
+
     def _show(self, pipe: Any, step: Step, index: int) -> None:
         """Show a preview. One that cannot be written is no reason to stop."""
         assert self.preview is not None
         try:
-            self.preview.show(pipe, step, self.paths[index], index)
+            self.preview.show(pipe, step, self.names.paths[index], index)
         except (OSError, UsageError) as error:
             self.preview = None
             tell(f"Note: no more previews: {error}")
@@ -186,37 +209,40 @@ class Output:
             elif (kept := self.preview.keep()) is not None:
                 tell(f"The last preview is in {kept}")
 
-    def _save(self, picture: Picture, index: int) -> Path:
+    def _save(self, picture: Picture, job: Job) -> Path:
         """Write a picture; if that fails, write it into the temporary folder.
 
         Returns: its file.
-        Raises: UsageError if it is not where it was asked for.
+        Raises: NotSaved if it is not where it was asked for.
         """
-        from mlxdiff.pictures.image import png_bytes, write_png
+        from mlxdiff.pictures.image import write_bytes
 
-        text = {} if self.options.no_metadata else picture.metadata.chunks()
-        data, path = png_bytes(picture.image, text), self.paths[index]
-        for one in numbered(path) if self.is_numbered else (path,):
+        index = job.first + picture.index
+        path = self.names.paths[index]
+        text = None if self.options.no_metadata else _described(picture.metadata, job)
+        data = encode(picture.image, ending(path), text, self.options.quality)
+        for one in numbered(path) if self.names.is_numbered else (path,):
             try:
-                write_png(data, one, overwrite=self.options.force)
+                write_bytes(data, one, overwrite=self.options.force)
             except UsageError as error:
-                if self.is_numbered and _exists(one):  # made by another process just now
+                if self.names.is_numbered and exists(one):  # made by another process just now
                     continue
                 place = self._rescued(data, path)
                 where = "it is lost" if place is None else f"the picture is in {place}"
-                raise UsageError(f"{error}; {where}") from error
+                raise NotSaved(f"{error}; {where}") from error
             self.saved += 1
+            self.files[index] = one
             return one
         raise AssertionError("there is always another number")
 
     def _rescued(self, data: bytes, path: Path) -> Path | None:
         """Write a picture into the temporary folder. Return its file, or None if that fails too."""
-        from mlxdiff.pictures.image import write_png
+        from mlxdiff.pictures.image import write_bytes
 
         with contextlib.suppress(OSError, UsageError):
             folder = Path(tempfile.gettempdir())
-            place = next(one for one in numbered(folder / path.name) if not _exists(one))
-            write_png(data, place)
+            place = next(one for one in numbered(folder / path.name) if not exists(one))
+            write_bytes(data, place)
             self.saved += 1
             return place
         return None
@@ -224,8 +250,15 @@ class Output:
     def _report(self, run: Run, picture: Picture, path: Path, seconds: float) -> None:
         """Print a line for a picture. If that fails, go on drawing; ``__exit__`` says so."""
         line = f"{path}  seed {picture.seed}  {seconds:.1f} s{_scores(picture)}"
-        if self.options.as_json:
-            line = json.dumps(record(run, picture, path, seconds))
+        if isinstance(self.reporter, Events):
+            self.reporter.event("picture", **record(run, picture, path, seconds))
+        elif self.options.as_json:
+            self.say(json.dumps(record(run, picture, path, seconds)))
+        else:
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        """Print a line on stdout. If that fails, go on drawing; ``__exit__`` says so."""
         if self.lost_report is None:
             try:
                 click.echo(line)
@@ -233,38 +266,9 @@ class Output:
                 self.lost_report = error
 
 
-class StepBar:
-    """A progress bar on stderr for each picture; nothing where quiet, or where stderr is gone."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
-        self.bar: Any = None
-
-    def advance(self, step: Step) -> None:
-        """Show that a step is done."""
-        if self.quiet:
-            return
-        try:
-            if self.bar is None or step.index == 0:
-                self.finish()
-                self.bar = click.progressbar(
-                    length=step.total,
-                    label=f"seed {step.seed}",
-                    item_show_func=lambda s: f"{s:.2f} s/step" if s is not None else None,
-                    file=sys.stderr,
-                )
-            self.bar.update(1, step.seconds)
-            if step.index + 1 == step.total:
-                self.finish()  # what comes next may print a line: the decoder is read
-        except (OSError, ValueError):
-            self.quiet, self.bar = True, None
-
-    def finish(self) -> None:
-        """End the bar of a picture, if there is one."""
-        bar, self.bar = self.bar, None
-        if bar is not None:
-            with contextlib.suppress(OSError, ValueError):
-                bar.render_finish()
+def _described(metadata: Metadata, job: Job) -> Metadata:
+    """Metadata of a picture, with what its job says beside them."""
+    return replace(metadata, extra={**metadata.extra, **job.said})
 
 
 def record(run: Run, picture: Picture, path: Path, seconds: float) -> dict[str, Any]:
@@ -295,7 +299,3 @@ def _scores(picture: Picture) -> str:
     all_of_them = ", ".join(f"{seed}: {points:.2f}" for seed, points in extra.get("scores", ()))
     best = f", the best of {extra['best_of']} ({all_of_them})" if all_of_them else ""
     return f"  score {extra['score']:.2f}{best}"
-
-
-def _exists(path: Path) -> bool:
-    return path.exists() or path.is_symlink()

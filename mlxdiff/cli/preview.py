@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from mlxdiff.cli.streams import tell
 from mlxdiff.errors import UsageError
+from mlxdiff.pictures.formats import ANIMATIONS, animation, ending
 from mlxdiff.pictures.names import Template
 
 ROWS = 12  # height of a preview in the terminal, in lines of text
@@ -74,7 +75,10 @@ class Preview:
     """
 
     def __init__(self, file: str | None, every: int, force: bool) -> None:
-        self.file = None if file is None else Template(file, "--preview-file")
+        endings = (".png", *ANIMATIONS)
+        self.file = None if file is None else Template(file, "--preview-file", endings=endings)
+        self.is_animated = file is not None and ending(file) in ANIMATIONS
+        self._frames: list[Any] = []
         self.every, self.force = every, force
         self.protocol = None if file else terminal_protocol(os.environ, sys.stderr)
         # The last preview: picture, its size in a file, and the path of the final picture.
@@ -106,7 +110,8 @@ class Preview:
             path.parent.mkdir(parents=True, exist_ok=True)
             if index == 0:
                 require_right_to_write(path.parent)
-            check_writable(path, overwrite=self.force or self._is_left_over(path))
+            endings = (".png", *ANIMATIONS)
+            check_writable(path, self.force or self._is_left_over(path), endings)
 
     def show(self, pipe: Any, step: Any, output: Path, index: int) -> None:
         """Show a preview, if one is due at this step.
@@ -127,6 +132,9 @@ class Preview:
         if self.protocol is not None:
             self._draw(image)
             return
+        if self.is_animated:
+            self._animate(step, index, output)
+            return
         path = self._path(index, step.index + 1, output)
         if not self._begun and self.file is None:
             tell(
@@ -135,6 +143,18 @@ class Preview:
             )
         self._begun = True
         self._write(path)
+
+    def _animate(self, step: Any, index: int, output: Path) -> None:
+        """Keep a frame; after the last step write all frames of the picture."""
+        self._frames.append(self._enlarged())
+        if step.index == step.total - 1:
+            from mlxdiff.pictures.image import write_bytes
+
+            path, frames = self._path(index, step.index + 1, output), self._frames
+            self._frames = []
+            write_bytes(animation(frames, ending(path)), path, self.force or path in self._ours)
+            self._ours.add(path)
+            self.path = path
 
     def _path(self, index: int, step: int, output: Path) -> Path:
         if self.file is None:
@@ -163,14 +183,19 @@ class Preview:
         sys.stderr.write(f"\x1b7\r\x1b[{ROWS}A{codes}\x1b8")
         sys.stderr.flush()
 
-    def _write(self, path: Path) -> None:
+    def _enlarged(self) -> Any:
+        """Return the last preview at its size in a file."""
         import numpy as np
 
-        from mlxdiff.pictures.image import resize, save_png
+        from mlxdiff.pictures.image import resize, to_image
 
         image, size, _ = self.last
-        if image.width < size[0]:
-            image = resize(np.asarray(image), *size)
+        return to_image(resize(np.asarray(image), *size)) if image.width < size[0] else image
+
+    def _write(self, path: Path) -> None:
+        from mlxdiff.pictures.image import save_png
+
+        image = self._enlarged()
         ours = self.force or path in self._ours or self._is_left_over(path)
         save_png(image, path, _MARK, overwrite=ours, compress_level=1)
         self._ours.add(path)
@@ -188,6 +213,7 @@ class Preview:
             for path in self._ours:
                 path.unlink(missing_ok=True)
         self.last, self.path = None, None
+        self._frames = []
 
 
 def _beside(output: Path) -> Path:

@@ -50,6 +50,8 @@ def replayed(given: Mapping[str, Any], path: str | None, trust: bool = False) ->
         metadata = _read(path)
         overridden = set(given) - {"loras", "embeddings"}
         found = _recorded(metadata, path, overridden, trust)
+        if found.get("fast") and not trust:
+            _require_fast_here(metadata, path)
     for name, value in _of_kind(Picture):
         if name in found and name not in given:
             raise UsageError(_missing(value, found[name], path))
@@ -185,6 +187,21 @@ def _at_hand(entry: Option, names: Any, path: str) -> Any:
         f"{path}: names the {what} {quoted(names)}, {why}: give it with {entry.flag}, or let the "
         "picture choose with --trust-image"
     )
+
+
+def _require_fast_here(metadata: Metadata, path: str) -> None:
+    """Raise UsageError if the few-step LoRA of a picture would be fetched from the hub."""
+    from mlxdiff.store.few_step import FEW_STEP
+    from mlxdiff.store.hub import holds_lora
+
+    loras = metadata.extra.get("loras")
+    named = [one.get("fast") for one in loras or () if isinstance(one, dict)]
+    for way in FEW_STEP:
+        if way.id in named and not holds_lora(way.id):
+            raise UsageError(
+                f"{path}: was drawn with {way}, which is not on this machine: give --fast, or let "
+                "the picture choose with --trust-image"
+            )
 
 
 def _leads_away(name: str) -> bool:

@@ -22,6 +22,7 @@ LOADING = (
     "vae_tiling",
     "memory_limit",
     "exact",
+    "fast",
 )
 """Options of loading that hold for every model."""
 
@@ -48,6 +49,12 @@ def shelf_options(command: Any) -> Any:
         ("--models", "models"),
     ):
         command = folder_option(flag, what)(command)
+    command = click.option(
+        "--wildcards",
+        metavar="FOLDER",
+        type=click.Path(path_type=Path),
+        help="Folder of name.txt for __name__ in prompts, for requests that ask for wildcards.",
+    )(command)
     return click.option(
         "-m",
         "--model",
@@ -86,7 +93,7 @@ def shelf_options(command: Any) -> Any:
     default=300.0,
     type=click.FloatRange(min=0),
     metavar="SECONDS",
-    help="Unload an idle model after this time; 0: never. Default: 300.",
+    help="Unload a model that is idle after this time; 0: never. Default: 300.",
 )
 @click.option(
     "--token",
@@ -175,6 +182,7 @@ def make_engine(
     vaes: tuple[Path, ...],
     controlnets: tuple[Path, ...],
     ip_adapters: tuple[Path, ...],
+    wildcards: Path | None = None,
     gallery: Path | None = None,
     gallery_limit: float = 2.0,
     queue: int = 16,
@@ -195,7 +203,7 @@ def make_engine(
         "controlnets": controlnets,
         "ip_adapters": ip_adapters,
     }
-    shelf = Shelf(model, folders)
+    shelf = Shelf(model, folders, wildcards)
     kept = library.folder().parent / "gallery" if gallery is None else gallery.expanduser()
     options = given_to(LoadOptions, loading)
     # Without a folder of LoRAs, a prompt must not find files of the folder that we happen to be in.

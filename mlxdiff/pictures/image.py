@@ -27,18 +27,8 @@ ImageLike = Union[str, "os.PathLike[str]", "Image.Image", np.ndarray, Any]
 
 _TRIAL = 65536  # bytes that are written to find out if a folder can be written to
 
-_OTHER_FORMATS = {
-    ".jpg",
-    ".jpeg",
-    ".webp",
-    ".gif",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".avif",
-    ".heic",
-    ".jxl",
-}
+_OTHER_FORMATS = frozenset(".png .jpg .jpeg .webp .gif .bmp .tif .tiff .avif .heic .jxl".split())
+PNG = (".png",)
 
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "PPM", "HEIF")
@@ -257,6 +247,13 @@ def _too_large(path: Path, picture: Image.Image | None = None) -> UsageError:
     )
 
 
+def to_image(pixels: np.ndarray) -> Image.Image:
+    """Return uint8 (H, W, 3) as a Pillow image."""
+    from PIL import Image
+
+    return Image.fromarray(pixels)
+
+
 def to_model(image: np.ndarray) -> np.ndarray:
     """Convert uint8 (H, W, 3) to float32 (1, H, W, 3); 0 becomes -1 and 255 becomes 1."""
     return (image.astype(np.float32) / np.float32(255) * 2 - 1)[None]
@@ -379,7 +376,7 @@ def save_png(
         data = png_bytes(image, text, compress_level, icc_profile)
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({_reason(error)})") from error
-    write_png(data, path, overwrite)
+    write_bytes(data, path, overwrite)
 
 
 def png_bytes(
@@ -408,10 +405,14 @@ def png_bytes(
     return encoded.getvalue()
 
 
-def write_png(data: bytes, path: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Write the bytes of a PNG file as `save_png` does. Raises: UsageError."""
+def _format(ending: str) -> str:
+    return ending.removeprefix(".").upper()
+
+
+def write_bytes(data: bytes, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Write the bytes of a picture file atomically, as `save_png` does. Raises: UsageError."""
     path = Path(path)
-    check_writable(path, overwrite)
+    check_writable(path, overwrite, (path.suffix.lower(),))
     try:
         with temporary_file(path.parent) as (temporary, file):
             file.write(data)
@@ -439,11 +440,22 @@ def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def check_writable(path: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Raise the UsageError that `save_png` would raise, before any work is done."""
+def check_writable(
+    path: str | os.PathLike[str], overwrite: bool = False, endings: Sequence[str] = PNG
+) -> None:
+    """Raise the UsageError that writing would raise, before any work is done.
+
+    Args:
+        path, overwrite: as for ``write_bytes``.
+        endings: of the formats that are written.
+    """
     path = Path(path)
-    if path.suffix.lower() in _OTHER_FORMATS:
-        raise UsageError(f"{path}: pictures are written as PNG; choose a name that ends in .png")
+    if path.suffix.lower() in _OTHER_FORMATS.difference(endings):
+        *others, last = endings
+        raise UsageError(
+            f"{path}: pictures are written as {', '.join(_format(one) for one in endings)}; choose "
+            f"a name that ends in {', '.join(others)}{' or ' if others else ''}{last}"
+        )
     if os.path.isdir(path):
         raise UsageError(f"{path}: is a folder; name a file in it, such as {path / 'picture.png'}")
     if not os.path.isdir(path.parent):

@@ -6,12 +6,15 @@ most programs and sites read; it holds the same, so that a copy without the JSON
 too. Neither names a folder of the machine it was made on.
 
 Pictures of other programs are read by `foreign`, and give the same `Metadata`.
+JPEG, WebP and AVIF files carry the text in EXIF's UserComment, as A1111's do, and the JSON in
+EXIF's MakerNote, the field for data of the maker (EXIF 2.32, section 4.6.5).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -30,6 +33,8 @@ from mlxdiff.samplers.names import SAMPLER_NAMES, SCHEDULE_NAMES, find_sampler, 
 
 if TYPE_CHECKING:
     from PIL import Image
+
+logger = logging.getLogger("mlxdiff")
 
 SCHEMA = "mlxdiff.image/1"
 PARAMETERS_KEY, JSON_KEY = "parameters", "mlxdiff"
@@ -57,6 +62,9 @@ _IN_A1111S_WORDS = frozenset(
 )  # fmt: skip
 _SCALE = r"(-?[0-9.]{1,30}(?:e-?[0-9]{1,3})?)"
 _LORA_TAG = re.compile(rf"<lora:[^<>:]{{1,300}}:{_SCALE}(?::{_SCALE})?>$")
+
+_EXIF_IFD, _USER_COMMENT, _MAKER_NOTE = 0x8769, 0x9286, 0x927C
+_MAKER = b"mlxdiff\0"
 
 
 @dataclass(frozen=True)
@@ -301,6 +309,8 @@ def of_picture(picture: Image.Image, where: str) -> Metadata:
     """
     try:
         texts = texts_of(picture)
+        if JSON_KEY not in texts and (note := _exif_note(picture)) is not None:
+            texts = {**texts, JSON_KEY: note}
     except Exception as error:  # whatever a damaged file makes Pillow's many readers raise
         raise UsageError(f"{where}: cannot be decoded ({one_line(error)})") from error
     if JSON_KEY in texts:
@@ -513,3 +523,37 @@ def _without_tags(prompt: str, names: Any, hashes: str) -> tuple[str, list[dict[
         loras.append(entry)
         prompt = prompt[: tag.start()].rstrip(" ")
     return prompt, loras[::-1]
+
+
+def exif(metadata: Metadata, most: int | None = None) -> bytes:
+    """Encode metadata as EXIF: A1111's text as UserComment, our JSON as MakerNote.
+
+    Args:
+        most: bytes that fit; None: any number. What does not fit is left out with a warning, our
+            JSON first.
+    """
+    comment = b"UNICODE\0" + metadata.to_parameters().encode("utf-16-be", "replace")
+    note = _MAKER + metadata.to_json().encode()
+    whole = _exif({_USER_COMMENT: comment, _MAKER_NOTE: note})
+    if most is None or len(whole) <= most:
+        return whole
+    short = _exif({_USER_COMMENT: comment})
+    lost = "a part of the settings" if len(short) <= most else "the settings"
+    logger.warning("%s did not fit into the file (%d bytes); PNG takes any", lost, len(whole))
+    return short if len(short) <= most else _exif({})
+
+
+def _exif(fields: dict[int, bytes]) -> bytes:
+    from PIL import Image
+
+    made = Image.Exif()
+    made.get_ifd(_EXIF_IFD).update(fields)
+    return made.tobytes()
+
+
+def _exif_note(picture: Image.Image) -> str | None:
+    """Our JSON in EXIF's MakerNote."""
+    note = picture.getexif().get_ifd(_EXIF_IFD).get(_MAKER_NOTE)
+    if not isinstance(note, bytes) or not note.startswith(_MAKER):
+        return None
+    return note[len(_MAKER) :].decode("utf-8", "replace")

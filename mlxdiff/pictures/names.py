@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mlxdiff.errors import UsageError
+from mlxdiff.pictures.formats import ENDINGS
 
 NUMBERS = ("seed", "index", "step", "frame")
 """Fields that are whole numbers; each may have a width, ``{seed:05d}``."""
 
-TEXTS = ("prompt", "model", "date")
+TEXTS = ("prompt", "model", "image", "date")
 """Fields that are texts, shortened to what every file system takes."""
 
 FIELDS = (*NUMBERS, *TEXTS)
@@ -26,13 +27,20 @@ class Template:
     """A name of files with fields in braces. ``{{`` and ``}}`` stand for braces.
 
     Args:
-        text: the template; it ends in .png.
+        text: the template.
         what: the option that it comes from, for messages.
         fields: the fields that may stand in it.
+        endings: what it may end in.
     Raises: UsageError for anything else in braces, and for another ending.
     """
 
-    def __init__(self, text: str, what: str, fields: Sequence[str] = FIELDS) -> None:
+    def __init__(
+        self,
+        text: str,
+        what: str,
+        fields: Sequence[str] = FIELDS,
+        endings: Sequence[str] = tuple(ENDINGS),
+    ) -> None:
         self.text, self.what = text, what
         self._parts: list[str | tuple[str, int]] = []
         end = 0
@@ -41,8 +49,8 @@ class Template:
             self._parts.append(self._part(token, fields))
             end = token.end()
         self._parts.append(text[end:])
-        if not text.lower().endswith(".png"):
-            raise UsageError(f"{self}: pictures are written as PNG; end it in .png")
+        if not text.lower().endswith(tuple(endings)):
+            raise UsageError(f"{self}: end it in one of {', '.join(endings)}")
         if "\0" in text:
             raise UsageError(f"{self}: a name of a file cannot hold a zero byte; leave it out")
 

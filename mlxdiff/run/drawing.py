@@ -23,11 +23,12 @@ import numpy as np
 
 from mlxdiff import samplers
 from mlxdiff.brownian import BrownianMotion
-from mlxdiff.errors import MlxdiffError, UsageError, argument
+from mlxdiff.errors import Cancelled, MlxdiffError, UsageError, argument
 from mlxdiff.machine.turns import each_in_turn, turn
 from mlxdiff.networks.layers import seamless
 from mlxdiff.noise import SOURCES
-from mlxdiff.pictures.image import check_writable, png_bytes, side_by_side, write_png
+from mlxdiff.pictures import formats
+from mlxdiff.pictures.image import check_writable, png_bytes, side_by_side, write_bytes
 from mlxdiff.pictures.metadata import Metadata
 from mlxdiff.pictures.names import Template
 from mlxdiff.run.additions.judge import judge_of, score
@@ -37,6 +38,7 @@ from mlxdiff.run.denoiser import Evaluation, make_denoiser
 from mlxdiff.run.inputs import Inputs, Stage, Start, make_stages
 from mlxdiff.run.model import Model, draw_noise
 from mlxdiff.run.options import RunOptions
+from mlxdiff.run.progress import Watch
 from mlxdiff.run.seeds import Draws
 from mlxdiff.run.settings import PlannedRun, Settings, resolve, variation
 
@@ -183,14 +185,22 @@ class Result:
             raise UsageError(f"index is {index}; there are {len(self.images)} pictures, from 0")
         return png_bytes(self.images[index], self.metadata[index].chunks())
 
-    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
-        """Write all pictures as PNG files, with their settings in them.
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        quality: int | None = None,
+    ) -> list[Path]:
+        """Write all pictures as files, with their settings in them.
 
         Args:
-            path: the file; with several pictures a template with ``{seed}`` or ``{index}``. Also
-                ``{step}`` (their number), ``{frame}`` (0), ``{prompt}``, ``{model}`` and ``{date}``
-                are filled in, numbers also as ``{seed:05d}``. Its folder must exist.
+            path: the file, whose ending gives the format (.png, .jpg, .webp, .avif); with several
+                pictures a template with ``{seed}`` or ``{index}``. Also ``{step}`` (their number),
+                ``{frame}`` (0), ``{prompt}``, ``{model}``, ``{image}`` and ``{date}`` are filled
+                in, numbers also as ``{seed:05d}``. Its folder must exist.
             overwrite: replace existing files.
+            quality: 1 to 100, see ``pictures.formats.encode``.
         Returns: the files, in order.
         Raises: UsageError. Nothing is written if one of the files cannot be.
         """
@@ -205,9 +215,12 @@ class Result:
                 "into it"
             )
         for one in paths:
-            check_writable(one, overwrite)
+            check_writable(one, overwrite, tuple(formats.ENDINGS))
         for index, one in enumerate(paths):
-            write_png(self.png(index), one, overwrite)
+            data = formats.encode(
+                self.images[index], formats.ending(one), self.metadata[index], quality
+            )
+            write_bytes(data, one, overwrite)
         return paths
 
     @property
@@ -231,6 +244,7 @@ def name_values(metadata: Metadata, index: int, steps: int) -> dict[str, int | s
         "frame": 0,
         "prompt": metadata.prompt,
         "model": _model_name(metadata),
+        "image": Path(str(metadata.extra.get("image") or "none")).stem,
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -255,13 +269,16 @@ class Run(Iterator[Step]):
     Args:
         planned: the run, checked and planned.
         metadata: of its pictures.
+        watch: tells a caller of its progress, and stops it; None: nobody watches.
     Attributes:
         settings: with every default filled in.
         seeds: of its pictures; of several of which the best is kept, that of the first.
         metadata: of its pictures, in the same way.
     """
 
-    def __init__(self, planned: PlannedRun, metadata: list[Metadata]) -> None:
+    def __init__(
+        self, planned: PlannedRun, metadata: list[Metadata], watch: Watch | None = None
+    ) -> None:
         self.settings = planned.settings
         of = planned.settings.best_of
         self.seeds = planned.seeds[::of]
@@ -269,7 +286,8 @@ class Run(Iterator[Step]):
         # The generator does not get the run: a run that is dropped before its end is then in no
         # circle of references, and its networks leave memory at once.
         self._planned = planned
-        self._work = _Work(planned, metadata)
+        self._watch = Watch(len(planned.seeds), 0) if watch is None else watch
+        self._work = _Work(planned, metadata, self._watch)
         self._steps = _draw(planned, self._work)
         self._handed_out = False
 
@@ -287,11 +305,19 @@ class Run(Iterator[Step]):
         return step
 
     def _advance(self) -> Step | None:
-        """Return the next step, or None when pictures are finished. Raises: StopIteration."""
+        """Return the next step, or None when pictures are finished.
+
+        Raises: StopIteration, Cancelled.
+        """
         if inspect.getgeneratorstate(self._steps) == inspect.GEN_RUNNING:
             raise UsageError(
                 "this run is being drawn in another thread; start one of its own for each thread"
             )
+        try:
+            self._watch.check()
+        except Cancelled:
+            self.close()
+            raise
         return next(self._steps)
 
     def close(self) -> None:
@@ -364,17 +390,22 @@ class Run(Iterator[Step]):
         return list(self._work.finished)
 
 
+_SHOWN = {"text_encoder": "encode", "image": "encode", "hires": "encode", "vae": "decode"}
+"""Stages of the timings -> stages that a caller is told of."""
+
+
 class _Work:
     """The progress of a run.
 
     Attributes:
+        watch: is told of it.
         timings: of the picture that is drawn now.
         drawn: index, latents and timings of pictures that are not decoded yet.
         finished: pictures that nobody has taken yet.
     """
 
-    def __init__(self, planned: PlannedRun, metadata: list[Metadata]) -> None:
-        self._planned, self._metadata = planned, metadata
+    def __init__(self, planned: PlannedRun, metadata: list[Metadata], watch: Watch) -> None:
+        self._planned, self._metadata, self.watch = planned, metadata, watch
         self._models = [
             one for one in (planned.model, refiner_of(planned.model)) if one is not None
         ]
@@ -394,14 +425,32 @@ class _Work:
         with turn():
             start, loaded = time.perf_counter(), self._load_seconds
             timings = self.timings
+            shown = None if stage is None else _SHOWN.get(stage)
+            if shown is not None:
+                self.watch.tell(shown)
+            self._tell_of_loading(shown)
             try:
                 yield
             finally:
+                for model in self._models:
+                    model.cache.on_load = None
                 loading = self._load_seconds - loaded
                 timings["load"] += loading
                 if stage is not None:
                     seconds = time.perf_counter() - start - loading
                     timings[stage] = timings.get(stage, 0.0) + seconds
+
+    def _tell_of_loading(self, stage: str | None) -> None:
+        """Tell of each network that is loaded in this turn, and of the stage that goes on then."""
+
+        def tell(network: str) -> None:
+            if network:
+                self.watch.tell("load", network)
+            elif stage is not None:
+                self.watch.tell(stage)
+
+        for model in self._models:
+            model.cache.on_load = tell
 
     @property
     def _load_seconds(self) -> float:
@@ -521,6 +570,7 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
     last = len(run.seeds) - 1
     for picture, seed in enumerate(run.seeds):
         work.begin()
+        work.watch.begin(picture)
         if inputs is None:
             with work.turn("image" if settings.encodes else None), edges():
                 inputs = Inputs(model, settings)
@@ -552,6 +602,7 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
                 _require_finite(latents, index, total, backend.dtype)
                 if index == total - 1:
                     work.finish(picture, latents)
+                work.watch.advance(elapsed)
                 yield Step(
                     index=index,
                     total=total,
@@ -664,5 +715,5 @@ def _same_pixels(image: PIL.Image.Image, other: PIL.Image.Image) -> bool:
 
 def _path_text(path: Any) -> str:
     if not isinstance(path, (str, os.PathLike)):
-        raise UsageError(f"path is {path!r}; expected the name of a PNG file")
+        raise UsageError(f"path is {path!r}; expected the name of a picture file")
     return os.fspath(path)

@@ -35,6 +35,8 @@ class NetworkCache:
     Attributes:
         backend: what they compute on.
         load_seconds: time spent on reading weights so far.
+        on_load: called with the name of a network before it is read, and with "" when it is there;
+            None: nobody is told. Set during a turn of a run, and only for that turn.
         low_memory: keep the networks of one stage at a time, of text encoders one, and their
             weights as they are stored.
     """
@@ -42,6 +44,7 @@ class NetworkCache:
     def __init__(self, backend: Any) -> None:
         self.backend = backend
         self.load_seconds = 0.0
+        self.on_load: Callable[[str], object] | None = None
         self.low_memory = False
         self._loaded: dict[Network, _Kept] = {}
         self._derived: dict[str, _Kept] = {}
@@ -70,11 +73,16 @@ class NetworkCache:
             config = component.config
             tensors = component.tensors()
             self._announce(network, tensors)
+            tell = self.on_load
+            if tell is not None:
+                tell(network.name)
             dtype = self._dtype(network, config, makers)
             stored = True if self.low_memory else None
             loaded = self.backend.load(config, tensors, dtype, stored)
             self.keep(network, loaded, additions)
             self.load_seconds += time.perf_counter() - start
+            if tell is not None:
+                tell("")
             return loaded
         return kept.value
 

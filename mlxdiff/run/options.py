@@ -26,6 +26,7 @@ from mlxdiff.pictures.control_modes import MODES
 from mlxdiff.pictures.hires import UPSCALERS
 from mlxdiff.pictures.preprocess import PREPROCESSORS
 from mlxdiff.run import composition, values
+from mlxdiff.run.progress import Cancel, Progress
 from mlxdiff.run.table import Options, option
 from mlxdiff.samplers import guiders
 from mlxdiff.text.prompt import SYNTAXES
@@ -40,6 +41,7 @@ SECTIONS = (
     "Control",
     "SDXL",
     "Machine",
+    "Many pictures",
     "Output",
 )
 """Titles in ``--help``, in order."""
@@ -69,6 +71,9 @@ Scale = Annotated[float, values.Number(least=0)]
 Share = Annotated[float, values.Number(least=0, most=1)]
 Bound = Annotated[float, values.Number(least=1)]
 Size = Annotated[tuple[int, int], values.Numbers("HxW", values.Whole(least=0))]
+Quality = Annotated[int, values.Whole(1, 100)]
+Words = Annotated[Sequence[str], values.Each(values.Text())]
+ProgressForm = Annotated[str, values.Choice(("bar", "none", "json"))]
 Point = Annotated[tuple[int, int], values.Numbers("Y,X", values.Whole())]
 Interval = Annotated[tuple[float, float], values.Numbers("START,END", values.Number(0, 1))]
 Borders = Annotated[
@@ -470,7 +475,7 @@ class FileOptions(Options):
     image: Picture | None = _image(
         "-i",
         "--image",
-        help="Picture to start from; it is resized.",
+        help="Picture to start from; it is resized. A folder: each picture in it.",
         doc="picture to start from: path, Pillow image or array; it is resized.",
         elsewhere="init_image image_path init_img input_image",
     )
@@ -633,8 +638,26 @@ class RunOptions(SeedOptions, FileOptions, ValueOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(RunOptions):
-    """All options of a run, and who watches it."""
+class StreamOptions(RunOptions):
+    """All options of a run, and who watches and stops it."""
+
+    taken_by: ClassVar[str] = "Pipeline.stream"
+
+    on_progress: Callable[[Progress], object] | None = option(
+        key=None,
+        doc="called with a ``mlxdiff.Progress`` when a stage begins and after each step.",
+        elsewhere="progress_callback",
+    )
+    cancel: Cancel | None = option(
+        key=None,
+        doc="a ``mlxdiff.Cancel``, which stops the run from another thread: it raises "
+        "``mlxdiff.Cancelled``.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(StreamOptions):
+    """All options of a run, and who is called in it."""
 
     taken_by: ClassVar[str] = "Pipeline.generate"
 
@@ -663,7 +686,7 @@ class LoadOptions(Options):
         "(see mlxdiff models --known). Default: the built-in model.",
         doc="a folder or file, a hub id ``org/name[@revision]`` or a short name (fetched and "
         "converted at first use, see ``mlxdiff.library``). None: the built-in model.",
-        elsewhere="pretrained_model_name_or_path checkpoint model_path model_id",
+        elsewhere="pretrained_model_name_or_path checkpoint model_path model_id sd_model",
     )
     _: KW_ONLY
     vae: Place | None = _model(
@@ -710,6 +733,16 @@ class LoadOptions(Options):
         doc="files, folders or hub ids ``org/name[/FILE][@revision]`` that change the model's "
         "weights: each alone, or (path, scale).",
         elsewhere="lora lora_paths lora_weights",
+    )
+    fast: Flag = _model(
+        "--fast",
+        default=False,
+        key="fast",
+        part="lora",
+        help="Draw in few steps: add the LoRA that is published for this kind of model, and take "
+        "its sampler, steps and guidance (docs/models.md).",
+        doc="draw in few steps: add the LoRA that is published for this kind of model, and take "
+        "its sampler, steps and guidance as defaults.",
     )
     lora_folder: Place = _model(
         "--lora-folder",
@@ -854,32 +887,79 @@ class LoadOptions(Options):
         key=None,
         doc="called while files are fetched, as ``mlxdiff.store.hub.resolve`` calls it.",
     )
+    on_progress: Callable[[Progress], object] | None = option(
+        key=None,
+        doc="called with a ``mlxdiff.Progress`` while files are fetched.",
+    )
+    cancel: Cancel | None = option(
+        key=None,
+        doc="a ``mlxdiff.Cancel``, which stops a download from another thread; what has arrived "
+        "is kept.",
+    )
 
 
 _command = partial(option, section="Output", key=None)
+_batch = partial(option, section="Many pictures", key=None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommandOptions(Options):
     """Options of the command line alone."""
 
-    prompt_file: File | None = option(
+    prompt_file: File | None = _batch(
         "--prompt-file",
-        section="Prompt",
-        key=None,
         metavar="FILE",
-        help="Read prompts from a file, one a line; - is standard input.",
+        help="Draw each line of a file: a prompt, a JSON object of options, or options such as "
+        "--steps 20 (docs/batches.md). - is standard input.",
+    )
+    vary_option: Words = _batch(
+        "--vary-option",
+        default=(),
+        metavar="NAME=A,B,C",
+        help="Draw with each value of an option; give it twice for all combinations.",
+    )
+    grid: File | None = _batch(
+        "--grid",
+        metavar="FILE",
+        help="Put all pictures on one labelled sheet as well.",
+    )
+    wildcards: Flag = _batch(
+        "--wildcards",
+        default=False,
+        help="Fill in {a|b} and __name__ in prompts; the seed decides what is chosen.",
+    )
+    wildcard_folder: File | None = _batch(
+        "--wildcard-folder",
+        metavar="FOLDER",
+        help="Where name.txt lies for __name__. Default: wildcards in mlxdiff's settings folder.",
+    )
+    preset: Text | None = _batch(
+        "--preset",
+        metavar="NAME",
+        help="Take options from presets/NAME.toml in mlxdiff's settings folder, or from a path; "
+        "other options override them.",
+    )
+    resume: Flag = _batch(
+        "--resume",
+        default=False,
+        help="Skip pictures that are there, drawn with the same settings.",
     )
     output: Text | None = _command(
         "-o",
         "--output",
         metavar="FILE",
-        help="PNG file; {seed}, {index}, {step}, {frame}, {prompt}, {model} and {date} are filled "
-        "in, numbers also as {seed:05d}. Default: mlxdiff-{seed}.png, numbered if it exists.",
+        help="Picture file (.png, .jpg, .webp, .avif); {seed}, {index}, {step}, {frame}, {prompt}, "
+        "{model}, {image} and {date} are filled in, numbers also as {seed:05d}. "
+        "Default: mlxdiff-{seed}.png, numbered if it exists.",
+    )
+    quality: Quality | None = _command(
+        "--quality",
+        metavar="1-100",
+        help="Quality of JPEG, WebP and AVIF; WebP is lossless at 100. Default: 90.",
     )
     force: Flag = _command("--force", default=False, help="Overwrite files that exist.")
     no_metadata: Flag = _command(
-        "--no-metadata", default=False, help="Write no prompt and no settings into the PNG."
+        "--no-metadata", default=False, help="Write no prompt and no settings into the file."
     )
     from_image: File | None = _command(
         "--from-image",
@@ -904,9 +984,14 @@ class CommandOptions(Options):
     preview_file: Text | None = _command(
         "--preview-file",
         metavar="FILE",
-        help="Write previews as PNG, and keep them: {step} and all that --output takes are filled "
-        "in.",
+        help="Write previews, and keep them: {step} and all that --output takes are filled in. "
+        "A name in .gif or .webp gives one animation of them.",
     )
     as_json: Flag = _command(
         "--json", default=False, help="Print one JSON object for each picture."
+    )
+    show_progress: ProgressForm = _command(
+        "--progress",
+        default="bar",
+        help="bar (default), none, or json: with --json, an event a line (docs/embedding.md).",
     )

@@ -30,6 +30,7 @@ from mlxdiff.run import composition
 from mlxdiff.run.additions.control import Control, resolve_controls
 from mlxdiff.run.additions.ip_adapter import ImagePrompt, resolve_image_prompts
 from mlxdiff.run.additions.judge import judge_of
+from mlxdiff.run.additions.lora import few_step_of
 from mlxdiff.run.aspect import with_aspect
 from mlxdiff.run.habits import note_habits, note_seed
 from mlxdiff.run.model import Model
@@ -290,6 +291,7 @@ def _resolve_text(
     model: Model, refiner: Model | None, asked: RunOptions
 ) -> tuple[Settings, tuple[samplers.Plan, ...]]:
     """Settings of a model that draws from text."""
+    asked = _in_few_steps(model, asked)
     if asked.prompt is None:
         raise UsageError(
             'no prompt is given; say what to draw, such as "a red circle on a blue background"'
@@ -398,6 +400,22 @@ def _zoomed_out(model: Model, asked: RunOptions) -> RunOptions:
         width=max(columns // factor, 1) * factor if asked.width is None else asked.width,
         height=max(rows // factor, 1) * factor if asked.height is None else asked.height,
     )
+
+
+def _in_few_steps(model: Model, asked: RunOptions) -> RunOptions:
+    """Fill in what the model's few-step LoRA asks for, where nothing else is given."""
+    way = few_step_of(model.additions)
+    if way is None:
+        return asked
+    asked = replace(
+        asked,
+        steps=way.steps if asked.steps is None else asked.steps,
+        guidance=way.guidance if asked.guidance is None else asked.guidance,
+    )
+    if (asked.sampler, asked.schedule) != ("auto", "auto"):
+        return asked
+    eta = way.eta if asked.eta is None else asked.eta
+    return replace(asked, sampler=way.sampler, schedule=way.schedule, eta=eta)
 
 
 def _settings(asked: RunOptions, **resolved: Any) -> Settings:

@@ -11,7 +11,7 @@ import numbers
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -522,12 +522,19 @@ class Each(Anything):
         return self.kind.parse(word)
 
 
+class Scaled(NamedTuple):
+    """A file and its scale as words give them; the scale is None where none was given."""
+
+    path: str
+    scale: float | None
+
+
 @dataclass(frozen=True)
 class Files(Anything):
-    """Files, each with a scale or a word: see ``cli.loras`` and ``cli.embeddings``.
+    """Files, each with a scale or a word.
 
     Attributes:
-        form: how one stands on the command line.
+        form: how one stands on the command line: PATH[:SCALE] or PATH[:WORD].
         opened: the class of a file that is open already.
     """
 
@@ -555,6 +562,31 @@ class Files(Anything):
                 raise Unfit(one, self.expected)
             no_address(path)
         return files
+
+    def parse(self, word: str) -> Any:
+        """Read one file; a path that exists is never cut. Raises: Unfit."""
+        return _worded(word) if "WORD" in self.form else _scaled(word)
+
+
+def _scaled(word: str) -> Scaled:
+    path, colon, scale = word.rpartition(":")
+    if not colon or not path or os.path.exists(os.path.expanduser(word)):
+        return Scaled(word, None)
+    try:
+        return Scaled(path, float(Number().accept(float(scale))))
+    except ValueError as error:
+        if not isinstance(error, Unfit) and not os.path.exists(os.path.expanduser(path)):
+            return Scaled(word, None)  # the colon is one of the path
+        raise Unfit(word, f"PATH:SCALE; its scale {scale!r} is not a number") from None
+
+
+def _worded(word: str) -> tuple[str, str | None]:
+    path, colon, token = no_address(word).rpartition(":")
+    if not colon or not path or os.path.exists(os.path.expanduser(word)):
+        return os.path.expanduser(word), None
+    if not token.strip():
+        raise Unfit(word, "a word after the colon; there is no word")
+    return os.path.expanduser(path), token
 
 
 def listed(value: Any) -> list[Any]:

@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from mlxdiff.errors import UsageError
-from mlxdiff.pictures import encoded, metadata
+from mlxdiff.pictures import encoded, formats, metadata
 from mlxdiff.pictures.image import png_bytes
 from mlxdiff.pictures.metadata import UPSCALER_NAMES
 from mlxdiff.samplers import SAMPLERS
@@ -47,8 +47,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "s_tmin": (0,),
     "s_noise": (1,),
     "override_settings_restore_afterwards": (True, False),
-    "refiner_checkpoint": ("", "None"),
-    "refiner_switch_at": (0, 1, 0.8),
     "disable_extra_networks": (False,),
     "firstpass_image": ("",),
     "firstphase_width": (0,),
@@ -116,6 +114,7 @@ class A1111API:
         self._model = desk.shelf.default
         self._vae = "Automatic"
         self._clip_skip = 1
+        self._format, self._quality = "png", formats.QUALITY
 
     def endpoints(self) -> list[Endpoint]:
         """All entries of the interface."""
@@ -194,7 +193,7 @@ class A1111API:
             "job_timestamp": _stamp(job.created),
             "version": first.get("version"),
         }
-        images = [base64.b64encode(one.png).decode() for one in job.drawn] if send else []
+        images = await asyncio.to_thread(self._files, job, given) if send else []
         return JSONResponse(
             {
                 "images": images,
@@ -202,6 +201,15 @@ class A1111API:
                 "info": json.dumps(info),
             }
         )
+
+    def _files(self, job: Job, given: Mapping[str, Any]) -> list[str]:
+        """The pictures in the format of the options, in base64."""
+        settings = self._settings() | (given.get("override_settings") or {})
+        ending, quality = f".{settings['samples_format']}", settings["jpeg_quality"]
+        return [
+            base64.b64encode(formats.reencode(one.png, ending, quality)).decode()
+            for one in job.drawn
+        ]
 
     def _asked(self, given: Mapping[str, Any], from_picture: bool) -> tuple[dict[str, Any], bool]:
         """A request in our own form, and whether to send the pictures. Raises: UsageError."""
@@ -227,6 +235,7 @@ class A1111API:
         asked["schedule"] = _schedule(take("scheduler", None)) or schedule
         asked |= self._overridden(take("override_settings", {}))
         asked |= self._scripts(take("alwayson_scripts", {}))
+        asked |= self._refiner(take("refiner_checkpoint", None), take("refiner_switch_at", None))
         asked["embeddings"] = self._words_of(asked["prompt"], asked["negative_prompt"])
         strength = take("denoising_strength", None)
         if from_picture:
@@ -275,6 +284,12 @@ class A1111API:
                 found["only_masked"] = padding
         left.pop("inpainting_mask_invert", None)
         return found
+
+    def _refiner(self, name: Any, switch: Any) -> dict[str, Any]:
+        """A model that draws the last part, from a share of the steps on."""
+        if name in (None, "", "None"):
+            return {}
+        return {"refiner": self._model_named(name), "denoising_end": switch}
 
     def _words_of(self, *prompts: Any) -> list[str]:
         """Names of textual inversions that stand in a prompt: A1111 loads them all."""
@@ -352,7 +367,8 @@ class A1111API:
             "sd_model_checkpoint": self._model,
             "sd_vae": self._vae,
             "CLIP_stop_at_last_layers": self._clip_skip,
-            "samples_format": "png",
+            "samples_format": self._format,
+            "jpeg_quality": self._quality,
             "eta_noise_seed_delta": 0,
         }
 
@@ -365,10 +381,12 @@ class A1111API:
         settings = self._settings() | given
         self._model = self._model_named(settings["sd_model_checkpoint"])
         self._vae, self._clip_skip = settings["sd_vae"], settings["CLIP_stop_at_last_layers"]
+        self._format, self._quality = settings["samples_format"], settings["jpeg_quality"]
         return JSONResponse(None)
 
     def _check_settings(self, given: Mapping[str, Any]) -> None:
-        fixed = {"samples_format": ("png",), "eta_noise_seed_delta": (0,)}
+        written = tuple(ending.removeprefix(".") for ending in formats.ENDINGS)
+        fixed = {"samples_format": written, "eta_noise_seed_delta": (0,)}
         for name, value in given.items():
             if name == "sd_model_checkpoint":
                 self._model_named(value)
@@ -378,6 +396,9 @@ class A1111API:
             elif name == "CLIP_stop_at_last_layers":
                 if type(value) is not int or not 1 <= value <= 12:
                     raise UsageError(f"{name} is {value!r}; expected a whole number, 1 to 12")
+            elif name == "jpeg_quality":
+                if type(value) is not int or not 1 <= value <= 100:
+                    raise UsageError(f"{name} is {value!r}; expected a whole number, 1 to 100")
             elif name not in fixed:
                 raise UsageError(f"there is no option {name!r} here; leave it out")
             elif value not in fixed[name]:

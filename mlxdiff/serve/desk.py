@@ -12,17 +12,13 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mlxdiff.errors import MlxdiffError, UsageError
+from mlxdiff.errors import Cancelled, MlxdiffError, UsageError
 from mlxdiff.serve.engine import Engine, Job, QueueFull
 from mlxdiff.serve.request import Limits, order_of
 from mlxdiff.serve.shelf import Shelf, UnknownName
 
 LOOK_SECONDS = 0.2
 """How often a waiting request looks whether its client is still there."""
-
-
-class Cancelled(MlxdiffError):
-    """The job was cancelled by another request."""
 
 
 @dataclass(frozen=True)

@@ -7,21 +7,24 @@ submit, watch, skip and cancel jobs.
 
 from __future__ import annotations
 
-import gc
 import logging
 import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mlxdiff.batch.jobs import Axis, expand, singly
+from mlxdiff.batch.jobs import Job as Drawing
+from mlxdiff.batch.models import Models
+from mlxdiff.batch.wildcards import Wildcards
 from mlxdiff.errors import MlxdiffError, UsageError
-from mlxdiff.loading import load
 from mlxdiff.pictures.image import png_bytes
-from mlxdiff.run.settings import pick_seeds, variation
+from mlxdiff.run.progress import Progress
+from mlxdiff.run.settings import pick_seeds
 from mlxdiff.serve.gallery import Gallery
 
 logger = logging.getLogger("mlxdiff")
@@ -35,6 +38,10 @@ PREVIEW_PIXELS = 256
 
 ENDED = frozenset({"done", "failed", "cancelled", "lost"})
 """States in which a job stays."""
+
+
+_STAGES = {"load": "loading", "encode": "encoding", "step": "drawing", "decode": "saving"}
+"""Stages of a run -> stages of a job."""
 
 
 class QueueFull(MlxdiffError):
@@ -63,7 +70,9 @@ class Order:
         additions: options of loading that change from picture to picture: loras, vae, ...
         options: of ``Pipeline.generate``, but for seed and count.
         seed: of the first picture; None: random.
-        count: number of pictures.
+        count: number of pictures, for each combination of the axes.
+        axes: options that take several values.
+        wildcards: fill in the wildcards of prompts; None: prompts stay as they are.
         save: whether the gallery keeps the pictures.
     """
 
@@ -73,7 +82,19 @@ class Order:
     additions: Mapping[str, Any] = field(default_factory=dict)
     seed: int | None = None
     count: int = 1
+    axes: Sequence[Axis] = ()
+    wildcards: Wildcards | None = None
     save: bool = True
+
+    def drawings(self) -> list[Drawing]:
+        """Return a job for each picture. Raises: UsageError for a wildcard without a file."""
+        seed = pick_seeds(self.seed, 1)[0]
+        options = {**self.options, "count": self.count}
+        found = singly(expand(options, seed, axes=self.axes, wildcards=self.wildcards))
+        for one in found:
+            if one.fault is not None:
+                raise one.fault
+        return found
 
 
 @dataclass(frozen=True)
@@ -84,6 +105,7 @@ class Drawn:
         id: its name in the gallery; None if the gallery does not keep it.
         png: the file.
         seed: its seed.
+        labels: the value of each axis in words.
         metadata: how it was made, as JSON values.
         parameters: the same as A1111 writes it.
     """
@@ -91,6 +113,7 @@ class Drawn:
     id: str | None
     png: bytes
     seed: int
+    labels: Sequence[str]
     metadata: Mapping[str, Any]
     parameters: str
 
@@ -103,6 +126,7 @@ class Job:
         order: what to draw; None for a job that was lost.
         state: "queued", "running", or one of ``ENDED``.
         stage: of a job that runs: "loading", "encoding", "drawing" or "saving".
+        drawings: its pictures, each with its options; [] once it has ended.
         seeds: of its pictures.
         picture: index of the picture that is being drawn.
         step, steps: evaluations of the U-Net that are done for it, and all of them.
@@ -121,8 +145,8 @@ class Job:
         self.order = order
         self.state = "queued"
         self.stage = ""
-        self.vary = None if order is None else order.options.get("vary")
-        self.seeds = [] if order is None else pick_seeds(order.seed, order.count, self.vary)
+        self.drawings = [] if order is None else order.drawings()
+        self.seeds = [one.seeds[0] for one in self.drawings]
         self.picture = self.step = self.steps = self.fetched = self.to_fetch = 0
         self.preview: bytes | None = None
         self.drawn: list[Drawn] = []
@@ -184,7 +208,9 @@ class Job:
             "fetched": self.fetched,
             "to_fetch": self.to_fetch,
             "has_preview": self.preview is not None,
-            "drawn": [{"id": one.id, "seed": one.seed} for one in self.drawn],
+            "drawn": [
+                {"id": one.id, "seed": one.seed, "labels": list(one.labels)} for one in self.drawn
+            ],
             "notes": list(self.notes),
             "error": None if self.error is None else str(self.error),
             "created": self.created,
@@ -235,6 +261,7 @@ class Job:
         self.state, self.stage = state, ""
         self.preview = None
         self.ended = time.time()
+        self.drawings = []
         if self.order is not None:  # uploaded pictures leave memory
             plain = {
                 k: v for k, v in self.order.options.items() if isinstance(v, (str, int, float))
@@ -248,6 +275,14 @@ class Job:
             raise _Stop
         self.fetched, self.to_fetch = done, total
         self._changed()
+
+    def _told(self, now: Progress) -> None:
+        """Show the stage of the run; a job that is cancelled ends between two stages."""
+        stage = _STAGES[now.stage]
+        if stage != self.stage:
+            self._set_stage(stage)
+        if self._cancelled:
+            raise _Stop
 
     def _advance(self, step: Any) -> None:
         if self.stage != "drawing":
@@ -288,7 +323,7 @@ class Engine:
         gallery: keeps finished pictures, and which jobs are under way.
         loading: options of ``mlxdiff.load`` for every model: quantize, dtype, ...
         queue_length: jobs that may wait.
-        keep_alive: seconds without a job after which the model leaves memory; 0: at once;
+        keep_alive: seconds without a job after which a model leaves memory; 0: at once;
             None: never.
     """
 
@@ -301,12 +336,9 @@ class Engine:
         keep_alive: float | None = 300.0,
     ) -> None:
         self.gallery = gallery
-        self.loading = dict(loading or {})
-        self.queue_length, self.keep_alive = queue_length, keep_alive
+        self.queue_length = queue_length
+        self.models = Models(loading, keep_alive)
         self.current: Job | None = None
-        self.loaded: str | None = None
-        self._pipe: Any = None
-        self._additions: dict[str, Any] = {}
         self._waiting: deque[Job] = deque()
         self._jobs: dict[str, Job] = {}
         self._wake = threading.Condition()
@@ -345,6 +377,11 @@ class Engine:
         """All jobs that are known, the oldest first."""
         with self._wake:
             return list(self._jobs.values())
+
+    @property
+    def loaded(self) -> str | None:
+        """The model that was used last, if it is loaded."""
+        return next(reversed(self.models.names), None)
 
     @property
     def waiting(self) -> int:
@@ -407,7 +444,7 @@ class Engine:
             except MlxdiffError as error:
                 job._finish("failed", error)
             except MemoryError:
-                self._unload()
+                self.models.unload_all()
                 job._finish("failed", UsageError("out of memory; try a smaller size"))
             except Exception as error:
                 logger.debug("a job failed", exc_info=True)
@@ -420,15 +457,14 @@ class Engine:
             notes.job = None
             del job
         logger.removeHandler(notes)
-        self._unload()
+        self.models.unload_all()
 
     def _next(self) -> Job | None:
         """Wait for the next job; None: the engine is closed."""
         with self._wake:
             while not self._waiting and not self._closed:
-                timeout = self.keep_alive if self._pipe is not None else None
-                if not self._wake.wait(timeout) and not self._waiting:
-                    self._unload()
+                if not self._wake.wait(self.models.seconds_to_idle) and not self._waiting:
+                    self.models.unload_idle()
             if self._closed:
                 return None
             job = self.current = self._waiting.popleft()
@@ -441,70 +477,47 @@ class Engine:
         """Draw the pictures of a job, each on its own: it is what its own seed gives alone."""
         order = job.order
         assert order is not None
-        pipe = self._loaded(job, order)
+        pipe = self.models.get(
+            {"model": order.place, **order.additions},
+            name=order.model,
+            progress=job._fetch,
+            on_load=lambda: job._set_stage("loading"),
+        )
         if job._cancelled:
             raise _Stop
-        for picture, seed in enumerate(job.seeds):
+        for picture, drawing in enumerate(job.drawings):
             start = time.perf_counter()
             job._begin(picture)
             job._set_stage("encoding")
             try:
-                options = {**order.options, "vary": variation(job.vary, picture)}
-                result = pipe.generate(**options, seed=seed, count=1, on_step=job._advance)
+                run = pipe.stream(**drawing.options, on_progress=job._told)
+                self.models.make_room(pipe, run.settings)
+                with closing(run):
+                    for step in run:
+                        job._advance(step)
+                    result = run.result
             except _Stop:
                 if job._cancelled:
                     raise
                 continue
             job._set_stage("saving")
-            metadata = result.metadata[0]
-            png = result.png()
-            kept = self.gallery.add(png) if order.save else None
-            job.drawn.append(Drawn(kept, png, seed, metadata.to_dict(), metadata.to_parameters()))
+            job.drawn.append(self._drawn(order, drawing, result))
             self._picture_seconds = time.perf_counter() - start
             job._changed()
             if job._cancelled:
                 raise _Stop
         job._finish("done")
 
-    def _loaded(self, job: Job, order: Order) -> Any:
-        """The pipeline of an order, with its additions and no others."""
-        if self.loaded != order.model:
-            self._unload()
-            job._set_stage("loading")
-            self._pipe = load(order.place, **self.loading, progress=job._fetch)
-            self.loaded, self._additions = order.model, {}
-        wanted = dict(order.additions)
-        for name, setter in _SETTERS:
-            value = wanted.get(name)
-            if value != self._additions.get(name):
-                job._set_stage("loading")
-                setter(self._pipe, value, job._fetch)
-                self._additions[name] = value
-        if "lora_folder" in self.loading:
-            self._pipe.lora_folder = Path(self.loading["lora_folder"])
-        return self._pipe
-
-    def _unload(self) -> None:
-        if self._pipe is None:
-            return
-        backend = self._pipe.backend
-        self._pipe, self.loaded, self._additions = None, None, {}
-        gc.collect()
-        backend.clear_cache()
-
-
-# Additions, in the order in which ``load`` sets them.
-_SETTERS: tuple[tuple[str, Callable[[Any, Any, Any], None]], ...] = (
-    ("vae", lambda pipe, value, progress: pipe.set_vae(value, progress=progress)),
-    (
-        "controlnets",
-        lambda pipe, value, progress: pipe.set_controlnets(value or (), progress=progress),
-    ),
-    (
-        "ip_adapters",
-        lambda pipe, value, progress: pipe.set_ip_adapters(value or (), progress=progress),
-    ),
-    ("loras", lambda pipe, value, progress: pipe.set_loras(value or ())),
-    ("embeddings", lambda pipe, value, progress: pipe.set_embeddings(value or ())),
-    ("refiner", lambda pipe, value, progress: pipe.set_refiner(value, progress=progress)),
-)
+    def _drawn(self, order: Order, drawing: Drawing, result: Any) -> Drawn:
+        """Encode a picture, and put it into the gallery if it is to be kept."""
+        metadata = result.metadata[0]
+        metadata = replace(metadata, extra={**metadata.extra, **drawing.said})
+        png = png_bytes(result.images[0], metadata.chunks())
+        return Drawn(
+            id=self.gallery.add(png) if order.save else None,
+            png=png,
+            seed=drawing.seeds[0],
+            labels=drawing.labels,
+            metadata=metadata.to_dict(),
+            parameters=metadata.to_parameters(),
+        )

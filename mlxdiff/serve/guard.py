@@ -51,6 +51,7 @@ class Policy:
         origins: web origins, such as https://example.org, whose pages may use the server.
         token: what clients must show; None: nothing.
         upload_bytes: of a request.
+        head_seconds: for the head of a request to arrive.
         upload_seconds: for a request to arrive.
         pause_seconds: from one piece of a request to the next.
     Raises: UsageError for an address that others can reach, without a token.
@@ -61,6 +62,7 @@ class Policy:
     origins: frozenset[str] = frozenset()
     token: str | None = None
     upload_bytes: int = 64_000_000
+    head_seconds: float = 20.0
     upload_seconds: float = 120.0
     pause_seconds: float = 20.0
 

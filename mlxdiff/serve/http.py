@@ -6,6 +6,7 @@ import base64
 import hashlib
 import re
 import socket
+from functools import partial
 from importlib import resources
 from typing import Any
 
@@ -19,6 +20,7 @@ from starlette.routing import Route
 from mlxdiff.errors import MlxdiffError, UsageError
 from mlxdiff.serve import openai_api
 from mlxdiff.serve.a1111_api import A1111API
+from mlxdiff.serve.connections import Connection
 from mlxdiff.serve.desk import Desk, Endpoint, headers_of, status_of
 from mlxdiff.serve.guard import Guard, Policy
 from mlxdiff.serve.openai_api import OpenAIAPI
@@ -128,6 +130,7 @@ def server(desk: Desk, policy: Policy) -> uvicorn.Server:
     return uvicorn.Server(
         uvicorn.Config(
             application(desk, policy),
+            http=partial(Connection, head_seconds=policy.head_seconds),  # type: ignore[arg-type]
             log_level="warning",
             access_log=False,
             server_header=False,

@@ -13,7 +13,7 @@ import json
 import re
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from mlxdiff.errors import UsageError
-from mlxdiff.pictures import encoded
+from mlxdiff.pictures import encoded, formats
 from mlxdiff.serve.desk import Desk, Endpoint, json_body
 from mlxdiff.serve.engine import Job
 from mlxdiff.serve.schema import is_picture, options
@@ -38,12 +38,24 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "style": ("vivid",),
     "background": ("auto", "opaque"),
     "moderation": ("auto", "low"),
-    "output_format": ("png",),
-    "output_compression": (100, "100"),
     "input_fidelity": ("low",),
     "stream": (False, "false"),
     "partial_images": (0, "0"),
 }
+
+
+class Form(NamedTuple):
+    """How a client wants the pictures.
+
+    Attributes:
+        is_url: as addresses in the gallery.
+        ending: of the format, see ``pictures.formats``.
+        quality: 1 to 100; None: the usual one.
+    """
+
+    is_url: bool
+    ending: str
+    quality: int | None
 
 
 class OpenAIAPI:
@@ -76,7 +88,7 @@ class OpenAIAPI:
         asked, form = _asked(given)
         if not isinstance(asked.get("prompt"), str):
             raise UsageError("prompt: no prompt is given")
-        return self._answer(await self.desk.draw(asked, request), form, request)
+        return await self._answer(await self.desk.draw(asked, request), form, request)
 
     async def edits(self, request: Request) -> Response:
         given, files = await self._form(request)
@@ -93,7 +105,7 @@ class OpenAIAPI:
             asked["mask"] = transparent
             if "width" not in asked:
                 asked["width"], asked["height"] = _rounded(image.size)
-        return self._answer(await self.desk.draw(asked, request), form, request)
+        return await self._answer(await self.desk.draw(asked, request), form, request)
 
     async def variations(self, request: Request) -> Response:
         given, files = await self._form(request)
@@ -105,7 +117,7 @@ class OpenAIAPI:
             raise UsageError("prompt: variations have an empty prompt; leave it out, or call edits")
         asked |= {"image": encoded.opaque(images[0]), "prompt": ""}
         asked.setdefault("strength", VARIATION_STRENGTH)
-        return self._answer(await self.desk.draw(asked, request), form, request)
+        return await self._answer(await self.desk.draw(asked, request), form, request)
 
     async def models(self, request: Request) -> Response:
         names = await asyncio.to_thread(self.shelf.names, "models")
@@ -140,18 +152,20 @@ class OpenAIAPI:
                     fields[name] = _typed(name, value)
         return fields, files
 
-    def _answer(self, job: Job, form: str, request: Request) -> Response:
+    async def _answer(self, job: Job, form: Form, request: Request) -> Response:
         data = []
         for one in job.drawn:
-            if form == "url" and one.id is not None:
+            if form.is_url and one.id is not None:
                 value = {"url": str(request.url.replace(path=f"/api/pictures/{one.id}.png"))}
             else:
-                value = {"b64_json": base64.b64encode(one.png).decode()}
+                file = await asyncio.to_thread(formats.reencode, one.png, form.ending, form.quality)
+                value = {"b64_json": base64.b64encode(file).decode()}
             data.append(value | {"seed": one.seed})
-        return JSONResponse({"created": int(job.created), "data": data})
+        named = {} if form.ending == ".png" else {"output_format": form.ending[1:]}
+        return JSONResponse({"created": int(job.created), "data": data} | named)
 
 
-def _asked(given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+def _asked(given: Mapping[str, Any]) -> tuple[dict[str, Any], Form]:
     """A request in our own form, and the form of the answer. Raises: UsageError."""
     asked = {name: value for name, value in given.items() if value is not None}
     for name, neutral in _NEUTRAL.items():
@@ -161,9 +175,7 @@ def _asked(given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     user = asked.pop("user", "")  # names a person to OpenAI; asks for nothing
     if not isinstance(user, str):
         raise UsageError(f"user is {user!r}; expected a text")
-    form = asked.pop("response_format", "b64_json")
-    if form not in ("url", "b64_json"):
-        raise UsageError(f"response_format is {form!r}; expected url or b64_json")
+    form = _form_of(asked)
     if (count := asked.pop("n", None)) is not None:
         asked["count"] = count
     size = asked.pop("size", "auto")
@@ -176,6 +188,23 @@ def _asked(given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         if name in options() and is_picture(options()[name].kind) and not isinstance(value, str):
             raise UsageError(f"{name}: expected a picture file in base64")
     return asked, form
+
+
+def _form_of(asked: dict[str, Any]) -> Form:
+    """Take the form of the answer out of a request. Raises: UsageError."""
+    kind = asked.pop("response_format", "b64_json")
+    if kind not in ("url", "b64_json"):
+        raise UsageError(f"response_format is {kind!r}; expected url or b64_json")
+    name = asked.pop("output_format", "png")
+    if name not in ("png", "jpeg", "webp", "avif"):
+        raise UsageError(f"output_format is {name!r}; expected png, jpeg, webp or avif")
+    if kind == "url" and name != "png":
+        raise UsageError("output_format: a url gives PNG; ask for b64_json")
+    given = asked.pop("output_compression", None)
+    quality = int(given) if isinstance(given, str) and given.isdecimal() else given
+    if quality is not None and (type(quality) is not int or not 0 <= quality <= 100):
+        raise UsageError(f"output_compression is {given!r}; expected 0 to 100")
+    return Form(kind == "url", f".{name}", None if quality is None else max(1, quality))
 
 
 def _typed(name: str, value: str) -> Any:

@@ -117,6 +117,7 @@ class OwnAPI:
             | {
                 "default": self.shelf.default,
                 "loaded": self.engine.loaded,
+                "warm": list(self.engine.models.names),
                 "waiting": self.engine.waiting,
                 "version": __version__,
             }

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
+import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+from mlxdiff.batch.jobs import Axis, check_axes, make_axis
+from mlxdiff.batch.wildcards import Wildcards
 from mlxdiff.errors import UsageError
 from mlxdiff.pictures import encoded
 from mlxdiff.pictures.hires import UPSCALERS
@@ -80,6 +85,8 @@ def order_of(given: Mapping[str, Any], shelf: Shelf, limits: Limits) -> Order:
     }
     run = {name: value for name, value in run.items() if name not in _KINDS}
     save = _accepted(Flag(), "save", run.pop("save", True))
+    axes = _axes(run.pop("vary", {}))
+    fills = _accepted(Flag(), "wildcards", run.pop("wildcards", False))
     known = options()
     for name, value in run.items():
         if name in known and is_picture(known[name].kind):
@@ -92,6 +99,7 @@ def order_of(given: Mapping[str, Any], shelf: Shelf, limits: Limits) -> Order:
             f"hires_upscaler is {asked.hires_upscaler!r}; expected one of {', '.join(UPSCALERS)}"
         )
     _check_limits(asked, limits)
+    _check_axes(asked, axes, limits)
     run.pop("seed", None)
     run.pop("count", None)
     return Order(
@@ -101,8 +109,39 @@ def order_of(given: Mapping[str, Any], shelf: Shelf, limits: Limits) -> Order:
         additions=additions,
         seed=None if asked.seed in (None, -1) else asked.seed,
         count=asked.count,
+        axes=axes,
+        wildcards=Wildcards(shelf.wildcards) if fills else None,
         save=save,
     )
+
+
+def _axes(given: Any) -> list[Axis]:
+    """Options that take several values: an object of lists. Raises: UsageError."""
+    if not isinstance(given, dict):
+        raise UsageError('vary: expected an object of lists, such as {"steps": [10, 20]}')
+    axes = []
+    known = options()
+    for name, values in given.items():
+        if name not in known or name == "count" or is_picture(known[name].kind):
+            raise UsageError(f"vary: {name!r} is no option that can vary")
+        if not isinstance(values, list) or not values:
+            raise UsageError(f"vary: {name} is {values!r}; expected a list of values")
+        read = partial(_accepted, known[name].kind, name)
+        axes.append(make_axis(name, values, read))
+    check_axes(axes)
+    return axes
+
+
+def _check_axes(asked: RunOptions, axes: Sequence[Axis], limits: Limits) -> None:
+    """Check each value of the axes as if it were given alone. Raises: UsageError."""
+    pictures = asked.count * math.prod(len(axis.values) for axis in axes)
+    if pictures > limits.count:
+        raise UsageError(
+            f"vary: makes {pictures} pictures; at most {limits.count} are drawn for a request"
+        )
+    for values in itertools.product(*(axis.values for axis in axes)):
+        varied = dict(zip((axis.name for axis in axes), values, strict=True))
+        _check_limits(replace(asked, **varied), limits)
 
 
 def _pictures(name: str, value: Any, limits: Limits) -> Any:

@@ -126,6 +126,17 @@ def request_schema() -> dict[str, Any]:
         "controlnets": {"type": "array", "items": _named("a ControlNet")},
         "ip_adapters": {"type": "array", "items": _named("an IP-Adapter")},
         "refiner": _named("SDXL: a model that draws the last part"),
+        "vary": {
+            "type": "object",
+            "additionalProperties": {"type": "array"},
+            "maxProperties": 2,
+            "description": "options that take several values: all combinations are drawn",
+        },
+        "wildcards": {
+            "type": "boolean",
+            "default": False,
+            "description": "fill in {a|b} and __name__ in prompts; the seed decides",
+        },
         "save": {
             "type": "boolean",
             "default": True,

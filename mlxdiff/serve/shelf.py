@@ -47,12 +47,17 @@ class Shelf:
         models: what ``mlxdiff.load`` takes, each a path, hub id or short name; the first is the
             default. None: the built-in model is.
         folders: folders by kind (``KINDS``).
+        wildcards: folder of the files of wildcards; None: there are none.
     Raises: UsageError if a folder does not exist.
     """
 
     def __init__(
-        self, models: Iterable[str] = (), folders: Mapping[str, Iterable[Path]] | None = None
+        self,
+        models: Iterable[str] = (),
+        folders: Mapping[str, Iterable[Path]] | None = None,
+        wildcards: Path | None = None,
     ) -> None:
+        self.wildcards = wildcards
         self._given = {_short(model): model for model in models}
         self._folders = {kind: [Path(f) for f in (folders or {}).get(kind, ())] for kind in KINDS}
         for kind, several in self._folders.items():

@@ -137,6 +137,16 @@ def resolve_lora(repo: str, *, progress: Progress | None = None) -> Path:
     return fetch(_find(reference, lora_selector(reference)), progress)
 
 
+def holds_lora(repo: str) -> bool:
+    """Return True if the cache holds the file of a LoRA, `org/name[/FILE][@revision]`."""
+    reference = parse_or_raise(repo)
+    try:
+        find_cached(reference, lora_selector(reference), ())
+    except Incomplete:
+        return False
+    return True
+
+
 def fetch_files(repo: str, files: Sequence[str], *, progress: Progress | None = None) -> Path:
     """Return the snapshot folder of a repo with these files in it. Cached files need no network.
 

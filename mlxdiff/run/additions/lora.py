@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from mlxdiff import samplers
 from mlxdiff.adapters import lora
 from mlxdiff.convert import Component
-from mlxdiff.errors import HubError
-from mlxdiff.run.additions import Addition
+from mlxdiff.errors import HubError, UsageError
+from mlxdiff.run.additions import Addition, Additions
 from mlxdiff.run.kind import Kind
 from mlxdiff.store import cache, hub
+from mlxdiff.store.few_step import FewStep, find
 from mlxdiff.store.folder import Progress
 from mlxdiff.store.reference import parse
 from mlxdiff.text import a1111
+
+logger = logging.getLogger("mlxdiff")
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,12 +31,14 @@ class LoRA(Addition):
     Attributes:
         matched: its file, matched to the model.
         in_prompt: the prompt of the run asks for it.
+        way: for a LoRA that lets the model draw in few steps: how it is to be used.
     """
 
     part: ClassVar[str] = "lora"
 
     matched: lora.Lora
     in_prompt: bool = False
+    way: FewStep | None = None
 
     @classmethod
     def open(
@@ -80,9 +87,51 @@ class LoRA(Addition):
                 entry["in_prompt"] = True
             if (source := cache.origin(one.file.path)) is not None:
                 entry["source"] = source
+            if item.way is not None:
+                entry["fast"] = item.way.id
             entry |= {"sha256": one.file.sha256, "short_hash": one.file.short_hash}
             said.append(entry)
-        return {"loras": said}
+        return {"loras": said, "fast": any(item.way for item in items) or None}
+
+
+def few_step_of(additions: Additions) -> FewStep | None:
+    """Return how the model draws in few steps; None: it has no LoRA for that."""
+    return next((one.way for one in additions.of(LoRA) if one.way is not None), None)
+
+
+def open_few_step(model: Kind, progress: Progress | None = None) -> tuple[LoRA, ...]:
+    """Open the published few-step LoRA of a model; () for one that needs none, with a note.
+
+    Raises: UsageError where none is published, or it is not here and cannot be fetched.
+    """
+    family, scheduler = model.source.family, model.source.scheduler_config
+    if samplers.distilled_for(scheduler) is not None or model.default_guidance == 0.0:
+        logger.warning("fast has no effect: this model draws in few steps by itself")
+        return ()
+    way = find(family, str(model.source.provenance.get("source")))
+    other = model.edits or model.upscales or model.takes_aesthetic_score
+    predicts = scheduler.get("prediction_type", "epsilon")
+    if way is None or other or predicts != "epsilon":
+        kind = f"{family} models that predict {predicts}" if not other else model.description
+        raise UsageError(
+            f"fast: no few-step LoRA is published for this model ({kind}); take a model that was "
+            "made for few steps, such as -m sd-turbo"
+        )
+    try:
+        (opened,) = LoRA.open([way.id], model, progress=progress)
+    except HubError as error:
+        raise UsageError(
+            f"fast needs {way}, which is not on this machine and cannot be fetched ({error}); "
+            f"fetch it with: hf download {way.repo} {way.file}"
+        ) from None
+    logger.info(
+        "fast: %s; %s, %d steps, guidance %g, unless you say otherwise",
+        way,
+        way.sampler,
+        way.steps,
+        way.guidance,
+    )
+    return (replace(opened, way=way),)
 
 
 def _fetched(one: lora.Given, progress: Progress | None) -> lora.Given:
