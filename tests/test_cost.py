@@ -15,9 +15,14 @@ from mlxdiff.networks.config import (
     AutoencoderKLConfig,
     AutoencoderTinyConfig,
     CLIPVisionConfig,
+    CompactConfig,
     ComponentConfig,
     ControlNetConfig,
     IPAdapterConfig,
+    LLLiteConfig,
+    LLLiteModuleConfig,
+    RRDBNetConfig,
+    T2IAdapterConfig,
     UNet2DConditionConfig,
     UNet2DConfig,
 )
@@ -76,6 +81,13 @@ ALL_CONFIGS: dict[str, ComponentConfig] = {
     **{f"controlnet {model}": config for model, config in CONTROLNETS.items()},
     **{f"ip-adapter {kind}": config for kind, config in IP_ADAPTERS.items()},
     "image encoder": CLIPVisionConfig.from_dict(ENCODER),
+    **{
+        f"t2i-adapter {kind}": T2IAdapterConfig(3, (8, 16, 16), 2, 2, kind)
+        for kind in ("full_adapter", "full_adapter_xl", "light_adapter")
+    },
+    "lllite": LLLiteConfig((LLLiteModuleConfig("attn1.to_q", 8, 4, 6, 1),)),
+    "rrdb": RRDBNetConfig(width=8, growth=4, blocks=2),
+    "compact": CompactConfig(width=8, convolutions=3),
 }
 
 

@@ -288,6 +288,7 @@ HOMONYMS = {
     "pipeline.py": {"ddpm"},
     "store/catalogue.py": {"ddpm", "lcm"},
     "convert/detect.py": {"ddpm"},
+    "pictures/foreign/a1111.py": {"dpm2", "restart"},  # A1111's words
 }
 
 # Published runs: each names the sampler that its source used.

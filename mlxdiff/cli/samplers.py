@@ -49,7 +49,7 @@ def samplers(as_json: bool, quiet: bool) -> None:
         click.echo(json.dumps(found, ensure_ascii=False))
         return
     click.echo(_ADVICE)
-    rows = [("--sampler", "A1111's name", "cost", "", "other names")]
+    rows: list[tuple[str, ...]] = [("--sampler", "A1111's name", "cost", "", "other names")]
     for one in found["samplers"]:
         cost = "" if one["evaluations"] is None else str(one["evaluations"])
         kind = "stochastic" if one["stochastic"] else ""
