@@ -308,9 +308,9 @@ def of_picture(picture: Image.Image, where: str) -> Metadata:
         where: its name, for messages.
     """
     try:
-        texts: Texts = texts_of(picture)
+        texts = texts_of(picture)
         if JSON_KEY not in texts and (note := _exif_note(picture)) is not None:
-            texts = {**texts, JSON_KEY: note}
+            texts[JSON_KEY] = note
     except Exception as error:  # whatever a damaged file makes Pillow's many readers raise
         raise UsageError(f"{where}: cannot be decoded ({one_line(error)})") from error
     if JSON_KEY in texts:
