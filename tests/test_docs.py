@@ -7,6 +7,7 @@ only parsed.
 
 from __future__ import annotations
 
+import glob
 import re
 import shlex
 import shutil
@@ -15,9 +16,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import adapter_files
+import clip_files
 import control_files
 import lora_files
 import pytest
+import t2i_files
+import upscaler_files
 from click.testing import CliRunner
 from golden_data import checkpoint, mask, photo
 from PIL import Image
@@ -36,15 +40,18 @@ MODELS = {
     "instruct-pix2pix": "pix2pix",
     "x4-upscaler": "x4-upscaler",
     "ddpm-cifar10": "ddpm",
+    "google/ddpm-cifar10-32": "ddpm",
     "FOLDER": "ddpm-labels",
     "sd15-q4": "sd15",
     "sdxl-q4": "sdxl",
 }
 PICTURES = """photo.jpg painting.jpg bench.png harbour.png house.png castle.jpg cat.png cat-128.png
-    scan.png style.png depth.png""".split()
-LORAS = """pastel detail style person lcm-lora loras/style
+    scan.png style.png depth.png group.jpg grid.png a.png b.png photos/a.png photos/b.png
+    dog/1.png dog/2.png""".split()
+LORAS = """pastel detail style person dog lcm-lora loras/style
     latent-consistency/lcm-lora-sdv1-5/pytorch_lora_weights""".split()
-ONLY_PARSED = {"bench", "doctor", "serve", "mcp", "models", "convert", "info"}
+UPSCALERS = """RealESRGAN_x4plus 4x_NMKD-Siax_200k realesr-general-x4v3 4x-UltraSharp""".split()
+ONLY_PARSED = {"train", "bench", "doctor", "serve", "mcp", "models", "convert", "info"}
 NO_PAIR = ["instruct-pix2pix", "--ip-adapter"]  # the small models of both do not fit together
 RUNNABLE = {"README.md", "coming-from-diffusers.md", "control.md", "embedding.md", "images.md",
             "lora.md", "tasks.md"}  # fmt: skip
@@ -83,8 +90,10 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, golden in MODELS.items():
         shutil.copytree(checkpoint(golden), here / name)
     for index, name in enumerate(PICTURES):
+        (here / name).parent.mkdir(exist_ok=True)
         Image.fromarray(photo(64, 64 + 8 * (index % 2))).save(here / name)
-    Image.fromarray(mask("half", 64, 64)).save(here / "where.png")
+    for name in ("where.png", "face.png"):
+        Image.fromarray(mask("half", 64, 64)).save(here / name)
     made = lora_files.write("sd15-kohya", here)
     for name in LORAS:
         path = here / f"{name}.safetensors"
@@ -100,9 +109,26 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         adapter_files.write_adapter(place / f"{name}.safetensors", "plain", model, 0)
         adapter_files.write_encoder(place / "image_encoder")
     single_file(checkpoint("sd15"), here / "model.safetensors")
+    t2i_files.write_t2i_adapter(here / "TencentARC/t2i-adapter-canny-sdxl-1.0", "xl", "sdxl")
+    for name in ("CLIP", "openai/clip-vit-large-patch14"):
+        clip_files.write_clip(here / name)
+    (here / "labels.txt").write_text("cat\ndog\n", "utf-8")
+    (here / "styles.toml").write_text('[mine]\nprompt = "{prompt}, ink"\n', "utf-8")
+    enlarges = upscaler_files.write_upscaler("compact-x4.pth", here)
+    for name in UPSCALERS:
+        shutil.copy(enlarges, here / f"{name}.pth")
+    (here / "examples").symlink_to(ROOT / "examples")
     (here / "prompts.txt").write_text("a cat\na dog\n", "utf-8")
     drawn = mlxdiff.load(here / "sd15").generate("a cat", seed=1, steps=1)
-    for name in ("lighthouse.png", "picture.png"):
+    for name in (
+        "lighthouse.png",
+        "picture.png",
+        "fox.png",
+        "fox.jpg",
+        "drawn/a.png",
+        "drawn/b.png",
+    ):
+        (here / name).parent.mkdir(exist_ok=True)
         drawn.save(here / name)
     return here
 
@@ -130,6 +156,7 @@ def test_commands(page: str, words: list[str], planned: None) -> None:
             assert command is not None
             command.make_context(name, rest, parent=context)
         return
+    words = [one for word in words for one in sorted(glob.glob(word)) or [word]]
     more = ["--config", "sd15"] if "model.safetensors" in words else []
     more += ["--force"] if name == "generate" else []
     try:
@@ -151,6 +178,7 @@ def test_snippets(page: Path, shelf: Path, tmp_path: Path, monkeypatch: pytest.M
         "mlxdiff": mlxdiff,
         "pipe": mlxdiff.load("sd15"),
         "picture": picture,
+        "show": print,
     }
     for block in blocks("python", page):
         exec(compile(block, page.name, "exec"), names)
