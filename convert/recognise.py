@@ -37,7 +37,7 @@ def _other_controlnet() -> str:
 
 def _enlarges() -> str:
     return (
-        "enlarge with it: mlxdiff upscale PICTURE -m PATH, or while drawing with "
+        "enlarge with it: mlxdiff upscale, or while drawing with "
         f"{argument('upscaler', form='PATH')} or {argument('hires_upscaler', form='PATH')}"
     )
 
@@ -70,7 +70,7 @@ _USES: dict[str, Callable[[], str]] = {
         f"{argument('control_image')}"
     ),
     "a style T2I-Adapter": lambda: (
-        f"not supported; show the picture to an IP-Adapter ({argument('ip_adapters')})"
+        f"not supported; use an IP-Adapter, which sees the picture ({argument('ip_adapters')})"
     ),
     "a VAE, alone": lambda: f"give it with {argument('vae', form='PATH')}",
     "a tiny VAE": lambda: f"give it with {argument('vae', form='PATH')}",

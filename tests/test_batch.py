@@ -243,7 +243,7 @@ def test_one_bad_line_does_not_stop_the_rest(here: Path) -> None:
     result = generate("--prompt-file", "p.txt", "-s", "1", "-o", "{index}.png", *QUICK)
     assert error_of(result) == "Error: 2 of 5 jobs could not be drawn; 3 pictures are saved"
     assert "Not drawn: p.txt, line 3: steps is 0" in result.stderr
-    assert "Not drawn: p.txt, line 4: strength needs an image" in result.stderr
+    assert "Not drawn: p.txt, line 4: --strength needs an image" in result.stderr
     assert sorted(path.name for path in here.glob("*.png")) == ["0.png", "1.png", "4.png"]
     said = json.loads(texts(here / "1.png")["mlxdiff"])
     assert (said["prompt"], said["steps"], said["seed"]) == ("b", 3, 7)

@@ -182,7 +182,7 @@ def test_a_sampler_by_another_name_is_the_sampler(opened: Opened) -> None:
         settings = pipe.settings("a", sampler=name)
         assert (settings.sampler, settings.schedule) == ("dpmpp-2m", "karras")
     settings = pipe.settings("a", sampler="EulerAncestralDiscreteScheduler", schedule="SGM Uniform")
-    assert (settings.sampler, settings.schedule) == ("euler-a", "trailing")
+    assert (settings.sampler, settings.schedule) == ("euler-a", "sgm-uniform")
     with pytest.raises(UsageError, match="names the schedule karras; leave trailing out"):
         pipe.settings("a", sampler="DPM++ 2M Karras", schedule="trailing")
     with pytest.raises(UsageError, match=r"sampler is 'DPM\+\+ SDE'; expected one of auto"):
@@ -305,8 +305,8 @@ def test_a_vae_of_another_family_is_refused(tmp_path: Path, opened: Opened) -> N
 # ------------------------------------------------------------- pictures that lost our own settings
 
 
-def test_a_picture_with_a1111s_text_alone_says_what_it_lacks(tmp_path: Path) -> None:
-    """What web sites keep: the syntax is in the text, and what is not taken from it is named."""
+def test_a_picture_with_a1111s_text_alone_is_drawn_again(tmp_path: Path) -> None:
+    """What web sites keep: the syntax and the hires pass are in the text."""
     first, again = tmp_path / "1.png", tmp_path / "2.png"
     model = ("-m", str(checkpoint("sd15")))
     options = ("--steps", "2", "--prompt-syntax", "a1111", "--hires", "2", "-o", str(first))
@@ -319,5 +319,6 @@ def test_a_picture_with_a1111s_text_alone_says_what_it_lacks(tmp_path: Path) -> 
         main, ["generate", "--from-image", str(again), *model, "-o", str(tmp_path / "3.png")]
     )
     assert replayed.exit_code == 0, replayed.output
-    assert "not taken from it: Denoising strength: 0.5, Hires upscale: 2" in replayed.stderr
+    with Image.open(first) as one, Image.open(tmp_path / "3.png") as other:
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
     assert "plain text in this prompt syntax" not in replayed.stderr

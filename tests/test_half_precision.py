@@ -104,7 +104,7 @@ def test_a_run_that_overflows_ends_at_that_step(
     monkeypatch.setattr(network, "predict", overflow)
     with pytest.raises(MlxdiffError, match="step 2 of 4 gives latents that are not finite") as e:
         pipe.generate("a circle", seed=0, steps=4, guidance=1.0, sampler="euler")
-    assert ("--dtype float32" in str(e.value)) == (dtype == "float16")
+    assert ("dtype='float32'" in str(e.value)) == (dtype == "float16")
     assert len(calls) == 2
 
 

@@ -336,7 +336,7 @@ def test_the_region_has_the_shape_of_the_run_where_there_is_room(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"image": photo(64, 64), "only_masked": 4}, r"needs a mask \(--mask\)"),
+        ({"image": photo(64, 64), "only_masked": 4}, r"needs a mask \(mask\)"),
         ({**DISC, "only_masked": -1}, "0 or more"),
         ({**DISC, "only_masked": 4, "outpaint": (8, 0, 0, 0)}, "borders"),
         ({**DISC, "mask": np.zeros((64, 64), np.uint8), "only_masked": 4}, "black"),

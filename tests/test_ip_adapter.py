@@ -265,7 +265,7 @@ def test_the_command_line_and_back_from_a_picture(
     first = run("a", *given.split())
     assert first.exit_code == 0, first.output
     again = run("--from-image", "a.png", "-o", "b.png")
-    assert again.exit_code == 2 and "seen.png: give it with --ip-image" in again.stderr
+    assert again.exit_code == 2 and "plus.safetensors" in again.stderr
     again = run("--from-image", "a.png", "-o", "b.png", "--ip-image", "seen.png")
     assert again.exit_code == 2 and "plus.safetensors" in again.stderr  # only its name is known
     monkeypatch.chdir(tmp_path / "adapters")

@@ -145,7 +145,7 @@ def test_a_judge_alone_says_the_score(clip: Path) -> None:
     assert set(result.metadata[0].extra) >= {"score", "judge"}
     assert "best_of" not in result.metadata[0].extra
     pipe.set_judge(None)
-    with pytest.raises(UsageError, match=r"there is no judge; give one \(--judge\)"):
+    with pytest.raises(UsageError, match=r"there is no judge; give one \(judge\)"):
         pipe.generate("a b", best_of=2, **RUN)
 
 

@@ -12,6 +12,7 @@ import pytest
 from fake_hub import COMMIT, serve
 from test_cli import QUICK, error_of, generate, pixels, run, texts
 
+from mlxdiff.adapters.lora import Lora
 from mlxdiff.pictures.image import save_png
 from mlxdiff.pictures.metadata import read
 from mlxdiff.run.values import Files, Scaled
@@ -37,7 +38,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_path_and_scale(text: str, asked: tuple[str, float | None], here: Path) -> None:
     (here / "with:1").write_bytes(b"")
-    assert Files("PATH[:SCALE]").parse(text) == Scaled(*asked)
+    assert Files("PATH[:SCALE]", Lora).parse(text) == Scaled(*asked)
 
 
 def test_a_picture_under_loras_and_again_from_it(here: Path) -> None:

@@ -112,7 +112,7 @@ def test_a_checkpoint_with_nothing_but_moving_averages(sd15: Tensors, tmp_path: 
     found = open_source(tmp_path / "x.safetensors", config=checkpoint("sd15"))
     close(found, open_source(checkpoint("sd15")))
     said = info.describe(str(tmp_path / "x.safetensors"))
-    assert said["kind"].startswith("a whole model") and "-m" in said["use"]
+    assert said["kind"].startswith("a whole model") and "model" in said["use"]
 
 
 def test_a_suffix_in_capitals(tmp_path: Path) -> None:
@@ -399,7 +399,7 @@ def test_a_lora_of_which_nothing_is_understood_is_told_shortly(tmp_path: Path) -
 
 def test_a_lora_is_baked_into_a_quantized_file(sd15: Tensors, tmp_path: Path) -> None:
     """`convert --lora` on a packed file: the values that the file stands for, and the change."""
-    from mlxdiff.adapters.lora import baked
+    from mlxdiff.adapters.lora import Baking
 
     def form(name: str, array: np.ndarray) -> str:
         fits = array.ndim == 2 and array.shape[1] % 32 == 0 and name.startswith(UNET)
@@ -412,7 +412,7 @@ def test_a_lora_is_baked_into_a_quantized_file(sd15: Tensors, tmp_path: Path) ->
         tmp_path / "out",
         dtype="float32",
         config=checkpoint("sd15"),
-        change=baked([(lora, 0.5)]),
+        change=Baking([(lora, 0.5)]),
     )
     found, source = open_source(tmp_path / "out"), open_source(path, config=checkpoint("sd15"))
     one = opened(lora, "sd15", "sd1", 0.5)

@@ -249,8 +249,8 @@ def test_webui_lists(webui: Any) -> None:
     [
         ({"restore_faces": True}, "restore_faces"),
         ({"tiling": True}, "tiling"),
-        ({"sampler_name": "Restart"}, "sampler_name"),
-        ({"scheduler": "KL Optimal"}, "scheduler"),
+        ({"sampler_name": "DPM adaptive"}, "sampler_name"),
+        ({"scheduler": "Turbo"}, "scheduler"),
         ({"subseed_strength": 0.5}, "subseed_strength"),
         ({"styles": ["anime"]}, "styles"),
         ({"eta": 0.5}, "eta"),

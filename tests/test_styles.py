@@ -83,10 +83,10 @@ def test_zoom_out_is_outpainting_at_the_size_of_the_image(opened: Opened) -> Non
 @pytest.mark.parametrize(
     ("name", "arguments", "says"),
     [
-        ("sd15", {"zoom_out": 2}, r"needs an image \(--image\)"),
+        ("sd15", {"zoom_out": 2}, r"needs an image \(image\)"),
         ("sd15", {"zoom_out": 1.0, "image": photo(32, 32)}, "above 1"),
         ("sd15", {"zoom_out": 2, "image": photo(32, 32), "outpaint": (8, 0, 0, 0)}, "give one"),
-        ("x4-upscaler", {"zoom_out": 2, "image": photo(32, 32)}, "no part for a mask"),
+        ("x4-upscaler", {"zoom_out": 2, "image": photo(32, 32)}, "no part for mask"),
     ],
 )
 def test_what_zoom_out_cannot_do_is_refused(

@@ -93,7 +93,7 @@ def test_reach_is_what_a_pixel_depends_on(config: RRDBNetConfig | CompactConfig)
 
 def test_what_is_no_upscaler_is_named(tmp_path: Path) -> None:
     save_file({"lora_unet_x.lora_up.weight": np.zeros((2, 2), np.float32)}, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match=r"LoRA.*--lora.*expected an upscaler"):
+    with pytest.raises(CheckpointError, match=r"LoRA.*loras.*expected an upscaler"):
         open_upscaler(tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match="is a folder"):
         open_upscaler(tmp_path)

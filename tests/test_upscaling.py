@@ -290,7 +290,7 @@ def test_a_hires_picture_replays_and_requests_name_no_file(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"upscaler_steps": 3}, r"there is no upscaler; give one \(--upscaler\)"),
+        ({"upscaler_steps": 3}, r"there is no upscaler; give one \(upscaler\)"),
         ({"hires": 2, "hires_upscaler": "esrgan"}, "expected one of lanczos"),
         ({"hires": 2, "hires_upscaler": "none.pth"}, "no such file"),
     ],

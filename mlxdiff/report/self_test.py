@@ -405,6 +405,14 @@ def _others(side: int, channels: int) -> Iterator[Operation]:
             elementary=1,
         )
     yield Operation(
+        "leaky_relu",
+        [_normal(1, rows, channels)],
+        lambda layers, arrays: layers.leaky_relu(arrays[0], 0.2),
+        lambda x: np.where(x > 0, x, 0.2 * x),
+        0,
+        elementary=1,
+    )
+    yield Operation(
         "linear",
         [_normal(1, rows, channels), _normal(inner, channels) / channels**0.5, _normal(inner)],
         lambda layers, arrays: _filled(layers.Linear(channels, inner), arrays[1:])(arrays[0]),

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from mlxdiff import samplers
 from mlxdiff.adapters import lora
 from mlxdiff.convert import Component
-from mlxdiff.errors import HubError, UsageError
+from mlxdiff.errors import HubError, UsageError, argument
 from mlxdiff.run.additions import Addition, Additions
 from mlxdiff.run.kind import Kind
 from mlxdiff.store import cache, hub
@@ -114,8 +114,8 @@ def open_few_step(model: Kind, progress: Progress | None = None) -> tuple[LoRA, 
     if way is None or other or predicts != "epsilon":
         kind = f"{family} models that predict {predicts}" if not other else model.description
         raise UsageError(
-            f"fast: no few-step LoRA is published for this model ({kind}); take a model that was "
-            "made for few steps, such as -m sd-turbo"
+            f"{argument('fast')}: no few-step LoRA is published for this model ({kind}); take one "
+            f"that was made for few steps, such as {argument('model', 'sd-turbo')}"
         )
     try:
         (opened,) = LoRA.open([way.id], model, progress=progress)
