@@ -156,7 +156,7 @@ def test_control_images_come_from_a_folder_or_from_metadata(cats: Path, tmp_path
         open_data(cats, model, cache=tmp_path / "cache", control="metadata")
     with pytest.raises(UsageError, match="no folder of control images and no preprocessor"):
         open_data(cats, model, cache=tmp_path / "cache", control="depths")
-    with pytest.raises(UsageError, match="no control images: give --control"):
+    with pytest.raises(UsageError, match="no control images: give control="):
         train_controlnet(cats, model=checkpoint("sd15"), output=str(tmp_path / "o"))
 
 

@@ -15,7 +15,7 @@ from mlxdiff.batch import words
 from mlxdiff.batch.lines import Line
 from mlxdiff.batch.presets import TEXTS, styled
 from mlxdiff.batch.wildcards import Wildcards
-from mlxdiff.errors import UsageError, one_line
+from mlxdiff.errors import UsageError, argument, one_line
 from mlxdiff.run.values import SeedAndShare
 
 MOST_AXES = 2
@@ -95,13 +95,15 @@ def read_axis(text: str) -> Axis:
     """Read ``NAME=A,B,C``; quotes around a value keep its commas. Raises: UsageError."""
     name, equals, rest = text.partition("=")
     if not equals or not rest:
-        raise UsageError(f"--vary-option {text!r}: expected NAME=A,B,C, such as steps=10,20,30")
+        raise UsageError(
+            f"{argument('vary_option')} {text!r}: expected NAME=A,B,C, such as steps=10,20,30"
+        )
     try:
         entry = words.find(name)
         given = next(csv.reader([rest], skipinitialspace=True))
         return make_axis(entry.name, given, lambda word: words.of_word(entry, word))
     except (UsageError, csv.Error) as error:
-        raise UsageError(f"--vary-option {name}: {one_line(error)}") from None
+        raise UsageError(f"{argument('vary_option')} {name}: {one_line(error)}") from None
 
 
 def make_axis(name: str, given: Sequence[Any], read: Callable[[Any], Any]) -> Axis:

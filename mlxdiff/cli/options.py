@@ -16,7 +16,7 @@ from mlxdiff.run.options import (
     SeedOptions,
     ValueOptions,
 )
-from mlxdiff.run.table import Option, entries
+from mlxdiff.run.table import Option, Options, entries
 from mlxdiff.run.values import Anything, Choice, Each, Files, Flag, Unfit
 
 TABLES: tuple[type, ...] = (LoadOptions, FileOptions, SeedOptions, ValueOptions, CommandOptions)
@@ -115,6 +115,12 @@ _FLAGS = {
 def on_command_line(name: str, value: Any, form: str) -> str:
     """Name an option by its flag; one that has none as in Python (``errors.argument``)."""
     found = [entries(table)[name] for table in TABLES if name in entries(table)]
+    if not found and name not in _FLAGS:
+        from mlxdiff.training import options
+
+        tables = [one for one in vars(options).values() if isinstance(one, type)]
+        known = [entries(one) for one in tables if issubclass(one, Options)]
+        found = [table[name] for table in known if name in table]
     flags = [flag for entry in found for flag in entry.flags if flag.startswith("--")]
     if name in _FLAGS:
         flags = [_FLAGS[name]]

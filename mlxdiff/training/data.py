@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import UsageError, argument
 from mlxdiff.machine.turns import turn
 from mlxdiff.pictures.image import load_image, load_on_white, resize, to_model
 from mlxdiff.pictures.preprocess import PREPROCESSORS
@@ -312,7 +312,9 @@ class LatentData(Data):
             mean, std = self._model.image_latents(pixels)
         name = one.picture.name
         if not np.isfinite(mean).all():
-            raise UsageError(f"{name}: its latents are not finite; the VAE needs float32 (--dtype)")
+            raise UsageError(
+                f"{name}: its latents are not finite; give {argument('dtype', 'float32')}"
+            )
         return {"mean": mean} | ({} if std is None else {"std": std})
 
     def _text(self, caption: str) -> Text:

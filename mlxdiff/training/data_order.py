@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import UsageError, argument
 
 _PASS, _EPOCH, _ITEM = 1, 2, 3  # what a generator is for
 
@@ -48,7 +48,9 @@ class Place:
         if not isinstance(data, dict) or not all(
             type(data.get(name)) is int and data[name] >= 0 for name in names
         ):
-            raise UsageError("the saved place in the data is damaged; start again without --resume")
+            raise UsageError(
+                f"the saved place in the data is damaged; start again without {argument('resume')}"
+            )
         return cls(*(data[name] for name in names))
 
 
@@ -127,7 +129,7 @@ class Order:
         if place.seed != self.seed or place.position >= self.length(place.epoch):
             raise UsageError(
                 "the saved place in the data does not fit these pictures or this seed; start again "
-                "without --resume"
+                f"without {argument('resume')}"
             )
         group, number = self._epoch(place.epoch)[place.position]
         row = self._rows[group]

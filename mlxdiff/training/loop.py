@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import UsageError, argument
 from mlxdiff.training import optimizers, state
 from mlxdiff.training.data import Batch, Data, Text
 from mlxdiff.training.log import Log
@@ -213,7 +213,7 @@ class Trainer:
         if count * ranks.size != len(whole.mean):
             raise UsageError(
                 f"a batch has {len(whole.mean)} pictures, which {ranks.size} processes cannot "
-                "share; give more pictures of each size, or a smaller --batch"
+                f"share; give more pictures of each size, or a smaller {argument('batch')}"
             )
         rows = slice(ranks.rank * count, (ranks.rank + 1) * count)
         return _rows(whole, rows), _rows(drawn, rows)
@@ -274,11 +274,11 @@ class Trainer:
 
     def _failed(self, step: int, loss: float) -> str:
         what = "loss" if not math.isfinite(loss) else "gradient"
-        lower = [f"--learning-rate (now {self.rate:g})"]
+        lower = [f"{argument('learning_rate')} (now {self.rate:g})"]
         if self.options.dtype in ("float16", "bfloat16"):
-            lower.append("or compute in float32 (--dtype float32)")
+            lower.append(f"or compute in float32 ({argument('dtype', 'float32')})")
         if not self.options.clip:
-            lower.append("or limit the gradients (--clip 1)")
+            lower.append(f"or limit the gradients ({argument('clip', 1)})")
         return f"step {step}: the {what} is not a number any more; lower {', '.join(lower)}"
 
     def result(self) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import UsageError, argument
 from mlxdiff.machine.probe import memory_bytes
 from mlxdiff.networks.cost import TOKENS, operations
 from mlxdiff.networks.params import expected_parameters
@@ -125,8 +125,9 @@ def expect(
     if most is not None and found.memory > most:
         raise UsageError(
             f"training needs about {found.memory / 1e9:.1f} GB of memory and this machine has "
-            f"{most / 1e9:.1f} GB; quantize the frozen weights (-q 4), use --checkpointing, or a "
-            "smaller --resolution or --batch"
+            f"{most / 1e9:.1f} GB; quantize the frozen weights ({argument('quantize', 4)}), use "
+            f"{argument('checkpointing')}, or a smaller {argument('resolution')} or "
+            f"{argument('batch')}"
         )
     return found
 

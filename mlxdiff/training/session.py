@@ -17,7 +17,7 @@ import numpy as np
 
 from mlxdiff._version import __version__
 from mlxdiff.backends.mlx import MLXBackend
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import UsageError, argument
 from mlxdiff.loading import load
 from mlxdiff.pipeline import Pipeline
 from mlxdiff.training import log, state
@@ -163,7 +163,7 @@ def begin(
     if dtype != "float32" and not gpu:
         raise UsageError(
             f"dtype is {dtype!r}: on a CPU, training computes in float32, which is faster there; "
-            "leave --dtype out"
+            f"leave {argument('dtype')} out"
         )
     pipe = None
     if model is not None:
@@ -180,15 +180,15 @@ def begin(
 def _check_new(result: Path, folder: Path, options: TrainOptions) -> None:
     """Check that a run may be written there; with --force, forget the one that is there."""
     if options.resume and options.force:
-        raise UsageError("--resume and --force are both given; give one")
+        raise UsageError(f"{argument('resume')} and {argument('force')} are both given; give one")
     run = [path for path in (folder / state.FILE, folder / log.FILE) if os.path.lexists(path)]
     there = run + [path for path in (result,) if os.path.lexists(path)]
     if not there or options.resume or options.dry_run:
         return
     if not options.force:
         raise UsageError(
-            f"{there[0]} already exists; go on with --resume, replace it with --force, or give "
-            "another name with --output"
+            f"{there[0]} already exists; go on with {argument('resume')}, replace it with "
+            f"{argument('force')}, or give another {argument('output')}"
         )
     for path in run:
         path.unlink()

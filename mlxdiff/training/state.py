@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxdiff.errors import CheckpointError, UsageError
+from mlxdiff.errors import CheckpointError, UsageError, argument
 from mlxdiff.machine import stopping
 from mlxdiff.machine.disk import require_space
 from mlxdiff.machine.temporary import FILES, remove_leftovers, temporary_file
@@ -64,7 +64,11 @@ def write(state: State, folder: Path, identity: Mapping[str, Any]) -> Path:
         for name, array in getattr(state, part).items()
     }
     size = sum(values.nbytes for values in arrays.values())
-    require_space({folder: size}, "the state of the run", "free some room, and go on with --resume")
+    require_space(
+        {folder: size},
+        "the state of the run",
+        f"free some room, and go on with {argument('resume')}",
+    )
     told = {
         "format": _FORM,
         "step": str(state.step),

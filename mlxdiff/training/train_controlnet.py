@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import UsageError, argument
 from mlxdiff.loading import load
 from mlxdiff.networks.params import expected_parameters
 from mlxdiff.run.table import make
@@ -35,13 +35,13 @@ def train_controlnet(folder: str | Path, **given: Any) -> Done:
     options = make(TrainControlNetOptions, given)
     if options.control is None:
         raise UsageError(
-            "no control images: give --control edges (or grey, tile), --control metadata, or "
-            "--control FOLDER"
+            f"no control images: give {argument('control', 'edges')} (or grey, tile), "
+            f"{argument('control', 'metadata')}, or {argument('control', 'FOLDER')}"
         )
     if options.validate_every is not None:
         raise UsageError(
-            "--validate-every: a ControlNet draws along a picture, which validation does not have; "
-            "draw with mlxdiff generate --controlnet"
+            f"{argument('validate_every')}: a ControlNet draws along a picture, which validation "
+            "does not have; draw with it when it is trained"
         )
     opened = session.begin(Path(folder), options, options, "controlnet")
     check_dest(opened.result, force=True)  # before any work

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mlxdiff.errors import UsageError
+from mlxdiff.errors import UsageError, argument
 from mlxdiff.loading import load
 from mlxdiff.networks.params import expected_parameters
 from mlxdiff.run.table import make
@@ -32,8 +32,8 @@ def train_finetune(folder: str | Path, **given: Any) -> Done:
     say = options.say or silent
     if options.quantize is not None:
         raise UsageError(
-            "quantize (-q) is for weights that do not change; finetune changes all of them: leave "
-            "it out, or train a LoRA"
+            f"{argument('quantize')} is for weights that do not change; finetune changes all of "
+            "them: leave it out, or train a LoRA"
         )
     opened = session.begin(Path(folder), options, options, "finetune")
     check_dest(opened.result, force=True)  # before any work
