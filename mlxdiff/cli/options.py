@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -118,9 +119,13 @@ def on_command_line(name: str, value: Any, form: str) -> str:
     if not found and name not in _FLAGS:
         from mlxdiff.training import options
 
-        tables = [one for one in vars(options).values() if isinstance(one, type)]
-        known = [entries(one) for one in tables if issubclass(one, Options)]
-        found = [table[name] for table in known if name in table]
+        known: list[Any] = [
+            one
+            for one in vars(options).values()
+            if isinstance(one, type) and issubclass(one, Options)
+        ]
+        tables = [entries(one) for one in known if dataclasses.is_dataclass(one)]
+        found = [table[name] for table in tables if name in table]
     flags = [flag for entry in found for flag in entry.flags if flag.startswith("--")]
     if name in _FLAGS:
         flags = [_FLAGS[name]]
