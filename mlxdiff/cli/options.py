@@ -119,13 +119,9 @@ def on_command_line(name: str, value: Any, form: str) -> str:
     if not found and name not in _FLAGS:
         from mlxdiff.training import options
 
-        known: list[Any] = [
-            one
-            for one in vars(options).values()
-            if isinstance(one, type) and issubclass(one, Options)
-        ]
-        tables = [entries(one) for one in known if dataclasses.is_dataclass(one)]
-        found = [table[name] for table in tables if name in table]
+        known = [one for one in vars(options).values() if dataclasses.is_dataclass(one)]
+        tables: list[Any] = [one for one in known if issubclass(one, Options)]  # type: ignore[arg-type]
+        found = [entries(one)[name] for one in tables if name in entries(one)]
     flags = [flag for entry in found for flag in entry.flags if flag.startswith("--")]
     if name in _FLAGS:
         flags = [_FLAGS[name]]
