@@ -185,7 +185,7 @@ def test_options_that_vary_and_wildcards(tmp_path: Path, fake: type[FakePipeline
         "prompt": "a __colour__ {cat|dog}",
         "wildcards": True,
         "seed": 7,
-        "vary": {"steps": [2, 3], "sampler": ["euler", "lcm"]},
+        "vary_option": {"steps": [2, 3], "sampler": ["euler", "lcm"]},
     }
     with running(tmp_path / "gallery", shelf=shelf) as server:
         status, job, _ = server.ask("POST", "/api/jobs", asked)
@@ -209,7 +209,9 @@ def test_options_that_vary_and_wildcards(tmp_path: Path, fake: type[FakePipeline
             ({"steps": list(range(1, 18))}, "at most 16"),
             ({"steps": [1001]}, "at most 1000"),
         ):
-            status, answer, _ = server.ask("POST", "/api/jobs", {"prompt": "a", "vary": vary})
+            status, answer, _ = server.ask(
+                "POST", "/api/jobs", {"prompt": "a", "vary_option": vary}
+            )
             assert status == 422 and says in answer["error"]["message"], answer
         status, answer, _ = server.ask("POST", "/api/jobs", asked | {"prompt": "__none__"})
         assert status == 422 and "there are colour" in answer["error"]["message"]

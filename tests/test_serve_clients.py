@@ -188,6 +188,22 @@ def test_webui_draws_what_the_library_draws(webui: Any) -> None:
     assert webui.png_info(result.image).info.startswith(PROMPT)
 
 
+def test_webui_varies_a_seed_and_tiles(webui: Any) -> None:
+    """Variation seeds, the size of the noise and seamless edges are the library's."""
+    given = {"prompt": PROMPT, "steps": 2, "seed": 7, "sampler_name": "Euler", "cfg_scale": 7}
+    given |= {"width": 64, "height": 64}
+    pipe = mlxdiff.load(backend="numpy")
+    for asked, ours in (
+        ({"subseed": 3, "subseed_strength": 0.3}, {"vary": (3, 0.3)}),
+        ({"seed_resize_from_h": 32, "seed_resize_from_w": 48}, {"noise_size": (32, 48)}),
+        ({"tiling": True}, {"seamless": "xy"}),
+    ):
+        expected = pipe.generate(
+            PROMPT, steps=2, seed=7, sampler="euler", guidance=7, prompt_syntax="a1111", **ours
+        )
+        assert same(webui.txt2img(**given, **asked).image, expected.images[0]), asked
+
+
 def test_webui_starts_from_a_picture(webui: Any, drawn: Image.Image) -> None:
     result = webui.img2img(
         images=[drawn], prompt=PROMPT, seed=1, width=64, height=64, denoising_strength=0.5, n_iter=2
@@ -248,10 +264,9 @@ def test_webui_lists(webui: Any) -> None:
     ("given", "said"),
     [
         ({"restore_faces": True}, "restore_faces"),
-        ({"tiling": True}, "tiling"),
         ({"sampler_name": "DPM adaptive"}, "sampler_name"),
         ({"scheduler": "Turbo"}, "scheduler"),
-        ({"subseed_strength": 0.5}, "subseed_strength"),
+        ({"subseed": 3, "subseed_strength": 1.5}, "vary"),
         ({"styles": ["anime"]}, "styles"),
         ({"eta": 0.5}, "eta"),
         ({"script_name": "X/Y/Z plot"}, "script_name"),

@@ -11,6 +11,7 @@ import asyncio
 import base64
 import json
 import re
+import secrets
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -34,12 +35,7 @@ _ROOT = "/sdapi/v1"
 # Fields that ask for nothing at these values; None always does.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "styles": ([],),
-    "subseed": (-1,),
-    "subseed_strength": (0,),
-    "seed_resize_from_h": (-1, 0),
-    "seed_resize_from_w": (-1, 0),
     "restore_faces": (False,),
-    "tiling": (False,),
     "do_not_save_grid": (True, False),
     "s_min_uncond": (0,),
     "s_churn": (0,),
@@ -56,7 +52,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "infotext": ("",),
     "script_name": ("", "None"),
     "script_args": ([],),
-    "hr_second_pass_steps": (0,),
     "hr_resize_x": (0,),
     "hr_resize_y": (0,),
     "hr_checkpoint_name": ("", "Use same checkpoint"),
@@ -93,8 +88,8 @@ _SAMPLERS = {name.lower(): one for one, name in SAMPLER_NAMES.items()} | {
 _SCHEDULES = (
     {name.lower(): one for one, name in SCHEDULE_NAMES.items()}
     | {one: one for one in SCHEDULE_NAMES}
-    | {"automatic": "auto", "": "auto", "uniform": "normal", "sgm_uniform": "trailing"}
-    | {"simple": "trailing", "align_your_steps": "ays"}
+    | {"automatic": "auto", "": "auto", "uniform": "normal", "sgm_uniform": "sgm-uniform"}
+    | {"align_your_steps": "ays"}
 )
 _UPSCALERS = {name.lower(): one for one, name in UPSCALER_NAMES.items()} | {
     "latent (nearest-exact)": "latent-nearest",
@@ -237,6 +232,7 @@ class A1111API:
         asked |= self._scripts(take("alwayson_scripts", {}))
         asked |= self._refiner(take("refiner_checkpoint", None), take("refiner_switch_at", None))
         asked["embeddings"] = self._words_of(asked["prompt"], asked["negative_prompt"])
+        asked |= _first_noise(left)
         strength = take("denoising_strength", None)
         if from_picture:
             asked |= self._from_picture(left)
@@ -246,7 +242,9 @@ class A1111API:
                 asked["image_guidance"] = guidance
         hires = take("enable_hr", False)
         scale, upscaler = take("hr_scale", 2.0), take("hr_upscaler", "Latent")
+        second = take("hr_second_pass_steps", 0)
         if hires:
+            asked["hires_steps"] = second or None
             asked["hires"] = scale
             asked["hires_strength"] = strength
             asked["hires_upscaler"] = _known(_UPSCALERS, "hr_upscaler", upscaler)
@@ -567,6 +565,20 @@ def _unit(unit: Mapping[str, Any], index: int) -> dict[str, Any]:
         "module": _known(_MODULES, "module", unit.get("module") or "none"),
         "guess": mode in (2, "ControlNet is more important") or bool(unit.get("guessmode")),
     }
+
+
+def _first_noise(left: dict[str, Any]) -> dict[str, Any]:
+    """Variation, size of the noise, and edges. Takes their fields out of ``left``."""
+    found: dict[str, Any] = {}
+    seed, strength = left.pop("subseed", -1), left.pop("subseed_strength", 0)
+    if strength:
+        found["vary"] = [secrets.randbelow(2**32) if seed == -1 else seed, strength]
+    size = [left.pop(f"seed_resize_from_{side}", 0) for side in "hw"]
+    if all(isinstance(side, int) and side > 0 for side in size):
+        found["noise_size"] = size
+    if left.pop("tiling", False):
+        found["seamless"] = "xy"
+    return found
 
 
 def _check_neutral(

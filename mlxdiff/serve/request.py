@@ -85,7 +85,7 @@ def order_of(given: Mapping[str, Any], shelf: Shelf, limits: Limits) -> Order:
     }
     run = {name: value for name, value in run.items() if name not in _KINDS}
     save = _accepted(Flag(), "save", run.pop("save", True))
-    axes = _axes(run.pop("vary", {}))
+    axes = _axes(run.pop("vary_option", {}))
     fills = _accepted(Flag(), "wildcards", run.pop("wildcards", False))
     known = options()
     for name, value in run.items():
@@ -118,14 +118,14 @@ def order_of(given: Mapping[str, Any], shelf: Shelf, limits: Limits) -> Order:
 def _axes(given: Any) -> list[Axis]:
     """Options that take several values: an object of lists. Raises: UsageError."""
     if not isinstance(given, dict):
-        raise UsageError('vary: expected an object of lists, such as {"steps": [10, 20]}')
+        raise UsageError('vary_option: expected an object of lists, such as {"steps": [10, 20]}')
     axes = []
     known = options()
     for name, values in given.items():
         if name not in known or name == "count" or is_picture(known[name].kind):
-            raise UsageError(f"vary: {name!r} is no option that can vary")
+            raise UsageError(f"vary_option: {name!r} is no option that can vary")
         if not isinstance(values, list) or not values:
-            raise UsageError(f"vary: {name} is {values!r}; expected a list of values")
+            raise UsageError(f"vary_option: {name} is {values!r}; expected a list of values")
         read = partial(_accepted, known[name].kind, name)
         axes.append(make_axis(name, values, read))
     check_axes(axes)
@@ -137,7 +137,7 @@ def _check_axes(asked: RunOptions, axes: Sequence[Axis], limits: Limits) -> None
     pictures = asked.count * math.prod(len(axis.values) for axis in axes)
     if pictures > limits.count:
         raise UsageError(
-            f"vary: makes {pictures} pictures; at most {limits.count} are drawn for a request"
+            f"vary_option: {pictures} pictures; at most {limits.count} are drawn for a request"
         )
     for values in itertools.product(*(axis.values for axis in axes)):
         varied = dict(zip((axis.name for axis in axes), values, strict=True))

@@ -126,7 +126,7 @@ def request_schema() -> dict[str, Any]:
         "controlnets": {"type": "array", "items": _named("a ControlNet")},
         "ip_adapters": {"type": "array", "items": _named("an IP-Adapter")},
         "refiner": _named("SDXL: a model that draws the last part"),
-        "vary": {
+        "vary_option": {
             "type": "object",
             "additionalProperties": {"type": "array"},
             "maxProperties": 2,
