@@ -82,7 +82,7 @@ ALL_CONFIGS: dict[str, ComponentConfig] = {
     **{f"ip-adapter {kind}": config for kind, config in IP_ADAPTERS.items()},
     "image encoder": CLIPVisionConfig.from_dict(ENCODER),
     **{
-        f"t2i-adapter {kind}": T2IAdapterConfig(3, (8, 16, 16), 2, 2, kind)
+        f"t2i-adapter {kind}": T2IAdapterConfig(3, (32, 64, 64), 2, 2, kind)
         for kind in ("full_adapter", "full_adapter_xl", "light_adapter")
     },
     "lllite": LLLiteConfig((LLLiteModuleConfig("attn1.to_q", 8, 4, 6, 1),)),

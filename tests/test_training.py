@@ -504,7 +504,7 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_no_number_stops(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"step \d+: .*--learning-rate .now 1e\+30.*saved"):
+    with pytest.raises(UsageError, match=r"step \d+: .*learning_rate .now 1e\+30.*saved"):
         small_run(tmp_path, options_for(20, learning_rate=1e30, save_every=1))
     good = read_log(tmp_path)
     assert good and all(math.isfinite(line["loss"]) for line in good)
