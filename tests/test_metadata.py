@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from mlxdiff.errors import UsageError
+from mlxdiff.pictures import foreign
+from mlxdiff.pictures.foreign.record import Texts
 from mlxdiff.pictures.image import save_png
 from mlxdiff.pictures.metadata import (
     SAMPLER_NAMES,
     SCHEDULE_NAMES,
     SCHEMA,
     Metadata,
-    _program,
     read,
 )
 
@@ -91,7 +92,7 @@ def a1111_reads(text: str) -> tuple[str, str, dict[str, str]]:
 def test_a_prompt_with_colons_or_braces_is_a_prompt() -> None:
     for text in ("a portrait, style: oil, lens: 50mm, time: dusk", "{red|blue} car", "{}car"):
         assert Metadata.from_parameters(text).prompt == text
-    assert _program("{red|blue} car") is None
+    assert not foreign.unknown_keys(Texts(parameters="{red|blue} car"))
 
 
 def test_the_parameters_text() -> None:

@@ -351,26 +351,6 @@ def _of_texts(texts: Texts) -> Metadata | None:
     return None if record is None else Metadata.from_record(record)
 
 
-_PROGRAMS = {
-    "sui_image_params": "SwarmUI",
-    "mflux_version": "mflux",
-    "full_prompt": "Fooocus",
-    "use_stable_diffusion_model": "Easy Diffusion",
-}
-"""A key of a program's JSON -> the program."""
-
-
-def _program(text: str) -> str | None:
-    """Name the program whose JSON stands where A1111's text would; None: it is no JSON object."""
-    if not text.lstrip().startswith("{"):
-        return None
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return None  # a prompt may begin with a brace
-    return next((_PROGRAMS[key] for key in _PROGRAMS if key in found), "another program")
-
-
 FIELDS = tuple(f.name for f in dataclasses.fields(Metadata) if f.name != "extra")
 """Names that have a field of their own; all others are in `extra`."""
 _INTEGERS = {"seed", "width", "height", "steps", "clip_skip"}

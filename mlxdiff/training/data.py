@@ -29,6 +29,7 @@ from mlxdiff.training.data_buckets import PLACES, Bucket, Cut, choose, cut, make
 from mlxdiff.training.data_cache import ArrayCache, digest_of
 from mlxdiff.training.data_folder import Picture, Pictures, Seen, read_pictures
 from mlxdiff.training.data_order import Draw, Order, Place
+from mlxdiff.training.options import DataOptions
 
 Progress = Callable[[int, int, str], None]
 """Called with the pictures done, all pictures, and the name of the current one."""
@@ -370,6 +371,28 @@ class PixelData(Data):
             weights=np.array([one.weight for one, _ in found], np.float32),
             labels=np.array(labels, np.int32) if self.classes else None,
         )
+
+
+def open_asked(
+    folder: str | Path, model: LatentModel, options: DataOptions, cache: str | Path, **more: Any
+) -> LatentData:
+    """Open the data that the options ask for.
+
+    Args:
+        more: other arguments of ``open_data``.
+    """
+    return open_data(
+        folder,
+        model,
+        cache=cache,
+        resolution=options.resolution,
+        buckets=options.buckets,
+        caption=options.caption,
+        flip=options.flip,
+        crop=options.crop,
+        skip_faulty=options.skip_faulty,
+        **more,
+    )
 
 
 def open_data(

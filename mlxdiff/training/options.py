@@ -265,7 +265,22 @@ class TrainOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions(Options):
+class PictureOptions(Options):
+    """What is done with every picture."""
+
+    crop: Crop = _data(
+        "--crop",
+        default="center",
+        help="Where a picture is cut that is wider or taller: center (default) or random.",
+    )
+    flip: Flag = _data("--flip", default=False, help="Mirror half of the pictures.")
+    skip_faulty: Flag = _data(
+        "--skip-faulty", default=False, help="Leave out pictures that cannot be used."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(PictureOptions):
     """The pictures and their captions."""
 
     resolution: Size | None = _data(
@@ -282,15 +297,6 @@ class DataOptions(Options):
         "--caption",
         metavar="TEXT",
         help="Caption of pictures that have none. Default: such a picture is an error.",
-    )
-    crop: Crop = _data(
-        "--crop",
-        default="center",
-        help="Where a picture is cut that is wider or taller: center (default) or random.",
-    )
-    flip: Flag = _data("--flip", default=False, help="Mirror half of the pictures.")
-    skip_faulty: Flag = _data(
-        "--skip-faulty", default=False, help="Leave out pictures that cannot be used."
     )
     cache: File | None = _data(
         "--cache",
@@ -445,22 +451,13 @@ class NetworkOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PixelOptions(Options):
+class PixelOptions(PictureOptions):
     """The pictures of ``mlxdiff train unconditional``."""
 
     resolution: Size | None = _data(
         "--resolution",
         metavar="WxH",
         help="Size of the model's pictures, as WIDTHxHEIGHT or one number. Default: 64.",
-    )
-    crop: Crop = _data(
-        "--crop",
-        default="center",
-        help="Where a picture is cut that is wider or taller: center (default) or random.",
-    )
-    flip: Flag = _data("--flip", default=False, help="Mirror half of the pictures.")
-    skip_faulty: Flag = _data(
-        "--skip-faulty", default=False, help="Leave out pictures that cannot be used."
     )
 
 

@@ -15,7 +15,7 @@ from mlxdiff.run.table import make
 from mlxdiff.store.folder import check_dest
 from mlxdiff.training import plan, session
 from mlxdiff.training.controlnet import TrainControlNet
-from mlxdiff.training.data import LatentData, open_data
+from mlxdiff.training.data import LatentData, open_asked
 from mlxdiff.training.lora import check_trainable
 from mlxdiff.training.options import TrainControlNetOptions
 from mlxdiff.training.process import Process
@@ -47,17 +47,12 @@ def train_controlnet(folder: str | Path, **given: Any) -> Done:
     check_dest(opened.result, force=True)  # before any work
     assert opened.pipe is not None
     model = check_trainable(opened.pipe.model)
-    data = open_data(
+    data = open_asked(
         folder,
         model,
-        cache=opened.cache(options.cache),
-        resolution=options.resolution,
-        buckets=options.buckets,
-        caption=options.caption,
-        flip=options.flip,
-        crop=options.crop,
+        options,
+        opened.cache(options.cache),
         control=options.control,
-        skip_faulty=options.skip_faulty,
     )
     config = model.source.config("unet")
     frozen = plan.frozen_bytes(model, "unet", opened.options)

@@ -9,7 +9,7 @@ from mlxdiff.errors import UsageError
 from mlxdiff.loading import load
 from mlxdiff.run.table import make
 from mlxdiff.training import embedding, plan, session
-from mlxdiff.training.data import open_data
+from mlxdiff.training.data import open_asked
 from mlxdiff.training.lora import check_trainable
 from mlxdiff.training.options import TrainEmbeddingOptions
 from mlxdiff.training.process import Process
@@ -34,17 +34,12 @@ def train_embedding(folder: str | Path, **given: Any) -> Done:
     plain = check_trainable(opened.pipe.model)
     vectors = embedding.first_vectors(plain, options.init_word, options.vectors, options.seed)
     model = embedding.with_word(plain, word, vectors)
-    data = open_data(
+    data = open_asked(
         folder,
         model,
-        cache=opened.cache(options.cache),
-        resolution=options.resolution,
-        buckets=options.buckets,
-        caption=options.caption,
-        flip=options.flip,
-        crop=options.crop,
+        options,
+        opened.cache(options.cache),
         tokens=True,
-        skip_faulty=options.skip_faulty,
     )
     embedding.check_captions([one.picture.caption for one in data.examples], word)
     names = ("unet", *model.texts.names)

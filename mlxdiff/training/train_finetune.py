@@ -12,7 +12,7 @@ from mlxdiff.networks.params import expected_parameters
 from mlxdiff.run.table import make
 from mlxdiff.store.folder import check_dest
 from mlxdiff.training import plan, session
-from mlxdiff.training.data import open_data
+from mlxdiff.training.data import open_asked
 from mlxdiff.training.finetune import Finetune
 from mlxdiff.training.lora import check_trainable
 from mlxdiff.training.options import TrainFinetuneOptions
@@ -39,16 +39,11 @@ def train_finetune(folder: str | Path, **given: Any) -> Done:
     check_dest(opened.result, force=True)  # before any work
     assert opened.pipe is not None
     model = check_trainable(opened.pipe.model)
-    data = open_data(
+    data = open_asked(
         folder,
         model,
-        cache=opened.cache(options.cache),
-        resolution=options.resolution,
-        buckets=options.buckets,
-        caption=options.caption,
-        flip=options.flip,
-        crop=options.crop,
-        skip_faulty=options.skip_faulty,
+        options,
+        opened.cache(options.cache),
     )
     config = model.source.config("unet")
     trained = sum(math.prod(shape) for shape in expected_parameters(config).values())

@@ -10,7 +10,7 @@ from mlxdiff.pipeline import Pipeline
 from mlxdiff.run.latent_model import LatentModel
 from mlxdiff.run.table import make
 from mlxdiff.training import plan, session
-from mlxdiff.training.data import LatentData, open_data
+from mlxdiff.training.data import LatentData, open_asked
 from mlxdiff.training.lora import LoRA, check_trainable
 from mlxdiff.training.options import TrainLoraOptions
 from mlxdiff.training.process import Process
@@ -64,20 +64,15 @@ def _data(
     prior = None if options.prior_folder is None else Path(options.prior_folder)
     if prior is not None and options.prior_caption is not None and not options.dry_run:
         _draw_missing(opened, prior, options, say)
-    return open_data(
+    return open_asked(
         folder,
         model,
-        cache=opened.cache(options.cache),
-        resolution=options.resolution,
-        buckets=options.buckets,
-        caption=options.caption,
-        flip=options.flip,
-        crop=options.crop,
+        options,
+        opened.cache(options.cache),
         prior_folder=prior,
         prior_caption=options.prior_caption,
         prior_weight=options.prior_weight,
         tokens=options.text_encoder,
-        skip_faulty=options.skip_faulty,
     )
 
 
