@@ -74,6 +74,7 @@ class Kind(ABC):
         edits: the U-Net sees a picture beside the latents (InstructPix2Pix).
         upscales: the U-Net sees a small, noised picture and takes its noise level (x4 upscaler).
         takes_scaled_picture: a model that edits sees the picture's latents scaled (CosXL Edit).
+        draws_video: the U-Net has motion modules.
     """
 
     source: ModelSource
@@ -90,6 +91,7 @@ class Kind(ABC):
     edits: bool = False
     upscales: bool = False
     takes_scaled_picture: bool = False
+    draws_video: bool = False
 
     @abstractmethod
     def lacks(self, part: str) -> Reason:
@@ -97,9 +99,9 @@ class Kind(ABC):
 
         Args:
             part: "text", "prompt_2", "sdxl", "target_size", "aesthetic_score", "image", "mask",
-                "edits", "upscales", "threshold", "label", "hires", or an addition: "controlnet",
-                "t2i_adapter", "ip_adapter", "lora", "embedding", "vae", "refiner", "upscaler",
-                "judge".
+                "edits", "upscales", "threshold", "label", "hires", "video", or an addition:
+                "controlnet", "t2i_adapter", "ip_adapter", "lora", "embedding", "vae", "refiner",
+                "upscaler", "judge", "motion".
         Raises: KeyError for another word.
         """
 
@@ -181,6 +183,7 @@ class LatentKind(Kind):
 
     Args:
         vae: config of an added VAE; None: the model's own.
+        unet: config of the U-Net with the layers that were added; None: as the model has it.
     Attributes:
         vae_config: config of the VAE that decodes.
         text_encoders: names of the text encoders, in order.
@@ -189,9 +192,14 @@ class LatentKind(Kind):
 
     unet_config: UNet2DConditionConfig
 
-    def __init__(self, source: ModelSource, vae: VAEConfig | None = None) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        vae: VAEConfig | None = None,
+        unet: UNet2DConditionConfig | None = None,
+    ) -> None:
         self.source = source
-        self.unet_config = unet = source.config("unet")
+        self.unet_config = unet = source.config("unet") if unet is None else unet
         self.vae_config: VAEConfig = source.config("vae") if vae is None else vae
         self.text_encoders = tuple(c for c in source.components if stage_of(c) == "text_encoder")
         index = source.model_index
@@ -209,6 +217,7 @@ class LatentKind(Kind):
         self.edits = unet.in_channels == 2 * latent and unet.num_class_embeds is None
         self.upscales = unet.in_channels == latent + 3 and unet.num_class_embeds is not None
         self.takes_scaled_picture = bool(index.get("is_cosxl_edit", False))
+        self.draws_video = unet.motion is not None
         if self.upscales:
             self.vae_config = replace(self.vae_config, scaling_factor=UPSCALER_SCALE)
 
@@ -507,6 +516,14 @@ _LATENT_PARTS: dict[str, tuple[Callable[[LatentKind], bool], str]] = {
         "{this}; draw with it first, and start a hires run of another model from the result "
         "({image})",
     ),
+    "motion": (
+        lambda kind: not (kind.inpaints or _starts_from_noise_alone(kind)),
+        "{this}; it cannot be combined with a motion adapter ({motion_adapter})",
+    ),
+    "video": (
+        lambda kind: kind.draws_video,
+        "this model draws pictures; to draw videos give a motion adapter ({motion_adapter})",
+    ),
     "controlnet": (
         lambda kind: not _starts_from_noise_alone(kind),
         "{this}; it cannot be combined with a ControlNet ({controlnets})",
@@ -530,6 +547,8 @@ _PIXEL_PARTS = dict.fromkeys(_LATENT_PARTS, "that") | {
     "embedding": "an embedding",
     "vae": "a VAE",
     "refiner": "a refiner",
+    "motion": "a motion adapter",
+    "video": "videos",
     "judge": "a judge, which compares a picture with a prompt",
 }
 
