@@ -47,7 +47,7 @@ def motion_tensors(name: str, model: str, **changes: Any) -> dict[str, np.ndarra
         random = np.random.RandomState(zlib.crc32(f"{ADAPTERS[name][0]} {key}".encode()))
         values = random.standard_normal(stored(shape))
         if len(shape) > 1:
-            values *= 1.2 / np.sqrt(np.prod(shape[1:]))
+            values *= 0.7 / np.sqrt(np.prod(shape[1:]))
         else:
             values = 0.1 * values + ("norm" in key and key.endswith("weight"))
         tensors[key] = values.astype(np.float16).astype(np.float32)
@@ -94,4 +94,24 @@ def original_names(name: str, model: str) -> dict[str, np.ndarray]:
                          ("norm1", "norms.0"), ("norm2", "norms.1"), ("norm3", "ff_norm")):  # fmt: skip
             key = key.replace(f".{new}.", f".{old}.")
         result[key] = array
+    return result
+
+
+def motion_lora(name: str, model: str, *, original: bool = False) -> dict[str, np.ndarray]:
+    """A MotionLoRA for an adapter, in the names that diffusers or the original code gives it."""
+    result = {}
+    for key, array in motion_tensors(name, model).items():
+        match = re.fullmatch(
+            r"(.+\.motion_modules\.\d+)\.(.+)\.attn([12])\.(to_[qkv]|to_out)(?:\.0)?\.weight", key
+        )
+        if match is None:
+            continue
+        place, block, number, layer = match.groups()
+        inside = f"unet.{place}.{block}.attn{number}"
+        if original:
+            inside = f"{place}.temporal_transformer.{block}.attention_blocks.{int(number) - 1}"
+        for part, shape in (("down", (2, array.shape[1])), ("up", (len(array), 2))):
+            random = np.random.RandomState(zlib.crc32(f"{part} {key}".encode()))
+            values = (0.4 * random.standard_normal(shape)).astype(np.float32)
+            result[f"{inside}.processor.{layer}_lora.{part}.weight"] = values
     return result

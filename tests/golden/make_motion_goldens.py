@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from drawing import HERE, TREE, case, generator, opened, pictures, prepare, words
 from golden_data import photo
-from motion_files import write_motion
+from motion_files import motion_lora, write_motion
 from PIL import Image
 
 SMALL = {"width": 32, "height": 32, "steps": 4}
@@ -38,6 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sdxl": case(**SMALL, frames=4, model="sdxl", motion_adapter="xl", sampler="ddim",
                  guidance_rescale=0.5, negative_prompt="blurry"),
     "lora": case(**SMALL, frames=4, sampler="ddim", loras=[["sd15-peft", 0.8]]),
+    "motion-lora": case(**SMALL, frames=4, sampler="ddim", motion_lora=0.7),
     "freeu": case(**SMALL, frames=4, sampler="ddim", freeu=[1.5, 1.6, 0.9, 0.2]),
     "video": case(**SMALL | {"steps": 6}, image=["video", 4], sampler="dpmpp-2m", strength=0.6),
     "picture": case(**SMALL, image=["picture", 4], frames=4, sampler="ddim", strength=0.8),
@@ -45,7 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
                     control_video=[4], control_scale=0.7, control_end=0.8),
     "video-control": case(**SMALL, image=["video", 4], sampler="ddim", strength=0.75,
                           controlnets=["first"], control_video=[4]),
-    "ip-adapter": case(**SMALL, frames=3, sampler="ddim", ip_adapters=["plain"],
+    "ip-adapter": case(**SMALL, frames=3, sampler="ddim", ip_adapters=["image"],
                        ip_image=[[50, 60]], ip_scale=0.7),
 }  # fmt: skip
 CASES = {k: {"model": "sd15", "motion_adapter": "v2"} | v for k, v in CASES.items()}
@@ -82,12 +83,21 @@ def pipeline(arguments: dict[str, Any]) -> Any:
         (net,) = arguments["controlnets"]
         parts["controlnet"] = additions.controlnet(arguments["model"], net)
     pipe = kind(motion_adapter=adapter(arguments), **parts)
+    if xl:
+        # UNetMotionModel.from_unet2d (diffusers 0.42.1) forgets this one: it would be random.
+        own = parts["unet"].add_embedding
+        pipe.unet.add_embedding.load_state_dict(own.state_dict())
     pipe = prepare(pipe, arguments)
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, beta_schedule="linear")
     for i, (file, scale) in enumerate(arguments.get("loras", [])):
         path = additions.write_lora(file, Path(additions.LORAS.name))
         pipe.load_lora_weights(str(path), adapter_name=f"lora_{i}")
         pipe.set_adapters([f"lora_{i}"], [scale])
+    if "motion_lora" in arguments:
+        tensors = motion_lora(arguments["motion_adapter"], arguments["model"])
+        state = {name: torch.from_numpy(array) for name, array in tensors.items()}
+        pipe.load_lora_weights(state, adapter_name="motion")
+        pipe.set_adapters(["motion"], [arguments["motion_lora"]])
     if "ip_adapters" in arguments:
         additions.add_adapters(pipe, arguments)
     if "freeu" in arguments:
@@ -121,11 +131,8 @@ def run(arguments: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         return state
 
     (video,) = pipe(
-        arguments["prompt"] if "image" not in arguments else None, output_type="np",
-        callback_on_step_end=keep, **given,
-    ).frames if "image" not in arguments else pipe(
         prompt=arguments["prompt"], output_type="np", callback_on_step_end=keep, **given
-    ).frames  # fmt: skip
+    ).frames
     latents = last["latents"][0].permute(1, 2, 3, 0).numpy()
     return latents, (video * 255).round().astype(np.uint8)
 
