@@ -17,6 +17,7 @@ import numpy as np
 from mlxdiff.noise import add_noise
 from mlxdiff.pictures.hires import Hires, enlarge_latents
 from mlxdiff.pictures.image import resize_values, to_model
+from mlxdiff.run import video
 from mlxdiff.run.additions.upscaler import enlarged_for_hires
 from mlxdiff.run.model import ImageLatents, Model
 from mlxdiff.run.seeds import Draws, Shape
@@ -110,9 +111,13 @@ class Inputs:
         self.mask: np.ndarray | None = None
         self.edited: np.ndarray | None = None
         self.small: np.ndarray | None = None
+        self.frames: list[ImageLatents] = []
         self.signal = 1.0
         self.blends = False
         if settings.image is None:
+            return
+        if settings.video is not None:
+            self.frames = [model.image_latents(frame) for frame in settings.video]
             return
         if settings.noise_level is not None:
             self.small = to_model(settings.image)
@@ -144,6 +149,8 @@ class Inputs:
             noise: takes the place of the first noise.
         """
         settings, repaints = self.settings, self.mask is not None
+        if self.frames:
+            return self._begin_video(plan, draws, noise)
         if self.small is not None:
             small = add_noise(self.small, draws.next(shape, self.small.shape[-1]), self.signal)
             noise = draws.first(shape) if noise is None else noise
@@ -164,6 +171,15 @@ class Inputs:
         if clean is not None and self.blends:
             return Start(x, kept=Kept(self.mask, clean, noise))
         return Start(x, beside=np.concatenate([self.mask, masked], axis=-1))
+
+    def _begin_video(self, plan: Plan, draws: Draws, noise: np.ndarray | None) -> Start:
+        """The start of a video, drawn as diffusers draws it: (1, F, C, h, w) where a picture that
+        starts from noise alone has (1, C, F, h, w)."""
+        clean = video.stacked(draws.sample_frames(self.frames))
+        if noise is None:
+            shape = self.frames[0].mean.shape
+            noise = video.stacked(draws.frames(len(self.frames), shape[1:]))
+        return Start(np.asarray(plan.add_noise(clean, noise), np.float32))
 
     def go_on(
         self, stage: Stage, start: Start, latents: np.ndarray, draws: Draws, shape: Shape

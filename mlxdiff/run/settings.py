@@ -25,6 +25,7 @@ from mlxdiff.pictures.canvas import (
 )
 from mlxdiff.pictures.hires import Hires, resolve_hires
 from mlxdiff.pictures.image import load_image, resize
+from mlxdiff.pictures.videos import is_video, load_video
 from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
 from mlxdiff.run import composition, video
 from mlxdiff.run.additions.control import Control, resolve_controls
@@ -307,9 +308,12 @@ def _resolve_text(
     if asked.zoom_out is not None:
         asked = _zoomed_out(model, asked)
     check(model, refiner, asked)
-    drawn = video.resolve(model, asked, None) if model.draws_video else None
+    drawn, footage = _video(model, asked)
     interval = checked_interval(asked.guidance_interval)
-    pixels = None if asked.image is None else load_image(asked.image)
+    if footage is not None:
+        pixels = footage[0]
+    else:
+        pixels = None if asked.image is None else load_image(asked.image)
     outpaint = None if asked.outpaint is None else check_borders(asked.outpaint)
     height, width = _size(model, asked, pixels, outpaint)
     larger = resolve_hires(
@@ -335,7 +339,10 @@ def _resolve_text(
         control_end=asked.control_end,
         control_preprocess=asked.control_preprocess,
         control_mode=asked.control_mode,
+        frames=None if drawn is None else drawn.frames,
     )
+    if drawn is not None:
+        video.check_controls([one.image for one in controls[0]], drawn.frames)
     start, end = asked.denoising_start, asked.denoising_end
     if refiner is not None:
         end = DEFAULT_SPLIT if end is None else end
@@ -376,6 +383,10 @@ def _resolve_text(
         )
     if pixels is not None:
         settings = _with_image(settings, model, asked, pixels, outpaint)
+    if footage is not None and settings.frames is not None:
+        shown = [resize(one, width, height) for one in footage]
+        shown = shown * settings.frames if len(shown) == 1 else shown
+        settings = replace(settings, video=np.stack(shown))
     if model.is_sdxl:
         settings = _with_conditioning(settings, model, refiner, asked)
     _check_editing(settings)
@@ -388,6 +399,19 @@ def _resolve_text(
     _check_guider(settings, model)
     _check_reuse(settings, model)
     return settings, plans
+
+
+def _video(
+    model: Model, asked: RunOptions
+) -> tuple[video.Video | None, list[np.ndarray] | None]:
+    """The numbers of the video that is drawn, and the frames that it starts from."""
+    if not model.draws_video:
+        if asked.image is not None and is_video(asked.image):
+            model.require("video", argument("image"))
+        return None, None
+    footage = None if asked.image is None else load_video(asked.image, asked.frames)
+    given = None if footage is None or len(footage) == 1 else len(footage)
+    return video.resolve(model, asked, given), footage
 
 
 def _zoomed_out(model: Model, asked: RunOptions) -> RunOptions:
@@ -754,6 +778,8 @@ def _check_some_guidance(settings: Settings, plans: tuple[samplers.Plan, ...]) -
 
 def _named(picture: Any) -> str:
     """Name of a picture in metadata."""
+    if isinstance(picture, list):
+        return f"({len(picture)} frames)"
     return Path(picture).name if isinstance(picture, (str, os.PathLike)) else "(pixels)"
 
 

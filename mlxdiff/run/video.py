@@ -81,14 +81,14 @@ def resolve(model: Kind, asked: RunOptions, given: int | None) -> Video:
     """Fill in the numbers of a video.
 
     Args:
-        given: frames of the image, or of the control image; None: there is none.
+        given: frames of the video that it starts from; None: there is none, or it is a picture.
     Raises: UsageError.
     """
     frames = asked.frames or given or FRAMES
-    if given is not None and asked.frames is not None and given not in (1, frames):
+    if given is not None and frames > given:
         raise UsageError(
-            f"{argument('frames')} is {frames}, and the given video has {given} frames; leave it "
-            f"out, or give a video of so many"
+            f"{argument('frames')} is {frames}, and the video to start from has {given}; give at "
+            "most so many"
         )
     most = model.unet_config.motion.motion_max_seq_length
     length = min(CONTEXT, most) if asked.context_length is None else asked.context_length
@@ -111,6 +111,16 @@ def resolve(model: Kind, asked: RunOptions, given: int | None) -> Video:
         )
     fps = FPS if asked.fps is None else asked.fps
     return Video(frames, fps, length if windows else None, stride if windows else None)
+
+
+def check_controls(images: Sequence[np.ndarray], frames: int) -> None:
+    """Refuse control videos of another length. Raises: UsageError."""
+    for image in images:
+        if image.ndim == 4 and len(image) < frames:
+            raise UsageError(
+                f"{argument('control_image')}: the video has {len(image)} frames, and "
+                f"{argument('frames')} is {frames}; give as many, or one picture for all of them"
+            )
 
 
 def frames_of(settings: Any) -> Frames:
