@@ -19,7 +19,7 @@ from mlxdiff.errors import UsageError, one_line
 from mlxdiff.machine.disk import open_regular
 from mlxdiff.pictures.formats import LOSSLESS, QUALITY, ending
 from mlxdiff.pictures.image import load_image, open_picture
-from mlxdiff.pictures.metadata import MAKER, Metadata, exif
+from mlxdiff.pictures.metadata import MAKER, Metadata, exif, read
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,6 +29,9 @@ ANIMATED = (".gif", ".webp", ".png", ".mp4")
 
 FILMS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 """Endings of files that PyAV reads."""
+
+FPS = 8.0
+"""Frames a second, where nothing else is said."""
 
 MOST_FRAMES = 1024
 MOST_PIXELS = 500_000_000
@@ -76,22 +79,56 @@ def is_video(source: Any) -> bool:
     return len(np.shape(source)) == 4
 
 
-def facts_of(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return ``frames`` and ``fps`` of an animated picture file; {} for a picture."""
+def describe(path: Path) -> dict[str, Any]:
+    """Describe a picture or a video that was drawn: its metadata; of a video also what its file
+    says of ``frames`` and ``fps``.
+
+    Raises: UsageError for a picture that says nothing about how it was made.
+    """
+    facts, comment = _film_facts(path) if ending(path) in FILMS else (_animation_facts(path), None)
+    try:
+        said = read(path) if comment is None else Metadata.from_json(comment, str(path))
+    except UsageError:
+        if not facts:
+            raise
+        return {"kind": "a video", "path": str(path), **facts}
+    return said.to_dict() | facts
+
+
+def _animation_facts(path: Path) -> dict[str, Any]:
     with open_picture(path) as picture:
         count = getattr(picture, "n_frames", 1)
         if count < 2:
             return {}
-        durations = [duration for _, duration in zip(range(count), _durations(picture))]
-    mean = sum(durations) / len(durations)
-    return {"frames": count, "fps": round(1000 / mean, 3) if mean > 0 else None}
+        seen = min(count, MOST_FRAMES)
+        try:
+            durations = [_duration(picture, index) for index in range(seen)]
+        except Exception as error:  # a damaged file can make Pillow's readers raise anything
+            raise UsageError(f"{path}: cannot be decoded ({one_line(error)})") from error
+        mean = sum(durations) / seen
+        facts = {"width": picture.width, "height": picture.height, "frames": count}
+        return facts | ({"fps": round(1000 / mean, 2)} if mean > 0 else {})
 
 
-def _durations(picture: Image.Image) -> Iterator[float]:
-    for index in range(min(getattr(picture, "n_frames", 1), MOST_FRAMES)):
-        picture.seek(index)
-        picture.load()
-        yield float(picture.info.get("duration", 0.0))
+def _duration(picture: Image.Image, index: int) -> float:
+    picture.seek(index)
+    picture.load()
+    return float(picture.info.get("duration", 0.0))
+
+
+def _film_facts(path: Path) -> tuple[dict[str, Any], str]:
+    """What a film's container says, and its comment."""
+    av = _pyav(path)
+    try:
+        with open(open_regular(path), "rb") as file, av.open(file, mode="r") as container:
+            stream = container.streams.video[0]
+            facts = {"width": stream.width, "height": stream.height, "frames": stream.frames}
+            facts["fps"] = round(float(stream.average_rate), 2)
+            return facts, str(container.metadata.get("comment", ""))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such video file; check the path") from None
+    except Exception as error:  # as above
+        raise UsageError(f"{path}: cannot be decoded ({one_line(error)})") from error
 
 
 def _frames(source: Any) -> Iterator[np.ndarray]:

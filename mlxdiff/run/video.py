@@ -14,10 +14,11 @@ import numpy as np
 
 from mlxdiff.errors import UsageError, argument
 from mlxdiff.networks.condition import Frames
+from mlxdiff.pictures.videos import FPS
 from mlxdiff.run.kind import Kind
 from mlxdiff.run.options import RunOptions
 
-FRAMES, FPS = 16, 8.0
+FRAMES = 16
 CONTEXT, STRIDE = 16, 4  # of windows; the defaults of diffusers' enable_free_noise
 
 # Options that mean nothing for a video, or that no reference defines for one.
