@@ -130,9 +130,7 @@ MOTION_ORIGINAL = Layout(
                 ("ff", "ff"),
             )
         ),
-        Rule(
-            rf"{_MOTION_PLACE}\.temporal_transformer\.((?:norm|proj_in|proj_out)\..+)", r"\1.\2"
-        ),
+        Rule(rf"{_MOTION_PLACE}\.temporal_transformer\.((?:norm|proj_in|proj_out)\..+)", r"\1.\2"),
     ),
     ignored=_MOTION_IGNORED,
 )

@@ -25,9 +25,7 @@ from t2i_files import write_t2i_adapter
 import mlxdiff
 from mlxdiff.pipeline import Pipeline, Result
 
-NAMED = (
-    "motion_adapter controlnets t2i_adapters ip_adapters loras embeddings vae refiner".split()
-)
+NAMED = "motion_adapter controlnets t2i_adapters ip_adapters loras embeddings vae refiner".split()
 """What a case names beside arguments of ``generate``."""
 
 

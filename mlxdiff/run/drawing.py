@@ -239,8 +239,8 @@ class Result:
             path: the file, whose ending gives the format (.png, .jpg, .webp, .avif; of a video
                 .gif, .webp, .png, .mp4); with several pictures a template with ``{seed}`` or
                 ``{index}``. With ``{frame}`` each frame of a video is a picture file. Also
-                ``{step}`` (their number), ``{prompt}``, ``{model}``, ``{image}`` and ``{date}`` are filled
-                in, numbers also as ``{seed:05d}``. Its folder must exist.
+                ``{step}`` (their number), ``{prompt}``, ``{model}``, ``{image}`` and ``{date}`` are
+                filled in, numbers also as ``{seed:05d}``. Its folder must exist.
             overwrite: replace existing files.
             quality: 1 to 100, see ``pictures.formats.encode``.
         Returns: the files, in order.
@@ -255,7 +255,9 @@ class Result:
         ]  # fmt: skip
         paths = [
             [
-                template.fill(**name_values(one.metadata, one.index, self.steps_of_a_picture, frame))
+                template.fill(
+                    **name_values(one.metadata, one.index, self.steps_of_a_picture, frame)
+                )
                 for frame in one.files_of(template)
             ]
             for one in pictures
@@ -287,9 +289,7 @@ class Result:
         return png_bytes(side_by_side(self.images))
 
 
-def name_values(
-    metadata: Metadata, index: int, steps: int, frame: int = 0
-) -> dict[str, int | str]:
+def name_values(metadata: Metadata, index: int, steps: int, frame: int = 0) -> dict[str, int | str]:
     """Return the values for the name of a picture's file, see ``pictures.names.Template``."""
     return {
         "seed": 0 if metadata.seed is None else metadata.seed,

@@ -820,8 +820,7 @@ class LoadOptions(Options):
         "--motion-adapter",
         key="motion_adapter",
         part="motion",
-        help="Draw videos: a motion adapter (AnimateDiff): folder, file or hub id "
-        "(docs/video.md).",
+        help="Draw videos: a motion adapter (AnimateDiff): folder, file or hub id (docs/video.md).",
         doc="a motion adapter (AnimateDiff), with which the model draws videos: a folder, a file "
         "or a hub id.",
         elsewhere="motion_module motion_modules",

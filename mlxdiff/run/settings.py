@@ -25,8 +25,8 @@ from mlxdiff.pictures.canvas import (
 )
 from mlxdiff.pictures.hires import Hires, resolve_hires
 from mlxdiff.pictures.image import load_image, resize
-from mlxdiff.pictures.videos import is_video, load_video
 from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
+from mlxdiff.pictures.videos import is_video, load_video
 from mlxdiff.run import composition, video
 from mlxdiff.run.additions.control import Control, resolve_controls
 from mlxdiff.run.additions.ip_adapter import ImagePrompt, resolve_image_prompts
@@ -401,9 +401,7 @@ def _resolve_text(
     return settings, plans
 
 
-def _video(
-    model: Model, asked: RunOptions
-) -> tuple[video.Video | None, list[np.ndarray] | None]:
+def _video(model: Model, asked: RunOptions) -> tuple[video.Video | None, list[np.ndarray] | None]:
     """The numbers of the video that is drawn, and the frames that it starts from."""
     if not model.draws_video:
         if asked.image is not None and is_video(asked.image):
