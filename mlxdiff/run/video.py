@@ -19,6 +19,7 @@ from mlxdiff.run.kind import Kind
 from mlxdiff.run.options import RunOptions
 
 FRAMES = 16
+AT_ONCE = 4  # frames that layers see in low memory
 CONTEXT, STRIDE = 16, 4  # of windows; the defaults of diffusers' enable_free_noise
 
 # Options that mean nothing for a video, or that no reference defines for one.
@@ -124,13 +125,12 @@ def check_controls(images: Sequence[np.ndarray], frames: int) -> None:
             )
 
 
-def frames_of(settings: Any) -> Frames:
+def frames_of(settings: Any, low_memory: bool = False) -> Frames:
     """The frames of a run, as networks take them."""
     if settings.frames is None:
         return Frames()
-    if settings.context_length is None:
-        return Frames(settings.frames)
-    return Frames(settings.frames, settings.context_length, settings.context_stride)
+    windows = settings.context_length, settings.context_stride or STRIDE
+    return Frames(settings.frames, *windows, AT_ONCE if low_memory else None)
 
 
 def stacked(frames: np.ndarray) -> np.ndarray:
