@@ -12,9 +12,9 @@ from mlxdiff.run.kind import PARTS, Kind, LatentKind, PixelKind
 # Model -> the parts that it has.
 HAS = {
     "sd15": "text image mask hires controlnet t2i_adapter ip_adapter lora embedding vae upscaler "
-    "judge",
+    "judge motion",
     "sdxl": "text prompt_2 sdxl target_size refiner image mask hires controlnet t2i_adapter "
-    "ip_adapter lora embedding vae upscaler judge",
+    "ip_adapter lora embedding vae upscaler judge motion",
     "sdxl-refiner": "text sdxl aesthetic_score refiner image mask hires controlnet t2i_adapter "
     "ip_adapter lora embedding vae upscaler judge",
     "sd15-inpainting": "text image mask hires controlnet t2i_adapter ip_adapter lora embedding vae "

@@ -517,7 +517,9 @@ _LATENT_PARTS: dict[str, tuple[Callable[[LatentKind], bool], str]] = {
         "({image})",
     ),
     "motion": (
-        lambda kind: not (kind.inpaints or _starts_from_noise_alone(kind)),
+        lambda kind: (
+            not (kind.inpaints or kind.takes_aesthetic_score or _starts_from_noise_alone(kind))
+        ),
         "{this}; it cannot be combined with a motion adapter ({motion_adapter})",
     ),
     "video": (
