@@ -21,6 +21,7 @@ PIPELINES = (
     "StableDiffusionInpaintPipeline",
     "StableDiffusionInstructPix2PixPipeline",
     "StableDiffusionUpscalePipeline",
+    "StableDiffusionDepth2ImgPipeline",
     "StableDiffusionXLPipeline",
     "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusionXLInpaintPipeline",
@@ -60,6 +61,7 @@ SKIPPED: dict[str, str] = {
     "safety_checker": "a picture classifier; it does not draw",
     "feature_extractor": "belongs to the safety checker or an image encoder",
     "image_encoder": "only IP-Adapters use one, and they have their own",
+    "depth_estimator": "makes depth maps of pictures (DPT); a depth map is given in its place",
 }
 """Part that is not converted -> reason."""
 
@@ -145,7 +147,6 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         "a diffusion transformer (DiT, PixArt, Sana, AuraFlow, Lumina or similar)",
     ),
     (r"(?:noise_augmentor|embedder\.model)\..+", "an unCLIP model (it starts from an image)"),
-    (r"depth_model\..+", "a depth-to-image model"),
     (
         r"cc_projection\..+|cond_stage_model\.(?:model\.visual|mapper)\..+",
         "an image-variation model",
@@ -169,8 +170,6 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     ),
     (r"(?:(?:params|params_ema|module)\.)?body\.\d+\.weight", "a Real-ESRGAN compact upscaler"),
 )
-# Input channels of an LDM U-Net -> kind.
-_CHANNELS = {5: "a depth-to-image model"}
 # (pattern, kind) of parts of models.
 _PARTS: tuple[tuple[str, str], ...] = (
     (
@@ -289,9 +288,6 @@ def refused(tensors: Mapping[str, LazyTensor]) -> str | None:
         matches = re.compile(pattern).fullmatch
         if any(matches(name) for name in tensors):
             return words
-    for name in ("model.diffusion_model.input_blocks.0.0.weight", "input_blocks.0.0.weight"):
-        if name in tensors and len(tensors[name].shape) == 4:
-            return _CHANNELS.get(tensors[name].shape[1])
     return None
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from mlxdiff.noise import add_noise
 from mlxdiff.pictures.hires import Hires, enlarge_latents
 from mlxdiff.pictures.image import resize_values, to_model
+from mlxdiff.pictures.resampling import resample
 from mlxdiff.run.additions.upscaler import enlarged_for_hires
 from mlxdiff.run.model import ImageLatents, Model
 from mlxdiff.run.seeds import Draws, Shape
@@ -95,6 +96,18 @@ def make_stages(
     return stages
 
 
+def depth_latents(depth: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A depth map as a U-Net sees it: (H, W) of any numbers -> (1, height, width, 1), -1 to 1.
+
+    Source: diffusers StableDiffusionDepth2ImgPipeline.prepare_depth_map.
+    """
+    small = resample(depth[..., None], height, width, "bicubic")
+    low, high = small.min(), small.max()
+    # The whole map differs somewhere, but a few places of it may not.
+    span = np.float32(1) if low == high else high - low
+    return (2 * (small - low) / span - 1)[None]
+
+
 class Inputs:
     """The given picture, encoded once for all pictures of a run.
 
@@ -110,6 +123,7 @@ class Inputs:
         self.mask: np.ndarray | None = None
         self.edited: np.ndarray | None = None
         self.small: np.ndarray | None = None
+        self.depth: np.ndarray | None = None
         self.signal = 1.0
         self.blends = False
         if settings.image is None:
@@ -122,6 +136,9 @@ class Inputs:
             scaled = model.takes_scaled_picture
             self.edited = model.encode_pixels(to_model(settings.image), scaled=scaled).mean
             return
+        if settings.depth is not None:
+            shape = model.latent_shape(settings.height, settings.width)
+            self.depth = depth_latents(settings.depth, *shape[:2])
         canvas = settings.canvas
         if canvas is not None:
             self.blends = not model.inpaints
@@ -159,7 +176,7 @@ class Inputs:
             x = plan.add_noise(clean, noise) if settings.adds_noise else clean
         x = np.asarray(x, np.float32)
         if self.mask is None or self.masked is None:
-            return Start(x, beside=self.edited)
+            return Start(x, beside=self.edited if self.depth is None else self.depth)
         masked = draws.sample(self.masked)
         if clean is not None and self.blends:
             return Start(x, kept=Kept(self.mask, clean, noise))

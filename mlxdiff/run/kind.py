@@ -73,6 +73,7 @@ class Kind(ABC):
         inpaints: the U-Net sees a mask and a masked picture beside the latents.
         edits: the U-Net sees a picture beside the latents (InstructPix2Pix).
         upscales: the U-Net sees a small, noised picture and takes its noise level (x4 upscaler).
+        takes_depth: the U-Net sees a depth map beside the latents (stable-diffusion-2-depth).
         takes_scaled_picture: a model that edits sees the picture's latents scaled (CosXL Edit).
     """
 
@@ -89,6 +90,7 @@ class Kind(ABC):
     inpaints: bool = False
     edits: bool = False
     upscales: bool = False
+    takes_depth: bool = False
     takes_scaled_picture: bool = False
 
     @abstractmethod
@@ -97,7 +99,7 @@ class Kind(ABC):
 
         Args:
             part: "text", "prompt_2", "sdxl", "target_size", "aesthetic_score", "image", "mask",
-                "edits", "upscales", "threshold", "label", "hires", or an addition: "controlnet",
+                "edits", "upscales", "depth", "threshold", "label", "hires", or an addition: "controlnet",
                 "t2i_adapter", "ip_adapter", "lora", "embedding", "vae", "refiner", "upscaler",
                 "judge".
         Raises: KeyError for another word.
@@ -208,6 +210,7 @@ class LatentKind(Kind):
         self.inpaints = unet.in_channels == 2 * latent + 1
         self.edits = unet.in_channels == 2 * latent and unet.num_class_embeds is None
         self.upscales = unet.in_channels == latent + 3 and unet.num_class_embeds is not None
+        self.takes_depth = unet.in_channels == latent + 1 and not self.is_sdxl
         self.takes_scaled_picture = bool(index.get("is_cosxl_edit", False))
         if self.upscales:
             self.vae_config = replace(self.vae_config, scaling_factor=UPSCALER_SCALE)
@@ -244,6 +247,8 @@ class LatentKind(Kind):
             does = "a model that edits a picture by instruction"
         elif self.upscales:
             does = "a model that enlarges a picture"
+        elif self.takes_depth:
+            does = "a model that draws from a picture and its depth map"
         else:
             does = "a model that draws from text"
         channels, latent = self.unet_config.in_channels, self.vae_config.latent_channels
@@ -450,8 +455,9 @@ def _always(kind: LatentKind) -> bool:
     return True
 
 
-def _starts_from_noise_alone(kind: LatentKind) -> bool:
-    return kind.edits or kind.upscales
+def _is_plain(kind: LatentKind) -> bool:
+    """Return True if the U-Net sees latents alone, or is an inpainting model."""
+    return not (kind.edits or kind.upscales or kind.takes_depth)
 
 
 class _Words(dict[str, str]):
@@ -490,7 +496,7 @@ _LATENT_PARTS: dict[str, tuple[Callable[[LatentKind], bool], str]] = {
         "this is no SDXL model; a refiner is one, and works on one",
     ),
     "mask": (
-        lambda kind: not _starts_from_noise_alone(kind),
+        _is_plain,
         "{this}; it has no part for {mask} or {outpaint}",
     ),
     "edits": (
@@ -498,25 +504,31 @@ _LATENT_PARTS: dict[str, tuple[Callable[[LatentKind], bool], str]] = {
         "only models that edit a picture by instruction take that (instruct-pix2pix, whose U-Net "
         "takes 8 channels); this model is not one",
     ),
+    "depth": (
+        lambda kind: kind.takes_depth,
+        "only models that see a depth map take that (stable-diffusion-2-depth, whose U-Net takes 5 "
+        "channels); for this model give a depth ControlNet ({controlnets}) the map as "
+        "{control_image}",
+    ),
     "upscales": (
         lambda kind: kind.upscales,
         "only models that enlarge a picture take that (the x4 upscaler); this model is not one",
     ),
     "hires": (
-        lambda kind: not _starts_from_noise_alone(kind),
+        _is_plain,
         "{this}; draw with it first, and start a hires run of another model from the result "
         "({image})",
     ),
     "controlnet": (
-        lambda kind: not _starts_from_noise_alone(kind),
+        _is_plain,
         "{this}; it cannot be combined with a ControlNet ({controlnets})",
     ),
     "t2i_adapter": (
-        lambda kind: not _starts_from_noise_alone(kind),
+        _is_plain,
         "{this}; it cannot be combined with a T2I-Adapter ({t2i_adapters})",
     ),
     "ip_adapter": (
-        lambda kind: not kind.upscales,
+        lambda kind: not kind.upscales and not kind.takes_depth,
         "{this}; it cannot be combined with an IP-Adapter ({ip_adapters})",
     ),
 }

@@ -497,6 +497,15 @@ class FileOptions(Options):
         "one half. The size of the picture is then the model's own unless given.",
         elsewhere="mask_image masked_image_path mask_path",
     )
+    depth_image: Picture | None = _image(
+        "--depth-image",
+        part="depth",
+        help="stable-diffusion-2-depth: depth map of --image, near is bright; 8 or 16 bits of grey "
+        "(docs/depth.md).",
+        doc="depth map of the image for a model that sees one, near is bright: path, Pillow image "
+        "or array (H, W) of any numbers; only their differences count.",
+        elsewhere="depth_map depth_mask",
+    )
     zoom_out: Enlargement | None = _image(
         "--zoom-out",
         part="mask",

@@ -135,6 +135,8 @@ def _check_task(model: Model, refiner: Model | None, asked: RunOptions) -> None:
             f"{model.source.path}: its U-Net takes a class (num_class_embeds), and it is no x4 "
             f"upscaler ({takes}); this version of mlxdiff knows no such model"
         )
+    elif model.takes_depth:
+        _check_depth(model, asked)
     elif channels != latent and not model.inpaints:
         raise UsageError(
             f"{model.source.path}: this is no text-to-image model ({takes}), and none that this "
@@ -154,6 +156,17 @@ def _check_task(model: Model, refiner: Model | None, asked: RunOptions) -> None:
                 raise UsageError(
                     f"{argument(name)} needs an image to start from ({argument('image')})"
                 )
+
+
+def _check_depth(model: Model, asked: RunOptions) -> None:
+    """Refuse a model that sees a depth map without the picture or its map."""
+    given = {"image": asked.image, "depth_image": asked.depth_image}
+    if missing := [argument(name) for name, value in given.items() if value is None]:
+        raise UsageError(
+            f"{model.source.path}: {model.description}: give {' and '.join(missing)}; a Marigold "
+            "model makes the depth map of a picture (docs/depth.md), and so does any other depth "
+            "estimator"
+        )
 
 
 def _check_only_masked(model: Model, asked: RunOptions) -> None:

@@ -24,7 +24,7 @@ from mlxdiff.pictures.canvas import (
     make_canvas,
 )
 from mlxdiff.pictures.hires import Hires, resolve_hires
-from mlxdiff.pictures.image import load_image, resize
+from mlxdiff.pictures.image import load_image, load_levels, resize
 from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
 from mlxdiff.run import composition
 from mlxdiff.run.additions.control import Control, resolve_controls
@@ -71,6 +71,8 @@ class Settings(ValueOptions):
         image_name: the name of its file, or "(pixels)".
         canvas: the picture and what of it is repainted; else None.
         mask_name: the name of the mask's file, or "(pixels)".
+        depth: the depth map that a model sees, float32 (H, W) of any size; else None.
+        depth_name: the name of its file, or "(pixels)".
         hires: how to enlarge the finished picture, and the controls at its larger size.
         controls: the picture and the numbers of each ControlNet, then of each T2I-Adapter.
         image_prompts: the pictures of each IP-Adapter.
@@ -87,6 +89,8 @@ class Settings(ValueOptions):
     image_name: str | None = None
     canvas: Canvas | None = field(default=None, repr=False, compare=False)
     mask_name: str | None = None
+    depth: np.ndarray | None = field(default=None, repr=False, compare=False)
+    depth_name: str | None = None
     hires: Hires | None = None
     hires_controls: tuple[Control, ...] = ()
     controls: tuple[Control, ...] = ()
@@ -142,7 +146,8 @@ class Settings(ValueOptions):
             said["region"] = [one.named.text for one in self.regions]
         if self.hires is not None:
             said |= self.hires.describe()
-        return said | {"image": self.image_name, "mask": self.mask_name}
+        names = {"image": self.image_name, "mask": self.mask_name, "depth_image": self.depth_name}
+        return said | names
 
     def is_brownian(self, plan: samplers.Plan) -> bool:
         """Return True if the noise of the steps is that of one Brownian motion."""
@@ -572,6 +577,9 @@ def _with_image(
         )
     else:
         settings = replace(settings, image=_resized(model, pixels, width, height))
+    if asked.depth_image is not None:
+        depth = _depth_map(asked.depth_image)
+        settings = replace(settings, depth=depth, depth_name=_named(asked.depth_image))
     if model.upscales:
         level = NOISE_LEVEL if asked.noise_level is None else asked.noise_level
         model.check_noise_level(level)
@@ -778,6 +786,17 @@ def _resized(model: Model, pixels: np.ndarray, width: int, height: int) -> np.nd
         return resize(pixels, width, height)
     rows, columns, _ = model.latent_shape(height, width)
     return resize(pixels, columns, rows, bicubic=True)
+
+
+def _depth_map(source: Any) -> np.ndarray:
+    """Open a depth map. Raises: UsageError if it shows no depth."""
+    depth = load_levels(source)
+    if depth.min() == depth.max():
+        raise UsageError(
+            f"{argument('depth_image')}: the map has the same depth everywhere; the model sees "
+            "differences of depth"
+        )
+    return depth
 
 
 def _note_unused_words(model: Model, settings: Settings) -> None:
