@@ -22,6 +22,8 @@ PIPELINES = (
     "StableDiffusionInstructPix2PixPipeline",
     "StableDiffusionUpscalePipeline",
     "StableDiffusionDepth2ImgPipeline",
+    "MarigoldDepthPipeline",
+    "MarigoldNormalsPipeline",
     "StableDiffusionXLPipeline",
     "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusionXLInpaintPipeline",
@@ -41,6 +43,14 @@ _REFUSED_PIPELINES: dict[str, Callable[[], str]] = {
         "the latent upscaler (sd-x2-latent-upscaler) has K-diffusion's U-Net, which is not "
         "supported; for a larger picture use the x4 upscaler "
         f"({argument('model', 'x4-upscaler')}) or {argument('hires', 2)}"
+    ),
+    "MarigoldIntrinsicsPipeline": lambda: (
+        "Marigold's intrinsic images (albedo, shading) are not supported; its models of depth and "
+        "of normals are"
+    ),
+    "MarigoldPipeline": lambda: (
+        "this is the first form of Marigold's repository, which does not say what it predicts; "
+        "use prs-eth/marigold-depth-v1-0 or later"
     ),
 }
 """Similar pipeline classes that are not supported -> reason and way out."""

@@ -391,7 +391,9 @@ FILE_IGNORED: tuple[Ignored, ...] = (
         "moving averages in the form of another tool; the plain weights are used",
     ),
     Ignored(r"safety_checker\..+", "a picture classifier; it does not draw"),
-    Ignored(r"depth_model\..+", "makes depth maps of pictures (MiDaS); a map is given in its place"),
+    Ignored(
+        r"depth_model\..+", "makes depth maps of pictures (MiDaS); a map is given in its place"
+    ),
     Ignored(r"embedding_manager\..+", "training state of textual inversion; not a weight"),
     Ignored(
         r"(?:cond_stage_model|conditioner\.embedders\.\d)(?:\.transformer)?\.logit_scale",

@@ -184,6 +184,7 @@ ADDITIONS = (
     "vae",
     "controlnets",
     "t2i_adapters",
+    "map_models",
     "ip_adapters",
     "image_encoder",
     "loras",
@@ -214,6 +215,14 @@ def add(pipe: Pipeline, asked: LoadOptions, names: Collection[str] = ADDITIONS) 
         pipe.set_controlnets(asked.controlnets, variant=variant, progress=progress)
     if "t2i_adapters" in names:
         pipe.set_t2i_adapters(asked.t2i_adapters, variant=variant, progress=progress)
+    if "map_models" in names:
+        pipe.set_map_models(
+            asked.map_models,
+            dtype=asked.dtype,
+            quantize=asked.quantize,
+            variant=variant,
+            progress=progress,
+        )
     if "ip_adapters" in names or "image_encoder" in names:
         pipe.set_ip_adapters(
             asked.ip_adapters,

@@ -8,6 +8,7 @@ from golden_data import checkpoint
 from mlxdiff.convert import open_source
 from mlxdiff.errors import UsageError
 from mlxdiff.run.kind import PARTS, Kind, LatentKind, PixelKind
+from mlxdiff.run.map_model import MapKind, makes_maps
 
 # Model -> the parts that it has.
 HAS = {
@@ -20,6 +21,8 @@ HAS = {
     "sd15-inpainting": "text image mask hires controlnet t2i_adapter ip_adapter lora embedding vae "
     "upscaler judge",
     "pix2pix": "text image edits ip_adapter lora embedding vae upscaler judge",
+    "sd2-depth": "text image depth lora embedding vae upscaler judge",
+    "marigold-depth": "image maps lora vae",
     "x4-upscaler": "text image upscales lora embedding vae upscaler judge",
     "ddpm": "threshold upscaler",
     "ddpm-labels": "label threshold upscaler",
@@ -28,6 +31,8 @@ HAS = {
 
 def kind_of(name: str) -> Kind:
     source = open_source(checkpoint(name))
+    if makes_maps(source):
+        return MapKind(source)
     return PixelKind(source) if source.family == "ddpm" else LatentKind(source)
 
 

@@ -154,6 +154,7 @@ class Denoiser:
         self.others, self.merge = others, merge
         self.guided = settings.guides(model)
         self.edits = model.edits
+        self.picture_first = model.maps is not None
         self.batch = settings.batch(model)
         states = self._both(text.negative_prompt_embeds, text.prompt_embeds)
         self.text = self.unet.read(states)
@@ -216,7 +217,8 @@ class Denoiser:
         guided = self.guided and self._within(evaluation)
         sample = x
         if evaluation.beside is not None:
-            sample = self.backend.concatenate([x, evaluation.beside], -1)
+            parts = [evaluation.beside, x] if self.picture_first else [x, evaluation.beside]
+            sample = self.backend.concatenate(parts, -1)
         if guided and self.edits:
             blank = self.backend.concatenate([x, 0.0 * evaluation.beside], -1)
             sample = self.backend.concatenate([blank, sample, sample], 0)
@@ -401,7 +403,7 @@ def make_denoiser(
         timesteps: of all evaluations of the model's plan.
         before: number of evaluations that another model makes before this one.
     """
-    if model.lacks("text"):
+    if model.vae_config is None:
         return PixelDenoiser(model, settings.label, timesteps)
     # All texts first: in low memory the text encoders and the U-Net are not held together.
     alone = [

@@ -132,6 +132,10 @@ class Inputs:
             self.small = to_model(settings.image)
             self.signal = float(model.low_res_process[settings.noise_level])
             return
+        if model.maps is not None:
+            looking: Any = model
+            self.edited = looking.seen(settings.image, settings.processing_resolution)
+            return
         if model.edits:
             scaled = model.takes_scaled_picture
             self.edited = model.encode_pixels(to_model(settings.image), scaled=scaled).mean

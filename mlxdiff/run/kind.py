@@ -74,6 +74,7 @@ class Kind(ABC):
         edits: the U-Net sees a picture beside the latents (InstructPix2Pix).
         upscales: the U-Net sees a small, noised picture and takes its noise level (x4 upscaler).
         takes_depth: the U-Net sees a depth map beside the latents (stable-diffusion-2-depth).
+        maps: what it makes of a picture, in place of another picture: "depth" or "normals".
         takes_scaled_picture: a model that edits sees the picture's latents scaled (CosXL Edit).
     """
 
@@ -92,6 +93,7 @@ class Kind(ABC):
     upscales: bool = False
     takes_depth: bool = False
     takes_scaled_picture: bool = False
+    maps: str | None = None
 
     @abstractmethod
     def lacks(self, part: str) -> Reason:
@@ -99,9 +101,9 @@ class Kind(ABC):
 
         Args:
             part: "text", "prompt_2", "sdxl", "target_size", "aesthetic_score", "image", "mask",
-                "edits", "upscales", "depth", "threshold", "label", "hires", or an addition: "controlnet",
-                "t2i_adapter", "ip_adapter", "lora", "embedding", "vae", "refiner", "upscaler",
-                "judge".
+                "edits", "upscales", "depth", "maps", "threshold", "label", "hires", or an addition:
+                "controlnet", "t2i_adapter", "ip_adapter", "lora", "embedding", "vae", "refiner",
+                "upscaler", "judge".
         Raises: KeyError for another word.
         """
 
@@ -509,6 +511,10 @@ _LATENT_PARTS: dict[str, tuple[Callable[[LatentKind], bool], str]] = {
         "only models that see a depth map take that (stable-diffusion-2-depth, whose U-Net takes 5 "
         "channels); for this model give a depth ControlNet ({controlnets}) the map as "
         "{control_image}",
+    ),
+    "maps": (
+        lambda kind: kind.maps is not None,
+        "only models that make a map of a picture take that (Marigold); this model is not one",
     ),
     "upscales": (
         lambda kind: kind.upscales,

@@ -24,7 +24,8 @@ from mlxdiff.convert.singlefile import PREDICTIONS
 from mlxdiff.noise import SEEDS, SOURCES
 from mlxdiff.pictures.control_modes import MODES
 from mlxdiff.pictures.hires import UPSCALERS
-from mlxdiff.pictures.preprocess import PREPROCESSORS
+from mlxdiff.pictures.maps import DEPTH_FORMS
+from mlxdiff.pictures.preprocess import MAPS, PREPROCESSORS
 from mlxdiff.run import composition, values
 from mlxdiff.run.progress import Cancel, Progress
 from mlxdiff.run.table import Options, option
@@ -104,6 +105,8 @@ Aspect = Annotated[tuple[int, int], values.Ratio(most=100)]
 Variation = Annotated[tuple[int, float], values.SeedAndShare()]
 NoiseSource = Annotated[str, values.Choice(tuple(SOURCES))]
 SeedOrder = Annotated[str, values.Choice(SEED_ORDERS)]
+Ensemble = Annotated[int, values.Whole(1, 100)]
+DepthForm = Annotated[str, values.Choice(DEPTH_FORMS)]
 Picture = Annotated[Any, values.Picture()]
 # One value, or one for each ControlNet or IP-Adapter.
 Pictures = Annotated[Any, values.Each(values.Picture())]
@@ -113,7 +116,7 @@ Preprocessors = Annotated[
     str | Sequence[str],
     values.Each(
         values.Choice(
-            tuple(PREPROCESSORS),
+            (*PREPROCESSORS, *MAPS),
             hint=". For another kind of ControlNet give a picture that is already made for it",
         )
     ),
@@ -389,6 +392,30 @@ class ValueOptions(Options):
         help="x4 upscaler: noise added to the image first; higher values invent more detail. "
         "Default: 20.",
     )
+    processing_resolution: Whole | None = _image(
+        "--processing-resolution",
+        part="maps",
+        metavar="PIXELS",
+        help="Marigold: longer side in which the picture is looked at; 0: its own. Default: as "
+        "the model says.",
+    )
+    ensemble: Ensemble = _image(
+        "--ensemble",
+        default=1,
+        part="maps",
+        metavar="N",
+        help="Marigold: join the maps of N seeds (docs/depth.md). Default: 1.",
+        doc="number of maps, of consecutive seeds, that are joined to one.",
+        elsewhere="ensemble_size",
+    )
+    depth_as: DepthForm | None = _image(
+        "--depth-as",
+        part="maps",
+        metavar="FORM",
+        help="Marigold's depth as 16 bits of grey (grey, default), the same with near bright "
+        "(near: for --depth-image and ControlNets), or in colours (colors).",
+        elsewhere="color_map",
+    )
     outpaint: Borders | None = _image(
         "--outpaint",
         part="mask",
@@ -575,8 +602,8 @@ class FileOptions(Options):
     control_preprocess: Preprocessors | None = _control(
         "--control-preprocess",
         metavar="NAME",
-        help="What to make of its picture first: none (default), edges, grey or tile; one for "
-        "all or one for each.",
+        help="What to make of its picture first: none (default), edges, grey, tile; depth or "
+        "normal with a --map-model; one for all or one for each.",
     )
     control_mode: Modes | None = _control(
         "--control-mode",
@@ -799,6 +826,17 @@ class LoadOptions(Options):
         doc="T2I-Adapters made for this kind of model, each a folder, a file or a hub id; "
         "``generate`` then takes a control_image for each, after those of ControlNets.",
         elsewhere="t2i_adapter adapter",
+    )
+    map_models: Places = _model(
+        "--map-model",
+        default=(),
+        key="map_model",
+        part="controlnet",
+        help="A Marigold model, as for -m, that makes the depth map or the normals of control "
+        "pictures (--control-preprocess depth, normal). Repeatable.",
+        doc="Marigold models, as for ``model``, that make the depth maps and normals of control "
+        "pictures (``control_preprocess``).",
+        elsewhere="map_model depth_model depth_estimator",
     )
     ip_adapters: Places = _model(
         "--ip-adapter",

@@ -169,6 +169,25 @@ def _check_depth(model: Model, asked: RunOptions) -> None:
         )
 
 
+def check_map(model: Model, asked: RunOptions) -> None:
+    """Refuse to make a map of no picture, and options that it has no use for. Raises: UsageError"""
+    if asked.image is None:
+        raise UsageError(
+            f"{model.source.path}: {model.description}: give one ({argument('image')})"
+        )
+    refused = {
+        "strength": "it starts from noise, and keeps to the whole picture",
+        "noise_size": "the noise has the shape of the picture",
+    }
+    for name, why in refused.items():
+        if getattr(asked, name) is not None:
+            raise UsageError(f"{argument(name)}: {model.description}; {why}; leave it out")
+    if asked.depth_as is not None and model.maps != "depth":
+        raise UsageError(
+            f"{argument('depth_as')}: {model.description}, which has one form; leave it out"
+        )
+
+
 def _check_only_masked(model: Model, asked: RunOptions) -> None:
     """Refuse to draw a part of a picture where no mask says which, or another picture is whole."""
     if asked.only_masked is not None and asked.only_masked < 0:

@@ -31,12 +31,14 @@ from mlxdiff.run.additions.control import Control, resolve_controls
 from mlxdiff.run.additions.ip_adapter import ImagePrompt, resolve_image_prompts
 from mlxdiff.run.additions.judge import judge_of
 from mlxdiff.run.additions.lora import few_step_of
+from mlxdiff.run.additions.map_maker import check_makers
 from mlxdiff.run.aspect import with_aspect
 from mlxdiff.run.habits import note_habits, note_seed
 from mlxdiff.run.model import Model
 from mlxdiff.run.options import RunOptions, ValueOptions
 from mlxdiff.run.rules import (
     check,
+    check_map,
     check_parts,
     check_upscaler,
     checked_interval,
@@ -78,6 +80,7 @@ class Settings(ValueOptions):
         image_prompts: the pictures of each IP-Adapter.
         refined: whether there is a refiner.
         best_of: pictures that are drawn for each one that is kept.
+        processed: (height, width) in which a model that makes maps looks at the image; else None.
     """
 
     prompt: str
@@ -97,6 +100,17 @@ class Settings(ValueOptions):
     image_prompts: tuple[ImagePrompt, ...] = ()
     refined: bool = False
     best_of: int = 1
+    processed: tuple[int, int] | None = None
+
+    @property
+    def drawn(self) -> tuple[int, int]:
+        """(height, width) in pixels of what the U-Net draws."""
+        return self.processed or (self.height, self.width)
+
+    @property
+    def group(self) -> int:
+        """Pictures that are drawn for each one of the result: of the best, or joined."""
+        return self.best_of * self.ensemble
 
     @property
     def evaluations(self) -> int:
@@ -248,9 +262,12 @@ def resolve(
         raise UsageError(
             f"{argument('best_of')}: there is no judge; give one ({argument('judge')})"
         )
-    seeds = pick_seeds(asked.seed, asked.count * asked.best_of, asked.vary)
+    group = asked.best_of * asked.ensemble
+    seeds = pick_seeds(asked.seed, asked.count * group, asked.vary)
     asked = with_aspect(model, asked)
-    if model.lacks("text"):
+    if model.maps is not None:
+        settings, plans = _resolve_map(model, asked)
+    elif model.lacks("text"):
         settings, plans = _resolve_pixels(model, asked)
     else:
         settings, plans = _resolve_text(model, refiner, asked)
@@ -290,6 +307,41 @@ def _resolve_pixels(model: Model, asked: RunOptions) -> tuple[Settings, tuple[sa
         sampler=sampler,
     )
     return settings, make_plans(settings, model)
+
+
+def _resolve_map(model: Any, asked: RunOptions) -> tuple[Settings, tuple[samplers.Plan, ...]]:
+    """Settings of a model that makes maps (``run.map_model``)."""
+    # As for a model that draws pixels.
+    guidance = None if (asked.guidance or 0.0) <= 1.0 else asked.guidance
+    asked = replace(asked, prompt=asked.prompt or None, guidance=guidance)
+    check_parts(model, None, asked)
+    check_map(model, asked)
+    pixels = load_image(asked.image)
+    rows, columns = pixels.shape[:2]
+    width = columns if asked.width is None else asked.width
+    height = rows if asked.height is None else asked.height
+    model.check_size(width=width, height=height)
+    resolution = asked.processing_resolution
+    resolution = model.default_resolution if resolution is None else resolution
+    sampler = model.default_sampler if asked.sampler == "auto" else asked.sampler
+    depth_as = asked.depth_as or "grey" if model.maps == "depth" else None
+    settings = _settings(
+        asked,
+        prompt="",
+        width=width,
+        height=height,
+        steps=model.default_steps(sampler) if asked.steps is None else asked.steps,
+        guidance=1.0,
+        sampler=sampler,
+        image=pixels,
+        image_name=_named(asked.image),
+        processing_resolution=resolution,
+        processed=model.processed_size(rows, columns, resolution),
+        depth_as=depth_as,
+    )
+    plans = make_plans(settings, model)
+    _check_step_noise(settings, plans)
+    return settings, plans
 
 
 def _resolve_text(
@@ -332,6 +384,7 @@ def _resolve_text(
         control_preprocess=asked.control_preprocess,
         control_mode=asked.control_mode,
     )
+    check_makers(model, [control.preprocess for control in controls[0]])
     start, end = asked.denoising_start, asked.denoising_end
     if refiner is not None:
         end = DEFAULT_SPLIT if end is None else end
@@ -499,7 +552,7 @@ def _check_noise(
     """The noise that was given, if it fits the run."""
     if noise is None:
         return None
-    expected = count, *model.latent_shape(settings.height, settings.width)
+    expected = count, *model.latent_shape(*settings.drawn)
     try:
         noise = np.asarray(noise, np.float32)
     except (TypeError, ValueError, OverflowError):

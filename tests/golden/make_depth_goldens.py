@@ -99,9 +99,7 @@ def make_model(name: str, folder: Path) -> None:
     """The files in which a model differs from its base: U-Net, scheduler, pipeline class."""
     depth = name == "sd2-depth"
     number = 300 + list(KINDS).index(name)
-    unet = make_unet(
-        number, 64, in_channels=5 if depth else 8, use_linear_projection=True, **SD1
-    )
+    unet = make_unet(number, 64, in_channels=5 if depth else 8, use_linear_projection=True, **SD1)
     unet.to(torch.float16).save_pretrained(folder / "unet")
     (folder / "scheduler").mkdir(parents=True)
     scheduler = SCHEDULERS[name]
@@ -159,8 +157,8 @@ def run_depth(arguments: dict[str, Any], seed: int) -> Drawn:
     return draw(pipe, arguments["prompt"], **given)
 
 
-def run_map(name: str, arguments: dict[str, Any]) -> dict[str, np.ndarray]:
-    """What a Marigold pipeline makes of a picture."""
+def run_map(name: str, arguments: dict[str, Any], painted: bool) -> dict[str, np.ndarray]:
+    """What a Marigold pipeline makes of a picture, and how diffusers paints it."""
     pipe = prepare(opened(name), arguments)
     (image,) = pictures(photo, [arguments["image"]])
     count = arguments.get("ensemble", 1)
@@ -175,6 +173,8 @@ def run_map(name: str, arguments: dict[str, Any]) -> dict[str, np.ndarray]:
     )
     found = {"map": out.prediction, "latents": out.latent.permute(0, 2, 3, 1).numpy()}
     processor = pipe.image_processor
+    if not painted:
+        return found
     if name == "marigold-depth":
         # export_depth_to_16bit_png, which asks Pillow 13 for a mode that it no longer takes.
         found["grey"] = (out.prediction[0, ..., 0] * (2**16 - 1)).astype(np.uint16)
@@ -202,7 +202,7 @@ def main(names: list[str]) -> None:
         arrays = {
             f"{label}/{key}": value
             for label, arguments in PICTURES[name].items()
-            for key, value in run_map(name, arguments).items()
+            for key, value in run_map(name, arguments, label == "plain").items()
         }
         for label in PICTURES[name]:
             values = arrays[f"{label}/map"]

@@ -23,7 +23,7 @@ from mlxdiff.convert import Component
 from mlxdiff.errors import UsageError, argument
 from mlxdiff.pictures.control_modes import MODES
 from mlxdiff.pictures.image import load_image, resize
-from mlxdiff.pictures.preprocess import PREPROCESSORS
+from mlxdiff.pictures.preprocess import MAPS, PREPROCESSORS
 from mlxdiff.run.additions import Addition, named
 from mlxdiff.run.values import listed
 
@@ -39,7 +39,9 @@ class Control:
         image_name: the name of its file, or "(pixels)".
         scale: factor of everything that is added.
         start, end: the addition acts between these shares of the run, 0 to 1.
-        preprocess: how the image was preprocessed: a name of ``preprocess.PREPROCESSORS``.
+        preprocess: how the image was preprocessed: a name of ``preprocess.PREPROCESSORS`` or
+            ``preprocess.MAPS``.
+        original: the picture that a map is still to be made of, uint8 (H, W, 3); else None.
         mode: type of the image, for a ControlNet-Union: a name of ``control_modes.MODES``.
     """
 
@@ -50,6 +52,7 @@ class Control:
     end: float = 1.0
     preprocess: str = "none"
     mode: str | None = None
+    original: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     @property
     def type(self) -> int | None:
@@ -209,13 +212,14 @@ def resolve_controls(
     return [
         tuple(
             Control(
-                image=PREPROCESSORS[kind](resize(pixels, width, height)),
+                image=PREPROCESSORS.get(kind, _later)(resize(pixels, width, height)),
                 image_name=_name_of(image),
                 scale=scale,
                 start=start,
                 end=end,
                 preprocess=kind,
                 mode=mode,
+                original=pixels if kind in MAPS else None,
             )
             for image, pixels, scale, start, end, kind, mode in zip(
                 images, opened, scales, starts, ends, kinds, modes, strict=True
@@ -223,6 +227,10 @@ def resolve_controls(
         )
         for width, height in sizes
     ]
+
+
+def _later(pixels: np.ndarray) -> np.ndarray:
+    return pixels
 
 
 def check_multiple(factor: int, width: int, height: int, noun: str) -> None:
