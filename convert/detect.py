@@ -105,7 +105,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     (r"lllite_.+", "a ControlNet-LLLite"),
     *((rf"(?:.+\.)?(?:{names})(?:\..+)?", f"{PEFT_FORM} {form}") for form, names in _PEFT_FORMS),
     (
-        r"(?:.*[._])?lora_(?:up|down|mid|A|B)(?:\..+)?|.+\.lora\.(?:up|down)\..+|lora_.+\.alpha"
+        r"(?:.*[._])?lora_(?:up|down|mid|A|B)(?:\..+)?|.+[._]lora\.(?:up|down)\..+|lora_.+\.alpha"
         r"|(?:unet|text_encoder):\d+:(?:up|down)",
         "a LoRA",
     ),
@@ -130,7 +130,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         "a ControlNet",
     ),
     (r"(?:adapter\.)?body\.\d+\.(?:resnets|body\.\d+|block1)\..+", "a T2I-Adapter"),
-    (r".*\.motion_modules\..+", "an AnimateDiff motion module"),
+    (r".*\.motion_modules\..+", "an AnimateDiff motion adapter"),
     (
         r".+\.(?:time_stack|time_mixer)\..+|.+\.temporal_transformer_blocks\..+",
         "a video model (Stable Video Diffusion)",

@@ -182,6 +182,7 @@ def load(asked: LoadOptions) -> Pipeline:
 ADDITIONS = (
     "style_file",
     "vae",
+    "motion_adapter",
     "controlnets",
     "t2i_adapters",
     "map_models",
@@ -211,6 +212,8 @@ def add(pipe: Pipeline, asked: LoadOptions, names: Collection[str] = ADDITIONS) 
         pipe.styles = read_styles(asked.style_file)
     if "vae" in names:
         pipe.set_vae(asked.vae, progress=progress)
+    if "motion_adapter" in names:
+        pipe.set_motion_adapter(asked.motion_adapter, variant=variant, progress=progress)
     if "controlnets" in names:
         pipe.set_controlnets(asked.controlnets, variant=variant, progress=progress)
     if "t2i_adapters" in names:

@@ -31,6 +31,7 @@ from mlxdiff.run.additions.ip_adapter import IPAdapter
 from mlxdiff.run.additions.judge import PictureJudge
 from mlxdiff.run.additions.lora import LoRA, asked_for, few_step_of, open_few_step
 from mlxdiff.run.additions.map_maker import MapMaker, makers_of
+from mlxdiff.run.additions.motion import Motion
 from mlxdiff.run.additions.refiner import Refiner, refiner_of
 from mlxdiff.run.additions.t2i_adapter import T2IAdapter
 from mlxdiff.run.additions.upscaler import HiresUpscaler, Upscaler, upscaler_of
@@ -155,6 +156,24 @@ class Pipeline:
         vae = make(LoadOptions, {"vae": vae}).vae
         fetch = Fetch(progress=progress)
         self._set(AnotherVAE, [] if vae is None else [vae], partial(AnotherVAE.open, fetch=fetch))
+
+    def set_motion_adapter(
+        self,
+        motion_adapter: AnyPath | None,
+        *,
+        variant: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Draw videos with this motion adapter; None: draw pictures.
+
+        Args:
+            motion_adapter, variant, progress: as ``load`` takes them.
+        Raises: UsageError, CheckpointError, ConfigError, HubError.
+        """
+        motion_adapter = make(LoadOptions, {"motion_adapter": motion_adapter}).motion_adapter
+        fetch = Fetch(variant, progress)
+        given = [] if motion_adapter is None else [motion_adapter]
+        self._set(Motion, given, partial(Motion.open, fetch=fetch))
 
     def set_controlnets(
         self,
@@ -390,6 +409,11 @@ class Pipeline:
         opened = tuple(open_all(given, self.model))
         with turn():
             additions = self.model.additions.replaced(kind, opened)
+            if kind.adds_layers:
+                bare = self.model.with_additions(additions.replaced(LoRA, ()))
+                loras = LoRA.matched_again(additions.of(LoRA), bare)
+                additions = additions.replaced(LoRA, loras)
+                self._prompt_loras.clear()
             words = additions.of(WordVectors)
             refiners = [one.with_words(words) for one in additions.of(Refiner)]
             self.model = self.model.with_additions(additions.replaced(Refiner, refiners))

@@ -209,6 +209,7 @@ class Sizes:
         batch: how many at once: 2 for a U-Net under guidance.
         tokens: length of a text.
         encode: a VAE's encoder, in place of its decoder.
+        frames: of each video, for a U-Net with motion modules.
     """
 
     array: Callable[..., Array]
@@ -217,6 +218,7 @@ class Sizes:
     batch: int
     tokens: int
     encode: bool
+    frames: int = 1
 
 
 class Module:

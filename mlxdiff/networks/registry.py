@@ -16,6 +16,7 @@ from mlxdiff.networks.config import (
     ControlNetConfig,
     IPAdapterConfig,
     LLLiteConfig,
+    MotionAdapterConfig,
     RRDBNetConfig,
     T2IAdapterConfig,
     UNet2DConditionConfig,
@@ -25,6 +26,7 @@ from mlxdiff.networks.controlnet import ControlNetModel
 from mlxdiff.networks.ip_adapter import IPAdapterModel
 from mlxdiff.networks.layers import Layers, Module
 from mlxdiff.networks.lllite import LLLiteModel
+from mlxdiff.networks.motion import MotionAdapterModel
 from mlxdiff.networks.t2i_adapter import T2IAdapterModel
 from mlxdiff.networks.taesd import AutoencoderTiny
 from mlxdiff.networks.unet import UNet2DConditionModel
@@ -39,6 +41,7 @@ NETWORKS: dict[type[ComponentConfig], Callable[..., Module]] = {
     UNet2DConfig: UNet2DModel,
     ControlNetConfig: ControlNetModel,
     LLLiteConfig: LLLiteModel,
+    MotionAdapterConfig: MotionAdapterModel,
     T2IAdapterConfig: T2IAdapterModel,
     IPAdapterConfig: IPAdapterModel,
     AutoencoderKLConfig: AutoencoderKL,

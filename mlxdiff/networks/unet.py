@@ -16,38 +16,17 @@ from mlxdiff.errors import UsageError
 from mlxdiff.networks.blocks import (
     Attention,
     Downsample2D,
+    FeedForward,
     ResnetBlock2D,
     TimestepEmbedding,
     Upsample2D,
 )
-from mlxdiff.networks.condition import Condition
+from mlxdiff.networks.condition import Condition, Frames
 from mlxdiff.networks.config import BlockSpec, UNet2DConditionConfig, UNetConfig
 from mlxdiff.networks.layers import Array, Layers, Module, Sizes
+from mlxdiff.networks.motion import MotionModule
 
 ALL, ALL_BUT_LAST, LAST = slice(None), slice(-1), slice(-1, None)  # layers of a block
-
-
-class GEGLU(Module):
-    """One half of a linear map, gated by the gelu of the other (Shazeer 2020)."""
-
-    def __init__(self, nn: Layers, dim_in: int, dim_out: int) -> None:
-        super().__init__(nn)
-        self.proj = nn.Linear(dim_in, 2 * dim_out)
-
-    def __call__(self, x: Array) -> Array:
-        return self.nn.geglu(self.proj(x))
-
-
-class FeedForward(Module):
-    """GEGLU to four times the width and back."""
-
-    def __init__(self, nn: Layers, dim: int) -> None:
-        super().__init__(nn)
-        # The second entry is dropout's place in the parameter names: net.0.proj, net.2.
-        self.net = [GEGLU(nn, dim, 4 * dim), nn.Module(), nn.Linear(4 * dim, dim)]
-
-    def __call__(self, x: Array) -> Array:
-        return self.net[2](self.net[0](x))
 
 
 class BasicTransformerBlock(Module):
@@ -77,10 +56,12 @@ class BasicTransformerBlock(Module):
 
     def __call__(self, x: Array, encoder_hidden_states: Condition, shape: tuple[int, ...]) -> Array:
         context = encoder_hidden_states if self.only_cross_attention else None
-        batch, text = shape[0], encoder_hidden_states
+        text = encoder_hidden_states
+        batch = shape[0] // text.frames.count  # the frames of a video share their text
         change = text.change(self)
         if change is None:
-            x = x + self.attn1(self.norm1(x), context, batch, text)
+            own = shape[0] if context is None else batch
+            x = x + self.attn1(self.norm1(x), context, own, text)
         elif change.skips:
             return x
         else:
@@ -136,6 +117,7 @@ class DownBlock2D(Module):
     def __init__(self, nn: Layers, block: BlockSpec, config: UNetConfig) -> None:
         super().__init__(nn)
         self.resnets = _resnets(nn, block, config)
+        self.motion_modules = _motion_modules(nn, block)
         self.downsamplers = _downsamplers(nn, block, config)
 
     def __call__(
@@ -146,8 +128,8 @@ class DownBlock2D(Module):
         skips: list[Array],
         feature: Array | None = None,
     ) -> Array:
-        for resnet in self.resnets:
-            x = resnet(x, temb)
+        for i, resnet in enumerate(self.resnets):
+            x = _moved(self, i, resnet(x, temb), encoder_hidden_states)
             skips.append(x)
         for downsampler in self.downsamplers:
             x = downsampler(x)
@@ -168,6 +150,7 @@ class CrossAttnDownBlock2D(Module):
         super().__init__(nn)
         self.resnets = _resnets(nn, block, config)
         self.attentions: list[Any] = _transformers(nn, block, config)
+        self.motion_modules = _motion_modules(nn, block)
         self.downsamplers = _downsamplers(nn, block, config)
 
     def __call__(
@@ -178,8 +161,9 @@ class CrossAttnDownBlock2D(Module):
         skips: list[Array],
         feature: Array | None = None,
     ) -> Array:
-        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+        for i, (resnet, attention) in enumerate(zip(self.resnets, self.attentions, strict=True)):
             x = attention(resnet(x, temb), encoder_hidden_states)
+            x = _moved(self, i, x, encoder_hidden_states)
             skips.append(x)
         if feature is not None:
             skips[-1] = x = x + feature
@@ -209,13 +193,23 @@ class UNetMidBlock2DCrossAttn(Module):
         super().__init__(nn)
         self.resnets = _resnets(nn, block, config)
         self.attentions: list[Any] = _transformers(nn, block, config)
+        self.motion_modules = _motion_modules(nn, block)
 
     def __call__(self, x: Array, temb: Condition, encoder_hidden_states: Condition | None) -> Array:
         first, *rest = self.resnets
         x = first(x, temb)
-        for attention, resnet in zip(self.attentions, rest, strict=True):
-            x = resnet(attention(x, encoder_hidden_states), temb)
+        for i, (attention, resnet) in enumerate(zip(self.attentions, rest, strict=True)):
+            x = attention(x, encoder_hidden_states)
+            x = resnet(_moved(self, i, x, encoder_hidden_states), temb)
         return x
+
+
+def _moved(block: Module, index: int, x: Array, text: Condition | None) -> Array:
+    """The output of a layer after its motion module, where the block has them."""
+    if not block.motion_modules or text is None:
+        return x
+    moved: Array = block.motion_modules[index](x, text.frames)
+    return moved
 
 
 def _joined(block: Module, x: Array, skip: Array, text: Condition | None) -> Array:
@@ -241,6 +235,7 @@ class UpBlock2D(Module):
     def __init__(self, nn: Layers, block: BlockSpec, config: UNetConfig) -> None:
         super().__init__(nn)
         self.resnets = _resnets(nn, block, config)
+        self.motion_modules = _motion_modules(nn, block)
         self.upsamplers = _upsamplers(nn, block)
 
     def __call__(
@@ -251,8 +246,9 @@ class UpBlock2D(Module):
         skips: list[Array],
         layers: slice = ALL,
     ) -> Array:
-        for resnet in self.resnets[layers]:
-            x = resnet(_joined(self, x, skips.pop(), encoder_hidden_states), temb)
+        for i in range(len(self.resnets))[layers]:
+            x = self.resnets[i](_joined(self, x, skips.pop(), encoder_hidden_states), temb)
+            x = _moved(self, i, x, encoder_hidden_states)
         for upsampler in self.upsamplers if layers.stop is None else []:
             x = upsampler(x, skips[-1].shape[1:3])
         return x
@@ -268,6 +264,7 @@ class CrossAttnUpBlock2D(Module):
         super().__init__(nn)
         self.resnets = _resnets(nn, block, config)
         self.attentions: list[Any] = _transformers(nn, block, config)
+        self.motion_modules = _motion_modules(nn, block)
         self.upsamplers = _upsamplers(nn, block)
 
     def __call__(
@@ -278,9 +275,10 @@ class CrossAttnUpBlock2D(Module):
         skips: list[Array],
         layers: slice = ALL,
     ) -> Array:
-        for resnet, attention in zip(self.resnets[layers], self.attentions[layers], strict=True):
-            x = resnet(_joined(self, x, skips.pop(), encoder_hidden_states), temb)
-            x = attention(x, encoder_hidden_states)
+        for i in range(len(self.resnets))[layers]:
+            x = self.resnets[i](_joined(self, x, skips.pop(), encoder_hidden_states), temb)
+            x = self.attentions[i](x, encoder_hidden_states)
+            x = _moved(self, i, x, encoder_hidden_states)
         for upsampler in self.upsamplers if layers.stop is None else []:
             x = upsampler(x, skips[-1].shape[1:3])
         return x
@@ -437,9 +435,12 @@ class UNet2DConditionModel(UNetEncoder):
         return self.predict(sample, Condition(temb), text, deep, residuals, features)
 
     def run_once(self, sizes: Sizes) -> Array:
-        sample = sizes.array(sizes.batch, sizes.height, sizes.width, self.config.in_channels)
+        rows = sizes.batch * sizes.frames
+        sample = sizes.array(rows, sizes.height, sizes.width, self.config.in_channels)
         text = sizes.array(sizes.batch, sizes.tokens, self.config.cross_attention_dim[0])
-        return self(sample, sizes.array(sizes.batch), text, **self.conditions(sizes))
+        temb = Condition(self.embed(sizes.array(sizes.batch), **self.conditions(sizes)))
+        frames = Frames(sizes.frames)
+        return self.predict(sample, temb.of_video(frames), self.read(text).of_video(frames))
 
     def absorb(self, texts: Sequence[Condition]) -> None:
         """Make the keys and values of these texts, then drop the weights that make them.
@@ -535,6 +536,14 @@ def _resnets(nn: Layers, block: BlockSpec, config: UNetConfig) -> list[ResnetBlo
 
 def _transformers(nn: Layers, block: BlockSpec, config: Any) -> list[Transformer2DModel]:
     return [Transformer2DModel(nn, block, layers, config) for layers in block.transformer_layers]
+
+
+def _motion_modules(nn: Layers, block: BlockSpec) -> list[MotionModule]:
+    motion = block.motion
+    if motion is None:
+        return []
+    width = block.out_channels
+    return [MotionModule(nn, width, layers, motion) for layers in motion.layers]
 
 
 def _downsamplers(nn: Layers, block: BlockSpec, config: UNetConfig) -> list[Downsample2D]:

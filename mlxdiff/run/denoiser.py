@@ -16,6 +16,7 @@ import numpy as np
 
 from mlxdiff.networks.condition import Condition
 from mlxdiff.networks.perturbation import Blur, FreeU, Identity, Skip, blocks_named
+from mlxdiff.run import video
 from mlxdiff.run.additions import Added, Prompted
 from mlxdiff.run.composition import Merge, by_regions, by_weights
 from mlxdiff.run.model import Model, PromptEmbeddings
@@ -157,7 +158,8 @@ class Denoiser:
         self.picture_first = model.maps is not None
         self.batch = settings.batch(model)
         states = self._both(text.negative_prompt_embeds, text.prompt_embeds)
-        self.text = self.unet.read(states)
+        self.frames = video.frames_of(settings)
+        self.text = self.unet.read(states).of_video(self.frames)
         if settings.freeu is not None:
             self.text = self.text.changed(_freeu(self.unet, settings.freeu))
         self.guider = settings.guiding
@@ -224,7 +226,7 @@ class Denoiser:
             sample = self.backend.concatenate([blank, sample, sample], 0)
         elif guided:
             sample = self.backend.concatenate([sample, sample], 0)
-        temb, text = self.times.at(evaluation.index), self.text
+        temb, text = self.times.at(evaluation.index).of_video(self.frames), self.text
         if self.guided and not guided:  # the prompt alone
             last = self.batch - 1, self.batch
             temb, text = temb.rows(*last), text.rows(*last)
@@ -234,7 +236,7 @@ class Denoiser:
         if added.changes:
             text = text.changing(added.changes)
         whole = not deep
-        out = self.unet.predict(sample, temb, text, deep, added.residuals, added.features or ())
+        out = self._predict(sample, temb, text, deep, added.residuals, added.features or ())
         if whole and self.settings.feature_reuse_error is not None:
             self._measure(evaluation, sample, temb, text, old, added, out)
         if self.reuse is not None and evaluation.index == evaluation.total - 1:
@@ -280,11 +282,20 @@ class Denoiser:
         if not guider.acts(evaluation.index, evaluation.total):
             return None
         last = len(sample) - 1, len(sample)
-        residuals = added.residuals and [one[-1:] for one in added.residuals]
+        frames = self.frames.count
+        residuals = added.residuals and [one[-frames:] for one in added.residuals]
         features = [one[-1:] for one in added.features or ()]
         text = self.weakened.changing(added.changes) if added.changes else self.weakened
-        weakened = self.unet.predict(sample[-1:], temb.rows(*last), text, None, residuals, features)
+        weakened = self._predict(sample[-1:], temb.rows(*last), text, None, residuals, features)
         return guider.scale * (cond - weakened)
+
+    def _predict(self, sample: Any, temb: Condition, *conditions: Any) -> Any:
+        """The U-Net's output, (B, rows, w, C'); the frames of a video are its samples."""
+        batch, rows, width, channels = sample.shape
+        count = self.frames.count
+        samples = sample.reshape(batch * count, rows // count, width, channels)
+        out = self.unet.predict(samples, temb, *conditions)
+        return out.reshape(batch, rows, width, -1)
 
     def _within(self, evaluation: Evaluation) -> bool:
         """Return True if there is guidance in this evaluation."""
@@ -296,6 +307,8 @@ class Denoiser:
     def _added(self, x: Any, evaluation: Evaluation, guided: bool, shallow: bool) -> Added:
         """Sum what the additions add inside the U-Net."""
         index, total = evaluation.index, evaluation.total
+        _, rows, width, channels = x.shape
+        x = x.reshape(self.frames.count, rows // self.frames.count, width, channels)
         made = (acting(x, evaluation.t, index, total, guided, shallow) for acting in self.acting)
         return sum((one for one in made if one is not None), Added())
 
@@ -338,7 +351,7 @@ class Denoiser:
         reuse, error = self._reuse(evaluation), None
         if evaluation.index > 0 and old and len(old[0]) >= len(sample):
             again = [features[-len(sample) :] for features in old]
-            shallow = self.unet.predict(
+            shallow = self._predict(
                 sample, temb, text, again, added.residuals, added.features or ()
             )
             off, guided = shallow - out, out

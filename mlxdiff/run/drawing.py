@@ -43,6 +43,7 @@ from mlxdiff.run.options import RunOptions
 from mlxdiff.run.progress import Watch
 from mlxdiff.run.seeds import Draws
 from mlxdiff.run.settings import PlannedRun, Settings, resolve, variation
+from mlxdiff.run.video import unstacked
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -62,7 +63,7 @@ class Step:
         picture: which picture of the run, from 0.
         seed: its seed.
         seconds: how long this evaluation took.
-        latents: (H/f, W/f, C) float32, after the step.
+        latents: (H/f, W/f, C) float32, after the step; of a video (F, H/f, W/f, C).
     """
 
     index: int
@@ -92,20 +93,21 @@ class Step:
 
     @property
     def denoised(self) -> np.ndarray:
-        """The model's estimate of the latents without noise: (H/f, W/f, C) float32."""
+        """The model's estimate of the latents without noise, of the shape of ``latents``."""
         with turn():
-            return self._denoised()
+            return self._denoised().reshape(self.latents.shape)
 
     def sketch(self) -> PIL.Image.Image:
         """A quick estimate of the finished picture: decoded if the VAE is a TAESD, else by a linear
-        map, one pixel for each latent."""
+        map, one pixel for each latent. Of a video it shows the frame in the middle."""
         with turn():
-            return self._model.sketch(self.denoised)
+            return self._model.sketch(_middle(self.denoised))
 
     def preview(self) -> PIL.Image.Image:
-        """The latents after this step, decoded: noisy until the last steps."""
+        """The latents after this step, decoded: noisy until the last steps. Of a video it shows
+        the frame in the middle."""
         with turn():
-            return self._model.decode(self.latents[None])[0]
+            return self._model.decode(_middle(self.latents)[None])[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,14 +116,16 @@ class Picture:
 
     Attributes:
         index: which picture of the run, from 0.
-        image: the picture.
-        latents: (H/f, W/f, C) float32, the final ones, scaled as the U-Net takes them.
+        image: the picture; of a video the first frame.
+        latents: (H/f, W/f, C) float32, the final ones, scaled as the U-Net takes them; of a video
+            (F, H/f, W/f, C).
         seed: its seed.
         metadata: how it was made (``chunks()`` gives the text chunks of a PNG).
         timings: see ``Result``; what several pictures share counts for the first of them.
         peak_memory: bytes that the process held at most so far, as the backend counts them.
         map: of a model that makes maps, (height, width, C) float32: depth 0 to 1, or normals
             (``pictures.maps``); else None.
+        frames: all frames of a video; () for a picture.
     """
 
     index: int
@@ -132,6 +136,7 @@ class Picture:
     timings: dict[str, Any]
     peak_memory: int
     map: np.ndarray | None = None
+    frames: tuple[PIL.Image.Image, ...] = ()
 
     def __repr__(self) -> str:
         width, height = self.image.size
@@ -143,8 +148,10 @@ class Result:
     """Finished pictures. Two results are equal if their pictures and metadata are.
 
     Attributes:
-        images: one for each seed.
-        latents: (B, H/f, W/f, C) float32, the final ones, scaled as the U-Net takes them.
+        images: one for each seed; of a video the first frame.
+        videos: the frames of the video of each seed; empty for pictures.
+        latents: (B, H/f, W/f, C) float32, the final ones, scaled as the U-Net takes them; of videos
+            (B, F, H/f, W/f, C).
         seeds: seed of each picture.
         settings: of the run, with every default filled in.
         metadata: of each picture (``chunks()`` gives the text chunks of a PNG).
@@ -163,6 +170,7 @@ class Result:
     timings: dict[str, Any]
     peak_memory: int
     maps: list[np.ndarray] = field(default_factory=list)
+    videos: list[list[PIL.Image.Image]] = field(default_factory=list)
 
     def __repr__(self) -> str:
         width, height = self.images[0].size
@@ -176,11 +184,15 @@ class Result:
         return (
             (self.seeds, self.metadata) == (other.seeds, other.metadata)
             and np.array_equal(self.latents, other.latents)
-            and all(map(_same_pixels, self.images, other.images))
+            and all(map(_same_pixels, self._pictures, other._pictures))
         )
 
     def __hash__(self) -> int:
         return hash((tuple(self.seeds), self.latents.shape))
+
+    @property
+    def _pictures(self) -> list[PIL.Image.Image]:
+        return [frame for video in self.videos for frame in video] or self.images
 
     def png(self, index: int = 0) -> bytes:
         """Return a picture as the bytes of a PNG file, with its settings in it.
@@ -365,6 +377,7 @@ class Run(Iterator[Step]):
             seeds=[one.seed for one in done],
             settings=self.settings,
             metadata=[one.metadata for one in done],
+            videos=[list(one.frames) for one in done if one.frames],
             timings=_sum(one.timings for one in done),
             peak_memory=done[-1].peak_memory,
             maps=[one.map for one in done if one.map is not None],
@@ -482,12 +495,16 @@ class _Work:
                 self._choose(index)
                 continue
             with self.turn("vae"), seamless(planned.settings.seamless):
-                settings = planned.settings
-                image, values = self._made_of(latents)
+                settings, frames = planned.settings, []
+                values: np.ndarray | None = None
+                for one in latents if settings.frames is not None else latents[None]:
+                    image, values = self._made_of(one)
+                    frames.append(image)
+                    model.backend.clear_cache()
+                image = frames[0]
                 pastes = settings.paste_original or settings.only_masked is not None
                 if canvas is not None and pastes:
                     image = canvas.paste_original(image)
-                model.backend.clear_cache()
             picture = Picture(
                 index=index // planned.settings.group,
                 image=image,
@@ -497,6 +514,7 @@ class _Work:
                 timings=self.timings,
                 peak_memory=model.backend.peak_memory(),
                 map=values,
+                frames=() if settings.frames is None else tuple(frames),
             )
             self._rivals.append((index, picture))
             self.drawn.popleft()
@@ -625,7 +643,7 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
         given = None if run.noise is None else run.noise[picture][None]
         x: Any = None  # after the last step
         for part, stage in enumerate(stages):
-            shape = model.latent_shape(*stage.settings.drawn)
+            shape = stage.settings.latent_shape(model)
             denoise = None
             if part not in denoisers and stage.model.low_memory:
                 denoisers.clear()
@@ -646,6 +664,8 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
             for x, latents, clean, elapsed in each_in_turn(steps):  # noqa: B007 - x is used later
                 work.timings["steps"].append(elapsed)
                 _require_finite(latents, index, total, backend.dtype)
+                if settings.frames is not None:
+                    latents = unstacked(latents, settings.frames)
                 if index == total - 1:
                     work.finish(picture, latents)
                 work.watch.advance(elapsed)
@@ -669,6 +689,11 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
             denoisers.clear()
         work.decode()
         yield None
+
+
+def _middle(latents: np.ndarray) -> np.ndarray:
+    """The frame in the middle of (F, h, w, C); (h, w, C) as it is."""
+    return latents[len(latents) // 2] if latents.ndim == 4 else latents
 
 
 def _evaluations(
@@ -736,7 +761,7 @@ def _motion(stage: Stage, seed: int) -> BrownianMotion | None:
     plan, settings = stage.plan, stage.settings
     if plan.interval is None or not plan.draws or not settings.is_brownian(plan):
         return None
-    shape = stage.model.latent_shape(*settings.drawn)
+    shape = settings.latent_shape(stage.model)
     source = SOURCES[settings.sampler_rng or settings.rng]
     return BrownianMotion(plan.interval, seed % 2**64, lambda own: draw_noise(source(own), shape))
 

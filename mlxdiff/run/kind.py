@@ -76,6 +76,7 @@ class Kind(ABC):
         takes_depth: the U-Net sees a depth map beside the latents (stable-diffusion-2-depth).
         maps: what it makes of a picture, in place of another picture: "depth" or "normals".
         takes_scaled_picture: a model that edits sees the picture's latents scaled (CosXL Edit).
+        draws_video: the U-Net has motion modules.
     """
 
     source: ModelSource
@@ -94,6 +95,7 @@ class Kind(ABC):
     takes_depth: bool = False
     takes_scaled_picture: bool = False
     maps: str | None = None
+    draws_video: bool = False
 
     @abstractmethod
     def lacks(self, part: str) -> Reason:
@@ -101,9 +103,9 @@ class Kind(ABC):
 
         Args:
             part: "text", "prompt_2", "sdxl", "target_size", "aesthetic_score", "image", "mask",
-                "edits", "upscales", "depth", "maps", "threshold", "label", "hires", or an addition:
-                "controlnet", "t2i_adapter", "ip_adapter", "lora", "embedding", "vae", "refiner",
-                "upscaler", "judge".
+                "edits", "upscales", "depth", "maps", "threshold", "label", "hires", "video", or an
+                addition: "controlnet", "t2i_adapter", "ip_adapter", "lora", "embedding", "vae",
+                "refiner", "upscaler", "judge", "motion".
         Raises: KeyError for another word.
         """
 
@@ -185,6 +187,7 @@ class LatentKind(Kind):
 
     Args:
         vae: config of an added VAE; None: the model's own.
+        unet: config of the U-Net with the layers that were added; None: as the model has it.
     Attributes:
         vae_config: config of the VAE that decodes.
         text_encoders: names of the text encoders, in order.
@@ -193,9 +196,14 @@ class LatentKind(Kind):
 
     unet_config: UNet2DConditionConfig
 
-    def __init__(self, source: ModelSource, vae: VAEConfig | None = None) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        vae: VAEConfig | None = None,
+        unet: UNet2DConditionConfig | None = None,
+    ) -> None:
         self.source = source
-        self.unet_config = unet = source.config("unet")
+        self.unet_config = unet = source.config("unet") if unet is None else unet
         self.vae_config: VAEConfig = source.config("vae") if vae is None else vae
         self.text_encoders = tuple(c for c in source.components if stage_of(c) == "text_encoder")
         index = source.model_index
@@ -214,6 +222,7 @@ class LatentKind(Kind):
         self.upscales = unet.in_channels == latent + 3 and unet.num_class_embeds is not None
         self.takes_depth = unet.in_channels == latent + 1 and not self.is_sdxl
         self.takes_scaled_picture = bool(index.get("is_cosxl_edit", False))
+        self.draws_video = unet.motion is not None
         if self.upscales:
             self.vae_config = replace(self.vae_config, scaling_factor=UPSCALER_SCALE)
 
@@ -525,6 +534,14 @@ _LATENT_PARTS: dict[str, tuple[Callable[[LatentKind], bool], str]] = {
         "{this}; draw with it first, and start a hires run of another model from the result "
         "({image})",
     ),
+    "motion": (
+        lambda kind: not kind.inpaints and _is_plain(kind),
+        "{this}; it cannot be combined with a motion adapter ({motion_adapter})",
+    ),
+    "video": (
+        lambda kind: kind.draws_video,
+        "this model draws pictures; to draw videos give a motion adapter ({motion_adapter})",
+    ),
     "controlnet": (
         _is_plain,
         "{this}; it cannot be combined with a ControlNet ({controlnets})",
@@ -548,6 +565,8 @@ _PIXEL_PARTS = dict.fromkeys(_LATENT_PARTS, "that") | {
     "embedding": "an embedding",
     "vae": "a VAE",
     "refiner": "a refiner",
+    "motion": "a motion adapter",
+    "video": "videos",
     "judge": "a judge, which compares a picture with a prompt",
 }
 

@@ -40,6 +40,7 @@ SECTIONS = (
     "From a picture",
     "Hires pass",
     "Control",
+    "Video",
     "SDXL",
     "Machine",
     "Many pictures",
@@ -72,6 +73,8 @@ Scale = Annotated[float, values.Number(least=0)]
 Share = Annotated[float, values.Number(least=0, most=1)]
 Bound = Annotated[float, values.Number(least=1)]
 Size = Annotated[tuple[int, int], values.Numbers("HxW", values.Whole(least=0))]
+Frames = Annotated[int, values.Whole(1, 1024)]
+Fps = Annotated[float, values.Number(least=0.1, most=100)]
 Quality = Annotated[int, values.Whole(1, 100)]
 Words = Annotated[Sequence[str], values.Each(values.Text())]
 ProgressForm = Annotated[str, values.Choice(("bar", "none", "json"))]
@@ -139,6 +142,7 @@ _upscaler = partial(option, section="Hires pass", part="upscaler")
 _control = partial(option, section="Control", part="controlnet")
 _shown = partial(option, section="Control", part="ip_adapter")
 _sdxl = partial(option, section="SDXL", part="sdxl")
+_video = partial(option, section="Video", part="video")
 
 
 @dataclass(frozen=True)
@@ -456,6 +460,34 @@ class ValueOptions(Options):
         default=False,
         help="Let ControlNets lead: with guidance, they act only on the prediction for the "
         "prompt, so that the picture follows them even where the prompt is empty.",
+    )
+    frames: Frames | None = _video(
+        "--frames",
+        metavar="N",
+        help="With a motion adapter: frames of the video. Default: 16, or those of the --image.",
+        doc="with a motion adapter: frames of the video. None: 16, or those of the image.",
+        elsewhere="num_frames video_frames video_length",
+    )
+    fps: Fps | None = _video(
+        "--fps",
+        metavar="N",
+        help="With a motion adapter: frames a second in the file. Default: 8.",
+        doc="with a motion adapter: frames a second in the file. None: 8.",
+        elsewhere="frame_rate framerate",
+    )
+    context_length: Positive | None = _video(
+        "--context-length",
+        metavar="N",
+        help="With more frames than this, the motion modules see so many at a time (FreeNoise). "
+        "Default: 16.",
+        doc="with more frames than this, the motion modules see so many at a time (FreeNoise). "
+        "None: 16.",
+    )
+    context_stride: Positive | None = _video(
+        "--context-stride",
+        metavar="N",
+        help="Frames from the start of one such window to that of the next. Default: 4.",
+        doc="frames from the start of one such window to that of the next. None: 4.",
     )
     denoising_end: Share | None = _sdxl(
         "--denoising-end",
@@ -815,6 +847,15 @@ class LoadOptions(Options):
         doc="ControlNets made for this kind of model, each a folder, a file or a hub id; "
         "``generate`` then takes a control_image for each.",
         elsewhere="controlnet controlnet_path control_net",
+    )
+    motion_adapter: Place | None = _model(
+        "--motion-adapter",
+        key="motion_adapter",
+        part="motion",
+        help="Draw videos: a motion adapter (AnimateDiff): folder, file or hub id (docs/video.md).",
+        doc="a motion adapter (AnimateDiff), with which the model draws videos: a folder, a file "
+        "or a hub id.",
+        elsewhere="motion_module motion_modules",
     )
     t2i_adapters: Places = _model(
         "--t2i-adapter",

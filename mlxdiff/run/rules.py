@@ -7,6 +7,7 @@ the pictures. What a single value may be is said in ``options``.
 from __future__ import annotations
 
 from mlxdiff.errors import UsageError, argument
+from mlxdiff.run import video
 from mlxdiff.run.additions.upscaler import OPTIONS as UPSCALER_OPTIONS
 from mlxdiff.run.additions.upscaler import upscaler_of
 from mlxdiff.run.kind import Kind
@@ -24,6 +25,8 @@ def check(model: Model, refiner: Model | None, asked: RunOptions) -> None:
     _check_texts(asked)
     model.texts.check_clip_skip(asked.clip_skip)
     check_parts(model, refiner, asked)
+    if model.draws_video:
+        video.check(model, refiner, asked)
     _check_task(model, refiner, asked)
     if asked.paste_original and not repaints(asked):
         raise UsageError(f"{argument('paste_original')} needs {_area()}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from mlxdiff.noise import SOURCES, NoiseSource, framed, interpolated
+from mlxdiff.run import video
 from mlxdiff.run.model import ImageLatents, draw_noise
 from mlxdiff.run.settings import Settings
 
@@ -55,6 +56,10 @@ class Draws:
 
     def first(self, shape: Shape) -> np.ndarray:
         """Draw the first noise of a picture: (1, h, w, C)."""
+        frames = video.frames_of(self._settings)
+        if frames.context is not None:
+            noise = video.unstacked(self.next(shape), frames.count)
+            return video.stacked(video.shuffled(noise, frames, self._stream.permutation))
         if self._smaller is None or self._smaller == shape:
             return self._varied(self.next(shape))
         small = self._varied(draw_noise(self._new(self._seed), self._smaller))

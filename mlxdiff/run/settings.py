@@ -26,12 +26,13 @@ from mlxdiff.pictures.canvas import (
 from mlxdiff.pictures.hires import Hires, resolve_hires
 from mlxdiff.pictures.image import load_image, load_levels, resize
 from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
-from mlxdiff.run import composition
+from mlxdiff.run import composition, video
 from mlxdiff.run.additions.control import Control, resolve_controls
 from mlxdiff.run.additions.ip_adapter import ImagePrompt, resolve_image_prompts
 from mlxdiff.run.additions.judge import judge_of
 from mlxdiff.run.additions.lora import few_step_of
 from mlxdiff.run.additions.map_maker import check_makers
+from mlxdiff.run.additions.motion import SCHEDULE, motion_of
 from mlxdiff.run.aspect import with_aspect
 from mlxdiff.run.habits import note_habits, note_seed
 from mlxdiff.run.model import Model
@@ -81,6 +82,7 @@ class Settings(ValueOptions):
         refined: whether there is a refiner.
         best_of: pictures that are drawn for each one that is kept.
         processed: (height, width) in which a model that makes maps looks at the image; else None.
+        video: the video to start from, uint8 (frames, height, width, 3); else None.
     """
 
     prompt: str
@@ -101,6 +103,7 @@ class Settings(ValueOptions):
     refined: bool = False
     best_of: int = 1
     processed: tuple[int, int] | None = None
+    video: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     @property
     def drawn(self) -> tuple[int, int]:
@@ -116,6 +119,11 @@ class Settings(ValueOptions):
     def evaluations(self) -> int:
         """Evaluations of a whole run by A1111's count, on which prompt editing is based."""
         return self.steps * samplers.evaluations_per_step(self.sampler)
+
+    def latent_shape(self, model: Model) -> tuple[int, int, int]:
+        """(rows, columns, channels) of what is drawn; the frames of a video below each other."""
+        height, width, channels = model.latent_shape(*self.drawn)
+        return (self.frames or 1) * height, width, channels
 
     @property
     def encodes(self) -> bool:
@@ -348,7 +356,7 @@ def _resolve_text(
     model: Model, refiner: Model | None, asked: RunOptions
 ) -> tuple[Settings, tuple[samplers.Plan, ...]]:
     """Settings of a model that draws from text."""
-    asked = _in_few_steps(model, asked)
+    asked = _in_motion(model, _in_few_steps(model, asked))
     if asked.prompt is None:
         raise UsageError(
             'no prompt is given; say what to draw, such as "a red circle on a blue background"'
@@ -356,6 +364,7 @@ def _resolve_text(
     if asked.zoom_out is not None:
         asked = _zoomed_out(model, asked)
     check(model, refiner, asked)
+    drawn = video.resolve(model, asked, None) if model.draws_video else None
     interval = checked_interval(asked.guidance_interval)
     pixels = None if asked.image is None else load_image(asked.image)
     outpaint = None if asked.outpaint is None else check_borders(asked.outpaint)
@@ -403,6 +412,7 @@ def _resolve_text(
         hires=larger,
         controls=controls[0],
         hires_controls=() if larger is None else controls[1],
+        **(drawn._asdict() if drawn is not None else {}),
         image_prompts=resolve_image_prompts(len(model.ip_adapters), asked.ip_image, asked.ip_scale),
         # What has a meaning only beside a picture is filled in with it.
         strength=None,
@@ -474,6 +484,22 @@ def _in_few_steps(model: Model, asked: RunOptions) -> RunOptions:
         return asked
     eta = way.eta if asked.eta is None else asked.eta
     return replace(asked, sampler=way.sampler, schedule=way.schedule, eta=eta)
+
+
+def _in_motion(model: Model, asked: RunOptions) -> RunOptions:
+    """Fill in how the model's motion adapter is used, where nothing else is given."""
+    motion = motion_of(model.additions)
+    if motion is None:
+        return asked
+    way = motion.way
+    asked = replace(
+        asked,
+        steps=way.steps if asked.steps is None else asked.steps,
+        guidance=way.guidance if asked.guidance is None else asked.guidance,
+    )
+    if (asked.sampler, asked.schedule) != ("auto", "auto"):
+        return asked
+    return replace(asked, sampler=way.sampler, schedule=way.schedule)
 
 
 def _settings(asked: RunOptions, **resolved: Any) -> Settings:
@@ -552,16 +578,17 @@ def _check_noise(
     """The noise that was given, if it fits the run."""
     if noise is None:
         return None
-    expected = count, *model.latent_shape(*settings.drawn)
+    expected: tuple[int, ...] = count, *model.latent_shape(*settings.drawn)
+    if settings.frames is not None:
+        expected = count, settings.frames, *expected[1:]
     try:
         noise = np.asarray(noise, np.float32)
     except (TypeError, ValueError, OverflowError):
         raise UsageError(f"noise is {quoted(noise)}; expected an array of numbers") from None
     if noise.shape != expected:
-        raise UsageError(
-            f"noise has shape {noise.shape}; expected {expected} (pictures, H/f, W/f, C)"
-        )
-    return noise
+        form = "pictures, H/f, W/f, C" if settings.frames is None else "videos, F, H/f, W/f, C"
+        raise UsageError(f"noise has shape {noise.shape}; expected {expected} ({form})")
+    return noise.reshape(count, *settings.latent_shape(model))
 
 
 def _check_first_noise(settings: Settings, asked: RunOptions, model: Model) -> None:
@@ -682,8 +709,9 @@ def make_plans(
         and settings.canvas is None  # its pipelines do not inpaint; the general one does
         and samplers.takes_distilled_strength(source.scheduler_config, settings.sampler)
     )
+    process = SCHEDULE if model.draws_video else {}
     plan = samplers.plan(
-        source.scheduler_config | _thresholding(settings),
+        source.scheduler_config | process | _thresholding(settings),
         settings.sampler,
         settings.schedule,
         settings.steps,
