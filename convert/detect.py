@@ -12,7 +12,17 @@ from mlxdiff.errors import CheckpointError, ConfigError, argument
 from mlxdiff.machine.disk import read_json
 from mlxdiff.networks.config import ComponentConfig, UNet2DConfig
 from mlxdiff.store import catalogue
-from mlxdiff.store.folder import COMPONENTS, LOW_RES_SCHEDULER, TOKENIZERS
+from mlxdiff.store.folder import (
+    CC_PROJECTION,
+    COMPONENTS,
+    FEATURE_EXTRACTOR,
+    IMAGE_ENCODER,
+    IMAGE_NOISING_SCHEDULER,
+    IMAGE_NORMALIZER,
+    LOW_RES_SCHEDULER,
+    OWN_PARTS,
+    TOKENIZERS,
+)
 from mlxdiff.weights.tensors import LazyTensor, open_weights, shown
 
 PIPELINES = (
@@ -25,6 +35,9 @@ PIPELINES = (
     "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusionXLInpaintPipeline",
     "StableDiffusionXLInstructPix2PixPipeline",
+    "StableUnCLIPImg2ImgPipeline",
+    "StableDiffusionImageVariationPipeline",
+    "Zero1to3StableDiffusionPipeline",
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
     "DDPMPipeline",
@@ -33,13 +46,26 @@ PIPELINES = (
 )
 """Pipeline classes (``_class_name`` of model_index.json) whose weights can be opened."""
 
-_UPSCALE = "StableDiffusionUpscalePipeline"
+_WITHOUT_TEXT = ("StableDiffusionImageVariationPipeline", "Zero1to3StableDiffusionPipeline")
+"""Pipeline classes that read a picture in place of a text."""
 
+_UNCLIP = "use Stable unCLIP (StableUnCLIPImg2ImgPipeline)"
 _REFUSED_PIPELINES: dict[str, Callable[[], str]] = {
     "StableDiffusionLatentUpscalePipeline": lambda: (
         "the latent upscaler (sd-x2-latent-upscaler) has K-diffusion's U-Net, which is not "
         "supported; for a larger picture use the x4 upscaler "
         f"({argument('model', 'x4-upscaler')}) or {argument('hires', 2)}"
+    ),
+    "StableUnCLIPPipeline": lambda: (
+        "it makes the embedding of a picture from text, with Karlo's prior, which is not "
+        "supported; use its form that starts from a picture (StableUnCLIPImg2ImgPipeline, such as "
+        f"{argument('model', 'stabilityai/stable-diffusion-2-1-unclip')})"
+    ),
+    "UnCLIPPipeline": lambda: f"Karlo's U-Nets are not supported; {_UNCLIP}",
+    "UnCLIPImageVariationPipeline": lambda: f"Karlo's U-Nets are not supported; {_UNCLIP}",
+    "Zero123Pipeline": lambda: (
+        "this form of Zero-1-to-3 is not supported; use the one for diffusers' community pipeline "
+        f"({argument('model', 'kxic/zero123-xl')}), or the original file"
     ),
 }
 """Similar pipeline classes that are not supported -> reason and way out."""
@@ -50,6 +76,11 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "unet": ("UNet2DConditionModel", "UNet2DModel"),
     "vae": ("AutoencoderKL", "AutoencoderTiny"),
     LOW_RES_SCHEDULER: ("DDPMScheduler",),
+    IMAGE_ENCODER: ("CLIPVisionModelWithProjection",),
+    IMAGE_NORMALIZER: ("StableUnCLIPImageNormalizer",),
+    IMAGE_NOISING_SCHEDULER: ("DDPMScheduler",),
+    FEATURE_EXTRACTOR: ("CLIPImageProcessor", "CLIPFeatureExtractor", "CLIPImageProcessorPil"),
+    CC_PROJECTION: ("CCProjection",),
 }
 """Component -> supported classes."""
 
@@ -62,6 +93,9 @@ SKIPPED: dict[str, str] = {
     "image_encoder": "only IP-Adapters use one, and they have their own",
 }
 """Part that is not converted -> reason."""
+
+_ANYWHERE = ("text_encoder", "text_encoder_2", "unet", "vae", *TOKENIZERS, "scheduler")
+"""Parts that models of every pipeline class may have; ``OWN_PARTS`` has the others."""
 
 PEFT_FORM = "an adapter of PEFT's form"
 # PEFT's name of a form -> its parameters, of the forms that only PEFT has.
@@ -217,6 +251,7 @@ def check_model_index(index: Mapping[str, Any], path: Path) -> tuple[str, ...]:
         what = f"is a {pipeline}" if pipeline else "names no pipeline class in model_index.json"
         raise CheckpointError(f"{path}: {what}; supported: {', '.join(PIPELINES)}")
     notes = []
+    own = OWN_PARTS.get(str(pipeline), ())
     unet = index.get("unet")
     pixels = isinstance(unet, list) and unet[1:] == ["UNet2DModel"]
     # Entries that are not lists are pipeline settings, for example force_zeros_for_empty_prompt.
@@ -229,11 +264,10 @@ def check_model_index(index: Mapping[str, Any], path: Path) -> tuple[str, ...]:
         class_name = entry[1]
         if class_name is None:
             continue
-        if part in SKIPPED:
+        if part in SKIPPED and part not in own:
             notes.append(f"{part} omitted: {SKIPPED[part]}")
             continue
-        known = (*COMPONENTS, *TOKENIZERS, "scheduler")
-        if part not in known and (part, pipeline) != (LOW_RES_SCHEDULER, _UPSCALE):
+        if part not in (*_ANYWHERE, *own):
             raise CheckpointError(f"{path}: has an unsupported part: {part} ({class_name})")
         if class_name not in CLASSES.get(part, (class_name,)):
             raise CheckpointError(
@@ -246,12 +280,10 @@ def check_model_index(index: Mapping[str, Any], path: Path) -> tuple[str, ...]:
                 f"{path}: the folder {part} is missing; model_index.json names it"
             )
     present = {part for part, entry in parts.items() if entry[1] is not None}
-    needed = {"unet", "scheduler"}
-    if pipeline == _UPSCALE:
-        needed.add(LOW_RES_SCHEDULER)
+    needed = {"unet", "scheduler", *own}
     if not pixels:
         needed.add("vae")
-        if not present & {"text_encoder", "text_encoder_2"}:
+        if pipeline not in _WITHOUT_TEXT and not present & {"text_encoder", "text_encoder_2"}:
             needed.add("text_encoder")
     elif more := sorted(present - needed - set(SKIPPED)):
         raise CheckpointError(
@@ -263,7 +295,8 @@ def check_model_index(index: Mapping[str, Any], path: Path) -> tuple[str, ...]:
             needed.add(tokenizer)
     if missing := sorted(needed - present):
         raise CheckpointError(f"{path}: model_index.json has no {' and no '.join(missing)}")
-    check_not_quantized(path, {part: path / part for part in COMPONENTS if part in present})
+    used = present - (set(SKIPPED) - set(own))
+    check_not_quantized(path, {part: path / part for part in COMPONENTS if part in used})
     return tuple(notes)
 
 
@@ -272,14 +305,15 @@ def family(configs: Mapping[str, ComponentConfig]) -> str:
 
     A UNet2DModel means "ddpm". SDXL's U-Net has the text_time embedding; the refiner has no first
     text encoder. Of the others, version 2 has OpenCLIP's text encoder (gelu), version 1 OpenAI's
-    (quick_gelu).
+    (quick_gelu); without a text encoder the image encoder counts.
     """
     unet: Any = configs["unet"]
     if isinstance(unet, UNet2DConfig):
         return "ddpm"
     if unet.addition_embed_type == "text_time":
         return "sdxl" if "text_encoder" in configs else "sdxl-refiner"
-    text: Any = configs.get("text_encoder") or configs["text_encoder_2"]
+    encoders = (configs.get(name) for name in ("text_encoder", "text_encoder_2", IMAGE_ENCODER))
+    text: Any = next(one for one in encoders if one is not None)
     return "sd1" if text.hidden_act == "quick_gelu" else "sd2"
 
 

@@ -81,7 +81,7 @@ class Family:
         pipeline: class without "Pipeline", for example "StableDiffusion".
         index: settings in model_index.json.
         prediction: prediction type if the file does not give one.
-        low_res_scheduler: for an upscaler, see ModelSource.low_res_scheduler_config.
+        low_res_scheduler: for an upscaler, see ModelSource.image_noise_config.
     """
 
     name: str

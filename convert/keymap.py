@@ -115,6 +115,8 @@ DIFFUSERS: dict[str, Layout] = {
     "image_encoder": Layout(
         ignored=(Ignored(r"vision_model\.embeddings\.position_ids", _POSITIONS),)
     ),
+    "image_normalizer": Layout(),
+    "cc_projection": Layout(),
     "text_encoder": TRANSFORMERS_CLIP_TEXT,
     "text_encoder_2": TRANSFORMERS_CLIP_TEXT,
     "unet": DIFFUSERS_UNET,
@@ -159,6 +161,8 @@ def _ldm_down(config: UNet2DConditionConfig) -> dict[str, str]:
         "add_embedding.linear_1": "label_emb.0.0",
         "add_embedding.linear_2": "label_emb.0.2",
         "class_embedding": "label_emb",
+        "class_embedding.linear_1": "label_emb.0.0",
+        "class_embedding.linear_2": "label_emb.0.2",
         "mid_block.attentions.0": "middle_block.1",
     }
     n = 1

@@ -326,7 +326,7 @@ class SingleFile:
             self._marks, base.scheduler_config, **asked, folder=str(base.path)
         )
         self.notes += notes
-        self.low_res_scheduler_config = dict(base.low_res_scheduler_config)
+        self.image_noise_config = dict(base.image_noise_config)
         self._configs: dict[str, ComponentConfig] = {c: base.config(c) for c in base.components}
         self._documents = {
             name: content
@@ -393,7 +393,7 @@ class SingleFile:
         scheduler = scheduler | {"prediction_type": prediction}
         self.scheduler_config, notes = marks.settle(self._marks, scheduler, **asked, folder=None)
         self.notes += notes
-        self.low_res_scheduler_config = dict(family.low_res_scheduler)
+        self.image_noise_config = dict(family.low_res_scheduler)
         data = self._component_configs(family, structure, _size(family, prediction, self._marks))
         self.family = family.name
         self.components = tuple(name for name in COMPONENTS if name in data)
@@ -420,7 +420,7 @@ class SingleFile:
             else:
                 self.model_index[name] = ["diffusers", data[name]["_class_name"]]
         schedulers = {"scheduler": self.scheduler_config}
-        if low_res := self.low_res_scheduler_config:
+        if low_res := self.image_noise_config:
             self.model_index[LOW_RES_SCHEDULER] = ["diffusers", low_res["_class_name"]]
             schedulers[LOW_RES_SCHEDULER] = low_res
         self._documents = {"model_index.json": _json(self.model_index)}
