@@ -178,12 +178,8 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         r"_blocks)\.\d+\.(?:adaLN_modulation|cross_attn|scale_shift_table))(?:\..+)?",
         "a diffusion transformer (DiT, PixArt, Sana, AuraFlow, Lumina or similar)",
     ),
-    (r"(?:noise_augmentor|embedder\.model)\..+", "an unCLIP model (it starts from an image)"),
     (r"depth_model\..+", "a depth-to-image model"),
-    (
-        r"cc_projection\..+|cond_stage_model\.(?:model\.visual|mapper)\..+",
-        "an image-variation model",
-    ),
+    (r"cond_stage_model\.mapper\..+", "Paint by Example, an image-variation model"),
     (r".+\.fuser\..+|(?:.+\.)?position_net\..+", "a GLIGEN model"),
     (
         r"cond_stage_model\.transformer\.(?:attn_layers|token_emb)\..+",
@@ -228,6 +224,11 @@ _PARTS: tuple[tuple[str, str], ...] = (
         "a text encoder, alone",
     ),
     (r"(?:vision_model|visual)\..+", "a CLIP image encoder"),
+    (r"(?:noise_augmentor|embedder\.model)\..+", "an unCLIP model without its U-Net"),
+    (
+        r"cc_projection\..+|cond_stage_model\.model\.visual\..+",
+        "an image-variation model without its U-Net",
+    ),
     (r"edm_mean|edm_std", "the marks of Playground 2.5 without its weights"),
     (r"edm_vpred\..+", "the marks of CosXL without its weights"),
 )

@@ -70,3 +70,17 @@ def check_preparation(path: Path, side: int) -> None:
         raise ConfigError(
             f"{path}: image_mean and image_std are not those of CLIP, which is not supported"
         )
+
+
+def preparation(side: int) -> dict[str, Any]:
+    """Return the preprocessor_config.json of CLIP for pictures of this side, in pixels."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        **dict.fromkeys(_STEPS, True),
+        "crop_size": {"height": side, "width": side},
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": side},
+    }

@@ -41,14 +41,13 @@ from drawing import (
 from drawing import case as plain_case
 from golden_data import checkpoint, photo
 from make_checkpoints import make_unet, write_json
-from make_image_goldens import SD1, SMALL
-from PIL import Image
+from make_image_goldens import SD1
 from transformers import CLIPImageProcessor
 
 sys.path.insert(0, str(HERE.parent))
-from adapter_files import ENCODER, encoder_tensors  # noqa: E402
-from safetensors.numpy import save_file  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from adapter_files import ENCODER, encoder_tensors
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
 
 WIDTH, SIDE = ENCODER["projection_dim"], ENCODER["image_size"]
 PROJECTION = "cc_projection/diffusion_pytorch_model.safetensors"
@@ -70,7 +69,7 @@ NOISING = {  # as published: stabilityai/stable-diffusion-2-1-unclip, image_nois
     "trained_betas": None,
     "variance_type": "fixed_small",
 }
-NO_TEXT = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker"), [None, None])
+NO_TEXT = {part: [None, None] for part in ("text_encoder", "tokenizer", "safety_checker")}
 VISION = {
     "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
     "feature_extractor": ["transformers", "CLIPImageProcessor"],
