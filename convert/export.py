@@ -35,7 +35,9 @@ TARGETS = ("mlxdiff", "diffusers", "single")
 
 CARD = "README.md"
 _SUFFIX = ".safetensors"
-_STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+_STEMS = dict.fromkeys(
+    ("unet", "vae", "image_normalizer", "cc_projection"), "diffusion_pytorch_model"
+)
 _PYTORCH = {"format": "pt"}
 
 _Prefixes = Mapping[str, tuple[str, str]]
@@ -76,6 +78,11 @@ def check_target(model: ModelSource, to: str, dest: str | os.PathLike[str], forc
             f"{argument('force', True)}"
         )
     families, diffusers = ", ".join(_PLACES), argument("to", "diffusers")
+    if beside := set(model.components) - {"text_encoder", "text_encoder_2", "unet", "vae"}:
+        parts = " and ".join(sorted(beside))
+        raise UsageError(
+            f"{model.path}: its {parts} cannot be written in one file; use {diffusers}"
+        )
     if model.family not in _PLACES or not isinstance(model.config("unet"), UNet2DConditionConfig):
         raise UsageError(f"{model.path}: one file is for {families} only; use {diffusers}")
     noise = str(model.scheduler_config.get("_class_name"))

@@ -550,7 +550,7 @@ class Pipeline:
         """The same with the prompt in its styles. Raises: UsageError."""
         if asked.style is None:
             return asked
-        self.model.require("text", "style")
+        self.model.require("prompt", "style")
         if asked.prompt is None:
             raise UsageError("style: no prompt is given that could be put into it")
         prompt, negative = apply_styles(

@@ -11,13 +11,20 @@ from typing import Any
 import pytest
 from golden_data import GOLDEN
 
-from mlxdiff.networks.config import AutoencoderKLConfig, CLIPTextConfig, ComponentConfig, read_unet
+from mlxdiff.networks.config import (
+    AutoencoderKLConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    ComponentConfig,
+    read_unet,
+)
 from mlxdiff.networks.params import expected_parameters
 
 CONFIGS: dict[str, Callable[[dict[str, Any]], ComponentConfig]] = {
     "unet": read_unet,
     "vae": AutoencoderKLConfig.from_dict,
     "text_encoder": CLIPTextConfig.from_dict,
+    "image_encoder": CLIPVisionConfig.from_dict,
 }
 FILES = sorted((GOLDEN / "names").glob("*.json.gz"))
 
@@ -39,7 +46,7 @@ def ours(shape: list[int]) -> tuple[int, ...]:
 
 def test_every_kind_of_component_is_covered() -> None:
     kinds = {path.name.split(".")[0] for path in FILES}
-    assert kinds == set(CONFIGS) and len(FILES) == 23
+    assert kinds == set(CONFIGS) and len(FILES) == 27
 
 
 def test_the_order_is_that_of_the_file_format() -> None:

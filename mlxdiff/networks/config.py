@@ -300,6 +300,49 @@ class CLIPVisionConfig:
         return config
 
 
+@dataclass(frozen=True)
+class ImageNormalizerConfig:
+    """Mean and deviation of CLIP's embeddings, as diffusers' StableUnCLIPImageNormalizer."""
+
+    embedding_dim: int = 768
+
+    @classmethod
+    def from_dict(
+        cls, data: Mapping[str, Any], where: str = "image_normalizer/config.json"
+    ) -> ImageNormalizerConfig:
+        """Read a config.json. Raises: ConfigError."""
+        reader = _Reader(data, where, ("StableUnCLIPImageNormalizer",))
+        config = cls(embedding_dim=reader.integer("embedding_dim", 768))
+        reader.finish({})
+        return config
+
+
+POSE = 4
+"""Numbers of a camera that Zero-1-to-3 reads beside CLIP's embedding."""
+
+
+@dataclass(frozen=True)
+class CCProjectionConfig:
+    """What makes one token of CLIP's embedding and a camera, as CCProjection of diffusers' pipeline
+    for Zero-1-to-3."""
+
+    in_channel: int = 772
+    out_channel: int = 768
+
+    @classmethod
+    def from_dict(
+        cls, data: Mapping[str, Any], where: str = "cc_projection/config.json"
+    ) -> CCProjectionConfig:
+        """Read a config.json. Raises: ConfigError."""
+        reader = _Reader(data, where, ("CCProjection",))
+        config = cls(
+            in_channel=reader.integer("in_channel", 772, least=POSE + 1),
+            out_channel=reader.integer("out_channel", 768),
+        )
+        reader.finish({})
+        return config
+
+
 # -------------------------------------------------------------------------------------------- U-Net
 
 UNET_NO_EFFECT: dict[str, str] = {
@@ -371,7 +414,8 @@ class UNet2DConditionConfig:
     ``num_attention_heads``. ``transformer_layers_per_block`` has for each block one entry for each
     resnet; the up path's are in ``up_transformer_layers_per_block``, in the order of the up blocks.
 
-    ``num_class_embeds`` counts the classes that it can be told: an upscaler's levels of noise.
+    ``num_class_embeds`` counts the classes that it can be told: an upscaler's levels of noise. If
+    ``class_embed_type`` is "projection", a class is a vector: CLIP's embedding of a picture.
 
     Source: Rombach et al. 2022 (SD 1.x, 2.x); Podell et al. 2023 (SDXL).
     """
@@ -400,6 +444,7 @@ class UNet2DConditionConfig:
     addition_time_embed_dim: int | None
     projection_class_embeddings_input_dim: int | None
     time_cond_proj_dim: int | None
+    class_embed_type: str | None
     num_class_embeds: int | None
     conv_in_kernel: int
     conv_out_kernel: int
@@ -504,7 +549,7 @@ class UNet2DConditionConfig:
         only("class_embeddings_concat", False, False)
         only("mid_block_only_cross_attention", None, None, False)
         for key in (
-            "encoder_hid_dim encoder_hid_dim_type class_embed_type time_embedding_dim "
+            "encoder_hid_dim encoder_hid_dim_type time_embedding_dim "
             "time_embedding_act_fn timestep_post_act cross_attention_norm"
         ).split():
             only(key, None, None)
@@ -556,6 +601,16 @@ class UNet2DConditionConfig:
                 embed_type,
                 "addition_time_embed_dim and projection_class_embeddings_input_dim beside it",
             )
+        class_type = only("class_embed_type", None, None, "projection")
+        classes = reader.integer("num_class_embeds", None)
+        others = embed_type is not None or classes is not None
+        if class_type is not None and (others or embed_in is None):
+            raise reader.fail(
+                "class_embed_type",
+                class_type,
+                "projection_class_embeddings_input_dim beside it, and neither num_class_embeds nor "
+                "addition_embed_type",
+            )
         kernels = [reader.integer(key, 3) for key in ("conv_in_kernel", "conv_out_kernel")]
         if any(k % 2 == 0 for k in kernels):
             raise reader.fail("conv_in_kernel, conv_out_kernel", kernels, "odd numbers")
@@ -584,7 +639,8 @@ class UNet2DConditionConfig:
             addition_time_embed_dim=embed_dim,
             projection_class_embeddings_input_dim=embed_in,
             time_cond_proj_dim=reader.integer("time_cond_proj_dim", None),
-            num_class_embeds=reader.integer("num_class_embeds", None),
+            class_embed_type=class_type,
+            num_class_embeds=classes,
             conv_in_kernel=kernels[0],
             conv_out_kernel=kernels[1],
         )
@@ -789,6 +845,7 @@ class ControlNetConfig(UNet2DConditionConfig):
             "global_pool_conditions": reader.flag("global_pool_conditions", False),
         }
         reader.only("num_class_embeds", None, None)
+        reader.only("class_embed_type", None, None)
         down = reader.left.get("down_block_types")
         if isinstance(down, (list, tuple)):
             mirrored = [str(kind).replace("Down", "Up") for kind in reversed(down)]
@@ -1375,6 +1432,8 @@ UpscalerConfig = RRDBNetConfig | CompactConfig
 ComponentConfig = (
     CLIPTextConfig
     | CLIPVisionConfig
+    | ImageNormalizerConfig
+    | CCProjectionConfig
     | UNetConfig
     | ControlNetConfig
     | MotionAdapterConfig

@@ -9,11 +9,13 @@ from mlxdiff.networks.clip_vision import CLIPVisionModel
 from mlxdiff.networks.config import (
     AutoencoderKLConfig,
     AutoencoderTinyConfig,
+    CCProjectionConfig,
     CLIPTextConfig,
     CLIPVisionConfig,
     CompactConfig,
     ComponentConfig,
     ControlNetConfig,
+    ImageNormalizerConfig,
     IPAdapterConfig,
     LLLiteConfig,
     MotionAdapterConfig,
@@ -23,6 +25,7 @@ from mlxdiff.networks.config import (
     UNet2DConfig,
 )
 from mlxdiff.networks.controlnet import ControlNetModel
+from mlxdiff.networks.image_led import CCProjection, StableUnCLIPImageNormalizer
 from mlxdiff.networks.ip_adapter import IPAdapterModel
 from mlxdiff.networks.layers import Layers, Module
 from mlxdiff.networks.lllite import LLLiteModel
@@ -37,6 +40,8 @@ from mlxdiff.networks.vae import AutoencoderKL
 NETWORKS: dict[type[ComponentConfig], Callable[..., Module]] = {
     CLIPTextConfig: CLIPTextModel,
     CLIPVisionConfig: CLIPVisionModel,
+    ImageNormalizerConfig: StableUnCLIPImageNormalizer,
+    CCProjectionConfig: CCProjection,
     UNet2DConditionConfig: UNet2DConditionModel,
     UNet2DConfig: UNet2DModel,
     ControlNetConfig: ControlNetModel,

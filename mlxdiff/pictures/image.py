@@ -360,6 +360,62 @@ def to_clip(
     return ((colors - np.array(mean, np.float32)) / np.array(std, np.float32))[None]
 
 
+def to_clip_aligned(image: np.ndarray, size: int) -> np.ndarray:
+    """Prepare a picture for CLIP's image encoder as Zero-1-to-3 does.
+
+    Resize the whole to a square by cubic interpolation between the centres of the corner pixels,
+    without a filter, and normalize the colours.
+
+    Args:
+        image: uint8 (H, W, 3).
+        size: input side of the encoder, in pixels.
+    Returns: (1, size, size, 3) float32.
+    Source: diffusers examples/community/pipeline_zero1to3.py (CLIP_preprocess); PyTorch's bicubic
+        interpolation with align_corners.
+    """
+    rows, columns = (_cubic(side, size) for side in image.shape[:2])
+    values = to_model(image)[0]
+    values = np.einsum("ih,jw,hwc->ijc", rows, columns, values, optimize=True)
+    colors = (values + np.float32(1)) / np.float32(2)
+    normal = (colors - np.array(CLIP_MEAN, np.float32)) / np.array(CLIP_STD, np.float32)
+    return np.asarray(normal[None], np.float32)
+
+
+def _cubic(side: int, size: int) -> np.ndarray:
+    """Weights of cubic convolution (Keys 1981, a = -0.75): (size, side) float32."""
+    places = np.linspace(0, side - 1, size)
+    first = np.floor(places).astype(int)
+    weights = np.zeros((size, side))
+    for tap in range(-1, 3):
+        t = np.abs(places - (first + tap))
+        near = (1.25 * t - 2.25) * t * t + 1
+        far = ((-0.75 * t + 3.75) * t - 6) * t + 3
+        index = np.clip(first + tap, 0, side - 1)
+        np.add.at(weights, (np.arange(size), index), np.where(t <= 1, near, far))
+    return weights.astype(np.float32)
+
+
+def on_white(pixels: np.ndarray, alpha: np.ndarray | None, width: int, height: int) -> np.ndarray:
+    """Lay a picture on white and bring it to a size; if its shape differs, white stands beside it.
+
+    Args:
+        pixels: uint8 (H, W, 3).
+        alpha: uint8 (H, W), how opaque it is; None: all over.
+    Returns: uint8 (height, width, 3).
+    """
+    if alpha is not None:
+        opaque = alpha[..., None].astype(np.float32) / 255
+        pixels = (255 - opaque * (255 - pixels.astype(np.float32))).round().astype(np.uint8)
+    rows, columns = pixels.shape[:2]
+    scale = min(width / columns, height / rows)
+    inner = max(1, round(columns * scale)), max(1, round(rows * scale))
+    small = resize(pixels, *inner)
+    canvas = np.full((height, width, 3), 255, np.uint8)
+    top, left = (height - inner[1]) // 2, (width - inner[0]) // 2
+    canvas[top : top + inner[1], left : left + inner[0]] = small
+    return canvas
+
+
 def resize(image: np.ndarray, width: int, height: int, *, bicubic: bool = False) -> np.ndarray:
     """Resize uint8 (H, W, 3) to (height, width, 3).
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from mlxdiff.networks.condition import Condition
 from mlxdiff.networks.perturbation import Blur, FreeU, Identity, Skip, blocks_named
-from mlxdiff.run import video
+from mlxdiff.run import image_led, video
 from mlxdiff.run.additions import Added, Prompted
 from mlxdiff.run.composition import Merge, by_regions, by_weights
 from mlxdiff.run.model import Model, PromptEmbeddings
@@ -42,12 +42,15 @@ class Evaluation:
         index: 0 for the first of this model's plan.
         total: number of evaluations of the plan.
         beside: further input channels of the U-Net for this picture, (1, h, w, C'); None: none.
+        labels: the vector that the U-Net takes beside the timestep for this picture, (1, D)
+            float32 NumPy; None: none.
     """
 
     t: float
     index: int
     total: int
     beside: Any = None
+    labels: np.ndarray | None = None
 
 
 class Prediction(NamedTuple):
@@ -127,7 +130,8 @@ class Denoiser:
     """Predictions of a model that draws from text: one, or several that guidance combines.
 
     A batch holds the prediction for the negative prompt, then that for the prompt. For a model that
-    edits a picture, a prediction for the negative prompt without the picture comes first.
+    edits a picture, a prediction for the negative prompt without the picture comes first. A model
+    that turns a picture's object does not see the picture where it reads the negative prompt.
 
     Args:
         model: the model.
@@ -154,7 +158,7 @@ class Denoiser:
         self.settings = settings
         self.others, self.merge = others, merge
         self.guided = settings.guides(model)
-        self.edits = model.edits
+        self.edits, self.turns = model.edits, model.turns
         self.picture_first = model.maps is not None
         self.batch = settings.batch(model)
         states = self._both(text.negative_prompt_embeds, text.prompt_embeds)
@@ -177,12 +181,12 @@ class Denoiser:
         if (dim := model.unet_config.time_cond_proj_dim) is not None:
             embedding = guidance_scale_embedding(settings.guidance, dim)
             self.conditions["timestep_cond"] = self.backend.asarray(embedding)
-        if settings.noise_level is not None:
+        if model.upscales:
             levels = np.full(self.batch, settings.noise_level, np.int32)
             self.conditions["class_labels"] = self.backend.asarray(levels)
-        # Not a method of this object: it would keep the object in a circle of references.
-        embed = partial(_embed, self.backend, self.unet, self.conditions, self.batch)
-        self.times = TimeEmbeddings(timesteps, embed, self.batch)
+        self._timesteps = timesteps
+        self._labels: np.ndarray | None = None  # in the timestep embeddings
+        self.times = self._embedded(self.conditions)
         self.acting = model.additions.act(
             Prompted(
                 settings=settings,
@@ -206,6 +210,23 @@ class Denoiser:
         self._deep: list[Any] = []
         self._counting: list[list[int]] = []  # the additions that took part in these features
 
+    def _embedded(self, conditions: Mapping[str, Any]) -> TimeEmbeddings:
+        """The timestep embeddings of a run with these further inputs of a batch."""
+        # Not a method of this object: it would keep the object in a circle of references.
+        embed = partial(_embed, self.backend, self.unet, conditions, self.batch)
+        return TimeEmbeddings(self._timesteps, embed, self.batch)
+
+    def _times(self, labels: np.ndarray | None) -> TimeEmbeddings:
+        """The timestep embeddings with the vector of a picture in them; zeros stand for it where
+        there is the negative prompt."""
+        if labels is not None and labels is not self._labels:
+            given = self._both(np.zeros_like(labels), labels)
+            self._labels, self.times = (
+                labels,
+                self._embedded({**self.conditions, "class_labels": given}),
+            )
+        return self.times
+
     def _both(self, negative: np.ndarray | None, positive: np.ndarray | None) -> Any:
         """One batch of an input for the negative prompt and for the prompt."""
         if positive is None:
@@ -221,12 +242,13 @@ class Denoiser:
         if evaluation.beside is not None:
             parts = [evaluation.beside, x] if self.picture_first else [x, evaluation.beside]
             sample = self.backend.concatenate(parts, -1)
-        if guided and self.edits:
+        if guided and (self.edits or self.turns):
             blank = self.backend.concatenate([x, 0.0 * evaluation.beside], -1)
-            sample = self.backend.concatenate([blank, sample, sample], 0)
+            sample = self.backend.concatenate([blank] + [sample] * (self.batch - 1), 0)
         elif guided:
             sample = self.backend.concatenate([sample, sample], 0)
-        temb, text = self.times.at(evaluation.index).of_video(self.frames), self.text
+        temb = self._times(evaluation.labels).at(evaluation.index).of_video(self.frames)
+        text = self.text
         if self.guided and not guided:  # the prompt alone
             last = self.batch - 1, self.batch
             temb, text = temb.rows(*last), text.rows(*last)
@@ -448,7 +470,12 @@ def _merge(model: Model, settings: Settings) -> Merge | None:
 
 
 def _timeline(model: Model, settings: Settings) -> list[tuple[int, PromptEmbeddings]]:
-    """Embed the texts that the prompt is in the course of the run; see ``prompt_timeline``."""
+    """Embed the texts that the prompt is in the course of the run; see ``prompt_timeline``.
+
+    A model without text reads a picture in their place.
+    """
+    if model.lacks("prompt"):
+        return [(settings.evaluations, image_led.picture_prompt(model, settings))]
     return model.prompt_timeline(
         settings.prompts[0][0],
         settings.negative_prompt,

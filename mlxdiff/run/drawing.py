@@ -636,7 +636,7 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
         if inputs is None:
             settings = with_maps(model, settings, work.make_map)
             stages = make_stages(settings, run.plans, model, refiner_of(model))
-            with work.turn("image" if settings.encodes else None), edges():
+            with work.turn("image" if settings.reads_image else None), edges():
                 inputs = Inputs(model, settings)
         vary, index = variation(settings.vary, picture), 0
         draws = Draws(settings, seed, vary, smaller)
@@ -719,7 +719,7 @@ def _evaluations(
     state = plan.start()
     for i, t in enumerate(plan.timesteps):
         start = time.perf_counter()
-        evaluation = Evaluation(t, i, len(plan), beside)
+        evaluation = Evaluation(t, i, len(plan), beside, begun.labels)
         with seamless(stage.settings.seamless):
             output, unconditional = denoise(plan.scale_model_input(x, state), evaluation)
         clean = partial(_denoised, backend, plan, i, x, output)

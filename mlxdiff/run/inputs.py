@@ -9,7 +9,7 @@ itself, and the noise that is added to the image is drawn first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from mlxdiff.noise import add_noise
 from mlxdiff.pictures.hires import Hires, enlarge_latents
 from mlxdiff.pictures.image import resize_values, to_model
 from mlxdiff.pictures.resampling import resample
+from mlxdiff.run import image_led
 from mlxdiff.run.additions.upscaler import enlarged_for_hires
 from mlxdiff.run.model import ImageLatents, Model
 from mlxdiff.run.seeds import Draws, Shape
@@ -56,12 +57,14 @@ class Start:
     Attributes:
         x: the latents, (1, h, w, C).
         beside: further input channels of the U-Net, or None.
+        labels: the vector that the U-Net takes beside the timestep, (1, D), or None.
         kept: puts a part back after each step, or None.
     """
 
     x: np.ndarray
     beside: np.ndarray | None = None
     kept: Kept | None = None
+    labels: np.ndarray | None = None
 
 
 class Stage(NamedTuple):
@@ -124,19 +127,22 @@ class Inputs:
         self.edited: np.ndarray | None = None
         self.small: np.ndarray | None = None
         self.depth: np.ndarray | None = None
+        self.leading: image_led.Leading | None = None
         self.signal = 1.0
         self.blends = False
+        if model.unclips and settings.leading is not None:
+            self.leading = image_led.Leading(model, settings)
         if settings.image is None:
             return
         if settings.noise_level is not None:
             self.small = to_model(settings.image)
-            self.signal = float(model.low_res_process[settings.noise_level])
+            self.signal = float(model.image_noise_process[settings.noise_level])
             return
         if model.maps is not None:
             looking: Any = model
             self.edited = looking.seen(settings.image, settings.processing_resolution)
             return
-        if model.edits:
+        if model.edits or model.turns:
             scaled = model.takes_scaled_picture
             self.edited = model.encode_pixels(to_model(settings.image), scaled=scaled).mean
             return
@@ -165,6 +171,10 @@ class Inputs:
             noise: takes the place of the first noise.
         """
         settings, repaints = self.settings, self.mask is not None
+        if self.leading is not None:
+            labels = self.leading.noised(draws)
+            noise = draws.first(shape) if noise is None else noise
+            return Start(np.asarray(noise * plan.init_noise_sigma, np.float32), labels=labels)
         if self.small is not None:
             small = add_noise(self.small, draws.next(shape, self.small.shape[-1]), self.signal)
             noise = draws.first(shape) if noise is None else noise
@@ -199,7 +209,8 @@ class Inputs:
             shape: (h, w, C) of the latents of the next part.
         """
         if self.settings.hires is not None:
-            return self._enlarge(stage, self.settings.hires, latents, draws, shape)
+            larger = self._enlarge(stage, self.settings.hires, latents, draws, shape)
+            return replace(larger, labels=start.labels)
         if start.kept is None:
             return Start(latents)
         # A refiner keeps the same picture with new noise.

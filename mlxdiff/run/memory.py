@@ -88,7 +88,7 @@ class Estimate:
         totals = {}
         for stage, work in self.work.items():
             needs = "vae" if stage == "image" else stage
-            own = {held for held in self.weights if stage_of(held.network.name) == needs}
+            own = {held for held in self.weights if stage_of(held.network) == needs}
             loaded |= own
             if self.low_memory:
                 totals[stage] = work + self._most_together(own)
@@ -103,7 +103,7 @@ class Estimate:
         """
         together: dict[Any, int] = {}
         for one in held:
-            group = one.refiner if stage_of(one.network.name) == "unet" else one
+            group = one.refiner if stage_of(one.network) == "unet" else one
             together[group] = together.get(group, 0) + self.weights[one]
         return max(together.values(), default=0)
 
@@ -286,7 +286,7 @@ def activation_bytes(
     """
     work = operations(config, height, width, batch=batch, encode=encode)
     if device.backend == "numpy":
-        return max(map(_numpy_bytes, work))
+        return max(map(_numpy_bytes, work), default=0)
     size = SIZES[device.dtype]
     return _gpu_bytes(work, size, expands) if device.gpu else _cpu_bytes(work, size)
 

@@ -95,6 +95,8 @@ Regions = Annotated[
     str | Sequence[str], values.Each(values.Worded(composition.parse, (), "AREA:PROMPT"))
 ]
 Relative = Annotated[float, values.Number(above=0)]
+Degrees = Annotated[float, values.Number(least=-360, most=360)]
+Relation = Annotated[float, values.Number()]
 StepNoise = Annotated[str, values.Choice(("independent", "brownian"))]
 Syntax = Annotated[str, values.Choice(SYNTAXES)]
 Upscaler = Annotated[PathLike, values.NameOrPlace(names=UPSCALERS)]
@@ -134,7 +136,7 @@ Embeddings = Annotated[
     values.Files("PATH[:WORD]", TextualInversion),
 ]
 
-_prompt = partial(option, section="Prompt", part="text")
+_prompt = partial(option, section="Prompt", part="prompt")
 _picture = partial(option, section="Picture")
 _image = partial(option, section="From a picture", part="image")
 _hires = partial(option, section="Hires pass", part="hires")
@@ -392,9 +394,40 @@ class ValueOptions(Options):
     )
     noise_level: Whole | None = _image(
         "--noise-level",
-        part="upscales",
+        part="noised",
         help="x4 upscaler: noise added to the image first; higher values invent more detail. "
-        "Default: 20.",
+        "Default: 20. Stable unCLIP: noise added to the image's embedding; higher values stray "
+        "farther. Default: 0.",
+    )
+    azimuth: Degrees = _image(
+        "--azimuth",
+        default=0.0,
+        part="camera",
+        metavar="DEGREES",
+        help="Zero-1-to-3: go this far around the object, to the right. Default: 0.",
+    )
+    elevation: Degrees = _image(
+        "--elevation",
+        default=0.0,
+        part="camera",
+        metavar="DEGREES",
+        help="Zero-1-to-3: go up this far. Default: 0.",
+    )
+    distance: Relation = _image(
+        "--distance",
+        default=0.0,
+        part="camera",
+        help="Zero-1-to-3: go away from the object (below 0: towards it), in units of the model, "
+        "which was trained between -0.7 and 0.7. Default: 0.",
+        doc="Zero-1-to-3: go away from the object (below 0: towards it), in units of the model, "
+        "which was trained between -0.7 and 0.7.",
+    )
+    picture_elevation: Degrees | None = _image(
+        "--picture-elevation",
+        part="camera",
+        metavar="DEGREES",
+        help="Stable Zero123: elevation of the camera that took the image, which this model reads "
+        "in place of a distance. Default: 0 for a model of that name.",
     )
     processing_resolution: Whole | None = _image(
         "--processing-resolution",
@@ -680,6 +713,16 @@ class SeedOptions(Options):
         doc="number of pictures.",
         elsewhere="num_images_per_prompt batch_size n_iter batch_count num_images n",
     )
+    variations: Count | None = _image(
+        "--variations",
+        part="variations",
+        key=None,
+        metavar="N",
+        help="Stable unCLIP, image variations: draw N variations of the image; the same as "
+        "--count N.",
+        doc="number of variations of the image; the same as count, for a model that a picture "
+        "leads.",
+    )
     best_of: Positive = _picture(
         "--best-of",
         default=1,
@@ -822,7 +865,7 @@ class LoadOptions(Options):
     )
     style_file: Place | None = _model(
         "--style-file",
-        part="text",
+        part="prompt",
         metavar="FILE",
         help="Styles of one's own for --style: a TOML file.",
         doc="styles of one's own, a TOML file (``mlxdiff.text.styles``).",

@@ -7,7 +7,7 @@ the pictures. What a single value may be is said in ``options``.
 from __future__ import annotations
 
 from mlxdiff.errors import UsageError, argument
-from mlxdiff.run import video
+from mlxdiff.run import image_led, video
 from mlxdiff.run.additions.upscaler import OPTIONS as UPSCALER_OPTIONS
 from mlxdiff.run.additions.upscaler import upscaler_of
 from mlxdiff.run.kind import Kind
@@ -121,7 +121,9 @@ def _check_task(model: Model, refiner: Model | None, asked: RunOptions) -> None:
             f"{argument('image')}, and {argument('mask')} (what to repaint) or "
             f"{argument('outpaint')} (borders to add)"
         )
-    if model.edits or model.upscales:
+    if model.is_led:
+        image_led.check_task(model, asked)
+    elif model.edits or model.upscales:
         keeps = argument("noise_level" if model.upscales else "image_guidance")
         if image is None:
             raise UsageError(

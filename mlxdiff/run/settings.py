@@ -26,7 +26,7 @@ from mlxdiff.pictures.canvas import (
 from mlxdiff.pictures.hires import Hires, resolve_hires
 from mlxdiff.pictures.image import load_image, load_levels, resize
 from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
-from mlxdiff.run import composition, video
+from mlxdiff.run import composition, image_led, video
 from mlxdiff.run.additions.control import Control, resolve_controls
 from mlxdiff.run.additions.ip_adapter import ImagePrompt, resolve_image_prompts
 from mlxdiff.run.additions.judge import judge_of
@@ -71,6 +71,7 @@ class Settings(ValueOptions):
 
     Attributes:
         image: the picture to start from, uint8 (height, width, 3); else None.
+        leading: the picture whose embedding leads the U-Net, uint8 (H, W, 3); else None.
         image_name: the name of its file, or "(pixels)".
         canvas: the picture and what of it is repainted; else None.
         mask_name: the name of the mask's file, or "(pixels)".
@@ -91,6 +92,7 @@ class Settings(ValueOptions):
     steps: int
     guidance: float
     image: np.ndarray | None = field(default=None, repr=False, compare=False)
+    leading: np.ndarray | None = field(default=None, repr=False, compare=False)
     image_name: str | None = None
     canvas: Canvas | None = field(default=None, repr=False, compare=False)
     mask_name: str | None = None
@@ -129,6 +131,11 @@ class Settings(ValueOptions):
     def encodes(self) -> bool:
         """Return True if the VAE encodes the image; an upscaler sees it as it is."""
         return self.image is not None and self.noise_level is None
+
+    @property
+    def reads_image(self) -> bool:
+        """Return True if a given picture is encoded before the U-Net runs."""
+        return self.encodes or self.leading is not None
 
     @property
     def adds_noise(self) -> bool:
@@ -270,6 +277,7 @@ def resolve(
         raise UsageError(
             f"{argument('best_of')}: there is no judge; give one ({argument('judge')})"
         )
+    asked = _with_variations(model, asked)
     group = asked.best_of * asked.ensemble
     seeds = pick_seeds(asked.seed, asked.count * group, asked.vary)
     asked = with_aspect(model, asked)
@@ -357,7 +365,9 @@ def _resolve_text(
 ) -> tuple[Settings, tuple[samplers.Plan, ...]]:
     """Settings of a model that draws from text."""
     asked = _in_motion(model, _in_few_steps(model, asked))
-    if asked.prompt is None:
+    if model.lacks("prompt"):
+        asked = replace(asked, prompt=asked.prompt or None)  # "" in metadata means none
+    elif asked.prompt is None and not model.is_led:
         raise UsageError(
             'no prompt is given; say what to draw, such as "a red circle on a blue background"'
         )
@@ -400,6 +410,7 @@ def _resolve_text(
         start = end if start is None else start
     settings = _settings(
         asked,
+        prompt=asked.prompt or "",
         width=width,
         height=height,
         steps=_steps(model, asked),
@@ -446,6 +457,19 @@ def _resolve_text(
     _check_guider(settings, model)
     _check_reuse(settings, model)
     return settings, plans
+
+
+def _with_variations(model: Model, asked: RunOptions) -> RunOptions:
+    """The same with the number of variations as the number of pictures."""
+    if asked.variations is None:
+        return asked
+    model.require("variations", argument("variations"))
+    if asked.count != 1:
+        raise UsageError(
+            f"{argument('variations')} and {argument('count')} both say how many pictures to draw; "
+            "give one of them"
+        )
+    return replace(asked, count=asked.variations, variations=None)
 
 
 def _zoomed_out(model: Model, asked: RunOptions) -> RunOptions:
@@ -617,7 +641,7 @@ def _size(
     model: Model, asked: RunOptions, pixels: np.ndarray | None, outpaint: Borders | None
 ) -> tuple[int, int]:
     """(height, width): what is asked for, else the image's, else the model's own."""
-    if pixels is None or (asked.mask is not None and outpaint is None):
+    if pixels is None or model.is_led or (asked.mask is not None and outpaint is None):
         given = None
     else:
         given = _given_size(pixels, outpaint)
@@ -638,6 +662,8 @@ def _with_image(
     """Add the picture that the run starts from, and how far to go from it."""
     width, height = settings.width, settings.height
     settings = replace(settings, image_name=_named(asked.image))
+    if model.is_led:
+        return image_led.with_picture(settings, model, asked, pixels)
     if repaints(asked):
         greys = None if asked.mask is None else load_mask(asked.mask)
         factor = model.vae_config.factor

@@ -17,7 +17,13 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 HERE = Path(__file__).parent
 DOWN, CROSS_DOWN = "DownBlock2D", "CrossAttnDownBlock2D"
@@ -52,6 +58,7 @@ UPSCALER = SD15 | {
     "up_block_types": [CROSS_UP, CROSS_UP, CROSS_UP, UP],
     "use_linear_projection": True,
 }
+UNCLIP = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2048}
 SDXL = {
     "_class_name": "UNet2DConditionModel",
     "addition_embed_type": "text_time",
@@ -135,6 +142,8 @@ UNETS: dict[str, dict[str, Any]] = {
     "sd21": SD21,
     "sd2-inpainting": SD21 | {"in_channels": 9},
     "x4-upscaler": UPSCALER,
+    "sd21-unclip-h": SD21 | UNCLIP,
+    "sd21-unclip-l": SD21 | UNCLIP | {"projection_class_embeddings_input_dim": 1536},
     "sdxl": SDXL,
     "sdxl-inpainting": SDXL | {"in_channels": 9},
     "sdxl-refiner": REFINER,
@@ -191,6 +200,26 @@ TEXTS: dict[str, dict[str, Any]] = {
         "projection_dim": 1280,
     },
 }
+VISION_L = {  # of image variations, Zero-1-to-3 and Stable unCLIP l: openai/clip-vit-large-patch14
+    "architectures": ["CLIPVisionModelWithProjection"],
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+VISIONS: dict[str, dict[str, Any]] = {
+    "clip-l": VISION_L,
+    "openclip-h": VISION_L  # of Stable unCLIP h: laion/CLIP-ViT-H-14-laion2B-s32B-b79K
+    | {
+        "hidden_act": "gelu",
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "projection_dim": 1024,
+    },
+}
 PUBLISHED = {  # millions of parameters: papers (DDPM, SD, SDXL, BK-SDM, SSD-1B and Vega)
     "unet ddpm-cifar10-32": 35.7,
     "unet ddpm-celebahq-256": 114,
@@ -207,6 +236,8 @@ PUBLISHED = {  # millions of parameters: papers (DDPM, SD, SDXL, BK-SDM, SSD-1B 
     "text_encoder sd15": 123,
     "text_encoder sd21": 340,
     "text_encoder sdxl-2": 695,
+    "image_encoder clip-l": 304,
+    "image_encoder openclip-h": 632,
 }
 
 
@@ -218,6 +249,8 @@ def build(component: str, config: dict[str, Any]) -> torch.nn.Module:
             return kinds[config["_class_name"]].from_config(config)
         if component == "vae":
             return AutoencoderKL.from_config(config)
+        if component == "image_encoder":
+            return CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
         kinds = {k.__name__: k for k in (CLIPTextModel, CLIPTextModelWithProjection)}
         return kinds[config["architectures"][0]](CLIPTextConfig(**config))
 
@@ -226,7 +259,8 @@ def main() -> None:
     """Write one file for each component of each model."""
     folder = HERE / "names"
     folder.mkdir(exist_ok=True)
-    for component, configs in (("unet", UNETS), ("vae", VAES), ("text_encoder", TEXTS)):
+    every = {"unet": UNETS, "vae": VAES, "text_encoder": TEXTS, "image_encoder": VISIONS}
+    for component, configs in every.items():
         for model, config in configs.items():
             shapes = {k: list(p.shape) for k, p in build(component, config).named_parameters()}
             if component == "text_encoder":  # as published files have it
