@@ -48,9 +48,7 @@ def test_videos_equal_diffusers(
         shown = given_video(kind, count)
         arguments["image"] = list(shown) if kind == "video" else shown[0]
     if "control_video" in arguments:
-        arguments["control_image"] = list(
-            given_video("video", *arguments.pop("control_video"))[:, ::-1]
-        )
+        arguments["control_image"] = list(given_video("video", *arguments.pop("control_video"))[:, ::-1])
     if "ip_image" in arguments:
         arguments["ip_image"] = [photo(*size) for size in arguments["ip_image"]]
     result = pipe.generate(**arguments)
