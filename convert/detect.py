@@ -41,6 +41,7 @@ PIPELINES = (
     "StableUnCLIPImg2ImgPipeline",
     "StableDiffusionImageVariationPipeline",
     "Zero1to3StableDiffusionPipeline",
+    "StableVideoDiffusionPipeline",
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
     "DDPMPipeline",
@@ -49,7 +50,11 @@ PIPELINES = (
 )
 """Pipeline classes (``_class_name`` of model_index.json) whose weights can be opened."""
 
-_WITHOUT_TEXT = ("StableDiffusionImageVariationPipeline", "Zero1to3StableDiffusionPipeline")
+_WITHOUT_TEXT = (
+    "StableDiffusionImageVariationPipeline",
+    "StableVideoDiffusionPipeline",
+    "Zero1to3StableDiffusionPipeline",
+)
 """Pipeline classes that read a picture in place of a text."""
 
 _UNCLIP = "use Stable unCLIP (StableUnCLIPImg2ImgPipeline)"
@@ -84,8 +89,8 @@ _REFUSED_PIPELINES: dict[str, Callable[[], str]] = {
 CLASSES: dict[str, tuple[str, ...]] = {
     "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
     "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
-    "unet": ("UNet2DConditionModel", "UNet2DModel"),
-    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "unet": ("UNet2DConditionModel", "UNet2DModel", "UNetSpatioTemporalConditionModel"),
+    "vae": ("AutoencoderKL", "AutoencoderTiny", "AutoencoderKLTemporalDecoder"),
     LOW_RES_SCHEDULER: ("DDPMScheduler",),
     IMAGE_ENCODER: ("CLIPVisionModelWithProjection",),
     IMAGE_NORMALIZER: ("StableUnCLIPImageNormalizer",),

@@ -37,6 +37,7 @@ from mlxdiff.run.additions.t2i_adapter import T2IAdapter
 from mlxdiff.run.additions.upscaler import HiresUpscaler, Upscaler, upscaler_of
 from mlxdiff.run.additions.vae import AnotherVAE
 from mlxdiff.run.additions.word_vectors import WordVectors
+from mlxdiff.run.animation import AnimatingModel, animates
 from mlxdiff.run.drawing import Picture, Result, Run, Step
 from mlxdiff.run.latent_model import LatentModel
 from mlxdiff.run.map_model import MapModel, makes_maps
@@ -694,7 +695,8 @@ def _advice(name: str) -> str:
 def _open_model(source: ModelSource, backend: Any) -> Model:
     if source.family == "ddpm":
         return PixelModel(source, backend)
-    return MapModel(source, backend) if makes_maps(source) else LatentModel(source, backend)
+    kind = MapModel if makes_maps(source) else AnimatingModel if animates(source) else LatentModel
+    return kind(source, backend)
 
 
 def _several(paths: Any) -> list[Any]:

@@ -1426,6 +1426,81 @@ class CompactConfig:
         )
 
 
+# --------------------------------------------------------------------------- Stable Video Diffusion
+
+
+@dataclass(frozen=True)
+class UNetSpatioTemporalConfig(UNet2DConditionConfig):
+    """The U-Net of Stable Video Diffusion, as diffusers' UNetSpatioTemporalConditionModel.
+
+    Its blocks are those of a picture's U-Net, each with a layer among frames; ``Block2D`` in the
+    names of types stands for ``BlockSpatioTemporal``.
+
+    Attributes:
+        num_frames: of the videos that it was trained on.
+
+    Source: Blattmann et al. 2023 (arXiv 2311.15127).
+    """
+
+    num_frames: int = field(kw_only=True)
+
+    @classmethod
+    def from_dict(
+        cls, data: Mapping[str, Any], where: str = "unet/config.json"
+    ) -> UNetSpatioTemporalConfig:
+        """Read a config.json. Raises: ConfigError."""
+        reader = _Reader(data, where, ("UNetSpatioTemporalConditionModel",))
+        own: dict[str, Any] = {"norm_num_groups": 32, "use_linear_projection": True}
+        for way, types in (("down", _DOWN_TYPES), ("up", _UP_TYPES)):
+            names = tuple(name.replace("2D", "SpatioTemporal") for name in types)
+            default = (names[1],) * 3 + names[:1]
+            found = reader.choices(
+                f"{way}_block_types", default[:: 1 if way == "down" else -1], names
+            )
+            own[f"{way}_block_types"] = [name.replace("SpatioTemporal", "2D") for name in found]
+        for key, value in (
+            ("in_channels", 8),
+            ("num_attention_heads", [5, 10, 20, 20]),
+            ("cross_attention_dim", 1024),
+            ("addition_time_embed_dim", 256),
+            ("projection_class_embeddings_input_dim", 768),
+        ):
+            own[key] = reader.take(key, value)
+        numbers, width = (
+            own["addition_time_embed_dim"],
+            own["projection_class_embeddings_input_dim"],
+        )
+        if not _is_int(numbers) or width != 3 * numbers:
+            raise reader.fail(
+                "projection_class_embeddings_input_dim", width, "3 times addition_time_embed_dim"
+            )
+        frames = reader.integer("num_frames", 25, most=1024)
+        unet = UNet2DConditionConfig.from_dict(reader.left | own, where)
+        return cls(**vars(unet), num_frames=frames)
+
+
+@dataclass(frozen=True)
+class AutoencoderKLTemporalDecoderConfig(AutoencoderKLConfig):
+    """The autoencoder of Stable Video Diffusion, as diffusers' AutoencoderKLTemporalDecoder.
+
+    Source: Blattmann et al. 2023 (arXiv 2311.15127).
+    """
+
+    @classmethod
+    def from_dict(
+        cls, data: Mapping[str, Any], where: str = "vae/config.json"
+    ) -> AutoencoderKLTemporalDecoderConfig:
+        """Read a config.json. Raises: ConfigError."""
+        reader = _Reader(data, where, ("AutoencoderKLTemporalDecoder",))
+        widths = reader.left.get("block_out_channels", (64,))
+        count = len(widths) if isinstance(widths, (list, tuple)) else 1
+        own = {"up_block_types": ["UpDecoderBlock2D"] * count, "use_post_quant_conv": False}
+        own |= {"force_upcast": reader.flag("force_upcast", True)}
+        for key in own.keys() & reader.left.keys():
+            raise reader.fail(key, reader.left[key], "no such key in this class")
+        return cls(**vars(AutoencoderKLConfig.from_dict(reader.left | own, where)))
+
+
 VAEConfig = AutoencoderKLConfig | AutoencoderTinyConfig
 UNetConfig = UNet2DConditionConfig | UNet2DConfig
 UpscalerConfig = RRDBNetConfig | CompactConfig
@@ -1447,11 +1522,21 @@ ComponentConfig = (
 
 def read_unet(data: Mapping[str, Any], where: str = "unet/config.json") -> UNetConfig:
     """The config of a U-Net, of the class that it names. Raises: ConfigError."""
-    kind = UNet2DConfig if data.get("_class_name") == "UNet2DModel" else UNet2DConditionConfig
-    return kind.from_dict(data, where)
+    kinds = {
+        "UNet2DModel": UNet2DConfig,
+        "UNetSpatioTemporalConditionModel": UNetSpatioTemporalConfig,
+    }
+    kind: Any = kinds.get(str(data.get("_class_name")), UNet2DConditionConfig)
+    found: UNetConfig = kind.from_dict(data, where)
+    return found
 
 
 def read_vae(data: Mapping[str, Any], where: str = "vae/config.json") -> VAEConfig:
     """The config of a VAE, of the class that it names. Raises: ConfigError."""
-    tiny = data.get("_class_name") == "AutoencoderTiny"
-    return (AutoencoderTinyConfig if tiny else AutoencoderKLConfig).from_dict(data, where)
+    kinds = {
+        "AutoencoderTiny": AutoencoderTinyConfig,
+        "AutoencoderKLTemporalDecoder": AutoencoderKLTemporalDecoderConfig,
+    }
+    kind: Any = kinds.get(str(data.get("_class_name")), AutoencoderKLConfig)
+    found: VAEConfig = kind.from_dict(data, where)
+    return found

@@ -303,10 +303,14 @@ class UNetEncoder(Module):
             self.class_embedding = nn.Embedding(config.num_class_embeds, temb)
         elif config.class_embed_type == "projection" and embed_in is not None:
             self.class_embedding = TimestepEmbedding(nn, embed_in, temb)
-        self.down_blocks = [_BLOCKS[block.type](nn, block, config) for block in config.down_blocks]
+        self.down_blocks = [self.make_block(nn, block, config) for block in config.down_blocks]
         self.mid_block = None
         if config.mid_block is not None:
-            self.mid_block = _BLOCKS[config.mid_block.type](nn, config.mid_block, config)
+            self.mid_block = self.make_block(nn, config.mid_block, config)
+
+    def make_block(self, nn: Layers, block: BlockSpec, config: UNetConfig) -> Any:
+        """Make a block of the way down, the middle or the way up."""
+        return _BLOCKS[block.type](nn, block, config)
 
     def embed(
         self,
@@ -417,7 +421,7 @@ class UNet2DConditionModel(UNetEncoder):
 
     def __init__(self, nn: Layers, config: UNet2DConditionConfig) -> None:
         super().__init__(nn, config)
-        self.up_blocks = [_BLOCKS[block.type](nn, block, config) for block in config.up_blocks]
+        self.up_blocks = [self.make_block(nn, block, config) for block in config.up_blocks]
         first, kernel = config.block_out_channels[0], config.conv_out_kernel
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, first, config.norm_eps)
         self.conv_out = nn.Conv2d(first, config.out_channels, kernel, padding=kernel // 2)

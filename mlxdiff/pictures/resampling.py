@@ -9,6 +9,7 @@ Source: torch, aten/src/ATen/native/UpSample.h and UpSampleKernel.cpp.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -38,6 +39,27 @@ def resample(
     x = np.asarray(x, np.float32)
     for axis, size in enumerate((height, width)):
         x = _along(x, axis, *_taps(x.shape[axis], size, curve, antialias, align_corners))
+    return x
+
+
+def blurred(x: np.ndarray, sigmas: Sequence[float], sizes: Sequence[int]) -> np.ndarray:
+    """Smooth floats by a Gaussian; beyond its edges the picture is reflected.
+
+    Args:
+        x: (H, W, C).
+        sigmas: standard deviation along the rows' and the columns' axis, in pixels.
+        sizes: values of each kernel, an odd number.
+    """
+    x = np.asarray(x, np.float32)
+    for axis, (sigma, size) in enumerate(zip(sigmas, sizes, strict=True)):
+        reach = size // 2
+        kernel = np.exp(-((np.arange(size) - reach) ** 2) / np.float32(2 * sigma * sigma))
+        places = np.arange(x.shape[axis])[:, None] + np.arange(-reach, reach + 1)
+        last = max(x.shape[axis] - 1, 1)
+        places = np.abs(places) % (2 * last)  # reflected at both edges
+        places = np.minimum(places, 2 * last - places) % x.shape[axis]
+        weights = np.broadcast_to((kernel / kernel.sum()).astype(np.float32), places.shape)
+        x = _along(x, axis, places, weights)
     return x
 
 

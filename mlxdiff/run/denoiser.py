@@ -16,7 +16,7 @@ import numpy as np
 
 from mlxdiff.networks.condition import Condition
 from mlxdiff.networks.perturbation import Blur, FreeU, Identity, Skip, blocks_named
-from mlxdiff.run import image_led, video
+from mlxdiff.run import animation, image_led, video
 from mlxdiff.run.additions import Added, Prompted
 from mlxdiff.run.composition import Merge, by_regions, by_weights
 from mlxdiff.run.model import Model, PromptEmbeddings
@@ -131,7 +131,8 @@ class Denoiser:
 
     A batch holds the prediction for the negative prompt, then that for the prompt. For a model that
     edits a picture, a prediction for the negative prompt without the picture comes first. A model
-    that turns a picture's object does not see the picture where it reads the negative prompt.
+    that turns a picture's object, or lets a picture move, does not see the picture where it reads
+    the negative prompt.
 
     Args:
         model: the model.
@@ -158,7 +159,7 @@ class Denoiser:
         self.settings = settings
         self.others, self.merge = others, merge
         self.guided = settings.guides(model)
-        self.edits, self.turns = model.edits, model.turns
+        self.edits, self.blanks = model.edits, model.turns or model.animates
         self.picture_first = model.maps is not None
         self.batch = settings.batch(model)
         states = self._both(text.negative_prompt_embeds, text.prompt_embeds)
@@ -167,6 +168,10 @@ class Denoiser:
         if settings.freeu is not None:
             self.text = self.text.changed(_freeu(self.unet, settings.freeu))
         self.guider = settings.guiding
+        self.scale: Any = settings.guidance
+        if model.animates and self.guided:
+            rows, _, _ = settings.latent_shape(model)
+            self.scale = self.backend.asarray(animation.guidance_of_frames(settings, rows))
         self.memory = guiders.Memory()
         # What is lazy belongs to the thread that made it, and each step may run in another.
         self.backend.evaluate(self.text.values)
@@ -174,9 +179,10 @@ class Denoiser:
         self.conditions: dict[str, Any] = {}
         if (time_ids := settings.time_ids(model)) is not None:
             negative_ids, ids = np.array(time_ids, np.float32)[:, None]
-            self.conditions["text_embeds"] = self._both(
-                text.negative_pooled_prompt_embeds, text.pooled_prompt_embeds
-            )
+            if text.pooled_prompt_embeds is not None:
+                self.conditions["text_embeds"] = self._both(
+                    text.negative_pooled_prompt_embeds, text.pooled_prompt_embeds
+                )
             self.conditions["time_ids"] = self._both(negative_ids, ids)
         if (dim := model.unet_config.time_cond_proj_dim) is not None:
             embedding = guidance_scale_embedding(settings.guidance, dim)
@@ -242,7 +248,7 @@ class Denoiser:
         if evaluation.beside is not None:
             parts = [evaluation.beside, x] if self.picture_first else [x, evaluation.beside]
             sample = self.backend.concatenate(parts, -1)
-        if guided and (self.edits or self.turns):
+        if guided and (self.edits or self.blanks):
             blank = self.backend.concatenate([x, 0.0 * evaluation.beside], -1)
             sample = self.backend.concatenate([blank] + [sample] * (self.batch - 1), 0)
         elif guided:
@@ -263,7 +269,7 @@ class Denoiser:
             self._measure(evaluation, sample, temb, text, old, added, out)
         if self.reuse is not None and evaluation.index == evaluation.total - 1:
             logger.info("%s", self.reuse.said(evaluation.total))
-        scale, rescale = self.settings.guidance, self.settings.guidance_rescale
+        scale, rescale = self.scale, self.settings.guidance_rescale
         image_scale = self.settings.image_guidance
         if guided and self.edits and image_scale is not None:
             edited = guide_edit(out[:1], out[1:2], out[2:], scale, image_scale, rescale)
@@ -474,6 +480,8 @@ def _timeline(model: Model, settings: Settings) -> list[tuple[int, PromptEmbeddi
 
     A model without text reads a picture in their place.
     """
+    if model.animates:
+        return [(settings.evaluations, animation.picture_prompt(model, settings))]
     if model.lacks("prompt"):
         return [(settings.evaluations, image_led.picture_prompt(model, settings))]
     return model.prompt_timeline(

@@ -35,6 +35,7 @@ from mlxdiff.run.additions.judge import judge_of, score
 from mlxdiff.run.additions.map_maker import SEED, with_maps
 from mlxdiff.run.additions.refiner import refiner_of
 from mlxdiff.run.additions.upscaler import enlarged, upscaler_of
+from mlxdiff.run.animation import AnimatingModel
 from mlxdiff.run.denoiser import Evaluation, make_denoiser
 from mlxdiff.run.inputs import Inputs, Stage, Start, make_stages
 from mlxdiff.run.map_model import MapModel
@@ -495,12 +496,8 @@ class _Work:
                 self._choose(index)
                 continue
             with self.turn("vae"), seamless(planned.settings.seamless):
-                settings, frames = planned.settings, []
-                values: np.ndarray | None = None
-                for one in latents if settings.frames is not None else latents[None]:
-                    image, values = self._made_of(one)
-                    frames.append(image)
-                    model.backend.clear_cache()
+                settings = planned.settings
+                frames, values = self._made_of(latents)
                 image = frames[0]
                 pastes = settings.paste_original or settings.only_masked is not None
                 if canvas is not None and pastes:
@@ -520,13 +517,21 @@ class _Work:
             self.drawn.popleft()
             self._choose(index)
 
-    def _made_of(self, latents: np.ndarray) -> tuple[PIL.Image.Image, np.ndarray | None]:
-        """Decode a picture; of a model that makes maps, also the map before it is resized."""
+    def _made_of(self, latents: np.ndarray) -> tuple[list[PIL.Image.Image], np.ndarray | None]:
+        """Decode a picture, or the frames of a video; of a model that makes maps, also the map
+        before it is resized."""
         settings, model = self._planned.settings, self._planned.model
-        if not isinstance(model, MapModel):
-            return model.decode(latents[None])[0], None
-        values = model.map_of(latents, *settings.drawn)
-        return model.paint(values, settings.depth_as), values
+        if isinstance(model, MapModel):
+            values = model.map_of(latents, *settings.drawn)
+            model.backend.clear_cache()
+            return [model.paint(values, settings.depth_as)], values
+        if isinstance(model, AnimatingModel):
+            return model.decode_frames(latents, settings.decode_chunk or len(latents)), None
+        frames = []
+        for one in latents if settings.frames is not None else latents[None]:
+            frames.append(model.decode(one[None])[0])
+            model.backend.clear_cache()
+        return frames, None
 
     def _is_decoded(self, index: int) -> bool:
         """Return True if a picture that is drawn is decoded, too."""

@@ -18,7 +18,7 @@ from mlxdiff.noise import add_noise
 from mlxdiff.pictures.hires import Hires, enlarge_latents
 from mlxdiff.pictures.image import resize_values, to_model
 from mlxdiff.pictures.resampling import resample
-from mlxdiff.run import image_led
+from mlxdiff.run import animation, image_led
 from mlxdiff.run.additions.upscaler import enlarged_for_hires
 from mlxdiff.run.model import ImageLatents, Model
 from mlxdiff.run.seeds import Draws, Shape
@@ -128,11 +128,12 @@ class Inputs:
         self.small: np.ndarray | None = None
         self.depth: np.ndarray | None = None
         self.leading: image_led.Leading | None = None
+        self.animates = model if model.animates else None
         self.signal = 1.0
         self.blends = False
         if model.unclips and settings.leading is not None:
             self.leading = image_led.Leading(model, settings)
-        if settings.image is None:
+        if settings.image is None or model.animates:
             return
         if settings.noise_level is not None:
             self.small = to_model(settings.image)
@@ -171,6 +172,10 @@ class Inputs:
             noise: takes the place of the first noise.
         """
         settings, repaints = self.settings, self.mask is not None
+        if self.animates is not None:
+            beside = animation.noised_latents(self.animates, settings, draws)
+            noise = animation.first_noise(settings, draws, shape) if noise is None else noise
+            return Start(np.asarray(noise * plan.init_noise_sigma, np.float32), beside=beside)
         if self.leading is not None:
             labels = self.leading.noised(draws)
             noise = draws.first(shape) if noise is None else noise

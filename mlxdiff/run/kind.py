@@ -90,6 +90,7 @@ class Kind(ABC):
         turns: it reads that and a camera, and sees the picture beside the latents (Zero-1-to-3).
         unclips: the U-Net takes CLIP's embedding of a picture, noised, beside the prompt (Stable
             unCLIP).
+        animates: the U-Net lets a picture move (Stable Video Diffusion).
         tells_elevation: a model that turns reads the elevation of the picture's camera in place of
             a change of distance (Stable Zero123).
     """
@@ -114,6 +115,7 @@ class Kind(ABC):
     varies: bool = False
     turns: bool = False
     unclips: bool = False
+    animates: bool = False
     tells_elevation: bool = False
 
     @property
@@ -129,9 +131,9 @@ class Kind(ABC):
         Args:
             part: "text" (guidance by a prompt, or by a picture in its place), "prompt", "prompt_2",
                 "sdxl", "target_size", "aesthetic_score", "image", "mask", "edits", "upscales",
-                "depth", "maps", "noised", "camera", "variations", "threshold", "label", "hires",
-                "video", or an addition: "controlnet", "t2i_adapter", "ip_adapter", "lora",
-                "embedding", "vae", "refiner", "upscaler", "judge", "motion".
+                "depth", "maps", "animation", "noised", "camera", "variations", "threshold",
+                "label", "hires", "video", or an addition: "controlnet", "t2i_adapter",
+                "ip_adapter", "lora", "embedding", "vae", "refiner", "upscaler", "judge", "motion".
         Raises: KeyError for another word.
         """
 
@@ -575,6 +577,11 @@ _LATENT_PARTS: dict[str, tuple[Callable[[LatentKind], bool], str]] = {
         "only models that see a depth map take that (stable-diffusion-2-depth, whose U-Net takes 5 "
         "channels); for this model give a depth ControlNet ({controlnets}) the map as "
         "{control_image}",
+    ),
+    "animation": (
+        lambda kind: kind.animates,
+        "only models that let a picture move take that (Stable Video Diffusion); this model is "
+        "not one",
     ),
     "maps": (
         lambda kind: kind.maps is not None,

@@ -145,6 +145,7 @@ _control = partial(option, section="Control", part="controlnet")
 _shown = partial(option, section="Control", part="ip_adapter")
 _sdxl = partial(option, section="SDXL", part="sdxl")
 _video = partial(option, section="Video", part="video")
+_animation = partial(option, section="Video", part="animation")
 
 
 @dataclass(frozen=True)
@@ -497,15 +498,19 @@ class ValueOptions(Options):
     frames: Frames | None = _video(
         "--frames",
         metavar="N",
-        help="With a motion adapter: frames of the video. Default: 16, or those of the --image.",
-        doc="with a motion adapter: frames of the video. None: 16, or those of the image.",
+        help="Frames of the video. Default: with a motion adapter 16, or those of the --image; "
+        "Stable Video Diffusion's own number.",
+        doc="frames of the video. None: with a motion adapter 16, or those of the image; Stable "
+        "Video Diffusion's own number.",
         elsewhere="num_frames video_frames video_length",
     )
     fps: Fps | None = _video(
         "--fps",
         metavar="N",
-        help="With a motion adapter: frames a second in the file. Default: 8.",
-        doc="with a motion adapter: frames a second in the file. None: 8.",
+        help="Frames a second in the file. Default: with a motion adapter 8; 7 for Stable Video "
+        "Diffusion, which reads the number.",
+        doc="frames a second in the file. None: with a motion adapter 8; 7 for Stable Video "
+        "Diffusion, which reads the number.",
         elsewhere="frame_rate framerate",
     )
     context_length: Positive | None = _video(
@@ -521,6 +526,30 @@ class ValueOptions(Options):
         metavar="N",
         help="Frames from the start of one such window to that of the next. Default: 4.",
         doc="frames from the start of one such window to that of the next. None: 4.",
+    )
+    min_guidance: Scale | None = _animation(
+        "--min-guidance",
+        help="Stable Video Diffusion: guidance scale of the first frame; --guidance is that of the "
+        "last. Default: 1.",
+        elsewhere="min_guidance_scale",
+    )
+    motion_bucket: Whole | None = _animation(
+        "--motion-bucket",
+        help="Stable Video Diffusion: how much moves. Default: 127.",
+        elsewhere="motion_bucket_id",
+    )
+    noise_augmentation: Scale | None = _animation(
+        "--noise-augmentation",
+        help="Stable Video Diffusion: noise added to the image first; more of it, more motion. "
+        "Default: 0.02.",
+        elsewhere="noise_aug_strength augmentation_level",
+    )
+    decode_chunk: Positive | None = _animation(
+        "--decode-chunk",
+        metavar="N",
+        help="Stable Video Diffusion: decode so many frames at a time: less memory, and frames "
+        "that fit each other less. Default: all.",
+        elsewhere="decode_chunk_size",
     )
     denoising_end: Share | None = _sdxl(
         "--denoising-end",

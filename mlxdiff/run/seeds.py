@@ -58,6 +58,12 @@ class Draws:
         """Draw the next noise of the stream for an embedding: (1, width)."""
         return self._stream.randn((1, width))
 
+    def frames(self, count: int, shape: Shape) -> np.ndarray:
+        """Draw the next noise of the stream for frames, one after the other: (count, h, w, C)."""
+        rows, columns, channels = shape
+        noise = self._stream.randn((count, channels, rows, columns))
+        return np.ascontiguousarray(noise.transpose(0, 2, 3, 1))
+
     def first(self, shape: Shape) -> np.ndarray:
         """Draw the first noise of a picture: (1, h, w, C)."""
         frames = video.frames_of(self._settings)

@@ -26,7 +26,7 @@ from mlxdiff.pictures.canvas import (
 from mlxdiff.pictures.hires import Hires, resolve_hires
 from mlxdiff.pictures.image import load_image, load_levels, resize
 from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
-from mlxdiff.run import composition, image_led, video
+from mlxdiff.run import animation, composition, image_led, video
 from mlxdiff.run.additions.control import Control, resolve_controls
 from mlxdiff.run.additions.ip_adapter import ImagePrompt, resolve_image_prompts
 from mlxdiff.run.additions.judge import judge_of
@@ -235,7 +235,9 @@ class Settings(ValueOptions):
         return any(part is not None for part in parts)
 
     def time_ids(self, model: Model) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-        """Micro-conditioning of an SDXL U-Net, for the negative and for the positive prompt."""
+        """Micro-conditioning of the U-Net, for the negative and for the positive prompt."""
+        if model.animates:
+            return animation.numbers_of(self), animation.numbers_of(self)
         if self.original_size is None or self.crop is None:
             return None
         shared = (*self.original_size, *self.crop)
@@ -283,6 +285,8 @@ def resolve(
     asked = with_aspect(model, asked)
     if model.maps is not None:
         settings, plans = _resolve_map(model, asked)
+    elif model.animates:
+        settings, plans = _resolve_animation(model, asked)
     elif model.lacks("text"):
         settings, plans = _resolve_pixels(model, asked)
     else:
@@ -357,6 +361,44 @@ def _resolve_map(model: Any, asked: RunOptions) -> tuple[Settings, tuple[sampler
     )
     plans = make_plans(settings, model)
     _check_step_noise(settings, plans)
+    return settings, plans
+
+
+def _resolve_animation(
+    model: Model, asked: RunOptions
+) -> tuple[Settings, tuple[samplers.Plan, ...]]:
+    """Settings of a model that lets a picture move (``run.animation``)."""
+    asked = replace(asked, prompt=asked.prompt or None)
+    check_parts(model, None, asked)
+    animation.check(model, asked)
+    pixels = load_image(asked.image)
+    own_height, own_width = model.default_size
+    width = own_width if asked.width is None else asked.width
+    height = own_height if asked.height is None else asked.height
+    model.check_size(width=width, height=height)
+    guidance = model.default_guidance if asked.guidance is None else asked.guidance
+    low = asked.min_guidance
+    frames = model.unet_config.num_frames if asked.frames is None else asked.frames
+    added = asked.noise_augmentation
+    settings = _settings(
+        asked,
+        prompt="",
+        width=width,
+        height=height,
+        steps=model.default_steps(asked.sampler) if asked.steps is None else asked.steps,
+        guidance=guidance,
+        min_guidance=animation.LEAST_GUIDANCE if low is None else low,
+        frames=frames,
+        fps=animation.FPS if asked.fps is None else asked.fps,
+        motion_bucket=animation.MOTION if asked.motion_bucket is None else asked.motion_bucket,
+        noise_augmentation=animation.AUGMENTATION if added is None else added,
+        decode_chunk=frames if asked.decode_chunk is None else min(asked.decode_chunk, frames),
+        image=resize(pixels, width, height),
+        leading=pixels,
+        image_name=_named(asked.image),
+    )
+    plans = make_plans(settings, model)
+    animation.check_plan(plans[0])
     return settings, plans
 
 

@@ -101,6 +101,7 @@ OWN_PARTS: dict[str, tuple[str, ...]] = {
         FEATURE_EXTRACTOR,
     ),
     "StableDiffusionImageVariationPipeline": (IMAGE_ENCODER, FEATURE_EXTRACTOR),
+    "StableVideoDiffusionPipeline": (IMAGE_ENCODER, FEATURE_EXTRACTOR),
     "Zero1to3StableDiffusionPipeline": (IMAGE_ENCODER, CC_PROJECTION),
 }
 """Pipeline class -> the parts that models of this class alone have a use for."""

@@ -177,7 +177,10 @@ class ControlNets:
                 if self.types[i] is not None:
                     temb = temb + self.types[i]
                 more = net.predict(
-                    sample, Condition(temb).of_video(self.frames), self.texts[i].rows(start, self.rows), *last
+                    sample,
+                    Condition(temb).of_video(self.frames),
+                    self.texts[i].rows(start, self.rows),
+                    *last,
                 )
             sums = more if sums is None else [a + b for a, b in zip(sums, more, strict=True)]
         if sums is None:
