@@ -10,7 +10,7 @@ from typing import Any
 
 from mlxdiff.errors import CheckpointError, ConfigError, argument
 from mlxdiff.machine.disk import read_json
-from mlxdiff.networks.config import ComponentConfig, UNet2DConfig
+from mlxdiff.networks.config import ComponentConfig, UNet2DConfig, UNetSpatioTemporalConfig
 from mlxdiff.store import catalogue
 from mlxdiff.store.folder import (
     CC_PROJECTION,
@@ -316,15 +316,18 @@ def check_model_index(index: Mapping[str, Any], path: Path) -> tuple[str, ...]:
 
 
 def family(configs: Mapping[str, ComponentConfig]) -> str:
-    """Return the family of a model from its parts: "sd1", "sd2", "sdxl", "sdxl-refiner" or "ddpm".
+    """Return the family of a model from its parts: "sd1", "sd2", "sdxl", "sdxl-refiner", "svd" or
+    "ddpm".
 
-    A UNet2DModel means "ddpm". SDXL's U-Net has the text_time embedding; the refiner has no first
+    A UNet2DModel means "ddpm", a U-Net with layers among frames "svd". SDXL's U-Net has the text_time embedding; the refiner has no first
     text encoder. Of the others, version 2 has OpenCLIP's text encoder (gelu), version 1 OpenAI's
     (quick_gelu); without a text encoder the image encoder counts.
     """
     unet: Any = configs["unet"]
     if isinstance(unet, UNet2DConfig):
         return "ddpm"
+    if isinstance(unet, UNetSpatioTemporalConfig):
+        return "svd"
     if unet.addition_embed_type == "text_time":
         return "sdxl" if "text_encoder" in configs else "sdxl-refiner"
     encoders = (configs.get(name) for name in ("text_encoder", "text_encoder_2", IMAGE_ENCODER))

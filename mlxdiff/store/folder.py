@@ -129,7 +129,8 @@ class ModelSource(Protocol):
 
     @property
     def family(self) -> str:
-        """ "sd1", "sd2", "sdxl" or "sdxl-refiner"; "ddpm" for a U-Net alone, in pixel space."""
+        """ "sd1", "sd2", "sdxl", "sdxl-refiner" or "svd"; "ddpm" for a U-Net alone, in pixel
+        space."""
 
     @property
     def components(self) -> tuple[str, ...]:
