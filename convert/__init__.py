@@ -59,8 +59,8 @@ __all__ = [
     "describe",
     "open_controlnet",
     "open_ip_adapter",
-    "open_source",
     "open_motion_adapter",
+    "open_source",
     "open_t2i_adapter",
     "open_vae",
 ]

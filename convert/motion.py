@@ -1,4 +1,4 @@
-"""Motion adapters (AnimateDiff) in either form: a diffusers folder, or one file in one of two namings."""
+"""Motion adapters (AnimateDiff): a diffusers folder, or one file in one of two namings."""
 
 from __future__ import annotations
 

@@ -48,6 +48,7 @@ from mlxdiff.run.pixel_model import PixelModel
 from mlxdiff.run.progress import Watch
 from mlxdiff.run.settings import PlannedRun, Settings, resolve, variation
 from mlxdiff.run.table import entries, make, takes
+from mlxdiff.run.video import frames_of
 from mlxdiff.store.folder import ModelSource, Progress
 from mlxdiff.store.recipes import find_recipe, recipe_of
 from mlxdiff.text.styles import Style
@@ -590,6 +591,7 @@ class Pipeline:
             low_memory=low_memory,
             band_bytes=model.band_bytes(height, width, low_memory),
             recipe=None if quantize is None else find_recipe(quantize),
+            frames=frames_of(settings, low_memory),
         )
 
     def _require_memory(self, settings: Settings) -> None:

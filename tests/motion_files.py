@@ -80,6 +80,15 @@ def write_motion(folder: Path, name: str, model: str) -> Path:
     return folder
 
 
+ORIGINAL = {
+    "attn1": "attention_blocks.0",
+    "attn2": "attention_blocks.1",
+    "norm1": "norms.0",
+    "norm2": "norms.1",
+    "norm3": "ff_norm",
+}
+
+
 def original_names(name: str, model: str) -> dict[str, np.ndarray]:
     """Its tensors under the names of the original code."""
     result = {}
@@ -90,8 +99,7 @@ def original_names(name: str, model: str) -> dict[str, np.ndarray]:
             for i in range(2):
                 result[key.replace("pos_embed", f"attention_blocks.{i}.pos_encoder")] = array
             continue
-        for new, old in (("attn1", "attention_blocks.0"), ("attn2", "attention_blocks.1"),
-                         ("norm1", "norms.0"), ("norm2", "norms.1"), ("norm3", "ff_norm")):  # fmt: skip
+        for new, old in ORIGINAL.items():
             key = key.replace(f".{new}.", f".{old}.")
         result[key] = array
     return result

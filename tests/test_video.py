@@ -48,7 +48,8 @@ def test_videos_equal_diffusers(
         shown = given_video(kind, count)
         arguments["image"] = list(shown) if kind == "video" else shown[0]
     if "control_video" in arguments:
-        arguments["control_image"] = list(given_video("video", *arguments.pop("control_video"))[:, ::-1])
+        frames = given_video("video", *arguments.pop("control_video"))
+        arguments["control_image"] = frames[:, ::-1]
     if "ip_image" in arguments:
         arguments["ip_image"] = [photo(*size) for size in arguments["ip_image"]]
     result = pipe.generate(**arguments)

@@ -198,8 +198,8 @@ def main() -> None:
         now = time.process_time()
         training.seconds, last = training.seconds + now - last, now
         if training.step % 20 == 0:
-            print(f"step {training.step}, {training.seconds:.0f} s, loss {np.mean(losses[-100:]):.4f}",
-                  flush=True)  # fmt: skip
+            loss = np.mean(losses[-100:])
+            print(f"step {training.step}, {training.seconds:.0f} s, loss {loss:.4f}", flush=True)
         if time.monotonic() - saved > SAVE_EVERY:
             training.save()
             saved = time.monotonic()

@@ -31,7 +31,9 @@ def kind_of(spec: data.Spec) -> str:
     return KINDS[PLACES[spec.place]]
 
 
-def random_video(rng: np.random.Generator, frames: int = FRAMES) -> tuple[data.Spec, list[data.Spec]]:
+def random_video(
+    rng: np.random.Generator, frames: int = FRAMES
+) -> tuple[data.Spec, list[data.Spec]]:
     """A picture, and the pictures of the video that ends with it."""
     spec = data.random_spec(rng)
     return spec, [at(spec, i / (frames - 1)) for i in range(frames)]

@@ -365,4 +365,6 @@ def _attention_of_short(
     scores *= weights
     scores *= scale
     found = scores @ keys, scores.swapaxes(2, 3) @ queries, dv
-    return [one.transpose(0, 2, 1, 3).reshape(x.shape) for one, x in zip(found, (q, k, v), strict=True)]
+    return [
+        one.transpose(0, 2, 1, 3).reshape(x.shape) for one, x in zip(found, (q, k, v), strict=True)
+    ]

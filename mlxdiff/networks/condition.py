@@ -18,11 +18,19 @@ class Frames:
         count: frames of each video; 1 for pictures.
         context: motion modules see so many frames at a time; None: all of them.
         stride: frames from the start of a window to that of the next.
+        at_once: to save memory, layers that see one frame alone run on so many at a time, and
+            motion modules on as small a share of the places; None: on all.
     """
 
     count: int = 1
     context: int | None = None
     stride: int = 4
+    at_once: int | None = None
+
+    @property
+    def in_parts(self) -> bool:
+        """Return True if layers run on a part of the frames at a time."""
+        return self.at_once is not None and self.at_once < self.count
 
     @property
     def windows(self) -> list[tuple[int, list[float]]]:

@@ -107,12 +107,24 @@ class MotionModule(Module):
         count = frames.count
         batch, places = rows // count, height * width
         h = self.norm(x.reshape(batch, count * height, width, channels))
-        h = h.reshape(batch, count, places, channels).transpose(0, 2, 1, 3)
-        h = self.proj_in(h.reshape(-1, channels))
+        h = h.reshape(batch, count, places, channels)
+        if not frames.in_parts:
+            return x + self._moved(h, frames).reshape(x.shape)
+        parts, at_once = [], max(1, places * (frames.at_once or 1) // count)
+        for start in range(0, places, at_once):
+            part = self._moved(h[:, :, start : start + at_once], frames)
+            self.nn.evaluate(part)
+            parts.append(part)
+        del h
+        return x + self.nn.concatenate(parts, axis=2).reshape(x.shape)
+
+    def _moved(self, h: Array, frames: Frames) -> Array:
+        """What is added at some places: (B, F, P, C) -> the same."""
+        batch, count, places, channels = h.shape
+        h = self.proj_in(h.transpose(0, 2, 1, 3).reshape(-1, channels))
         for block in self.transformer_blocks:
             h = block(h, frames)
-        h = self.proj_out(h).reshape(batch, places, count, channels).transpose(0, 2, 1, 3)
-        return x + h.reshape(x.shape)
+        return self.proj_out(h).reshape(batch, places, count, channels).transpose(0, 2, 1, 3)
 
 
 class MotionModules(Module):
@@ -150,7 +162,7 @@ class MotionAdapterModel(Module):
         ]
 
     def run_once(self, sizes: Sizes) -> list[Array]:
-        frames, rows = Frames(sizes.frames), sizes.batch * sizes.frames
+        frames, rows = sizes.frames, sizes.batch * sizes.frames.count
         middle = [] if self.mid_block is None else [self.mid_block]
         widths = self.config.block_out_channels
         blocks = [*self.down_blocks, *middle, *self.up_blocks]

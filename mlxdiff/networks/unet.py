@@ -8,7 +8,7 @@ Source: diffusers models/unets/unet_2d_condition.py and unet_2d_blocks.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -129,7 +129,8 @@ class DownBlock2D(Module):
         feature: Array | None = None,
     ) -> Array:
         for i, resnet in enumerate(self.resnets):
-            x = _moved(self, i, resnet(x, temb), encoder_hidden_states)
+            x = _in_parts(self.nn, resnet, [x], temb)
+            x = _moved(self, i, x, encoder_hidden_states)
             skips.append(x)
         for downsampler in self.downsamplers:
             x = downsampler(x)
@@ -162,7 +163,8 @@ class CrossAttnDownBlock2D(Module):
         feature: Array | None = None,
     ) -> Array:
         for i, (resnet, attention) in enumerate(zip(self.resnets, self.attentions, strict=True)):
-            x = attention(resnet(x, temb), encoder_hidden_states)
+            x = _in_parts(self.nn, resnet, [x], temb)
+            x = _in_parts(self.nn, attention, [x], encoder_hidden_states)
             x = _moved(self, i, x, encoder_hidden_states)
             skips.append(x)
         if feature is not None:
@@ -197,10 +199,11 @@ class UNetMidBlock2DCrossAttn(Module):
 
     def __call__(self, x: Array, temb: Condition, encoder_hidden_states: Condition | None) -> Array:
         first, *rest = self.resnets
-        x = first(x, temb)
+        x = _in_parts(self.nn, first, [x], temb)
         for i, (attention, resnet) in enumerate(zip(self.attentions, rest, strict=True)):
-            x = attention(x, encoder_hidden_states)
-            x = resnet(_moved(self, i, x, encoder_hidden_states), temb)
+            x = _in_parts(self.nn, attention, [x], encoder_hidden_states)
+            x = _moved(self, i, x, encoder_hidden_states)
+            x = _in_parts(self.nn, resnet, [x], temb)
         return x
 
 
@@ -210,6 +213,51 @@ def _moved(block: Module, index: int, x: Array, text: Condition | None) -> Array
         return x
     moved: Array = block.motion_modules[index](x, text.frames)
     return moved
+
+
+def _in_parts(
+    nn: Layers, layer: Callable[..., Array], inputs: list[Array], told: Condition | None
+) -> Array:
+    """The output of a layer, which to save memory sees some frames of a video at a time.
+
+    Args:
+        layer: maps the inputs and ``told`` to (N, H, W, C).
+        inputs: (N, H, W, C) each; the list is emptied.
+        told: of the layer; in parts it has one row.
+    """
+    if told is None or not told.frames.in_parts:
+        return layer(*inputs, told)
+    at_once, parts = told.frames.at_once or 1, []
+    for start in range(0, len(inputs[0]), at_once):
+        some = [one[start : start + at_once] for one in inputs]
+        part = layer(*some, told.of_video(Frames(len(some[0]))))
+        nn.evaluate(part)
+        parts.append(part)
+    inputs.clear()
+    return nn.concatenate(parts)
+
+
+def _joined_resnet(
+    block: Module,
+    index: int,
+    x: Array,
+    skips: list[Array],
+    temb: Condition,
+    text: Condition | None,
+) -> Array:
+    """A resnet on what comes from below and the last skip, which is removed."""
+    resnet = block.resnets[index]
+    if not temb.frames.in_parts:  # the skip is not held while the resnet runs
+        return resnet(_joined(block, x, skips.pop(), text), temb)
+
+    def join(x: Array, skip: Array, temb: Condition) -> Array:
+        return resnet(_joined(block, x, skip, text), temb)
+
+    return _in_parts(block.nn, join, [x, skips.pop()], temb)
+
+
+def _upsampled(layer: Module, x: Array, size: tuple[int, ...], temb: Condition) -> Array:
+    return _in_parts(layer.nn, lambda x, _: layer(x, size), [x], temb)
 
 
 def _joined(block: Module, x: Array, skip: Array, text: Condition | None) -> Array:
@@ -247,10 +295,10 @@ class UpBlock2D(Module):
         layers: slice = ALL,
     ) -> Array:
         for i in range(len(self.resnets))[layers]:
-            x = self.resnets[i](_joined(self, x, skips.pop(), encoder_hidden_states), temb)
+            x = _joined_resnet(self, i, x, skips, temb, encoder_hidden_states)
             x = _moved(self, i, x, encoder_hidden_states)
         for upsampler in self.upsamplers if layers.stop is None else []:
-            x = upsampler(x, skips[-1].shape[1:3])
+            x = _upsampled(upsampler, x, skips[-1].shape[1:3], temb)
         return x
 
 
@@ -276,11 +324,11 @@ class CrossAttnUpBlock2D(Module):
         layers: slice = ALL,
     ) -> Array:
         for i in range(len(self.resnets))[layers]:
-            x = self.resnets[i](_joined(self, x, skips.pop(), encoder_hidden_states), temb)
-            x = self.attentions[i](x, encoder_hidden_states)
+            x = _joined_resnet(self, i, x, skips, temb, encoder_hidden_states)
+            x = _in_parts(self.nn, self.attentions[i], [x], encoder_hidden_states)
             x = _moved(self, i, x, encoder_hidden_states)
         for upsampler in self.upsamplers if layers.stop is None else []:
-            x = upsampler(x, skips[-1].shape[1:3])
+            x = _upsampled(upsampler, x, skips[-1].shape[1:3], temb)
         return x
 
 
@@ -446,12 +494,12 @@ class UNet2DConditionModel(UNetEncoder):
         return self.predict(sample, Condition(temb), text, deep, residuals, features)
 
     def run_once(self, sizes: Sizes) -> Array:
-        rows = sizes.batch * sizes.frames
+        rows = sizes.batch * sizes.frames.count
         sample = sizes.array(rows, sizes.height, sizes.width, self.config.in_channels)
         text = sizes.array(sizes.batch, sizes.tokens, self.config.cross_attention_dim[0])
         temb = Condition(self.embed(sizes.array(sizes.batch), **self.conditions(sizes)))
-        frames = Frames(sizes.frames)
-        return self.predict(sample, temb.of_video(frames), self.read(text).of_video(frames))
+        read, frames = self.read(text).of_video(sizes.frames), sizes.frames
+        return self.predict(sample, temb.of_video(frames), read)
 
     def absorb(self, texts: Sequence[Condition]) -> None:
         """Make the keys and values of these texts, then drop the weights that make them.

@@ -64,7 +64,7 @@ _SCALE = r"(-?[0-9.]{1,30}(?:e-?[0-9]{1,3})?)"
 _LORA_TAG = re.compile(rf"<lora:[^<>:]{{1,300}}:{_SCALE}(?::{_SCALE})?>$")
 
 _EXIF_IFD, _USER_COMMENT, _MAKER_NOTE = 0x8769, 0x9286, 0x927C
-_MAKER = b"mlxdiff\0"
+MAKER = b"mlxdiff\0"
 
 
 @dataclass(frozen=True)
@@ -513,7 +513,7 @@ def exif(metadata: Metadata, most: int | None = None) -> bytes:
             JSON first.
     """
     comment = b"UNICODE\0" + metadata.to_parameters().encode("utf-16-be", "replace")
-    note = _MAKER + metadata.to_json().encode()
+    note = MAKER + metadata.to_json().encode()
     whole = _exif({_USER_COMMENT: comment, _MAKER_NOTE: note})
     if most is None or len(whole) <= most:
         return whole
@@ -532,8 +532,8 @@ def _exif(fields: dict[int, bytes]) -> bytes:
 
 
 def _exif_note(picture: Image.Image) -> str | None:
-    """Our JSON in EXIF's MakerNote."""
-    note = picture.getexif().get_ifd(_EXIF_IFD).get(_MAKER_NOTE)
-    if not isinstance(note, bytes) or not note.startswith(_MAKER):
+    """Our JSON in EXIF's MakerNote, or in the comment of a GIF."""
+    note = picture.getexif().get_ifd(_EXIF_IFD).get(_MAKER_NOTE) or picture.info.get("comment")
+    if not isinstance(note, bytes) or not note.startswith(MAKER):
         return None
-    return note[len(_MAKER) :].decode("utf-8", "replace")
+    return note[len(MAKER) :].decode("utf-8", "replace")

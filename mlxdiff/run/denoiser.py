@@ -163,7 +163,7 @@ class Denoiser:
         self.picture_first = model.maps is not None
         self.batch = settings.batch(model)
         states = self._both(text.negative_prompt_embeds, text.prompt_embeds)
-        self.frames = video.frames_of(settings)
+        self.frames = video.frames_of(settings, model.low_memory)
         self.text = self.unet.read(states).of_video(self.frames)
         if settings.freeu is not None:
             self.text = self.text.changed(_freeu(self.unet, settings.freeu))
@@ -322,8 +322,31 @@ class Denoiser:
         batch, rows, width, channels = sample.shape
         count = self.frames.count
         samples = sample.reshape(batch * count, rows // count, width, channels)
-        out = self.unet.predict(samples, temb, *conditions)
+        if self.frames.in_parts and batch > 1:
+            out = self._predict_singly(samples, temb, *conditions)
+        else:
+            out = self.unet.predict(samples, temb, *conditions)
         return out.reshape(batch, rows, width, -1)
+
+    def _predict_singly(
+        self,
+        samples: Any,
+        temb: Condition,
+        text: Condition,
+        deep: Any,
+        residuals: list[Any] | None,
+        features: Sequence[Any],
+    ) -> Any:
+        """One prediction after the other: of frames in parts, each takes much memory."""
+        found, count = [], self.frames.count
+        for row in range(len(samples) // count):
+            part = slice(row * count, (row + 1) * count)
+            own = None if residuals is None else [one[part] for one in residuals]
+            of_row = temb.rows(row, row + 1), text.rows(row, row + 1)
+            out = self.unet.predict(samples[part], *of_row, deep, own, features)
+            self.backend.evaluate(out)
+            found.append(out)
+        return self.backend.concatenate(found, 0)
 
     def _within(self, evaluation: Evaluation) -> bool:
         """Return True if there is guidance in this evaluation."""

@@ -11,7 +11,7 @@ import inspect
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Generator as Steps
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,7 +27,7 @@ from mlxdiff.errors import Cancelled, MlxdiffError, UsageError, argument
 from mlxdiff.machine.turns import each_in_turn, turn
 from mlxdiff.networks.layers import seamless
 from mlxdiff.noise import SOURCES
-from mlxdiff.pictures import formats
+from mlxdiff.pictures import formats, videos
 from mlxdiff.pictures.image import check_writable, png_bytes, side_by_side, write_bytes
 from mlxdiff.pictures.metadata import Metadata
 from mlxdiff.pictures.names import Template
@@ -139,8 +139,36 @@ class Picture:
     map: np.ndarray | None = None
     frames: tuple[PIL.Image.Image, ...] = ()
 
+    def files_of(self, template: Template) -> range:
+        """Numbers of the frames that get a file of their own; one file holds all: (0,)."""
+        is_each = bool(self.frames) and "frame" in template.fields
+        if self.frames and not is_each:
+            videos.require_writer(template.text)
+        return range(len(self.frames) if is_each else 1)
+
+    def encoded(
+        self, files: Sequence[Path], metadata: Metadata | None, quality: int | None
+    ) -> Iterator[bytes]:
+        """Encode it as files: one, or one for each frame of a video.
+
+        Args:
+            files: their names.
+            metadata: what the files say; None: nothing.
+            quality: as ``Result.save`` takes it.
+        """
+        name = formats.ending(files[0])
+        if self.frames and len(files) == 1:
+            fps = float(self.metadata.extra.get("fps") or videos.FPS)
+            yield videos.encode_video(self.frames, name, fps, metadata, quality)
+            return
+        for image in self.frames or (self.image,):
+            yield formats.encode(image, name, metadata, quality)
+
     def __repr__(self) -> str:
         width, height = self.image.size
+        if self.frames:
+            many = f"{len(self.frames)} frames"
+            return f"<Video {self.index}, {width}x{height}, {many}, seed {self.seed}>"
         return f"<Picture {self.index}, {width}x{height}, seed {self.seed}>"
 
 
@@ -175,7 +203,8 @@ class Result:
 
     def __repr__(self) -> str:
         width, height = self.images[0].size
-        many = "1 picture" if len(self.images) == 1 else f"{len(self.images)} pictures"
+        noun = "video" if self.videos else "picture"
+        many = f"1 {noun}" if len(self.images) == 1 else f"{len(self.images)} {noun}s"
         seeds = f"{self.seeds[0]}" + (f" to {self.seeds[-1]}" if len(self.seeds) > 1 else "")
         return f"<Result: {many}, {width}x{height}, seed {seeds}>"
 
@@ -213,36 +242,49 @@ class Result:
         overwrite: bool = False,
         quality: int | None = None,
     ) -> list[Path]:
-        """Write all pictures as files, with their settings in them.
+        """Write all pictures or videos as files, with their settings in them.
 
         Args:
-            path: the file, whose ending gives the format (.png, .jpg, .webp, .avif); with several
-                pictures a template with ``{seed}`` or ``{index}``. Also ``{step}`` (their number),
-                ``{frame}`` (0), ``{prompt}``, ``{model}``, ``{image}`` and ``{date}`` are filled
-                in, numbers also as ``{seed:05d}``. Its folder must exist.
+            path: the file, whose ending gives the format (.png, .jpg, .webp, .avif; of a video
+                .gif, .webp, .png, .mp4); with several pictures a template with ``{seed}`` or
+                ``{index}``. With ``{frame}`` each frame of a video is a picture file. Also
+                ``{step}`` (their number), ``{prompt}``, ``{model}``, ``{image}`` and ``{date}`` are
+                filled in, numbers also as ``{seed:05d}``. Its folder must exist.
             overwrite: replace existing files.
             quality: 1 to 100, see ``pictures.formats.encode``.
         Returns: the files, in order.
         Raises: UsageError. Nothing is written if one of the files cannot be.
         """
-        template = Template(_path_text(path), "path")
+        endings = (*formats.ENDINGS, *videos.ANIMATED) if self.videos else formats.ENDINGS
+        template = Template(_path_text(path), "path", endings=tuple(endings))
+        pictures = [
+            Picture(index, image, self.latents[index], self.seeds[index], self.metadata[index], {},
+                    0, tuple(self.videos[index]) if self.videos else ())
+            for index, image in enumerate(self.images)
+        ]  # fmt: skip
         paths = [
-            template.fill(**name_values(one, index, self.steps_of_a_picture))
-            for index, one in enumerate(self.metadata)
+            [
+                template.fill(
+                    **name_values(one.metadata, one.index, self.steps_of_a_picture, frame)
+                )
+                for frame in one.files_of(template)
+            ]
+            for one in pictures
         ]
-        if len(set(paths)) < len(paths):
+        every = [path for some in paths for path in some]
+        if len(set(every)) < len(every):
             raise UsageError(
-                f"{template} gives {len(paths)} pictures the same name; put {{index}} or {{seed}} "
+                f"{template} gives {len(every)} pictures the same name; put {{index}} or {{seed}} "
                 "into it"
             )
-        for one in paths:
-            check_writable(one, overwrite, tuple(formats.ENDINGS))
-        for index, one in enumerate(paths):
-            data = formats.encode(
-                self.images[index], formats.ending(one), self.metadata[index], quality
-            )
-            write_bytes(data, one, overwrite)
-        return paths
+        for one in every:
+            check_writable(one, overwrite, tuple(endings))
+        for picture, files in zip(pictures, paths, strict=True):
+            for data, file in zip(
+                picture.encoded(files, picture.metadata, quality), files, strict=True
+            ):
+                write_bytes(data, file, overwrite)
+        return every
 
     @property
     def steps_of_a_picture(self) -> int:
@@ -256,13 +298,13 @@ class Result:
         return png_bytes(side_by_side(self.images))
 
 
-def name_values(metadata: Metadata, index: int, steps: int) -> dict[str, int | str]:
+def name_values(metadata: Metadata, index: int, steps: int, frame: int = 0) -> dict[str, int | str]:
     """Return the values for the name of a picture's file, see ``pictures.names.Template``."""
     return {
         "seed": 0 if metadata.seed is None else metadata.seed,
         "index": index,
         "step": steps,
-        "frame": 0,
+        "frame": frame,
         "prompt": metadata.prompt,
         "model": _model_name(metadata),
         "image": Path(str(metadata.extra.get("image") or "none")).stem,

@@ -18,7 +18,7 @@ from mlxdiff.noise import add_noise
 from mlxdiff.pictures.hires import Hires, enlarge_latents
 from mlxdiff.pictures.image import resize_values, to_model
 from mlxdiff.pictures.resampling import resample
-from mlxdiff.run import animation, image_led
+from mlxdiff.run import animation, image_led, video
 from mlxdiff.run.additions.upscaler import enlarged_for_hires
 from mlxdiff.run.model import ImageLatents, Model
 from mlxdiff.run.seeds import Draws, Shape
@@ -129,11 +129,15 @@ class Inputs:
         self.depth: np.ndarray | None = None
         self.leading: image_led.Leading | None = None
         self.animates = model if model.animates else None
+        self.frames: list[ImageLatents] = []
         self.signal = 1.0
         self.blends = False
         if model.unclips and settings.leading is not None:
             self.leading = image_led.Leading(model, settings)
         if settings.image is None or model.animates:
+            return
+        if settings.video is not None:
+            self.frames = [model.image_latents(frame) for frame in settings.video]
             return
         if settings.noise_level is not None:
             self.small = to_model(settings.image)
@@ -180,6 +184,8 @@ class Inputs:
             labels = self.leading.noised(draws)
             noise = draws.first(shape) if noise is None else noise
             return Start(np.asarray(noise * plan.init_noise_sigma, np.float32), labels=labels)
+        if self.frames:
+            return self._begin_video(plan, draws, noise)
         if self.small is not None:
             small = add_noise(self.small, draws.next(shape, self.small.shape[-1]), self.signal)
             noise = draws.first(shape) if noise is None else noise
@@ -200,6 +206,15 @@ class Inputs:
         if clean is not None and self.blends:
             return Start(x, kept=Kept(self.mask, clean, noise))
         return Start(x, beside=np.concatenate([self.mask, masked], axis=-1))
+
+    def _begin_video(self, plan: Plan, draws: Draws, noise: np.ndarray | None) -> Start:
+        """The start of a video, drawn as diffusers draws it: (1, F, C, h, w) where a picture that
+        starts from noise alone has (1, C, F, h, w)."""
+        clean = video.stacked(draws.sample_frames(self.frames))
+        if noise is None:
+            shape = self.frames[0].mean.shape
+            noise = video.stacked(draws.frames(len(self.frames), shape[1:]))
+        return Start(np.asarray(plan.add_noise(clean, noise), np.float32))
 
     def go_on(
         self, stage: Stage, start: Start, latents: np.ndarray, draws: Draws, shape: Shape

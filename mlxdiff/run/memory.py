@@ -17,8 +17,9 @@ from typing import Any, NamedTuple, Protocol
 from mlxdiff.convert import Component
 from mlxdiff.errors import UsageError, argument
 from mlxdiff.machine import threads
+from mlxdiff.networks.condition import Frames
 from mlxdiff.networks.config import AutoencoderKLConfig, ComponentConfig, UpscalerConfig
-from mlxdiff.networks.cost import operations
+from mlxdiff.networks.cost import WHOLE, operations
 from mlxdiff.networks.recorder import Operation
 from mlxdiff.networks.tiling import BAND_BYTES
 from mlxdiff.run.kind import Network, stage_of
@@ -177,6 +178,7 @@ def estimate(
     low_memory: bool = False,
     band_bytes: int | None = None,
     recipe: Recipe | None = None,
+    frames: Frames = WHOLE,
 ) -> Estimate:
     """The memory of a run.
 
@@ -192,6 +194,7 @@ def estimate(
         band_bytes: the VAE decodes in bands of this size (``mlxdiff.networks.tiling``); None: the
             whole at once.
         recipe: quantize the weights first; None: they are as they are.
+        frames: of the video that is drawn.
     """
     weights: dict[Held, int] = {}
     work: dict[str, int] = {}
@@ -214,8 +217,11 @@ def estimate(
                 expands = low_memory or any(
                     isinstance(tensor, QuantizedTensor) for tensor in tensors.values()
                 )
-                need = activation_bytes(config, kind, *latent, batch=batch, expands=expands)
-                run = UNetRun(kind, config, latent, (height, width), batch, pictures)
+                need = activation_bytes(
+                    config, kind, *latent, batch=batch, expands=expands, frames=frames
+                )
+                rows = batch * frames.count
+                run = UNetRun(kind, config, latent, (height, width), rows, pictures)
                 extra = one.additions.work(run)
                 need = max(need + extra.beside, extra.before)
             elif name == "vae":
@@ -278,13 +284,14 @@ def activation_bytes(
     batch: int = 1,
     encode: bool = False,
     expands: bool = False,
+    frames: Frames = WHOLE,
 ) -> int:
     """The most bytes that one evaluation of a network holds beside its weights.
 
     Args: as for ``cost.operations``, the device, and
         expands: a GPU expands convolutions' weights when it uses them.
     """
-    work = operations(config, height, width, batch=batch, encode=encode)
+    work = operations(config, height, width, batch=batch, encode=encode, frames=frames)
     if device.backend == "numpy":
         return max(map(_numpy_bytes, work), default=0)
     size = SIZES[device.dtype]

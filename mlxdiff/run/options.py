@@ -113,6 +113,7 @@ SeedOrder = Annotated[str, values.Choice(SEED_ORDERS)]
 Ensemble = Annotated[int, values.Whole(1, 100)]
 DepthForm = Annotated[str, values.Choice(DEPTH_FORMS)]
 Picture = Annotated[Any, values.Picture()]
+Footage = Annotated[Any, values.Footage()]
 # One value, or one for each ControlNet or IP-Adapter.
 Pictures = Annotated[Any, values.Each(values.Picture())]
 Scales = Annotated[float | Sequence[float], values.Each(values.Number())]
@@ -593,11 +594,13 @@ class ValueOptions(Options):
 class FileOptions(Options):
     """Options of a run that ``settings`` opens or joins: pictures, and what belongs to them."""
 
-    image: Picture | None = _image(
+    image: Footage | None = _image(
         "-i",
         "--image",
-        help="Picture to start from; it is resized. A folder: each picture in it.",
-        doc="picture to start from: path, Pillow image or array; it is resized.",
+        help="Picture to start from; it is resized. A folder: each picture in it. With a motion "
+        "adapter a video: a GIF, WebP, APNG or MP4, or a folder of frames.",
+        doc="picture to start from: path, Pillow image or array; it is resized. With a motion "
+        "adapter a video: a file, a folder of frames, a list of pictures or an array (F, H, W, 3).",
         elsewhere="init_image image_path init_img input_image",
     )
     aspect: Aspect | None = _picture(
@@ -669,9 +672,10 @@ class FileOptions(Options):
     control_image: Pictures | None = _control(
         "--control-image",
         help="Picture for a ControlNet or T2I-Adapter; it is resized. Give one for each, those of "
-        "ControlNets first.",
+        "ControlNets first. With a motion adapter it may be a video.",
         doc="picture for a ControlNet or T2I-Adapter, resized: path, Pillow image or array; for "
-        "several a list, one for each, those of ControlNets first.",
+        "several a list, one for each, those of ControlNets first. With a motion adapter each may "
+        "be a video: a file, a folder of frames or an array (F, H, W, 3).",
         elsewhere="controlnet_image control_image_path controlnet_image_path",
     )
     control_scale: Scales | None = _control(

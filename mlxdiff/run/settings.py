@@ -26,6 +26,7 @@ from mlxdiff.pictures.canvas import (
 from mlxdiff.pictures.hires import Hires, resolve_hires
 from mlxdiff.pictures.image import load_image, load_levels, resize
 from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
+from mlxdiff.pictures.videos import is_video, load_video
 from mlxdiff.run import animation, composition, image_led, video
 from mlxdiff.run.additions.control import Control, resolve_controls
 from mlxdiff.run.additions.ip_adapter import ImagePrompt, resolve_image_prompts
@@ -416,9 +417,12 @@ def _resolve_text(
     if asked.zoom_out is not None:
         asked = _zoomed_out(model, asked)
     check(model, refiner, asked)
-    drawn = video.resolve(model, asked, None) if model.draws_video else None
+    drawn, footage = _video(model, asked)
     interval = checked_interval(asked.guidance_interval)
-    pixels = None if asked.image is None else load_image(asked.image)
+    if footage is not None:
+        pixels = footage[0]
+    else:
+        pixels = None if asked.image is None else load_image(asked.image)
     outpaint = None if asked.outpaint is None else check_borders(asked.outpaint)
     height, width = _size(model, asked, pixels, outpaint)
     larger = resolve_hires(
@@ -444,8 +448,11 @@ def _resolve_text(
         control_end=asked.control_end,
         control_preprocess=asked.control_preprocess,
         control_mode=asked.control_mode,
+        frames=None if drawn is None else drawn.frames,
     )
     check_makers(model, [control.preprocess for control in controls[0]])
+    if drawn is not None:
+        video.check_controls([one.image for one in controls[0]], drawn.frames)
     start, end = asked.denoising_start, asked.denoising_end
     if refiner is not None:
         end = DEFAULT_SPLIT if end is None else end
@@ -487,6 +494,10 @@ def _resolve_text(
         )
     if pixels is not None:
         settings = _with_image(settings, model, asked, pixels, outpaint)
+    if footage is not None and settings.frames is not None:
+        shown = [resize(one, width, height) for one in footage]
+        shown = shown * settings.frames if len(shown) == 1 else shown
+        settings = replace(settings, video=np.stack(shown))
     if model.is_sdxl:
         settings = _with_conditioning(settings, model, refiner, asked)
     _check_editing(settings)
@@ -512,6 +523,17 @@ def _with_variations(model: Model, asked: RunOptions) -> RunOptions:
             "give one of them"
         )
     return replace(asked, count=asked.variations, variations=None)
+
+
+def _video(model: Model, asked: RunOptions) -> tuple[video.Video | None, list[np.ndarray] | None]:
+    """The numbers of the video that is drawn, and the frames that it starts from."""
+    if not model.draws_video:
+        if asked.image is not None and is_video(asked.image):
+            model.require("video", argument("image"))
+        return None, None
+    footage = None if asked.image is None else load_video(asked.image, asked.frames)
+    given = None if footage is None or len(footage) == 1 else len(footage)
+    return video.resolve(model, asked, given), footage
 
 
 def _zoomed_out(model: Model, asked: RunOptions) -> RunOptions:
@@ -883,6 +905,8 @@ def _check_some_guidance(settings: Settings, plans: tuple[samplers.Plan, ...]) -
 
 def _named(picture: Any) -> str:
     """Name of a picture in metadata."""
+    if isinstance(picture, list):
+        return f"({len(picture)} frames)"
     return Path(picture).name if isinstance(picture, (str, os.PathLike)) else "(pixels)"
 
 

@@ -14,10 +14,12 @@ import numpy as np
 
 from mlxdiff.errors import UsageError, argument
 from mlxdiff.networks.condition import Frames
+from mlxdiff.pictures.videos import FPS
 from mlxdiff.run.kind import Kind
 from mlxdiff.run.options import RunOptions
 
-FRAMES, FPS = 16, 8.0
+FRAMES = 16
+AT_ONCE = 4  # frames that layers see in low memory
 CONTEXT, STRIDE = 16, 4  # of windows; the defaults of diffusers' enable_free_noise
 
 # Options that mean nothing for a video, or that no reference defines for one.
@@ -81,14 +83,14 @@ def resolve(model: Kind, asked: RunOptions, given: int | None) -> Video:
     """Fill in the numbers of a video.
 
     Args:
-        given: frames of the image, or of the control image; None: there is none.
+        given: frames of the video that it starts from; None: there is none, or it is a picture.
     Raises: UsageError.
     """
     frames = asked.frames or given or FRAMES
-    if given is not None and asked.frames is not None and given not in (1, frames):
+    if given is not None and frames > given:
         raise UsageError(
-            f"{argument('frames')} is {frames}, and the given video has {given} frames; leave it "
-            f"out, or give a video of so many"
+            f"{argument('frames')} is {frames}, and the video to start from has {given}; give at "
+            "most so many"
         )
     most = model.unet_config.motion.motion_max_seq_length
     length = min(CONTEXT, most) if asked.context_length is None else asked.context_length
@@ -113,13 +115,24 @@ def resolve(model: Kind, asked: RunOptions, given: int | None) -> Video:
     return Video(frames, fps, length if windows else None, stride if windows else None)
 
 
-def frames_of(settings: Any) -> Frames:
+def check_controls(images: Sequence[np.ndarray], frames: int) -> None:
+    """Refuse control videos of another length. Raises: UsageError."""
+    for image in images:
+        if image.ndim == 4 and len(image) < frames:
+            raise UsageError(
+                f"{argument('control_image')}: the video has {len(image)} frames, and "
+                f"{argument('frames')} is {frames}; give as many, or one picture for all of them"
+            )
+
+
+def frames_of(settings: Any, low_memory: bool = False) -> Frames:
     """The frames of a run, as networks take them."""
     if settings.frames is None:
         return Frames()
-    if settings.context_length is None:
+    if settings.motion_bucket is not None:  # Stable Video Diffusion: all its layers see all frames
         return Frames(settings.frames)
-    return Frames(settings.frames, settings.context_length, settings.context_stride)
+    windows = settings.context_length, settings.context_stride or STRIDE
+    return Frames(settings.frames, *windows, AT_ONCE if low_memory else None)
 
 
 def stacked(frames: np.ndarray) -> np.ndarray:

@@ -173,15 +173,12 @@ class ControlNets:
             if shallow:
                 more = [net.predict_first(sample, *last)]
             else:
-                temb = net.embed(timesteps, **added)
+                embedded = net.embed(timesteps, **added)
                 if self.types[i] is not None:
-                    temb = temb + self.types[i]
-                more = net.predict(
-                    sample,
-                    Condition(temb).of_video(self.frames),
-                    self.texts[i].rows(start, self.rows),
-                    *last,
-                )
+                    embedded = embedded + self.types[i]
+                temb = Condition(embedded).of_video(self.frames)
+                text = self.texts[i].rows(start, self.rows)
+                more = net.predict(sample, temb, text, *last)
             sums = more if sums is None else [a + b for a, b in zip(sums, more, strict=True)]
         if sums is None:
             return None

@@ -89,15 +89,21 @@ def with_maps(model: Model, settings: Settings, make: Make) -> Settings:
     """Return the settings with the maps in place of the pictures that they are made of."""
     makers, made = makers_of(model), dict[tuple[int, str], np.ndarray]()
 
-    def mapped(control: Control) -> Control:
-        if control.preprocess not in makers or control.original is None:
-            return control
-        key, maker = (id(control.original), control.preprocess), makers[control.preprocess]
+    def picture(pixels: np.ndarray, kind: str) -> np.ndarray:
+        key, maker = (id(pixels), kind), makers[kind]
         if key not in made:
-            values = make(maker, control.original)
+            values = make(maker, pixels)
             made[key] = control_picture(values, getattr(maker, "near_is_large", False))
-        height, width = control.image.shape[:2]
-        return replace(control, image=resize(made[key], width, height), original=None)
+        return made[key]
+
+    def mapped(control: Control) -> Control:
+        if not control.original:
+            return control
+        height, width = control.image.shape[-3:-1]
+        frames = [picture(pixels, control.preprocess) for pixels in control.original]
+        shown = [resize(one, width, height) for one in frames]
+        image = shown[0] if len(shown) == 1 else np.stack(shown)
+        return replace(control, image=image, original=())
 
     controls = tuple(map(mapped, settings.controls))
     return replace(

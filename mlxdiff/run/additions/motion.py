@@ -15,8 +15,13 @@ from typing import Any, ClassVar, NamedTuple
 from mlxdiff.convert import Component, open_motion_adapter
 from mlxdiff.run.additions import Addition, Additions, Fetch, Path, named
 from mlxdiff.run.kind import Kind
+from mlxdiff.store.recipes import Recipe, find_recipe, recipe_of, rounded
+from mlxdiff.weights.tensors import LazyTensor
 
 logger = logging.getLogger("mlxdiff")
+
+BITS = 8
+"""Bits of an adapter's weights beside a quantized model, of whatever bits that is."""
 
 SCHEDULE = {"beta_schedule": "linear"}
 """What all published adapters were trained with, whatever the model was."""
@@ -47,12 +52,14 @@ class Motion(Addition):
 
     Attributes:
         component: their network.
+        recipe: how its weights are rounded; None: they are as they are.
     """
 
     part: ClassVar[str] = "motion"
     adds_layers: ClassVar[bool] = True
 
     component: Component = field(repr=False)
+    recipe: Recipe | None = None
 
     @classmethod
     def open(cls, paths: Iterable[Path], model: Kind, fetch: Fetch) -> tuple[Motion, ...]:
@@ -63,8 +70,10 @@ class Motion(Addition):
         Raises: CheckpointError, ConfigError, HubError.
         """
         unet = model.source.config("unet")
+        recipe = None if recipe_of(model.source) is None else find_recipe(BITS)
         return tuple(
-            cls(open_motion_adapter(path, unet, fetch.variant, fetch.progress)) for path in paths
+            cls(open_motion_adapter(path, unet, fetch.variant, fetch.progress), recipe)
+            for path in paths
         )
 
     @property
@@ -85,12 +94,14 @@ class Motion(Addition):
     @classmethod
     def change(cls, items: Sequence[Motion], name: str, component: Component) -> Component:
         """See ``Addition.change``."""
-        motion = items[-1].component
-        return replace(
-            component,
-            config=replace(component.config, motion=motion.config),
-            tensors=lambda: component.tensors() | motion.tensors(),
-        )
+        motion, recipe = items[-1].component, items[-1].recipe
+
+        def tensors() -> dict[str, LazyTensor]:
+            own = motion.tensors()
+            return component.tensors() | (own if recipe is None else rounded(own, name, recipe))
+
+        config = replace(component.config, motion=motion.config)
+        return replace(component, config=config, tensors=tensors)
 
     @classmethod
     def describe(cls, items: Sequence[Motion], settings: Any) -> dict[str, Any]:
