@@ -115,8 +115,8 @@ def needed(model: Kind, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the inputs that a model requires: a prompt or a class, a picture, a mask."""
     if model.lacks("text"):
         return {"label": 0} if model.takes_label else {}
-    found: dict[str, Any] = {"prompt": PROMPT}
-    if model.edits or model.inpaints or model.upscales:
+    found: dict[str, Any] = {} if model.lacks("prompt") else {"prompt": PROMPT}
+    if model.edits or model.inpaints or model.upscales or model.is_led:
         height, width = model.default_size
         sides = arguments.get("height") or height, arguments.get("width") or width
         if model.upscales:

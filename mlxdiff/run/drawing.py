@@ -572,7 +572,8 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
         work.begin()
         work.watch.begin(picture)
         if inputs is None:
-            with work.turn("image" if settings.reads_image else None), edges():
+            encodes = settings.encodes or model.unclips
+            with work.turn("image" if encodes else None), edges():
                 inputs = Inputs(model, settings)
         vary, index = variation(settings.vary, picture), 0
         draws = Draws(settings, seed, vary, smaller)
