@@ -319,8 +319,8 @@ def family(configs: Mapping[str, ComponentConfig]) -> str:
     """Return the family of a model from its parts: "sd1", "sd2", "sdxl", "sdxl-refiner", "svd" or
     "ddpm".
 
-    A UNet2DModel means "ddpm", a U-Net with layers among frames "svd". SDXL's U-Net has the text_time embedding; the refiner has no first
-    text encoder. Of the others, version 2 has OpenCLIP's text encoder (gelu), version 1 OpenAI's
+    A UNet2DModel means "ddpm", a U-Net with layers among frames "svd". SDXL's U-Net has the
+    text_time embedding; the refiner has no first text encoder. Of the others, version 2 has OpenCLIP's text encoder (gelu), version 1 OpenAI's
     (quick_gelu); without a text encoder the image encoder counts.
     """
     unet: Any = configs["unet"]

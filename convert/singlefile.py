@@ -441,8 +441,8 @@ class SingleFile:
             self._configs[name] = kind.from_dict(one, where)
         self.model_index = {"_class_name": pipeline_class(family, structure), **family.index}
         self.model_index |= self._index_of_marks(structure["in_channels"])
-        own = OWN_PARTS.get(self.model_index["_class_name"], ())
-        self.model_index |= {name: PART_CLASSES[name] for name in own if name in PART_CLASSES}
+        parts = OWN_PARTS.get(self.model_index["_class_name"], ())
+        self.model_index |= {name: PART_CLASSES[name] for name in parts if name in PART_CLASSES}
         for name in ("scheduler", "text_encoder", "text_encoder_2", "unet", "vae"):
             if name == "scheduler":
                 self.model_index[name] = ["diffusers", self.scheduler_config["_class_name"]]
@@ -457,13 +457,13 @@ class SingleFile:
             else:
                 self.model_index[name] = ["diffusers", data[name]["_class_name"]]
         schedulers = {"scheduler": self.scheduler_config}
-        for name in set(own).intersection(IMAGE_NOISES):
+        for name in set(parts).intersection(IMAGE_NOISES):
             self.model_index[name] = ["diffusers", self.image_noise_config["_class_name"]]
             schedulers[name] = self.image_noise_config
         self._documents = {"model_index.json": _json(self.model_index)}
         self._documents |= {f"{n}/scheduler_config.json": _json(c) for n, c in schedulers.items()}
         self._documents |= {f"{name}/config.json": _json(one) for name, one in data.items()}
-        if FEATURE_EXTRACTOR in own:
+        if FEATURE_EXTRACTOR in parts:
             prepared = preparation(data[IMAGE_ENCODER]["image_size"])
             self._documents[f"{FEATURE_EXTRACTOR}/{PREPROCESSOR}"] = _json(prepared)
 

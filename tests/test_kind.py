@@ -12,18 +12,21 @@ from mlxdiff.run.map_model import MapKind, makes_maps
 
 # Model -> the parts that it has.
 HAS = {
-    "sd15": "text image mask hires controlnet t2i_adapter ip_adapter lora embedding vae upscaler "
-    "judge",
-    "sdxl": "text prompt_2 sdxl target_size refiner image mask hires controlnet t2i_adapter "
-    "ip_adapter lora embedding vae upscaler judge",
-    "sdxl-refiner": "text sdxl aesthetic_score refiner image mask hires controlnet t2i_adapter "
-    "ip_adapter lora embedding vae upscaler judge",
-    "sd15-inpainting": "text image mask hires controlnet t2i_adapter ip_adapter lora embedding vae "
+    "sd15": "text prompt image mask hires controlnet t2i_adapter ip_adapter lora embedding vae "
     "upscaler judge",
-    "pix2pix": "text image edits ip_adapter lora embedding vae upscaler judge",
-    "sd2-depth": "text image depth lora embedding vae upscaler judge",
+    "sdxl": "text prompt prompt_2 sdxl target_size refiner image mask hires controlnet t2i_adapter "
+    "ip_adapter lora embedding vae upscaler judge",
+    "sdxl-refiner": "text prompt sdxl aesthetic_score refiner image mask hires controlnet "
+    "t2i_adapter ip_adapter lora embedding vae upscaler judge",
+    "sd15-inpainting": "text prompt image mask hires controlnet t2i_adapter ip_adapter lora "
+    "embedding vae upscaler judge",
+    "pix2pix": "text prompt image edits ip_adapter lora embedding vae upscaler judge",
+    "x4-upscaler": "text prompt image upscales noised lora embedding vae upscaler judge",
+    "sd2-depth": "text prompt image depth lora embedding vae upscaler judge",
     "marigold-depth": "image maps lora vae",
-    "x4-upscaler": "text image upscales lora embedding vae upscaler judge",
+    "unclip": "text prompt image noised variations hires lora embedding vae upscaler judge",
+    "variation": "text image variations hires vae upscaler",
+    "zero123": "text image camera vae upscaler",
     "ddpm": "threshold upscaler",
     "ddpm-labels": "label threshold upscaler",
 }

@@ -66,7 +66,7 @@ class Job:
     @property
     def count(self) -> int:
         """Number of pictures."""
-        count: int = self.options.get("count", 1)
+        count: int = self.options.get("variations") or self.options.get("count", 1)
         return count
 
     @property
@@ -86,6 +86,8 @@ class Job:
     def alone(self, picture: int) -> Job:
         """Return the job of one of its pictures."""
         options = {**self.options, "seed": self.seeds[picture], "count": 1}
+        if options.get("variations") is not None:
+            options["variations"] = 1
         if options.get("vary") is not None:  # the seed of the variation counts on
             seed, strength = SeedAndShare().accept(options["vary"])
             options["vary"] = seed + picture * self._rivals, strength

@@ -114,8 +114,11 @@ def needed(model: Kind, arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {"image": np.full((*model.default_size, 3), 128, np.uint8)}
     if model.lacks("text"):
         return {"label": 0} if model.takes_label else {}
-    found: dict[str, Any] = {"prompt": PROMPT}
-    if model.edits or model.takes_depth or model.inpaints or model.upscales:
+    found: dict[str, Any] = {} if model.lacks("prompt") else {"prompt": PROMPT}
+    if model.animates:
+        return {"image": np.full((*model.default_size, 3), 128, np.uint8)}
+    shown = model.edits or model.takes_depth or model.inpaints or model.upscales
+    if shown or model.is_led:
         height, width = model.default_size
         sides = arguments.get("height") or height, arguments.get("width") or width
         if model.upscales:

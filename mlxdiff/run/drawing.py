@@ -683,7 +683,8 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
         if inputs is None:
             settings = with_maps(model, settings, work.make_map)
             stages = make_stages(settings, run.plans, model, refiner_of(model))
-            with work.turn("image" if settings.reads_image else None), edges():
+            encodes = settings.encodes or model.unclips
+            with work.turn("image" if encodes else None), edges():
                 inputs = Inputs(model, settings)
         vary, index = variation(settings.vary, picture), 0
         draws = Draws(settings, seed, vary, smaller)

@@ -93,7 +93,7 @@ def check_task(model: Model, asked: RunOptions) -> None:
     """Refuse what such a model cannot draw from. Raises: UsageError."""
     if asked.image is None:
         raise UsageError(
-            f"{model.source.path}: {model.description}: it needs one ({argument('image')})"
+            f"{model.source.path}: {model.description}: it needs a picture ({argument('image')})"
         )
     if asked.strength is not None:
         keeps = (
@@ -103,12 +103,12 @@ def check_task(model: Model, asked: RunOptions) -> None:
             f"{argument('strength')}: {model.description}; it starts from noise and sees the "
             f"picture as a whole{keeps}"
         )
-    if asked.picture_elevation is not None and asked.distance != 0:
+    if asked.picture_elevation is not None and asked.distance is not None:
         raise UsageError(
             f"{argument('picture_elevation')} and {argument('distance')}: a model reads one of the "
             "two (Stable Zero123 the first, Zero-1-to-3 the second); leave out the other"
         )
-    if model.tells_elevation and asked.distance != 0:
+    if model.tells_elevation and asked.distance is not None:
         raise UsageError(
             f"{argument('distance')}: Stable Zero123 reads no distance; it reads the elevation of "
             f"the camera that took the picture ({argument('picture_elevation')})"
@@ -145,11 +145,13 @@ def pose(settings: Settings) -> np.ndarray:
     is the change of distance, or the polar angle of the camera that took the picture (threestudio,
     threestudio/models/guidance/stable_zero123_guidance.py).
     """
-    polar, azimuth = math.radians(-settings.elevation), math.radians(settings.azimuth)
-    last = settings.distance
+    polar, azimuth = (
+        math.radians(angle or 0.0) for angle in (settings.elevation, settings.azimuth)
+    )
+    last = settings.distance or 0.0
     if settings.picture_elevation is not None:
         last = math.radians(90 - settings.picture_elevation)
-    return np.array([[polar, math.sin(azimuth), math.cos(azimuth), last]], np.float32)
+    return np.array([[-polar, math.sin(azimuth), math.cos(azimuth), last]], np.float32)
 
 
 # ----------------------------------------------------------------------------------------- networks

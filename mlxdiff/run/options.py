@@ -95,6 +95,7 @@ Regions = Annotated[
     str | Sequence[str], values.Each(values.Worded(composition.parse, (), "AREA:PROMPT"))
 ]
 Relative = Annotated[float, values.Number(above=0)]
+Views = Annotated[int, values.Whole(2, 360)]
 Degrees = Annotated[float, values.Number(least=-360, most=360)]
 Relation = Annotated[float, values.Number()]
 StepNoise = Annotated[str, values.Choice(("independent", "brownian"))]
@@ -401,23 +402,20 @@ class ValueOptions(Options):
         "Default: 20. Stable unCLIP: noise added to the image's embedding; higher values stray "
         "farther. Default: 0.",
     )
-    azimuth: Degrees = _image(
+    azimuth: Degrees | None = _image(
         "--azimuth",
-        default=0.0,
         part="camera",
         metavar="DEGREES",
         help="Zero-1-to-3: go this far around the object, to the right. Default: 0.",
     )
-    elevation: Degrees = _image(
+    elevation: Degrees | None = _image(
         "--elevation",
-        default=0.0,
         part="camera",
         metavar="DEGREES",
         help="Zero-1-to-3: go up this far. Default: 0.",
     )
-    distance: Relation = _image(
+    distance: Relation | None = _image(
         "--distance",
-        default=0.0,
         part="camera",
         help="Zero-1-to-3: go away from the object (below 0: towards it), in units of the model, "
         "which was trained between -0.7 and 0.7. Default: 0.",
@@ -776,9 +774,13 @@ class SeedOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(SeedOptions, FileOptions, ValueOptions):
-    """All options of a run."""
+    """All options of a run. A number of variations is the number of pictures."""
 
     taken_by: ClassVar[str] = "Pipeline.stream"
+
+    def __post_init__(self) -> None:
+        if self.variations is not None and self.count == 1:
+            object.__setattr__(self, "count", self.variations)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1107,6 +1109,12 @@ class CommandOptions(Options):
         "--resume",
         default=False,
         help="Skip pictures that are there, drawn with the same settings.",
+    )
+    turntable: Views | None = _batch(
+        "--turntable",
+        metavar="N",
+        help="Zero-1-to-3: draw N views around the object, and write them as an animation (.gif, "
+        ".webp), the views beside it.",
     )
     output: Text | None = _command(
         "-o",

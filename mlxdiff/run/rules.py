@@ -23,8 +23,8 @@ def check(model: Model, refiner: Model | None, asked: RunOptions) -> None:
     Raises: UsageError.
     """
     _check_texts(asked)
-    model.texts.check_clip_skip(asked.clip_skip)
     check_parts(model, refiner, asked)
+    model.texts.check_clip_skip(asked.clip_skip)
     if model.draws_video:
         video.check(model, refiner, asked)
     _check_task(model, refiner, asked)

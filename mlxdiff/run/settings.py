@@ -134,11 +134,6 @@ class Settings(ValueOptions):
         return self.image is not None and self.noise_level is None
 
     @property
-    def reads_image(self) -> bool:
-        """Return True if a given picture is encoded before the U-Net runs."""
-        return self.encodes or self.leading is not None
-
-    @property
     def adds_noise(self) -> bool:
         """Return True if the run begins with noise: alone, or added to the image."""
         return self.refined or self.denoising_start is None
@@ -513,16 +508,16 @@ def _resolve_text(
 
 
 def _with_variations(model: Model, asked: RunOptions) -> RunOptions:
-    """The same with the number of variations as the number of pictures."""
+    """The same with what says how many pictures to draw said once. Raises: UsageError."""
     if asked.variations is None:
         return asked
     model.require("variations", argument("variations"))
-    if asked.count != 1:
+    if asked.count != asked.variations:
         raise UsageError(
             f"{argument('variations')} and {argument('count')} both say how many pictures to draw; "
             "give one of them"
         )
-    return replace(asked, count=asked.variations, variations=None)
+    return replace(asked, variations=None)
 
 
 def _video(model: Model, asked: RunOptions) -> tuple[video.Video | None, list[np.ndarray] | None]:

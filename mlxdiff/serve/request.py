@@ -122,7 +122,7 @@ def _axes(given: Any) -> list[Axis]:
     axes = []
     known = options()
     for name, values in given.items():
-        if name not in known or name == "count" or is_picture(known[name].kind):
+        if name not in known or name in ("count", "variations") or is_picture(known[name].kind):
             raise UsageError(f"vary_option: {name!r} is no option that can vary")
         if not isinstance(values, list) or not values:
             raise UsageError(f"vary_option: {name} is {values!r}; expected a list of values")

@@ -17,6 +17,7 @@ import importlib.util
 import json
 import shutil
 import sys
+import tempfile
 import warnings
 from functools import partial
 from pathlib import Path
@@ -46,10 +47,12 @@ from transformers import CLIPImageProcessor
 
 sys.path.insert(0, str(HERE.parent))
 from adapter_files import ENCODER, encoder_tensors
+from lora_files import write as write_lora
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
 WIDTH, SIDE = ENCODER["projection_dim"], ENCODER["image_size"]
+LORAS = tempfile.TemporaryDirectory()
 PROJECTION = "cc_projection/diffusion_pytorch_model.safetensors"
 BASES = {
     "unclip": "sd21v",
@@ -179,6 +182,7 @@ PICTURES: dict[str, dict[str, dict[str, Any]]] = {
         ),
         "no-prompt": case(prompt="", noise_level=20, guidance=1.0, sampler="ddim", seed=1),
         "wide": case(prompt=TREE, width=72, height=56, sampler="dpmpp-2m", noise_level=999),
+        "lora": case(prompt=TREE, sampler="ddim", loras=[["unclip-peft", 0.8]], seed=4),
     },
     "unclip-l": {"checkpoint": case(prompt=TREE, noise_level=300, sampler="ddim", seed=2)},
     "variation": {
@@ -229,7 +233,11 @@ def load(name: str, arguments: dict[str, Any]) -> Any:
         kind = partial(StableDiffusionImageVariationPipeline.from_pretrained, safety_checker=None)
     else:
         kind = kind.from_pretrained
-    return prepare(kind(folder, dtype=torch.float32), arguments)
+    pipe = prepare(kind(folder, dtype=torch.float32), arguments)
+    for file, scale in arguments.get("loras", []):
+        pipe.load_lora_weights(str(write_lora(file, Path(LORAS.name))), adapter_name=file)
+        pipe.set_adapters([file], [scale])
+    return pipe
 
 
 def run(name: str, arguments: dict[str, Any], seed: int) -> Drawn:
