@@ -320,8 +320,9 @@ def family(configs: Mapping[str, ComponentConfig]) -> str:
     "ddpm".
 
     A UNet2DModel means "ddpm", a U-Net with layers among frames "svd". SDXL's U-Net has the
-    text_time embedding; the refiner has no first text encoder. Of the others, version 2 has OpenCLIP's text encoder (gelu), version 1 OpenAI's
-    (quick_gelu); without a text encoder the image encoder counts.
+    text_time embedding; the refiner has no first text encoder. Of the others, version 2 has
+    OpenCLIP's text encoder (gelu), version 1 OpenAI's (quick_gelu); without a text encoder the
+    image encoder counts.
     """
     unet: Any = configs["unet"]
     if isinstance(unet, UNet2DConfig):

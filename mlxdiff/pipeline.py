@@ -592,6 +592,7 @@ class Pipeline:
             band_bytes=model.band_bytes(height, width, low_memory),
             recipe=None if quantize is None else find_recipe(quantize),
             frames=frames_of(settings, low_memory),
+            decoded=settings.decode_chunk or 1,
         )
 
     def _require_memory(self, settings: Settings) -> None:

@@ -40,7 +40,11 @@ def pipe_of(folder: Path) -> Callable[[str], Pipeline]:
     return open_once
 
 
-@pytest.mark.parametrize("label", CASES)
+@pytest.mark.parametrize(
+    ("label", "backend"),
+    [*((one, "numpy") for one in CASES), pytest.param("plain", "mlx", marks=pytest.mark.mlx)],
+    indirect=["backend"],
+)
 def test_videos_equal_diffusers(
     label: str, backend: str, pipe_of: Callable[[str], Pipeline]
 ) -> None:
@@ -78,7 +82,7 @@ def test_what_it_says_of_itself(folder: Path, pipe_of: Callable[[str], Pipeline]
         ({"feature_reuse": 2}, "feature_reuse: .* no part"),
         ({"context_length": 8}, "context_length: .* no part"),
         ({"mask": photo(8, 8)}, "it has no part"),
-        ({"sampler": "euler-a"}, "draw no noise"),
+        ({"sampler": "euler-a"}, "does not exist for this model, which takes continuous"),
         ({"width": 30}, "multiple of 8"),
     ],
 )
@@ -121,8 +125,8 @@ def test_memory_grows_with_the_frames(pipe_of: Callable[[str], Pipeline]) -> Non
         pipe.memory(pipe.settings(**SMALL | more)).stages
         for more in ({}, {"frames": 16}, {"frames": 16, "decode_chunk": 2})
     )
-    assert many["unet"] > 4 * few["unet"]
-    assert many["vae"] > 4 * chunked["vae"]
+    assert many["unet"] > few["unet"] + 2e6
+    assert many["vae"] > 2 * chunked["vae"]
 
 
 def test_smoothing_reflects_at_the_edges() -> None:

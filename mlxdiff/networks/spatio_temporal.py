@@ -444,5 +444,5 @@ class AutoencoderKLTemporalDecoder(AutoencoderKL):
     def run_once(self, sizes: Sizes) -> Array | tuple[Array, Array]:
         if sizes.encode:
             return super().run_once(sizes)
-        shape = sizes.frames, sizes.height, sizes.width, self.config.latent_channels
+        shape = sizes.frames.count, sizes.height, sizes.width, self.config.latent_channels
         return self.decode(sizes.array(*shape))

@@ -22,7 +22,6 @@ from mlxdiff.run.kind import PARTS, LatentKind, Reason
 from mlxdiff.run.latent_model import LatentModel
 from mlxdiff.run.model import PromptEmbeddings
 from mlxdiff.run.network_cache import NetworkCache
-from mlxdiff.samplers import Plan
 from mlxdiff.store.folder import IMAGE_ENCODER, ModelSource
 
 if TYPE_CHECKING:
@@ -61,15 +60,6 @@ def check(model: Any, asked: RunOptions) -> None:
             raise UsageError(
                 f"{argument(name)}: {model.description}; it has no part for that; leave it out"
             )
-
-
-def check_plan(plan: Plan) -> None:
-    """Refuse samplers that draw noise, whose order no reference defines here. Raises: UsageError"""
-    if plan.draws:
-        raise UsageError(
-            f"{argument('sampler')} {plan.sampler}: this model takes samplers that draw "
-            "no noise, such as euler"
-        )
 
 
 class AnimatingKind(LatentKind):

@@ -505,7 +505,7 @@ def _timeline(model: Model, settings: Settings) -> list[tuple[int, PromptEmbeddi
     """
     if model.animates:
         return [(settings.evaluations, animation.picture_prompt(model, settings))]
-    if model.lacks("prompt"):
+    if model.is_led and model.lacks("prompt"):
         return [(settings.evaluations, image_led.picture_prompt(model, settings))]
     return model.prompt_timeline(
         settings.prompts[0][0],

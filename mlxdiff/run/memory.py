@@ -179,6 +179,7 @@ def estimate(
     band_bytes: int | None = None,
     recipe: Recipe | None = None,
     frames: Frames = WHOLE,
+    decoded: int = 1,
 ) -> Estimate:
     """The memory of a run.
 
@@ -195,6 +196,7 @@ def estimate(
             whole at once.
         recipe: quantize the weights first; None: they are as they are.
         frames: of the video that is drawn.
+        decoded: frames that a VAE for videos decodes together.
     """
     weights: dict[Held, int] = {}
     work: dict[str, int] = {}
@@ -225,7 +227,7 @@ def estimate(
                 extra = one.additions.work(run)
                 need = max(need + extra.beside, extra.before)
             elif name == "vae":
-                need = activation_bytes(config, kind, *latent)
+                need = activation_bytes(config, kind, *latent, frames=Frames(decoded))
                 if band_bytes is not None:
                     need = min(need, tiled_bytes(config, kind, *latent, band_bytes))
                 if image:

@@ -394,7 +394,6 @@ def _resolve_animation(
         image_name=_named(asked.image),
     )
     plans = make_plans(settings, model)
-    animation.check_plan(plans[0])
     return settings, plans
 
 
