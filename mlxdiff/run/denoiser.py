@@ -226,11 +226,8 @@ class Denoiser:
         """The timestep embeddings with the vector of a picture in them; zeros stand for it where
         there is the negative prompt."""
         if labels is not None and labels is not self._labels:
-            given = self._both(np.zeros_like(labels), labels)
-            self._labels, self.times = (
-                labels,
-                self._embedded({**self.conditions, "class_labels": given}),
-            )
+            given = {"class_labels": self._both(np.zeros_like(labels), labels)}
+            self._labels, self.times = labels, self._embedded({**self.conditions, **given})
         return self.times
 
     def _both(self, negative: np.ndarray | None, positive: np.ndarray | None) -> Any:

@@ -40,7 +40,9 @@ def check(source: ModelSource) -> None:
         if part not in source.components:
             raise ConfigError(f"{source.path}: has no {part}, which its U-Net needs")
     width, unet = source.config(IMAGE_ENCODER).projection_dim, source.config("unet")
-    needs: list[tuple[str, Any, Any]] = []
+    seen = 2 if CC_PROJECTION in source.components else 1  # the latents; the picture beside them
+    channels = seen * source.config("vae").latent_channels
+    needs: list[tuple[str, Any, Any]] = [("in_channels of the U-Net", unet.in_channels, channels)]
     if _unclips(source):
         found = unet.projection_class_embeddings_input_dim
         needs.append(("projection_class_embeddings_input_dim of the U-Net", found, 2 * width))
@@ -56,8 +58,9 @@ def check(source: ModelSource) -> None:
     for what, found, expected in needs:
         if found != expected:
             raise ConfigError(
-                f"{source.path}: {what} is {found}; expected {expected}, as the image encoder has "
-                f"a projection_dim of {source.config(IMAGE_ENCODER).projection_dim}"
+                f"{source.path}: {what} is {found}; expected {expected}: the image encoder has a "
+                f"projection_dim of {source.config(IMAGE_ENCODER).projection_dim}, the VAE "
+                f"{source.config('vae').latent_channels} latent channels"
             )
 
 
