@@ -3,16 +3,18 @@
     python benchmarks/few_step.py --torch --cache FOLDER     # the built-in model
     python benchmarks/few_step.py MODEL                      # another model, without diffusers
 
-The results answer three questions in docs/few_step.md (with matplotlib docs/few_step.png too):
+The results answer four questions in docs/few_step.md and docs/few_step.png:
 
 1. The error of every sampler, number of evaluations and guidance scale: the root-mean-square
 difference of the final latents from a fine solution of the probability-flow ODE from the same noise
-(DPM-Solver++ 2M, 1000 steps even in t), in units of the latents' standard deviation. Also the share
+(DPM-Solver++ 2M, 500 steps even in t), in units of the latents' standard deviation. Also the share
 of pictures that show everything in their prompt, by examples/train_builtin/checker.py.
 2. The cost and the error of guidance in an interval and of reused deep features. The unit of cost
 is one evaluation of the U-Net: a guided evaluation counts as two, a shallow one as its share of the
 multiply-adds.
 3. The best choice of `auto` for models without fitted numbers: samplers and schedules side by side.
+4. Samplers and guiders whose target is another picture, which no distance can judge: the share of
+pictures that show everything in their prompt.
 
 The prompts are the fixed ones of examples/train_builtin/evaluate.py, which include held-out ones.
 The other samplers are mlxdiff's, equal to diffusers' at every step
@@ -35,10 +37,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from mlxdiff import samplers
 from mlxdiff.backends import numpy_layers
 from mlxdiff.backends.numpy_layers import Conv2d, Linear
+from mlxdiff.pictures.plot import curves
 from mlxdiff.samplers.guidance import guided_evaluations
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +51,7 @@ import checker  # noqa: E402
 import evaluate  # noqa: E402
 import teacher  # noqa: E402
 
-COUNTS = (4, 5, 6, 8, 10, 12, 15, 20, 25)
+COUNTS = (4, 6, 8, 10, 12, 15, 20, 25)
 GUIDANCE = (1.0, 4.0, 7.5)
 METHODS = {
     "mlxdiff (auto)": ("auto", "auto"),
@@ -104,6 +108,44 @@ CANDIDATES = {
     "ddim-uniform dpmpp-2m": ("dpmpp-2m", "ddim-uniform"),
 }
 CANDIDATE_COUNTS = (6, 8, 12, 20)
+# Rows of question 4: options, at guidance scales of their own.
+JUDGED_COUNTS = (8, 20)  # evaluations
+JUDGED: dict[str, tuple[float, dict[str, Any]]] = {
+    **{
+        f"{name} {schedule}": (4.0, {"sampler": name, "schedule": schedule})
+        for name, schedule in (
+            ("dpmpp-2m", "trailing"),
+            ("dpmpp-2m", "karras"),
+            ("euler-a", "trailing"),
+            ("dpm2-a", "karras"),
+            ("dpmpp-2s-a", "karras"),
+            ("dpmpp-sde", "karras"),
+            ("dpmpp-2m-sde", "karras"),
+            ("dpmpp-3m-sde", "exponential"),
+            ("er-sde", "trailing"),
+            ("sa-solver", "trailing"),
+            ("restart", "karras"),
+        )
+    },
+    **{
+        f"{name} trailing": (2.0, {"sampler": name, "schedule": "trailing"})
+        for name in ("dpmpp-2m", "euler-cfg++", "euler-a-cfg++", "dpmpp-2m-cfg++")
+    },
+}
+GUIDED_AT = (4.0, 7.5)
+GUIDED_STEPS = 12
+GUIDERS: dict[str, dict[str, Any]] = {
+    "no guider": {},
+    "--guidance-interval 0,0.8": {"guidance_interval": (0.0, 0.8)},
+    "--guidance-rescale 0.7": {"guidance_rescale": 0.7},
+    "--guider apg": {"guider": "apg"},
+    "--guider cfg-zero": {"guider": "cfg-zero"},
+    "--guider mimic:scale=3": {"guider": "mimic:scale=3"},
+    "--guider pag": {"guider": "pag"},
+    "--guider seg": {"guider": "seg"},
+    "--guider slg": {"guider": "slg"},
+    "--freeu 1.5,1.6,0.9,0.2": {"freeu": (1.5, 1.6, 0.9, 0.2)},
+}
 CHUNK = 4  # prompts computed and kept together
 
 
@@ -118,10 +160,11 @@ class Runs:
         self.network = teacher.Network(args.model, torch=args.torch, backend=args.backend)
         self.cache = args.cache
         rows = list(evaluate.ROWS)
-        self.prompts = [
+        most = [
             evaluate.prompts_of(rows[i % len(rows)], i // len(rows) + 1)[-1]
-            for i in range(args.prompts)
+            for i in range(max(args.prompts, args.judged))
         ]
+        self.prompts, self.judged = most[: args.prompts], most[: args.judged]
         self.fingerprint = self.network.fingerprint()
         self.asked = 0
         self.skipped: list[int] = []  # evaluations on old features, for each picture
@@ -131,12 +174,12 @@ class Runs:
             self.network.config, sampler, schedule, count, family="sd1", guidance=guidance
         )
 
-    def within(self, sampler: str, schedule: str, count: int, guidance: float) -> Any:
-        """Plan as many steps as take at most `count` evaluations."""
+    def within(self, sampler: str, schedule: str, count: int, guidance: float) -> int:
+        """Return the number of steps that take at most `count` evaluations."""
         steps = count
-        while len(plan := self.plan(sampler, schedule, steps, guidance)) > count and steps > 2:
+        while len(self.plan(sampler, schedule, steps, guidance)) > count and steps > 2:
             steps -= 1
-        return plan
+        return steps
 
     def latents(
         self,
@@ -171,6 +214,31 @@ class Runs:
             found.append(kept["x"])
             self.skipped += kept["skipped"].tolist() if "skipped" in kept else []
         return np.concatenate(found)
+
+    def share(self, latents: np.ndarray) -> float:
+        """Return the share of pictures that show everything in their prompt."""
+        key = hashlib.sha256(latents.tobytes() + repr(self.prompts).encode()).hexdigest()[:20]
+
+        def judge() -> dict[str, np.ndarray]:
+            pictures = [np.asarray(one) for one in self.network.pipe.decode(latents)]
+            return {"right": np.float64(checker.score(pictures, self.prompts)["right"])}
+
+        return float(teacher.cached(self.cache, f"share-{key}", judge)["right"])
+
+    def right(self, **options: Any) -> float:
+        """Return the share of pictures that show everything, drawn by mlxdiff's own pipeline."""
+        right = []
+        for seed, prompt in enumerate(self.judged):
+            said = repr((self.fingerprint, seed, prompt, sorted(options.items())))
+            key = hashlib.sha256(said.encode()).hexdigest()[:20]
+
+            def judge(seed: int = seed, prompt: str = prompt) -> dict[str, np.ndarray]:
+                drawn = self.network.pipe.generate(prompt, seed=seed, negative_prompt="", **options)
+                pictures = [np.asarray(one) for one in drawn.images]
+                return {"right": np.float64(checker.score(pictures, [prompt])["right"])}
+
+            right.append(float(teacher.cached(self.cache, f"judged-{key}", judge)["right"]))
+        return float(np.mean(right))
 
     def _measured(
         self,
@@ -299,6 +367,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     runs, started = Runs(args), time.time()
     found: dict[str, Any] = {
         "prompts": args.prompts,
+        "judged_prompts": args.judged,
         "reference": args.reference,
         "model": runs.fingerprint,
         "scales": {},
@@ -307,9 +376,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "part": part_of_a_shallow_one(runs.network),
     }
 
-    def share(latents: np.ndarray) -> float:
-        pictures = [np.asarray(one) for one in runs.network.pipe.decode(latents)]
-        return checker.score(pictures, runs.prompts)["right"]
+    share = runs.share
 
     def told(guidance: float, name: str) -> None:
         seconds = time.time() - started
@@ -341,7 +408,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         found["candidates"][scale] = {
             name: {
                 str(count): error(
-                    runs.latents(runs.within(sampler, schedule, count, guidance), guidance),
+                    runs.latents(
+                        runs.plan(
+                            sampler,
+                            schedule,
+                            runs.within(sampler, schedule, count, guidance),
+                            guidance,
+                        ),
+                        guidance,
+                    ),
                     reference,
                 )
                 for count in CANDIDATE_COUNTS
@@ -352,7 +427,37 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if guidance == CHEAPER_AT:
             found["cheaper"][scale] = cheaper(runs, guidance, reference, found["part"])
             told(guidance, "cheaper evaluations")
+    if args.judged:
+        found["judged"], found["guiders"] = judged(runs), guiders(runs)
     return found
+
+
+def judged(runs: Runs) -> dict[str, Any]:
+    """Answer question 4 for samplers: the share of right pictures by number of evaluations."""
+    rows: dict[str, Any] = {}
+    for name, (guidance, options) in JUDGED.items():
+        steps = {
+            count: runs.within(options["sampler"], options["schedule"], count, guidance)
+            for count in JUDGED_COUNTS
+        }
+        rows.setdefault(f"{guidance:g}", {})[name] = {
+            str(count): runs.right(steps=number, guidance=guidance, **options)
+            for count, number in steps.items()
+        }
+        print(f"guidance {guidance:g} {name}", flush=True)
+    return rows
+
+
+def guiders(runs: Runs) -> dict[str, Any]:
+    """Answer question 4 for guiders: the share of right pictures by guidance scale."""
+    rows: dict[str, Any] = {}
+    for name, options in GUIDERS.items():
+        common = {"steps": GUIDED_STEPS, "sampler": "dpmpp-2m", "schedule": "trailing"}
+        rows[name] = {
+            f"{scale:g}": runs.right(guidance=scale, **common, **options) for scale in GUIDED_AT
+        }
+        print(name, flush=True)
+    return rows
 
 
 def part_of_a_shallow_one(network: teacher.Network) -> float:
@@ -574,8 +679,43 @@ def report(found: dict[str, Any]) -> str:
             ),
             "",
             *candidate_tables(found),
+            *(_judged_part(found) if "judged" in found else []),
         ]
     )
+
+
+def _judged_part(found: dict[str, Any]) -> list[str]:
+    """Return the sections of question 4."""
+    judged = found["judged_prompts"]
+    lines = [
+        "## Samplers and guiders that draw another picture",
+        "",
+        *_wrapped(
+            "A stochastic sampler, CFG++ and a guider have a target of their own, so the distance "
+            f"above has no meaning. The share of {judged} pictures (percent) that match their "
+            f"prompt completely, each uncertain by up to {50 / judged**0.5:.0f} points; all had "
+            "the same prompts and seeds. By number of evaluations:"
+        ),
+        "",
+    ]
+    for guidance, rows in found["judged"].items():
+        lines += [f"| guidance {guidance} | " + " | ".join(map(str, JUDGED_COUNTS)) + " |"]
+        lines += ["|---|" + "---:|" * len(JUDGED_COUNTS)]
+        for name, cells in rows.items():
+            shares = [f"{100 * cells[str(count)]:.0f}" for count in JUDGED_COUNTS]
+            lines.append(f"| {name} | " + " | ".join(shares) + " |")
+        lines.append("")
+    lines += [
+        *_wrapped(f"Guiders, by guidance scale, with `dpmpp-2m trailing --steps {GUIDED_STEPS}`:"),
+        "",
+        "| | " + " | ".join(f"{scale:g}" for scale in GUIDED_AT) + " |",
+        "|---|" + "---:|" * len(GUIDED_AT),
+    ]
+    for name, cells in found["guiders"].items():
+        label = name if name == "no guider" else f"`{name}`"
+        shares = [f"{100 * cells[f'{scale:g}']:.0f}" for scale in GUIDED_AT]
+        lines.append(f"| {label} | " + " | ".join(shares) + " |")
+    return [*lines, ""]
 
 
 def _percent(found: dict[str, Any]) -> dict[str, Any]:
@@ -593,34 +733,31 @@ def _percent(found: dict[str, Any]) -> dict[str, Any]:
 
 def plot(found: dict[str, Any], path: Path) -> None:
     """Plot error against evaluations on log axes, with one panel for each guidance scale."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, len(found["scales"]), figsize=(11, 3.8), squeeze=False)
-    for axis, (guidance, entry) in zip(axes[0], found["scales"].items(), strict=True):
-        for name, cells in entry["methods"].items():
-            counts = [int(count) for count in cells]
-            errors = [cell["error"] for cell in cells.values()]
-            wide = 2.6 if name == OURS else 1.2
-            axis.loglog(counts, errors, marker="o", markersize=3, linewidth=wide, label=name)
-        axis.set_xticks(counts, [str(count) for count in counts])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-        axis.set_title(f"guidance {guidance}")
-        axis.set_xlabel("evaluations")
-    axes[0][0].set_ylabel("error / deviation of the latents")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=len(METHODS))
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
-    figure.savefig(path, dpi=110)
+    panels = [
+        curves(
+            {
+                name: [(int(count), cell["error"]) for count, cell in cells.items()]
+                for name, cells in entry["methods"].items()
+            },
+            f"guidance {guidance}: error over evaluations",
+            width=620,
+            height=360,
+            logarithmic=True,
+        )
+        for guidance, entry in found["scales"].items()
+    ]
+    whole = Image.new("RGB", (panels[0].width, sum(panel.height for panel in panels)))
+    for index, panel in enumerate(panels):
+        whole.paste(panel, (0, index * panel.height))
+    whole.save(path, optimize=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", nargs="?", help="default: the built-in model")
     parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--reference", type=int, default=1000, help="steps of the fine solution")
+    parser.add_argument("--judged", type=int, default=24, help="prompts of question 4; 0: none")
+    parser.add_argument("--reference", type=int, default=500, help="steps of the fine solution")
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS)
     parser.add_argument("--guidance", type=float, nargs="+", default=GUIDANCE)
     parser.add_argument("--backend", default="numpy")
@@ -636,10 +773,7 @@ def main() -> None:
         return  # one of several calls that fill the cache
     (args.out / "few_step.md").write_text(report(found), encoding="utf-8")
     print("\n".join(verdicts(found) + verdict_on_cost(found)))
-    try:
-        plot(found, args.out / "few_step.png")
-    except ImportError:
-        print("no matplotlib: no plot")
+    plot(found, args.out / "few_step.png")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def test_it_is_loaded(benchmark: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_few_step(tmp_path: Path) -> None:
-    small = "--prompts 1 --reference 30 --counts 6 8 --guidance 1 --json figures.json".split()
+    small = "--prompts 1 --judged 0 --reference 30 --counts 6 8 --guidance 1 --json figures.json".split()
     run = [sys.executable, str(BENCHMARKS / "few_step.py"), *small]
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
