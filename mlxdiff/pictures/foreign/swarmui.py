@@ -11,6 +11,7 @@ from mlxdiff.pictures.foreign.record import (
     Fields,
     Record,
     Texts,
+    edges,
     file_name,
     number,
 )
@@ -47,6 +48,7 @@ def _read(fields: Fields) -> Record:
         sampler_rng="gpu",
         seed_order="a1111",
     )
+    record.seamless = edges(fields.text("seamlesstileable"))
     layer = fields.whole("clipstopatlayer")
     record.clip_skip = None if layer is None else abs(layer)
     share = fields.number("variationseedstrength")
