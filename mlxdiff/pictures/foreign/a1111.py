@@ -231,6 +231,8 @@ def of_text(text: Text) -> Record:
     elif kin == "sd.cpp":
         _read_sd_cpp(record, fields)
     record.seamless = edges(fields.text("Tiling"))
+    if (record.sampler or "").lower() == "ddim":
+        record.eta = fields.number("Eta DDIM")
     if kin == "a1111" and _is_modern(version, record.schedule):
         record.automatic = _AUTOMATIC.get((record.sampler or "").lower())
     _read_noise(record, fields, kin)
@@ -349,6 +351,9 @@ def _read_passes(record: Record, fields: Fields) -> None:
         record.hires_steps = fields.whole("Hires steps") or record.steps
         upscaler = fields.text("Hires upscaler")
         record.hires_upscaler = _UPSCALERS.get((upscaler or "").lower())
+        guidance = fields.number("Hires CFG Scale")
+        if guidance != record.guidance:
+            record.name({"Hires CFG Scale": guidance})
         if scale.is_integer() and (upscaler or "").lower() == "latent (nearest-exact)":
             record.hires_upscaler = "latent-nearest"  # the same at a whole scale
         if record.hires_upscaler is None:

@@ -35,6 +35,8 @@ Graph = dict[str, Node]
 
 _MOST_NODES = 5000
 _MOST_STEPS = 200  # along one path of links
+_DEEPEST = 20  # values of values
+_LONGEST_TEXT = 100_000
 
 _SAMPLERS = {
     "KSampler",
@@ -187,6 +189,7 @@ class _Walk:
         self.graph, self.sampler, self.decoder = graph, sampler, decoder
         self.read: set[str] = set()
         self.passes = self.savers = 1
+        self.asked = self.depth = 0
 
     @classmethod
     def begin(cls, graph: Graph) -> _Walk | None:
@@ -270,6 +273,16 @@ class _Walk:
 
     def _of_node(self, name: str, keys: Sequence[str]) -> Any:
         """Return the value that a node hands on, or the link that it takes it from."""
+        self.asked += 1
+        if self.depth >= _DEEPEST or self.asked > _MOST_NODES:
+            return None
+        self.depth += 1
+        try:
+            return self._handed_on(name, keys)
+        finally:
+            self.depth -= 1
+
+    def _handed_on(self, name: str, keys: Sequence[str]) -> Any:
         kind, inputs = self._kind(name), self._inputs(name)
         if kind == "ComfySwitchNode":
             self.read.add(name)
@@ -278,8 +291,10 @@ class _Walk:
             parts = [self._value(inputs, key) for key in ("string_a", "delimiter", "string_b")]
             if not all(isinstance(part, str) for part in parts):
                 return None
-            self.read.add(name)
             first, between, second = map(str, parts)
+            if len(first) + len(second) > _LONGEST_TEXT:
+                return None
+            self.read.add(name)
             return f"{first}{between}{second}"
         found = {key.lower(): value for key, value in reversed(inputs.items())}
         if any(key.startswith("string_") for key in found) or "clip" in found:
@@ -423,16 +438,21 @@ class _Walk:
                 of_text = 0.0
             return _added(file, scale, of_text)
         found: list[AddedLora] = []
-        if (stack := self._linked(inputs, "lora_stack")) is not None:
-            found += self._loras(stack, self._inputs(stack))
-            if stack in self.read:
-                self.read.add(name)
-        for place in range(1, _MOST_LORAS):
-            for read in (_of_power_loader, _of_stack, _of_plain_stack):
-                if (one := read(inputs, place)) is not None:
-                    self.read.add(name)
-                    found += _added(*one)
-        return found[::-1]
+        nodes = [name]  # and the stacks that it is given
+        while len(nodes) < _MOST_LORAS and (stack := self._linked(inputs, "lora_stack")):
+            nodes.append(stack)
+            inputs = self._inputs(stack)
+        for one in nodes:
+            listed = [
+                lora
+                for place in range(1, _MOST_LORAS)
+                for read in (_of_power_loader, _of_stack, _of_plain_stack)
+                if (lora := read(self._inputs(one), place)) is not None
+            ]
+            if listed:
+                self.read |= {name, one}
+            found += [lora for file in reversed(listed) for lora in _added(*file)]
+        return found
 
     def _read_latents(
         self, record: Record, inputs: Mapping[str, Any], strength: float | None

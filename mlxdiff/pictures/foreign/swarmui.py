@@ -17,7 +17,10 @@ from mlxdiff.pictures.foreign.record import (
 )
 
 _DEFAULT_SAMPLER = "Euler"
-_SAYS_NOTHING = ("aspectratio", "automaticvae", "nopreviews", "images", "donotsave", "batchsize")
+_SAYS_NOTHING = (
+    "aspectratio", "sidelength", "automaticvae", "nopreviews", "images", "donotsave", "batchsize",
+    "imageformat", "personalnote",
+)  # fmt: skip
 
 
 def read(texts: Texts) -> Record | None:
