@@ -655,7 +655,7 @@ def _wrapped(text: str) -> list[str]:
 
 def report(figures: dict[str, Any]) -> str:
     """Return the text of docs/few_step.md."""
-    found, later, reuse = figures["samplers"], figures["later"], figures["reuse"]
+    found, later, reuse = figures["samplers"], figures.get("later"), figures.get("reuse")
     size = found["prompts"]
     exact = ", ".join(f"{100 * e['right']:.0f} % at {g}" for g, e in found["scales"].items())
     return "\n".join(
@@ -716,12 +716,7 @@ def report(figures: dict[str, Any]) -> str:
             ),
             "",
             *cost_tables(found),
-            *_wrapped(
-                "Reuse within an error ([guidance.md](guidance.md#reuse-within-an-error)), which "
-                f"pays for its measurements, beside the fixed one. {_measured_with(reuse)}"
-            ),
-            "",
-            *cost_tables(reuse),
+            *(_reuse_lines(reuse) if reuse is not None else []),
             "## Samplers and schedules without a fit",
             "",
             *_wrapped(
@@ -732,16 +727,33 @@ def report(figures: dict[str, Any]) -> str:
             ),
             "",
             *candidate_tables(found),
-            *_wrapped(f"Those that came later, beside two of the above. {_measured_with(later)}"),
-            "",
-            *candidate_tables(later),
-            *_judged_lines(figures["judged"]),
+            *(_later_lines(later) if later is not None else []),
+            *(_judged_lines(figures["judged"]) if "judged" in figures else []),
         ]
     )
 
 
 def _measured_with(part: dict[str, Any]) -> str:
     return f"{part['prompts']} prompts; the reference has {part['reference']} steps."
+
+
+def _reuse_lines(part: dict[str, Any]) -> list[str]:
+    return [
+        *_wrapped(
+            "Reuse within an error ([guidance.md](guidance.md#reuse-within-an-error)), which pays "
+            f"for its measurements, beside the fixed one. {_measured_with(part)}"
+        ),
+        "",
+        *cost_tables(part),
+    ]
+
+
+def _later_lines(part: dict[str, Any]) -> list[str]:
+    return [
+        *_wrapped(f"Those that came later, beside two of the above. {_measured_with(part)}"),
+        "",
+        *candidate_tables(part),
+    ]
 
 
 def _judged_lines(part: dict[str, Any]) -> list[str]:
@@ -832,7 +844,7 @@ def main() -> None:
     old = json.loads(kept.read_text()) if kept.exists() else {}
     figures = (old if old.get("model") == found["model"] else {}) | found
     kept.write_text(json.dumps(figures, indent=1) + "\n")
-    if not set(PARTS) <= set(figures):
+    if not set(map(str, GUIDANCE)) <= {str(float(g)) for g in figures["samplers"]["scales"]}:
         return
     docs = args.out or ROOT / "docs"
     (docs / "few_step.md").write_text(report(figures), encoding="utf-8")
