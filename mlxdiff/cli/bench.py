@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 import click
 
-from mlxdiff.cli import ProgressBar, common_options, show_notes
+from mlxdiff.cli import ProgressBar, common_options, show_notes, streams
 
 
 @click.command()
@@ -77,9 +76,7 @@ def bench(
 
         def on_step(step: Any) -> None:
             if not quiet:
-                end = "\n" if step.index == step.total - 1 else ""
-                done = f"\rstep {step.index + 1} of {step.total}, {step.seconds:.2f} s{end}"
-                print(done, end="", file=sys.stderr, flush=True)
+                streams.show(f"step {step.index + 1} of {step.total}, {step.seconds:.2f} s")
 
         record = run(
             open_pipeline,

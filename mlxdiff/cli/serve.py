@@ -145,7 +145,8 @@ def serve(
     show_notes(quiet=True)  # notes are for who asked, and stand in the job
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise UsageError(
-            f"the server needs {', '.join(missing)}; install it: pip install 'mlxdiff[server]'"
+            f"the server needs {', '.join(missing)}; install it: pip install 'mlxdiff[server]', "
+            "or '.[server]' in a clone"
         )
     from mlxdiff.serve.desk import Desk
     from mlxdiff.serve.guard import Policy

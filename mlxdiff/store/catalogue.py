@@ -91,6 +91,20 @@ KNOWN: tuple[Known, ...] = (
 )  # fmt: skip
 """All well-known models, grouped by family."""
 
+_OTHERS = (
+    "flux",
+    "sd3",
+    "sd35",
+    "sd3.5",
+    "qwen",
+    "z-image",
+    "chroma",
+    "hunyuan",
+    "pixart",
+    "kandinsky",
+)
+"""Beginnings of names of other architectures."""
+
 _BY_NAME = {known.name: known for known in KNOWN}
 
 
@@ -117,6 +131,11 @@ def expand(model: str | os.PathLike[str]) -> str | os.PathLike[str]:
 
 
 def suggestion(model: str) -> str:
-    """Suggest the short name most similar to an unknown name: ' (did you mean sd15?)', or ''."""
+    """Suggest the short name most similar to an unknown name: ' (did you mean sd15?)', or ''.
+
+    Or say of a model that people know by name that it is none of these.
+    """
+    if model.lower().startswith(_OTHERS):
+        return " (if you mean the model of that name: it is no Stable Diffusion 1.x, 2.x or SDXL)"
     near = difflib.get_close_matches(model.partition("@")[0].lower(), _BY_NAME, n=1)
     return f" (did you mean {near[0]}?)" if near else ""
