@@ -204,14 +204,18 @@ def train_worker(rank: int, processes: int, args) -> None:
     )
     level = Level()
     size, pictures = args.batch, min(args.pictures, len(latents))
-    share = np.array([1 + args.emphasis * hard(spec) for spec in specs_of(args, pictures)], float)
-    share /= share.sum()
+    share = None
+    if args.emphasis:
+        share = np.array([1 + args.emphasis * hard(spec) for spec in specs_of(args, pictures)])
+        share = share / share.sum()
+    captions = len(texts) // len(latents)  # of each picture
     while not training.done:
         rng = np.random.default_rng((3, training.step, rank))
         torch.manual_seed(processes * training.step + rank)
         rows = np.sort(rng.choice(pictures, size, p=share))
         code = torch.from_numpy(latents[rows].astype(np.float32))
-        text = torch.from_numpy(texts[rows].astype(np.float32))
+        said = rows if captions == 1 else rows * captions + rng.integers(captions, size=size)
+        text = torch.from_numpy(texts[said].astype(np.float32))
         text[torch.from_numpy(rng.random(size) < EMPTY)] = empty
         x = code[:, 0]
         if not args.means:

@@ -93,9 +93,14 @@ KNOWN: tuple[Known, ...] = (
 
 _BY_NAME = {known.name: known for known in KNOWN}
 
+_PACKAGE = Path(__file__).resolve().parent.parent
+SHIPPED = {name: _PACKAGE / name for name in ("builtin", "emoji")}
+"""Folders of the models that the package holds, by short name."""
+
 
 def expand(model: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """Replace a short name (`sd15@REVISION` too) by its hub id. Return other names unchanged.
+    """Replace a short name (`sd15@REVISION` too) by its hub id, that of a model in the package by
+    its folder. Return other names unchanged.
 
     If a file or folder has that name, it takes precedence, with a note.
     """
@@ -103,20 +108,23 @@ def expand(model: str | os.PathLike[str]) -> str | os.PathLike[str]:
         return model
     name, at, revision = model.partition("@")
     known = _BY_NAME.get(name)
-    if known is None:
+    folder = SHIPPED.get(model)
+    if known is None and folder is None:
         return model
     if os.path.exists(model):
         logger.warning(
             "%s: using the local %s of this name, not the well-known model (%s)",
             model,
             "folder" if Path(model).is_dir() else "file",
-            known.repo,
+            "in the package" if known is None else known.repo,
         )
         return model
+    if known is None:
+        return str(folder)
     return f"{known.repo}{at}{revision}"
 
 
 def suggestion(model: str) -> str:
     """Suggest the short name most similar to an unknown name: ' (did you mean sd15?)', or ''."""
-    near = difflib.get_close_matches(model.partition("@")[0].lower(), _BY_NAME, n=1)
+    near = difflib.get_close_matches(model.partition("@")[0].lower(), [*_BY_NAME, *SHIPPED], n=1)
     return f" (did you mean {near[0]}?)" if near else ""
