@@ -295,13 +295,16 @@ def redraw_worker(rank: int, processes: int, args) -> None:
 # --- assemble --------------------------------------------------------------------------------
 
 
-def assemble(run: Path, vae: Path, text: Path, to: Path) -> None:
-    """Write the pipeline (float16, averaged U-Net weights) as a diffusers folder."""
+def assemble(run: Path, vae: Path, text: Path, to: Path, unet=None, words=None) -> None:
+    """Write the pipeline (float16, averaged U-Net weights) as a diffusers folder.
+
+    `unet` (any weights) and `words` are those of the built-in model unless given.
+    """
     import torch
     from diffusers import AutoencoderKL, StableDiffusionPipeline
     from transformers import CLIPTextModel
 
-    unet = build()
+    unet = unet or build()
     state = torch.load(run / "last.pt", weights_only=True)
     with torch.no_grad():
         for p, e in zip(unet.parameters(), state["ema"], strict=True):
@@ -323,7 +326,7 @@ def assemble(run: Path, vae: Path, text: Path, to: Path) -> None:
     pipeline.to(torch.float16).save_pretrained(to)
     for name in ("vocab.json", "merges.txt"):  # newer transformers write only tokenizer.json
         shutil.copy(text / "tokenizer" / name, to / "tokenizer" / name)
-    tokens.name_words(to / "tokenizer", data.words())
+    tokens.name_words(to / "tokenizer", words or data.words())
     config = to / "scheduler" / "scheduler_config.json"
     values = json.loads(config.read_text())
     values["clip_sample"] = False  # DDIM and DDPM built from this file would clip the latents

@@ -95,7 +95,10 @@ def cache_worker(rank: int, processes: int, args) -> None:
     tokenizer = tokens.load(folder / "tokenizer")
     encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
     vae = AutoencoderKL.from_pretrained(args.vae).eval().to(memory_format=torch.channels_last)
-    latents, texts = (np.load(args.unet / f"{n}.npy", mmap_mode="r+") for n in ("latents", "text"))
+    if args.what != "latents":
+        texts = np.load(args.unet / "text.npy", mmap_mode="r+")
+    if args.what != "text":
+        latents = np.load(args.unet / "latents.npy", mmap_mode="r+")
     for start in range(args.first + rank * CHUNK, args.last, processes * CHUNK):
         specs, captions = cached(start)
         if args.what != "latents":
@@ -143,7 +146,21 @@ def unet(args) -> None:
     common.launch(train_unet.train_worker, settings, args.processes)
 
 
-STAGES = {"cache": cache, "unet": unet, "start": start, "vae": vae, "text": text}
+def assemble(args) -> None:
+    """Write the pipeline as a diffusers folder, at any time during the run."""
+    run, decoder = args.run, args.run / "decoder/vae"
+    vae = decoder if decoder.exists() else run / "vae/vae"
+    train_unet.assemble(run / "unet", vae, run / "text", run / "model", build_unet(), world.words())
+
+
+STAGES = {
+    "start": start,
+    "vae": vae,
+    "text": text,
+    "cache": cache,
+    "unet": unet,
+    "assemble": assemble,
+}
 
 
 def main() -> None:
@@ -155,7 +172,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--lr", type=float)
     parser.add_argument("--decoder-only", action="store_true", help="vae: on frozen latents")
-    parser.add_argument("--pictures", type=int, default=12_800)
+    parser.add_argument("--pictures", type=int, default=4_148)
     parser.add_argument("--what", choices=("text", "latents"), help="cache: only these")
     args = parser.parse_args()
     STAGES[args.stage](args)
