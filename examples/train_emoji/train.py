@@ -77,9 +77,9 @@ CHUNK = 64  # pictures drawn with one generator
 CAPTIONS = 2  # of each picture
 
 
-def cached(start: int) -> tuple[list[world.Spec], list[str]]:
+def cached(seed: int, start: int) -> tuple[list[world.Spec], list[str]]:
     """Return pictures [start, start + CHUNK) of the cache, and their captions in turn."""
-    rng = np.random.default_rng((2026, start))
+    rng = np.random.default_rng((seed, start))
     specs = [world.random_spec(rng) for _ in range(CHUNK)]
     return specs, [world.caption(spec, rng) for spec in specs for _ in range(CAPTIONS)]
 
@@ -100,17 +100,18 @@ def cache_worker(rank: int, processes: int, args) -> None:
     if args.what != "text":
         latents = np.load(args.unet / "latents.npy", mmap_mode="r+")
     for start in range(args.first + rank * CHUNK, args.last, processes * CHUNK):
-        specs, captions = cached(start)
+        specs, captions = cached(args.seed, start)
         if args.what != "latents":
             ids = tokens.encode(tokenizer, captions)
             said = encoder(ids).last_hidden_state.numpy()
-            texts[CAPTIONS * start : CAPTIONS * start + len(captions)] = said
         if args.what != "text":
             x = np.stack([world.render(spec) for spec in specs]).astype(np.float32) / 127.5 - 1
             with torch.autocast("cpu", torch.bfloat16):
                 code = vae.encode(torch.from_numpy(x).permute(0, 3, 1, 2)).latent_dist
             latents[start : start + CHUNK, 0] = code.mean.float().numpy()
             latents[start : start + CHUNK, 1] = code.std.float().numpy()
+        if args.what != "latents":
+            texts[CAPTIONS * start : CAPTIONS * start + len(captions)] = said
         if start % 1280 == 0:
             print(args.what, start, flush=True)
     if rank == 0 and args.what != "latents":
@@ -119,17 +120,20 @@ def cache_worker(rank: int, processes: int, args) -> None:
 
 
 def cache(args) -> None:
-    """Encode the training pictures and their captions."""
+    """Encode training pictures and their captions.
+
+    Again, with another seed, it replaces them by fresh ones, also while the U-Net trains on them.
+    """
     args.unet, args.vae = args.run / "unet", args.run / "vae/vae"
     args.unet.mkdir(exist_ok=True)
     args.first, args.last = 0, args.pictures
     side, count = world.SIDE // 4, args.pictures
     shapes = {"latents": (count, 2, 4, side, side), "text": (CAPTIONS * count, 77, 128)}
     for name, shape in shapes.items():
-        if name in (args.what or name):
+        if name in (args.what or name) and not (args.unet / f"{name}.npy").exists():
             train_unet._open(args.unet, name, shape)
     common.launch(cache_worker, args, args.processes)
-    if args.what != "text":
+    if args.what != "text" and not (args.unet / "scaling_factor").exists():
         latents = np.load(args.unet / "latents.npy", mmap_mode="r")[:5000].astype(np.float32)
         std = float(np.sqrt(latents[:, 0].var() + np.square(latents[:, 1]).mean()))
         print("latent mean", latents[:, 0].mean((0, 2, 3)), "std", latents[:, 0].std((0, 2, 3)))
@@ -172,7 +176,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--lr", type=float)
     parser.add_argument("--decoder-only", action="store_true", help="vae: on frozen latents")
-    parser.add_argument("--pictures", type=int, default=4_148)
+    parser.add_argument("--pictures", type=int, default=4_096)
+    parser.add_argument("--seed", type=int, default=2026, help="cache: which pictures to draw")
     parser.add_argument("--what", choices=("text", "latents"), help="cache: only these")
     args = parser.parse_args()
     STAGES[args.stage](args)

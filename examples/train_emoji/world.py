@@ -38,55 +38,101 @@ EMOJI: dict[str, tuple[str, ...]] = {
 🐵 monkey
 🐧 penguin
 🐤 chick
+🦆 duck
+🦉 owl
+🐴 horse
 🦄 unicorn
 🐝 bee
+🦋 butterfly
+🐌 snail
 🐞 ladybug
 🐢 turtle
+🐲 dragon
 🐙 octopus
+🦖 dinosaur
+🐠 fish
 🐳 whale
+🦈 shark
+🐘 elephant
+🦒 giraffe
+🦔 hedgehog
+🐑 sheep
 🍎 apple
+🍐 pear
+🍋 lemon
 🍌 banana
 🍉 watermelon
+🍇 grapes
 🍓 strawberry
+🍑 peach
+🍍 pineapple
+🍅 tomato
+🥑 avocado
 🥕 carrot
 🍄 mushroom
+🥨 pretzel
+🍳 egg, fried egg
 🍔 burger, hamburger
 🍕 pizza
+🍟 fries
 🍦 ice cream
 🍩 donut
+🍪 cookie
 🎂 cake, birthday cake
 🧁 cupcake
+🍿 popcorn
 ☕ coffee, cup of coffee
 🌵 cactus
+🌳 tree
 🎄 christmas tree
 🌹 rose
 🌻 sunflower
+🍀 clover
 🌞 sun
 🌙 moon
 ⭐ star
 🌈 rainbow
+⚡ lightning
+❄ snowflake
 ⛄ snowman
 🔥 fire
+🌍 earth, globe
 😀 smiley, happy face
 😍 face in love
 😎 cool face
 😭 crying face
+😴 sleeping face
 🤖 robot
 👻 ghost
 👽 alien
+💀 skull
 🎃 pumpkin
+💩 poop
+😈 devil
 🚗 car
+🚌 bus
+🚂 train
+🚜 tractor
 ✈ airplane, plane
 🚀 rocket
 ⛵ sailboat, boat
 ⚽ soccer ball
+🏀 basketball
+🎸 guitar
 💎 diamond
 🎈 balloon
 🎁 gift, present
 👑 crown
+🔑 key
+☂ umbrella
 🏠 house
+🎩 hat
+🏆 trophy
 ❤ heart, red heart
 💙 blue heart
+💚 green heart
+💛 yellow heart
+💜 purple heart
 """.strip().splitlines()
 }
 KINDS = tuple(EMOJI)
