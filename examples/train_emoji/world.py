@@ -1,10 +1,11 @@
 """The world of the emoji model: Noto Color Emoji on grounds, and captions as people type them.
 
-A picture shows one emoji, large, or small and at a place, on a plain ground or in a simple scene. A `Spec` describes a picture completely. `render` draws it. `caption` describes it in
-words and usually omits facts.
+A picture shows one emoji, large, or small and at a place, on a plain ground or in a simple scene.
+A `Spec` describes a picture completely. `render` draws it. `caption` describes it in words and
+usually omits facts.
 
-Needs NumPy, Pillow with FreeType, and the font file of Noto Color Emoji (its form with bitmaps; Debian's
-package is fonts-noto-color-emoji).
+Needs NumPy, Pillow with FreeType, and the font Noto Color Emoji in its form with bitmaps (Debian's
+package is fonts-noto-color-emoji; NOTO_EMOJI names another file).
 """
 
 from __future__ import annotations
@@ -256,7 +257,7 @@ def _font():
 
 @functools.cache
 def bitmap(kind: str, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return an emoji's color times alpha (size, size, 3), 0 to 255, and its alpha (size, size, 1)."""
+    """Return an emoji's color times alpha, (size, size, 3), 0 to 255, and its alpha, with 1."""
     from PIL import Image, ImageDraw
 
     canvas = Image.new("RGBA", (136, 136), (0, 0, 0, 0))
@@ -309,18 +310,8 @@ def _scene(ground: str) -> np.ndarray:
 
 
 STARS = (
-    (7, 9),
-    (20, 5),
-    (33, 8),
-    (47, 4),
-    (58, 12),
-    (4, 27),
-    (60, 30),
-    (9, 46),
-    (56, 50),
-    (28, 60),
-    (45, 59),
-    (14, 58),
+    *((7, 9), (20, 5), (33, 8), (47, 4), (58, 12), (4, 27)),
+    *((60, 30), (9, 46), (56, 50), (28, 60), (45, 59), (14, 58)),
 )
 
 
@@ -360,20 +351,7 @@ def batch_of(rng: np.random.Generator, size: int, dense: float = 0.5) -> np.ndar
 
 # --- words -----------------------------------------------------------------------------------
 
-PLURAL = frozenset(
-    {
-        "grapes",
-        "cherries",
-        "pancakes",
-        "fries",
-        "noodles",
-        "ramen",
-        "sushi",
-        "popcorn",
-        "lightning",
-        "fire",
-    }
-)
+PLURAL = frozenset({"grapes", "fries", "popcorn", "lightning", "fire"})  # without an article
 
 
 def a(words: str) -> str:
@@ -391,13 +369,11 @@ def name(kind: str, rng: np.random.Generator) -> str:
 def ground_words(ground: str, rng: np.random.Generator) -> str:
     if ground in SCENES:
         return _choice(rng, SCENES[ground])
-    return _choice(
-        rng, (f"on {a(ground)} background", f"on {a(ground)} background", f"on {ground}")
-    )
+    return f"on {a(ground)} background" if rng.random() < 2 / 3 else f"on {ground}"
 
 
 def caption(spec: Spec, rng: np.random.Generator, complete: bool = False) -> str:
-    """Describe a picture in varying words. Many captions name only the object, unless `complete`."""
+    """Describe a picture in varying words. Many captions only name it, unless `complete`."""
     opening, form = "", rng.random()
     if form < 0.15:
         opening = _choice(rng, _OPENINGS)
@@ -421,19 +397,3 @@ def words() -> list[str]:
         for phrase in phrases:
             known.update(phrase.split())
     return sorted(known)
-
-
-if __name__ == "__main__":  # a sheet of every emoji
-    from PIL import Image
-
-    rows = -(-len(KINDS) // 16)
-    sheet = np.full((rows * SIDE, 16 * SIDE, 3), 255, np.uint8)
-    rng = np.random.default_rng(0)
-    for i, kind in enumerate(KINDS):
-        r, c = divmod(i, 16)
-        picture = render(random_spec(rng, i % 4 == 3, kind))
-        sheet[r * SIDE : (r + 1) * SIDE, c * SIDE : (c + 1) * SIDE] = picture
-    Image.fromarray(sheet).save("emoji.png")
-    print(len(KINDS), "emoji,", len(words()), "words")
-    for _ in range(20):
-        print(caption(random_spec(rng), rng))

@@ -94,8 +94,13 @@ KNOWN: tuple[Known, ...] = (
 _BY_NAME = {known.name: known for known in KNOWN}
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-SHIPPED = {name: _PACKAGE / name for name in ("builtin", "emoji")}
-"""Folders of the models that the package holds, by short name."""
+ABOUT = {
+    "builtin": ("MIT", "64x64 shapes in any color and place, the model without -m"),
+    "emoji": ("OFL-1.1", "64x64 emoji by name, on plain grounds and in small scenes"),
+}
+"""Licence and note of the models that the package holds, by short name."""
+SHIPPED = {name: _PACKAGE / name for name in ABOUT}
+"""Their folders."""
 
 
 def expand(model: str | os.PathLike[str]) -> str | os.PathLike[str]:
