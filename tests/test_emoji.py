@@ -103,6 +103,6 @@ def test_the_command_line_and_the_picture_that_tells_its_model(
     run("generate", "--from-image", "a.png", "--backend", "numpy", "-o", "b.png")
     first, again = (np.asarray(Image.open(name)) for name in ("a.png", "b.png"))
     np.testing.assert_array_equal(first, again)
-    assert "sd1" in run("info", "-m", "emoji")
+    assert "sd1" in run("info", "emoji")
     assert "--guidance" in run("capabilities", "-m", "emoji")
     assert "emoji" in run("models", "--known")

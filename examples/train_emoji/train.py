@@ -56,7 +56,8 @@ def vae(args) -> None:
     origin = args.run / ("vae/vae" if args.decoder_only else "builtin/vae")
     settings = argparse.Namespace(
         run=run, start=origin, decoder_only=args.decoder_only, draw=world.batch_of,
-        lr=args.lr or 8e-4, minutes=args.minutes, ema=0.995, muon=False, batch=args.batch or 8,
+        lr=args.lr or 8e-4, minutes=args.minutes, ema=0.995, muon=args.decoder_only,
+        batch=args.batch or 8,
         redrawn=None, float32=False, noise=0.15, kl=2e-4,
     )  # fmt: skip
     common.launch(train_vae.worker, settings, args.processes)
