@@ -62,12 +62,13 @@ class Network:
                 value.transpose(0, 3, 1, 2) if value.ndim == 4 else value
             )
         unet.load_state_dict(weights)
+        self.torch_unet = unet
 
         def run(x: np.ndarray, t: float, text: np.ndarray) -> np.ndarray:
             with torch.inference_mode():
                 sample = torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2)
                 out = unet(sample, t, torch.from_numpy(text)).sample
-            return out.permute(0, 2, 3, 1).contiguous().numpy()
+            return out.float().permute(0, 2, 3, 1).contiguous().numpy()
 
         return run
 
