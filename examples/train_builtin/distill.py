@@ -153,16 +153,26 @@ def steps_of(config: dict, count: int) -> tuple[list[int], list[tuple[float, flo
 
 
 class Runs:
-    """The teacher's runs: x at GRID and at the end, and the states of the text."""
+    """The teacher's runs: x at GRID and at the end, and the states of the text.
+
+    The first file is kept for the error of the student.
+    """
 
     def __init__(self, folder: Path, times: list[int]) -> None:
-        files = sorted(folder.glob("runs-*[0-9].npz"))
-        places = [*(GRID.index(t) for t in times), len(GRID)]
-        kept = []
-        for file in files:
-            with np.load(file) as one:
-                kept.append((one["x"][places], one["text"]))
-        self.x = np.concatenate([x.transpose(1, 0, 4, 2, 3) for x, _ in kept])  # (N, L, C, h, w)
+        self.folder, self.places = folder, [*(GRID.index(t) for t in times), len(GRID)]
+        self._known: dict[Path, tuple[np.ndarray, np.ndarray]] = {}
+        self.update()
+
+    def update(self) -> None:
+        """Read files that came since."""
+        for file in sorted(self.folder.glob("runs-*[0-9].npz")):
+            if file not in self._known:
+                with np.load(file) as one:
+                    x = one["x"][self.places].transpose(1, 0, 4, 2, 3)  # (N, L, C, h, w)
+                    self._known[file] = x, one["text"]
+        held, *kept = self._known.values()
+        self.held = held
+        self.x = np.concatenate([x for x, _ in kept])
         self.text = np.concatenate([text for _, text in kept])
 
     def __len__(self) -> int:
@@ -221,6 +231,10 @@ def train_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
         rank, processes, args.to, unet, args.lr, args.minutes, ema=args.ema, muon=args.muon
     )
     while not training.done:
+        if training.step % 100 == 99:
+            runs.update()
+            missed = validate(unet, runs, times, factors)
+            print(f"{len(runs)} runs; of held-out runs: error {missed:.4f}", flush=True)
         rng = np.random.default_rng((4, training.step, rank))
         whole = training.progress >= args.forced
         chosen = rng.choice(len(runs), args.batch if whole else args.batch * args.steps // 2)
@@ -250,6 +264,18 @@ def train_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
     training.save()
     training.use_ema()
     save(unet, changes, args)
+
+
+def validate(unet, runs: Runs, times, factors) -> float:
+    """Return the error of the student's ends of the held-out runs, in the latents' deviation."""
+    import torch
+
+    x, text = (torch.from_numpy(part.astype(np.float32)) for part in runs.held)
+    now = x[:, 0]
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        for t, (keep, turn) in zip(times, factors, strict=True):
+            now = keep * now + turn * unet(now, t, text).sample.float()
+    return float((now - x[:, -1]).square().mean().sqrt() / x[:, -1].std())
 
 
 def save(unet, changes, args: argparse.Namespace) -> None:
