@@ -20,7 +20,9 @@ from test_training_commands import FEW, pictures, weights
 import mlxdiff
 from mlxdiff.errors import UsageError
 
-mx = pytest.importorskip("mlx.core")
+pytest.importorskip("mlx.core")
+
+import mlx.core as mx
 
 from mlxdiff.training import consistency
 from mlxdiff.training.data import Batch, Text
@@ -84,7 +86,10 @@ def formula(
         with_text = network(0.4, 0.3, x, t, batch.text.states.mean((1, 2)), 0)
         without = network(0.4, 0.3, x, t, 0.0, 0)
         w = wide(scales - 1)  # LCM's w
-        found = [u + (1 + w) * (v - u) for u, v in zip(both(without, x, t), both(with_text, x, t))]
+        found = [
+            u + (1 + w) * (v - u)
+            for u, v in zip(both(without, x, t), both(with_text, x, t), strict=False)
+        ]
         return found[0], found[1]
 
     noisy = wide(np.sqrt(ALPHAS[start])) * batch.mean + wide(np.sqrt(1 - ALPHAS[start])) * (
@@ -98,7 +103,7 @@ def formula(
         middle = np.array(
             [
                 min(range(e + 1, s), key=lambda i: abs(level[i] - (level[e] + level[s]) / 2))
-                for s, e in zip(start, end)
+                for s, e in zip(start, end, strict=False)
             ]
         )
 
@@ -142,9 +147,7 @@ def test_loss_and_gradient_are_the_formulas(
     errors = np.array(found.errors(parameters, target, batch, drawn))
 
     def expected(a: float, b: float) -> np.ndarray:
-        return formula(
-            prediction, batch, drawn, scales, 0.02, a, b, (0.5, 0.2), huber, solver
-        )
+        return formula(prediction, batch, drawn, scales, 0.02, a, b, (0.5, 0.2), huber, solver)
 
     # Measured: at most 4e-6 of the value, of which the noise at t = 999 (epsilon) takes most:
     # x_0 there is the difference of two numbers 15 times as large.
@@ -180,7 +183,9 @@ def test_a_lora_of_few_steps_goes_on_to_the_bit(cats: Path, tmp_path: Path) -> N
     with pytest.raises(UsageError, match="its run had"):
         train_distill(cats, output=str(stopped), resume=True, **told | {"guidance": 4})
     pipe = mlxdiff.load(checkpoint("sd15"), backend="numpy", loras=[straight])
-    drawn = pipe.generate("a cat", seed=0, sampler="lcm", steps=2, guidance=1.0, width=32, height=32)
+    drawn = pipe.generate(
+        "a cat", seed=0, sampler="lcm", steps=2, guidance=1.0, width=32, height=32
+    )
     assert np.isfinite(drawn.latents).all()
 
 
@@ -191,7 +196,9 @@ def test_a_whole_model_takes_the_guidance_scale(cats: Path, tmp_path: Path) -> N
     assert done.report is not None and np.isfinite(done.report.loss)
     assert (tmp_path / "out-training/validation/step-000002-1.png").exists()
     scheduler = json.loads((out / "scheduler/scheduler_config.json").read_text())
-    assert scheduler["_class_name"] == "LCMScheduler" and scheduler["original_inference_steps"] == 50
+    assert (
+        scheduler["_class_name"] == "LCMScheduler" and scheduler["original_inference_steps"] == 50
+    )
     pipe = mlxdiff.load(out, backend="numpy")
     drawn = [
         pipe.generate("a", seed=0, steps=2, guidance=scale, width=32, height=32)

@@ -4,8 +4,8 @@
     python distill.py train --run RUN --to RUN/six --steps 6 --minutes 30
 
 "teach" solves the guided teacher's probability-flow ODE from noise, and keeps x at the timesteps of
-GRID, which holds the steps of DDIM (trailing) for every number in COUNTS. The solver is DPM-Solver++
-2M whose numbers are fitted to a fine solution, as in fit_sampler.py.
+GRID, which holds the steps of DDIM (trailing) for every number in COUNTS. The solver is
+DPM-Solver++ 2M whose numbers are fitted to a fine solution, as in fit_sampler.py.
 
 "train" teaches a student, whose first weights are the teacher's, to step from each of these x to
 the next with DDIM (progressive distillation without halvings; Salimans and Ho 2022). After a while
@@ -252,14 +252,19 @@ def train_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
             else:
                 at = rng.permutation(len(chosen)) % args.steps
                 rows = np.arange(len(chosen))
-                keep, turn = (torch.tensor(np.array(factors)[at, k], dtype=torch.float32) for k in (0, 1))
+                keep, turn = (
+                    torch.tensor(np.array(factors)[at, k], dtype=torch.float32) for k in (0, 1)
+                )
                 now, then = x[rows, at], x[rows, at + 1]
                 v = unet(now, torch.tensor(np.array(times)[at]), text).sample.float()
                 goal = (then - keep[:, None, None, None] * now) / turn[:, None, None, None]
                 missed = (v - goal).square().mean((1, 2, 3))
                 loss = (missed * turn.abs()).mean()
                 last = torch.from_numpy(at == args.steps - 1)
-                shown = {"first": missed[at == 0].mean().detach(), "last": missed[last].mean().detach()}
+                shown = {
+                    "first": missed[at == 0].mean().detach(),
+                    "last": missed[last].mean().detach(),
+                }
         training.update(loss, len(chosen) * (args.steps if whole else 1), **shown)
     training.save()
     training.use_ema()
@@ -279,7 +284,6 @@ def validate(unet, runs: Runs, times, factors) -> float:
 
 
 def save(unet, changes, args: argparse.Namespace) -> None:
-    import torch
     from safetensors.torch import save_file
 
     if changes is None:

@@ -6,8 +6,8 @@ student must predict the same x_0 from both ends of that step:
     f(x, t) = c_skip(t) x + c_out(t) x_0(x, t),    c_skip = d^2 / (s^2 + d^2),
     c_out = s / sqrt(s^2 + d^2),    s = SCALING t,    d = SIGMA_DATA
 
-f(x, 0) is x itself, so x_0 spreads from the clean end to the noisy one. The prediction at the far end
-gets the gradient, the one at the near end is that of the averaged student.
+f(x, 0) is x itself, so x_0 spreads from the clean end to the noisy one. The prediction at the far
+end gets the gradient, the one at the near end is that of the averaged student.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What ``mlxdiff train distill`` trains: a LoRA for one guidance scale, or a whole U-Net for all."""
+"""What ``train distill`` trains: a LoRA for one guidance scale, or a whole U-Net for many."""
 
 from __future__ import annotations
 

@@ -26,7 +26,11 @@ from mlxdiff.training.process import Draws, Process, draw
 from mlxdiff.training.state import State
 
 Arrays = dict[str, mx.array]
-_KEPT_KINDS = ("lora", "distilled lora", "embedding")  # small: their results at every saved step are kept
+_KEPT_KINDS = (
+    "lora",
+    "distilled lora",
+    "embedding",
+)  # small: their results at every saved step are kept
 
 
 class Task(Protocol):
@@ -125,9 +129,7 @@ class Ranks:
 class Objective(Protocol):
     """What training makes small."""
 
-    def errors(
-        self, parameters: Arrays, target: Arrays, batch: Batch, drawn: Draws
-    ) -> mx.array:
+    def errors(self, parameters: Arrays, target: Arrays, batch: Batch, drawn: Draws) -> mx.array:
         """Return the error of each example, (B,) float32.
 
         Args:
@@ -148,9 +150,7 @@ class Denoising:
     task: Task
     process: Process
 
-    def errors(
-        self, parameters: Arrays, target: Arrays, batch: Batch, drawn: Draws
-    ) -> mx.array:
+    def errors(self, parameters: Arrays, target: Arrays, batch: Batch, drawn: Draws) -> mx.array:
         """See ``Objective``."""
         clean = latents(batch, drawn)
         noisy = mx.array(self.process.noisy(clean, drawn.noise, drawn.timesteps))
