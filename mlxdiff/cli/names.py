@@ -49,7 +49,9 @@ class Names:
         self._is_one = same_prompt and len(set(seeds)) == len(seeds)
         default = "mlxdiff-{seed}" if self._is_one else "mlxdiff-{seed}-{index}"
         drawn = [job.options.get("motion_adapter") is not None for job in jobs]
-        endings = (*ENDINGS, *(one for one in ANIMATED if any(drawn) and one not in ENDINGS))
+        # A model may let a picture move. What it does is known when it is open (`cli.output`).
+        moving = any(drawn) or any(job.options.get("image") is not None for job in jobs)
+        endings = (*ENDINGS, *(one for one in ANIMATED if moving and one not in ENDINGS))
         default += ".gif" if all(drawn) else ".png"
         self.template = Template(options.output or default, "--output", endings=endings)
         self.values: list[Values] = []

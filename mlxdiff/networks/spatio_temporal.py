@@ -328,12 +328,12 @@ class UNetSpatioTemporalConditionModel(UNet2DConditionModel):
         made: Module = kind(nn, block, config)
         return made
 
-    def embed(self, timesteps: Array, **conditions: Array) -> Array:
+    def embed(self, timesteps: Array, *_: Any, time_ids: Array = None, **__: Any) -> Array:
         """The timestep embedding with that of the three numbers: (N,), (N, 3) -> (N, E)."""
         config, nn = self.config, self.nn
         temb = nn.timestep_embedding(timesteps, config.block_out_channels[0])
         temb = self.time_embedding(nn.cast(temb, self.dtype))
-        ids, width = conditions["time_ids"], config.addition_time_embed_dim
+        ids, width = time_ids, config.addition_time_embed_dim
         assert self.add_embedding is not None and width is not None
         added = nn.timestep_embedding(ids.reshape(-1), width).reshape(len(ids), -1)
         return temb + self.add_embedding(nn.cast(added, self.dtype))

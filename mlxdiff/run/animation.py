@@ -145,17 +145,19 @@ class AnimatingModel(AnimatingKind, LatentModel):
         frames = []
         for first in range(0, len(latents), at_once):
             z = self.backend.asarray((latents[first : first + at_once] / scale).astype(np.float32))
-            (pixels,) = self._run_vae(lambda vae, z=z: (vae.decode(z),))
-            frames += [to_pil(one) for one in pixels]
+            frames += [to_pil(one) for one in self._decoded(z)]
             self.backend.clear_cache()
         return frames
 
     def decode_pixels(self, latents: np.ndarray) -> np.ndarray:
         """Decode one frame alone; see ``Model.decode_pixels``."""
         z = (latents / np.float32(self.vae_config.scaling_factor))[None].astype(np.float32)
-        (pixels,) = self._run_vae(lambda vae: (vae.decode(self.backend.asarray(z)),))
-        found: np.ndarray = pixels[0]
+        found: np.ndarray = self._decoded(self.backend.asarray(z))[0]
         return found
+
+    def _decoded(self, z: Any) -> Any:
+        (pixels,) = self._run_vae(lambda vae: (vae.decode(z),))
+        return pixels
 
 
 # ----------------------------------------------------------------------------------------- inputs

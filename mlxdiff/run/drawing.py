@@ -136,8 +136,8 @@ class Picture:
     metadata: Metadata
     timings: dict[str, Any]
     peak_memory: int
-    map: np.ndarray | None = None
     frames: tuple[PIL.Image.Image, ...] = ()
+    map: np.ndarray | None = None
 
     def files_of(self, template: Template) -> range:
         """Numbers of the frames that get a file of their own; one file holds all: (0,)."""
