@@ -1,7 +1,7 @@
 """Distil the built-in model: a few steps without guidance in place of many with it.
 
-    python distill.py teach --run RUN --chunks 80       # the teacher's runs; can be called again
-    python distill.py train --run RUN --to RUN/six --steps 6 --minutes 30
+    python distill.py teach --run runs/teacher --chunks 80     # can be called again, for more
+    python distill.py train --run runs/four --teacher runs/teacher --steps 4 --rank 16 --minutes 30
 
 "teach" solves the guided teacher's probability-flow ODE from noise, and keeps x at the timesteps of
 GRID, which holds the steps of DDIM (trailing) for every number in COUNTS. The solver is
@@ -225,16 +225,18 @@ def train_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
     unet.set_attn_processor(AttnProcessor())  # the gradient of the fused one is slower on a CPU
     changes = adapt(unet, args.rank) if args.rank else None
     times, factors = steps_of(network.config, args.steps)
-    runs = Runs(args.run, times)
-    print(f"{len(runs)} runs, timesteps {times}", flush=True)
+    runs = Runs(args.teacher, times)
+    if rank == 0:
+        print(f"{len(runs)} runs, timesteps {times}", flush=True)
     training = common.Training(
-        rank, processes, args.to, unet, args.lr, args.minutes, ema=args.ema, muon=args.muon
+        rank, processes, args.run, unet, args.lr, args.minutes, ema=args.ema, muon=args.muon
     )
     while not training.done:
         if training.step % 100 == 99:
             runs.update()
-            missed = validate(unet, runs, times, factors)
-            print(f"{len(runs)} runs; of held-out runs: error {missed:.4f}", flush=True)
+            if rank == 0:
+                missed = validate(unet, runs, times, factors)
+                print(f"{len(runs)} runs; of held-out runs: error {missed:.4f}", flush=True)
         rng = np.random.default_rng((4, training.step, rank))
         whole = training.progress >= args.forced
         chosen = rng.choice(len(runs), args.batch if whole else args.batch * args.steps // 2)
@@ -268,7 +270,9 @@ def train_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
         training.update(loss, len(chosen) * (args.steps if whole else 1), **shown)
     training.save()
     training.use_ema()
-    save(unet, changes, args)
+    if rank == 0:
+        print(f"of held-out runs: error {validate(unet, runs, times, factors):.4f}", flush=True)
+        save(unet, changes, args)
 
 
 def validate(unet, runs: Runs, times, factors) -> float:
@@ -287,7 +291,7 @@ def save(unet, changes, args: argparse.Namespace) -> None:
     from safetensors.torch import save_file
 
     if changes is None:
-        unet.save_pretrained(args.to / "unet")
+        unet.save_pretrained(args.run / "unet")
         return
     tensors = {}
     for name, change in changes.items():
@@ -296,16 +300,17 @@ def save(unet, changes, args: argparse.Namespace) -> None:
         tail = (1, 1) if len(shape) == 4 else ()
         tensors[f"unet.{name}.lora_A.weight"] = down.reshape(-1, *shape[1:]).half().contiguous()
         tensors[f"unet.{name}.lora_B.weight"] = up.reshape(*up.shape, *tail).half().contiguous()
-    save_file(tensors, args.to / "lora.safetensors", {"format": "pt"})
+    save_file(tensors, args.run / "lora.safetensors", {"format": "pt"})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("stage", choices=("teach", "train"))
-    parser.add_argument("--run", type=Path, required=True, help="folder of the teacher's runs")
+    parser.add_argument("--run", type=Path, required=True, help="folder of this run")
     parser.add_argument("--first", type=int, default=0, help="teach: first file")
     parser.add_argument("--chunks", type=int, default=80, help="teach: files of 64 runs")
-    parser.add_argument("--to", type=Path, help="train: folder of the student")
+    parser.add_argument("--teacher", type=Path, help="train: the folder of teach")
+    parser.add_argument("--processes", type=int, default=2, help="train")
     parser.add_argument("--start", help="train: model to start from; default: the built-in one")
     parser.add_argument("--steps", type=int, default=4, choices=COUNTS)
     parser.add_argument("--rank", type=int, default=0, help="train: of a LoRA; 0: all weights")
@@ -318,27 +323,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30)
     args = parser.parse_args()
     if args.stage == "train":
-        args.to.mkdir(parents=True, exist_ok=True)
-        train_alone(args)
+        common.launch(train_worker, args, args.processes)
         return
     import torch
 
     torch.set_num_threads(1)
     teach(args)
-
-
-def train_alone(args: argparse.Namespace) -> None:
-    """Train in one process; `common.Training` wants a group of them."""
-    import torch
-
-    torch.set_num_threads(1)
-    place = args.to.resolve() / "rendezvous"
-    place.unlink(missing_ok=True)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{place}", rank=0, world_size=1
-    )
-    train_worker(0, 1, args)
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

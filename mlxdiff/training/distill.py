@@ -63,7 +63,7 @@ class DistilledModel:
         self._source, self._solver_steps = model.source, solver_steps
         self._teacher = networks.load(model, "unet", dtype)
         config = model.component_of(Network("unet")).config
-        self._config = replace(config, time_cond_proj_dim=EMBEDDING)  # type: ignore[type-var]
+        self._config = replace(config, time_cond_proj_dim=EMBEDDING)
         self._unet = networks.trained(registry.build(mlx_training_layers, self._config))
 
     def parameters(self) -> dict[str, mx.array]:
