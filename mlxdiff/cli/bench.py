@@ -8,10 +8,16 @@ from typing import Any
 import click
 
 from mlxdiff.cli import ProgressBar, common_options, show_notes, streams
+from mlxdiff.cli.completion import like
 
 
 @click.command()
-@click.option("-m", "--model", help="Same as for generate. Default: the built-in model.")
+@click.option(
+    "-m",
+    "--model",
+    shell_complete=like("model"),
+    help="Same as for generate. Default: the built-in model.",
+)
 @click.option("-W", "--width", type=int, help="Width in pixels. Default: the model's own.")
 @click.option("-H", "--height", type=int, help="Height in pixels. Default: the model's own.")
 @click.option("--steps", type=int, default=4, help="Number of sampling steps. Default: 4.")
@@ -21,13 +27,31 @@ from mlxdiff.cli import ProgressBar, common_options, show_notes, streams
 @click.option(
     "-g", "--guidance", "--cfg-scale", type=float, help="Guidance scale. Default: the model's own."
 )
-@click.option("--sampler", help="Sampler. Default: auto.")
-@click.option("--schedule", help="Noise schedule. Default: auto.")
+@click.option("--sampler", shell_complete=like("sampler"), help="Sampler. Default: auto.")
+@click.option("--schedule", shell_complete=like("schedule"), help="Noise schedule. Default: auto.")
 @click.option("--label", type=int, help="Class to draw, for a model without text.")
-@click.option("--vae", help="Another VAE or a TAESD. Same as for generate.")
-@click.option("--backend", default="auto", help="auto (default), mlx or numpy.")
-@click.option("--dtype", default="auto", help="auto (default), float32, float16 or bfloat16.")
-@click.option("-q", "--quantize", metavar="BITS", help="Same as for generate.")
+@click.option(
+    "--vae", shell_complete=like("vae"), help="Another VAE or a TAESD. Same as for generate."
+)
+@click.option(
+    "--backend",
+    default="auto",
+    shell_complete=like("backend"),
+    help="auto (default), mlx or numpy.",
+)
+@click.option(
+    "--dtype",
+    default="auto",
+    shell_complete=like("dtype"),
+    help="auto (default), float32, float16 or bfloat16.",
+)
+@click.option(
+    "-q",
+    "--quantize",
+    metavar="BITS",
+    shell_complete=like("quantize"),
+    help="Same as for generate.",
+)
 @click.option("--low-memory", is_flag=True, help="Same as for generate.")
 @click.option("--vae-tiling/--no-vae-tiling", default=None, help="Same as for generate.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON, to post.")

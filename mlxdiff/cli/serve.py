@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from mlxdiff.cli import common_options, show_notes
+from mlxdiff.cli.completion import like
 from mlxdiff.cli.options import given_to, options_named
 from mlxdiff.errors import UsageError, in_python, naming
 from mlxdiff.run.options import LoadOptions
@@ -59,6 +60,7 @@ def shelf_options(command: Any) -> Any:
         "-m",
         "--model",
         multiple=True,
+        shell_complete=like("model"),
         help="Model that clients may name: as for mlxdiff generate. Repeatable; the first is the "
         "default. Without one: the built-in model.",
     )(command)
