@@ -60,6 +60,8 @@ def test_its_words(pipe: mlxdiff.Pipeline, caplog: pytest.LogCaptureFixture) -> 
     assert not caplog.messages
     pipe.encode_prompt("a sleepy fox", "")
     assert "'sleepy'" in caplog.messages[0]
+    pipe.encode_prompt("🦊 on white", "")
+    assert "'🦊'" in caplog.messages[2]
 
 
 def test_captions_use_known_words_only() -> None:
