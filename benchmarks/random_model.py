@@ -160,7 +160,7 @@ class RandomModel:
             "num_train_timesteps": 1000,
             "steps_offset": 1,
         }
-        self.low_res_scheduler_config: dict[str, Any] = {}
+        self.image_noise_config: dict[str, Any] = {}
         kind = {"sdxl": "XL", "x4-upscaler": "Upscale"}.get(model, "")
         classes = {
             "scheduler": ["diffusers", "PNDMScheduler"],
@@ -174,7 +174,7 @@ class RandomModel:
             classes["tokenizer_2"] = ["transformers", "CLIPTokenizer"]
         if model == "x4-upscaler":
             betas = {"beta_end": 0.02, "beta_schedule": "scaled_linear", "beta_start": 0.0001}
-            self.low_res_scheduler_config = {"_class_name": "DDPMScheduler", **betas}
+            self.image_noise_config = {"_class_name": "DDPMScheduler", **betas}
             classes["low_res_scheduler"] = ["diffusers", "DDPMScheduler"]
         pipeline = f"StableDiffusion{kind}Pipeline"
         self.model_index: dict[str, Any] = {"_class_name": pipeline, **classes}
@@ -199,7 +199,7 @@ class RandomModel:
         }
         files["model_index.json"] = json.dumps(self.model_index).encode()
         files["scheduler/scheduler_config.json"] = json.dumps(self.scheduler_config).encode()
-        if low_res := self.low_res_scheduler_config:
+        if low_res := self.image_noise_config:
             files["low_res_scheduler/scheduler_config.json"] = json.dumps(low_res).encode()
         for name in (n for n in self.model_index if n.startswith("tokenizer")):
             for file in (_BUILTIN / "tokenizer").iterdir():

@@ -140,6 +140,8 @@ def with_pictures(arguments: dict[str, Any]) -> dict[str, Any]:
     arguments = dict(arguments)
     if "image" in arguments:
         arguments["image"] = photo(*arguments["image"])
+    if "depth_image" in arguments:
+        arguments["depth_image"] = photo(*arguments["depth_image"])[..., 0]
     if "mask" in arguments:
         arguments["mask"] = mask(*arguments["mask"])
     if "ip_image" in arguments:

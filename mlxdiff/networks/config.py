@@ -300,6 +300,49 @@ class CLIPVisionConfig:
         return config
 
 
+@dataclass(frozen=True)
+class ImageNormalizerConfig:
+    """Mean and deviation of CLIP's embeddings, as diffusers' StableUnCLIPImageNormalizer."""
+
+    embedding_dim: int = 768
+
+    @classmethod
+    def from_dict(
+        cls, data: Mapping[str, Any], where: str = "image_normalizer/config.json"
+    ) -> ImageNormalizerConfig:
+        """Read a config.json. Raises: ConfigError."""
+        reader = _Reader(data, where, ("StableUnCLIPImageNormalizer",))
+        config = cls(embedding_dim=reader.integer("embedding_dim", 768))
+        reader.finish({})
+        return config
+
+
+POSE = 4
+"""Numbers of a camera that Zero-1-to-3 reads beside CLIP's embedding."""
+
+
+@dataclass(frozen=True)
+class CCProjectionConfig:
+    """What makes one token of CLIP's embedding and a camera, as CCProjection of diffusers' pipeline
+    for Zero-1-to-3."""
+
+    in_channel: int = 772
+    out_channel: int = 768
+
+    @classmethod
+    def from_dict(
+        cls, data: Mapping[str, Any], where: str = "cc_projection/config.json"
+    ) -> CCProjectionConfig:
+        """Read a config.json. Raises: ConfigError."""
+        reader = _Reader(data, where, ("CCProjection",))
+        config = cls(
+            in_channel=reader.integer("in_channel", 772, least=POSE + 1),
+            out_channel=reader.integer("out_channel", 768),
+        )
+        reader.finish({})
+        return config
+
+
 # -------------------------------------------------------------------------------------------- U-Net
 
 UNET_NO_EFFECT: dict[str, str] = {
@@ -371,7 +414,8 @@ class UNet2DConditionConfig:
     ``num_attention_heads``. ``transformer_layers_per_block`` has for each block one entry for each
     resnet; the up path's are in ``up_transformer_layers_per_block``, in the order of the up blocks.
 
-    ``num_class_embeds`` counts the classes that it can be told: an upscaler's levels of noise.
+    ``num_class_embeds`` counts the classes that it can be told: an upscaler's levels of noise. If
+    ``class_embed_type`` is "projection", a class is a vector: CLIP's embedding of a picture.
 
     Source: Rombach et al. 2022 (SD 1.x, 2.x); Podell et al. 2023 (SDXL).
     """
@@ -400,6 +444,7 @@ class UNet2DConditionConfig:
     addition_time_embed_dim: int | None
     projection_class_embeddings_input_dim: int | None
     time_cond_proj_dim: int | None
+    class_embed_type: str | None
     num_class_embeds: int | None
     conv_in_kernel: int
     conv_out_kernel: int
@@ -504,7 +549,7 @@ class UNet2DConditionConfig:
         only("class_embeddings_concat", False, False)
         only("mid_block_only_cross_attention", None, None, False)
         for key in (
-            "encoder_hid_dim encoder_hid_dim_type class_embed_type time_embedding_dim "
+            "encoder_hid_dim encoder_hid_dim_type time_embedding_dim "
             "time_embedding_act_fn timestep_post_act cross_attention_norm"
         ).split():
             only(key, None, None)
@@ -556,6 +601,16 @@ class UNet2DConditionConfig:
                 embed_type,
                 "addition_time_embed_dim and projection_class_embeddings_input_dim beside it",
             )
+        class_type = only("class_embed_type", None, None, "projection")
+        classes = reader.integer("num_class_embeds", None)
+        others = embed_type is not None or classes is not None
+        if class_type is not None and (others or embed_in is None):
+            raise reader.fail(
+                "class_embed_type",
+                class_type,
+                "projection_class_embeddings_input_dim beside it, and neither num_class_embeds nor "
+                "addition_embed_type",
+            )
         kernels = [reader.integer(key, 3) for key in ("conv_in_kernel", "conv_out_kernel")]
         if any(k % 2 == 0 for k in kernels):
             raise reader.fail("conv_in_kernel, conv_out_kernel", kernels, "odd numbers")
@@ -584,7 +639,8 @@ class UNet2DConditionConfig:
             addition_time_embed_dim=embed_dim,
             projection_class_embeddings_input_dim=embed_in,
             time_cond_proj_dim=reader.integer("time_cond_proj_dim", None),
-            num_class_embeds=reader.integer("num_class_embeds", None),
+            class_embed_type=class_type,
+            num_class_embeds=classes,
             conv_in_kernel=kernels[0],
             conv_out_kernel=kernels[1],
         )
@@ -789,6 +845,7 @@ class ControlNetConfig(UNet2DConditionConfig):
             "global_pool_conditions": reader.flag("global_pool_conditions", False),
         }
         reader.only("num_class_embeds", None, None)
+        reader.only("class_embed_type", None, None)
         down = reader.left.get("down_block_types")
         if isinstance(down, (list, tuple)):
             mirrored = [str(kind).replace("Down", "Up") for kind in reversed(down)]
@@ -1369,12 +1426,89 @@ class CompactConfig:
         )
 
 
+# --------------------------------------------------------------------------- Stable Video Diffusion
+
+
+@dataclass(frozen=True)
+class UNetSpatioTemporalConfig(UNet2DConditionConfig):
+    """The U-Net of Stable Video Diffusion, as diffusers' UNetSpatioTemporalConditionModel.
+
+    Its blocks are those of a picture's U-Net, each with a layer among frames; ``Block2D`` in the
+    names of types stands for ``BlockSpatioTemporal``.
+
+    Attributes:
+        num_frames: of the videos that it was trained on.
+
+    Source: Blattmann et al. 2023 (arXiv 2311.15127).
+    """
+
+    num_frames: int = field(kw_only=True)
+
+    @classmethod
+    def from_dict(
+        cls, data: Mapping[str, Any], where: str = "unet/config.json"
+    ) -> UNetSpatioTemporalConfig:
+        """Read a config.json. Raises: ConfigError."""
+        reader = _Reader(data, where, ("UNetSpatioTemporalConditionModel",))
+        own: dict[str, Any] = {"norm_num_groups": 32, "use_linear_projection": True}
+        for way, types in (("down", _DOWN_TYPES), ("up", _UP_TYPES)):
+            names = tuple(name.replace("2D", "SpatioTemporal") for name in types)
+            default = (names[1],) * 3 + names[:1]
+            found = reader.choices(
+                f"{way}_block_types", default[:: 1 if way == "down" else -1], names
+            )
+            own[f"{way}_block_types"] = [name.replace("SpatioTemporal", "2D") for name in found]
+        for key, value in (
+            ("in_channels", 8),
+            ("num_attention_heads", [5, 10, 20, 20]),
+            ("cross_attention_dim", 1024),
+            ("addition_time_embed_dim", 256),
+            ("projection_class_embeddings_input_dim", 768),
+        ):
+            own[key] = reader.take(key, value)
+        numbers, width = (
+            own["addition_time_embed_dim"],
+            own["projection_class_embeddings_input_dim"],
+        )
+        if not _is_int(numbers) or width != 3 * numbers:
+            raise reader.fail(
+                "projection_class_embeddings_input_dim", width, "3 times addition_time_embed_dim"
+            )
+        frames = reader.integer("num_frames", 25, most=1024)
+        unet = UNet2DConditionConfig.from_dict(reader.left | own, where)
+        return cls(**vars(unet), num_frames=frames)
+
+
+@dataclass(frozen=True)
+class AutoencoderKLTemporalDecoderConfig(AutoencoderKLConfig):
+    """The autoencoder of Stable Video Diffusion, as diffusers' AutoencoderKLTemporalDecoder.
+
+    Source: Blattmann et al. 2023 (arXiv 2311.15127).
+    """
+
+    @classmethod
+    def from_dict(
+        cls, data: Mapping[str, Any], where: str = "vae/config.json"
+    ) -> AutoencoderKLTemporalDecoderConfig:
+        """Read a config.json. Raises: ConfigError."""
+        reader = _Reader(data, where, ("AutoencoderKLTemporalDecoder",))
+        widths = reader.left.get("block_out_channels", (64,))
+        count = len(widths) if isinstance(widths, (list, tuple)) else 1
+        own = {"up_block_types": ["UpDecoderBlock2D"] * count, "use_post_quant_conv": False}
+        own |= {"force_upcast": reader.flag("force_upcast", True)}
+        for key in own.keys() & reader.left.keys():
+            raise reader.fail(key, reader.left[key], "no such key in this class")
+        return cls(**vars(AutoencoderKLConfig.from_dict(reader.left | own, where)))
+
+
 VAEConfig = AutoencoderKLConfig | AutoencoderTinyConfig
 UNetConfig = UNet2DConditionConfig | UNet2DConfig
 UpscalerConfig = RRDBNetConfig | CompactConfig
 ComponentConfig = (
     CLIPTextConfig
     | CLIPVisionConfig
+    | ImageNormalizerConfig
+    | CCProjectionConfig
     | UNetConfig
     | ControlNetConfig
     | MotionAdapterConfig
@@ -1388,11 +1522,21 @@ ComponentConfig = (
 
 def read_unet(data: Mapping[str, Any], where: str = "unet/config.json") -> UNetConfig:
     """The config of a U-Net, of the class that it names. Raises: ConfigError."""
-    kind = UNet2DConfig if data.get("_class_name") == "UNet2DModel" else UNet2DConditionConfig
-    return kind.from_dict(data, where)
+    kinds = {
+        "UNet2DModel": UNet2DConfig,
+        "UNetSpatioTemporalConditionModel": UNetSpatioTemporalConfig,
+    }
+    kind: Any = kinds.get(str(data.get("_class_name")), UNet2DConditionConfig)
+    found: UNetConfig = kind.from_dict(data, where)
+    return found
 
 
 def read_vae(data: Mapping[str, Any], where: str = "vae/config.json") -> VAEConfig:
     """The config of a VAE, of the class that it names. Raises: ConfigError."""
-    tiny = data.get("_class_name") == "AutoencoderTiny"
-    return (AutoencoderTinyConfig if tiny else AutoencoderKLConfig).from_dict(data, where)
+    kinds = {
+        "AutoencoderTiny": AutoencoderTinyConfig,
+        "AutoencoderKLTemporalDecoder": AutoencoderKLTemporalDecoderConfig,
+    }
+    kind: Any = kinds.get(str(data.get("_class_name")), AutoencoderKLConfig)
+    found: VAEConfig = kind.from_dict(data, where)
+    return found

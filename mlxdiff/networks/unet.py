@@ -346,13 +346,19 @@ class UNetEncoder(Module):
         embed_in = config.projection_class_embeddings_input_dim
         if config.addition_embed_type is not None and embed_in is not None:
             self.add_embedding = TimestepEmbedding(nn, embed_in, temb)
-        self.class_embedding = None
+        self.class_embedding: Any = None
         if config.num_class_embeds is not None:
             self.class_embedding = nn.Embedding(config.num_class_embeds, temb)
-        self.down_blocks = [_BLOCKS[block.type](nn, block, config) for block in config.down_blocks]
+        elif config.class_embed_type == "projection" and embed_in is not None:
+            self.class_embedding = TimestepEmbedding(nn, embed_in, temb)
+        self.down_blocks = [self.make_block(nn, block, config) for block in config.down_blocks]
         self.mid_block = None
         if config.mid_block is not None:
-            self.mid_block = _BLOCKS[config.mid_block.type](nn, config.mid_block, config)
+            self.mid_block = self.make_block(nn, config.mid_block, config)
+
+    def make_block(self, nn: Layers, block: BlockSpec, config: UNetConfig) -> Any:
+        """Make a block of the way down, the middle or the way up."""
+        return _BLOCKS[block.type](nn, block, config)
 
     def embed(
         self,
@@ -388,8 +394,10 @@ class UNetEncoder(Module):
             temb = temb + self.add_embedding(self.nn.cast(added, dtype))
         if (self.class_embedding is None) != (class_labels is None):
             needs = "needs class_labels" if class_labels is None else "takes no class_labels"
-            raise UsageError(f"this U-Net {needs} (num_class_embeds)")
+            raise UsageError(f"this U-Net {needs} (num_class_embeds, class_embed_type)")
         if self.class_embedding is not None and class_labels is not None:
+            if config.class_embed_type == "projection":
+                class_labels = self.nn.cast(class_labels, dtype)
             temb = temb + self.nn.cast(self.class_embedding(class_labels), dtype)
         return temb
 
@@ -411,6 +419,8 @@ class UNetEncoder(Module):
             given["timestep_cond"] = sizes.array(batch, config.time_cond_proj_dim)
         if config.num_class_embeds is not None:
             given["class_labels"] = sizes.array(batch)
+        elif self.class_embedding is not None:
+            given["class_labels"] = sizes.array(batch, embed_in)
         return given
 
     def encode(
@@ -445,7 +455,8 @@ class UNet2DConditionModel(UNetEncoder):
         text_embeds: pooled text, (B, P); SDXL only.
         time_ids: sizes and crop, (B, 6); (B, 5) for the refiner; SDXL only.
         timestep_cond: (B, time_cond_proj_dim); models distilled over the guidance scale only.
-        class_labels: (B,) numbers below num_class_embeds, int32; upscalers only.
+        class_labels: (B,) numbers below num_class_embeds, int32 (upscalers), or vectors
+            (B, projection_class_embeddings_input_dim) (Stable unCLIP).
         deep: what the last layer of the way up is given, by all the layers below it. An empty list
             is filled with it; a filled one is used in its place, and only that last layer runs (Ma
             et al. 2023, "DeepCache": it changes little from one timestep to the next).
@@ -458,7 +469,7 @@ class UNet2DConditionModel(UNetEncoder):
 
     def __init__(self, nn: Layers, config: UNet2DConditionConfig) -> None:
         super().__init__(nn, config)
-        self.up_blocks = [_BLOCKS[block.type](nn, block, config) for block in config.up_blocks]
+        self.up_blocks = [self.make_block(nn, block, config) for block in config.up_blocks]
         first, kernel = config.block_out_channels[0], config.conv_out_kernel
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, first, config.norm_eps)
         self.conv_out = nn.Conv2d(first, config.out_channels, kernel, padding=kernel // 2)

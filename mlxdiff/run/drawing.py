@@ -32,10 +32,13 @@ from mlxdiff.pictures.image import check_writable, png_bytes, side_by_side, writ
 from mlxdiff.pictures.metadata import Metadata
 from mlxdiff.pictures.names import Template
 from mlxdiff.run.additions.judge import judge_of, score
+from mlxdiff.run.additions.map_maker import SEED, with_maps
 from mlxdiff.run.additions.refiner import refiner_of
 from mlxdiff.run.additions.upscaler import enlarged, upscaler_of
+from mlxdiff.run.animation import AnimatingModel
 from mlxdiff.run.denoiser import Evaluation, make_denoiser
 from mlxdiff.run.inputs import Inputs, Stage, Start, make_stages
+from mlxdiff.run.map_model import MapModel
 from mlxdiff.run.model import Model, draw_noise
 from mlxdiff.run.options import RunOptions
 from mlxdiff.run.progress import Watch
@@ -121,6 +124,8 @@ class Picture:
         metadata: how it was made (``chunks()`` gives the text chunks of a PNG).
         timings: see ``Result``; what several pictures share counts for the first of them.
         peak_memory: bytes that the process held at most so far, as the backend counts them.
+        map: of a model that makes maps, (height, width, C) float32: depth 0 to 1, or normals
+            (``pictures.maps``); else None.
         frames: all frames of a video; () for a picture.
     """
 
@@ -132,6 +137,7 @@ class Picture:
     timings: dict[str, Any]
     peak_memory: int
     frames: tuple[PIL.Image.Image, ...] = ()
+    map: np.ndarray | None = None
 
     def files_of(self, template: Template) -> range:
         """Numbers of the frames that get a file of their own; one file holds all: (0,)."""
@@ -178,9 +184,11 @@ class Result:
         seeds: seed of each picture.
         settings: of the run, with every default filled in.
         metadata: of each picture (``chunks()`` gives the text chunks of a PNG).
-        timings: seconds by stage: load, text_encoder, image (encoding the given one), hires
-            (enlarging), unet, vae, judge, upscaler; and steps, the seconds of each evaluation.
+        timings: seconds by stage: load, text_encoder, map (of control pictures), image (encoding
+            the given one), hires (enlarging), unet, vae, judge, upscaler; and steps, the seconds of
+            each evaluation.
         peak_memory: bytes, as the backend counts them.
+        maps: of a model that makes maps, the map of each image, see ``Picture``; else empty.
     """
 
     images: list[PIL.Image.Image]
@@ -190,6 +198,7 @@ class Result:
     metadata: list[Metadata]
     timings: dict[str, Any]
     peak_memory: int
+    maps: list[np.ndarray] = field(default_factory=list)
     videos: list[list[PIL.Image.Image]] = field(default_factory=list)
 
     def __repr__(self) -> str:
@@ -280,7 +289,7 @@ class Result:
     @property
     def steps_of_a_picture(self) -> int:
         """Evaluations of the U-Net for each picture."""
-        return len(self.timings["steps"]) // (len(self.images) * self.settings.best_of)
+        return len(self.timings["steps"]) // (len(self.images) * self.settings.group)
 
     def _repr_png_(self) -> bytes:
         """Show the pictures in a notebook, side by side."""
@@ -334,7 +343,7 @@ class Run(Iterator[Step]):
         self, planned: PlannedRun, metadata: list[Metadata], watch: Watch | None = None
     ) -> None:
         self.settings = planned.settings
-        of = planned.settings.best_of
+        of = planned.settings.group
         self.seeds = planned.seeds[::of]
         self.metadata = metadata[::of]
         # The generator does not get the run: a run that is dropped before its end is then in no
@@ -414,6 +423,7 @@ class Run(Iterator[Step]):
             videos=[list(one.frames) for one in done if one.frames],
             timings=_sum(one.timings for one in done),
             peak_memory=done[-1].peak_memory,
+            maps=[one.map for one in done if one.map is not None],
         )
 
     def pictures(self, on_step: Callable[[Step], object] | None = None) -> Iterator[Picture]:
@@ -528,33 +538,48 @@ class _Work:
                 self._choose(index)
                 continue
             with self.turn("vae"), seamless(planned.settings.seamless):
-                settings, frames = planned.settings, []
-                for one in latents if settings.frames is not None else latents[None]:
-                    frames.append(model.decode(one[None])[0])
-                    model.backend.clear_cache()
+                settings = planned.settings
+                frames, values = self._made_of(latents)
                 image = frames[0]
                 pastes = settings.paste_original or settings.only_masked is not None
                 if canvas is not None and pastes:
                     image = canvas.paste_original(image)
             picture = Picture(
-                index=index // planned.settings.best_of,
+                index=index // planned.settings.group,
                 image=image,
                 latents=latents,
                 seed=planned.seeds[index],
                 metadata=self._scored(image, index),
                 timings=self.timings,
                 peak_memory=model.backend.peak_memory(),
+                map=values,
                 frames=() if settings.frames is None else tuple(frames),
             )
             self._rivals.append((index, picture))
             self.drawn.popleft()
             self._choose(index)
 
+    def _made_of(self, latents: np.ndarray) -> tuple[list[PIL.Image.Image], np.ndarray | None]:
+        """Decode a picture, or the frames of a video; of a model that makes maps, also the map
+        before it is resized."""
+        settings, model = self._planned.settings, self._planned.model
+        if isinstance(model, MapModel):
+            values = model.map_of(latents, *settings.drawn)
+            model.backend.clear_cache()
+            return [model.paint(values, settings.depth_as)], values
+        if isinstance(model, AnimatingModel):
+            return model.decode_frames(latents, settings.decode_chunk or len(latents)), None
+        frames = []
+        for one in latents if settings.frames is not None else latents[None]:
+            frames.append(model.decode(one[None])[0])
+            model.backend.clear_cache()
+        return frames, None
+
     def _is_decoded(self, index: int) -> bool:
         """Return True if a picture that is drawn is decoded, too."""
         if self._rivals:
             return self._rivals[-1][0] == index
-        last, of = (index + 1) % self._planned.settings.best_of == 0, self._planned.settings.best_of
+        last, of = (index + 1) % self._planned.settings.group == 0, self._planned.settings.group
         return last and bool(self.finished) and self.finished[-1].index == index // of
 
     def _scored(self, image: PIL.Image.Image, index: int) -> Metadata:
@@ -567,18 +592,21 @@ class _Work:
         return replace(metadata, extra={**metadata.extra, "score": points})
 
     def _choose(self, index: int) -> None:
-        """Keep the best picture of a group when all of it is drawn, and enlarge it."""
-        if (index + 1) % self._planned.settings.best_of == 0:
+        """Make one picture of a group when all of it is drawn."""
+        if (index + 1) % self._planned.settings.group == 0:
             self.settle()
 
     def settle(self) -> None:
-        """Keep the best of the pictures that are decoded and not chosen from yet."""
+        """Make one picture of those that are decoded: keep the best, or join them; enlarge it."""
         rivals = [picture for _, picture in self._rivals]
         if not rivals:
             return
         best = max(rivals, key=lambda one: one.metadata.extra.get("score", 0.0))
         if len(rivals) > 1:
             self.timings = _sum(one.timings for one in rivals)
+        if isinstance(self._planned.model, MapModel):
+            best = self._joined(self._planned.model, rivals)
+        elif len(rivals) > 1:
             scores = [[one.seed, one.metadata.extra["score"]] for one in rivals]
             extra = {**best.metadata.extra, "best_of": len(rivals), "scores": scores}
             best = replace(best, metadata=replace(best.metadata, extra=extra))
@@ -589,6 +617,29 @@ class _Work:
         if not self.finished or self.finished[-1].index != best.index:  # else interrupted here
             self.finished.append(replace(best, timings=self.timings))
         self._rivals.clear()
+
+    def _joined(self, model: MapModel, found: list[Picture]) -> Picture:
+        """Join the maps of a group, and paint the result in its size."""
+        settings, first = self._planned.settings, found[0]
+        maps = [one.map for one in found if one.map is not None]
+        values = model.joined(maps, settings.height, settings.width)
+        metadata = first.metadata
+        if len(found) != settings.ensemble:  # stopped before the last
+            metadata = replace(metadata, extra={**metadata.extra, "ensemble": len(found)})
+        image = model.paint(values, settings.depth_as)
+        return replace(first, image=image, map=values, metadata=metadata)
+
+    def make_map(self, maker: Model, pixels: np.ndarray) -> np.ndarray:
+        """Make the map of a picture with a model of its own."""
+        start = time.perf_counter()
+        self.watch.tell("encode")
+        asked = RunOptions(image=pixels, seed=SEED)
+        made = Run(resolve(maker, None, asked), [Metadata()]).result.maps[0]
+        if maker.low_memory:
+            with turn():
+                maker.cache.release_all()
+        self.timings["map"] = self.timings.get("map", 0.0) + time.perf_counter() - start
+        return made
 
     def _enlarge(self, model: Model, image: PIL.Image.Image, seed: int) -> PIL.Image.Image:
         """Enlarge a finished picture by the model's upscaler."""
@@ -619,9 +670,9 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
     Yields: each Step; None when pictures are finished.
     """
     model, settings, backend = run.model, run.settings, run.model.backend
-    stages = make_stages(settings, run.plans, model, refiner_of(model))
+    stages: list[Stage] = []
     edges = partial(seamless, settings.seamless)
-    total = sum(len(stage.plan) for stage in stages)
+    total = sum(map(len, run.plans))
     inputs: Inputs | None = None
     denoisers: dict[int, Any] = {}
     smaller = None if settings.noise_size is None else model.latent_shape(*settings.noise_size)
@@ -630,7 +681,10 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
         work.begin()
         work.watch.begin(picture)
         if inputs is None:
-            with work.turn("image" if settings.encodes else None), edges():
+            settings = with_maps(model, settings, work.make_map)
+            stages = make_stages(settings, run.plans, model, refiner_of(model))
+            encodes = settings.encodes or model.unclips
+            with work.turn("image" if encodes else None), edges():
                 inputs = Inputs(model, settings)
         vary, index = variation(settings.vary, picture), 0
         draws = Draws(settings, seed, vary, smaller)
@@ -666,7 +720,7 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
                 yield Step(
                     index=index,
                     total=total,
-                    picture=picture // settings.best_of,
+                    picture=picture // settings.group,
                     seed=seed,
                     seconds=elapsed,
                     latents=latents,
@@ -713,7 +767,7 @@ def _evaluations(
     state = plan.start()
     for i, t in enumerate(plan.timesteps):
         start = time.perf_counter()
-        evaluation = Evaluation(t, i, len(plan), beside)
+        evaluation = Evaluation(t, i, len(plan), beside, begun.labels)
         with seamless(stage.settings.seamless):
             output, unconditional = denoise(plan.scale_model_input(x, state), evaluation)
         clean = partial(_denoised, backend, plan, i, x, output)

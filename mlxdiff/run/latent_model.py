@@ -100,6 +100,7 @@ class LatentModel(LatentKind, Model):
         steps: int = 1000,
     ) -> list[tuple[int, PromptEmbeddings]]:
         """See ``Model.prompt_timeline``."""
+        self.require("prompt", "a prompt")
         self.texts.check_clip_skip(clip_skip)
         encode = partial(self.texts.timeline, syntax=prompt_syntax, steps=steps)
         positive = encode((prompt, prompt_2 or prompt), clip_skip)

@@ -89,7 +89,7 @@ class Estimate:
         totals = {}
         for stage, work in self.work.items():
             needs = "vae" if stage == "image" else stage
-            own = {held for held in self.weights if stage_of(held.network.name) == needs}
+            own = {held for held in self.weights if stage_of(held.network) == needs}
             loaded |= own
             if self.low_memory:
                 totals[stage] = work + self._most_together(own)
@@ -104,7 +104,7 @@ class Estimate:
         """
         together: dict[Any, int] = {}
         for one in held:
-            group = one.refiner if stage_of(one.network.name) == "unet" else one
+            group = one.refiner if stage_of(one.network) == "unet" else one
             together[group] = together.get(group, 0) + self.weights[one]
         return max(together.values(), default=0)
 
@@ -179,6 +179,7 @@ def estimate(
     band_bytes: int | None = None,
     recipe: Recipe | None = None,
     frames: Frames = WHOLE,
+    decoded: int = 1,
 ) -> Estimate:
     """The memory of a run.
 
@@ -195,6 +196,7 @@ def estimate(
             whole at once.
         recipe: quantize the weights first; None: they are as they are.
         frames: of the video that is drawn.
+        decoded: frames that a VAE for videos decodes together.
     """
     weights: dict[Held, int] = {}
     work: dict[str, int] = {}
@@ -225,7 +227,7 @@ def estimate(
                 extra = one.additions.work(run)
                 need = max(need + extra.beside, extra.before)
             elif name == "vae":
-                need = activation_bytes(config, kind, *latent)
+                need = activation_bytes(config, kind, *latent, frames=Frames(decoded))
                 if band_bytes is not None:
                     need = min(need, tiled_bytes(config, kind, *latent, band_bytes))
                 if image:
@@ -293,7 +295,7 @@ def activation_bytes(
     """
     work = operations(config, height, width, batch=batch, encode=encode, frames=frames)
     if device.backend == "numpy":
-        return max(map(_numpy_bytes, work))
+        return max(map(_numpy_bytes, work), default=0)
     size = SIZES[device.dtype]
     return _gpu_bytes(work, size, expands) if device.gpu else _cpu_bytes(work, size)
 
@@ -477,6 +479,6 @@ def require(
     helps = [how for how, make in (alternatives or {}).items() if fits(make(), most)][:2]
     raise UsageError(
         f"this would take about {(needed.peak + PROCESS) / 1e9:.2f} GB of memory (the most in the "
-        f"{_NAMES[needed.stage]}), and {whose} {most / 1e9:.2f} GB; "
+        f"{_NAMES[needed.stage]}), and {whose} {most / 1e9:{'.2f' if most >= 1e7 else '.3g'}} GB; "
         + (f"these fit: {'; '.join(helps)}" if helps else "a smaller model is needed")
     )

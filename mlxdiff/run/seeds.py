@@ -59,6 +59,10 @@ class Draws:
         """Draw the next noise of the stream: (1, h, w, C). ``channels`` takes the place of C."""
         return draw_noise(self._stream, shape, channels)
 
+    def vector(self, width: int) -> np.ndarray:
+        """Draw the next noise of the stream for an embedding: (1, width)."""
+        return self._stream.randn((1, width))
+
     def first(self, shape: Shape) -> np.ndarray:
         """Draw the first noise of a picture: (1, h, w, C)."""
         frames = video.frames_of(self._settings)

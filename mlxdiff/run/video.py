@@ -129,6 +129,8 @@ def frames_of(settings: Any, low_memory: bool = False) -> Frames:
     """The frames of a run, as networks take them."""
     if settings.frames is None:
         return Frames()
+    if settings.motion_bucket is not None:  # Stable Video Diffusion: all its layers see all frames
+        return Frames(settings.frames)
     windows = settings.context_length, settings.context_stride or STRIDE
     return Frames(settings.frames, *windows, AT_ONCE if low_memory else None)
 

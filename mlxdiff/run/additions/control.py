@@ -23,7 +23,7 @@ from mlxdiff.convert import Component
 from mlxdiff.errors import UsageError, argument
 from mlxdiff.pictures.control_modes import MODES
 from mlxdiff.pictures.image import load_image, resize
-from mlxdiff.pictures.preprocess import PREPROCESSORS
+from mlxdiff.pictures.preprocess import MAPS, PREPROCESSORS
 from mlxdiff.pictures.videos import load_video
 from mlxdiff.run.additions import Addition, named
 from mlxdiff.run.values import listed
@@ -41,7 +41,10 @@ class Control:
         image_name: the name of its file, or "(pixels)".
         scale: factor of everything that is added.
         start, end: the addition acts between these shares of the run, 0 to 1.
-        preprocess: how the image was preprocessed: a name of ``preprocess.PREPROCESSORS``.
+        preprocess: how the image was preprocessed: a name of ``preprocess.PREPROCESSORS`` or
+            ``preprocess.MAPS``.
+        original: the picture, or the frames, that maps are still to be made of, uint8 (H, W, 3)
+            each; else ().
         mode: type of the image, for a ControlNet-Union: a name of ``control_modes.MODES``.
     """
 
@@ -52,6 +55,7 @@ class Control:
     end: float = 1.0
     preprocess: str = "none"
     mode: str | None = None
+    original: tuple[np.ndarray, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def type(self) -> int | None:
@@ -219,7 +223,8 @@ def resolve_controls(
             _note_stretched(pixels[0], width, height)
 
     def shown(pixels: list[np.ndarray], kind: str, width: int, height: int) -> np.ndarray:
-        made = [PREPROCESSORS[kind](resize(one, width, height)) for one in pixels]
+        prepare = PREPROCESSORS.get(kind, _as_it_is)
+        made = [prepare(resize(one, width, height)) for one in pixels]
         return made[0] if len(made) == 1 else np.stack(made)
 
     return [
@@ -232,6 +237,7 @@ def resolve_controls(
                 end=end,
                 preprocess=kind,
                 mode=mode,
+                original=tuple(pixels) if kind in MAPS else (),
             )
             for image, pixels, scale, start, end, kind, mode in zip(
                 images, opened, scales, starts, ends, kinds, modes, strict=True
@@ -239,6 +245,10 @@ def resolve_controls(
         )
         for width, height in sizes
     ]
+
+
+def _as_it_is(pixels: np.ndarray) -> np.ndarray:
+    return pixels
 
 
 def check_multiple(factor: int, width: int, height: int, noun: str) -> None:

@@ -120,7 +120,7 @@ def open_few_step(model: Kind, progress: Progress | None = None) -> tuple[LoRA, 
         logger.warning("fast has no effect: this model draws in few steps by itself")
         return ()
     way = find(family, str(model.source.provenance.get("source")))
-    other = model.edits or model.upscales or model.takes_aesthetic_score
+    other = model.edits or model.upscales or model.is_led or model.takes_aesthetic_score
     predicts = scheduler.get("prediction_type", "epsilon")
     if way is None or other or predicts != "epsilon":
         kind = f"{family} models that predict {predicts}" if not other else model.description
