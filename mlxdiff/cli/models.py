@@ -10,6 +10,7 @@ import click
 
 from mlxdiff.cli import common_options, show_notes
 from mlxdiff.cli.advice import AdvisedGroup
+from mlxdiff.cli.completion import kept
 
 
 @click.group(cls=AdvisedGroup, invoke_without_command=True)
@@ -36,7 +37,7 @@ def models(ctx: click.Context, show_known: bool, as_json: bool, quiet: bool) -> 
 
 
 @models.command()
-@click.argument("names", nargs=-1, required=True)
+@click.argument("names", nargs=-1, required=True, shell_complete=kept)
 @click.option("--json", "as_json", is_flag=True, help="Print the removed models as JSON.")
 @common_options
 def remove(names: tuple[str, ...], as_json: bool, quiet: bool) -> None:

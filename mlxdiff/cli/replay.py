@@ -97,6 +97,10 @@ def _recorded(metadata: Metadata, path: str, overridden: set[str], trust: bool) 
     is_foreign = _is_foreign(metadata)
     found: dict[str, Any] = {}
     rest: dict[str, Any] = {}
+    if (place := values.get("unread_prompt")) is not None and "prompt" not in overridden:
+        raise UsageError(
+            f"{path}: does not say its prompt {quoted(place)}: give one as an argument"
+        )
     for entry in _all():
         value = None if entry.key is None else values.get(entry.key)
         if value is None or entry.name in overridden:
