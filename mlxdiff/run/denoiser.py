@@ -457,7 +457,8 @@ def _timeline(model: Model, settings: Settings) -> list[tuple[int, PromptEmbeddi
     A model without text reads a picture in their place.
     """
     if model.lacks("prompt"):
-        return [(settings.evaluations, image_led.picture_prompt(model, settings))]
+        token = PromptEmbeddings(*image_led.picture_prompt(model, settings))
+        return [(settings.evaluations, token)]
     return model.prompt_timeline(
         settings.prompts[0][0],
         settings.negative_prompt,
