@@ -58,8 +58,7 @@ class LoRA(Addition):
         """
         if not isinstance(given, (str, bytes, os.PathLike)):  # else open_all says what is wrong
             given = [_fetched(one, progress) for one in given]
-        names = [name for name in model.source.components if name != "vae"]
-        configs = {name: model.source.config(name) for name in names}
+        configs = lora.configs_of(model.source)
         opened = lora.open_all(given, configs, model.source.family)
         return tuple(cls(one, in_prompt) for one in opened)
 
