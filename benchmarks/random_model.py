@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
 import mlxdiff
 from mlxdiff.networks.config import (
     AutoencoderKLConfig,
     CLIPTextConfig,
     ComponentConfig,
+    MotionAdapterConfig,
     UNet2DConditionConfig,
 )
 from mlxdiff.networks.params import expected_parameters
@@ -108,6 +110,11 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
         "unet": _UPSCALER_UNET,
         "vae": _UPSCALER_VAE,
     },
+}
+# As of the published adapters for it.
+_MOTION: dict[str, dict[str, Any]] = {
+    "sd15": {},
+    "sdxl": {"block_out_channels": [320, 640, 1280], "use_motion_mid_block": False},
 }
 _BUILTIN = Path(mlxdiff.__file__).parent / "builtin"
 
@@ -209,6 +216,20 @@ def make(model: str, dest: Path, dtype: str = "float16", quantize: str | None = 
             source = quantized_model(source, recipe)
         write_folder(source, dest, dtype, recipe=None if recipe is None else recipe.name)
     open_folder(dest)
+    return dest
+
+
+def make_motion_adapter(model: str, dest: Path) -> Path:
+    """Return the folder of a motion adapter for this model. Make it if it does not exist."""
+    path = dest / "diffusion_pytorch_model.safetensors"
+    if not path.is_file():
+        dest.mkdir(parents=True, exist_ok=True)
+        data = {"_class_name": "MotionAdapter"} | _MOTION[model]
+        (dest / "config.json").write_text(json.dumps(data))
+        shapes = expected_parameters(MotionAdapterConfig.from_dict(data))
+        rng = np.random.default_rng(0)
+        tensors = {n: (0.02 * rng.standard_normal(s)).astype(np.float16) for n, s in shapes.items()}
+        save_file(tensors, path)
     return dest
 
 

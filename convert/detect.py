@@ -10,7 +10,7 @@ from typing import Any
 
 from mlxdiff.errors import CheckpointError, ConfigError, argument
 from mlxdiff.machine.disk import read_json
-from mlxdiff.networks.config import ComponentConfig, UNet2DConfig
+from mlxdiff.networks.config import ComponentConfig, UNet2DConfig, UNetSpatioTemporalConfig
 from mlxdiff.store import catalogue
 from mlxdiff.store.folder import (
     CC_PROJECTION,
@@ -31,6 +31,9 @@ PIPELINES = (
     "StableDiffusionInpaintPipeline",
     "StableDiffusionInstructPix2PixPipeline",
     "StableDiffusionUpscalePipeline",
+    "StableDiffusionDepth2ImgPipeline",
+    "MarigoldDepthPipeline",
+    "MarigoldNormalsPipeline",
     "StableDiffusionXLPipeline",
     "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusionXLInpaintPipeline",
@@ -38,6 +41,7 @@ PIPELINES = (
     "StableUnCLIPImg2ImgPipeline",
     "StableDiffusionImageVariationPipeline",
     "Zero1to3StableDiffusionPipeline",
+    "StableVideoDiffusionPipeline",
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
     "DDPMPipeline",
@@ -46,7 +50,11 @@ PIPELINES = (
 )
 """Pipeline classes (``_class_name`` of model_index.json) whose weights can be opened."""
 
-_WITHOUT_TEXT = ("StableDiffusionImageVariationPipeline", "Zero1to3StableDiffusionPipeline")
+_WITHOUT_TEXT = (
+    "StableDiffusionImageVariationPipeline",
+    "StableVideoDiffusionPipeline",
+    "Zero1to3StableDiffusionPipeline",
+)
 """Pipeline classes that read a picture in place of a text."""
 
 _UNCLIP = "use Stable unCLIP (StableUnCLIPImg2ImgPipeline)"
@@ -55,6 +63,14 @@ _REFUSED_PIPELINES: dict[str, Callable[[], str]] = {
         "the latent upscaler (sd-x2-latent-upscaler) has K-diffusion's U-Net, which is not "
         "supported; for a larger picture use the x4 upscaler "
         f"({argument('model', 'x4-upscaler')}) or {argument('hires', 2)}"
+    ),
+    "MarigoldIntrinsicsPipeline": lambda: (
+        "Marigold's intrinsic images (albedo, shading) are not supported; its models of depth and "
+        "of normals are"
+    ),
+    "MarigoldPipeline": lambda: (
+        "this is the first form of Marigold's repository, which does not say what it predicts; "
+        "use prs-eth/marigold-depth-v1-0 or later"
     ),
     "StableUnCLIPPipeline": lambda: (
         "it makes the embedding of a picture from text, with Karlo's prior, which is not "
@@ -73,8 +89,8 @@ _REFUSED_PIPELINES: dict[str, Callable[[], str]] = {
 CLASSES: dict[str, tuple[str, ...]] = {
     "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
     "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
-    "unet": ("UNet2DConditionModel", "UNet2DModel"),
-    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "unet": ("UNet2DConditionModel", "UNet2DModel", "UNetSpatioTemporalConditionModel"),
+    "vae": ("AutoencoderKL", "AutoencoderTiny", "AutoencoderKLTemporalDecoder"),
     LOW_RES_SCHEDULER: ("DDPMScheduler",),
     IMAGE_ENCODER: ("CLIPVisionModelWithProjection",),
     IMAGE_NORMALIZER: ("StableUnCLIPImageNormalizer",),
@@ -91,6 +107,7 @@ SKIPPED: dict[str, str] = {
     "safety_checker": "a picture classifier; it does not draw",
     "feature_extractor": "belongs to the safety checker or an image encoder",
     "image_encoder": "only IP-Adapters use one, and they have their own",
+    "depth_estimator": "makes depth maps of pictures (DPT); a depth map is given in its place",
 }
 """Part that is not converted -> reason."""
 
@@ -127,7 +144,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     (r"lllite_.+", "a ControlNet-LLLite"),
     *((rf"(?:.+\.)?(?:{names})(?:\..+)?", f"{PEFT_FORM} {form}") for form, names in _PEFT_FORMS),
     (
-        r"(?:.*[._])?lora_(?:up|down|mid|A|B)(?:\..+)?|.+\.lora\.(?:up|down)\..+|lora_.+\.alpha"
+        r"(?:.*[._])?lora_(?:up|down|mid|A|B)(?:\..+)?|.+[._]lora\.(?:up|down)\..+|lora_.+\.alpha"
         r"|(?:unet|text_encoder):\d+:(?:up|down)",
         "a LoRA",
     ),
@@ -152,7 +169,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         "a ControlNet",
     ),
     (r"(?:adapter\.)?body\.\d+\.(?:resnets|body\.\d+|block1)\..+", "a T2I-Adapter"),
-    (r".*\.motion_modules\..+", "an AnimateDiff motion module"),
+    (r".*\.motion_modules\..+", "an AnimateDiff motion adapter"),
     (
         r".+\.(?:time_stack|time_mixer)\..+|.+\.temporal_transformer_blocks\..+",
         "a video model (Stable Video Diffusion)",
@@ -178,7 +195,6 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         r"_blocks)\.\d+\.(?:adaLN_modulation|cross_attn|scale_shift_table))(?:\..+)?",
         "a diffusion transformer (DiT, PixArt, Sana, AuraFlow, Lumina or similar)",
     ),
-    (r"depth_model\..+", "a depth-to-image model"),
     (r"cond_stage_model\.mapper\..+", "Paint by Example, an image-variation model"),
     (r".+\.fuser\..+|(?:.+\.)?position_net\..+", "a GLIGEN model"),
     (
@@ -199,8 +215,6 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     ),
     (r"(?:(?:params|params_ema|module)\.)?body\.\d+\.weight", "a Real-ESRGAN compact upscaler"),
 )
-# Input channels of an LDM U-Net -> kind.
-_CHANNELS = {5: "a depth-to-image model"}
 # (pattern, kind) of parts of models.
 _PARTS: tuple[tuple[str, str], ...] = (
     (
@@ -302,15 +316,19 @@ def check_model_index(index: Mapping[str, Any], path: Path) -> tuple[str, ...]:
 
 
 def family(configs: Mapping[str, ComponentConfig]) -> str:
-    """Return the family of a model from its parts: "sd1", "sd2", "sdxl", "sdxl-refiner" or "ddpm".
+    """Return the family of a model from its parts: "sd1", "sd2", "sdxl", "sdxl-refiner", "svd" or
+    "ddpm".
 
-    A UNet2DModel means "ddpm". SDXL's U-Net has the text_time embedding; the refiner has no first
-    text encoder. Of the others, version 2 has OpenCLIP's text encoder (gelu), version 1 OpenAI's
-    (quick_gelu); without a text encoder the image encoder counts.
+    A UNet2DModel means "ddpm", a U-Net with layers among frames "svd". SDXL's U-Net has the
+    text_time embedding; the refiner has no first text encoder. Of the others, version 2 has
+    OpenCLIP's text encoder (gelu), version 1 OpenAI's (quick_gelu); without a text encoder the
+    image encoder counts.
     """
     unet: Any = configs["unet"]
     if isinstance(unet, UNet2DConfig):
         return "ddpm"
+    if isinstance(unet, UNetSpatioTemporalConfig):
+        return "svd"
     if unet.addition_embed_type == "text_time":
         return "sdxl" if "text_encoder" in configs else "sdxl-refiner"
     encoders = (configs.get(name) for name in ("text_encoder", "text_encoder_2", IMAGE_ENCODER))
@@ -324,9 +342,6 @@ def refused(tensors: Mapping[str, LazyTensor]) -> str | None:
         matches = re.compile(pattern).fullmatch
         if any(matches(name) for name in tensors):
             return words
-    for name in ("model.diffusion_model.input_blocks.0.0.weight", "input_blocks.0.0.weight"):
-        if name in tensors and len(tensors[name].shape) == 4:
-            return _CHANNELS.get(tensors[name].shape[1])
     return None
 
 
@@ -368,6 +383,8 @@ def not_a_model(path: Path) -> CheckpointError:
     )
     if not os.path.exists(path):
         near = catalogue.suggestion(str(path))
+        if " " in str(path) and not near and os.sep not in str(path):
+            want = 'if it is the prompt, give it without -m: mlxdiff generate "..."; else ' + want
         return CheckpointError(
             f"{path}: no such file or folder, and not a hub id (org/name){near}; {want}"
         )

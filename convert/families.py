@@ -241,6 +241,10 @@ class Unrepresentable(Exception):
     """No config describes these names and shapes. The text gives the reason."""
 
 
+# Input channels of a U-Net -> the end of the pipeline's class.
+_PIPELINES = {5: "Depth2ImgPipeline", 8: "InstructPix2PixPipeline", 9: "InpaintPipeline"}
+
+
 def pipeline_class(family: Family, unet: Mapping[str, Any]) -> str:
     """Return the pipeline class for model_index.json."""
     if unet.get("time_cond_proj_dim") is not None and family.name == "sd1":
@@ -251,9 +255,7 @@ def pipeline_class(family: Family, unet: Mapping[str, Any]) -> str:
         return f"{family.pipeline}Pipeline"
     if family is UPSCALER:
         return f"{family.pipeline}UpscalePipeline"
-    return family.pipeline + {9: "InpaintPipeline", 8: "InstructPix2PixPipeline"}.get(
-        unet.get("in_channels", 4), "Pipeline"
-    )
+    return family.pipeline + _PIPELINES.get(unet.get("in_channels", 4), "Pipeline")
 
 
 # ------------------------------------------------------------------ structure from names and shapes

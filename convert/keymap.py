@@ -107,11 +107,42 @@ TRANSFORMERS_CLIP_TEXT = Layout(
     ),
 )
 
+MOTION_POSITIONS = (
+    r"(?:(?:down|up)_blocks\.\d+|mid_block)\.motion_modules\.\d+\.(?:temporal_transformer\.)?"
+    r"transformer_blocks\.\d+\.(?:pos_embed|attention_blocks\.\d+\.pos_encoder)\.pe"
+)
+"""Names of a motion adapter's tables of positions."""
+
+_MOTION_IGNORED = (
+    Ignored(MOTION_POSITIONS, "sines and cosines of the numbers of the frames; not a weight"),
+)
+_MOTION_PLACE = r"((?:(?:down|up)_blocks\.\d+|mid_block)\.motion_modules\.\d+)"
+_MOTION_BLOCK = rf"{_MOTION_PLACE}\.temporal_transformer\.(transformer_blocks\.\d+)"
+MOTION_ORIGINAL = Layout(
+    rules=(
+        *(
+            Rule(rf"{_MOTION_BLOCK}\.{old}\.(.+)", rf"\1.\2.{new}.\3")
+            for old, new in (
+                (r"attention_blocks\.0", "attn1"),
+                (r"attention_blocks\.1", "attn2"),
+                (r"norms\.0", "norm1"),
+                (r"norms\.1", "norm2"),
+                ("ff_norm", "norm3"),
+                ("ff", "ff"),
+            )
+        ),
+        Rule(rf"{_MOTION_PLACE}\.temporal_transformer\.((?:norm|proj_in|proj_out)\..+)", r"\1.\2"),
+    ),
+    ignored=_MOTION_IGNORED,
+)
+"""A motion adapter in the names of the original code."""
+
 DIFFUSERS: dict[str, Layout] = {
     # torch's attention joins queries, keys and values under names of its own.
     "controlnet": Layout(
         rules=(Rule(r"(transformer_layes\.\d+\.attn\.in_proj)_(weight|bias)", r"\1.\2"),)
     ),
+    "motion_adapter": Layout(ignored=_MOTION_IGNORED),
     "t2i_adapter": Layout(),
     "image_encoder": Layout(
         ignored=(Ignored(r"vision_model\.embeddings\.position_ids", _POSITIONS),)
@@ -445,6 +476,9 @@ FILE_IGNORED: tuple[Ignored, ...] = (
         "moving averages in the form of another tool; the plain weights are used",
     ),
     Ignored(r"safety_checker\..+", "a picture classifier; it does not draw"),
+    Ignored(
+        r"depth_model\..+", "makes depth maps of pictures (MiDaS); a map is given in its place"
+    ),
     Ignored(r"embedding_manager\..+", "training state of textual inversion; not a weight"),
     Ignored(
         r"(?:cond_stage_model|conditioner\.embedders\.\d)(?:\.transformer)?\.logit_scale",

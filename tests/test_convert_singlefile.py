@@ -457,7 +457,6 @@ KINDS: dict[str, tuple[list[str], str]] = {
     "ltx": (["model.diffusion_model.patchify_proj.weight"], "video"),
     "animatediff": (["down_blocks.0.motion_modules.0.proj_in.weight"], "AnimateDiff"),
     "unclip": (["noise_augmentor.data_mean"], "unCLIP|has no U-Net"),
-    "depth": (["depth_model.model.x"], "depth-to-image"),
     "variations": (["cond_stage_model.model.visual.proj"], "has no U-Net"),
     "paint by example": (["cond_stage_model.mapper.final_ln.weight"], "Paint by Example"),
     "playground": (["edm_mean"], "Playground 2.5"),
@@ -479,11 +478,17 @@ def test_other_kinds_are_recognised_by_name(kind: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_other_kinds_are_recognised_by_their_channels(tmp_path: Path) -> None:
+def test_the_depth_model_is_recognised_by_its_channels(tmp_path: Path) -> None:
+    """512-depth-ema.ckpt: five channels, and a depth estimator that is not used."""
     names = real_names("sd21")
     names["model.diffusion_model.input_blocks.0.0.weight"] = (320, 5, 3, 3)
-    with pytest.raises(CheckpointError, match="depth-to-image"):
-        open_source(sparse_file(tmp_path / "x.safetensors", names))
+    names["depth_model.model.scratch.output_conv.4.bias"] = (1,)
+    model = opened(sparse_file(tmp_path / "x.safetensors", names))
+    assert (model.family, model.config("unet").in_channels) == ("sd2", 5)
+    assert model.model_index["_class_name"] == "StableDiffusionDepth2ImgPipeline"
+    assert model.scheduler_config["prediction_type"] == "epsilon"
+    (ignored,) = (reason for name, reason in model.ignored if name.startswith("depth_model"))
+    assert "a map is given" in ignored
 
 
 def test_no_kind_is_seen_in_the_real_models(tmp_path: Path) -> None:

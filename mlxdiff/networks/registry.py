@@ -8,6 +8,7 @@ from mlxdiff.networks.clip import CLIPTextModel
 from mlxdiff.networks.clip_vision import CLIPVisionModel
 from mlxdiff.networks.config import (
     AutoencoderKLConfig,
+    AutoencoderKLTemporalDecoderConfig,
     AutoencoderTinyConfig,
     CCProjectionConfig,
     CLIPTextConfig,
@@ -18,16 +19,23 @@ from mlxdiff.networks.config import (
     ImageNormalizerConfig,
     IPAdapterConfig,
     LLLiteConfig,
+    MotionAdapterConfig,
     RRDBNetConfig,
     T2IAdapterConfig,
     UNet2DConditionConfig,
     UNet2DConfig,
+    UNetSpatioTemporalConfig,
 )
 from mlxdiff.networks.controlnet import ControlNetModel
 from mlxdiff.networks.image_led import CCProjection, StableUnCLIPImageNormalizer
 from mlxdiff.networks.ip_adapter import IPAdapterModel
 from mlxdiff.networks.layers import Layers, Module
 from mlxdiff.networks.lllite import LLLiteModel
+from mlxdiff.networks.motion import MotionAdapterModel
+from mlxdiff.networks.spatio_temporal import (
+    AutoencoderKLTemporalDecoder,
+    UNetSpatioTemporalConditionModel,
+)
 from mlxdiff.networks.t2i_adapter import T2IAdapterModel
 from mlxdiff.networks.taesd import AutoencoderTiny
 from mlxdiff.networks.unet import UNet2DConditionModel
@@ -42,11 +50,14 @@ NETWORKS: dict[type[ComponentConfig], Callable[..., Module]] = {
     CCProjectionConfig: CCProjection,
     UNet2DConditionConfig: UNet2DConditionModel,
     UNet2DConfig: UNet2DModel,
+    UNetSpatioTemporalConfig: UNetSpatioTemporalConditionModel,
     ControlNetConfig: ControlNetModel,
     LLLiteConfig: LLLiteModel,
+    MotionAdapterConfig: MotionAdapterModel,
     T2IAdapterConfig: T2IAdapterModel,
     IPAdapterConfig: IPAdapterModel,
     AutoencoderKLConfig: AutoencoderKL,
+    AutoencoderKLTemporalDecoderConfig: AutoencoderKLTemporalDecoder,
     AutoencoderTinyConfig: AutoencoderTiny,
     RRDBNetConfig: RRDBNet,
     CompactConfig: CompactNet,

@@ -132,6 +132,47 @@ def _alpha_of(picture: Image.Image, what: str) -> np.ndarray | None:
     return pixels if turn is None else np.ascontiguousarray(turn(pixels))
 
 
+def load_levels(source: ImageLike) -> np.ndarray:
+    """Load a map of one number for each pixel, such as a depth map: float32 (H, W).
+
+    Files keep the levels that they hold: 0 to 255, or 0 to 65535 for 16 bits. Arrays (H, W) or
+    (H, W, 1) may be of any numbers.
+
+    Raises:
+        UsageError: as ``load_image``; or the picture has colours, or values that are not finite.
+    """
+    from PIL import Image
+
+    if not isinstance(source, (str, os.PathLike, Image.Image)):
+        array = np.asarray(source)
+        if array.ndim == 3 and array.shape[2] == 1:
+            array = array[..., 0]
+        if array.ndim == 2 and 0 not in array.shape and array.dtype.kind in "uif":
+            return _finite(array, "the map")
+    with _opened(source) as (picture, what):
+        if picture is not None and (picture.mode[0] == "F" or picture.mode[0] == "I"):
+            try:
+                picture.load()
+            except Exception as error:  # as in open_picture
+                raise UsageError(f"{what}: cannot be decoded ({_reason(error)})") from error
+            values, turn = np.asarray(picture), _TURNS.get(picture.getexif().get(_ORIENTATION, 1))
+            return _finite(values if turn is None else turn(values), what)
+    pixels = load_image(source)
+    if (pixels != pixels[..., :1]).any():
+        raise UsageError(
+            f"{what}: has colours; a map has one level for each pixel: give it in grey, not as it "
+            "is painted for people"
+        )
+    return pixels[..., 0].astype(np.float32)
+
+
+def _finite(array: np.ndarray, what: str) -> np.ndarray:
+    values = array.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise UsageError(f"{what}: holds values that are not finite")
+    return values
+
+
 def is_grey(source: ImageLike) -> bool:
     """Return True if a picture is stored in levels of grey."""
     from PIL import Image

@@ -81,12 +81,16 @@ class Kind(ABC):
         inpaints: the U-Net sees a mask and a masked picture beside the latents.
         edits: the U-Net sees a picture beside the latents (InstructPix2Pix).
         upscales: the U-Net sees a small, noised picture and takes its noise level (x4 upscaler).
+        takes_depth: the U-Net sees a depth map beside the latents (stable-diffusion-2-depth).
+        maps: what it makes of a picture, in place of another picture: "depth" or "normals".
         takes_scaled_picture: a model that edits sees the picture's latents scaled (CosXL Edit).
+        draws_video: the U-Net has motion modules.
         varies: the U-Net reads CLIP's embedding of a picture in place of a prompt (image
             variations).
         turns: it reads that and a camera, and sees the picture beside the latents (Zero-1-to-3).
         unclips: the U-Net takes CLIP's embedding of a picture, noised, beside the prompt (Stable
             unCLIP).
+        animates: the U-Net lets a picture move (Stable Video Diffusion).
         tells_elevation: a model that turns reads the elevation of the picture's camera in place of
             a change of distance (Stable Zero123).
     """
@@ -104,10 +108,14 @@ class Kind(ABC):
     inpaints: bool = False
     edits: bool = False
     upscales: bool = False
+    takes_depth: bool = False
     takes_scaled_picture: bool = False
+    maps: str | None = None
+    draws_video: bool = False
     varies: bool = False
     turns: bool = False
     unclips: bool = False
+    animates: bool = False
     tells_elevation: bool = False
 
     @property
@@ -123,9 +131,9 @@ class Kind(ABC):
         Args:
             part: "text" (guidance by a prompt, or by a picture in its place), "prompt", "prompt_2",
                 "sdxl", "target_size", "aesthetic_score", "image", "mask", "edits", "upscales",
-                "noised", "camera", "variations", "threshold", "label", "hires", or an addition:
-                "controlnet", "t2i_adapter", "ip_adapter", "lora", "embedding", "vae", "refiner",
-                "upscaler", "judge".
+                "depth", "maps", "animation", "noised", "camera", "variations", "threshold",
+                "label", "hires", "video", or an addition: "controlnet", "t2i_adapter",
+                "ip_adapter", "lora", "embedding", "vae", "refiner", "upscaler", "judge", "motion".
         Raises: KeyError for another word.
         """
 
@@ -207,6 +215,7 @@ class LatentKind(Kind):
 
     Args:
         vae: config of an added VAE; None: the model's own.
+        unet: config of the U-Net with the layers that were added; None: as the model has it.
     Attributes:
         vae_config: config of the VAE that decodes.
         text_encoders: names of the text encoders, in order.
@@ -215,9 +224,14 @@ class LatentKind(Kind):
 
     unet_config: UNet2DConditionConfig
 
-    def __init__(self, source: ModelSource, vae: VAEConfig | None = None) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        vae: VAEConfig | None = None,
+        unet: UNet2DConditionConfig | None = None,
+    ) -> None:
         self.source = source
-        self.unet_config = unet = source.config("unet")
+        self.unet_config = unet = source.config("unet") if unet is None else unet
         self.vae_config: VAEConfig = source.config("vae") if vae is None else vae
         self.text_encoders = tuple(c for c in source.components if c.startswith("text_encoder"))
         index = source.model_index
@@ -240,7 +254,9 @@ class LatentKind(Kind):
             unet.in_channels == 2 * latent and unet.num_class_embeds is None and not self.turns
         )
         self.upscales = unet.in_channels == latent + 3 and unet.num_class_embeds is not None
+        self.takes_depth = unet.in_channels == latent + 1 and not self.is_sdxl
         self.takes_scaled_picture = bool(index.get("is_cosxl_edit", False))
+        self.draws_video = unet.motion is not None
         if self.upscales:
             self.vae_config = replace(self.vae_config, scaling_factor=UPSCALER_SCALE)
         if self.is_led:
@@ -278,6 +294,8 @@ class LatentKind(Kind):
             does = "a model that edits a picture by instruction"
         elif self.upscales:
             does = "a model that enlarges a picture"
+        elif self.takes_depth:
+            does = "a model that draws from a picture and its depth map"
         elif self.is_led:
             return image_led.describe(self.turns, self.unclips)
         else:
@@ -500,8 +518,9 @@ def _always(kind: LatentKind) -> bool:
     return True
 
 
-def _starts_from_noise_alone(kind: LatentKind) -> bool:
-    return kind.edits or kind.upscales or kind.is_led
+def _is_plain(kind: LatentKind) -> bool:
+    """Return True if the U-Net sees latents alone, or is an inpainting model."""
+    return not (kind.edits or kind.upscales or kind.takes_depth or kind.is_led)
 
 
 def _reads_text(kind: LatentKind) -> bool:
@@ -545,13 +564,28 @@ _LATENT_PARTS: dict[str, tuple[Callable[[LatentKind], bool], str]] = {
         "this is no SDXL model; a refiner is one, and works on one",
     ),
     "mask": (
-        lambda kind: not _starts_from_noise_alone(kind),
+        _is_plain,
         "{this}; it has no part for {mask} or {outpaint}",
     ),
     "edits": (
         lambda kind: kind.edits,
         "only models that edit a picture by instruction take that (instruct-pix2pix, whose U-Net "
         "takes 8 channels); this model is not one",
+    ),
+    "depth": (
+        lambda kind: kind.takes_depth,
+        "only models that see a depth map take that (stable-diffusion-2-depth, whose U-Net takes 5 "
+        "channels); for this model give a depth ControlNet ({controlnets}) the map as "
+        "{control_image}",
+    ),
+    "animation": (
+        lambda kind: kind.animates,
+        "only models that let a picture move take that (Stable Video Diffusion); this model is "
+        "not one",
+    ),
+    "maps": (
+        lambda kind: kind.maps is not None,
+        "only models that make a map of a picture take that (Marigold); this model is not one",
     ),
     "upscales": (
         lambda kind: kind.upscales,
@@ -574,20 +608,28 @@ _LATENT_PARTS: dict[str, tuple[Callable[[LatentKind], bool], str]] = {
         "{strength}) and ask for several pictures ({count})",
     ),
     "hires": (
-        lambda kind: not (kind.edits or kind.upscales or kind.turns),
+        lambda kind: not (kind.edits or kind.upscales or kind.takes_depth or kind.turns),
         "{this}; draw with it first, and start a hires run of another model from the result "
         "({image})",
     ),
+    "motion": (
+        lambda kind: not (kind.inpaints or kind.takes_aesthetic_score) and _is_plain(kind),
+        "{this}; it cannot be combined with a motion adapter ({motion_adapter})",
+    ),
+    "video": (
+        lambda kind: kind.draws_video,
+        "this model draws pictures; to draw videos give a motion adapter ({motion_adapter})",
+    ),
     "controlnet": (
-        lambda kind: not _starts_from_noise_alone(kind),
+        _is_plain,
         "{this}; it cannot be combined with a ControlNet ({controlnets})",
     ),
     "t2i_adapter": (
-        lambda kind: not _starts_from_noise_alone(kind),
+        _is_plain,
         "{this}; it cannot be combined with a T2I-Adapter ({t2i_adapters})",
     ),
     "ip_adapter": (
-        lambda kind: not (kind.upscales or kind.is_led),
+        lambda kind: not (kind.upscales or kind.takes_depth or kind.is_led),
         "{this}; it cannot be combined with an IP-Adapter ({ip_adapters})",
     ),
 }
@@ -601,6 +643,8 @@ _PIXEL_PARTS = dict.fromkeys(_LATENT_PARTS, "that") | {
     "embedding": "an embedding",
     "vae": "a VAE",
     "refiner": "a refiner",
+    "motion": "a motion adapter",
+    "video": "videos",
     "judge": "a judge, which compares a picture with a prompt",
 }
 

@@ -51,7 +51,8 @@ class LatentModel(LatentKind, Model):
         vae_tiling: bool | None = None,
     ) -> None:
         Model.__init__(self, source, backend, additions, cache, vae_tiling)
-        LatentKind.__init__(self, source, self.component_of(Network("vae")).config)
+        configs = (self.component_of(Network(name)).config for name in ("vae", "unet"))
+        LatentKind.__init__(self, source, *configs)
         self.texts = TextEncoders(source, self.component, backend, penultimate=self.is_sdxl)
         if words := self.additions.of(WordVectors):
             self.texts.set_embeddings([word.embedding for word in words])

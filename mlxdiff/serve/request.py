@@ -179,8 +179,9 @@ def _accepted(kind: Any, name: str, value: Any) -> Any:
 
 def _check_limits(asked: RunOptions, limits: Limits) -> None:
     """Refuse what would keep the server busy for hours, or fill its memory. Raises: UsageError."""
-    if asked.count * asked.best_of > limits.count:
+    if asked.count * asked.best_of * asked.ensemble > limits.count:
         many = f"count is {asked.count}" + f", best of {asked.best_of}" * (asked.best_of > 1)
+        many += f", ensemble is {asked.ensemble}" * (asked.ensemble > 1)
         raise UsageError(f"{many}; at most {limits.count} are drawn for a request")
     if asked.steps is not None and asked.steps > MOST_STEPS:
         raise UsageError(f"steps is {asked.steps}; at most {MOST_STEPS} are taken")

@@ -101,6 +101,7 @@ OWN_PARTS: dict[str, tuple[str, ...]] = {
         FEATURE_EXTRACTOR,
     ),
     "StableDiffusionImageVariationPipeline": (IMAGE_ENCODER, FEATURE_EXTRACTOR),
+    "StableVideoDiffusionPipeline": (IMAGE_ENCODER, FEATURE_EXTRACTOR),
     "Zero1to3StableDiffusionPipeline": (IMAGE_ENCODER, CC_PROJECTION),
 }
 """Pipeline class -> the parts that models of this class alone have a use for."""
@@ -128,7 +129,8 @@ class ModelSource(Protocol):
 
     @property
     def family(self) -> str:
-        """ "sd1", "sd2", "sdxl" or "sdxl-refiner"; "ddpm" for a U-Net alone, in pixel space."""
+        """ "sd1", "sd2", "sdxl", "sdxl-refiner" or "svd"; "ddpm" for a U-Net alone, in pixel
+        space."""
 
     @property
     def components(self) -> tuple[str, ...]:

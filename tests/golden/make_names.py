@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLTemporalDecoder,
+    UNet2DConditionModel,
+    UNet2DModel,
+    UNetSpatioTemporalConditionModel,
+)
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -57,6 +63,23 @@ UPSCALER = SD15 | {
     "sample_size": 128,
     "up_block_types": [CROSS_UP, CROSS_UP, CROSS_UP, UP],
     "use_linear_projection": True,
+}
+# stabilityai/stable-video-diffusion-img2vid; -xt and 1.1 have 25 frames.
+SVD = {
+    "_class_name": "UNetSpatioTemporalConditionModel",
+    "addition_time_embed_dim": 256,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 1024,
+    "down_block_types": ["CrossAttnDownBlockSpatioTemporal"] * 3 + ["DownBlockSpatioTemporal"],
+    "in_channels": 8,
+    "layers_per_block": 2,
+    "num_attention_heads": [5, 10, 20, 20],
+    "num_frames": 14,
+    "out_channels": 4,
+    "projection_class_embeddings_input_dim": 768,
+    "sample_size": 96,
+    "transformer_layers_per_block": 1,
+    "up_block_types": ["UpBlockSpatioTemporal"] + ["CrossAttnUpBlockSpatioTemporal"] * 3,
 }
 UNCLIP = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2048}
 SDXL = {
@@ -141,6 +164,9 @@ UNETS: dict[str, dict[str, Any]] = {
     },
     "sd21": SD21,
     "sd2-inpainting": SD21 | {"in_channels": 9},
+    "sd2-depth": SD21 | {"in_channels": 5, "sample_size": 64},
+    "marigold": SD21 | {"in_channels": 8},
+    "svd": SVD,
     "x4-upscaler": UPSCALER,
     "sd21-unclip-h": SD21 | UNCLIP,
     "sd21-unclip-l": SD21 | UNCLIP | {"projection_class_embeddings_input_dim": 1536},
@@ -162,6 +188,18 @@ VAES: dict[str, dict[str, Any]] = {
     }
 }
 VAES["sdxl"] = VAES["sd15"] | {"sample_size": 1024, "scaling_factor": 0.13025}
+VAES["svd"] = {
+    "_class_name": "AutoencoderKLTemporalDecoder",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "force_upcast": True,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "out_channels": 3,
+    "sample_size": 768,
+    "scaling_factor": 0.18215,
+}
 VAES["x4-upscaler"] = VAES["sd15"] | {
     "block_out_channels": [128, 256, 512],
     "down_block_types": ["DownEncoderBlock2D"] * 3,
@@ -229,6 +267,7 @@ PUBLISHED = {  # millions of parameters: papers (DDPM, SD, SDXL, BK-SDM, SSD-1B 
     "unet bk-sdm-tiny": 330,
     "unet sd21": 866,
     "unet x4-upscaler": 473,
+    "unet svd": 1521,
     "unet sdxl": 2570,
     "unet ssd-1b": 1300,
     "unet segmind-vega": 740,
@@ -245,10 +284,12 @@ def build(component: str, config: dict[str, Any]) -> torch.nn.Module:
     """The module of a config on the meta device."""
     with torch.device("meta"):
         if component == "unet":
-            kinds = {k.__name__: k for k in (UNet2DConditionModel, UNet2DModel)}
+            known = (UNet2DConditionModel, UNet2DModel, UNetSpatioTemporalConditionModel)
+            kinds = {k.__name__: k for k in known}
             return kinds[config["_class_name"]].from_config(config)
         if component == "vae":
-            return AutoencoderKL.from_config(config)
+            kinds = {k.__name__: k for k in (AutoencoderKL, AutoencoderKLTemporalDecoder)}
+            return kinds[config["_class_name"]].from_config(config)
         if component == "image_encoder":
             return CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
         kinds = {k.__name__: k for k in (CLIPTextModel, CLIPTextModelWithProjection)}

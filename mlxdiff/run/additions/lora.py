@@ -58,9 +58,20 @@ class LoRA(Addition):
         """
         if not isinstance(given, (str, bytes, os.PathLike)):  # else open_all says what is wrong
             given = [_fetched(one, progress) for one in given]
-        configs = lora.configs_of(model.source)
+        # with the layers that a motion adapter adds
+        configs = lora.configs_of(model.source) | {"unet": model.unet_config}
         opened = lora.open_all(given, configs, model.source.family)
         return tuple(cls(one, in_prompt) for one in opened)
+
+    @classmethod
+    def matched_again(cls, loras: Iterable[LoRA], model: Kind) -> tuple[LoRA, ...]:
+        """Match LoRAs to a model that has other layers now. Raises: CheckpointError."""
+        found = []
+        for one in loras:
+            scales = one.matched.scale, one.matched.text_scale
+            (again,) = cls.open([(one.matched.file.path, scales)], model, one.in_prompt)
+            found.append(replace(again, way=one.way))
+        return tuple(found)
 
     @property
     def changes(self) -> Collection[str]:
