@@ -83,8 +83,8 @@ Sampler = Annotated[
     str,
     values.Choice(
         samplers.NAMES,
-        hint=". DPM adaptive finds its steps on the way, and a run here is planned before it starts: "
-        "take dpmpp-2m with 30 steps",
+        hint=". DPM adaptive finds its steps on the way, and a run here is planned before it "
+        "starts: take dpmpp-2m with 30 steps",
         spelled=samplers.spelled,
     ),
 ]
