@@ -50,13 +50,16 @@ def generate(text: str | None, quiet: bool, **given: Any) -> None:
     asked = {name: value for name, value in asked.items() if value not in (None, (), [])}
 
     from mlxdiff.backends.processes import started_together
-    from mlxdiff.cli import batch
+    from mlxdiff.cli import batch, turntable
     from mlxdiff.cli.output import Output
     from mlxdiff.run.settings import pick_seeds
 
     processes = started_together()
     lines = batch.lines_of(recorded if prompt is None else prompt, command.prompt_file)
     seed = processes.agree(pick_seeds(None, 1)[0])
+    turn = None
+    if command.turntable is not None:
+        command, turn = turntable.places(command, asked.get("seed", seed))
     jobs, axes = batch.jobs_of(command, asked, lines, seed)
     numbers_names = not command.resume and processes.count == 1
     output = Output(command, quiet, jobs, numbers_names)
@@ -72,10 +75,12 @@ def generate(text: str | None, quiet: bool, **given: Any) -> None:
 
         batch.draw(jobs, output, processes, report, adapted, start)
         saved, skipped, failed = processes.add([output.saved, output.skipped, output.failed])
+        if processes.count > 1:  # the others have written theirs
+            output.files = {i: one for i, one in enumerate(output.names.paths) if one.exists()}
         if command.grid is not None and processes.rank == 0:
-            if processes.count > 1:  # the others have written theirs
-                output.files = {i: one for i, one in enumerate(output.names.paths) if one.exists()}
             output.draw_grid(axes)
+        if turn is not None and processes.rank == 0:
+            turntable.write(turn, output.files, command.force or command.resume)
         output.reporter.event("end", saved=saved, skipped=skipped, failed=failed)
     if skipped and not quiet:
         tell(f"{skipped} of {len(output.names.paths)} pictures were there already")

@@ -20,6 +20,7 @@ from mlxdiff.errors import UsageError, printable, quoted, shortened
 from mlxdiff.run.options import GenerateOptions, LoadOptions
 from mlxdiff.run.table import Option, entries
 from mlxdiff.run.values import Each, Files, Picture, Place, Unfit
+from mlxdiff.store.catalogue import SHIPPED
 
 if TYPE_CHECKING:
     from mlxdiff.pictures.metadata import Metadata
@@ -109,7 +110,7 @@ def _recorded(metadata: Metadata, path: str, overridden: set[str], trust: bool) 
             if isinstance(getattr(entry.kind, "kind", entry.kind), Place) and not trust:
                 if is_foreign:
                     accepted = _with_suffix(accepted)
-                if accepted != BUILTIN_NAME or entry.name != "model":
+                if accepted not in SHIPPED or entry.name != "model":
                     accepted = _at_hand(entry, accepted, path)
             found[entry.name] = accepted
         except UsageError:

@@ -64,7 +64,8 @@ _IN_A1111S_WORDS = frozenset(
 _SCALE = r"(-?[0-9.]{1,30}(?:e-?[0-9]{1,3})?)"
 _LORA_TAG = re.compile(rf"<lora:[^<>:]{{1,300}}:{_SCALE}(?::{_SCALE})?>$")
 
-_MAKER = "mlxdiff\0"  # begins our MakerNote
+MAKER = "mlxdiff\0"
+"""Begins our note in EXIF's MakerNote, and in the comment of a GIF."""
 _LONG, _UNDEFINED = 4, 7  # types of EXIF
 
 
@@ -310,8 +311,9 @@ def of_picture(picture: Image.Image, where: str) -> Metadata:
     """
     try:
         texts = texts_of(picture)
-        if (note := texts.pop("MakerNote", "")).startswith(_MAKER):
-            texts.setdefault(JSON_KEY, note.removeprefix(_MAKER))
+        for note in (texts.pop("MakerNote", ""), texts.get("comment", "")):
+            if note.startswith(MAKER):
+                texts.setdefault(JSON_KEY, note.removeprefix(MAKER))
     except Exception as error:  # whatever a damaged file makes Pillow's many readers raise
         raise UsageError(f"{where}: cannot be decoded ({one_line(error)})") from error
     if JSON_KEY in texts:
@@ -514,7 +516,7 @@ def exif(metadata: Metadata, most: int | None = None) -> bytes:
             JSON first.
     """
     comment = b"UNICODE\0" + metadata.to_parameters().encode("utf-16-be", "replace")
-    note = (_MAKER + metadata.to_json()).encode()
+    note = (MAKER + metadata.to_json()).encode()
     whole = _exif({USER_COMMENT: comment, MAKER_NOTE: note})
     if most is None or len(whole) <= most:
         return whole
