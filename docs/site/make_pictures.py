@@ -172,6 +172,26 @@ def judge(pipe: mlxdiff.Pipeline) -> Image.Image:
     return sheet([("", drawn)], titles)
 
 
+EMOJI = (
+    ("a fox in a meadow", "a cat at night", "a rocket at night", "a penguin in the snow"),
+    ("a whale in the sea", "a lion at sunset", "a turtle on the beach", "a small house on green"),
+    ("a pizza on blue", "a strawberry on pink", "a robot on yellow", "a unicorn on purple"),
+)
+
+
+def emoji(pipe: mlxdiff.Pipeline) -> Image.Image:
+    """Draw each prompt once, with seed 0 and the model's defaults: nothing is picked."""
+    opened = mlxdiff.load("emoji")
+    rows = [
+        sheet([("", [opened.generate(one, seed=0).images[0] for one in prompts])], prompts)
+        for prompts in EMOJI
+    ]
+    canvas = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
+    for index, row in enumerate(rows):
+        canvas.paste(row, (0, index * row.height))
+    return canvas
+
+
 SHEETS: dict[str, Callable[[mlxdiff.Pipeline], Image.Image]] = {
     "seeds": seeds,
     "guidance": guidance,
@@ -184,6 +204,7 @@ SHEETS: dict[str, Callable[[mlxdiff.Pipeline], Image.Image]] = {
     "styles": styles,
     "previews": previews,
     "judge": judge,
+    "emoji": emoji,
 }
 
 
