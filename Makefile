@@ -53,6 +53,8 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q -e '.[dev]'
+	@# It pins a Pillow with known holes and asks for tkinter; its reader needs piexif alone.
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q --no-deps sd-prompt-reader==1.3.5
 	@touch $(STAMP)
 
 clean:  ## Remove everything that make and the tools made.

@@ -22,7 +22,8 @@ def test_every_package_is_listed() -> None:
     }
     data = {
         ".".join(path.parent.relative_to(ROOT).parts)
-        for path in (ROOT / "mlxdiff/builtin").rglob("*.json")
+        for model in ("builtin", "emoji")
+        for path in (ROOT / "mlxdiff" / model).rglob("*.json")
     }
     assert listed == folders | data | {"mlxdiff.convert"}
     assert not [p for p in (ROOT / "convert").iterdir() if p.is_dir() and p.name != "__pycache__"]

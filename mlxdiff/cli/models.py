@@ -95,11 +95,15 @@ def _list_kept(as_json: bool) -> None:
 
 
 def _list_known(as_json: bool) -> None:
-    from mlxdiff.store.catalogue import KNOWN
+    from mlxdiff.store.catalogue import ABOUT, KNOWN, SHIPPED
 
     if as_json:
         click.echo(json.dumps([vars(known) for known in KNOWN]))
         return
+    for name, (licence, note) in ABOUT.items():
+        size = sum(file.stat().st_size for file in SHIPPED[name].rglob("*") if file.is_file())
+        click.echo(f"{name:18} {_size(size):>8}  {note}")
+        click.echo(f"{'':18} {'':8}  in this package, {licence}")
     for known in KNOWN:
         click.echo(f"{known.name:18} {_size(known.megabytes * 10**6):>8}  {known.note}")
         click.echo(f"{'':18} {'':8}  {known.repo}, {known.licence}")

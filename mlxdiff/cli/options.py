@@ -75,9 +75,9 @@ class Value(ParamType):
 def _models() -> list[str]:
     """Short names of models, and models that are converted."""
     from mlxdiff import library
-    from mlxdiff.store.catalogue import KNOWN
+    from mlxdiff.store.catalogue import KNOWN, SHIPPED
 
-    return [one.name for one in KNOWN] + [one.name for one in library.entries()]
+    return [one.name for one in KNOWN] + [*SHIPPED] + [one.name for one in library.entries()]
 
 
 def _presets() -> list[str]:

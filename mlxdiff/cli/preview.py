@@ -126,7 +126,7 @@ class Preview:
             return
         config = getattr(pipe.model, "vae_config", None)
         factor = min(getattr(config, "factor", 1), _PIXELS)
-        height, width, _ = step.latents.shape
+        height, width, _ = step.latents.shape[-3:]
         image = step.sketch()
         self.last = image, (width * factor, height * factor), output
         if self.protocol is not None:

@@ -42,7 +42,7 @@ class Template:
         fields: Sequence[str] = FIELDS,
         endings: Sequence[str] = tuple(ENDINGS),
     ) -> None:
-        self.text, self.what = text, what
+        self.text, self.what, self.endings = text, what, tuple(endings)
         self._parts: list[str | tuple[str, int]] = []
         end = 0
         for token in _TOKEN.finditer(text):

@@ -84,6 +84,16 @@ class Picture(Anything):
 
 
 @dataclass(frozen=True)
+class Footage(Picture):
+    """A picture, or a video: a file, a folder, a list of pictures or an array (F, H, W, 3)."""
+
+    def accept(self, value: Any) -> Any:
+        if isinstance(value, (list, tuple)) and value:
+            return [super(Footage, self).accept(one) for one in value]
+        return super().accept(value)
+
+
+@dataclass(frozen=True)
 class Text(Anything):
     """A text; may be empty."""
 
