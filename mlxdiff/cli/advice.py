@@ -25,8 +25,8 @@ _COMMANDS = {
     "schedulers": "samplers",
     "list": "models",
     "ls": "models",
-    "pull": "models --known",
-    "download": "models --known",
+    "pull": 'generate -m MODEL "..."',  # a model is fetched when it is first used
+    "download": 'generate -m MODEL "..."',
     "benchmark": "bench",
     "rm": "remove",
     "delete": "remove",
