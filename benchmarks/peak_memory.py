@@ -1,6 +1,7 @@
 """Measure the peak memory of a whole picture with low_memory, on MLX's own counter.
 
     python benchmarks/peak_memory.py sd15 [-q 4] [--size 512] [--steps 1] [--folder FOLDER]
+        [--frames 16]
 
 The model has full size and random weights. If FOLDER does not exist, random_model.py makes it
 first. The peak of a run does not depend on the number of steps. Prints a table by stage as the run
@@ -19,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from numpy_unet_step import processor
-from random_model import MODELS, make
+from random_model import MODELS, make, make_motion_adapter
 
 import mlxdiff
 from mlxdiff.report.bench import needed
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, help="pixels (default: the model's own)")
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--frames", type=int, help="draw a video with a random motion adapter")
     parser.add_argument("--dtype", help="computed in (default: float16 on a GPU, else float32)")
     options = parser.parse_args()
     import mlx.core as mx
@@ -40,6 +42,9 @@ def main() -> None:
     folder = options.folder or Path(tempfile.gettempdir()) / name
     make(options.model, folder, quantize=options.quantize)
     pipe = mlxdiff.load(folder, backend="mlx", dtype=options.dtype, low_memory=True)
+    if options.frames is not None:
+        adapter = Path(tempfile.gettempdir()) / f"mlxdiff-random-motion-{options.model}"
+        pipe.set_motion_adapter(make_motion_adapter(options.model, adapter))
     peaks: dict[str, int] = {}
 
     def note(stage: str) -> None:
@@ -50,6 +55,8 @@ def main() -> None:
     mx.reset_peak_memory()
     start = time.perf_counter()
     size = {} if options.size is None else {"width": options.size, "height": options.size}
+    if options.frames is not None:
+        size["frames"] = options.frames
     result = pipe.generate(
         **needed(pipe.model, size),
         seed=0,
@@ -66,6 +73,8 @@ def main() -> None:
         "size": [result.settings.width, result.settings.height],
         "dtype": pipe.backend.dtype,
         "steps": options.steps,
+        "frames": options.frames,
+        "estimate": pipe.memory(result.settings).peak,
         "peak_bytes": max(peaks.values()),
         "stages": peaks,
         "seconds": time.perf_counter() - start,

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
 import mlxdiff
 from mlxdiff.networks.config import (
     AutoencoderKLConfig,
     CLIPTextConfig,
     ComponentConfig,
+    MotionAdapterConfig,
     UNet2DConditionConfig,
 )
 from mlxdiff.networks.params import expected_parameters
@@ -109,6 +111,11 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
         "vae": _UPSCALER_VAE,
     },
 }
+# As of the published adapters for it.
+_MOTION: dict[str, dict[str, Any]] = {
+    "sd15": {},
+    "sdxl": {"block_out_channels": [320, 640, 1280], "use_motion_mid_block": False},
+}
 _BUILTIN = Path(mlxdiff.__file__).parent / "builtin"
 
 
@@ -153,7 +160,7 @@ class RandomModel:
             "num_train_timesteps": 1000,
             "steps_offset": 1,
         }
-        self.low_res_scheduler_config: dict[str, Any] = {}
+        self.image_noise_config: dict[str, Any] = {}
         kind = {"sdxl": "XL", "x4-upscaler": "Upscale"}.get(model, "")
         classes = {
             "scheduler": ["diffusers", "PNDMScheduler"],
@@ -167,7 +174,7 @@ class RandomModel:
             classes["tokenizer_2"] = ["transformers", "CLIPTokenizer"]
         if model == "x4-upscaler":
             betas = {"beta_end": 0.02, "beta_schedule": "scaled_linear", "beta_start": 0.0001}
-            self.low_res_scheduler_config = {"_class_name": "DDPMScheduler", **betas}
+            self.image_noise_config = {"_class_name": "DDPMScheduler", **betas}
             classes["low_res_scheduler"] = ["diffusers", "DDPMScheduler"]
         pipeline = f"StableDiffusion{kind}Pipeline"
         self.model_index: dict[str, Any] = {"_class_name": pipeline, **classes}
@@ -192,7 +199,7 @@ class RandomModel:
         }
         files["model_index.json"] = json.dumps(self.model_index).encode()
         files["scheduler/scheduler_config.json"] = json.dumps(self.scheduler_config).encode()
-        if low_res := self.low_res_scheduler_config:
+        if low_res := self.image_noise_config:
             files["low_res_scheduler/scheduler_config.json"] = json.dumps(low_res).encode()
         for name in (n for n in self.model_index if n.startswith("tokenizer")):
             for file in (_BUILTIN / "tokenizer").iterdir():
@@ -209,6 +216,20 @@ def make(model: str, dest: Path, dtype: str = "float16", quantize: str | None = 
             source = quantized_model(source, recipe)
         write_folder(source, dest, dtype, recipe=None if recipe is None else recipe.name)
     open_folder(dest)
+    return dest
+
+
+def make_motion_adapter(model: str, dest: Path) -> Path:
+    """Return the folder of a motion adapter for this model. Make it if it does not exist."""
+    path = dest / "diffusion_pytorch_model.safetensors"
+    if not path.is_file():
+        dest.mkdir(parents=True, exist_ok=True)
+        data = {"_class_name": "MotionAdapter"} | _MOTION[model]
+        (dest / "config.json").write_text(json.dumps(data))
+        shapes = expected_parameters(MotionAdapterConfig.from_dict(data))
+        rng = np.random.default_rng(0)
+        tensors = {n: (0.02 * rng.standard_normal(s)).astype(np.float16) for n, s in shapes.items()}
+        save_file(tensors, path)
     return dest
 
 

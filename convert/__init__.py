@@ -23,6 +23,7 @@ from mlxdiff.convert.component import Component, open_vae
 from mlxdiff.convert.controlnet import open_controlnet
 from mlxdiff.convert.export import check_target, model_card, write_diffusers, write_single
 from mlxdiff.convert.ip_adapter import open_ip_adapter
+from mlxdiff.convert.motion import open_motion_adapter
 from mlxdiff.convert.report import ComponentReport, Report
 from mlxdiff.convert.singlefile import SingleFile
 from mlxdiff.convert.sources import (
@@ -58,6 +59,7 @@ __all__ = [
     "describe",
     "open_controlnet",
     "open_ip_adapter",
+    "open_motion_adapter",
     "open_source",
     "open_t2i_adapter",
     "open_vae",

@@ -15,11 +15,12 @@ import numpy as np
 
 from mlxdiff.convert import detect
 from mlxdiff.convert.keymap import DIFFUSERS, Layout, Mapped, Use, map_names, targets
+from mlxdiff.convert.preprocessor import check_preparation
 from mlxdiff.errors import CheckpointError
 from mlxdiff.machine.disk import read_json
 from mlxdiff.networks.config import ComponentConfig
 from mlxdiff.networks.params import expected_parameters
-from mlxdiff.store.folder import ModelFolder
+from mlxdiff.store.folder import FEATURE_EXTRACTOR, IMAGE_ENCODER, PREPROCESSOR, ModelFolder
 from mlxdiff.weights.files import open_file as open_weight_file
 from mlxdiff.weights.pickles import SUFFIXES
 from mlxdiff.weights.quantization import Packed
@@ -162,6 +163,10 @@ class DiffusersFolder(ModelFolder):
         notes = detect.check_model_index(read_json(path / "model_index.json"), path)
         super().__init__(path)
         self.family = detect.family(self._configs)
+        if self.uses(FEATURE_EXTRACTOR):
+            check_preparation(
+                path / FEATURE_EXTRACTOR / PREPROCESSOR, self.config(IMAGE_ENCODER).image_size
+            )
         self._check_tokenizers()
         self.provenance: dict[str, Any] = {"source": name or path.resolve().name}
         if revision is not None:
@@ -186,7 +191,9 @@ class DiffusersFolder(ModelFolder):
     def documents(self) -> dict[str, bytes]:
         """See ModelFolder. Parts that are not converted become [null, null] in model_index.json."""
         index = {
-            part: [None, None] if part in detect.SKIPPED and isinstance(entry, list) else entry
+            part: [None, None]
+            if part in detect.SKIPPED and isinstance(entry, list) and not self.uses(part)
+            else entry
             for part, entry in self.model_index.items()
         }
         text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"

@@ -6,7 +6,6 @@ A folder as transformers writes a CLIPModel: OpenAI's models, and OpenCLIP's in 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import exp
 from pathlib import Path
@@ -15,13 +14,13 @@ from typing import Any
 from mlxdiff.convert.checkpoint import find_weights, map_component
 from mlxdiff.convert.component import Component
 from mlxdiff.convert.keymap import DIFFUSERS
-from mlxdiff.errors import CheckpointError, ConfigError
+from mlxdiff.convert.preprocessor import read_colors
+from mlxdiff.errors import CheckpointError
 from mlxdiff.machine.disk import read_json
 from mlxdiff.networks.config import CLIPTextConfig, CLIPVisionConfig
-from mlxdiff.pictures.image import CLIP_MEAN, CLIP_STD
 from mlxdiff.store import hub
 from mlxdiff.store.cache import snapshot_of
-from mlxdiff.store.folder import Progress
+from mlxdiff.store.folder import PREPROCESSOR, Progress
 from mlxdiff.store.reference import parse
 from mlxdiff.tokenizer import Tokenizer
 from mlxdiff.weights.files import open_file
@@ -93,7 +92,7 @@ def open_clip(
     )
     tokenizer = Tokenizer.from_folder(folder)
     tokenizer.check_fits(text.vocab_size, text.max_position_embeddings, str(folder))
-    mean, std = _colors(folder, image.image_size)
+    mean, std = read_colors(folder / PREPROCESSOR, image.image_size)
     return Clip(
         text=Component(text, lambda: text_files.read(text), provenance),
         image=Component(image, lambda: image_files.read(image), provenance),
@@ -139,55 +138,3 @@ def _configs(folder: Path) -> tuple[CLIPTextConfig, CLIPVisionConfig]:
         CLIPTextConfig.from_dict(parts[0], f"{where} (text_config)", with_projection=True),
         CLIPVisionConfig.from_dict(parts[1], f"{where} (vision_config)"),
     )
-
-
-_STEPS = ("do_resize", "do_center_crop", "do_normalize", "do_rescale", "do_convert_rgb")
-
-
-def _colors(folder: Path, side: int) -> tuple[Any, Any]:
-    """Read how pictures are prepared: mean and deviation of the colors.
-
-    Raises: ConfigError if they are prepared in another way than CLIP's.
-    """
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
-        return CLIP_MEAN, CLIP_STD
-    data = read_json(path)
-
-    def only(key: str, value: Any, *allowed: Any) -> None:
-        if value not in allowed:
-            raise ConfigError(
-                f"{path}: {key} = {value!r} is not supported; expected "
-                f"{' or '.join(map(repr, allowed))}"
-            )
-
-    for key in _STEPS:
-        only(key, data.get(key, True), True)
-    only("resample", data.get("resample", 3), 3)
-    factor = data.get("rescale_factor", 1 / 255)
-    if not isinstance(factor, float) or abs(factor * 255 - 1) > 1e-6:
-        only("rescale_factor", factor, 1 / 255)
-    only("size", _side(data.get("size", side)), side)
-    only("crop_size", _side(data.get("crop_size", side)), side)
-    mean = _three(path, data, "image_mean", CLIP_MEAN)
-    return mean, _three(path, data, "image_std", CLIP_STD)
-
-
-def _side(value: Any) -> Any:
-    """The side of a square, in whichever way it is written."""
-    if isinstance(value, dict):
-        sides = set(value.values())
-        return sides.pop() if len(sides) == 1 else value
-    return value
-
-
-def _three(
-    path: Path, data: Mapping[str, Any], key: str, default: tuple[float, float, float]
-) -> tuple[float, ...]:
-    value = data.get(key, default)
-    sound = isinstance(value, (list, tuple)) and len(value) == 3
-    if not sound or not all(isinstance(v, (int, float)) and abs(v) <= 10 for v in value):
-        raise ConfigError(f"{path}: {key} = {value!r} is not supported; expected three numbers")
-    if key == "image_std" and not all(v > 0 for v in value):
-        raise ConfigError(f"{path}: {key} = {value!r} is not supported; expected numbers above 0")
-    return tuple(map(float, value))

@@ -10,9 +10,19 @@ from typing import Any
 
 from mlxdiff.errors import CheckpointError, ConfigError, argument
 from mlxdiff.machine.disk import read_json
-from mlxdiff.networks.config import ComponentConfig, UNet2DConfig
+from mlxdiff.networks.config import ComponentConfig, UNet2DConfig, UNetSpatioTemporalConfig
 from mlxdiff.store import catalogue
-from mlxdiff.store.folder import COMPONENTS, LOW_RES_SCHEDULER, TOKENIZERS
+from mlxdiff.store.folder import (
+    CC_PROJECTION,
+    COMPONENTS,
+    FEATURE_EXTRACTOR,
+    IMAGE_ENCODER,
+    IMAGE_NOISING_SCHEDULER,
+    IMAGE_NORMALIZER,
+    LOW_RES_SCHEDULER,
+    OWN_PARTS,
+    TOKENIZERS,
+)
 from mlxdiff.weights.tensors import LazyTensor, open_weights, shown
 
 PIPELINES = (
@@ -21,10 +31,17 @@ PIPELINES = (
     "StableDiffusionInpaintPipeline",
     "StableDiffusionInstructPix2PixPipeline",
     "StableDiffusionUpscalePipeline",
+    "StableDiffusionDepth2ImgPipeline",
+    "MarigoldDepthPipeline",
+    "MarigoldNormalsPipeline",
     "StableDiffusionXLPipeline",
     "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusionXLInpaintPipeline",
     "StableDiffusionXLInstructPix2PixPipeline",
+    "StableUnCLIPImg2ImgPipeline",
+    "StableDiffusionImageVariationPipeline",
+    "Zero1to3StableDiffusionPipeline",
+    "StableVideoDiffusionPipeline",
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
     "DDPMPipeline",
@@ -33,13 +50,38 @@ PIPELINES = (
 )
 """Pipeline classes (``_class_name`` of model_index.json) whose weights can be opened."""
 
-_UPSCALE = "StableDiffusionUpscalePipeline"
+_WITHOUT_TEXT = (
+    "StableDiffusionImageVariationPipeline",
+    "StableVideoDiffusionPipeline",
+    "Zero1to3StableDiffusionPipeline",
+)
+"""Pipeline classes that read a picture in place of a text."""
 
+_UNCLIP = "use Stable unCLIP (StableUnCLIPImg2ImgPipeline)"
 _REFUSED_PIPELINES: dict[str, Callable[[], str]] = {
     "StableDiffusionLatentUpscalePipeline": lambda: (
         "the latent upscaler (sd-x2-latent-upscaler) has K-diffusion's U-Net, which is not "
         "supported; for a larger picture use the x4 upscaler "
         f"({argument('model', 'x4-upscaler')}) or {argument('hires', 2)}"
+    ),
+    "MarigoldIntrinsicsPipeline": lambda: (
+        "Marigold's intrinsic images (albedo, shading) are not supported; its models of depth and "
+        "of normals are"
+    ),
+    "MarigoldPipeline": lambda: (
+        "this is the first form of Marigold's repository, which does not say what it predicts; "
+        "use prs-eth/marigold-depth-v1-0 or later"
+    ),
+    "StableUnCLIPPipeline": lambda: (
+        "it makes the embedding of a picture from text, with Karlo's prior, which is not "
+        "supported; use the form that starts from a picture (StableUnCLIPImg2ImgPipeline, as in "
+        "stable-diffusion-2-1-unclip)"
+    ),
+    "UnCLIPPipeline": lambda: f"Karlo's U-Nets are not supported; {_UNCLIP}",
+    "UnCLIPImageVariationPipeline": lambda: f"Karlo's U-Nets are not supported; {_UNCLIP}",
+    "Zero123Pipeline": lambda: (
+        "this form of Zero-1-to-3 is not supported; use the one for diffusers' community pipeline "
+        f"({argument('model', 'kxic/zero123-xl')}), or the original file"
     ),
 }
 """Similar pipeline classes that are not supported -> reason and way out."""
@@ -47,9 +89,14 @@ _REFUSED_PIPELINES: dict[str, Callable[[], str]] = {
 CLASSES: dict[str, tuple[str, ...]] = {
     "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
     "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
-    "unet": ("UNet2DConditionModel", "UNet2DModel"),
-    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "unet": ("UNet2DConditionModel", "UNet2DModel", "UNetSpatioTemporalConditionModel"),
+    "vae": ("AutoencoderKL", "AutoencoderTiny", "AutoencoderKLTemporalDecoder"),
     LOW_RES_SCHEDULER: ("DDPMScheduler",),
+    IMAGE_ENCODER: ("CLIPVisionModelWithProjection",),
+    IMAGE_NORMALIZER: ("StableUnCLIPImageNormalizer",),
+    IMAGE_NOISING_SCHEDULER: ("DDPMScheduler",),
+    FEATURE_EXTRACTOR: ("CLIPImageProcessor", "CLIPFeatureExtractor", "CLIPImageProcessorPil"),
+    CC_PROJECTION: ("CCProjection",),
 }
 """Component -> supported classes."""
 
@@ -60,8 +107,12 @@ SKIPPED: dict[str, str] = {
     "safety_checker": "a picture classifier; it does not draw",
     "feature_extractor": "belongs to the safety checker or an image encoder",
     "image_encoder": "only IP-Adapters use one, and they have their own",
+    "depth_estimator": "makes depth maps of pictures (DPT); a depth map is given in its place",
 }
 """Part that is not converted -> reason."""
+
+_ANYWHERE = ("text_encoder", "text_encoder_2", "unet", "vae", *TOKENIZERS, "scheduler")
+"""Parts that models of every pipeline class may have; ``OWN_PARTS`` has the others."""
 
 PEFT_FORM = "an adapter of PEFT's form"
 # PEFT's name of a form -> its parameters, of the forms that only PEFT has.
@@ -93,7 +144,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     (r"lllite_.+", "a ControlNet-LLLite"),
     *((rf"(?:.+\.)?(?:{names})(?:\..+)?", f"{PEFT_FORM} {form}") for form, names in _PEFT_FORMS),
     (
-        r"(?:.*[._])?lora_(?:up|down|mid|A|B)(?:\..+)?|.+\.lora\.(?:up|down)\..+|lora_.+\.alpha"
+        r"(?:.*[._])?lora_(?:up|down|mid|A|B)(?:\..+)?|.+[._]lora\.(?:up|down)\..+|lora_.+\.alpha"
         r"|(?:unet|text_encoder):\d+:(?:up|down)",
         "a LoRA",
     ),
@@ -118,7 +169,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         "a ControlNet",
     ),
     (r"(?:adapter\.)?body\.\d+\.(?:resnets|body\.\d+|block1)\..+", "a T2I-Adapter"),
-    (r".*\.motion_modules\..+", "an AnimateDiff motion module"),
+    (r".*\.motion_modules\..+", "an AnimateDiff motion adapter"),
     (
         r".+\.(?:time_stack|time_mixer)\..+|.+\.temporal_transformer_blocks\..+",
         "a video model (Stable Video Diffusion)",
@@ -144,12 +195,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         r"_blocks)\.\d+\.(?:adaLN_modulation|cross_attn|scale_shift_table))(?:\..+)?",
         "a diffusion transformer (DiT, PixArt, Sana, AuraFlow, Lumina or similar)",
     ),
-    (r"(?:noise_augmentor|embedder\.model)\..+", "an unCLIP model (it starts from an image)"),
-    (r"depth_model\..+", "a depth-to-image model"),
-    (
-        r"cc_projection\..+|cond_stage_model\.(?:model\.visual|mapper)\..+",
-        "an image-variation model",
-    ),
+    (r"cond_stage_model\.mapper\..+", "Paint by Example, an image-variation model"),
     (r".+\.fuser\..+|(?:.+\.)?position_net\..+", "a GLIGEN model"),
     (
         r"cond_stage_model\.transformer\.(?:attn_layers|token_emb)\..+",
@@ -169,8 +215,6 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     ),
     (r"(?:(?:params|params_ema|module)\.)?body\.\d+\.weight", "a Real-ESRGAN compact upscaler"),
 )
-# Input channels of an LDM U-Net -> kind.
-_CHANNELS = {5: "a depth-to-image model"}
 # (pattern, kind) of parts of models.
 _PARTS: tuple[tuple[str, str], ...] = (
     (
@@ -194,6 +238,11 @@ _PARTS: tuple[tuple[str, str], ...] = (
         "a text encoder, alone",
     ),
     (r"(?:vision_model|visual)\..+", "a CLIP image encoder"),
+    (r"(?:noise_augmentor|embedder\.model)\..+", "an unCLIP model without its U-Net"),
+    (
+        r"cc_projection\..+|cond_stage_model\.model\.visual\..+",
+        "an image-variation model without its U-Net",
+    ),
     (r"edm_mean|edm_std", "the marks of Playground 2.5 without its weights"),
     (r"edm_vpred\..+", "the marks of CosXL without its weights"),
 )
@@ -217,6 +266,7 @@ def check_model_index(index: Mapping[str, Any], path: Path) -> tuple[str, ...]:
         what = f"is a {pipeline}" if pipeline else "names no pipeline class in model_index.json"
         raise CheckpointError(f"{path}: {what}; supported: {', '.join(PIPELINES)}")
     notes = []
+    own = OWN_PARTS.get(str(pipeline), ())
     unet = index.get("unet")
     pixels = isinstance(unet, list) and unet[1:] == ["UNet2DModel"]
     # Entries that are not lists are pipeline settings, for example force_zeros_for_empty_prompt.
@@ -229,11 +279,10 @@ def check_model_index(index: Mapping[str, Any], path: Path) -> tuple[str, ...]:
         class_name = entry[1]
         if class_name is None:
             continue
-        if part in SKIPPED:
+        if part in SKIPPED and part not in own:
             notes.append(f"{part} omitted: {SKIPPED[part]}")
             continue
-        known = (*COMPONENTS, *TOKENIZERS, "scheduler")
-        if part not in known and (part, pipeline) != (LOW_RES_SCHEDULER, _UPSCALE):
+        if part not in (*_ANYWHERE, *own):
             raise CheckpointError(f"{path}: has an unsupported part: {part} ({class_name})")
         if class_name not in CLASSES.get(part, (class_name,)):
             raise CheckpointError(
@@ -246,12 +295,10 @@ def check_model_index(index: Mapping[str, Any], path: Path) -> tuple[str, ...]:
                 f"{path}: the folder {part} is missing; model_index.json names it"
             )
     present = {part for part, entry in parts.items() if entry[1] is not None}
-    needed = {"unet", "scheduler"}
-    if pipeline == _UPSCALE:
-        needed.add(LOW_RES_SCHEDULER)
+    needed = {"unet", "scheduler", *own}
     if not pixels:
         needed.add("vae")
-        if not present & {"text_encoder", "text_encoder_2"}:
+        if pipeline not in _WITHOUT_TEXT and not present & {"text_encoder", "text_encoder_2"}:
             needed.add("text_encoder")
     elif more := sorted(present - needed - set(SKIPPED)):
         raise CheckpointError(
@@ -263,23 +310,29 @@ def check_model_index(index: Mapping[str, Any], path: Path) -> tuple[str, ...]:
             needed.add(tokenizer)
     if missing := sorted(needed - present):
         raise CheckpointError(f"{path}: model_index.json has no {' and no '.join(missing)}")
-    check_not_quantized(path, {part: path / part for part in COMPONENTS if part in present})
+    used = present - (set(SKIPPED) - set(own))
+    check_not_quantized(path, {part: path / part for part in COMPONENTS if part in used})
     return tuple(notes)
 
 
 def family(configs: Mapping[str, ComponentConfig]) -> str:
-    """Return the family of a model from its parts: "sd1", "sd2", "sdxl", "sdxl-refiner" or "ddpm".
+    """Return the family of a model from its parts: "sd1", "sd2", "sdxl", "sdxl-refiner", "svd" or
+    "ddpm".
 
-    A UNet2DModel means "ddpm". SDXL's U-Net has the text_time embedding; the refiner has no first
-    text encoder. Of the others, version 2 has OpenCLIP's text encoder (gelu), version 1 OpenAI's
-    (quick_gelu).
+    A UNet2DModel means "ddpm", a U-Net with layers among frames "svd". SDXL's U-Net has the
+    text_time embedding; the refiner has no first text encoder. Of the others, version 2 has
+    OpenCLIP's text encoder (gelu), version 1 OpenAI's (quick_gelu); without a text encoder the
+    image encoder counts.
     """
     unet: Any = configs["unet"]
     if isinstance(unet, UNet2DConfig):
         return "ddpm"
+    if isinstance(unet, UNetSpatioTemporalConfig):
+        return "svd"
     if unet.addition_embed_type == "text_time":
         return "sdxl" if "text_encoder" in configs else "sdxl-refiner"
-    text: Any = configs.get("text_encoder") or configs["text_encoder_2"]
+    encoders = (configs.get(name) for name in ("text_encoder", "text_encoder_2", IMAGE_ENCODER))
+    text: Any = next(one for one in encoders if one is not None)
     return "sd1" if text.hidden_act == "quick_gelu" else "sd2"
 
 
@@ -289,9 +342,6 @@ def refused(tensors: Mapping[str, LazyTensor]) -> str | None:
         matches = re.compile(pattern).fullmatch
         if any(matches(name) for name in tensors):
             return words
-    for name in ("model.diffusion_model.input_blocks.0.0.weight", "input_blocks.0.0.weight"):
-        if name in tensors and len(tensors[name].shape) == 4:
-            return _CHANNELS.get(tensors[name].shape[1])
     return None
 
 
@@ -333,6 +383,8 @@ def not_a_model(path: Path) -> CheckpointError:
     )
     if not os.path.exists(path):
         near = catalogue.suggestion(str(path))
+        if " " in str(path) and not near and os.sep not in str(path):
+            want = 'if it is the prompt, give it without -m: mlxdiff generate "..."; else ' + want
         return CheckpointError(
             f"{path}: no such file or folder, and not a hub id (org/name){near}; {want}"
         )

@@ -21,6 +21,7 @@ from mlxdiff.errors import UsageError, argument
 from mlxdiff.networks.config import AutoencoderKLConfig, UNet2DConditionConfig
 from mlxdiff.networks.params import expected_parameters
 from mlxdiff.store.folder import (
+    IMAGE_ENCODER,
     SHARD_BYTES,
     ModelSource,
     Progress,
@@ -35,7 +36,9 @@ TARGETS = ("mlxdiff", "diffusers", "single")
 
 CARD = "README.md"
 _SUFFIX = ".safetensors"
-_STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+_STEMS = dict.fromkeys(
+    ("unet", "vae", "image_normalizer", "cc_projection"), "diffusion_pytorch_model"
+)
 _PYTORCH = {"format": "pt"}
 
 _Prefixes = Mapping[str, tuple[str, str]]
@@ -76,6 +79,11 @@ def check_target(model: ModelSource, to: str, dest: str | os.PathLike[str], forc
             f"{argument('force', True)}"
         )
     families, diffusers = ", ".join(_PLACES), argument("to", "diffusers")
+    if beside := set(model.components) - {"text_encoder", "text_encoder_2", "unet", "vae"}:
+        parts = " and ".join(sorted(beside))
+        raise UsageError(
+            f"{model.path}: its {parts} cannot be written in one file; use {diffusers}"
+        )
     if model.family not in _PLACES or not isinstance(model.config("unet"), UNet2DConditionConfig):
         raise UsageError(f"{model.path}: one file is for {families} only; use {diffusers}")
     noise = str(model.scheduler_config.get("_class_name"))
@@ -286,17 +294,20 @@ def model_card(
     """
     source, revision = str(provenance.get("source", "unknown")), provenance.get("revision")
     form = dtype if recipe is None else f"{recipe} and {dtype}"
-    lines = ["---", f"library_name: {to}", "tags:", "- text-to-image", f"- {model.family}"]
+    task = "image-to-image" if IMAGE_ENCODER in model.components else "text-to-image"
+    lines = ["---", f"library_name: {to}", "tags:", f"- {task}", f"- {model.family}"]
     if source.count("/") == 1 and not source.endswith(_SUFFIX):
         lines.append(f"base_model: {source}")
     lines += ["---", "", f"# {source.rsplit('/', 1)[-1]} for {to}", ""]
     lines += [f"Written by mlxdiff {__version__}; family {model.family}, weights in {form}.", ""]
-    load = (
-        'import mlxdiff\n\nmlxdiff.load("FOLDER").generate("a lighthouse").save("picture.png")'
-        if to == "mlxdiff"
-        else "from diffusers import DiffusionPipeline\n\n"
-        'DiffusionPipeline.from_pretrained("FOLDER")("a lighthouse").images[0].save("picture.png")'
-    )
+    led = IMAGE_ENCODER in model.components  # by a picture in place of a prompt
+    if to == "mlxdiff":
+        given = 'image="photo.png"' if led else '"a lighthouse"'
+        load = f'import mlxdiff\n\nmlxdiff.load("FOLDER").generate({given}).save("picture.png")'
+    else:
+        load = "from diffusers import DiffusionPipeline\n\n"
+        load += 'DiffusionPipeline.from_pretrained("FOLDER")'
+        load += "" if led else '("a lighthouse").images[0].save("picture.png")'
     lines += ["```python", load, "```", "", "## Source", ""]
     lines.append(f"- {source}" + (f", revision {revision}" if revision else ""))
     for lora in provenance.get("loras", ()):

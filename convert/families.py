@@ -8,12 +8,19 @@ shapes decide.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlxdiff.errors import CheckpointError, argument
+from mlxdiff.store.folder import (
+    CC_PROJECTION,
+    FEATURE_EXTRACTOR,
+    IMAGE_ENCODER,
+    IMAGE_NORMALIZER,
+)
 from mlxdiff.weights.tensors import Shape
 
 Shapes = Mapping[str, Shape]
@@ -81,7 +88,8 @@ class Family:
         pipeline: class without "Pipeline", for example "StableDiffusion".
         index: settings in model_index.json.
         prediction: prediction type if the file does not give one.
-        low_res_scheduler: for an upscaler, see ModelSource.low_res_scheduler_config.
+        image_noise: see ModelSource.image_noise_config.
+        parts: components beside text encoders, U-Net and VAE.
     """
 
     name: str
@@ -96,7 +104,8 @@ class Family:
     pipeline: str
     index: Config = field(default_factory=dict)
     prediction: str = "epsilon"
-    low_res_scheduler: Config = field(default_factory=dict)
+    image_noise: Config = field(default_factory=dict)
+    parts: tuple[str, ...] = ()
 
 
 FAMILIES: dict[str, Family] = {
@@ -175,7 +184,7 @@ UPSCALER = replace(
     v_scheduler=_UPSCALER_DDIM,
     index={"max_noise_level": 350},
     prediction="v_prediction",
-    low_res_scheduler=_UPSCALER_BETAS
+    image_noise=_UPSCALER_BETAS
     | {
         "_class_name": "DDPMScheduler",
         "clip_sample": True,
@@ -186,8 +195,54 @@ UPSCALER = replace(
 """A variant of SD 2 with its own U-Net. It has SD 2's text encoder, so its family is "sd2"."""
 
 
+UNCLIP = replace(
+    FAMILIES["sd2"],
+    words="Stable unCLIP 2.1",
+    unet=FAMILIES["sd2"].unet | {"class_embed_type": "projection"},
+    size=768,
+    scheduler=_DDIM,
+    pipeline="StableUnCLIPImg2Img",
+    prediction="v_prediction",
+    image_noise={
+        "_class_name": "DDPMScheduler",
+        "beta_schedule": "squaredcos_cap_v2",
+        "num_train_timesteps": 1000,
+    },
+    parts=(IMAGE_ENCODER, IMAGE_NORMALIZER),
+)
+"""A variant of SD 2 that takes CLIP's embedding of a picture beside the text."""
+VARIATION = replace(
+    FAMILIES["sd1"],
+    words="a Stable Diffusion image variation model",
+    text_encoders={},
+    pipeline="StableDiffusionImageVariation",
+    parts=(IMAGE_ENCODER,),
+)
+"""A variant of SD 1 that reads CLIP's embedding of a picture in place of a text."""
+ZERO123 = replace(
+    VARIATION,
+    words="Zero-1-to-3",
+    size=256,
+    scheduler=_DDIM,
+    pipeline="Zero1to3StableDiffusion",
+    parts=(IMAGE_ENCODER, CC_PROJECTION),
+)
+"""A variant of that with a camera."""
+PART_CLASSES = {
+    IMAGE_ENCODER: ["transformers", "CLIPVisionModelWithProjection"],
+    IMAGE_NORMALIZER: ["stable_diffusion", "StableUnCLIPImageNormalizer"],
+    CC_PROJECTION: ["pipeline_zero1to3", "CCProjection"],
+    FEATURE_EXTRACTOR: ["transformers", "CLIPImageProcessor"],
+}
+"""Part -> library and class, as model_index.json has them."""
+
+
 class Unrepresentable(Exception):
     """No config describes these names and shapes. The text gives the reason."""
+
+
+# Input channels of a U-Net -> the end of the pipeline's class.
+_PIPELINES = {5: "Depth2ImgPipeline", 8: "InstructPix2PixPipeline", 9: "InpaintPipeline"}
 
 
 def pipeline_class(family: Family, unet: Mapping[str, Any]) -> str:
@@ -196,11 +251,11 @@ def pipeline_class(family: Family, unet: Mapping[str, Any]) -> str:
         return "LatentConsistencyModelPipeline"
     if family.name == "sdxl-refiner":
         return f"{family.pipeline}Img2ImgPipeline"
+    if family.parts:
+        return f"{family.pipeline}Pipeline"
     if family is UPSCALER:
         return f"{family.pipeline}UpscalePipeline"
-    return family.pipeline + {9: "InpaintPipeline", 8: "InstructPix2PixPipeline"}.get(
-        unet.get("in_channels", 4), "Pipeline"
-    )
+    return family.pipeline + _PIPELINES.get(unet.get("in_channels", 4), "Pipeline")
 
 
 # ------------------------------------------------------------------ structure from names and shapes
@@ -298,7 +353,7 @@ _DIFFUSERS_UNET = {
 
 
 SIZES = frozenset((_LDM_UNET["sizes"], _DIFFUSERS_UNET["sizes"]))
-"""Names of the weight that only the U-Nets of SDXL and its refiner have."""
+"""Names of a weight of the U-Nets of SDXL and its refiner. Of others only Stable unCLIP has it."""
 
 
 def unet_structure(shapes: Shapes) -> Config:
@@ -490,6 +545,33 @@ def text_structure(shapes: Shapes, family: str) -> Config:
     return config
 
 
+def vision_structure(shapes: Shapes) -> Config:
+    """Return the config of CLIP's image encoder in OpenCLIP's names (``visual.*``).
+
+    The shapes do not show the heads and the activation: OpenAI's ViT-L/14 and OpenCLIP's ViT-H/14
+    have 16 heads, and OpenAI's models have quick_gelu.
+    """
+    width, _, patch, _ = _shape(shapes, "visual.conv1.weight", 4)
+    projection = _shape(shapes, "visual.proj", 2)[1]
+    side = math.isqrt(_shape(shapes, "visual.positional_embedding", 2)[0] - 1)
+    return {
+        "architectures": ["CLIPVisionModelWithProjection"],
+        "model_type": "clip_vision_model",
+        "hidden_size": width,
+        "intermediate_size": _shape(shapes, "visual.transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
+        "projection_dim": projection,
+        "num_hidden_layers": _count(shapes, r"visual\.transformer\.resblocks\.(\d+)\."),
+        "num_attention_heads": 16,
+        "image_size": patch * side,
+        "patch_size": patch,
+        "hidden_act": "quick_gelu" if projection == OPENAI_WIDTH else "gelu",
+    }
+
+
+OPENAI_WIDTH = 768
+"""Width of the embeddings of OpenAI's ViT-L/14; OpenCLIP's ViT-H/14 has 1024."""
+
+
 def unet_config(family: Family, structure: Config, text_width: int = 1280) -> Config:
     """Combine the structure of a U-Net with the values of its family.
 
@@ -509,7 +591,7 @@ def unet_config(family: Family, structure: Config, text_width: int = 1280) -> Co
                 f"give the model's configs with {argument('config', form='FOLDER')}"
             )
     config = family.unet | structure | {"attention_head_dim": heads}
-    if "projection_class_embeddings_input_dim" in structure:
+    if family.name.startswith("sdxl") and "projection_class_embeddings_input_dim" in structure:
         # The input is pooled text and a sine embedding of each of 6 sizes (refiner: 5).
         numbers = 5 if family.name == "sdxl-refiner" else 6
         rest = structure["projection_class_embeddings_input_dim"] - text_width
@@ -518,13 +600,18 @@ def unet_config(family: Family, structure: Config, text_width: int = 1280) -> Co
     return config
 
 
-def guess(structure: Config, text: str | None) -> Family:
+def guess(structure: Config, text: str | None, parts: Collection[str] = ()) -> Family:
     """Return the family of a U-Net.
 
     Args:
         structure: result of ``unet_structure``.
         text: naming of the first text encoder in the file: "clip", "openclip", or None if absent.
+        parts: the components in the file.
     """
+    if IMAGE_ENCODER in parts:
+        if "projection_class_embeddings_input_dim" in structure:
+            return UNCLIP
+        return ZERO123 if CC_PROJECTION in parts else VARIATION
     if "projection_class_embeddings_input_dim" in structure:
         refiner = text == "openclip" or (text is None and structure["cross_attention_dim"] == 1280)
         return FAMILIES["sdxl-refiner" if refiner else "sdxl"]

@@ -15,6 +15,7 @@ from mlxdiff.convert.transforms import Transform, choose, halves, thirds, transp
 from mlxdiff.networks.config import (
     AutoencoderKLConfig,
     CLIPTextConfig,
+    CLIPVisionConfig,
     ControlNetConfig,
     IPAdapterConfig,
     UNet2DConditionConfig,
@@ -106,15 +107,48 @@ TRANSFORMERS_CLIP_TEXT = Layout(
     ),
 )
 
+MOTION_POSITIONS = (
+    r"(?:(?:down|up)_blocks\.\d+|mid_block)\.motion_modules\.\d+\.(?:temporal_transformer\.)?"
+    r"transformer_blocks\.\d+\.(?:pos_embed|attention_blocks\.\d+\.pos_encoder)\.pe"
+)
+"""Names of a motion adapter's tables of positions."""
+
+_MOTION_IGNORED = (
+    Ignored(MOTION_POSITIONS, "sines and cosines of the numbers of the frames; not a weight"),
+)
+_MOTION_PLACE = r"((?:(?:down|up)_blocks\.\d+|mid_block)\.motion_modules\.\d+)"
+_MOTION_BLOCK = rf"{_MOTION_PLACE}\.temporal_transformer\.(transformer_blocks\.\d+)"
+MOTION_ORIGINAL = Layout(
+    rules=(
+        *(
+            Rule(rf"{_MOTION_BLOCK}\.{old}\.(.+)", rf"\1.\2.{new}.\3")
+            for old, new in (
+                (r"attention_blocks\.0", "attn1"),
+                (r"attention_blocks\.1", "attn2"),
+                (r"norms\.0", "norm1"),
+                (r"norms\.1", "norm2"),
+                ("ff_norm", "norm3"),
+                ("ff", "ff"),
+            )
+        ),
+        Rule(rf"{_MOTION_PLACE}\.temporal_transformer\.((?:norm|proj_in|proj_out)\..+)", r"\1.\2"),
+    ),
+    ignored=_MOTION_IGNORED,
+)
+"""A motion adapter in the names of the original code."""
+
 DIFFUSERS: dict[str, Layout] = {
     # torch's attention joins queries, keys and values under names of its own.
     "controlnet": Layout(
         rules=(Rule(r"(transformer_layes\.\d+\.attn\.in_proj)_(weight|bias)", r"\1.\2"),)
     ),
+    "motion_adapter": Layout(ignored=_MOTION_IGNORED),
     "t2i_adapter": Layout(),
     "image_encoder": Layout(
         ignored=(Ignored(r"vision_model\.embeddings\.position_ids", _POSITIONS),)
     ),
+    "image_normalizer": Layout(),
+    "cc_projection": Layout(),
     "text_encoder": TRANSFORMERS_CLIP_TEXT,
     "text_encoder_2": TRANSFORMERS_CLIP_TEXT,
     "unet": DIFFUSERS_UNET,
@@ -159,6 +193,8 @@ def _ldm_down(config: UNet2DConditionConfig) -> dict[str, str]:
         "add_embedding.linear_1": "label_emb.0.0",
         "add_embedding.linear_2": "label_emb.0.2",
         "class_embedding": "label_emb",
+        "class_embedding.linear_1": "label_emb.0.0",
+        "class_embedding.linear_2": "label_emb.0.2",
         "mid_block.attentions.0": "middle_block.1",
     }
     n = 1
@@ -311,6 +347,53 @@ def openclip_text(config: CLIPTextConfig) -> Layout:
     return Layout(names=pieces, ignored=tuple(ignored))
 
 
+def openclip_vision(config: CLIPVisionConfig) -> Layout:
+    """Return the layout of the image encoder of OpenAI's CLIP and of OpenCLIP.
+
+    Its place is ``embedder.model`` (Stable unCLIP) or ``cond_stage_model.model`` (image
+    variations). Parts of the text encoder stand beside it there.
+    """
+    ours, theirs = "vision_model.encoder.layers", "visual.transformer.resblocks"
+    places = {
+        "vision_model.embeddings.patch_embedding": "visual.conv1",
+        "vision_model.pre_layrnorm": "visual.ln_pre",
+        "vision_model.post_layernorm": "visual.ln_post",
+    }
+    pieces: dict[str, tuple[Piece, ...]] = {
+        "visual.class_embedding": (Piece("vision_model.embeddings.class_embedding"),),
+        "visual.positional_embedding": (
+            Piece("vision_model.embeddings.position_embedding.weight"),
+        ),
+        "visual.proj": (Piece("visual_projection.weight", transpose),),
+    }
+    for i in range(config.num_hidden_layers):
+        places |= {f"{ours}.{i}.{a}": f"{theirs}.{i}.{b}" for a, b in _OPENCLIP_LAYER.items()}
+        for kind in ("weight", "bias"):
+            parts = [f"{ours}.{i}.self_attn.{part}_proj.{kind}" for part in "qkv"]
+            pieces[f"{theirs}.{i}.attn.in_proj_{kind}"] = tuple(map(Piece, parts, thirds))
+    done = {piece.target for row in pieces.values() for piece in row}
+    pieces |= _table((t for t in expected_parameters(config) if t not in done), places)
+    text = Ignored(
+        r"logit_scale|attn_mask|positional_embedding|text_projection|token_embedding\.weight"
+        r"|ln_final\..+|transformer\.resblocks\..+",
+        "belongs to the text half of CLIP, which the model does not read",
+    )
+    return Layout(names=pieces, ignored=(text,))
+
+
+CC_PROJECTION_FILE = Layout(
+    names={kind: (Piece(f"projection.{kind}"),) for kind in ("weight", "bias")}
+)
+"""The layout of ``cc_projection`` in a single file (without that prefix)."""
+NORMALIZER_FILE = Layout(
+    names={
+        "data_mean": (Piece("mean"),),
+        "data_std": (Piece("std"),),
+    }
+)
+"""The layout of the mean and deviation in ``noise_augmentor`` (without that prefix)."""
+
+
 # stable-diffusion.cpp stores OpenCLIP's encoder under transformers' names, with OpenCLIP's joined
 # queries, keys and values and its projection -> OpenCLIP's names.
 _STABLE_DIFFUSION_CPP = (
@@ -369,13 +452,15 @@ def ema_names(names: Iterable[str]) -> dict[str, str]:
 
 FILE_IGNORED: tuple[Ignored, ...] = (
     Ignored(
-        r"(?:low_scale_model\.)?(?:sqrt_|log_)?(?:one_minus_)?(?:betas|alphas_cumprod(?:_prev)?)"
-        r"|(?:low_scale_model\.)?sqrt_recipm?1?_alphas_cumprod"
+        r"(?:(?:low_scale_model|noise_augmentor)\.)?(?:sqrt_|log_)?(?:one_minus_)?"
+        r"(?:betas|alphas_cumprod(?:_prev)?)"
+        r"|(?:(?:low_scale_model|noise_augmentor)\.)?sqrt_recipm?1?_alphas_cumprod"
         r"|posterior_(?:variance|log_variance_clipped|mean_coef[12])"
         r"|lvlb_weights|logvar|denoiser\.(?:sigmas|log_sigmas)",
         "the noise schedule; the scheduler's config gives it",
     ),
     Ignored(r"scale_factor", "the VAE's config has it"),
+    Ignored(r"(?:embedder|cond_stage_model)\.(?:mean|std)", "the colours of CLIP's pictures"),
     Ignored(
         r"v_pred|ztsnr|edm_mean|edm_std|edm_vpred\.sigma_(?:max|min)",
         "a mark of the training; it was read",
@@ -391,6 +476,9 @@ FILE_IGNORED: tuple[Ignored, ...] = (
         "moving averages in the form of another tool; the plain weights are used",
     ),
     Ignored(r"safety_checker\..+", "a picture classifier; it does not draw"),
+    Ignored(
+        r"depth_model\..+", "makes depth maps of pictures (MiDaS); a map is given in its place"
+    ),
     Ignored(r"embedding_manager\..+", "training state of textual inversion; not a weight"),
     Ignored(
         r"(?:cond_stage_model|conditioner\.embedders\.\d)(?:\.transformer)?\.logit_scale",

@@ -39,11 +39,14 @@ _CHECKED: dict[str, tuple[Any, ...]] = {
     "network_config.params.num_heads": (8, -1),
     "network_config.params.num_head_channels": (64, -1),
     "cond_stage_config.params.layer": ("last", "penultimate"),
+    "noise_aug_config.params.noise_schedule_config.timesteps": (1000,),
+    "noise_aug_config.params.noise_schedule_config.beta_schedule": ("squaredcos_cap_v2",),
 }
 # Structure that the tensors show, and training.
 _NO_EFFECT = re.compile(
     r"(?:unet|network|first_stage|cond_stage|conditioner|scheduler|optimizer|sampler|loss_fn"
-    r"|personalization|low_scale|ema|log_images|denoiser)_config(?:\..+)?"
+    r"|personalization|low_scale|ema|log_images|denoiser|embedder|noise_aug)_config(?:\..+)?"
+    r"|embedding_dropout"
     r"|num_timesteps_cond|log_every_t|first_stage_key|cond_stage_key|cond_stage_trainable"
     r"|conditioning_key|channels|monitor|finetune_keys|concat_keys|low_scale_key|ckpt_path"
     r"|ignore_keys|unet_trainable|embedding_reg_weight|cond_stage_forward|input_key|load_only_unet"

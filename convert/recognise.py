@@ -65,6 +65,9 @@ _USES: dict[str, Callable[[], str]] = {
         f"not supported; use the whole ControlNet ({argument('controlnets')})"
     ),
     "a ControlNet": _controlnet,
+    "an AnimateDiff motion adapter": lambda: (
+        f"give it with {argument('motion_adapter', form='PATH')}"
+    ),
     "a T2I-Adapter": lambda: (
         f"give it with {argument('t2i_adapters', form='PATH')} and a picture with "
         f"{argument('control_image')}"

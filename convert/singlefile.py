@@ -20,6 +20,8 @@ from mlxdiff.convert import detect, marks, original_config, recognise
 from mlxdiff.convert.checkpoint import ComponentFiles, DiffusersFolder, map_component
 from mlxdiff.convert.families import (
     FAMILIES,
+    OPENAI_WIDTH,
+    PART_CLASSES,
     SIZES,
     Config,
     Family,
@@ -30,10 +32,13 @@ from mlxdiff.convert.families import (
     unet_config,
     unet_structure,
     vae_structure,
+    vision_structure,
 )
 from mlxdiff.convert.keymap import (
+    CC_PROJECTION_FILE,
     DIFFUSERS,
     FILE_IGNORED,
+    NORMALIZER_FILE,
     STRAY,
     Layout,
     ema_names,
@@ -42,13 +47,18 @@ from mlxdiff.convert.keymap import (
     ldm_vae,
     openclip_names,
     openclip_text,
+    openclip_vision,
 )
+from mlxdiff.convert.preprocessor import preparation
 from mlxdiff.errors import CheckpointError, HubError, UsageError, argument
 from mlxdiff.machine.disk import read_document
 from mlxdiff.networks.config import (
     AutoencoderKLConfig,
+    CCProjectionConfig,
     CLIPTextConfig,
+    CLIPVisionConfig,
     ComponentConfig,
+    ImageNormalizerConfig,
     UNet2DConditionConfig,
     read_unet,
     read_vae,
@@ -56,9 +66,15 @@ from mlxdiff.networks.config import (
 from mlxdiff.samplers import check_process
 from mlxdiff.store import hub
 from mlxdiff.store.folder import (
+    CC_PROJECTION,
     COMPONENTS,
-    LOW_RES_SCHEDULER,
+    FEATURE_EXTRACTOR,
+    IMAGE_ENCODER,
+    IMAGE_NOISES,
+    IMAGE_NORMALIZER,
     MANIFEST,
+    OWN_PARTS,
+    PREPROCESSOR,
     TOKENIZER_FILES,
     ConvertedFolder,
     Progress,
@@ -91,12 +107,23 @@ _SECTIONS = {
     "cond_stage_model.1.transformer.": ("text_encoder_2", "clip"),
     "cond_stage_model.transformer.": ("text_encoder", "clip"),
     "cond_stage_model.model.": ("text_encoder", "openclip"),
+    "embedder.model.": (IMAGE_ENCODER, "openclip"),
+    "cc_projection.": (CC_PROJECTION, "cc_projection"),
+    "noise_augmentor.": (IMAGE_NORMALIZER, "noise_augmentor"),
     "conditioner.embedders.0.transformer.": ("text_encoder", "clip"),
     "conditioner.embedders.0.model.": ("text_encoder_2", "openclip"),
     "conditioner.embedders.1.transformer.": ("text_encoder_2", "clip"),
     "conditioner.embedders.1.model.": ("text_encoder_2", "openclip"),
 }
 _EMA = "model_ema."
+_CONFIGS = {
+    "unet": UNet2DConditionConfig,
+    "vae": AutoencoderKLConfig,
+    IMAGE_ENCODER: CLIPVisionConfig,
+    IMAGE_NORMALIZER: ImageNormalizerConfig,
+    CC_PROJECTION: CCProjectionConfig,
+}
+_FILE_LAYOUTS = {IMAGE_NORMALIZER: NORMALIZER_FILE, CC_PROJECTION: CC_PROJECTION_FILE}
 _V_MARKS = (
     "output_blocks.11.1.transformer_blocks.0.norm1.bias",
     "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias",
@@ -151,6 +178,8 @@ def split(
     sections: dict[str, Section] = {}
     for prefix, group in groups.items():
         component, naming = _SECTIONS[prefix]
+        if component == "text_encoder" and _holds_images(group):
+            component = IMAGE_ENCODER
         if all(map(STRAY.fullmatch, group)):
             rest |= {prefix + name: tensor for name, tensor in group.items()}
         elif component in sections:
@@ -161,6 +190,11 @@ def split(
         else:
             sections[component] = _section(prefix, naming, group)
     return sections, averages, rest
+
+
+def _holds_images(group: Mapping[str, LazyTensor]) -> bool:
+    """Return True if these are a CLIP's tensors without its text encoder."""
+    return "visual.proj" in group and not any(n.startswith("transformer.") for n in group)
 
 
 def _section(prefix: str, naming: str, group: dict[str, LazyTensor]) -> Section:
@@ -225,6 +259,7 @@ class SingleFile:
             raise CheckpointError(
                 f"{self.path}: {recognise.refusal(file.tensors)}; it is not a whole model"
             )
+        self._filled: dict[str, dict[str, LazyTensor]] = {}  # of components, not from the file
         own = {*self._sections, *(["unet"] if averages else [])}
         self.base = None if config is None else _open_base(Path(config), own)
         own = self._named_encoder(own)
@@ -326,7 +361,7 @@ class SingleFile:
             self._marks, base.scheduler_config, **asked, folder=str(base.path)
         )
         self.notes += notes
-        self.low_res_scheduler_config = dict(base.low_res_scheduler_config)
+        self.image_noise_config = dict(base.image_noise_config)
         self._configs: dict[str, ComponentConfig] = {c: base.config(c) for c in base.components}
         self._documents = {
             name: content
@@ -368,7 +403,7 @@ class SingleFile:
     def _family(self, structure: Config) -> Family:
         text = [s for name, s in self._sections.items() if name.startswith("text")]
         naming = text[0].naming if len(text) == 1 else None
-        return guess(structure, naming)
+        return guess(structure, naming, self._sections)
 
     def _infer_configs(self, structure: Config | None, asked: Mapping[str, Any]) -> None:
         """Infer all configs from the names and shapes in the file."""
@@ -382,8 +417,10 @@ class SingleFile:
                 f"{what}; give its model with {_config()} (a diffusers or converted folder)"
             )
         family = self._family(structure)
-        needed = [*family.text_encoders, "unet", "vae"]
-        if missing := [name for name in needed if name not in self._sections]:
+        self._fill_normalizer(family)
+        needed = [*family.text_encoders, "unet", "vae", *family.parts]
+        there = {*self._sections, *self._filled}
+        if missing := [name for name in needed if name not in there]:
             raise self._fault(
                 f"is {family.words}, but has no {' and no '.join(missing)}; give a diffusers or "
                 f"converted folder that has them, with {_config()}"
@@ -393,19 +430,19 @@ class SingleFile:
         scheduler = scheduler | {"prediction_type": prediction}
         self.scheduler_config, notes = marks.settle(self._marks, scheduler, **asked, folder=None)
         self.notes += notes
-        self.low_res_scheduler_config = dict(family.low_res_scheduler)
+        self.image_noise_config = dict(family.image_noise)
         data = self._component_configs(family, structure, _size(family, prediction, self._marks))
         self.family = family.name
         self.components = tuple(name for name in COMPONENTS if name in data)
         self._configs = {}
         for name, one in data.items():
             where = f"{self.path}: {name} (derived from the file; {_config()} overrides it)"
-            kind: Any = {"unet": UNet2DConditionConfig, "vae": AutoencoderKLConfig}.get(
-                name, CLIPTextConfig
-            )
+            kind: Any = _CONFIGS.get(name, CLIPTextConfig)
             self._configs[name] = kind.from_dict(one, where)
         self.model_index = {"_class_name": pipeline_class(family, structure), **family.index}
         self.model_index |= self._index_of_marks(structure["in_channels"])
+        parts = OWN_PARTS.get(self.model_index["_class_name"], ())
+        self.model_index |= {name: PART_CLASSES[name] for name in parts if name in PART_CLASSES}
         for name in ("scheduler", "text_encoder", "text_encoder_2", "unet", "vae"):
             if name == "scheduler":
                 self.model_index[name] = ["diffusers", self.scheduler_config["_class_name"]]
@@ -420,12 +457,15 @@ class SingleFile:
             else:
                 self.model_index[name] = ["diffusers", data[name]["_class_name"]]
         schedulers = {"scheduler": self.scheduler_config}
-        if low_res := self.low_res_scheduler_config:
-            self.model_index[LOW_RES_SCHEDULER] = ["diffusers", low_res["_class_name"]]
-            schedulers[LOW_RES_SCHEDULER] = low_res
+        for name in set(parts).intersection(IMAGE_NOISES):
+            self.model_index[name] = ["diffusers", self.image_noise_config["_class_name"]]
+            schedulers[name] = self.image_noise_config
         self._documents = {"model_index.json": _json(self.model_index)}
         self._documents |= {f"{n}/scheduler_config.json": _json(c) for n, c in schedulers.items()}
         self._documents |= {f"{name}/config.json": _json(one) for name, one in data.items()}
+        if FEATURE_EXTRACTOR in parts:
+            prepared = preparation(data[IMAGE_ENCODER]["image_size"])
+            self._documents[f"{FEATURE_EXTRACTOR}/{PREPROCESSOR}"] = _json(prepared)
 
     def _component_configs(
         self, family: Family, structure: Config, size: tuple[int, int]
@@ -436,6 +476,8 @@ class SingleFile:
             for name, config in family.text_encoders.items():
                 data[name] = config | text_structure(self._sections[name].shapes, family.name)
             vae = vae_structure(self._sections["vae"].shapes)
+            if IMAGE_ENCODER in family.parts:
+                data[IMAGE_ENCODER] = vision_structure(self._sections[IMAGE_ENCODER].shapes)
         except Unrepresentable as error:
             raise self._fault(f"is incomplete: {error}") from None
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
@@ -448,7 +490,39 @@ class SingleFile:
         square = latents[0] == latents[1]
         data["unet"] = unet | {"sample_size": latents[0] if square else latents} | self._marks.unet
         data["vae"] = family.vae | vae | {"sample_size": max(size)} | self._marks.vae
+        if IMAGE_NORMALIZER in family.parts:
+            width = data[IMAGE_ENCODER]["projection_dim"]
+            data[IMAGE_NORMALIZER] = {"embedding_dim": width}
+        if CC_PROJECTION in family.parts:
+            width, inputs = self._sections[CC_PROJECTION].shapes["weight"]
+            data[CC_PROJECTION] = {"in_channel": inputs, "out_channel": width}
+        for name in (IMAGE_NORMALIZER, CC_PROJECTION):
+            if name in data:
+                data[name] = {"_class_name": PART_CLASSES[name][1], **data[name]}
         return data
+
+    def _fill_normalizer(self, family: Family) -> None:
+        """Add the mean and deviation of OpenCLIP's embeddings, 0 and 1, which no file holds.
+
+        Raises: CheckpointError for OpenAI's, which are in a file of their own.
+        """
+        image = self._sections.get(IMAGE_ENCODER)
+        if IMAGE_NORMALIZER not in family.parts or IMAGE_NORMALIZER in self._sections:
+            return
+        if image is None or "visual.proj" not in image.tensors:
+            return  # reported as missing
+        width = image.tensors["visual.proj"].shape[-1]
+        if width == OPENAI_WIDTH:
+            raise self._fault(
+                "is Stable unCLIP l, whose mean and deviation of embeddings are not in the file "
+                f"(noise_augmentor.data_mean); give its diffusers folder with {_config()}"
+            )
+        zero, one = (np.full((1, width), value, np.float32) for value in (0, 1))
+        self._filled[IMAGE_NORMALIZER] = {
+            "mean": LazyTensor(zero.shape, "F32", lambda: zero),
+            "std": LazyTensor(one.shape, "F32", lambda: one),
+        }
+        self.notes += ("image_normalizer: mean 0 and deviation 1, as published for OpenCLIP",)
 
     def _prediction(self, family: Family, structure: Config, asked: str | None) -> str:
         """Return the prediction type.
@@ -462,7 +536,7 @@ class SingleFile:
             return str(self._marks.prediction.value)
         bias = self._sections["unet"].tensors
         mark = next((bias[name] for name in _V_MARKS if name in bias), None)
-        if family.name == "sd2" and structure["in_channels"] == 4 and mark is not None:
+        if family is FAMILIES["sd2"] and structure["in_channels"] == 4 and mark is not None:
             spread = float(np.std(mark.read().astype(np.float32)))
             found = "v_prediction" if spread > _V_SPREAD else "epsilon"
             self.notes += (
@@ -539,6 +613,10 @@ class SingleFile:
             return ldm_vae(config)
         if isinstance(config, CLIPTextConfig):
             return openclip_text(config)
+        if isinstance(config, CLIPVisionConfig):
+            return openclip_vision(config)
+        if component in _FILE_LAYOUTS:
+            return _FILE_LAYOUTS[component]
         raise self._fault(
             f"its {component} is not the {type(config).__name__.removesuffix('Config')} of the "
             f"config; give the folder of a model of this kind with {_config()}"
@@ -557,6 +635,8 @@ class SingleFile:
     def tensors(self, component: str) -> dict[str, LazyTensor]:
         if component in self.files:
             return self.files[component].read(self.config(component))
+        if component in self._filled:
+            return dict(self._filled[component])
         assert self.base is not None
         return self.base.tensors(component)
 

@@ -69,6 +69,15 @@ transpose = Transform(
 )
 
 
+conv_among_frames_to_linear = Transform(
+    "conv_among_frames_to_linear",
+    lambda s: (s[0], s[1] * s[2]) if len(s) == 5 and s[3:] == (1, 1) else None,
+    lambda x: x[:, :, :, 0, 0].transpose(0, 2, 1).reshape(len(x), -1),
+    lambda x: x.reshape(len(x), 3, -1).transpose(0, 2, 1)[..., None, None],
+)
+"""Three frames at one place, (out, in, 3, 1, 1) -> (out, 3 * in): before, itself, after."""
+
+
 def _part(name: str, index: int, count: int) -> Transform:
     def part(x: np.ndarray) -> np.ndarray:
         size = len(x) // count
@@ -85,7 +94,13 @@ thirds = tuple(_part("third_of_fused", i, 3) for i in range(3))
 halves = tuple(_part("half_of_fused", i, 2) for i in range(2))
 """Keys and values from one tensor that stacks them."""
 
-TRANSFORMS = (identity, oihw_to_ohwi, conv1x1_to_linear, linear_to_conv1x1)
+TRANSFORMS = (
+    identity,
+    oihw_to_ohwi,
+    conv1x1_to_linear,
+    linear_to_conv1x1,
+    conv_among_frames_to_linear,
+)
 """The transforms that shapes can select."""
 
 
@@ -93,7 +108,7 @@ def choose(source: Shape, target: Shape) -> Transform | None:
     """Return the transform between two shapes, or None if there is none.
 
     At most one fits. The first two keep the number of dimensions (below four, and four); the others
-    change it from 4 to 2 and from 2 to 4.
+    change it from 4 to 2, from 2 to 4, and from 5 to 2.
     """
     for transform in TRANSFORMS:
         if transform.shape(source) == target:

@@ -21,12 +21,13 @@ from mlxdiff.run.options import BACKENDS, DTYPES, LoadOptions
 from mlxdiff.run.progress import downloads
 from mlxdiff.run.table import function_of
 from mlxdiff.run.upscaling import NetworkUpscaler
+from mlxdiff.store.catalogue import SHIPPED
 from mlxdiff.store.folder import Progress
 from mlxdiff.text.styles import read_styles
 
 logger = logging.getLogger("mlxdiff")
 
-BUILTIN = Path(__file__).parent / "builtin"
+BUILTIN = SHIPPED["builtin"]
 
 
 def make_backend(name: str = "auto", dtype: str | None = None) -> Any:
@@ -182,8 +183,10 @@ def load(asked: LoadOptions) -> Pipeline:
 ADDITIONS = (
     "style_file",
     "vae",
+    "motion_adapter",
     "controlnets",
     "t2i_adapters",
+    "map_models",
     "ip_adapters",
     "image_encoder",
     "loras",
@@ -210,10 +213,20 @@ def add(pipe: Pipeline, asked: LoadOptions, names: Collection[str] = ADDITIONS) 
         pipe.styles = read_styles(asked.style_file)
     if "vae" in names:
         pipe.set_vae(asked.vae, progress=progress)
+    if "motion_adapter" in names:
+        pipe.set_motion_adapter(asked.motion_adapter, variant=variant, progress=progress)
     if "controlnets" in names:
         pipe.set_controlnets(asked.controlnets, variant=variant, progress=progress)
     if "t2i_adapters" in names:
         pipe.set_t2i_adapters(asked.t2i_adapters, variant=variant, progress=progress)
+    if "map_models" in names:
+        pipe.set_map_models(
+            asked.map_models,
+            dtype=asked.dtype,
+            quantize=asked.quantize,
+            variant=variant,
+            progress=progress,
+        )
     if "ip_adapters" in names or "image_encoder" in names:
         pipe.set_ip_adapters(
             asked.ip_adapters,

@@ -35,10 +35,13 @@ _TWO_PI = np.float32(2.0 * math.pi)
 
 
 class NoiseSource(Protocol):
-    """A stream of standard normal numbers."""
+    """A stream of standard normal numbers; but for that of a GPU, of orders as well."""
 
     def randn(self, shape: int | Sequence[int]) -> np.ndarray:
         """Draw the next numbers: float32, in C order of `shape`."""
+
+    def permutation(self, count: int) -> list[int]:
+        """Draw an order of ``count`` things."""
 
 
 class Generator:
@@ -70,6 +73,17 @@ class Generator:
             if count % _BLOCK:  # torch redraws the last 16 numbers
                 values[-_BLOCK:] = self._blocks(self._raw(_BLOCK))
         return values.reshape(shape)
+
+    def permutation(self, count: int) -> list[int]:
+        """Draw an order of ``count`` things, as torch.randperm(count) does.
+
+        Source: torch aten/src/ATen/native/TensorFactories.cpp (randperm_cpu).
+        """
+        order = list(range(count))
+        for i in range(count - 1):
+            other = i + int(self._raw(1)[0]) % (count - i)
+            order[i], order[other] = order[other], order[i]
+        return order
 
     def _raw(self, count: int) -> np.ndarray:
         """Draw the next `count` 32-bit words of the twister. A full-range draw rejects none."""
@@ -162,6 +176,10 @@ class PhiloxGenerator:
         )
         return np.asarray(values, np.float32).reshape(shape)
 
+    def permutation(self, count: int) -> list[int]:
+        """Not known: CUDA sorts random keys. Raises: UsageError."""
+        raise UsageError(f"{argument('rng', 'gpu')} draws no orders; take cpu or numpy")
+
 
 class NumpyGenerator:
     """A stream of standard normal numbers: ``np.random.RandomState(seed).randn``.
@@ -184,6 +202,10 @@ class NumpyGenerator:
         """Draw the next numbers: float32, in C order of `shape`."""
         values = self._state.standard_normal(_as_tuple(shape))
         return np.asarray(values, np.float32)
+
+    def permutation(self, count: int) -> list[int]:
+        """Draw an order of ``count`` things, as RandomState.permutation(count) does."""
+        return [int(i) for i in self._state.permutation(count)]
 
 
 SOURCES: Mapping[str, Callable[[int], NoiseSource]] = {

@@ -30,13 +30,17 @@ from mlxdiff.run.additions.controlnet import ControlNet
 from mlxdiff.run.additions.ip_adapter import IPAdapter
 from mlxdiff.run.additions.judge import PictureJudge
 from mlxdiff.run.additions.lora import LoRA, asked_for, few_step_of, open_few_step
+from mlxdiff.run.additions.map_maker import MapMaker, makers_of
+from mlxdiff.run.additions.motion import Motion
 from mlxdiff.run.additions.refiner import Refiner, refiner_of
 from mlxdiff.run.additions.t2i_adapter import T2IAdapter
 from mlxdiff.run.additions.upscaler import HiresUpscaler, Upscaler, upscaler_of
 from mlxdiff.run.additions.vae import AnotherVAE
 from mlxdiff.run.additions.word_vectors import WordVectors
+from mlxdiff.run.animation import AnimatingModel, animates
 from mlxdiff.run.drawing import Picture, Result, Run, Step
 from mlxdiff.run.latent_model import LatentModel
+from mlxdiff.run.map_model import MapModel, makes_maps
 from mlxdiff.run.memory import Device, Estimate, estimate, require
 from mlxdiff.run.model import Model, PromptEmbeddings
 from mlxdiff.run.options import GenerateOptions, LoadOptions, RunOptions, StreamOptions
@@ -44,6 +48,7 @@ from mlxdiff.run.pixel_model import PixelModel
 from mlxdiff.run.progress import Watch
 from mlxdiff.run.settings import PlannedRun, Settings, resolve, variation
 from mlxdiff.run.table import entries, make, takes
+from mlxdiff.run.video import frames_of
 from mlxdiff.store.folder import ModelSource, Progress
 from mlxdiff.store.recipes import find_recipe, recipe_of
 from mlxdiff.text.styles import Style
@@ -136,7 +141,7 @@ class Pipeline:
         with turn():
             upscaler = upscaler_of(self.model)
             enlarging = None if upscaler is None else upscaler.model
-            for model in (self.model, self.refiner, enlarging):
+            for model in (self.model, self.refiner, enlarging, *makers_of(self.model).values()):
                 if model is not None:
                     model.save_memory(low_memory, vae_tiling)
             self.backend.limit_cache(low_memory)
@@ -153,6 +158,24 @@ class Pipeline:
         vae = make(LoadOptions, {"vae": vae}).vae
         fetch = Fetch(progress=progress)
         self._set(AnotherVAE, [] if vae is None else [vae], partial(AnotherVAE.open, fetch=fetch))
+
+    def set_motion_adapter(
+        self,
+        motion_adapter: AnyPath | None,
+        *,
+        variant: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Draw videos with this motion adapter; None: draw pictures.
+
+        Args:
+            motion_adapter, variant, progress: as ``load`` takes them.
+        Raises: UsageError, CheckpointError, ConfigError, HubError.
+        """
+        motion_adapter = make(LoadOptions, {"motion_adapter": motion_adapter}).motion_adapter
+        fetch = Fetch(variant, progress)
+        given = [] if motion_adapter is None else [motion_adapter]
+        self._set(Motion, given, partial(Motion.open, fetch=fetch))
 
     def set_controlnets(
         self,
@@ -293,6 +316,32 @@ class Pipeline:
 
         self._set(Refiner, [] if refiner is None else [refiner], open_refiners)
 
+    def set_map_models(
+        self,
+        map_models: AnyPath | Iterable[AnyPath],
+        *,
+        dtype: str | None = None,
+        quantize: int | str | None = None,
+        variant: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Let these models, and no others, make depth maps and normals of control pictures.
+
+        Args:
+            map_models, dtype, quantize, variant, progress: as ``load`` takes them.
+        Raises: UsageError, CheckpointError, ConfigError, HubError.
+        """
+        map_models = make(LoadOptions, {"map_models": map_models}).map_models
+
+        def open_all(given: Iterable[AnyPath], model: Model) -> Iterator[MapMaker]:
+            for path in given:
+                source = library.open_model(
+                    path, dtype=dtype, quantize=quantize, variant=variant, progress=progress
+                )
+                yield MapMaker.open(path, Pipeline(source, self.backend).model, model)
+
+        self._set(MapMaker, _several(map_models), open_all)
+
     def set_upscaler(
         self,
         upscaler: AnyPath | None,
@@ -362,6 +411,11 @@ class Pipeline:
         opened = tuple(open_all(given, self.model))
         with turn():
             additions = self.model.additions.replaced(kind, opened)
+            if kind.adds_layers:
+                bare = self.model.with_additions(additions.replaced(LoRA, ()))
+                loras = LoRA.matched_again(additions.of(LoRA), bare)
+                additions = additions.replaced(LoRA, loras)
+                self._prompt_loras.clear()
             words = additions.of(WordVectors)
             refiners = [one.with_words(words) for one in additions.of(Refiner)]
             self.model = self.model.with_additions(additions.replaced(Refiner, refiners))
@@ -498,7 +552,7 @@ class Pipeline:
         """The same with the prompt in its styles. Raises: UsageError."""
         if asked.style is None:
             return asked
-        self.model.require("text", "style")
+        self.model.require("prompt", "style")
         if asked.prompt is None:
             raise UsageError("style: no prompt is given that could be put into it")
         prompt, negative = apply_styles(
@@ -523,7 +577,7 @@ class Pipeline:
         backend, model = self.backend, self.model
         shown = max((len(prompt.images) for prompt in settings.image_prompts), default=1)
         largest = settings.enlarged or settings
-        height, width = largest.height // scale, largest.width // scale
+        height, width = (side // scale for side in largest.drawn)
         low_memory = low_memory or model.low_memory
         return estimate(
             model,
@@ -537,6 +591,8 @@ class Pipeline:
             low_memory=low_memory,
             band_bytes=model.band_bytes(height, width, low_memory),
             recipe=None if quantize is None else find_recipe(quantize),
+            frames=frames_of(settings, low_memory),
+            decoded=settings.decode_chunk or 1,
         )
 
     def _require_memory(self, settings: Settings) -> None:
@@ -640,7 +696,9 @@ def _advice(name: str) -> str:
 
 
 def _open_model(source: ModelSource, backend: Any) -> Model:
-    kind = PixelModel if source.family == "ddpm" else LatentModel
+    if source.family == "ddpm":
+        return PixelModel(source, backend)
+    kind = MapModel if makes_maps(source) else AnimatingModel if animates(source) else LatentModel
     return kind(source, backend)
 
 

@@ -19,12 +19,13 @@ from golden_data import (
     photo,
 )
 from lllite_files import write_lllite
+from motion_files import write_motion
 from t2i_files import write_t2i_adapter
 
 import mlxdiff
 from mlxdiff.pipeline import Pipeline, Result
 
-NAMED = "controlnets", "t2i_adapters", "ip_adapters", "loras", "embeddings", "vae", "refiner"
+NAMED = "motion_adapter controlnets t2i_adapters ip_adapters loras embeddings vae refiner".split()
 """What a case names beside arguments of ``generate``."""
 
 
@@ -45,6 +46,7 @@ class Opened:
         backend: str = "numpy",
         *,
         quantize: int | None = None,
+        motion_adapter: str | None = None,
         controlnets: Sequence[str] = (),
         t2i_adapters: Sequence[str] = (),
         ip_adapters: Sequence[str] = (),
@@ -65,6 +67,8 @@ class Opened:
                 checkpoint(name), backend=backend, dtype="float32", quantize=quantize, **given
             )
         pipe = self._pipes[key]
+        motion = None if motion_adapter is None else self.motion_adapter(name, motion_adapter)
+        pipe.set_motion_adapter(motion)
         pipe.set_controlnets([self.controlnet(name, net) for net in controlnets])
         pipe.set_t2i_adapters([self.t2i_adapter(name, one) for one in t2i_adapters])
         pipe.set_ip_adapters([self.adapter(name, adapter) for adapter in ip_adapters])
@@ -102,6 +106,13 @@ class Opened:
         seed, changes = NETS[name]
         return write_controlnet(path, model, seed, **changes)
 
+    def motion_adapter(self, model: str, name: str) -> Path:
+        """One of motion_files.ADAPTERS, as a folder."""
+        path = self.folder / model / f"motion-{name}"
+        if not path.exists():
+            write_motion(path, name, model)
+        return path
+
     def t2i_adapter(self, model: str, name: str) -> Path:
         """One of t2i_files.ADAPTERS, as a folder."""
         path = self.folder / model / f"t2i-{name}"
@@ -129,6 +140,8 @@ def with_pictures(arguments: dict[str, Any]) -> dict[str, Any]:
     arguments = dict(arguments)
     if "image" in arguments:
         arguments["image"] = photo(*arguments["image"])
+    if "depth_image" in arguments:
+        arguments["depth_image"] = photo(*arguments["depth_image"])[..., 0]
     if "mask" in arguments:
         arguments["mask"] = mask(*arguments["mask"])
     if "ip_image" in arguments:

@@ -30,7 +30,7 @@ def modules(model: str) -> dict[str, dict[str, tuple[int, ...]]]:
     source = open_source(checkpoint(model))
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     for component in source.components:
-        if component == "vae":
+        if component not in ("unet", "text_encoder", "text_encoder_2"):
             continue
         found[component] = {}
         for name, shape in expected_parameters(source.config(component)).items():
@@ -212,6 +212,7 @@ _MAKERS: dict[str, Callable[[], tuple[Tensors, dict[str, str] | None]]] = {
     ),
     "sd21v-kohya": lambda: (lora("sd21v", kohya, KOHYA_PARTS, 6, alpha=2.0), None),
     "x4-upscaler-peft": lambda: (lora("x4-upscaler", peft, PEFT_PARTS, 10), None),
+    "unclip-peft": lambda: (lora("unclip", peft, PEFT_PARTS, 11), None),
     "sdxl-peft": lambda: (lora("sdxl", peft, PEFT_PARTS, 7), None),
     # diffusers misreads kohya's names for add_embedding, but not Stability's (label_emb), and gives
     # text_projection the rank and alpha of the rest.

@@ -11,11 +11,23 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from mlxdiff.convert import open_source
-from mlxdiff.convert.keymap import ldm_unet, ldm_vae, openclip_text
+from mlxdiff.convert.keymap import (
+    CC_PROJECTION_FILE,
+    NORMALIZER_FILE,
+    ldm_unet,
+    ldm_vae,
+    openclip_text,
+    openclip_vision,
+)
 from mlxdiff.convert.transforms import thirds
-from mlxdiff.networks.config import AutoencoderKLConfig, UNet2DConditionConfig
+from mlxdiff.networks.config import AutoencoderKLConfig, CLIPVisionConfig, UNet2DConditionConfig
 
 Tensors = dict[str, np.ndarray]
+ENCODER = "cond_stage_model.model."
+OTHERS = {
+    "image_normalizer": ("noise_augmentor.", NORMALIZER_FILE),
+    "cc_projection": ("cc_projection.", CC_PROJECTION_FILE),
+}
 LDM_NAMES = sorted((Path(__file__).parent / "golden" / "ldm-names").glob("*.json.gz"))
 
 
@@ -55,6 +67,11 @@ def ldm_tensors(folder: Path) -> Tensors:
                 n: a[:, :, None, None] if ".attentions." in n and a.ndim == 2 else a
                 for n, a in arrays.items()
             }
+        elif isinstance(config, CLIPVisionConfig):
+            prefix = "embedder.model." if "text_encoder" in model.components else ENCODER
+            layout = openclip_vision(config)
+        elif component in OTHERS:
+            prefix, layout = OTHERS[component]
         elif config.hidden_act == "gelu":
             second = {"sd2": "cond_stage_model.model.", "sdxl": "conditioner.embedders.1.model."}
             prefix = second.get(model.family, "conditioner.embedders.0.model.")

@@ -23,6 +23,8 @@ UNETS = {
     "vega": "segmind-vega",
     "ddpm-cifar10": "ddpm-cifar10-32",
     "ddpm-celebahq": "ddpm-celebahq-256",
+    "marigold-normals": "marigold",
+    "svd-xt": "svd",
 }
 
 
@@ -44,9 +46,11 @@ def test_sizes_are_those_of_the_real_networks(known: object) -> None:
     family, name = known.family, known.name  # type: ignore[attr-defined]
     parts = [f"unet.{UNETS.get(name, name)}"]
     if family != "ddpm":
-        own = name if (NAMES / f"vae.{name}.json.gz").is_file() else "sd15"
+        has_own = (NAMES / f"vae.{name}.json.gz").is_file()
+        own = family if family == "svd" else name if has_own else "sd15"
         parts += ["vae.sdxl" if family.startswith("sdxl") else f"vae.{own}"]
-        parts += [f"text_encoder.{text}" for text in TEXT[family]]
+        parts += [f"text_encoder.{text}" for text in TEXT.get(family, [])]
+        parts += ["image_encoder.openclip-h"] if family == "svd" else []
     total = sum(half_bytes(part) for part in parts)
     assert known.megabytes * 10**6 == pytest.approx(total, rel=1e-3, abs=5e5)  # type: ignore[attr-defined]
 

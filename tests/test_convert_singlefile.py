@@ -38,7 +38,11 @@ FAMILY = {
     "sdxl-refiner": ("sdxl-refiner", "StableDiffusionXLImg2ImgPipeline"),
     "ssd-1b": ("sdxl", "StableDiffusionXLPipeline"),
     "segmind-vega": ("sdxl", "StableDiffusionXLPipeline"),
+    "sd21-unclip-h": ("sd2", "StableUnCLIPImg2ImgPipeline"),
+    "image-variation": ("sd1", "StableDiffusionImageVariationPipeline"),
+    "zero123": ("sd1", "Zero1to3StableDiffusionPipeline"),
 }
+SAME_UNET = {"image-variation": "sd15", "zero123": "instruct-pix2pix"}
 
 
 def same(found: ModelSource, expected: ModelSource) -> None:
@@ -72,10 +76,11 @@ def test_every_name_of_the_real_models_maps(name: str, tmp_path: Path) -> None:
     assert (model.family, model.model_index["_class_name"]) == FAMILY[name]
     unet = model.config("unet")
     # The blocks are worked out as the published config has them (sizes: 512 for SD 2 base).
-    want = golden_unet(name)
+    want = golden_unet(SAME_UNET.get(name, name))
     for part in ("down_blocks", "mid_block", "up_blocks", "in_channels", "num_attention_heads"):
         assert getattr(unet, part) == getattr(want, part), part
-    assert unet.sample_size in (want.sample_size, (64, 64))
+    sizes = [(32, 32)] if name == "zero123" else [want.sample_size, (64, 64)]
+    assert unet.sample_size in sizes
     for component in model.components:
         shapes = {n: t.shape for n, t in model.tensors(component).items()}
         assert shapes == expected_parameters(model.config(component))
@@ -451,9 +456,9 @@ KINDS: dict[str, tuple[list[str], str]] = {
     "wan": (["model.diffusion_model.head.modulation"], "video"),
     "ltx": (["model.diffusion_model.patchify_proj.weight"], "video"),
     "animatediff": (["down_blocks.0.motion_modules.0.proj_in.weight"], "AnimateDiff"),
-    "unclip": (["noise_augmentor.data_mean"], "unCLIP"),
-    "depth": (["depth_model.model.x"], "depth-to-image"),
-    "variations": (["cond_stage_model.model.visual.proj"], "image-variation"),
+    "unclip": (["noise_augmentor.data_mean"], "unCLIP|has no U-Net"),
+    "variations": (["cond_stage_model.model.visual.proj"], "has no U-Net"),
+    "paint by example": (["cond_stage_model.mapper.final_ln.weight"], "Paint by Example"),
     "playground": (["edm_mean"], "Playground 2.5"),
     "cosxl": (["edm_vpred.sigma_max"], "CosXL"),
     "bert": (["cond_stage_model.transformer.attn_layers.x"], "BERT"),
@@ -473,11 +478,17 @@ def test_other_kinds_are_recognised_by_name(kind: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_other_kinds_are_recognised_by_their_channels(tmp_path: Path) -> None:
+def test_the_depth_model_is_recognised_by_its_channels(tmp_path: Path) -> None:
+    """512-depth-ema.ckpt: five channels, and a depth estimator that is not used."""
     names = real_names("sd21")
     names["model.diffusion_model.input_blocks.0.0.weight"] = (320, 5, 3, 3)
-    with pytest.raises(CheckpointError, match="depth-to-image"):
-        open_source(sparse_file(tmp_path / "x.safetensors", names))
+    names["depth_model.model.scratch.output_conv.4.bias"] = (1,)
+    model = opened(sparse_file(tmp_path / "x.safetensors", names))
+    assert (model.family, model.config("unet").in_channels) == ("sd2", 5)
+    assert model.model_index["_class_name"] == "StableDiffusionDepth2ImgPipeline"
+    assert model.scheduler_config["prediction_type"] == "epsilon"
+    (ignored,) = (reason for name, reason in model.ignored if name.startswith("depth_model"))
+    assert "a map is given" in ignored
 
 
 def test_no_kind_is_seen_in_the_real_models(tmp_path: Path) -> None:

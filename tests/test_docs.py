@@ -20,6 +20,7 @@ import clip_files
 import control_files
 import lora_files
 import pytest
+import svd_files
 import t2i_files
 import upscaler_files
 from click.testing import CliRunner
@@ -39,6 +40,12 @@ MODELS = {
     "lcm": "lcm",
     "instruct-pix2pix": "pix2pix",
     "x4-upscaler": "x4-upscaler",
+    "image-variations": "variation",
+    "unclip": "unclip",
+    "zero123": "zero123",
+    "sd2-depth": "sd2-depth",
+    "marigold": "marigold-depth",
+    "marigold-normals": "marigold-normals",
     "ddpm-cifar10": "ddpm",
     "google/ddpm-cifar10-32": "ddpm",
     "FOLDER": "ddpm-labels",
@@ -46,15 +53,15 @@ MODELS = {
     "sdxl-q4": "sdxl",
 }
 PICTURES = """photo.jpg painting.jpg bench.png harbour.png house.png castle.jpg cat.png cat-128.png
-    scan.png style.png depth.png group.jpg grid.png a.png b.png photos/a.png photos/b.png
+    scan.png style.png group.jpg grid.png a.png b.png photos/a.png photos/b.png
     dog/1.png dog/2.png""".split()
 LORAS = """pastel detail style person dog few lcm-lora loras/style
     latent-consistency/lcm-lora-sdv1-5/pytorch_lora_weights""".split()
 UPSCALERS = """RealESRGAN_x4plus 4x_NMKD-Siax_200k realesr-general-x4v3 4x-UltraSharp""".split()
 ONLY_PARSED = {"train", "bench", "doctor", "serve", "mcp", "models", "convert", "info"}
 NO_PAIR = ["instruct-pix2pix", "--ip-adapter"]  # the small models of both do not fit together
-RUNNABLE = {"README.md", "coming-from-diffusers.md", "control.md", "embedding.md", "images.md",
-            "lora.md", "tasks.md"}  # fmt: skip
+RUNNABLE = {"README.md", "coming-from-diffusers.md", "control.md", "depth.md", "embedding.md",
+            "image-led.md", "images.md", "lora.md", "tasks.md"}  # fmt: skip
 
 
 class Reached(BaseException):
@@ -89,9 +96,13 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     here = tmp_path_factory.mktemp("docs")
     for name, golden in MODELS.items():
         shutil.copytree(checkpoint(golden), here / name)
+    for name in ("svd", "svd-xt"):
+        svd_files.write_svd(here / name)
     for index, name in enumerate(PICTURES):
         (here / name).parent.mkdir(exist_ok=True)
         Image.fromarray(photo(64, 64 + 8 * (index % 2))).save(here / name)
+    for name in ("depth.png", "near.png"):
+        Image.fromarray(photo(64, 72)[..., 0]).save(here / name)
     for name in ("where.png", "face.png"):
         Image.fromarray(mask("half", 64, 64)).save(here / name)
     made = lora_files.write("sd15-kohya", here)

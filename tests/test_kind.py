@@ -8,19 +8,25 @@ from golden_data import checkpoint
 from mlxdiff.convert import open_source
 from mlxdiff.errors import UsageError
 from mlxdiff.run.kind import PARTS, Kind, LatentKind, PixelKind
+from mlxdiff.run.map_model import MapKind, makes_maps
 
 # Model -> the parts that it has.
 HAS = {
-    "sd15": "text image mask hires controlnet t2i_adapter ip_adapter lora embedding vae upscaler "
-    "judge",
-    "sdxl": "text prompt_2 sdxl target_size refiner image mask hires controlnet t2i_adapter "
-    "ip_adapter lora embedding vae upscaler judge",
-    "sdxl-refiner": "text sdxl aesthetic_score refiner image mask hires controlnet t2i_adapter "
-    "ip_adapter lora embedding vae upscaler judge",
-    "sd15-inpainting": "text image mask hires controlnet t2i_adapter ip_adapter lora embedding vae "
-    "upscaler judge",
-    "pix2pix": "text image edits ip_adapter lora embedding vae upscaler judge",
-    "x4-upscaler": "text image upscales lora embedding vae upscaler judge",
+    "sd15": "text prompt image mask hires controlnet t2i_adapter ip_adapter lora embedding vae "
+    "upscaler judge motion",
+    "sdxl": "text prompt prompt_2 sdxl target_size refiner image mask hires controlnet t2i_adapter "
+    "ip_adapter lora embedding vae upscaler judge motion",
+    "sdxl-refiner": "text prompt sdxl aesthetic_score refiner image mask hires controlnet "
+    "t2i_adapter ip_adapter lora embedding vae upscaler judge",
+    "sd15-inpainting": "text prompt image mask hires controlnet t2i_adapter ip_adapter lora "
+    "embedding vae upscaler judge",
+    "pix2pix": "text prompt image edits ip_adapter lora embedding vae upscaler judge",
+    "x4-upscaler": "text prompt image upscales noised lora embedding vae upscaler judge",
+    "sd2-depth": "text prompt image depth lora embedding vae upscaler judge",
+    "marigold-depth": "image maps lora vae",
+    "unclip": "text prompt image noised variations hires lora embedding vae upscaler judge",
+    "variation": "text image variations hires vae upscaler",
+    "zero123": "text image camera vae upscaler",
     "ddpm": "threshold upscaler",
     "ddpm-labels": "label threshold upscaler",
 }
@@ -28,6 +34,8 @@ HAS = {
 
 def kind_of(name: str) -> Kind:
     source = open_source(checkpoint(name))
+    if makes_maps(source):
+        return MapKind(source)
     return PixelKind(source) if source.family == "ddpm" else LatentKind(source)
 
 

@@ -11,13 +11,20 @@ from typing import Any
 import pytest
 from golden_data import GOLDEN
 
-from mlxdiff.networks.config import AutoencoderKLConfig, CLIPTextConfig, ComponentConfig, read_unet
+from mlxdiff.networks.config import (
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    ComponentConfig,
+    read_unet,
+    read_vae,
+)
 from mlxdiff.networks.params import expected_parameters
 
 CONFIGS: dict[str, Callable[[dict[str, Any]], ComponentConfig]] = {
     "unet": read_unet,
-    "vae": AutoencoderKLConfig.from_dict,
+    "vae": read_vae,
     "text_encoder": CLIPTextConfig.from_dict,
+    "image_encoder": CLIPVisionConfig.from_dict,
 }
 FILES = sorted((GOLDEN / "names").glob("*.json.gz"))
 
@@ -34,12 +41,15 @@ def ours(shape: list[int]) -> tuple[int, ...]:
     if len(shape) == 4:
         outputs, inputs, height, width = shape
         return outputs, height, width, inputs
+    if len(shape) == 5:  # among frames: a linear layer
+        outputs, inputs, frames, _, _ = shape
+        return outputs, frames * inputs
     return tuple(shape)
 
 
 def test_every_kind_of_component_is_covered() -> None:
     kinds = {path.name.split(".")[0] for path in FILES}
-    assert kinds == set(CONFIGS) and len(FILES) == 23
+    assert kinds == set(CONFIGS) and len(FILES) == 31
 
 
 def test_the_order_is_that_of_the_file_format() -> None:

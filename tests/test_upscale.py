@@ -140,7 +140,7 @@ def test_networks_beside_it_are_refused() -> None:
 def test_after_conversion(tmp_path: Path, opened: Opened) -> None:
     convert(checkpoint(NAME), tmp_path / "out", dtype="float32")
     folder = open_folder(tmp_path / "out")
-    assert folder.low_res_scheduler_config["_class_name"] == "DDPMScheduler"
+    assert folder.image_noise_config["_class_name"] == "DDPMScheduler"
     assert describe(tmp_path / "out")["resolution"] == [64, 64]
     got = mlxdiff.load(tmp_path / "out", backend="numpy").generate("a", **RUN).latents
     np.testing.assert_array_equal(got, opened(NAME).generate("a", **RUN).latents)
@@ -205,7 +205,7 @@ def test_a_real_single_file_tells_all_that_a_folder_does(tmp_path: Path) -> None
     path = sparse_file(tmp_path / "x4-upscaler-ema.safetensors", real_names(NAME))
     shutil.copytree(checkpoint(NAME) / "tokenizer", tmp_path / "tokenizer")
     found, folder = open_source(path), open_source(checkpoint(NAME))
-    assert found.low_res_scheduler_config.items() <= folder.low_res_scheduler_config.items()
+    assert found.image_noise_config.items() <= folder.image_noise_config.items()
     assert found.scheduler_config.items() <= folder.scheduler_config.items()
     assert found.model_index["max_noise_level"] == 350
     assert json.loads(found.documents()["low_res_scheduler/scheduler_config.json"])

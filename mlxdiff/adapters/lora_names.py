@@ -205,6 +205,10 @@ def spellings(configs: Mapping[str, Any]) -> dict[str, tuple[Target, ...]]:
 
 Spelled = tuple[str, str, int | None]
 
+_MOTION = re.compile(
+    r"(.+\.motion_modules\.\d+)\.(transformer_blocks\.\d+)\.attn([12])\.(to_[qkv]|to_out)(?:\.0)?"
+)
+
 
 def _unet(component: str, config: Any, weights: Iterable[str]) -> Iterator[Spelled]:
     weights = set(weights)
@@ -218,7 +222,11 @@ def _unet(component: str, config: Any, weights: Iterable[str]) -> Iterator[Spell
             for prefix in ("unet.", ""):  # diffusers' attention processors
                 yield f"{prefix}{match[1]}.processor.{match[2]}_lora", module, None
                 yield f"{prefix}{match[1]}.{match[2]}_lora", module, None
-    for place, module, _ in _places(ldm_unet(config), weights):
+        if match := _MOTION.fullmatch(module):  # AnimateDiff's MotionLoRA
+            block = f"{match[1]}.temporal_transformer.{match[2]}.attention_blocks"
+            yield f"{block}.{int(match[3]) - 1}.processor.{match[4]}_lora", module, None
+    # The original code has no motion modules.
+    for place, module, _ in _places(ldm_unet(replace(config, motion=None)), weights):
         yield f"lora_unet_{place.replace('.', '_')}", module, None  # kohya's SDXL
         yield f"diffusion_model.{place}", module, None  # ComfyUI, OneTrainer
         yield place, module, None  # OneTrainer's "original"

@@ -26,6 +26,9 @@ from mlxdiff.backends.numpy_layers import (
     _product,
     _rows,
     _threads_for,
+    by_head,
+    is_many_short,
+    shares,
 )
 from mlxdiff.machine import threads
 
@@ -305,6 +308,9 @@ def attention(
     q, k, v, out, g = (x.reshape(batch, -1, shape[-1]) for x in (q, k, v, out, g))
     length, keys_length, head_dim = q.shape[1], k.shape[1], shape[-1] // heads
     scale = np.float32(head_dim**-0.5)
+    if mask is None and is_many_short(batch * heads, length, keys_length):
+        found = _attention_of_short(q, k, v, out, g, heads)
+        return found[0].reshape(shape), found[1].reshape(context), found[2].reshape(context)
     dq, dk, dv = (np.empty(x.shape, np.float32) for x in (q, k, v))
     step = min(max(1, _SCORES // keys_length), length)
     slices = [slice(i * head_dim, (i + 1) * head_dim) for i in range(heads)]
@@ -344,3 +350,21 @@ def attention(
     with threads.one_blas_thread:
         threads.for_each(compute, [parts[i::count] for i in range(count)], count)
     return dq.reshape(shape), dk.reshape(context), dv.reshape(context)
+
+
+def _attention_of_short(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, out: np.ndarray, g: np.ndarray, heads: int
+) -> list[np.ndarray]:
+    """Gradients of q, k and v, (B, L, heads * D) each, for many sequences at once."""
+    scale = np.float32((q.shape[-1] // heads) ** -0.5)
+    queries, keys, values, given = (by_head(x, heads) for x in (q, k, v, g))
+    weights = shares(queries, keys)
+    dv = weights.swapaxes(2, 3) @ given
+    scores = given @ values.swapaxes(2, 3)
+    scores -= (given * by_head(out, heads)).sum(axis=-1, keepdims=True)
+    scores *= weights
+    scores *= scale
+    found = scores @ keys, scores.swapaxes(2, 3) @ queries, dv
+    return [
+        one.transpose(0, 2, 1, 3).reshape(x.shape) for one, x in zip(found, (q, k, v), strict=True)
+    ]

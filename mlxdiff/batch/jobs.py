@@ -66,25 +66,28 @@ class Job:
     @property
     def count(self) -> int:
         """Number of pictures."""
-        count: int = self.options.get("count", 1)
+        count: int = self.options.get("variations") or self.options.get("count", 1)
         return count
 
     @property
     def seeds(self) -> list[int]:
-        """Seed of each picture; of several of which the best is kept, that of the first."""
+        """Seed of each picture; of several that make one, that of the first."""
         first: int = self.options["seed"]
         step = 0 if self.options.get("vary") is not None else self._rivals
         return [first + step * i for i in range(self.count)]
 
     @property
     def _rivals(self) -> int:
-        """Pictures that are drawn for each one that is kept."""
-        rivals: int = self.options.get("best_of") or 1
-        return rivals
+        """Pictures that are drawn for each one of the result."""
+        best: int = self.options.get("best_of") or 1
+        joined: int = self.options.get("ensemble") or 1
+        return best * joined
 
     def alone(self, picture: int) -> Job:
         """Return the job of one of its pictures."""
         options = {**self.options, "seed": self.seeds[picture], "count": 1}
+        if options.get("variations") is not None:
+            options["variations"] = 1
         if options.get("vary") is not None:  # the seed of the variation counts on
             seed, strength = SeedAndShare().accept(options["vary"])
             options["vary"] = seed + picture * self._rivals, strength

@@ -103,13 +103,16 @@ def _of_words(line: str) -> dict[str, Any]:
 def with_folders(lines: list[Line], options: Mapping[str, Any]) -> list[Line]:
     """Put a line for each picture in place of one whose ``image`` is a folder.
 
+    Beside a motion adapter a folder is one video.
+
     Args:
         options: of all lines.
     """
     found = []
     for line in lines:
         image = line.options.get("image", options.get("image"))
-        if not isinstance(image, str) or not Path(image).expanduser().is_dir():
+        motion = line.options.get("motion_adapter", options.get("motion_adapter"))
+        if motion is not None or not isinstance(image, str) or not _is_folder(image):
             found.append(line)
             continue
         try:
@@ -121,6 +124,10 @@ def with_folders(lines: list[Line], options: Mapping[str, Any]) -> list[Line]:
                 raise
             found.append(Line(line.options, line.place, error))
     return found
+
+
+def _is_folder(path: str) -> bool:
+    return Path(path).expanduser().is_dir()
 
 
 def pictures_in(folder: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from mlxdiff.batch.jobs import Axis, Job, check_axes, expand, read_axis, share, 
 from mlxdiff.batch.lines import Line, read_lines, with_folders
 from mlxdiff.batch.presets import config_folder, read_preset
 from mlxdiff.batch.wildcards import Wildcards
+from mlxdiff.cli import turntable
 from mlxdiff.cli.options import given_to
 from mlxdiff.cli.output import NotSaved, Output
 from mlxdiff.errors import MlxdiffError, UsageError
@@ -53,6 +54,8 @@ def jobs_of(
     Raises: UsageError.
     """
     axes = [read_axis(text) for text in command.vary_option]
+    if command.turntable is not None:
+        axes.append(turntable.axis(command.turntable, options))
     check_axes(axes)
     preset = {} if command.preset is None else read_preset(command.preset)
     words = None
@@ -64,6 +67,8 @@ def jobs_of(
         raise UsageError("--wildcard-folder needs --wildcards")
     lines = with_folders(lines, {**preset, **options})
     jobs = expand(options, seed, lines, axes, preset, words)
+    if command.turntable is not None:
+        turntable.check(command.turntable, jobs)
     if command.resume:
         seeded = any("seed" in one for one in (preset, options, *({axis.name} for axis in axes)))
         if not seeded and any("seed" not in line.options for line in lines if line.fault is None):
@@ -111,7 +116,7 @@ def draw(
         except NotSaved:
             raise
         except MlxdiffError as error:
-            if len(jobs) == 1:
+            if len(jobs) == 1 or output.options.turntable is not None:
                 raise
             output.note_failure(job, error)
         start = time.perf_counter()

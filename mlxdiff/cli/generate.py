@@ -42,19 +42,24 @@ def generate(text: str | None, quiet: bool, **given: Any) -> None:
     if len(names := [name for name, value in places.items() if value is not None]) > 1:
         raise UsageError(f"{' and '.join(names)} are both given; give one")
     has_clip_skip = asked.get("clip_skip") is not None
-    asked = replayed(asked, command.from_image, command.trust_image)
     prompt = next((places[one] for one in ("PROMPT", "--prompt") if places[one] is not None), None)
+    if names:
+        asked["prompt"] = prompt or ""  # whatever the picture says
+    asked = replayed(asked, command.from_image, command.trust_image)
     recorded = asked.pop("prompt", None)
     asked = {name: value for name, value in asked.items() if value not in (None, (), [])}
 
     from mlxdiff.backends.processes import started_together
-    from mlxdiff.cli import batch
+    from mlxdiff.cli import batch, turntable
     from mlxdiff.cli.output import Output
     from mlxdiff.run.settings import pick_seeds
 
     processes = started_together()
     lines = batch.lines_of(recorded if prompt is None else prompt, command.prompt_file)
     seed = processes.agree(pick_seeds(None, 1)[0])
+    turn = None
+    if command.turntable is not None:
+        command, turn = turntable.places(command, asked.get("seed", seed))
     jobs, axes = batch.jobs_of(command, asked, lines, seed)
     numbers_names = not command.resume and processes.count == 1
     output = Output(command, quiet, jobs, numbers_names)
@@ -70,10 +75,12 @@ def generate(text: str | None, quiet: bool, **given: Any) -> None:
 
         batch.draw(jobs, output, processes, report, adapted, start)
         saved, skipped, failed = processes.add([output.saved, output.skipped, output.failed])
+        if processes.count > 1:  # the others have written theirs
+            output.files = {i: one for i, one in enumerate(output.names.paths) if one.exists()}
         if command.grid is not None and processes.rank == 0:
-            if processes.count > 1:  # the others have written theirs
-                output.files = {i: one for i, one in enumerate(output.names.paths) if one.exists()}
             output.draw_grid(axes)
+        if turn is not None and processes.rank == 0:
+            turntable.write(turn, output.files, command.force or command.resume)
         output.reporter.event("end", saved=saved, skipped=skipped, failed=failed)
     if skipped and not quiet:
         tell(f"{skipped} of {len(output.names.paths)} pictures were there already")

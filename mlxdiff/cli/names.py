@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 from mlxdiff.batch.jobs import Job
 from mlxdiff.errors import UsageError
 from mlxdiff.machine.temporary import FILES, remove_leftovers
+from mlxdiff.pictures.formats import ENDINGS
 from mlxdiff.pictures.names import Template, numbered
+from mlxdiff.pictures.videos import ANIMATED
 from mlxdiff.run.options import CommandOptions
 
 if TYPE_CHECKING:
@@ -43,10 +45,15 @@ class Names:
         self.is_numbered = numbers and options.output is None and not options.force
         # Pictures of one prompt differ by their seed, whether they are one job or several.
         seeds = [seed for job in jobs for seed in job.seeds]
-        self._is_one = len({(job.line, job.labels) for job in jobs}) == 1
-        self._is_one = self._is_one and len(set(seeds)) == len(seeds)
-        default = "mlxdiff-{seed}.png" if self._is_one else "mlxdiff-{seed}-{index}.png"
-        self.template = Template(options.output or default, "--output")
+        same_prompt = len({(job.line, job.labels) for job in jobs}) == 1
+        self._is_one = same_prompt and len(set(seeds)) == len(seeds)
+        default = "mlxdiff-{seed}" if self._is_one else "mlxdiff-{seed}-{index}"
+        drawn = [job.options.get("motion_adapter") is not None for job in jobs]
+        # A model may let a picture move. What it does is known when it is open (`cli.output`).
+        moving = any(drawn) or any(job.options.get("image") is not None for job in jobs)
+        endings = (*ENDINGS, *(one for one in ANIMATED if moving and one not in ENDINGS))
+        default += ".gif" if all(drawn) else ".png"
+        self.template = Template(options.output or default, "--output", endings=endings)
         self.values: list[Values] = []
         self.paths: list[Path] = []
         self._fill("model", 0)
@@ -82,9 +89,27 @@ class Names:
                 self.values[index], self.paths[index] = values, self.template.fill(**values)
                 self._prepare([index])
 
+    def files(self, index: int, frames: int | None) -> list[Path]:
+        """The files of a picture, or of a video of so many frames: one, or one for each frame."""
+        if frames is None or "frame" not in self.template.fields:
+            return [self.paths[index]]
+        values = self.values[index]
+        return [self.template.fill(**{**values, "frame": frame}) for frame in range(frames)]
+
+    def check_video(self, index: int, frames: int) -> None:
+        """See that the files of a video can be written. Raises: UsageError."""
+        from mlxdiff.pictures.image import check_writable
+        from mlxdiff.pictures.videos import require_writer
+
+        files = self.files(index, frames)
+        if "frame" not in self.template.fields:
+            require_writer(self.paths[index])
+        for path in files[1:]:
+            check_writable(path, self.options.force or self.options.resume, tuple(ENDINGS))
+
     def _prepare(self, indices: Sequence[int]) -> None:
         """Make folders, and see that files can be written. Raises: UsageError."""
-        from mlxdiff.pictures.formats import ENDINGS, ending, require_writer
+        from mlxdiff.pictures.formats import ending, require_writer
         from mlxdiff.pictures.image import check_writable, require_right_to_write
 
         for folder in dict.fromkeys(self.paths[index].parent for index in indices):
@@ -96,7 +121,7 @@ class Names:
             require_writer(ending(self.paths[i]))
             if self.is_numbered:
                 self.paths[i] = next(one for one in numbered(self.paths[i]) if not exists(one))
-            check_writable(self.paths[i], overwrite=replaces, endings=tuple(ENDINGS))
+            check_writable(self.paths[i], overwrite=replaces, endings=self.template.endings)
 
 
 def _values(job: Job, picture: int, model: str, steps: int) -> Values:

@@ -26,7 +26,7 @@ from mlxdiff.cli.progress import Bar, Events, Reporter
 from mlxdiff.cli.streams import tell
 from mlxdiff.errors import MlxdiffError, UsageError
 from mlxdiff.machine.stopping import uninterrupted
-from mlxdiff.pictures.formats import encode, ending
+from mlxdiff.pictures.formats import ENDINGS, ending
 from mlxdiff.pictures.names import numbered
 from mlxdiff.run.options import CommandOptions
 
@@ -64,8 +64,8 @@ class Output:
         self.lost_report: OSError | None = None  # why standard output takes no more
         self.preview: Preview | None = None
         self.reporter = self._reporter(quiet)
-        if options.quality is not None and ending(self.names.template.text) == ".png":
-            logger.warning("quality has no effect: PNG keeps every pixel")
+        if options.quality is not None and ending(self.names.template.text) in (".png", ".gif"):
+            logger.warning("quality has no effect: PNG keeps every pixel, GIF 256 colors of them")
         if options.preview or options.preview_file is not None:
             every = 1 if options.preview_every is None else options.preview_every
             self.preview = Preview(options.preview_file, every, options.force)
@@ -78,7 +78,7 @@ class Output:
             raise UsageError("--progress json writes JSON to standard output; give --json, too")
         if form == "json":
             return Events(self.say)
-        return Reporter() if quiet or form == "none" else Bar()
+        return Reporter() if quiet or form == "none" else Bar(len(self.names.paths))
 
     def __enter__(self) -> Output:
         self.reporter.event("begin", pictures=len(self.names.paths))
@@ -108,14 +108,28 @@ class Output:
         Raises: NotSaved the first time, later UsageError.
         """
         if self.names.is_checked:
-            self.names.check(run, job)
+            self._check(run, job)
             return
         try:
-            self.names.check(run, job)
+            self._check(run, job)
             if self.preview is not None:
                 self.preview.check(self.names.paths, self.names.values)
         except UsageError as error:
             raise NotSaved(str(error)) from None
+
+    def _check(self, run: Run, job: Job) -> None:
+        self.names.check(run, job)
+        frames = run.settings.frames
+        if frames is None and ending(self.names.paths[job.first]) not in ENDINGS:
+            raise UsageError(
+                f"{self.names.paths[job.first]}: this job draws a picture; choose a name that ends "
+                f"in {', '.join(ENDINGS)}"
+            )
+        if frames is not None:
+            if self.options.grid is not None:
+                raise UsageError("--grid: a sheet shows pictures, and this draws a video")
+            for index in range(job.first, job.first + job.count):
+                self.names.check_video(index, frames)
 
     def is_there(self, run: Run, job: Job) -> bool:
         """Return True if the picture of a job is there already, and report it.
@@ -148,7 +162,7 @@ class Output:
         def on_step(step: Step) -> None:
             if self.preview is not None:
                 self._show(pipe, step, before + step.picture)
-            self.reporter.advance(step)
+            self.reporter.advance(step, before + step.picture)
 
         try:
             for picture in run.pictures(on_step):
@@ -220,7 +234,15 @@ class Output:
         index = job.first + picture.index
         path = self.names.paths[index]
         text = None if self.options.no_metadata else _described(picture.metadata, job)
-        data = encode(picture.image, ending(path), text, self.options.quality)
+        files = self.names.files(index, len(picture.frames) or None)
+        encoded = picture.encoded(files, text, self.options.quality)
+        if len(files) > 1:
+            for file, data in zip(files, encoded, strict=True):
+                self._write_frame(file, data)
+            self.saved += 1
+            self.files[index] = path
+            return path
+        (data,) = encoded
         for one in numbered(path) if self.names.is_numbered else (path,):
             try:
                 write_bytes(data, one, overwrite=self.options.force)
@@ -234,6 +256,17 @@ class Output:
             self.files[index] = one
             return one
         raise AssertionError("there is always another number")
+
+    def _write_frame(self, path: Path, data: bytes) -> None:
+        """Write a frame of a video. Raises: NotSaved."""
+        from mlxdiff.pictures.image import write_bytes
+
+        try:
+            write_bytes(data, path, overwrite=self.options.force)
+        except UsageError as error:
+            place = self._rescued(data, path)
+            where = "it is lost" if place is None else f"the frame is in {place}"
+            raise NotSaved(f"{error}; {where}") from error
 
     def _rescued(self, data: bytes, path: Path) -> Path | None:
         """Write a picture into the temporary folder. Return its file, or None if that fails too."""

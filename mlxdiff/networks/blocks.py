@@ -1,4 +1,4 @@
-"""The blocks that the U-Net and the VAE share.
+"""The blocks that the networks share.
 
 A sum is taken in place where its first term is a new array, so that NumPy makes one array less.
 Inputs are never written to.
@@ -77,6 +77,9 @@ class ResnetBlock2D(Module):
         shift = None
         if temb is not None:
             (shift,) = temb.made_by(self, self._shift)
+            if (frames := temb.frames.count) > 1:
+                repeated = self.nn.concatenate([shift[:, None]] * frames, axis=1)
+                shift = repeated.reshape(-1, *shift.shape[1:])
         if self.scale_shift and shift is not None:
             scale, shift = self.nn.split(shift, 2, axis=-1)
             h = self.norm2(self.conv1(h))
@@ -222,3 +225,26 @@ class Attention(Module):
         for text in texts:
             self.nn.evaluate(text.made_by(self, self._kept_keys_values))
         del self.to_k, self.to_v
+
+
+class GEGLU(Module):
+    """One half of a linear map, gated by the gelu of the other (Shazeer 2020)."""
+
+    def __init__(self, nn: Layers, dim_in: int, dim_out: int) -> None:
+        super().__init__(nn)
+        self.proj = nn.Linear(dim_in, 2 * dim_out)
+
+    def __call__(self, x: Array) -> Array:
+        return self.nn.geglu(self.proj(x))
+
+
+class FeedForward(Module):
+    """GEGLU to four times the width and back."""
+
+    def __init__(self, nn: Layers, dim: int) -> None:
+        super().__init__(nn)
+        # The second entry is dropout's place in the parameter names: net.0.proj, net.2.
+        self.net = [GEGLU(nn, dim, 4 * dim), nn.Module(), nn.Linear(4 * dim, dim)]
+
+    def __call__(self, x: Array) -> Array:
+        return self.net[2](self.net[0](x))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, overload
 
 from mlxdiff.errors import ConfigError
@@ -300,6 +300,49 @@ class CLIPVisionConfig:
         return config
 
 
+@dataclass(frozen=True)
+class ImageNormalizerConfig:
+    """Mean and deviation of CLIP's embeddings, as diffusers' StableUnCLIPImageNormalizer."""
+
+    embedding_dim: int = 768
+
+    @classmethod
+    def from_dict(
+        cls, data: Mapping[str, Any], where: str = "image_normalizer/config.json"
+    ) -> ImageNormalizerConfig:
+        """Read a config.json. Raises: ConfigError."""
+        reader = _Reader(data, where, ("StableUnCLIPImageNormalizer",))
+        config = cls(embedding_dim=reader.integer("embedding_dim", 768))
+        reader.finish({})
+        return config
+
+
+POSE = 4
+"""Numbers of a camera that Zero-1-to-3 reads beside CLIP's embedding."""
+
+
+@dataclass(frozen=True)
+class CCProjectionConfig:
+    """What makes one token of CLIP's embedding and a camera, as CCProjection of diffusers' pipeline
+    for Zero-1-to-3."""
+
+    in_channel: int = 772
+    out_channel: int = 768
+
+    @classmethod
+    def from_dict(
+        cls, data: Mapping[str, Any], where: str = "cc_projection/config.json"
+    ) -> CCProjectionConfig:
+        """Read a config.json. Raises: ConfigError."""
+        reader = _Reader(data, where, ("CCProjection",))
+        config = cls(
+            in_channel=reader.integer("in_channel", 772, least=POSE + 1),
+            out_channel=reader.integer("out_channel", 768),
+        )
+        reader.finish({})
+        return config
+
+
 # -------------------------------------------------------------------------------------------- U-Net
 
 UNET_NO_EFFECT: dict[str, str] = {
@@ -330,6 +373,7 @@ class BlockSpec:
         cross_attention_dim: width of encoder_hidden_states.
         only_cross_attention: attn1 attends to the text as well.
         resample: whether a down- or upsampler follows.
+        motion: the motion modules after its layers; None: it has none.
     """
 
     type: str
@@ -342,6 +386,7 @@ class BlockSpec:
     cross_attention_dim: int = 0
     only_cross_attention: bool = False
     resample: bool = False
+    motion: MotionSpec | None = None
 
 
 def _up_path(
@@ -369,7 +414,8 @@ class UNet2DConditionConfig:
     ``num_attention_heads``. ``transformer_layers_per_block`` has for each block one entry for each
     resnet; the up path's are in ``up_transformer_layers_per_block``, in the order of the up blocks.
 
-    ``num_class_embeds`` counts the classes that it can be told: an upscaler's levels of noise.
+    ``num_class_embeds`` counts the classes that it can be told: an upscaler's levels of noise. If
+    ``class_embed_type`` is "projection", a class is a vector: CLIP's embedding of a picture.
 
     Source: Rombach et al. 2022 (SD 1.x, 2.x); Podell et al. 2023 (SDXL).
     """
@@ -398,9 +444,11 @@ class UNet2DConditionConfig:
     addition_time_embed_dim: int | None
     projection_class_embeddings_input_dim: int | None
     time_cond_proj_dim: int | None
+    class_embed_type: str | None
     num_class_embeds: int | None
     conv_in_kernel: int
     conv_out_kernel: int
+    motion: MotionAdapterConfig | None = field(default=None, kw_only=True)  # in no file: added
     # What UNet2DConfig has beside these, at what it means here.
     resnet_time_scale_shift: ClassVar[str] = "default"
 
@@ -426,6 +474,7 @@ class UNet2DConditionConfig:
                     cross_attention_dim=self.cross_attention_dim[i],
                     only_cross_attention=self.only_cross_attention[i],
                     resample=i < len(self.down_block_types) - 1,
+                    motion=None if self.motion is None else self.motion.down(i),
                 )
             )
             channels = self.block_out_channels[i]
@@ -445,6 +494,7 @@ class UNet2DConditionConfig:
             transformer_layers=self.transformer_layers_per_block[-1][:1] if attends else (),
             num_attention_heads=self.num_attention_heads[-1],
             cross_attention_dim=self.cross_attention_dim[-1],
+            motion=None if self.motion is None else self.motion.mid(),
         )
 
     @property
@@ -474,6 +524,7 @@ class UNet2DConditionConfig:
                     cross_attention_dim=self.cross_attention_dim[level],
                     only_cross_attention=self.only_cross_attention[level],
                     resample=level > 0,
+                    motion=None if self.motion is None else self.motion.up(level),
                 )
             )
         return tuple(specs)
@@ -498,7 +549,7 @@ class UNet2DConditionConfig:
         only("class_embeddings_concat", False, False)
         only("mid_block_only_cross_attention", None, None, False)
         for key in (
-            "encoder_hid_dim encoder_hid_dim_type class_embed_type time_embedding_dim "
+            "encoder_hid_dim encoder_hid_dim_type time_embedding_dim "
             "time_embedding_act_fn timestep_post_act cross_attention_norm"
         ).split():
             only(key, None, None)
@@ -550,6 +601,16 @@ class UNet2DConditionConfig:
                 embed_type,
                 "addition_time_embed_dim and projection_class_embeddings_input_dim beside it",
             )
+        class_type = only("class_embed_type", None, None, "projection")
+        classes = reader.integer("num_class_embeds", None)
+        others = embed_type is not None or classes is not None
+        if class_type is not None and (others or embed_in is None):
+            raise reader.fail(
+                "class_embed_type",
+                class_type,
+                "projection_class_embeddings_input_dim beside it, and neither num_class_embeds nor "
+                "addition_embed_type",
+            )
         kernels = [reader.integer(key, 3) for key in ("conv_in_kernel", "conv_out_kernel")]
         if any(k % 2 == 0 for k in kernels):
             raise reader.fail("conv_in_kernel, conv_out_kernel", kernels, "odd numbers")
@@ -578,11 +639,123 @@ class UNet2DConditionConfig:
             addition_time_embed_dim=embed_dim,
             projection_class_embeddings_input_dim=embed_in,
             time_cond_proj_dim=reader.integer("time_cond_proj_dim", None),
-            num_class_embeds=reader.integer("num_class_embeds", None),
+            class_embed_type=class_type,
+            num_class_embeds=classes,
             conv_in_kernel=kernels[0],
             conv_out_kernel=kernels[1],
         )
         reader.finish(UNET_NO_EFFECT)
+        return config
+
+
+# ------------------------------------------------------------------------------------------ motion
+
+
+@dataclass(frozen=True)
+class MotionSpec:
+    """The motion modules of a block.
+
+    Attributes:
+        layers: transformer blocks of each module.
+        num_attention_heads: heads of each attention.
+        norm_num_groups: of each module's norm.
+    """
+
+    layers: tuple[int, ...]
+    num_attention_heads: int
+    norm_num_groups: int
+
+
+@dataclass(frozen=True)
+class MotionAdapterConfig:
+    """Motion modules for a U-Net, as diffusers' MotionAdapter.
+
+    Values that a file may give once for all blocks are tuples with one entry for each block, from
+    the input down. The way up has the same of each, and one module more.
+
+    Attributes:
+        block_out_channels: channels of each block.
+        motion_layers_per_block: motion modules of each block of the way down.
+        motion_transformer_layers_per_block: transformer blocks of each of them.
+        motion_transformer_layers_per_mid_block: of the one in the middle.
+        motion_num_attention_heads: heads of each attention.
+        motion_norm_num_groups: of the norms.
+        motion_max_seq_length: the most frames that it was made for.
+        use_motion_mid_block: there is one in the middle.
+
+    Source: Guo et al. 2023 (arXiv 2307.04725).
+    """
+
+    block_out_channels: tuple[int, ...]
+    motion_layers_per_block: tuple[int, ...]
+    motion_transformer_layers_per_block: tuple[int, ...]
+    motion_transformer_layers_per_mid_block: int
+    motion_num_attention_heads: tuple[int, ...]
+    motion_norm_num_groups: int
+    motion_max_seq_length: int
+    use_motion_mid_block: bool
+
+    def down(self, level: int) -> MotionSpec:
+        """The motion modules of a block of the way down."""
+        return self._spec(level, self.motion_layers_per_block[level])
+
+    def up(self, level: int) -> MotionSpec:
+        """The motion modules of the block of the way up at this level."""
+        return self._spec(level, self.motion_layers_per_block[level] + 1)
+
+    def mid(self) -> MotionSpec | None:
+        """The motion modules in the middle; None: there are none."""
+        if not self.use_motion_mid_block:
+            return None
+        layers = (self.motion_transformer_layers_per_mid_block,)
+        return MotionSpec(layers, self.motion_num_attention_heads[-1], self.motion_norm_num_groups)
+
+    def _spec(self, level: int, modules: int) -> MotionSpec:
+        return MotionSpec(
+            (self.motion_transformer_layers_per_block[level],) * modules,
+            self.motion_num_attention_heads[level],
+            self.motion_norm_num_groups,
+        )
+
+    @classmethod
+    def from_dict(
+        cls, data: Mapping[str, Any], where: str = "motion_adapter/config.json"
+    ) -> MotionAdapterConfig:
+        """Read a config.json. Raises: ConfigError."""
+        reader = _Reader(data, where, ("MotionAdapter",))
+        # A U-Net has one layer with attention in the middle.
+        reader.only("motion_mid_block_layers_per_block", 1, 1)
+        # PIA's U-Net sees a picture beside the latents, through a first convolution of its own.
+        reader.only("conv_in_channels", None, None)
+        channels = reader.integers("block_out_channels", (320, 640, 1280, 1280))
+        n = len(channels)
+        config = cls(
+            block_out_channels=channels,
+            motion_layers_per_block=reader.per_block(
+                "motion_layers_per_block", 2, n, most=MOST_LAYERS
+            ),
+            motion_transformer_layers_per_block=reader.per_block(
+                "motion_transformer_layers_per_block", 1, n, most=MOST_LAYERS
+            ),
+            motion_transformer_layers_per_mid_block=reader.integer(
+                "motion_transformer_layers_per_mid_block", 1, most=MOST_LAYERS
+            ),
+            motion_num_attention_heads=reader.per_block("motion_num_attention_heads", 8, n),
+            motion_norm_num_groups=reader.integer("motion_norm_num_groups", 32),
+            motion_max_seq_length=reader.integer("motion_max_seq_length", 32, most=1 << 12),
+            use_motion_mid_block=reader.flag("use_motion_mid_block", True),
+        )
+        groups = config.motion_norm_num_groups
+        for width, heads in zip(channels, config.motion_num_attention_heads, strict=True):
+            if width % heads or width % 2:
+                raise reader.fail(
+                    "motion_num_attention_heads", heads, "divisors of block_out_channels"
+                )
+            if width % groups:
+                raise reader.fail(
+                    "motion_norm_num_groups", groups, "a divisor of all block_out_channels"
+                )
+        reader.finish({})
         return config
 
 
@@ -672,6 +845,7 @@ class ControlNetConfig(UNet2DConditionConfig):
             "global_pool_conditions": reader.flag("global_pool_conditions", False),
         }
         reader.only("num_class_embeds", None, None)
+        reader.only("class_embed_type", None, None)
         down = reader.left.get("down_block_types")
         if isinstance(down, (list, tuple)):
             mirrored = [str(kind).replace("Down", "Up") for kind in reversed(down)]
@@ -1252,14 +1426,92 @@ class CompactConfig:
         )
 
 
+# --------------------------------------------------------------------------- Stable Video Diffusion
+
+
+@dataclass(frozen=True)
+class UNetSpatioTemporalConfig(UNet2DConditionConfig):
+    """The U-Net of Stable Video Diffusion, as diffusers' UNetSpatioTemporalConditionModel.
+
+    Its blocks are those of a picture's U-Net, each with a layer among frames; ``Block2D`` in the
+    names of types stands for ``BlockSpatioTemporal``.
+
+    Attributes:
+        num_frames: of the videos that it was trained on.
+
+    Source: Blattmann et al. 2023 (arXiv 2311.15127).
+    """
+
+    num_frames: int = field(kw_only=True)
+
+    @classmethod
+    def from_dict(
+        cls, data: Mapping[str, Any], where: str = "unet/config.json"
+    ) -> UNetSpatioTemporalConfig:
+        """Read a config.json. Raises: ConfigError."""
+        reader = _Reader(data, where, ("UNetSpatioTemporalConditionModel",))
+        own: dict[str, Any] = {"norm_num_groups": 32, "use_linear_projection": True}
+        for way, types in (("down", _DOWN_TYPES), ("up", _UP_TYPES)):
+            names = tuple(name.replace("2D", "SpatioTemporal") for name in types)
+            default = (names[1],) * 3 + names[:1]
+            found = reader.choices(
+                f"{way}_block_types", default[:: 1 if way == "down" else -1], names
+            )
+            own[f"{way}_block_types"] = [name.replace("SpatioTemporal", "2D") for name in found]
+        for key, value in (
+            ("in_channels", 8),
+            ("num_attention_heads", [5, 10, 20, 20]),
+            ("cross_attention_dim", 1024),
+            ("addition_time_embed_dim", 256),
+            ("projection_class_embeddings_input_dim", 768),
+        ):
+            own[key] = reader.take(key, value)
+        numbers, width = (
+            own["addition_time_embed_dim"],
+            own["projection_class_embeddings_input_dim"],
+        )
+        if not _is_int(numbers) or width != 3 * numbers:
+            raise reader.fail(
+                "projection_class_embeddings_input_dim", width, "3 times addition_time_embed_dim"
+            )
+        frames = reader.integer("num_frames", 25, most=1024)
+        unet = UNet2DConditionConfig.from_dict(reader.left | own, where)
+        return cls(**vars(unet), num_frames=frames)
+
+
+@dataclass(frozen=True)
+class AutoencoderKLTemporalDecoderConfig(AutoencoderKLConfig):
+    """The autoencoder of Stable Video Diffusion, as diffusers' AutoencoderKLTemporalDecoder.
+
+    Source: Blattmann et al. 2023 (arXiv 2311.15127).
+    """
+
+    @classmethod
+    def from_dict(
+        cls, data: Mapping[str, Any], where: str = "vae/config.json"
+    ) -> AutoencoderKLTemporalDecoderConfig:
+        """Read a config.json. Raises: ConfigError."""
+        reader = _Reader(data, where, ("AutoencoderKLTemporalDecoder",))
+        widths = reader.left.get("block_out_channels", (64,))
+        count = len(widths) if isinstance(widths, (list, tuple)) else 1
+        own = {"up_block_types": ["UpDecoderBlock2D"] * count, "use_post_quant_conv": False}
+        own |= {"force_upcast": reader.flag("force_upcast", True)}
+        for key in own.keys() & reader.left.keys():
+            raise reader.fail(key, reader.left[key], "no such key in this class")
+        return cls(**vars(AutoencoderKLConfig.from_dict(reader.left | own, where)))
+
+
 VAEConfig = AutoencoderKLConfig | AutoencoderTinyConfig
 UNetConfig = UNet2DConditionConfig | UNet2DConfig
 UpscalerConfig = RRDBNetConfig | CompactConfig
 ComponentConfig = (
     CLIPTextConfig
     | CLIPVisionConfig
+    | ImageNormalizerConfig
+    | CCProjectionConfig
     | UNetConfig
     | ControlNetConfig
+    | MotionAdapterConfig
     | T2IAdapterConfig
     | LLLiteConfig
     | IPAdapterConfig
@@ -1270,11 +1522,21 @@ ComponentConfig = (
 
 def read_unet(data: Mapping[str, Any], where: str = "unet/config.json") -> UNetConfig:
     """The config of a U-Net, of the class that it names. Raises: ConfigError."""
-    kind = UNet2DConfig if data.get("_class_name") == "UNet2DModel" else UNet2DConditionConfig
-    return kind.from_dict(data, where)
+    kinds = {
+        "UNet2DModel": UNet2DConfig,
+        "UNetSpatioTemporalConditionModel": UNetSpatioTemporalConfig,
+    }
+    kind: Any = kinds.get(str(data.get("_class_name")), UNet2DConditionConfig)
+    found: UNetConfig = kind.from_dict(data, where)
+    return found
 
 
 def read_vae(data: Mapping[str, Any], where: str = "vae/config.json") -> VAEConfig:
     """The config of a VAE, of the class that it names. Raises: ConfigError."""
-    tiny = data.get("_class_name") == "AutoencoderTiny"
-    return (AutoencoderTinyConfig if tiny else AutoencoderKLConfig).from_dict(data, where)
+    kinds = {
+        "AutoencoderTiny": AutoencoderTinyConfig,
+        "AutoencoderKLTemporalDecoder": AutoencoderKLTemporalDecoderConfig,
+    }
+    kind: Any = kinds.get(str(data.get("_class_name")), AutoencoderKLConfig)
+    found: VAEConfig = kind.from_dict(data, where)
+    return found

@@ -12,11 +12,13 @@ from __future__ import annotations
 from functools import lru_cache
 
 from mlxdiff.networks import recorder
+from mlxdiff.networks.condition import Frames
 from mlxdiff.networks.config import ComponentConfig
 from mlxdiff.networks.layers import Sizes
 from mlxdiff.networks.recorder import Operation, Tape
 from mlxdiff.networks.registry import build
 
+WHOLE = Frames()
 TOKENS = 77  # of a prompt, as CLIP takes it
 
 
@@ -29,6 +31,7 @@ def operations(
     batch: int = 1,
     tokens: int = TOKENS,
     encode: bool = False,
+    frames: Frames = WHOLE,
 ) -> tuple[Operation, ...]:
     """The work of one evaluation of a network, in the order in which it is done.
 
@@ -39,10 +42,15 @@ def operations(
         batch: how many at once: 2 for a U-Net under guidance.
         tokens: length of a text.
         encode: a VAE's encoder, in place of its decoder.
+        frames: of a video, for a U-Net with motion modules; in parts its samples are evaluated
+            one by one.
     """
+    if frames.in_parts:
+        batch = 1
     network = build(recorder, config)
     with Tape() as tape:
-        network.run_once(Sizes(recorder.parameter, height, width, batch, tokens, encode))
+        sizes = Sizes(recorder.parameter, height, width, batch, tokens, encode, frames)
+        network.run_once(sizes)
     return tuple(tape.operations)
 
 

@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from mlxdiff.networks.condition import Frames
+
 Array: TypeAlias = Any
 """An array of the backend, np.ndarray or mx.array: they share indexing, reshape and operators."""
 
@@ -209,6 +211,7 @@ class Sizes:
         batch: how many at once: 2 for a U-Net under guidance.
         tokens: length of a text.
         encode: a VAE's encoder, in place of its decoder.
+        frames: of each video, for a U-Net with motion modules. In parts: the batch is 1.
     """
 
     array: Callable[..., Array]
@@ -217,6 +220,7 @@ class Sizes:
     batch: int
     tokens: int
     encode: bool
+    frames: Frames = Frames()  # noqa: RUF009 - it never changes
 
 
 class Module:

@@ -380,9 +380,9 @@ def timestep_embedding(
     return _new(len(timesteps), embedding_dim)
 
 
-def asarray(x: Recorded, dtype: Any) -> Recorded:
-    """The array itself."""
-    return x
+def asarray(x: Any, dtype: Any) -> Recorded:
+    """The array itself; of a list of numbers, an array that is given."""
+    return x if isinstance(x, Recorded) else parameter(len(x))
 
 
 def cast(x: Recorded, dtype: Any) -> Recorded:

@@ -8,7 +8,7 @@ Source: diffusers models/unets/unet_2d_condition.py and unet_2d_blocks.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,38 +16,17 @@ from mlxdiff.errors import UsageError
 from mlxdiff.networks.blocks import (
     Attention,
     Downsample2D,
+    FeedForward,
     ResnetBlock2D,
     TimestepEmbedding,
     Upsample2D,
 )
-from mlxdiff.networks.condition import Condition
+from mlxdiff.networks.condition import Condition, Frames
 from mlxdiff.networks.config import BlockSpec, UNet2DConditionConfig, UNetConfig
 from mlxdiff.networks.layers import Array, Layers, Module, Sizes
+from mlxdiff.networks.motion import MotionModule
 
 ALL, ALL_BUT_LAST, LAST = slice(None), slice(-1), slice(-1, None)  # layers of a block
-
-
-class GEGLU(Module):
-    """One half of a linear map, gated by the gelu of the other (Shazeer 2020)."""
-
-    def __init__(self, nn: Layers, dim_in: int, dim_out: int) -> None:
-        super().__init__(nn)
-        self.proj = nn.Linear(dim_in, 2 * dim_out)
-
-    def __call__(self, x: Array) -> Array:
-        return self.nn.geglu(self.proj(x))
-
-
-class FeedForward(Module):
-    """GEGLU to four times the width and back."""
-
-    def __init__(self, nn: Layers, dim: int) -> None:
-        super().__init__(nn)
-        # The second entry is dropout's place in the parameter names: net.0.proj, net.2.
-        self.net = [GEGLU(nn, dim, 4 * dim), nn.Module(), nn.Linear(4 * dim, dim)]
-
-    def __call__(self, x: Array) -> Array:
-        return self.net[2](self.net[0](x))
 
 
 class BasicTransformerBlock(Module):
@@ -77,10 +56,12 @@ class BasicTransformerBlock(Module):
 
     def __call__(self, x: Array, encoder_hidden_states: Condition, shape: tuple[int, ...]) -> Array:
         context = encoder_hidden_states if self.only_cross_attention else None
-        batch, text = shape[0], encoder_hidden_states
+        text = encoder_hidden_states
+        batch = shape[0] // text.frames.count  # the frames of a video share their text
         change = text.change(self)
         if change is None:
-            x = x + self.attn1(self.norm1(x), context, batch, text)
+            own = shape[0] if context is None else batch
+            x = x + self.attn1(self.norm1(x), context, own, text)
         elif change.skips:
             return x
         else:
@@ -136,6 +117,7 @@ class DownBlock2D(Module):
     def __init__(self, nn: Layers, block: BlockSpec, config: UNetConfig) -> None:
         super().__init__(nn)
         self.resnets = _resnets(nn, block, config)
+        self.motion_modules = _motion_modules(nn, block)
         self.downsamplers = _downsamplers(nn, block, config)
 
     def __call__(
@@ -146,8 +128,9 @@ class DownBlock2D(Module):
         skips: list[Array],
         feature: Array | None = None,
     ) -> Array:
-        for resnet in self.resnets:
-            x = resnet(x, temb)
+        for i, resnet in enumerate(self.resnets):
+            x = _in_parts(self.nn, resnet, [x], temb)
+            x = _moved(self, i, x, encoder_hidden_states)
             skips.append(x)
         for downsampler in self.downsamplers:
             x = downsampler(x)
@@ -168,6 +151,7 @@ class CrossAttnDownBlock2D(Module):
         super().__init__(nn)
         self.resnets = _resnets(nn, block, config)
         self.attentions: list[Any] = _transformers(nn, block, config)
+        self.motion_modules = _motion_modules(nn, block)
         self.downsamplers = _downsamplers(nn, block, config)
 
     def __call__(
@@ -178,8 +162,10 @@ class CrossAttnDownBlock2D(Module):
         skips: list[Array],
         feature: Array | None = None,
     ) -> Array:
-        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
-            x = attention(resnet(x, temb), encoder_hidden_states)
+        for i, (resnet, attention) in enumerate(zip(self.resnets, self.attentions, strict=True)):
+            x = _in_parts(self.nn, resnet, [x], temb)
+            x = _in_parts(self.nn, attention, [x], encoder_hidden_states)
+            x = _moved(self, i, x, encoder_hidden_states)
             skips.append(x)
         if feature is not None:
             skips[-1] = x = x + feature
@@ -209,13 +195,69 @@ class UNetMidBlock2DCrossAttn(Module):
         super().__init__(nn)
         self.resnets = _resnets(nn, block, config)
         self.attentions: list[Any] = _transformers(nn, block, config)
+        self.motion_modules = _motion_modules(nn, block)
 
     def __call__(self, x: Array, temb: Condition, encoder_hidden_states: Condition | None) -> Array:
         first, *rest = self.resnets
-        x = first(x, temb)
-        for attention, resnet in zip(self.attentions, rest, strict=True):
-            x = resnet(attention(x, encoder_hidden_states), temb)
+        x = _in_parts(self.nn, first, [x], temb)
+        for i, (attention, resnet) in enumerate(zip(self.attentions, rest, strict=True)):
+            x = _in_parts(self.nn, attention, [x], encoder_hidden_states)
+            x = _moved(self, i, x, encoder_hidden_states)
+            x = _in_parts(self.nn, resnet, [x], temb)
         return x
+
+
+def _moved(block: Module, index: int, x: Array, text: Condition | None) -> Array:
+    """The output of a layer after its motion module, where the block has them."""
+    if not block.motion_modules or text is None:
+        return x
+    moved: Array = block.motion_modules[index](x, text.frames)
+    return moved
+
+
+def _in_parts(
+    nn: Layers, layer: Callable[..., Array], inputs: list[Array], told: Condition | None
+) -> Array:
+    """The output of a layer, which to save memory sees some frames of a video at a time.
+
+    Args:
+        layer: maps the inputs and ``told`` to (N, H, W, C).
+        inputs: (N, H, W, C) each; the list is emptied.
+        told: of the layer; in parts it has one row.
+    """
+    if told is None or not told.frames.in_parts:
+        return layer(*inputs, told)
+    at_once, parts = told.frames.at_once or 1, []
+    for start in range(0, len(inputs[0]), at_once):
+        some = [one[start : start + at_once] for one in inputs]
+        part = layer(*some, told.of_video(Frames(len(some[0]))))
+        nn.evaluate(part)
+        parts.append(part)
+    inputs.clear()
+    return nn.concatenate(parts)
+
+
+def _joined_resnet(
+    block: Module,
+    index: int,
+    x: Array,
+    skips: list[Array],
+    temb: Condition,
+    text: Condition | None,
+) -> Array:
+    """A resnet on what comes from below and the last skip, which is removed."""
+    resnet = block.resnets[index]
+    if not temb.frames.in_parts:  # the skip is not held while the resnet runs
+        return resnet(_joined(block, x, skips.pop(), text), temb)
+
+    def join(x: Array, skip: Array, temb: Condition) -> Array:
+        return resnet(_joined(block, x, skip, text), temb)
+
+    return _in_parts(block.nn, join, [x, skips.pop()], temb)
+
+
+def _upsampled(layer: Module, x: Array, size: tuple[int, ...], temb: Condition) -> Array:
+    return _in_parts(layer.nn, lambda x, _: layer(x, size), [x], temb)
 
 
 def _joined(block: Module, x: Array, skip: Array, text: Condition | None) -> Array:
@@ -241,6 +283,7 @@ class UpBlock2D(Module):
     def __init__(self, nn: Layers, block: BlockSpec, config: UNetConfig) -> None:
         super().__init__(nn)
         self.resnets = _resnets(nn, block, config)
+        self.motion_modules = _motion_modules(nn, block)
         self.upsamplers = _upsamplers(nn, block)
 
     def __call__(
@@ -251,10 +294,11 @@ class UpBlock2D(Module):
         skips: list[Array],
         layers: slice = ALL,
     ) -> Array:
-        for resnet in self.resnets[layers]:
-            x = resnet(_joined(self, x, skips.pop(), encoder_hidden_states), temb)
+        for i in range(len(self.resnets))[layers]:
+            x = _joined_resnet(self, i, x, skips, temb, encoder_hidden_states)
+            x = _moved(self, i, x, encoder_hidden_states)
         for upsampler in self.upsamplers if layers.stop is None else []:
-            x = upsampler(x, skips[-1].shape[1:3])
+            x = _upsampled(upsampler, x, skips[-1].shape[1:3], temb)
         return x
 
 
@@ -268,6 +312,7 @@ class CrossAttnUpBlock2D(Module):
         super().__init__(nn)
         self.resnets = _resnets(nn, block, config)
         self.attentions: list[Any] = _transformers(nn, block, config)
+        self.motion_modules = _motion_modules(nn, block)
         self.upsamplers = _upsamplers(nn, block)
 
     def __call__(
@@ -278,11 +323,12 @@ class CrossAttnUpBlock2D(Module):
         skips: list[Array],
         layers: slice = ALL,
     ) -> Array:
-        for resnet, attention in zip(self.resnets[layers], self.attentions[layers], strict=True):
-            x = resnet(_joined(self, x, skips.pop(), encoder_hidden_states), temb)
-            x = attention(x, encoder_hidden_states)
+        for i in range(len(self.resnets))[layers]:
+            x = _joined_resnet(self, i, x, skips, temb, encoder_hidden_states)
+            x = _in_parts(self.nn, self.attentions[i], [x], encoder_hidden_states)
+            x = _moved(self, i, x, encoder_hidden_states)
         for upsampler in self.upsamplers if layers.stop is None else []:
-            x = upsampler(x, skips[-1].shape[1:3])
+            x = _upsampled(upsampler, x, skips[-1].shape[1:3], temb)
         return x
 
 
@@ -300,13 +346,19 @@ class UNetEncoder(Module):
         embed_in = config.projection_class_embeddings_input_dim
         if config.addition_embed_type is not None and embed_in is not None:
             self.add_embedding = TimestepEmbedding(nn, embed_in, temb)
-        self.class_embedding = None
+        self.class_embedding: Any = None
         if config.num_class_embeds is not None:
             self.class_embedding = nn.Embedding(config.num_class_embeds, temb)
-        self.down_blocks = [_BLOCKS[block.type](nn, block, config) for block in config.down_blocks]
+        elif config.class_embed_type == "projection" and embed_in is not None:
+            self.class_embedding = TimestepEmbedding(nn, embed_in, temb)
+        self.down_blocks = [self.make_block(nn, block, config) for block in config.down_blocks]
         self.mid_block = None
         if config.mid_block is not None:
-            self.mid_block = _BLOCKS[config.mid_block.type](nn, config.mid_block, config)
+            self.mid_block = self.make_block(nn, config.mid_block, config)
+
+    def make_block(self, nn: Layers, block: BlockSpec, config: UNetConfig) -> Any:
+        """Make a block of the way down, the middle or the way up."""
+        return _BLOCKS[block.type](nn, block, config)
 
     def embed(
         self,
@@ -342,8 +394,10 @@ class UNetEncoder(Module):
             temb = temb + self.add_embedding(self.nn.cast(added, dtype))
         if (self.class_embedding is None) != (class_labels is None):
             needs = "needs class_labels" if class_labels is None else "takes no class_labels"
-            raise UsageError(f"this U-Net {needs} (num_class_embeds)")
+            raise UsageError(f"this U-Net {needs} (num_class_embeds, class_embed_type)")
         if self.class_embedding is not None and class_labels is not None:
+            if config.class_embed_type == "projection":
+                class_labels = self.nn.cast(class_labels, dtype)
             temb = temb + self.nn.cast(self.class_embedding(class_labels), dtype)
         return temb
 
@@ -365,6 +419,8 @@ class UNetEncoder(Module):
             given["timestep_cond"] = sizes.array(batch, config.time_cond_proj_dim)
         if config.num_class_embeds is not None:
             given["class_labels"] = sizes.array(batch)
+        elif self.class_embedding is not None:
+            given["class_labels"] = sizes.array(batch, embed_in)
         return given
 
     def encode(
@@ -399,7 +455,8 @@ class UNet2DConditionModel(UNetEncoder):
         text_embeds: pooled text, (B, P); SDXL only.
         time_ids: sizes and crop, (B, 6); (B, 5) for the refiner; SDXL only.
         timestep_cond: (B, time_cond_proj_dim); models distilled over the guidance scale only.
-        class_labels: (B,) numbers below num_class_embeds, int32; upscalers only.
+        class_labels: (B,) numbers below num_class_embeds, int32 (upscalers), or vectors
+            (B, projection_class_embeddings_input_dim) (Stable unCLIP).
         deep: what the last layer of the way up is given, by all the layers below it. An empty list
             is filled with it; a filled one is used in its place, and only that last layer runs (Ma
             et al. 2023, "DeepCache": it changes little from one timestep to the next).
@@ -412,7 +469,7 @@ class UNet2DConditionModel(UNetEncoder):
 
     def __init__(self, nn: Layers, config: UNet2DConditionConfig) -> None:
         super().__init__(nn, config)
-        self.up_blocks = [_BLOCKS[block.type](nn, block, config) for block in config.up_blocks]
+        self.up_blocks = [self.make_block(nn, block, config) for block in config.up_blocks]
         first, kernel = config.block_out_channels[0], config.conv_out_kernel
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, first, config.norm_eps)
         self.conv_out = nn.Conv2d(first, config.out_channels, kernel, padding=kernel // 2)
@@ -437,9 +494,12 @@ class UNet2DConditionModel(UNetEncoder):
         return self.predict(sample, Condition(temb), text, deep, residuals, features)
 
     def run_once(self, sizes: Sizes) -> Array:
-        sample = sizes.array(sizes.batch, sizes.height, sizes.width, self.config.in_channels)
+        rows = sizes.batch * sizes.frames.count
+        sample = sizes.array(rows, sizes.height, sizes.width, self.config.in_channels)
         text = sizes.array(sizes.batch, sizes.tokens, self.config.cross_attention_dim[0])
-        return self(sample, sizes.array(sizes.batch), text, **self.conditions(sizes))
+        temb = Condition(self.embed(sizes.array(sizes.batch), **self.conditions(sizes)))
+        read, frames = self.read(text).of_video(sizes.frames), sizes.frames
+        return self.predict(sample, temb.of_video(frames), read)
 
     def absorb(self, texts: Sequence[Condition]) -> None:
         """Make the keys and values of these texts, then drop the weights that make them.
@@ -535,6 +595,14 @@ def _resnets(nn: Layers, block: BlockSpec, config: UNetConfig) -> list[ResnetBlo
 
 def _transformers(nn: Layers, block: BlockSpec, config: Any) -> list[Transformer2DModel]:
     return [Transformer2DModel(nn, block, layers, config) for layers in block.transformer_layers]
+
+
+def _motion_modules(nn: Layers, block: BlockSpec) -> list[MotionModule]:
+    motion = block.motion
+    if motion is None:
+        return []
+    width = block.out_channels
+    return [MotionModule(nn, width, layers, motion) for layers in motion.layers]
 
 
 def _downsamplers(nn: Layers, block: BlockSpec, config: UNetConfig) -> list[Downsample2D]:

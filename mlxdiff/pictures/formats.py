@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mlxdiff.errors import UsageError
 from mlxdiff.pictures.image import png_bytes
 from mlxdiff.pictures.metadata import Metadata, exif, of_picture
@@ -53,7 +55,7 @@ def encode(
 
     Args:
         image: the picture.
-        name: the ending of the file (``ENDINGS``).
+        name: the ending of the file (``ENDINGS``). PNG keeps 16 bits of grey, others have 8.
         metadata: how it was made; None: the file says nothing.
         quality: 1 to 100, for all formats but PNG; None: ``QUALITY``. WebP is lossless at 100.
     Raises: UsageError if this Pillow cannot write the format.
@@ -69,8 +71,17 @@ def encode(
     if metadata is not None:
         how["exif"] = exif(metadata, _MOST_EXIF if form == "JPEG" else None)
     encoded = io.BytesIO()
-    image.convert("RGB").save(encoded, format=form, **how)
+    _in_8_bits(image).convert("RGB").save(encoded, format=form, **how)
     return encoded.getvalue()
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """Return a picture whose 16 bits of grey, if it has them, are brought to 8."""
+    from PIL import Image
+
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 def reencode(png: bytes, name: str, quality: int | None = None) -> bytes:

@@ -132,6 +132,47 @@ def _alpha_of(picture: Image.Image, what: str) -> np.ndarray | None:
     return pixels if turn is None else np.ascontiguousarray(turn(pixels))
 
 
+def load_levels(source: ImageLike) -> np.ndarray:
+    """Load a map of one number for each pixel, such as a depth map: float32 (H, W).
+
+    Files keep the levels that they hold: 0 to 255, or 0 to 65535 for 16 bits. Arrays (H, W) or
+    (H, W, 1) may be of any numbers.
+
+    Raises:
+        UsageError: as ``load_image``; or the picture has colours, or values that are not finite.
+    """
+    from PIL import Image
+
+    if not isinstance(source, (str, os.PathLike, Image.Image)):
+        array = np.asarray(source)
+        if array.ndim == 3 and array.shape[2] == 1:
+            array = array[..., 0]
+        if array.ndim == 2 and 0 not in array.shape and array.dtype.kind in "uif":
+            return _finite(array, "the map")
+    with _opened(source) as (picture, what):
+        if picture is not None and (picture.mode[0] == "F" or picture.mode[0] == "I"):
+            try:
+                picture.load()
+            except Exception as error:  # as in open_picture
+                raise UsageError(f"{what}: cannot be decoded ({_reason(error)})") from error
+            values, turn = np.asarray(picture), _TURNS.get(picture.getexif().get(_ORIENTATION, 1))
+            return _finite(values if turn is None else turn(values), what)
+    pixels = load_image(source)
+    if (pixels != pixels[..., :1]).any():
+        raise UsageError(
+            f"{what}: has colours; a map has one level for each pixel: give it in grey, not as it "
+            "is painted for people"
+        )
+    return pixels[..., 0].astype(np.float32)
+
+
+def _finite(array: np.ndarray, what: str) -> np.ndarray:
+    values = array.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise UsageError(f"{what}: holds values that are not finite")
+    return values
+
+
 def is_grey(source: ImageLike) -> bool:
     """Return True if a picture is stored in levels of grey."""
     from PIL import Image
@@ -317,6 +358,62 @@ def to_clip(
     pixels = np.array(picture)[top : top + size, left : left + size].astype(np.float32)
     colors = pixels * np.float32(1 / 255)
     return ((colors - np.array(mean, np.float32)) / np.array(std, np.float32))[None]
+
+
+def to_clip_aligned(image: np.ndarray, size: int) -> np.ndarray:
+    """Prepare a picture for CLIP's image encoder as Zero-1-to-3 does.
+
+    Resize the whole to a square by cubic interpolation between the centres of the corner pixels,
+    without a filter, and normalize the colours.
+
+    Args:
+        image: uint8 (H, W, 3).
+        size: input side of the encoder, in pixels.
+    Returns: (1, size, size, 3) float32.
+    Source: diffusers examples/community/pipeline_zero1to3.py (CLIP_preprocess); PyTorch's bicubic
+        interpolation with align_corners.
+    """
+    rows, columns = (_cubic(side, size) for side in image.shape[:2])
+    values = to_model(image)[0]
+    values = np.einsum("ih,jw,hwc->ijc", rows, columns, values, optimize=True)
+    colors = (values + np.float32(1)) / np.float32(2)
+    normal = (colors - np.array(CLIP_MEAN, np.float32)) / np.array(CLIP_STD, np.float32)
+    return np.asarray(normal[None], np.float32)
+
+
+def _cubic(side: int, size: int) -> np.ndarray:
+    """Weights of cubic convolution (Keys 1981, a = -0.75): (size, side) float32."""
+    places = np.linspace(0, side - 1, size)
+    first = np.floor(places).astype(int)
+    weights = np.zeros((size, side))
+    for tap in range(-1, 3):
+        t = np.abs(places - (first + tap))
+        near = (1.25 * t - 2.25) * t * t + 1
+        far = ((-0.75 * t + 3.75) * t - 6) * t + 3
+        index = np.clip(first + tap, 0, side - 1)
+        np.add.at(weights, (np.arange(size), index), np.where(t <= 1, near, far))
+    return weights.astype(np.float32)
+
+
+def on_white(pixels: np.ndarray, alpha: np.ndarray | None, width: int, height: int) -> np.ndarray:
+    """Lay a picture on white and bring it to a size; if its shape differs, white stands beside it.
+
+    Args:
+        pixels: uint8 (H, W, 3).
+        alpha: uint8 (H, W), how opaque it is; None: all over.
+    Returns: uint8 (height, width, 3).
+    """
+    if alpha is not None:
+        opaque = alpha[..., None].astype(np.float32) / 255
+        pixels = (255 - opaque * (255 - pixels.astype(np.float32))).round().astype(np.uint8)
+    rows, columns = pixels.shape[:2]
+    scale = min(width / columns, height / rows)
+    inner = max(1, round(columns * scale)), max(1, round(rows * scale))
+    small = resize(pixels, *inner)
+    canvas = np.full((height, width, 3), 255, np.uint8)
+    top, left = (height - inner[1]) // 2, (width - inner[0]) // 2
+    canvas[top : top + inner[1], left : left + inner[0]] = small
+    return canvas
 
 
 def resize(image: np.ndarray, width: int, height: int, *, bicubic: bool = False) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Make control images for ControlNets from pictures: edges, grey, tile.
 
-All functions take and return uint8 (H, W, 3). Maps that need a network (depth, poses, line art) are
-not made here; users give them ready.
+All functions take and return uint8 (H, W, 3). Depth and normals are made by a model that is given
+for it (``MAPS``). Other maps that need a network (poses, line art) users give ready.
 """
 
 from __future__ import annotations
@@ -70,6 +70,10 @@ PREPROCESSORS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "grey": grey,
     "tile": tile,
 }
+
+MAPS = {"depth": "depth", "normal": "normals"}
+"""What a model that makes maps makes of a picture (``run.additions.map_maker``): its name here ->
+the kind of map."""
 
 
 def _gaussian(channels: np.ndarray, sigma: float) -> np.ndarray:

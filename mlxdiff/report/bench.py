@@ -25,6 +25,7 @@ from mlxdiff.run.kind import Kind, Network
 from mlxdiff.run.memory import Held
 from mlxdiff.run.options import RunOptions
 from mlxdiff.run.settings import Settings, resolve
+from mlxdiff.store.catalogue import SHIPPED
 from mlxdiff.store.folder import ModelSource
 from mlxdiff.store.recipes import recipe_of
 
@@ -86,10 +87,7 @@ def bench(
             "dtype": pipe.backend.dtype,
             "quantization": recipe_of(pipe.source),
             "low_memory": pipe.model.low_memory,
-            "vae_tiling": pipe.model.band_bytes(
-                settings.height, settings.width, pipe.model.low_memory
-            )
-            is not None,
+            "vae_tiling": pipe.model.band_bytes(*settings.drawn, pipe.model.low_memory) is not None,
             "pictures": pictures,
         },
         "machine": before,
@@ -113,15 +111,22 @@ def bench(
 
 def needed(model: Kind, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the inputs that a model requires: a prompt or a class, a picture, a mask."""
+    if model.maps is not None:
+        return {"image": np.full((*model.default_size, 3), 128, np.uint8)}
     if model.lacks("text"):
         return {"label": 0} if model.takes_label else {}
-    found: dict[str, Any] = {"prompt": PROMPT}
-    if model.edits or model.inpaints or model.upscales:
+    found: dict[str, Any] = {} if model.lacks("prompt") else {"prompt": PROMPT}
+    if model.animates:
+        return {"image": np.full((*model.default_size, 3), 128, np.uint8)}
+    shown = model.edits or model.takes_depth or model.inpaints or model.upscales
+    if shown or model.is_led:
         height, width = model.default_size
         sides = arguments.get("height") or height, arguments.get("width") or width
         if model.upscales:
             sides = model.latent_shape(*sides)[:2]
         found["image"] = np.full((*sides, 3), 128, np.uint8)
+    if model.takes_depth:
+        found["depth_image"] = np.arange(64.0).reshape(8, 8)
     if model.inpaints:
         found["mask"] = np.full(found["image"].shape[:2], 255, np.uint8)
     return found
@@ -140,7 +145,7 @@ def measured_ceiling(backend: Any) -> dict[str, Any]:
 def arithmetic(pipe: Pipeline, settings: Settings) -> dict[str, Any]:
     """Count the exact multiply-adds by stage, and the bytes of weights that a step reads."""
     model = pipe.model
-    height, width, _ = model.latent_shape(settings.height, settings.width)
+    height, width, _ = model.latent_shape(*settings.drawn)
     batch = settings.batch(model)
     count: dict[str, int] = {}
     for name in model.source.components:
@@ -183,7 +188,7 @@ def described(pipe: Pipeline) -> dict[str, Any]:
     """Describe the model: its hub id if it has one (else "local"), family and parameter counts."""
     source = pipe.source
     name = str(source.provenance.get("source"))
-    public = name == "builtin" or (source.provenance.get("revision") and _HUB_ID.fullmatch(name))
+    public = name in SHIPPED or (source.provenance.get("revision") and _HUB_ID.fullmatch(name))
     components = {
         part: sum(tensor.size for tensor in source.tensors(part).values())
         for part in source.components

@@ -15,13 +15,13 @@ from mlxdiff.convert.upscaler import structure
 from mlxdiff.errors import CheckpointError, ConfigError, UsageError, argument
 from mlxdiff.loading import BUILTIN
 from mlxdiff.machine.disk import read_json
-from mlxdiff.pictures import metadata
+from mlxdiff.pictures import videos
 from mlxdiff.report.bench import expected_memory
 from mlxdiff.store.folder import MANIFEST, open_folder
 from mlxdiff.weights.files import open_file
 
-_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF")
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8")
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", *videos.FILMS)
 # Class in config.json -> kind, in the words of ``recognise``.
 _CLASSES = {
     "AutoencoderKL": "a VAE, alone",
@@ -31,6 +31,7 @@ _CLASSES = {
     "CLIPVisionModelWithProjection": "a CLIP image encoder",
     "ControlNetModel": "a ControlNet",
     "ControlNetUnionModel": "a ControlNet-Union",
+    "MotionAdapter": "an AnimateDiff motion adapter",
     "T2IAdapter": "a T2I-Adapter",
     "UNet2DConditionModel": "a U-Net in diffusers naming, alone",
 }
@@ -55,7 +56,7 @@ def describe(
     if here is not None and os.path.isfile(here) and _is_picture(here):
         if textual_inversion.is_embedding(here):
             return textual_inversion.describe(here)
-        return metadata.read(here).to_dict()
+        return videos.describe(here)
     if here is not None and os.path.exists(here):
         if lora.is_lora(here):
             return lora.describe(here)

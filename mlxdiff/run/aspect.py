@@ -38,7 +38,7 @@ def with_aspect(model: Kind, asked: RunOptions) -> RunOptions:
             f"{argument('aspect')}: the borders ({argument('outpaint')}) say the size; leave one "
             "of them out"
         )
-    if model.upscales:
+    if model.upscales or model.maps is not None:
         raise UsageError(
             f"{argument('aspect')}: the picture gets the shape of the image; leave it out"
         )

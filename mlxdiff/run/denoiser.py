@@ -16,6 +16,7 @@ import numpy as np
 
 from mlxdiff.networks.condition import Condition
 from mlxdiff.networks.perturbation import Blur, FreeU, Identity, Skip, blocks_named
+from mlxdiff.run import animation, image_led, video
 from mlxdiff.run.additions import Added, Prompted
 from mlxdiff.run.composition import Merge, by_regions, by_weights
 from mlxdiff.run.model import Model, PromptEmbeddings
@@ -41,12 +42,15 @@ class Evaluation:
         index: 0 for the first of this model's plan.
         total: number of evaluations of the plan.
         beside: further input channels of the U-Net for this picture, (1, h, w, C'); None: none.
+        labels: the vector that the U-Net takes beside the timestep for this picture, (1, D)
+            float32 NumPy; None: none.
     """
 
     t: float
     index: int
     total: int
     beside: Any = None
+    labels: np.ndarray | None = None
 
 
 class Prediction(NamedTuple):
@@ -126,7 +130,9 @@ class Denoiser:
     """Predictions of a model that draws from text: one, or several that guidance combines.
 
     A batch holds the prediction for the negative prompt, then that for the prompt. For a model that
-    edits a picture, a prediction for the negative prompt without the picture comes first.
+    edits a picture, a prediction for the negative prompt without the picture comes first. A model
+    that turns a picture's object, or lets a picture move, does not see the picture where it reads
+    the negative prompt.
 
     Args:
         model: the model.
@@ -153,13 +159,19 @@ class Denoiser:
         self.settings = settings
         self.others, self.merge = others, merge
         self.guided = settings.guides(model)
-        self.edits = model.edits
+        self.edits, self.blanks = model.edits, model.turns or model.animates
+        self.picture_first = model.maps is not None
         self.batch = settings.batch(model)
         states = self._both(text.negative_prompt_embeds, text.prompt_embeds)
-        self.text = self.unet.read(states)
+        self.frames = video.frames_of(settings, model.low_memory)
+        self.text = self.unet.read(states).of_video(self.frames)
         if settings.freeu is not None:
             self.text = self.text.changed(_freeu(self.unet, settings.freeu))
         self.guider = settings.guiding
+        self.scale: Any = settings.guidance
+        if model.animates and self.guided:
+            rows, _, _ = settings.latent_shape(model)
+            self.scale = self.backend.asarray(animation.guidance_of_frames(settings, rows))
         self.memory = guiders.Memory()
         # What is lazy belongs to the thread that made it, and each step may run in another.
         self.backend.evaluate(self.text.values)
@@ -167,19 +179,20 @@ class Denoiser:
         self.conditions: dict[str, Any] = {}
         if (time_ids := settings.time_ids(model)) is not None:
             negative_ids, ids = np.array(time_ids, np.float32)[:, None]
-            self.conditions["text_embeds"] = self._both(
-                text.negative_pooled_prompt_embeds, text.pooled_prompt_embeds
-            )
+            if text.pooled_prompt_embeds is not None:
+                self.conditions["text_embeds"] = self._both(
+                    text.negative_pooled_prompt_embeds, text.pooled_prompt_embeds
+                )
             self.conditions["time_ids"] = self._both(negative_ids, ids)
         if (dim := model.unet_config.time_cond_proj_dim) is not None:
             embedding = guidance_scale_embedding(settings.guidance, dim)
             self.conditions["timestep_cond"] = self.backend.asarray(embedding)
-        if settings.noise_level is not None:
+        if model.upscales:
             levels = np.full(self.batch, settings.noise_level, np.int32)
             self.conditions["class_labels"] = self.backend.asarray(levels)
-        # Not a method of this object: it would keep the object in a circle of references.
-        embed = partial(_embed, self.backend, self.unet, self.conditions, self.batch)
-        self.times = TimeEmbeddings(timesteps, embed, self.batch)
+        self._timesteps = timesteps
+        self._labels: np.ndarray | None = None  # in the timestep embeddings
+        self.times = self._embedded(self.conditions)
         self.acting = model.additions.act(
             Prompted(
                 settings=settings,
@@ -203,6 +216,20 @@ class Denoiser:
         self._deep: list[Any] = []
         self._counting: list[list[int]] = []  # the additions that took part in these features
 
+    def _embedded(self, conditions: Mapping[str, Any]) -> TimeEmbeddings:
+        """The timestep embeddings of a run with these further inputs of a batch."""
+        # Not a method of this object: it would keep the object in a circle of references.
+        embed = partial(_embed, self.backend, self.unet, conditions, self.batch)
+        return TimeEmbeddings(self._timesteps, embed, self.batch)
+
+    def _times(self, labels: np.ndarray | None) -> TimeEmbeddings:
+        """The timestep embeddings with the vector of a picture in them; zeros stand for it where
+        there is the negative prompt."""
+        if labels is not None and labels is not self._labels:
+            given = {"class_labels": self._both(np.zeros_like(labels), labels)}
+            self._labels, self.times = labels, self._embedded({**self.conditions, **given})
+        return self.times
+
     def _both(self, negative: np.ndarray | None, positive: np.ndarray | None) -> Any:
         """One batch of an input for the negative prompt and for the prompt."""
         if positive is None:
@@ -216,13 +243,15 @@ class Denoiser:
         guided = self.guided and self._within(evaluation)
         sample = x
         if evaluation.beside is not None:
-            sample = self.backend.concatenate([x, evaluation.beside], -1)
-        if guided and self.edits:
+            parts = [evaluation.beside, x] if self.picture_first else [x, evaluation.beside]
+            sample = self.backend.concatenate(parts, -1)
+        if guided and (self.edits or self.blanks):
             blank = self.backend.concatenate([x, 0.0 * evaluation.beside], -1)
-            sample = self.backend.concatenate([blank, sample, sample], 0)
+            sample = self.backend.concatenate([blank] + [sample] * (self.batch - 1), 0)
         elif guided:
             sample = self.backend.concatenate([sample, sample], 0)
-        temb, text = self.times.at(evaluation.index), self.text
+        temb = self._times(evaluation.labels).at(evaluation.index).of_video(self.frames)
+        text = self.text
         if self.guided and not guided:  # the prompt alone
             last = self.batch - 1, self.batch
             temb, text = temb.rows(*last), text.rows(*last)
@@ -232,12 +261,12 @@ class Denoiser:
         if added.changes:
             text = text.changing(added.changes)
         whole = not deep
-        out = self.unet.predict(sample, temb, text, deep, added.residuals, added.features or ())
+        out = self._predict(sample, temb, text, deep, added.residuals, added.features or ())
         if whole and self.settings.feature_reuse_error is not None:
             self._measure(evaluation, sample, temb, text, old, added, out)
         if self.reuse is not None and evaluation.index == evaluation.total - 1:
             logger.info("%s", self.reuse.said(evaluation.total))
-        scale, rescale = self.settings.guidance, self.settings.guidance_rescale
+        scale, rescale = self.scale, self.settings.guidance_rescale
         image_scale = self.settings.image_guidance
         if guided and self.edits and image_scale is not None:
             edited = guide_edit(out[:1], out[1:2], out[2:], scale, image_scale, rescale)
@@ -278,11 +307,43 @@ class Denoiser:
         if not guider.acts(evaluation.index, evaluation.total):
             return None
         last = len(sample) - 1, len(sample)
-        residuals = added.residuals and [one[-1:] for one in added.residuals]
+        frames = self.frames.count
+        residuals = added.residuals and [one[-frames:] for one in added.residuals]
         features = [one[-1:] for one in added.features or ()]
         text = self.weakened.changing(added.changes) if added.changes else self.weakened
-        weakened = self.unet.predict(sample[-1:], temb.rows(*last), text, None, residuals, features)
+        weakened = self._predict(sample[-1:], temb.rows(*last), text, None, residuals, features)
         return guider.scale * (cond - weakened)
+
+    def _predict(self, sample: Any, temb: Condition, *conditions: Any) -> Any:
+        """The U-Net's output, (B, rows, w, C'); the frames of a video are its samples."""
+        batch, rows, width, channels = sample.shape
+        count = self.frames.count
+        samples = sample.reshape(batch * count, rows // count, width, channels)
+        if self.frames.in_parts and batch > 1:
+            out = self._predict_singly(samples, temb, *conditions)
+        else:
+            out = self.unet.predict(samples, temb, *conditions)
+        return out.reshape(batch, rows, width, -1)
+
+    def _predict_singly(
+        self,
+        samples: Any,
+        temb: Condition,
+        text: Condition,
+        deep: Any,
+        residuals: list[Any] | None,
+        features: Sequence[Any],
+    ) -> Any:
+        """One prediction after the other: of frames in parts, each takes much memory."""
+        found, count = [], self.frames.count
+        for row in range(len(samples) // count):
+            part = slice(row * count, (row + 1) * count)
+            own = None if residuals is None else [one[part] for one in residuals]
+            of_row = temb.rows(row, row + 1), text.rows(row, row + 1)
+            out = self.unet.predict(samples[part], *of_row, deep, own, features)
+            self.backend.evaluate(out)
+            found.append(out)
+        return self.backend.concatenate(found, 0)
 
     def _within(self, evaluation: Evaluation) -> bool:
         """Return True if there is guidance in this evaluation."""
@@ -294,6 +355,8 @@ class Denoiser:
     def _added(self, x: Any, evaluation: Evaluation, guided: bool, shallow: bool) -> Added:
         """Sum what the additions add inside the U-Net."""
         index, total = evaluation.index, evaluation.total
+        _, rows, width, channels = x.shape
+        x = x.reshape(self.frames.count, rows // self.frames.count, width, channels)
         made = (acting(x, evaluation.t, index, total, guided, shallow) for acting in self.acting)
         return sum((one for one in made if one is not None), Added())
 
@@ -336,7 +399,7 @@ class Denoiser:
         reuse, error = self._reuse(evaluation), None
         if evaluation.index > 0 and old and len(old[0]) >= len(sample):
             again = [features[-len(sample) :] for features in old]
-            shallow = self.unet.predict(
+            shallow = self._predict(
                 sample, temb, text, again, added.residuals, added.features or ()
             )
             off, guided = shallow - out, out
@@ -401,7 +464,7 @@ def make_denoiser(
         timesteps: of all evaluations of the model's plan.
         before: number of evaluations that another model makes before this one.
     """
-    if model.lacks("text"):
+    if model.vae_config is None:
         return PixelDenoiser(model, settings.label, timesteps)
     # All texts first: in low memory the text encoders and the U-Net are not held together.
     alone = [
@@ -433,7 +496,14 @@ def _merge(model: Model, settings: Settings) -> Merge | None:
 
 
 def _timeline(model: Model, settings: Settings) -> list[tuple[int, PromptEmbeddings]]:
-    """Embed the texts that the prompt is in the course of the run; see ``prompt_timeline``."""
+    """Embed the texts that the prompt is in the course of the run; see ``prompt_timeline``.
+
+    A model without text reads a picture in their place.
+    """
+    if model.animates:
+        return [(settings.evaluations, animation.picture_prompt(model, settings))]
+    if model.is_led and model.lacks("prompt"):
+        return [(settings.evaluations, image_led.picture_prompt(model, settings))]
     return model.prompt_timeline(
         settings.prompts[0][0],
         settings.negative_prompt,

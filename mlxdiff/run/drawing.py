@@ -11,7 +11,7 @@ import inspect
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Generator as Steps
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,20 +27,24 @@ from mlxdiff.errors import Cancelled, MlxdiffError, UsageError, argument
 from mlxdiff.machine.turns import each_in_turn, turn
 from mlxdiff.networks.layers import seamless
 from mlxdiff.noise import SOURCES
-from mlxdiff.pictures import formats
+from mlxdiff.pictures import formats, videos
 from mlxdiff.pictures.image import check_writable, png_bytes, side_by_side, write_bytes
 from mlxdiff.pictures.metadata import Metadata
 from mlxdiff.pictures.names import Template
 from mlxdiff.run.additions.judge import judge_of, score
+from mlxdiff.run.additions.map_maker import SEED, with_maps
 from mlxdiff.run.additions.refiner import refiner_of
 from mlxdiff.run.additions.upscaler import enlarged, upscaler_of
+from mlxdiff.run.animation import AnimatingModel
 from mlxdiff.run.denoiser import Evaluation, make_denoiser
 from mlxdiff.run.inputs import Inputs, Stage, Start, make_stages
+from mlxdiff.run.map_model import MapModel
 from mlxdiff.run.model import Model, draw_noise
 from mlxdiff.run.options import RunOptions
 from mlxdiff.run.progress import Watch
 from mlxdiff.run.seeds import Draws
 from mlxdiff.run.settings import PlannedRun, Settings, resolve, variation
+from mlxdiff.run.video import unstacked
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -60,7 +64,7 @@ class Step:
         picture: which picture of the run, from 0.
         seed: its seed.
         seconds: how long this evaluation took.
-        latents: (H/f, W/f, C) float32, after the step.
+        latents: (H/f, W/f, C) float32, after the step; of a video (F, H/f, W/f, C).
     """
 
     index: int
@@ -90,20 +94,21 @@ class Step:
 
     @property
     def denoised(self) -> np.ndarray:
-        """The model's estimate of the latents without noise: (H/f, W/f, C) float32."""
+        """The model's estimate of the latents without noise, of the shape of ``latents``."""
         with turn():
-            return self._denoised()
+            return self._denoised().reshape(self.latents.shape)
 
     def sketch(self) -> PIL.Image.Image:
         """A quick estimate of the finished picture: decoded if the VAE is a TAESD, else by a linear
-        map, one pixel for each latent."""
+        map, one pixel for each latent. Of a video it shows the frame in the middle."""
         with turn():
-            return self._model.sketch(self.denoised)
+            return self._model.sketch(_middle(self.denoised))
 
     def preview(self) -> PIL.Image.Image:
-        """The latents after this step, decoded: noisy until the last steps."""
+        """The latents after this step, decoded: noisy until the last steps. Of a video it shows
+        the frame in the middle."""
         with turn():
-            return self._model.decode(self.latents[None])[0]
+            return self._model.decode(_middle(self.latents)[None])[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,12 +117,16 @@ class Picture:
 
     Attributes:
         index: which picture of the run, from 0.
-        image: the picture.
-        latents: (H/f, W/f, C) float32, the final ones, scaled as the U-Net takes them.
+        image: the picture; of a video the first frame.
+        latents: (H/f, W/f, C) float32, the final ones, scaled as the U-Net takes them; of a video
+            (F, H/f, W/f, C).
         seed: its seed.
         metadata: how it was made (``chunks()`` gives the text chunks of a PNG).
         timings: see ``Result``; what several pictures share counts for the first of them.
         peak_memory: bytes that the process held at most so far, as the backend counts them.
+        map: of a model that makes maps, (height, width, C) float32: depth 0 to 1, or normals
+            (``pictures.maps``); else None.
+        frames: all frames of a video; () for a picture.
     """
 
     index: int
@@ -127,9 +136,39 @@ class Picture:
     metadata: Metadata
     timings: dict[str, Any]
     peak_memory: int
+    frames: tuple[PIL.Image.Image, ...] = ()
+    map: np.ndarray | None = None
+
+    def files_of(self, template: Template) -> range:
+        """Numbers of the frames that get a file of their own; one file holds all: (0,)."""
+        is_each = bool(self.frames) and "frame" in template.fields
+        if self.frames and not is_each:
+            videos.require_writer(template.text)
+        return range(len(self.frames) if is_each else 1)
+
+    def encoded(
+        self, files: Sequence[Path], metadata: Metadata | None, quality: int | None
+    ) -> Iterator[bytes]:
+        """Encode it as files: one, or one for each frame of a video.
+
+        Args:
+            files: their names.
+            metadata: what the files say; None: nothing.
+            quality: as ``Result.save`` takes it.
+        """
+        name = formats.ending(files[0])
+        if self.frames and len(files) == 1:
+            fps = float(self.metadata.extra.get("fps") or videos.FPS)
+            yield videos.encode_video(self.frames, name, fps, metadata, quality)
+            return
+        for image in self.frames or (self.image,):
+            yield formats.encode(image, name, metadata, quality)
 
     def __repr__(self) -> str:
         width, height = self.image.size
+        if self.frames:
+            many = f"{len(self.frames)} frames"
+            return f"<Video {self.index}, {width}x{height}, {many}, seed {self.seed}>"
         return f"<Picture {self.index}, {width}x{height}, seed {self.seed}>"
 
 
@@ -138,14 +177,18 @@ class Result:
     """Finished pictures. Two results are equal if their pictures and metadata are.
 
     Attributes:
-        images: one for each seed.
-        latents: (B, H/f, W/f, C) float32, the final ones, scaled as the U-Net takes them.
+        images: one for each seed; of a video the first frame.
+        videos: the frames of the video of each seed; empty for pictures.
+        latents: (B, H/f, W/f, C) float32, the final ones, scaled as the U-Net takes them; of videos
+            (B, F, H/f, W/f, C).
         seeds: seed of each picture.
         settings: of the run, with every default filled in.
         metadata: of each picture (``chunks()`` gives the text chunks of a PNG).
-        timings: seconds by stage: load, text_encoder, image (encoding the given one), hires
-            (enlarging), unet, vae, judge, upscaler; and steps, the seconds of each evaluation.
+        timings: seconds by stage: load, text_encoder, map (of control pictures), image (encoding
+            the given one), hires (enlarging), unet, vae, judge, upscaler; and steps, the seconds of
+            each evaluation.
         peak_memory: bytes, as the backend counts them.
+        maps: of a model that makes maps, the map of each image, see ``Picture``; else empty.
     """
 
     images: list[PIL.Image.Image]
@@ -155,10 +198,13 @@ class Result:
     metadata: list[Metadata]
     timings: dict[str, Any]
     peak_memory: int
+    maps: list[np.ndarray] = field(default_factory=list)
+    videos: list[list[PIL.Image.Image]] = field(default_factory=list)
 
     def __repr__(self) -> str:
         width, height = self.images[0].size
-        many = "1 picture" if len(self.images) == 1 else f"{len(self.images)} pictures"
+        noun = "video" if self.videos else "picture"
+        many = f"1 {noun}" if len(self.images) == 1 else f"{len(self.images)} {noun}s"
         seeds = f"{self.seeds[0]}" + (f" to {self.seeds[-1]}" if len(self.seeds) > 1 else "")
         return f"<Result: {many}, {width}x{height}, seed {seeds}>"
 
@@ -168,11 +214,15 @@ class Result:
         return (
             (self.seeds, self.metadata) == (other.seeds, other.metadata)
             and np.array_equal(self.latents, other.latents)
-            and all(map(_same_pixels, self.images, other.images))
+            and all(map(_same_pixels, self._pictures, other._pictures))
         )
 
     def __hash__(self) -> int:
         return hash((tuple(self.seeds), self.latents.shape))
+
+    @property
+    def _pictures(self) -> list[PIL.Image.Image]:
+        return [frame for video in self.videos for frame in video] or self.images
 
     def png(self, index: int = 0) -> bytes:
         """Return a picture as the bytes of a PNG file, with its settings in it.
@@ -192,41 +242,54 @@ class Result:
         overwrite: bool = False,
         quality: int | None = None,
     ) -> list[Path]:
-        """Write all pictures as files, with their settings in them.
+        """Write all pictures or videos as files, with their settings in them.
 
         Args:
-            path: the file, whose ending gives the format (.png, .jpg, .webp, .avif); with several
-                pictures a template with ``{seed}`` or ``{index}``. Also ``{step}`` (their number),
-                ``{frame}`` (0), ``{prompt}``, ``{model}``, ``{image}`` and ``{date}`` are filled
-                in, numbers also as ``{seed:05d}``. Its folder must exist.
+            path: the file, whose ending gives the format (.png, .jpg, .webp, .avif; of a video
+                .gif, .webp, .png, .mp4); with several pictures a template with ``{seed}`` or
+                ``{index}``. With ``{frame}`` each frame of a video is a picture file. Also
+                ``{step}`` (their number), ``{prompt}``, ``{model}``, ``{image}`` and ``{date}`` are
+                filled in, numbers also as ``{seed:05d}``. Its folder must exist.
             overwrite: replace existing files.
             quality: 1 to 100, see ``pictures.formats.encode``.
         Returns: the files, in order.
         Raises: UsageError. Nothing is written if one of the files cannot be.
         """
-        template = Template(_path_text(path), "path")
+        endings = (*formats.ENDINGS, *videos.ANIMATED) if self.videos else formats.ENDINGS
+        template = Template(_path_text(path), "path", endings=tuple(endings))
+        pictures = [
+            Picture(index, image, self.latents[index], self.seeds[index], self.metadata[index], {},
+                    0, tuple(self.videos[index]) if self.videos else ())
+            for index, image in enumerate(self.images)
+        ]  # fmt: skip
         paths = [
-            template.fill(**name_values(one, index, self.steps_of_a_picture))
-            for index, one in enumerate(self.metadata)
+            [
+                template.fill(
+                    **name_values(one.metadata, one.index, self.steps_of_a_picture, frame)
+                )
+                for frame in one.files_of(template)
+            ]
+            for one in pictures
         ]
-        if len(set(paths)) < len(paths):
+        every = [path for some in paths for path in some]
+        if len(set(every)) < len(every):
             raise UsageError(
-                f"{template} gives {len(paths)} pictures the same name; put {{index}} or {{seed}} "
+                f"{template} gives {len(every)} pictures the same name; put {{index}} or {{seed}} "
                 "into it"
             )
-        for one in paths:
-            check_writable(one, overwrite, tuple(formats.ENDINGS))
-        for index, one in enumerate(paths):
-            data = formats.encode(
-                self.images[index], formats.ending(one), self.metadata[index], quality
-            )
-            write_bytes(data, one, overwrite)
-        return paths
+        for one in every:
+            check_writable(one, overwrite, tuple(endings))
+        for picture, files in zip(pictures, paths, strict=True):
+            for data, file in zip(
+                picture.encoded(files, picture.metadata, quality), files, strict=True
+            ):
+                write_bytes(data, file, overwrite)
+        return every
 
     @property
     def steps_of_a_picture(self) -> int:
         """Evaluations of the U-Net for each picture."""
-        return len(self.timings["steps"]) // (len(self.images) * self.settings.best_of)
+        return len(self.timings["steps"]) // (len(self.images) * self.settings.group)
 
     def _repr_png_(self) -> bytes:
         """Show the pictures in a notebook, side by side."""
@@ -235,13 +298,13 @@ class Result:
         return png_bytes(side_by_side(self.images))
 
 
-def name_values(metadata: Metadata, index: int, steps: int) -> dict[str, int | str]:
+def name_values(metadata: Metadata, index: int, steps: int, frame: int = 0) -> dict[str, int | str]:
     """Return the values for the name of a picture's file, see ``pictures.names.Template``."""
     return {
         "seed": 0 if metadata.seed is None else metadata.seed,
         "index": index,
         "step": steps,
-        "frame": 0,
+        "frame": frame,
         "prompt": metadata.prompt,
         "model": _model_name(metadata),
         "image": Path(str(metadata.extra.get("image") or "none")).stem,
@@ -280,7 +343,7 @@ class Run(Iterator[Step]):
         self, planned: PlannedRun, metadata: list[Metadata], watch: Watch | None = None
     ) -> None:
         self.settings = planned.settings
-        of = planned.settings.best_of
+        of = planned.settings.group
         self.seeds = planned.seeds[::of]
         self.metadata = metadata[::of]
         # The generator does not get the run: a run that is dropped before its end is then in no
@@ -357,8 +420,10 @@ class Run(Iterator[Step]):
             seeds=[one.seed for one in done],
             settings=self.settings,
             metadata=[one.metadata for one in done],
+            videos=[list(one.frames) for one in done if one.frames],
             timings=_sum(one.timings for one in done),
             peak_memory=done[-1].peak_memory,
+            maps=[one.map for one in done if one.map is not None],
         )
 
     def pictures(self, on_step: Callable[[Step], object] | None = None) -> Iterator[Picture]:
@@ -473,30 +538,48 @@ class _Work:
                 self._choose(index)
                 continue
             with self.turn("vae"), seamless(planned.settings.seamless):
-                image = model.decode(latents[None])[0]
                 settings = planned.settings
+                frames, values = self._made_of(latents)
+                image = frames[0]
                 pastes = settings.paste_original or settings.only_masked is not None
                 if canvas is not None and pastes:
                     image = canvas.paste_original(image)
-                model.backend.clear_cache()
             picture = Picture(
-                index=index // planned.settings.best_of,
+                index=index // planned.settings.group,
                 image=image,
                 latents=latents,
                 seed=planned.seeds[index],
                 metadata=self._scored(image, index),
                 timings=self.timings,
                 peak_memory=model.backend.peak_memory(),
+                map=values,
+                frames=() if settings.frames is None else tuple(frames),
             )
             self._rivals.append((index, picture))
             self.drawn.popleft()
             self._choose(index)
 
+    def _made_of(self, latents: np.ndarray) -> tuple[list[PIL.Image.Image], np.ndarray | None]:
+        """Decode a picture, or the frames of a video; of a model that makes maps, also the map
+        before it is resized."""
+        settings, model = self._planned.settings, self._planned.model
+        if isinstance(model, MapModel):
+            values = model.map_of(latents, *settings.drawn)
+            model.backend.clear_cache()
+            return [model.paint(values, settings.depth_as)], values
+        if isinstance(model, AnimatingModel):
+            return model.decode_frames(latents, settings.decode_chunk or len(latents)), None
+        frames = []
+        for one in latents if settings.frames is not None else latents[None]:
+            frames.append(model.decode(one[None])[0])
+            model.backend.clear_cache()
+        return frames, None
+
     def _is_decoded(self, index: int) -> bool:
         """Return True if a picture that is drawn is decoded, too."""
         if self._rivals:
             return self._rivals[-1][0] == index
-        last, of = (index + 1) % self._planned.settings.best_of == 0, self._planned.settings.best_of
+        last, of = (index + 1) % self._planned.settings.group == 0, self._planned.settings.group
         return last and bool(self.finished) and self.finished[-1].index == index // of
 
     def _scored(self, image: PIL.Image.Image, index: int) -> Metadata:
@@ -509,18 +592,21 @@ class _Work:
         return replace(metadata, extra={**metadata.extra, "score": points})
 
     def _choose(self, index: int) -> None:
-        """Keep the best picture of a group when all of it is drawn, and enlarge it."""
-        if (index + 1) % self._planned.settings.best_of == 0:
+        """Make one picture of a group when all of it is drawn."""
+        if (index + 1) % self._planned.settings.group == 0:
             self.settle()
 
     def settle(self) -> None:
-        """Keep the best of the pictures that are decoded and not chosen from yet."""
+        """Make one picture of those that are decoded: keep the best, or join them; enlarge it."""
         rivals = [picture for _, picture in self._rivals]
         if not rivals:
             return
         best = max(rivals, key=lambda one: one.metadata.extra.get("score", 0.0))
         if len(rivals) > 1:
             self.timings = _sum(one.timings for one in rivals)
+        if isinstance(self._planned.model, MapModel):
+            best = self._joined(self._planned.model, rivals)
+        elif len(rivals) > 1:
             scores = [[one.seed, one.metadata.extra["score"]] for one in rivals]
             extra = {**best.metadata.extra, "best_of": len(rivals), "scores": scores}
             best = replace(best, metadata=replace(best.metadata, extra=extra))
@@ -531,6 +617,29 @@ class _Work:
         if not self.finished or self.finished[-1].index != best.index:  # else interrupted here
             self.finished.append(replace(best, timings=self.timings))
         self._rivals.clear()
+
+    def _joined(self, model: MapModel, found: list[Picture]) -> Picture:
+        """Join the maps of a group, and paint the result in its size."""
+        settings, first = self._planned.settings, found[0]
+        maps = [one.map for one in found if one.map is not None]
+        values = model.joined(maps, settings.height, settings.width)
+        metadata = first.metadata
+        if len(found) != settings.ensemble:  # stopped before the last
+            metadata = replace(metadata, extra={**metadata.extra, "ensemble": len(found)})
+        image = model.paint(values, settings.depth_as)
+        return replace(first, image=image, map=values, metadata=metadata)
+
+    def make_map(self, maker: Model, pixels: np.ndarray) -> np.ndarray:
+        """Make the map of a picture with a model of its own."""
+        start = time.perf_counter()
+        self.watch.tell("encode")
+        asked = RunOptions(image=pixels, seed=SEED)
+        made = Run(resolve(maker, None, asked), [Metadata()]).result.maps[0]
+        if maker.low_memory:
+            with turn():
+                maker.cache.release_all()
+        self.timings["map"] = self.timings.get("map", 0.0) + time.perf_counter() - start
+        return made
 
     def _enlarge(self, model: Model, image: PIL.Image.Image, seed: int) -> PIL.Image.Image:
         """Enlarge a finished picture by the model's upscaler."""
@@ -561,9 +670,9 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
     Yields: each Step; None when pictures are finished.
     """
     model, settings, backend = run.model, run.settings, run.model.backend
-    stages = make_stages(settings, run.plans, model, refiner_of(model))
+    stages: list[Stage] = []
     edges = partial(seamless, settings.seamless)
-    total = sum(len(stage.plan) for stage in stages)
+    total = sum(map(len, run.plans))
     inputs: Inputs | None = None
     denoisers: dict[int, Any] = {}
     smaller = None if settings.noise_size is None else model.latent_shape(*settings.noise_size)
@@ -572,14 +681,17 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
         work.begin()
         work.watch.begin(picture)
         if inputs is None:
-            with work.turn("image" if settings.encodes else None), edges():
+            settings = with_maps(model, settings, work.make_map)
+            stages = make_stages(settings, run.plans, model, refiner_of(model))
+            encodes = settings.encodes or model.unclips
+            with work.turn("image" if encodes else None), edges():
                 inputs = Inputs(model, settings)
         vary, index = variation(settings.vary, picture), 0
         draws = Draws(settings, seed, vary, smaller)
         given = None if run.noise is None else run.noise[picture][None]
         x: Any = None  # after the last step
         for part, stage in enumerate(stages):
-            shape = model.latent_shape(stage.settings.height, stage.settings.width)
+            shape = stage.settings.latent_shape(model)
             denoise = None
             if part not in denoisers and stage.model.low_memory:
                 denoisers.clear()
@@ -600,13 +712,15 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
             for x, latents, clean, elapsed in each_in_turn(steps):  # noqa: B007 - x is used later
                 work.timings["steps"].append(elapsed)
                 _require_finite(latents, index, total, backend.dtype)
+                if settings.frames is not None:
+                    latents = unstacked(latents, settings.frames)
                 if index == total - 1:
                     work.finish(picture, latents)
                 work.watch.advance(elapsed)
                 yield Step(
                     index=index,
                     total=total,
-                    picture=picture // settings.best_of,
+                    picture=picture // settings.group,
                     seed=seed,
                     seconds=elapsed,
                     latents=latents,
@@ -623,6 +737,11 @@ def _draw(run: PlannedRun, work: _Work) -> Steps[Step | None, None, None]:
             denoisers.clear()
         work.decode()
         yield None
+
+
+def _middle(latents: np.ndarray) -> np.ndarray:
+    """The frame in the middle of (F, h, w, C); (h, w, C) as it is."""
+    return latents[len(latents) // 2] if latents.ndim == 4 else latents
 
 
 def _evaluations(
@@ -648,7 +767,7 @@ def _evaluations(
     state = plan.start()
     for i, t in enumerate(plan.timesteps):
         start = time.perf_counter()
-        evaluation = Evaluation(t, i, len(plan), beside)
+        evaluation = Evaluation(t, i, len(plan), beside, begun.labels)
         with seamless(stage.settings.seamless):
             output, unconditional = denoise(plan.scale_model_input(x, state), evaluation)
         clean = partial(_denoised, backend, plan, i, x, output)
@@ -690,7 +809,7 @@ def _motion(stage: Stage, seed: int) -> BrownianMotion | None:
     plan, settings = stage.plan, stage.settings
     if plan.interval is None or not plan.draws or not settings.is_brownian(plan):
         return None
-    shape = stage.model.latent_shape(settings.height, settings.width)
+    shape = settings.latent_shape(stage.model)
     source = SOURCES[settings.sampler_rng or settings.rng]
     return BrownianMotion(plan.interval, seed % 2**64, lambda own: draw_noise(source(own), shape))
 

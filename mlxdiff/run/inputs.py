@@ -9,7 +9,7 @@ itself, and the noise that is added to the image is drawn first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,8 @@ import numpy as np
 from mlxdiff.noise import add_noise
 from mlxdiff.pictures.hires import Hires, enlarge_latents
 from mlxdiff.pictures.image import resize_values, to_model
+from mlxdiff.pictures.resampling import resample
+from mlxdiff.run import animation, image_led, video
 from mlxdiff.run.additions.upscaler import enlarged_for_hires
 from mlxdiff.run.model import ImageLatents, Model
 from mlxdiff.run.seeds import Draws, Shape
@@ -55,12 +57,14 @@ class Start:
     Attributes:
         x: the latents, (1, h, w, C).
         beside: further input channels of the U-Net, or None.
+        labels: the vector that the U-Net takes beside the timestep, (1, D), or None.
         kept: puts a part back after each step, or None.
     """
 
     x: np.ndarray
     beside: np.ndarray | None = None
     kept: Kept | None = None
+    labels: np.ndarray | None = None
 
 
 class Stage(NamedTuple):
@@ -95,6 +99,18 @@ def make_stages(
     return stages
 
 
+def depth_latents(depth: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A depth map as a U-Net sees it: (H, W) of any numbers -> (1, height, width, 1), -1 to 1.
+
+    Source: diffusers StableDiffusionDepth2ImgPipeline.prepare_depth_map.
+    """
+    small = resample(depth[..., None], height, width, "bicubic")
+    low, high = small.min(), small.max()
+    # The whole map differs somewhere, but a few places of it may not.
+    span = np.float32(1) if low == high else high - low
+    return (2 * (small - low) / span - 1)[None]
+
+
 class Inputs:
     """The given picture, encoded once for all pictures of a run.
 
@@ -110,18 +126,34 @@ class Inputs:
         self.mask: np.ndarray | None = None
         self.edited: np.ndarray | None = None
         self.small: np.ndarray | None = None
+        self.depth: np.ndarray | None = None
+        self.leading: image_led.Leading | None = None
+        self.animates = model if model.animates else None
+        self.frames: list[ImageLatents] = []
         self.signal = 1.0
         self.blends = False
-        if settings.image is None:
+        if model.unclips and settings.leading is not None:
+            self.leading = image_led.Leading(model, settings)
+        if settings.image is None or model.animates:
+            return
+        if settings.video is not None:
+            self.frames = [model.image_latents(frame) for frame in settings.video]
             return
         if settings.noise_level is not None:
             self.small = to_model(settings.image)
-            self.signal = float(model.low_res_process[settings.noise_level])
+            self.signal = float(model.image_noise_process[settings.noise_level])
             return
-        if model.edits:
+        if model.maps is not None:
+            looking: Any = model
+            self.edited = looking.seen(settings.image, settings.processing_resolution)
+            return
+        if model.edits or model.turns:
             scaled = model.takes_scaled_picture
             self.edited = model.encode_pixels(to_model(settings.image), scaled=scaled).mean
             return
+        if settings.depth is not None:
+            shape = model.latent_shape(settings.height, settings.width)
+            self.depth = depth_latents(settings.depth, *shape[:2])
         canvas = settings.canvas
         if canvas is not None:
             self.blends = not model.inpaints
@@ -144,6 +176,16 @@ class Inputs:
             noise: takes the place of the first noise.
         """
         settings, repaints = self.settings, self.mask is not None
+        if self.animates is not None:
+            beside = animation.noised_latents(self.animates, settings, draws)
+            noise = animation.first_noise(settings, draws, shape) if noise is None else noise
+            return Start(np.asarray(noise * plan.init_noise_sigma, np.float32), beside=beside)
+        if self.leading is not None:
+            labels = self.leading.noised(draws)
+            noise = draws.first(shape) if noise is None else noise
+            return Start(np.asarray(noise * plan.init_noise_sigma, np.float32), labels=labels)
+        if self.frames:
+            return self._begin_video(plan, draws, noise)
         if self.small is not None:
             small = add_noise(self.small, draws.next(shape, self.small.shape[-1]), self.signal)
             noise = draws.first(shape) if noise is None else noise
@@ -159,11 +201,20 @@ class Inputs:
             x = plan.add_noise(clean, noise) if settings.adds_noise else clean
         x = np.asarray(x, np.float32)
         if self.mask is None or self.masked is None:
-            return Start(x, beside=self.edited)
+            return Start(x, beside=self.edited if self.depth is None else self.depth)
         masked = draws.sample(self.masked)
         if clean is not None and self.blends:
             return Start(x, kept=Kept(self.mask, clean, noise))
         return Start(x, beside=np.concatenate([self.mask, masked], axis=-1))
+
+    def _begin_video(self, plan: Plan, draws: Draws, noise: np.ndarray | None) -> Start:
+        """The start of a video, drawn as diffusers draws it: (1, F, C, h, w) where a picture that
+        starts from noise alone has (1, C, F, h, w)."""
+        clean = video.stacked(draws.sample_frames(self.frames))
+        if noise is None:
+            shape = self.frames[0].mean.shape
+            noise = video.stacked(draws.frames(len(self.frames), shape[1:]))
+        return Start(np.asarray(plan.add_noise(clean, noise), np.float32))
 
     def go_on(
         self, stage: Stage, start: Start, latents: np.ndarray, draws: Draws, shape: Shape
@@ -178,7 +229,8 @@ class Inputs:
             shape: (h, w, C) of the latents of the next part.
         """
         if self.settings.hires is not None:
-            return self._enlarge(stage, self.settings.hires, latents, draws, shape)
+            larger = self._enlarge(stage, self.settings.hires, latents, draws, shape)
+            return replace(larger, labels=start.labels)
         if start.kept is None:
             return Start(latents)
         # A refiner keeps the same picture with new noise.

@@ -21,8 +21,16 @@ from mlxdiff.networks.config import (
     UNet2DConfig,
     VAEConfig,
 )
+from mlxdiff.run import image_led
 from mlxdiff.samplers.guidance import is_guided
-from mlxdiff.store.folder import ModelSource
+from mlxdiff.store.folder import (
+    CC_PROJECTION,
+    IMAGE_ENCODER,
+    IMAGE_NOISING_SCHEDULER,
+    IMAGE_NORMALIZER,
+    LOW_RES_SCHEDULER,
+    ModelSource,
+)
 
 logger = logging.getLogger("mlxdiff")
 
@@ -73,7 +81,18 @@ class Kind(ABC):
         inpaints: the U-Net sees a mask and a masked picture beside the latents.
         edits: the U-Net sees a picture beside the latents (InstructPix2Pix).
         upscales: the U-Net sees a small, noised picture and takes its noise level (x4 upscaler).
+        takes_depth: the U-Net sees a depth map beside the latents (stable-diffusion-2-depth).
+        maps: what it makes of a picture, in place of another picture: "depth" or "normals".
         takes_scaled_picture: a model that edits sees the picture's latents scaled (CosXL Edit).
+        draws_video: the U-Net has motion modules.
+        varies: the U-Net reads CLIP's embedding of a picture in place of a prompt (image
+            variations).
+        turns: it reads that and a camera, and sees the picture beside the latents (Zero-1-to-3).
+        unclips: the U-Net takes CLIP's embedding of a picture, noised, beside the prompt (Stable
+            unCLIP).
+        animates: the U-Net lets a picture move (Stable Video Diffusion).
+        tells_elevation: a model that turns reads the elevation of the picture's camera in place of
+            a change of distance (Stable Zero123).
     """
 
     source: ModelSource
@@ -89,17 +108,32 @@ class Kind(ABC):
     inpaints: bool = False
     edits: bool = False
     upscales: bool = False
+    takes_depth: bool = False
     takes_scaled_picture: bool = False
+    maps: str | None = None
+    draws_video: bool = False
+    varies: bool = False
+    turns: bool = False
+    unclips: bool = False
+    animates: bool = False
+    tells_elevation: bool = False
+
+    @property
+    def is_led(self) -> bool:
+        """Return True if the embedding of a picture leads the U-Net: it needs one, and starts from
+        noise."""
+        return self.varies or self.turns or self.unclips
 
     @abstractmethod
     def lacks(self, part: str) -> Reason:
         """Return why this model has no such part, with the way out; None if it has the part.
 
         Args:
-            part: "text", "prompt_2", "sdxl", "target_size", "aesthetic_score", "image", "mask",
-                "edits", "upscales", "threshold", "label", "hires", or an addition: "controlnet",
-                "t2i_adapter", "ip_adapter", "lora", "embedding", "vae", "refiner", "upscaler",
-                "judge".
+            part: "text" (guidance by a prompt, or by a picture in its place), "prompt", "prompt_2",
+                "sdxl", "target_size", "aesthetic_score", "image", "mask", "edits", "upscales",
+                "depth", "maps", "animation", "noised", "camera", "variations", "threshold",
+                "label", "hires", "video", or an addition: "controlnet", "t2i_adapter",
+                "ip_adapter", "lora", "embedding", "vae", "refiner", "upscaler", "judge", "motion".
         Raises: KeyError for another word.
         """
 
@@ -158,16 +192,16 @@ class Kind(ABC):
         return False
 
     def check_noise_level(self, noise_level: Any) -> None:
-        """Raise UsageError unless the picture of an upscaler can be noised this much."""
-        self.require("upscales", "noise_level")
+        """Raise UsageError unless a given picture can be noised this much."""
+        self.require("noised", "noise_level")
 
     @property
-    def low_res_process(self) -> np.ndarray:
-        """alphas_cumprod, by noise level, for noising the picture of an upscaler.
+    def image_noise_process(self) -> np.ndarray:
+        """alphas_cumprod, by noise level, for noising a given picture.
 
-        Raises: ConfigError; UsageError if the model is none.
+        Raises: ConfigError; UsageError if the model noises none.
         """
-        self.require("upscales", "noise_level")
+        self.require("noised", "noise_level")
         raise NotImplementedError
 
     def check_label(self, label: Any) -> None:
@@ -181,6 +215,7 @@ class LatentKind(Kind):
 
     Args:
         vae: config of an added VAE; None: the model's own.
+        unet: config of the U-Net with the layers that were added; None: as the model has it.
     Attributes:
         vae_config: config of the VAE that decodes.
         text_encoders: names of the text encoders, in order.
@@ -189,11 +224,16 @@ class LatentKind(Kind):
 
     unet_config: UNet2DConditionConfig
 
-    def __init__(self, source: ModelSource, vae: VAEConfig | None = None) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        vae: VAEConfig | None = None,
+        unet: UNet2DConditionConfig | None = None,
+    ) -> None:
         self.source = source
-        self.unet_config = unet = source.config("unet")
+        self.unet_config = unet = source.config("unet") if unet is None else unet
         self.vae_config: VAEConfig = source.config("vae") if vae is None else vae
-        self.text_encoders = tuple(c for c in source.components if stage_of(c) == "text_encoder")
+        self.text_encoders = tuple(c for c in source.components if c.startswith("text_encoder"))
         index = source.model_index
         latent = self.vae_config.latent_channels
         self.is_sdxl = unet.addition_embed_type == "text_time"
@@ -206,11 +246,21 @@ class LatentKind(Kind):
             index.get("force_zeros_for_empty_prompt", True)
         )
         self.inpaints = unet.in_channels == 2 * latent + 1
-        self.edits = unet.in_channels == 2 * latent and unet.num_class_embeds is None
+        self.turns = CC_PROJECTION in source.components
+        self.varies = not self.text_encoders and not self.turns
+        self.unclips = unet.class_embed_type == "projection"
+        self.tells_elevation = self.turns and image_led.is_stable_zero123(source)
+        self.edits = (
+            unet.in_channels == 2 * latent and unet.num_class_embeds is None and not self.turns
+        )
         self.upscales = unet.in_channels == latent + 3 and unet.num_class_embeds is not None
+        self.takes_depth = unet.in_channels == latent + 1 and not self.is_sdxl
         self.takes_scaled_picture = bool(index.get("is_cosxl_edit", False))
+        self.draws_video = unet.motion is not None
         if self.upscales:
             self.vae_config = replace(self.vae_config, scaling_factor=UPSCALER_SCALE)
+        if self.is_led:
+            image_led.check(source)
 
     def _size_numbers(self) -> int:
         """How many numbers the U-Net takes beside the pooled text: 6, or 5 with a score.
@@ -244,6 +294,10 @@ class LatentKind(Kind):
             does = "a model that edits a picture by instruction"
         elif self.upscales:
             does = "a model that enlarges a picture"
+        elif self.takes_depth:
+            does = "a model that draws from a picture and its depth map"
+        elif self.is_led:
+            return image_led.describe(self.turns, self.unclips)
         else:
             does = "a model that draws from text"
         channels, latent = self.unet_config.in_channels, self.vae_config.latent_channels
@@ -264,6 +318,8 @@ class LatentKind(Kind):
             return 0.0
         if self.upscales:
             return 9.0
+        if self.unclips or self.turns:
+            return 10.0 if self.unclips else 3.0
         return 5.0 if self.is_sdxl else 7.5
 
     def default_steps(self, sampler: str) -> int:
@@ -276,26 +332,26 @@ class LatentKind(Kind):
         return 0.3 if self.is_sdxl else 0.8
 
     def check_noise_level(self, noise_level: Any) -> None:
-        """Raise UsageError unless the picture of an upscaler can be noised this much."""
-        most = min(
-            self.source.model_index.get("max_noise_level", MAX_NOISE_LEVEL),
-            (self.unet_config.num_class_embeds or 0) - 1,
-            len(self.low_res_process) - 1,
-        )
+        """Raise UsageError unless a given picture can be noised this much."""
+        most = len(self.image_noise_process) - 1
+        if self.upscales:
+            stated = self.source.model_index.get("max_noise_level", MAX_NOISE_LEVEL)
+            most = min(stated, (self.unet_config.num_class_embeds or 0) - 1, most)
         whole = isinstance(noise_level, int) and not isinstance(noise_level, bool)
         if not whole or not 0 <= noise_level <= most:
             raise UsageError(
                 f"{argument('noise_level')} is {noise_level!r}; expected a whole number, 0 to "
-                f"{most} (how much noise is added to the picture before it is enlarged)"
+                f"{most} (how much noise is added to the picture before the model sees it)"
             )
 
     @property
-    def low_res_process(self) -> np.ndarray:
-        """See ``Kind.low_res_process``."""
+    def image_noise_process(self) -> np.ndarray:
+        """See ``Kind.image_noise_process``."""
+        part = IMAGE_NOISING_SCHEDULER if self.unclips else LOW_RES_SCHEDULER
         try:
-            return samplers.forward_process(self.source.low_res_scheduler_config)
+            return samplers.forward_process(self.source.image_noise_config)
         except ConfigError as error:
-            raise ConfigError(f"{self.source.path}/low_res_scheduler: {error}") from None
+            raise ConfigError(f"{self.source.path}/{part}: {error}") from None
 
     def is_guided(self, scale: float, image_scale: float | None = None) -> bool:
         """See ``Kind.is_guided``."""
@@ -423,9 +479,16 @@ class PixelKind(Kind):
         return height, width, self.unet_config.in_channels
 
 
-def stage_of(network: str) -> str:
-    """The stage of a run that a network works in: text_encoder, unet, vae, upscaler or judge."""
-    return _STAGES.get(network, "unet")
+def stage_of(network: Network | str) -> str:
+    """The stage of a run that a network works in: text_encoder, unet, vae, upscaler or judge.
+
+    Args:
+        network: a network, or the name of one of the model's own.
+    """
+    if isinstance(network, str):
+        network = Network(network)
+    stages = _STAGES if network.position is None else _STAGES_OF_ADDED
+    return stages.get(network.name, "unet")
 
 
 # What is not named here works beside the U-Net.
@@ -433,6 +496,11 @@ _STAGES = {
     "text_encoder": "text_encoder",
     "text_encoder_2": "text_encoder",
     "vae": "vae",
+    IMAGE_ENCODER: "text_encoder",
+    IMAGE_NORMALIZER: "text_encoder",
+    CC_PROJECTION: "text_encoder",
+}
+_STAGES_OF_ADDED = {
     "upscaler": "upscaler",
     "hires_upscaler": "upscaler",
     "judge_text": "judge",
@@ -450,8 +518,13 @@ def _always(kind: LatentKind) -> bool:
     return True
 
 
-def _starts_from_noise_alone(kind: LatentKind) -> bool:
-    return kind.edits or kind.upscales
+def _is_plain(kind: LatentKind) -> bool:
+    """Return True if the U-Net sees latents alone, or is an inpainting model."""
+    return not (kind.edits or kind.upscales or kind.takes_depth or kind.is_led)
+
+
+def _reads_text(kind: LatentKind) -> bool:
+    return bool(kind.text_encoders)
 
 
 class _Words(dict[str, str]):
@@ -464,12 +537,13 @@ class _Words(dict[str, str]):
 # Part -> whether a latent model has it, and the reason if not (with words of ``_Words``).
 _LATENT_PARTS: dict[str, tuple[Callable[[LatentKind], bool], str]] = {
     "text": (_always, ""),
+    "prompt": (_reads_text, "{this}; it reads no text"),
     "image": (_always, ""),
-    "lora": (_always, ""),
-    "embedding": (_always, ""),
+    "lora": (_reads_text, "{this}; it reads no text, and LoRAs are trained with text"),
+    "embedding": (_reads_text, "{this}; it reads no text"),
     "vae": (_always, ""),
     "upscaler": (_always, ""),
-    "judge": (_always, ""),
+    "judge": (_reads_text, "{this}; it has no prompt that a judge could compare a picture with"),
     "threshold": (
         lambda kind: False,
         "only models that draw pixels take that: latents have no bounds to keep",
@@ -490,7 +564,7 @@ _LATENT_PARTS: dict[str, tuple[Callable[[LatentKind], bool], str]] = {
         "this is no SDXL model; a refiner is one, and works on one",
     ),
     "mask": (
-        lambda kind: not _starts_from_noise_alone(kind),
+        _is_plain,
         "{this}; it has no part for {mask} or {outpaint}",
     ),
     "edits": (
@@ -498,25 +572,64 @@ _LATENT_PARTS: dict[str, tuple[Callable[[LatentKind], bool], str]] = {
         "only models that edit a picture by instruction take that (instruct-pix2pix, whose U-Net "
         "takes 8 channels); this model is not one",
     ),
+    "depth": (
+        lambda kind: kind.takes_depth,
+        "only models that see a depth map take that (stable-diffusion-2-depth, whose U-Net takes 5 "
+        "channels); for this model give a depth ControlNet ({controlnets}) the map as "
+        "{control_image}",
+    ),
+    "animation": (
+        lambda kind: kind.animates,
+        "only models that let a picture move take that (Stable Video Diffusion); this model is "
+        "not one",
+    ),
+    "maps": (
+        lambda kind: kind.maps is not None,
+        "only models that make a map of a picture take that (Marigold); this model is not one",
+    ),
     "upscales": (
         lambda kind: kind.upscales,
         "only models that enlarge a picture take that (the x4 upscaler); this model is not one",
     ),
+    "noised": (
+        lambda kind: kind.upscales or kind.unclips,
+        "only models that enlarge a picture (the x4 upscaler) or read its noised embedding (Stable "
+        "unCLIP) take that; this model is not one",
+    ),
+    "camera": (
+        lambda kind: kind.turns,
+        "only models that show a picture's object from another side take that (Zero-1-to-3, "
+        "Stable Zero123); this model is not one",
+    ),
+    "variations": (
+        lambda kind: kind.varies or kind.unclips,
+        "only models that a picture leads take that (image variations, Stable unCLIP); with this "
+        "one, follow a picture with an IP-Adapter ({ip_adapters}), or start from it ({image}, "
+        "{strength}) and ask for several pictures ({count})",
+    ),
     "hires": (
-        lambda kind: not _starts_from_noise_alone(kind),
+        lambda kind: not (kind.edits or kind.upscales or kind.takes_depth or kind.turns),
         "{this}; draw with it first, and start a hires run of another model from the result "
         "({image})",
     ),
+    "motion": (
+        lambda kind: not (kind.inpaints or kind.takes_aesthetic_score) and _is_plain(kind),
+        "{this}; it cannot be combined with a motion adapter ({motion_adapter})",
+    ),
+    "video": (
+        lambda kind: kind.draws_video,
+        "this model draws pictures; to draw videos give a motion adapter ({motion_adapter})",
+    ),
     "controlnet": (
-        lambda kind: not _starts_from_noise_alone(kind),
+        _is_plain,
         "{this}; it cannot be combined with a ControlNet ({controlnets})",
     ),
     "t2i_adapter": (
-        lambda kind: not _starts_from_noise_alone(kind),
+        _is_plain,
         "{this}; it cannot be combined with a T2I-Adapter ({t2i_adapters})",
     ),
     "ip_adapter": (
-        lambda kind: not kind.upscales,
+        lambda kind: not (kind.upscales or kind.takes_depth or kind.is_led),
         "{this}; it cannot be combined with an IP-Adapter ({ip_adapters})",
     ),
 }
@@ -530,6 +643,8 @@ _PIXEL_PARTS = dict.fromkeys(_LATENT_PARTS, "that") | {
     "embedding": "an embedding",
     "vae": "a VAE",
     "refiner": "a refiner",
+    "motion": "a motion adapter",
+    "video": "videos",
     "judge": "a judge, which compares a picture with a prompt",
 }
 

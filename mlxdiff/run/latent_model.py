@@ -51,7 +51,8 @@ class LatentModel(LatentKind, Model):
         vae_tiling: bool | None = None,
     ) -> None:
         Model.__init__(self, source, backend, additions, cache, vae_tiling)
-        LatentKind.__init__(self, source, self.component_of(Network("vae")).config)
+        configs = (self.component_of(Network(name)).config for name in ("vae", "unet"))
+        LatentKind.__init__(self, source, *configs)
         self.texts = TextEncoders(source, self.component, backend, penultimate=self.is_sdxl)
         if words := self.additions.of(WordVectors):
             self.texts.set_embeddings([word.embedding for word in words])
@@ -99,6 +100,7 @@ class LatentModel(LatentKind, Model):
         steps: int = 1000,
     ) -> list[tuple[int, PromptEmbeddings]]:
         """See ``Model.prompt_timeline``."""
+        self.require("prompt", "a prompt")
         self.texts.check_clip_skip(clip_skip)
         encode = partial(self.texts.timeline, syntax=prompt_syntax, steps=steps)
         positive = encode((prompt, prompt_2 or prompt), clip_skip)

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple, Protocol
 from mlxdiff.convert import Component
 from mlxdiff.errors import UsageError, argument
 from mlxdiff.machine import threads
+from mlxdiff.networks.condition import Frames
 from mlxdiff.networks.config import AutoencoderKLConfig, ComponentConfig, UpscalerConfig
-from mlxdiff.networks.cost import operations
+from mlxdiff.networks.cost import WHOLE, operations
 from mlxdiff.networks.recorder import Operation
 from mlxdiff.networks.tiling import BAND_BYTES
 from mlxdiff.run.kind import Network, stage_of
@@ -88,7 +89,7 @@ class Estimate:
         totals = {}
         for stage, work in self.work.items():
             needs = "vae" if stage == "image" else stage
-            own = {held for held in self.weights if stage_of(held.network.name) == needs}
+            own = {held for held in self.weights if stage_of(held.network) == needs}
             loaded |= own
             if self.low_memory:
                 totals[stage] = work + self._most_together(own)
@@ -103,7 +104,7 @@ class Estimate:
         """
         together: dict[Any, int] = {}
         for one in held:
-            group = one.refiner if stage_of(one.network.name) == "unet" else one
+            group = one.refiner if stage_of(one.network) == "unet" else one
             together[group] = together.get(group, 0) + self.weights[one]
         return max(together.values(), default=0)
 
@@ -177,6 +178,8 @@ def estimate(
     low_memory: bool = False,
     band_bytes: int | None = None,
     recipe: Recipe | None = None,
+    frames: Frames = WHOLE,
+    decoded: int = 1,
 ) -> Estimate:
     """The memory of a run.
 
@@ -192,6 +195,8 @@ def estimate(
         band_bytes: the VAE decodes in bands of this size (``mlxdiff.networks.tiling``); None: the
             whole at once.
         recipe: quantize the weights first; None: they are as they are.
+        frames: of the video that is drawn.
+        decoded: frames that a VAE for videos decodes together.
     """
     weights: dict[Held, int] = {}
     work: dict[str, int] = {}
@@ -214,12 +219,15 @@ def estimate(
                 expands = low_memory or any(
                     isinstance(tensor, QuantizedTensor) for tensor in tensors.values()
                 )
-                need = activation_bytes(config, kind, *latent, batch=batch, expands=expands)
-                run = UNetRun(kind, config, latent, (height, width), batch, pictures)
+                need = activation_bytes(
+                    config, kind, *latent, batch=batch, expands=expands, frames=frames
+                )
+                rows = batch * frames.count
+                run = UNetRun(kind, config, latent, (height, width), rows, pictures)
                 extra = one.additions.work(run)
                 need = max(need + extra.beside, extra.before)
             elif name == "vae":
-                need = activation_bytes(config, kind, *latent)
+                need = activation_bytes(config, kind, *latent, frames=Frames(decoded))
                 if band_bytes is not None:
                     need = min(need, tiled_bytes(config, kind, *latent, band_bytes))
                 if image:
@@ -278,15 +286,16 @@ def activation_bytes(
     batch: int = 1,
     encode: bool = False,
     expands: bool = False,
+    frames: Frames = WHOLE,
 ) -> int:
     """The most bytes that one evaluation of a network holds beside its weights.
 
     Args: as for ``cost.operations``, the device, and
         expands: a GPU expands convolutions' weights when it uses them.
     """
-    work = operations(config, height, width, batch=batch, encode=encode)
+    work = operations(config, height, width, batch=batch, encode=encode, frames=frames)
     if device.backend == "numpy":
-        return max(map(_numpy_bytes, work))
+        return max(map(_numpy_bytes, work), default=0)
     size = SIZES[device.dtype]
     return _gpu_bytes(work, size, expands) if device.gpu else _cpu_bytes(work, size)
 
@@ -470,6 +479,6 @@ def require(
     helps = [how for how, make in (alternatives or {}).items() if fits(make(), most)][:2]
     raise UsageError(
         f"this would take about {(needed.peak + PROCESS) / 1e9:.2f} GB of memory (the most in the "
-        f"{_NAMES[needed.stage]}), and {whose} {most / 1e9:.2f} GB; "
+        f"{_NAMES[needed.stage]}), and {whose} {most / 1e9:{'.2f' if most >= 1e7 else '.3g'}} GB; "
         + (f"these fit: {'; '.join(helps)}" if helps else "a smaller model is needed")
     )

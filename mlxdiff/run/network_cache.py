@@ -111,7 +111,7 @@ class NetworkCache:
         A VAE is computed in float32 if its config asks for it. If the config says nothing, float16
         is tried first (``widen``); bfloat16 is too coarse for pixels, and for those of an upscaler.
         """
-        if stage_of(network.name) == "upscaler":
+        if stage_of(network) == "upscaler":
             coarse = self.backend.dtype == "bfloat16" or self._wide.get(network) == makers
             return "float32" if coarse else None
         if network.name != "vae":
@@ -159,9 +159,9 @@ class NetworkCache:
 
     def _release_stages_before(self, network: Network) -> None:
         """Let all networks leave memory that are not needed at the same time as this one."""
-        alone = stage_of(network.name) != "unet"
+        alone = stage_of(network) != "unet"
         for other in list(self._loaded):
-            if other != network and (alone or stage_of(other.name) != "unet"):
+            if other != network and (alone or stage_of(other) != "unet"):
                 del self._loaded[other]
         gc.collect()  # a traceback that is kept may hold a U-Net in a circle of references
         self.backend.clear_cache()

@@ -24,7 +24,8 @@ from mlxdiff.convert.singlefile import PREDICTIONS
 from mlxdiff.noise import SEEDS, SOURCES
 from mlxdiff.pictures.control_modes import MODES
 from mlxdiff.pictures.hires import UPSCALERS
-from mlxdiff.pictures.preprocess import PREPROCESSORS
+from mlxdiff.pictures.maps import DEPTH_FORMS
+from mlxdiff.pictures.preprocess import MAPS, PREPROCESSORS
 from mlxdiff.run import composition, values
 from mlxdiff.run.progress import Cancel, Progress
 from mlxdiff.run.table import Options, option
@@ -39,6 +40,7 @@ SECTIONS = (
     "From a picture",
     "Hires pass",
     "Control",
+    "Video",
     "SDXL",
     "Machine",
     "Many pictures",
@@ -71,6 +73,8 @@ Scale = Annotated[float, values.Number(least=0)]
 Share = Annotated[float, values.Number(least=0, most=1)]
 Bound = Annotated[float, values.Number(least=1)]
 Size = Annotated[tuple[int, int], values.Numbers("HxW", values.Whole(least=0))]
+Frames = Annotated[int, values.Whole(1, 1024)]
+Fps = Annotated[float, values.Number(least=0.1, most=100)]
 Quality = Annotated[int, values.Whole(1, 100)]
 Words = Annotated[Sequence[str], values.Each(values.Text())]
 ProgressForm = Annotated[str, values.Choice(("bar", "none", "json"))]
@@ -91,6 +95,9 @@ Regions = Annotated[
     str | Sequence[str], values.Each(values.Worded(composition.parse, (), "AREA:PROMPT"))
 ]
 Relative = Annotated[float, values.Number(above=0)]
+Views = Annotated[int, values.Whole(2, 360)]
+Degrees = Annotated[float, values.Number(least=-360, most=360)]
+Relation = Annotated[float, values.Number()]
 StepNoise = Annotated[str, values.Choice(("independent", "brownian"))]
 Syntax = Annotated[str, values.Choice(SYNTAXES)]
 Upscaler = Annotated[PathLike, values.NameOrPlace(names=UPSCALERS)]
@@ -104,7 +111,10 @@ Aspect = Annotated[tuple[int, int], values.Ratio(most=100)]
 Variation = Annotated[tuple[int, float], values.SeedAndShare()]
 NoiseSource = Annotated[str, values.Choice(tuple(SOURCES))]
 SeedOrder = Annotated[str, values.Choice(SEED_ORDERS)]
+Ensemble = Annotated[int, values.Whole(1, 100)]
+DepthForm = Annotated[str, values.Choice(DEPTH_FORMS)]
 Picture = Annotated[Any, values.Picture()]
+Footage = Annotated[Any, values.Footage()]
 # One value, or one for each ControlNet or IP-Adapter.
 Pictures = Annotated[Any, values.Each(values.Picture())]
 Scales = Annotated[float | Sequence[float], values.Each(values.Number())]
@@ -113,7 +123,7 @@ Preprocessors = Annotated[
     str | Sequence[str],
     values.Each(
         values.Choice(
-            tuple(PREPROCESSORS),
+            (*PREPROCESSORS, *MAPS),
             hint=". For another kind of ControlNet give a picture that is already made for it",
         )
     ),
@@ -128,7 +138,7 @@ Embeddings = Annotated[
     values.Files("PATH[:WORD]", TextualInversion),
 ]
 
-_prompt = partial(option, section="Prompt", part="text")
+_prompt = partial(option, section="Prompt", part="prompt")
 _picture = partial(option, section="Picture")
 _image = partial(option, section="From a picture", part="image")
 _hires = partial(option, section="Hires pass", part="hires")
@@ -136,6 +146,8 @@ _upscaler = partial(option, section="Hires pass", part="upscaler")
 _control = partial(option, section="Control", part="controlnet")
 _shown = partial(option, section="Control", part="ip_adapter")
 _sdxl = partial(option, section="SDXL", part="sdxl")
+_video = partial(option, section="Video", part="video")
+_animation = partial(option, section="Video", part="animation")
 
 
 @dataclass(frozen=True)
@@ -385,9 +397,61 @@ class ValueOptions(Options):
     )
     noise_level: Whole | None = _image(
         "--noise-level",
-        part="upscales",
+        part="noised",
         help="x4 upscaler: noise added to the image first; higher values invent more detail. "
-        "Default: 20.",
+        "Default: 20. Stable unCLIP: noise added to the image's embedding; higher values stray "
+        "farther. Default: 0.",
+    )
+    azimuth: Degrees | None = _image(
+        "--azimuth",
+        part="camera",
+        metavar="DEGREES",
+        help="Zero-1-to-3: go this far around the object, to the right. Default: 0.",
+    )
+    elevation: Degrees | None = _image(
+        "--elevation",
+        part="camera",
+        metavar="DEGREES",
+        help="Zero-1-to-3: go up this far. Default: 0.",
+    )
+    distance: Relation | None = _image(
+        "--distance",
+        part="camera",
+        help="Zero-1-to-3: go away from the object (below 0: towards it), in units of the model, "
+        "which was trained between -0.7 and 0.7. Default: 0.",
+        doc="Zero-1-to-3: go away from the object (below 0: towards it), in units of the model, "
+        "which was trained between -0.7 and 0.7.",
+    )
+    picture_elevation: Degrees | None = _image(
+        "--picture-elevation",
+        part="camera",
+        metavar="DEGREES",
+        help="Stable Zero123: elevation of the camera that took the image, which this model reads "
+        "in place of a distance. Default: 0 for a model of that name.",
+    )
+    processing_resolution: Whole | None = _image(
+        "--processing-resolution",
+        part="maps",
+        metavar="PIXELS",
+        help="Marigold: longer side in which the picture is looked at; 0: its own. Default: as "
+        "the model says.",
+    )
+    ensemble: Ensemble = _image(
+        "--ensemble",
+        default=1,
+        part="maps",
+        metavar="N",
+        help="Marigold: join the maps of N seeds (docs/depth.md). Default: 1.",
+        doc="number of maps, of consecutive seeds, that are joined to one.",
+        elsewhere="ensemble_size",
+    )
+    depth_as: DepthForm | None = _image(
+        "--depth-as",
+        part="maps",
+        metavar="FORM",
+        help="Marigold's depth as 16 bits of grey (grey, default), the same with near bright "
+        "(near: for --depth-image and ControlNets), or in colours (colors).",
+        elsewhere="color_map",
     )
     outpaint: Borders | None = _image(
         "--outpaint",
@@ -429,6 +493,62 @@ class ValueOptions(Options):
         default=False,
         help="Let ControlNets lead: with guidance, they act only on the prediction for the "
         "prompt, so that the picture follows them even where the prompt is empty.",
+    )
+    frames: Frames | None = _video(
+        "--frames",
+        metavar="N",
+        help="Frames of the video. Default: with a motion adapter 16, or those of the --image; "
+        "Stable Video Diffusion's own number.",
+        doc="frames of the video. None: with a motion adapter 16, or those of the image; Stable "
+        "Video Diffusion's own number.",
+        elsewhere="num_frames video_frames video_length",
+    )
+    fps: Fps | None = _video(
+        "--fps",
+        metavar="N",
+        help="Frames a second in the file. Default: with a motion adapter 8; 7 for Stable Video "
+        "Diffusion, which reads the number.",
+        doc="frames a second in the file. None: with a motion adapter 8; 7 for Stable Video "
+        "Diffusion, which reads the number.",
+        elsewhere="frame_rate framerate",
+    )
+    context_length: Positive | None = _video(
+        "--context-length",
+        metavar="N",
+        help="With more frames than this, the motion modules see so many at a time (FreeNoise). "
+        "Default: 16.",
+        doc="with more frames than this, the motion modules see so many at a time (FreeNoise). "
+        "None: 16.",
+    )
+    context_stride: Positive | None = _video(
+        "--context-stride",
+        metavar="N",
+        help="Frames from the start of one such window to that of the next. Default: 4.",
+        doc="frames from the start of one such window to that of the next. None: 4.",
+    )
+    min_guidance: Scale | None = _animation(
+        "--min-guidance",
+        help="Stable Video Diffusion: guidance scale of the first frame; --guidance is that of the "
+        "last. Default: 1.",
+        elsewhere="min_guidance_scale",
+    )
+    motion_bucket: Whole | None = _animation(
+        "--motion-bucket",
+        help="Stable Video Diffusion: how much moves. Default: 127.",
+        elsewhere="motion_bucket_id",
+    )
+    noise_augmentation: Scale | None = _animation(
+        "--noise-augmentation",
+        help="Stable Video Diffusion: noise added to the image first; more of it, more motion. "
+        "Default: 0.02.",
+        elsewhere="noise_aug_strength augmentation_level",
+    )
+    decode_chunk: Positive | None = _animation(
+        "--decode-chunk",
+        metavar="N",
+        help="Stable Video Diffusion: decode so many frames at a time: less memory, and frames "
+        "that fit each other less. Default: all.",
+        elsewhere="decode_chunk_size",
     )
     denoising_end: Share | None = _sdxl(
         "--denoising-end",
@@ -472,11 +592,13 @@ class ValueOptions(Options):
 class FileOptions(Options):
     """Options of a run that ``settings`` opens or joins: pictures, and what belongs to them."""
 
-    image: Picture | None = _image(
+    image: Footage | None = _image(
         "-i",
         "--image",
-        help="Picture to start from; it is resized. A folder: each picture in it.",
-        doc="picture to start from: path, Pillow image or array; it is resized.",
+        help="Picture to start from; it is resized. A folder: each picture in it. With a motion "
+        "adapter a video: a GIF, WebP, APNG or MP4, or a folder of frames.",
+        doc="picture to start from: path, Pillow image or array; it is resized. With a motion "
+        "adapter a video: a file, a folder of frames, a list of pictures or an array (F, H, W, 3).",
         elsewhere="init_image image_path init_img input_image",
     )
     aspect: Aspect | None = _picture(
@@ -496,6 +618,15 @@ class FileOptions(Options):
         doc="what to repaint, in white: path, Pillow image or array; resized, made grey, cut at "
         "one half. The size of the picture is then the model's own unless given.",
         elsewhere="mask_image masked_image_path mask_path",
+    )
+    depth_image: Picture | None = _image(
+        "--depth-image",
+        part="depth",
+        help="stable-diffusion-2-depth: depth map of --image, near is bright; 8 or 16 bits of grey "
+        "(docs/depth.md).",
+        doc="depth map of the image for a model that sees one, near is bright: path, Pillow image "
+        "or array (H, W) of any numbers; only their differences count.",
+        elsewhere="depth_map depth_mask",
     )
     zoom_out: Enlargement | None = _image(
         "--zoom-out",
@@ -539,9 +670,10 @@ class FileOptions(Options):
     control_image: Pictures | None = _control(
         "--control-image",
         help="Picture for a ControlNet or T2I-Adapter; it is resized. Give one for each, those of "
-        "ControlNets first.",
+        "ControlNets first. With a motion adapter it may be a video.",
         doc="picture for a ControlNet or T2I-Adapter, resized: path, Pillow image or array; for "
-        "several a list, one for each, those of ControlNets first.",
+        "several a list, one for each, those of ControlNets first. With a motion adapter each may "
+        "be a video: a file, a folder of frames or an array (F, H, W, 3).",
         elsewhere="controlnet_image control_image_path controlnet_image_path",
     )
     control_scale: Scales | None = _control(
@@ -566,8 +698,8 @@ class FileOptions(Options):
     control_preprocess: Preprocessors | None = _control(
         "--control-preprocess",
         metavar="NAME",
-        help="What to make of its picture first: none (default), edges, grey or tile; one for "
-        "all or one for each.",
+        help="What to make of its picture first: none (default), edges, grey, tile; depth or "
+        "normal with a --map-model; one for all or one for each.",
     )
     control_mode: Modes | None = _control(
         "--control-mode",
@@ -612,6 +744,16 @@ class SeedOptions(Options):
         doc="number of pictures.",
         elsewhere="num_images_per_prompt batch_size n_iter batch_count num_images n",
     )
+    variations: Count | None = _image(
+        "--variations",
+        part="variations",
+        key=None,
+        metavar="N",
+        help="Stable unCLIP, image variations: draw N variations of the image; the same as "
+        "--count N.",
+        doc="number of variations of the image; the same as count, for a model that a picture "
+        "leads.",
+    )
     best_of: Positive = _picture(
         "--best-of",
         default=1,
@@ -632,9 +774,13 @@ class SeedOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(SeedOptions, FileOptions, ValueOptions):
-    """All options of a run."""
+    """All options of a run. A number of variations is the number of pictures."""
 
     taken_by: ClassVar[str] = "Pipeline.stream"
+
+    def __post_init__(self) -> None:
+        if self.variations is not None and self.count == 1:
+            object.__setattr__(self, "count", self.variations)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -754,7 +900,7 @@ class LoadOptions(Options):
     )
     style_file: Place | None = _model(
         "--style-file",
-        part="text",
+        part="prompt",
         metavar="FILE",
         help="Styles of one's own for --style: a TOML file.",
         doc="styles of one's own, a TOML file (``mlxdiff.text.styles``).",
@@ -780,6 +926,15 @@ class LoadOptions(Options):
         "``generate`` then takes a control_image for each.",
         elsewhere="controlnet controlnet_path control_net",
     )
+    motion_adapter: Place | None = _model(
+        "--motion-adapter",
+        key="motion_adapter",
+        part="motion",
+        help="Draw videos: a motion adapter (AnimateDiff): folder, file or hub id (docs/video.md).",
+        doc="a motion adapter (AnimateDiff), with which the model draws videos: a folder, a file "
+        "or a hub id.",
+        elsewhere="motion_module motion_modules",
+    )
     t2i_adapters: Places = _model(
         "--t2i-adapter",
         default=(),
@@ -790,6 +945,17 @@ class LoadOptions(Options):
         doc="T2I-Adapters made for this kind of model, each a folder, a file or a hub id; "
         "``generate`` then takes a control_image for each, after those of ControlNets.",
         elsewhere="t2i_adapter adapter",
+    )
+    map_models: Places = _model(
+        "--map-model",
+        default=(),
+        key="map_model",
+        part="controlnet",
+        help="A Marigold model, as for -m, that makes the depth map or the normals of control "
+        "pictures (--control-preprocess depth, normal). Repeatable.",
+        doc="Marigold models, as for ``model``, that make the depth maps and normals of control "
+        "pictures (``control_preprocess``).",
+        elsewhere="map_model depth_model depth_estimator",
     )
     ip_adapters: Places = _model(
         "--ip-adapter",
@@ -943,6 +1109,12 @@ class CommandOptions(Options):
         "--resume",
         default=False,
         help="Skip pictures that are there, drawn with the same settings.",
+    )
+    turntable: Views | None = _batch(
+        "--turntable",
+        metavar="N",
+        help="Zero-1-to-3: draw N views around the object, and write them as an animation (.gif, "
+        ".webp), the views beside it.",
     )
     output: Text | None = _command(
         "-o",

@@ -7,6 +7,7 @@ the pictures. What a single value may be is said in ``options``.
 from __future__ import annotations
 
 from mlxdiff.errors import UsageError, argument
+from mlxdiff.run import image_led, video
 from mlxdiff.run.additions.upscaler import OPTIONS as UPSCALER_OPTIONS
 from mlxdiff.run.additions.upscaler import upscaler_of
 from mlxdiff.run.kind import Kind
@@ -22,8 +23,10 @@ def check(model: Model, refiner: Model | None, asked: RunOptions) -> None:
     Raises: UsageError.
     """
     _check_texts(asked)
-    model.texts.check_clip_skip(asked.clip_skip)
     check_parts(model, refiner, asked)
+    model.texts.check_clip_skip(asked.clip_skip)
+    if model.draws_video:
+        video.check(model, refiner, asked)
     _check_task(model, refiner, asked)
     if asked.paste_original and not repaints(asked):
         raise UsageError(f"{argument('paste_original')} needs {_area()}")
@@ -118,7 +121,9 @@ def _check_task(model: Model, refiner: Model | None, asked: RunOptions) -> None:
             f"{argument('image')}, and {argument('mask')} (what to repaint) or "
             f"{argument('outpaint')} (borders to add)"
         )
-    if model.edits or model.upscales:
+    if model.is_led:
+        image_led.check_task(model, asked)
+    elif model.edits or model.upscales:
         keeps = argument("noise_level" if model.upscales else "image_guidance")
         if image is None:
             raise UsageError(
@@ -135,6 +140,8 @@ def _check_task(model: Model, refiner: Model | None, asked: RunOptions) -> None:
             f"{model.source.path}: its U-Net takes a class (num_class_embeds), and it is no x4 "
             f"upscaler ({takes}); this version of mlxdiff knows no such model"
         )
+    elif model.takes_depth:
+        _check_depth(model, asked)
     elif channels != latent and not model.inpaints:
         raise UsageError(
             f"{model.source.path}: this is no text-to-image model ({takes}), and none that this "
@@ -154,6 +161,36 @@ def _check_task(model: Model, refiner: Model | None, asked: RunOptions) -> None:
                 raise UsageError(
                     f"{argument(name)} needs an image to start from ({argument('image')})"
                 )
+
+
+def _check_depth(model: Model, asked: RunOptions) -> None:
+    """Refuse a model that sees a depth map without the picture or its map."""
+    given = {"image": asked.image, "depth_image": asked.depth_image}
+    if missing := [argument(name) for name, value in given.items() if value is None]:
+        raise UsageError(
+            f"{model.source.path}: {model.description}: give {' and '.join(missing)}; a Marigold "
+            "model makes the depth map of a picture (docs/depth.md), and so does any other depth "
+            "estimator"
+        )
+
+
+def check_map(model: Model, asked: RunOptions) -> None:
+    """Refuse to make a map of no picture, and options that it has no use for. Raises: UsageError"""
+    if asked.image is None:
+        raise UsageError(
+            f"{model.source.path}: {model.description}: give one ({argument('image')})"
+        )
+    refused = {
+        "strength": "it starts from noise, and keeps to the whole picture",
+        "noise_size": "the noise has the shape of the picture",
+    }
+    for name, why in refused.items():
+        if getattr(asked, name) is not None:
+            raise UsageError(f"{argument(name)}: {model.description}; {why}; leave it out")
+    if asked.depth_as is not None and model.maps != "depth":
+        raise UsageError(
+            f"{argument('depth_as')}: {model.description}, which has one form; leave it out"
+        )
 
 
 def _check_only_masked(model: Model, asked: RunOptions) -> None:

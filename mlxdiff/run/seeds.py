@@ -11,13 +11,19 @@ and comfy/k_diffusion/sampling.py (default_noise_sampler); tests compare with to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from mlxdiff.noise import SOURCES, NoiseSource, framed, interpolated
+from mlxdiff.run import video
 from mlxdiff.run.model import ImageLatents, draw_noise
 from mlxdiff.run.settings import Settings
 
 Shape = tuple[int, int, int]
+
+AT_ONCE = 16
+"""Frames of a video that diffusers encodes at a time, and draws noise for (decode_chunk_size)."""
 
 
 class Draws:
@@ -53,8 +59,16 @@ class Draws:
         """Draw the next noise of the stream: (1, h, w, C). ``channels`` takes the place of C."""
         return draw_noise(self._stream, shape, channels)
 
+    def vector(self, width: int) -> np.ndarray:
+        """Draw the next noise of the stream for an embedding: (1, width)."""
+        return self._stream.randn((1, width))
+
     def first(self, shape: Shape) -> np.ndarray:
         """Draw the first noise of a picture: (1, h, w, C)."""
+        frames = video.frames_of(self._settings)
+        if frames.context is not None:
+            noise = video.unstacked(self.next(shape), frames.count)
+            return video.stacked(video.shuffled(noise, frames, self._stream.permutation))
         if self._smaller is None or self._smaller == shape:
             return self._varied(self.next(shape))
         small = self._varied(draw_noise(self._new(self._seed), self._smaller))
@@ -76,6 +90,24 @@ class Draws:
         if self._restarts:
             return latents.mean
         return latents.draw(lambda: self.next(_shape_of(latents.mean)))
+
+    def frames(self, count: int, shape: Shape) -> np.ndarray:
+        """Draw noise for frames, one after the other: (count, h, w, C)."""
+        rows, columns, channels = shape
+        drawn = self._stream.randn((count, channels, rows, columns))
+        return np.ascontiguousarray(drawn.transpose(0, 2, 3, 1))
+
+    def sample_frames(self, frames: Sequence[ImageLatents]) -> np.ndarray:
+        """Return samples of encoded frames: (F, h, w, C); see ``sample``."""
+        found = []
+        for start in range(0, len(frames), AT_ONCE):
+            part = frames[start : start + AT_ONCE]
+            clean = np.concatenate([one.mean for one in part])
+            if not self._restarts and part[0].std is not None:
+                spread = np.concatenate([one.std for one in part if one.std is not None])
+                clean = clean + spread * self.frames(len(part), clean.shape[1:])
+            found.append(clean)
+        return np.concatenate(found)
 
     def _varied(self, noise: np.ndarray) -> np.ndarray:
         if self._vary is None or self._vary[1] == 0.0:

@@ -24,19 +24,23 @@ from mlxdiff.pictures.canvas import (
     make_canvas,
 )
 from mlxdiff.pictures.hires import Hires, resolve_hires
-from mlxdiff.pictures.image import load_image, resize
+from mlxdiff.pictures.image import load_image, load_levels, resize
 from mlxdiff.pictures.metadata import FIELDS as METADATA_FIELDS
-from mlxdiff.run import composition
+from mlxdiff.pictures.videos import is_video, load_video
+from mlxdiff.run import animation, composition, image_led, video
 from mlxdiff.run.additions.control import Control, resolve_controls
 from mlxdiff.run.additions.ip_adapter import ImagePrompt, resolve_image_prompts
 from mlxdiff.run.additions.judge import judge_of
 from mlxdiff.run.additions.lora import few_step_of
+from mlxdiff.run.additions.map_maker import check_makers
+from mlxdiff.run.additions.motion import SCHEDULE, motion_of
 from mlxdiff.run.aspect import with_aspect
 from mlxdiff.run.habits import note_habits, note_seed
 from mlxdiff.run.model import Model
 from mlxdiff.run.options import RunOptions, ValueOptions
 from mlxdiff.run.rules import (
     check,
+    check_map,
     check_parts,
     check_upscaler,
     checked_interval,
@@ -68,14 +72,19 @@ class Settings(ValueOptions):
 
     Attributes:
         image: the picture to start from, uint8 (height, width, 3); else None.
+        leading: the picture whose embedding leads the U-Net, uint8 (H, W, 3); else None.
         image_name: the name of its file, or "(pixels)".
         canvas: the picture and what of it is repainted; else None.
         mask_name: the name of the mask's file, or "(pixels)".
+        depth: the depth map that a model sees, float32 (H, W) of any size; else None.
+        depth_name: the name of its file, or "(pixels)".
         hires: how to enlarge the finished picture, and the controls at its larger size.
         controls: the picture and the numbers of each ControlNet, then of each T2I-Adapter.
         image_prompts: the pictures of each IP-Adapter.
         refined: whether there is a refiner.
         best_of: pictures that are drawn for each one that is kept.
+        processed: (height, width) in which a model that makes maps looks at the image; else None.
+        video: the video to start from, uint8 (frames, height, width, 3); else None.
     """
 
     prompt: str
@@ -84,20 +93,40 @@ class Settings(ValueOptions):
     steps: int
     guidance: float
     image: np.ndarray | None = field(default=None, repr=False, compare=False)
+    leading: np.ndarray | None = field(default=None, repr=False, compare=False)
     image_name: str | None = None
     canvas: Canvas | None = field(default=None, repr=False, compare=False)
     mask_name: str | None = None
+    depth: np.ndarray | None = field(default=None, repr=False, compare=False)
+    depth_name: str | None = None
     hires: Hires | None = None
     hires_controls: tuple[Control, ...] = ()
     controls: tuple[Control, ...] = ()
     image_prompts: tuple[ImagePrompt, ...] = ()
     refined: bool = False
     best_of: int = 1
+    processed: tuple[int, int] | None = None
+    video: np.ndarray | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def drawn(self) -> tuple[int, int]:
+        """(height, width) in pixels of what the U-Net draws."""
+        return self.processed or (self.height, self.width)
+
+    @property
+    def group(self) -> int:
+        """Pictures that are drawn for each one of the result: of the best, or joined."""
+        return self.best_of * self.ensemble
 
     @property
     def evaluations(self) -> int:
         """Evaluations of a whole run by A1111's count, on which prompt editing is based."""
         return self.steps * samplers.evaluations_per_step(self.sampler)
+
+    def latent_shape(self, model: Model) -> tuple[int, int, int]:
+        """(rows, columns, channels) of what is drawn; the frames of a video below each other."""
+        height, width, channels = model.latent_shape(*self.drawn)
+        return (self.frames or 1) * height, width, channels
 
     @property
     def encodes(self) -> bool:
@@ -142,7 +171,8 @@ class Settings(ValueOptions):
             said["region"] = [one.named.text for one in self.regions]
         if self.hires is not None:
             said |= self.hires.describe()
-        return said | {"image": self.image_name, "mask": self.mask_name}
+        names = {"image": self.image_name, "mask": self.mask_name, "depth_image": self.depth_name}
+        return said | names
 
     def is_brownian(self, plan: samplers.Plan) -> bool:
         """Return True if the noise of the steps is that of one Brownian motion."""
@@ -201,7 +231,9 @@ class Settings(ValueOptions):
         return any(part is not None for part in parts)
 
     def time_ids(self, model: Model) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-        """Micro-conditioning of an SDXL U-Net, for the negative and for the positive prompt."""
+        """Micro-conditioning of the U-Net, for the negative and for the positive prompt."""
+        if model.animates:
+            return animation.numbers_of(self), animation.numbers_of(self)
         if self.original_size is None or self.crop is None:
             return None
         shared = (*self.original_size, *self.crop)
@@ -243,9 +275,15 @@ def resolve(
         raise UsageError(
             f"{argument('best_of')}: there is no judge; give one ({argument('judge')})"
         )
-    seeds = pick_seeds(asked.seed, asked.count * asked.best_of, asked.vary)
+    asked = _with_variations(model, asked)
+    group = asked.best_of * asked.ensemble
+    seeds = pick_seeds(asked.seed, asked.count * group, asked.vary)
     asked = with_aspect(model, asked)
-    if model.lacks("text"):
+    if model.maps is not None:
+        settings, plans = _resolve_map(model, asked)
+    elif model.animates:
+        settings, plans = _resolve_animation(model, asked)
+    elif model.lacks("text"):
         settings, plans = _resolve_pixels(model, asked)
     else:
         settings, plans = _resolve_text(model, refiner, asked)
@@ -287,20 +325,98 @@ def _resolve_pixels(model: Model, asked: RunOptions) -> tuple[Settings, tuple[sa
     return settings, make_plans(settings, model)
 
 
+def _resolve_map(model: Any, asked: RunOptions) -> tuple[Settings, tuple[samplers.Plan, ...]]:
+    """Settings of a model that makes maps (``run.map_model``)."""
+    # As for a model that draws pixels.
+    guidance = None if (asked.guidance or 0.0) <= 1.0 else asked.guidance
+    asked = replace(asked, prompt=asked.prompt or None, guidance=guidance)
+    check_parts(model, None, asked)
+    check_map(model, asked)
+    pixels = load_image(asked.image)
+    rows, columns = pixels.shape[:2]
+    width = columns if asked.width is None else asked.width
+    height = rows if asked.height is None else asked.height
+    model.check_size(width=width, height=height)
+    resolution = asked.processing_resolution
+    resolution = model.default_resolution if resolution is None else resolution
+    sampler = model.default_sampler if asked.sampler == "auto" else asked.sampler
+    depth_as = asked.depth_as or "grey" if model.maps == "depth" else None
+    settings = _settings(
+        asked,
+        prompt="",
+        width=width,
+        height=height,
+        steps=model.default_steps(sampler) if asked.steps is None else asked.steps,
+        guidance=1.0,
+        sampler=sampler,
+        image=pixels,
+        image_name=_named(asked.image),
+        processing_resolution=resolution,
+        processed=model.processed_size(rows, columns, resolution),
+        depth_as=depth_as,
+    )
+    plans = make_plans(settings, model)
+    _check_step_noise(settings, plans)
+    return settings, plans
+
+
+def _resolve_animation(
+    model: Model, asked: RunOptions
+) -> tuple[Settings, tuple[samplers.Plan, ...]]:
+    """Settings of a model that lets a picture move (``run.animation``)."""
+    asked = replace(asked, prompt=asked.prompt or None)
+    check_parts(model, None, asked)
+    animation.check(model, asked)
+    pixels = load_image(asked.image)
+    own_height, own_width = model.default_size
+    width = own_width if asked.width is None else asked.width
+    height = own_height if asked.height is None else asked.height
+    model.check_size(width=width, height=height)
+    guidance = model.default_guidance if asked.guidance is None else asked.guidance
+    low = asked.min_guidance
+    frames = model.unet_config.num_frames if asked.frames is None else asked.frames
+    added = asked.noise_augmentation
+    settings = _settings(
+        asked,
+        prompt="",
+        width=width,
+        height=height,
+        steps=model.default_steps(asked.sampler) if asked.steps is None else asked.steps,
+        guidance=guidance,
+        min_guidance=animation.LEAST_GUIDANCE if low is None else low,
+        frames=frames,
+        fps=animation.FPS if asked.fps is None else asked.fps,
+        motion_bucket=animation.MOTION if asked.motion_bucket is None else asked.motion_bucket,
+        noise_augmentation=animation.AUGMENTATION if added is None else added,
+        decode_chunk=frames if asked.decode_chunk is None else min(asked.decode_chunk, frames),
+        image=resize(pixels, width, height),
+        leading=pixels,
+        image_name=_named(asked.image),
+    )
+    plans = make_plans(settings, model)
+    return settings, plans
+
+
 def _resolve_text(
     model: Model, refiner: Model | None, asked: RunOptions
 ) -> tuple[Settings, tuple[samplers.Plan, ...]]:
     """Settings of a model that draws from text."""
-    asked = _in_few_steps(model, asked)
-    if asked.prompt is None:
+    asked = _in_motion(model, _in_few_steps(model, asked))
+    if model.lacks("prompt"):
+        asked = replace(asked, prompt=asked.prompt or None)  # "" in metadata means none
+    elif asked.prompt is None and not model.is_led:
         raise UsageError(
             'no prompt is given; say what to draw, such as "a red circle on a blue background"'
         )
     if asked.zoom_out is not None:
         asked = _zoomed_out(model, asked)
     check(model, refiner, asked)
+    drawn, footage = _video(model, asked)
     interval = checked_interval(asked.guidance_interval)
-    pixels = None if asked.image is None else load_image(asked.image)
+    if footage is not None:
+        pixels = footage[0]
+    else:
+        pixels = None if asked.image is None else load_image(asked.image)
     outpaint = None if asked.outpaint is None else check_borders(asked.outpaint)
     height, width = _size(model, asked, pixels, outpaint)
     larger = resolve_hires(
@@ -326,13 +442,18 @@ def _resolve_text(
         control_end=asked.control_end,
         control_preprocess=asked.control_preprocess,
         control_mode=asked.control_mode,
+        frames=None if drawn is None else drawn.frames,
     )
+    check_makers(model, [control.preprocess for control in controls[0]])
+    if drawn is not None:
+        video.check_controls([one.image for one in controls[0]], drawn.frames)
     start, end = asked.denoising_start, asked.denoising_end
     if refiner is not None:
         end = DEFAULT_SPLIT if end is None else end
         start = end if start is None else start
     settings = _settings(
         asked,
+        prompt=asked.prompt or "",
         width=width,
         height=height,
         steps=_steps(model, asked),
@@ -345,6 +466,7 @@ def _resolve_text(
         hires=larger,
         controls=controls[0],
         hires_controls=() if larger is None else controls[1],
+        **(drawn._asdict() if drawn is not None else {}),
         image_prompts=resolve_image_prompts(len(model.ip_adapters), asked.ip_image, asked.ip_scale),
         # What has a meaning only beside a picture is filled in with it.
         strength=None,
@@ -366,6 +488,10 @@ def _resolve_text(
         )
     if pixels is not None:
         settings = _with_image(settings, model, asked, pixels, outpaint)
+    if footage is not None and settings.frames is not None:
+        shown = [resize(one, width, height) for one in footage]
+        shown = shown * settings.frames if len(shown) == 1 else shown
+        settings = replace(settings, video=np.stack(shown))
     if model.is_sdxl:
         settings = _with_conditioning(settings, model, refiner, asked)
     _check_editing(settings)
@@ -378,6 +504,30 @@ def _resolve_text(
     _check_guider(settings, model)
     _check_reuse(settings, model)
     return settings, plans
+
+
+def _with_variations(model: Model, asked: RunOptions) -> RunOptions:
+    """The same with what says how many pictures to draw said once. Raises: UsageError."""
+    if asked.variations is None:
+        return asked
+    model.require("variations", argument("variations"))
+    if asked.count != asked.variations:
+        raise UsageError(
+            f"{argument('variations')} and {argument('count')} both say how many pictures to draw; "
+            "give one of them"
+        )
+    return replace(asked, variations=None)
+
+
+def _video(model: Model, asked: RunOptions) -> tuple[video.Video | None, list[np.ndarray] | None]:
+    """The numbers of the video that is drawn, and the frames that it starts from."""
+    if not model.draws_video:
+        if asked.image is not None and is_video(asked.image):
+            model.require("video", argument("image"))
+        return None, None
+    footage = None if asked.image is None else load_video(asked.image, asked.frames)
+    given = None if footage is None or len(footage) == 1 else len(footage)
+    return video.resolve(model, asked, given), footage
 
 
 def _zoomed_out(model: Model, asked: RunOptions) -> RunOptions:
@@ -416,6 +566,22 @@ def _in_few_steps(model: Model, asked: RunOptions) -> RunOptions:
         return asked
     eta = way.eta if asked.eta is None else asked.eta
     return replace(asked, sampler=way.sampler, schedule=way.schedule, eta=eta)
+
+
+def _in_motion(model: Model, asked: RunOptions) -> RunOptions:
+    """Fill in how the model's motion adapter is used, where nothing else is given."""
+    motion = motion_of(model.additions)
+    if motion is None:
+        return asked
+    way = motion.way
+    asked = replace(
+        asked,
+        steps=way.steps if asked.steps is None else asked.steps,
+        guidance=way.guidance if asked.guidance is None else asked.guidance,
+    )
+    if (asked.sampler, asked.schedule) != ("auto", "auto"):
+        return asked
+    return replace(asked, sampler=way.sampler, schedule=way.schedule)
 
 
 def _settings(asked: RunOptions, **resolved: Any) -> Settings:
@@ -494,16 +660,17 @@ def _check_noise(
     """The noise that was given, if it fits the run."""
     if noise is None:
         return None
-    expected = count, *model.latent_shape(settings.height, settings.width)
+    expected: tuple[int, ...] = count, *model.latent_shape(*settings.drawn)
+    if settings.frames is not None:
+        expected = count, settings.frames, *expected[1:]
     try:
         noise = np.asarray(noise, np.float32)
     except (TypeError, ValueError, OverflowError):
         raise UsageError(f"noise is {quoted(noise)}; expected an array of numbers") from None
     if noise.shape != expected:
-        raise UsageError(
-            f"noise has shape {noise.shape}; expected {expected} (pictures, H/f, W/f, C)"
-        )
-    return noise
+        form = "pictures, H/f, W/f, C" if settings.frames is None else "videos, F, H/f, W/f, C"
+        raise UsageError(f"noise has shape {noise.shape}; expected {expected} ({form})")
+    return noise.reshape(count, *settings.latent_shape(model))
 
 
 def _check_first_noise(settings: Settings, asked: RunOptions, model: Model) -> None:
@@ -532,7 +699,7 @@ def _size(
     model: Model, asked: RunOptions, pixels: np.ndarray | None, outpaint: Borders | None
 ) -> tuple[int, int]:
     """(height, width): what is asked for, else the image's, else the model's own."""
-    if pixels is None or (asked.mask is not None and outpaint is None):
+    if pixels is None or model.is_led or (asked.mask is not None and outpaint is None):
         given = None
     else:
         given = _given_size(pixels, outpaint)
@@ -553,6 +720,8 @@ def _with_image(
     """Add the picture that the run starts from, and how far to go from it."""
     width, height = settings.width, settings.height
     settings = replace(settings, image_name=_named(asked.image))
+    if model.is_led:
+        return image_led.with_picture(settings, model, asked, pixels)
     if repaints(asked):
         greys = None if asked.mask is None else load_mask(asked.mask)
         factor = model.vae_config.factor
@@ -572,6 +741,9 @@ def _with_image(
         )
     else:
         settings = replace(settings, image=_resized(model, pixels, width, height))
+    if asked.depth_image is not None:
+        depth = _depth_map(asked.depth_image)
+        settings = replace(settings, depth=depth, depth_name=_named(asked.depth_image))
     if model.upscales:
         level = NOISE_LEVEL if asked.noise_level is None else asked.noise_level
         model.check_noise_level(level)
@@ -621,8 +793,9 @@ def make_plans(
         and settings.canvas is None  # its pipelines do not inpaint; the general one does
         and samplers.takes_distilled_strength(source.scheduler_config, settings.sampler)
     )
+    process = SCHEDULE if model.draws_video else {}
     plan = samplers.plan(
-        source.scheduler_config | _thresholding(settings),
+        source.scheduler_config | process | _thresholding(settings),
         settings.sampler,
         settings.schedule,
         settings.steps,
@@ -726,6 +899,8 @@ def _check_some_guidance(settings: Settings, plans: tuple[samplers.Plan, ...]) -
 
 def _named(picture: Any) -> str:
     """Name of a picture in metadata."""
+    if isinstance(picture, list):
+        return f"({len(picture)} frames)"
     return Path(picture).name if isinstance(picture, (str, os.PathLike)) else "(pixels)"
 
 
@@ -778,6 +953,17 @@ def _resized(model: Model, pixels: np.ndarray, width: int, height: int) -> np.nd
         return resize(pixels, width, height)
     rows, columns, _ = model.latent_shape(height, width)
     return resize(pixels, columns, rows, bicubic=True)
+
+
+def _depth_map(source: Any) -> np.ndarray:
+    """Open a depth map. Raises: UsageError if it shows no depth."""
+    depth = load_levels(source)
+    if depth.min() == depth.max():
+        raise UsageError(
+            f"{argument('depth_image')}: the map has the same depth everywhere; the model sees "
+            "differences of depth"
+        )
+    return depth
 
 
 def _note_unused_words(model: Model, settings: Settings) -> None:

@@ -24,11 +24,12 @@ from mlxdiff.errors import UsageError
 from mlxdiff.pictures import encoded, formats
 from mlxdiff.serve.desk import Desk, Endpoint, json_body
 from mlxdiff.serve.engine import Job
-from mlxdiff.serve.schema import is_picture, options
+from mlxdiff.serve.schema import is_picture, lacks, options
 from mlxdiff.serve.shelf import UnknownName
 
 VARIATION_STRENGTH = 0.6
-"""Variations go this far from the picture, with an empty prompt."""
+"""Variations go this far from the picture, with an empty prompt; a model that a picture leads sees
+it as a whole."""
 PREFIX = "/v1/"
 
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})", re.ASCII)
@@ -116,7 +117,9 @@ class OpenAIAPI:
         if asked.get("prompt"):
             raise UsageError("prompt: variations have an empty prompt; leave it out, or call edits")
         asked |= {"image": encoded.opaque(images[0]), "prompt": ""}
-        asked.setdefault("strength", VARIATION_STRENGTH)
+        place = self.shelf.find("models", asked.get("model", self.shelf.default))
+        if not await asyncio.to_thread(_is_led, place):
+            asked.setdefault("strength", VARIATION_STRENGTH)
         return await self._answer(await self.desk.draw(asked, request), form, request)
 
     async def models(self, request: Request) -> Response:
@@ -163,6 +166,14 @@ class OpenAIAPI:
             data.append(value | {"seed": one.seed})
         named = {} if form.ending == ".png" else {"output_format": form.ending[1:]}
         return JSONResponse({"created": int(job.created), "data": data} | named)
+
+
+def _is_led(place: Any) -> bool:
+    """Return True if a model on this machine is one that a picture leads."""
+    try:
+        return lacks(place, "variations") is None
+    except UsageError:  # it will be fetched first
+        return False
 
 
 def _asked(given: Mapping[str, Any]) -> tuple[dict[str, Any], Form]:

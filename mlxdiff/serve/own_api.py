@@ -18,7 +18,7 @@ from mlxdiff.pictures import metadata
 from mlxdiff.serve.desk import Desk, Endpoint, changes, json_body
 from mlxdiff.serve.engine import Job
 from mlxdiff.serve.request import picture_of
-from mlxdiff.serve.schema import capabilities, request_schema
+from mlxdiff.serve.schema import capabilities, local_place, request_schema
 from mlxdiff.serve.shelf import KINDS
 
 ALIVE_SECONDS = 10.0
@@ -127,7 +127,7 @@ class OwnAPI:
         name = request.query_params.get("model", "")
         if name not in self._capabilities:
             place = self.shelf.find("models", name) if name else None
-            local = await asyncio.to_thread(_local, place)
+            local = await asyncio.to_thread(local_place, place)
             self._capabilities[name] = await asyncio.to_thread(capabilities, local, name)
         return JSONResponse(self._capabilities[name])
 
@@ -168,20 +168,6 @@ class OwnAPI:
         picture = await asyncio.to_thread(picture_of, given, "image", self.desk.limits)
         found = metadata.of_picture(picture, "image")
         return JSONResponse(found.to_dict() | {"parameters": found.to_parameters()})
-
-
-def _local(place: Any) -> Any:
-    """The folder or file of a model that is on this machine. Raises: UsageError."""
-    from pathlib import Path
-
-    from mlxdiff import library
-
-    if place is None or isinstance(place, Path):
-        return place
-    found = library.local_path(place) or Path(place)
-    if not found.exists():
-        raise UsageError(f"{place} is not on this machine yet; draw a picture with it first")
-    return found
 
 
 async def _events(job: Job) -> AsyncIterator[str]:

@@ -122,7 +122,7 @@ def _axes(given: Any) -> list[Axis]:
     axes = []
     known = options()
     for name, values in given.items():
-        if name not in known or name == "count" or is_picture(known[name].kind):
+        if name not in known or name in ("count", "variations") or is_picture(known[name].kind):
             raise UsageError(f"vary_option: {name!r} is no option that can vary")
         if not isinstance(values, list) or not values:
             raise UsageError(f"vary_option: {name} is {values!r}; expected a list of values")
@@ -179,8 +179,9 @@ def _accepted(kind: Any, name: str, value: Any) -> Any:
 
 def _check_limits(asked: RunOptions, limits: Limits) -> None:
     """Refuse what would keep the server busy for hours, or fill its memory. Raises: UsageError."""
-    if asked.count * asked.best_of > limits.count:
+    if asked.count * asked.best_of * asked.ensemble > limits.count:
         many = f"count is {asked.count}" + f", best of {asked.best_of}" * (asked.best_of > 1)
+        many += f", ensemble is {asked.ensemble}" * (asked.ensemble > 1)
         raise UsageError(f"{many}; at most {limits.count} are drawn for a request")
     if asked.steps is not None and asked.steps > MOST_STEPS:
         raise UsageError(f"steps is {asked.steps}; at most {MOST_STEPS} are taken")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mlxdiff._version import __version__
@@ -154,6 +155,29 @@ def request_schema() -> dict[str, Any]:
 
 
 # What programs ask first
+
+
+def local_place(place: Any) -> Any:
+    """The folder or file of a model that is on this machine. Raises: UsageError."""
+    from mlxdiff import library
+
+    if place is None or isinstance(place, Path):
+        return place
+    found = library.local_path(place) or Path(place)
+    if not found.exists():
+        raise UsageError(f"{place} is not on this machine yet; draw a picture with it first")
+    return found
+
+
+def lacks(place: Any, part: str) -> str | None:
+    """Say why a model lacks a part (``Kind.lacks``). No network is loaded, nothing is fetched.
+
+    Args:
+        place: of the model, by the shelf.
+        part: one of ``PARTS``.
+    Raises: UsageError if it is not on this machine; CheckpointError, ConfigError.
+    """
+    return Pipeline(open_source(local_place(place)), make_backend()).model.lacks(part)
 
 
 def capabilities(model: Any = None, name: str = "builtin") -> dict[str, Any]:

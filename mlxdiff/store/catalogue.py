@@ -23,7 +23,7 @@ class Known:
     Attributes:
         name: the short name.
         repo: `org/name` on the hub.
-        family: "sd1", "sd2", "sdxl", "sdxl-refiner" or "ddpm"; "vae" for a VAE alone.
+        family: "sd1", "sd2", "sdxl", "sdxl-refiner", "svd" or "ddpm"; "vae" for a VAE alone.
         megabytes: size of the converted copy in float16.
         licence: name of the licence on its model card.
         note: the use that it is best at.
@@ -40,6 +40,7 @@ class Known:
 _RAIL = "creativeml-openrail-m"
 _RAIL_PP = "openrail++"
 _SAI = "Stability AI community licence: see the model card"
+_CARD = "see the model card"
 _SD2 = "sd2-community"  # a mirror: Stability AI withdrew stable-diffusion-2* in November 2025
 _SD1 = "stable-diffusion-v1-5"  # a mirror: Runway withdrew its repository in August 2024
 
@@ -66,6 +67,14 @@ KNOWN: tuple[Known, ...] = (
           "512x512 in 1 to 4 steps, without guidance"),
     Known("x4-upscaler", "stabilityai/stable-diffusion-x4-upscaler", "sd2", 1738, _RAIL_PP,
           "enlarges a picture to four times its width and height"),
+    Known("marigold", "prs-eth/marigold-depth-v1-1", "sd2", 2580, _CARD,
+          "makes a depth map of a picture"),
+    Known("marigold-normals", "prs-eth/marigold-normals-v1-1", "sd2", 2580, _CARD,
+          "makes a map of surface normals of a picture"),
+    Known("svd", "stabilityai/stable-video-diffusion-img2vid", "svd", 4509, _SAI,
+          "1024x576; lets a picture move, 14 frames"),
+    Known("svd-xt", "stabilityai/stable-video-diffusion-img2vid-xt", "svd", 4509, _SAI,
+          "1024x576; lets a picture move, 25 frames"),
     Known("sdxl", "stabilityai/stable-diffusion-xl-base-1.0", "sdxl", 6939, _RAIL_PP,
           "1024x1024; the best pictures in this list"),
     Known("sdxl-refiner", "stabilityai/stable-diffusion-xl-refiner-1.0", "sdxl-refiner", 6076,
@@ -91,11 +100,35 @@ KNOWN: tuple[Known, ...] = (
 )  # fmt: skip
 """All well-known models, grouped by family."""
 
+_OTHERS = (
+    "flux",
+    "sd3",
+    "sd35",
+    "sd3.5",
+    "qwen",
+    "z-image",
+    "chroma",
+    "hunyuan",
+    "pixart",
+    "kandinsky",
+)
+"""Beginnings of names of other architectures."""
+
 _BY_NAME = {known.name: known for known in KNOWN}
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+ABOUT = {
+    "builtin": ("MIT", "64x64 shapes in any color and place, the model without -m"),
+    "emoji": ("OFL-1.1", "64x64 emoji by name, on plain grounds and in small scenes"),
+}
+"""Licence and note of the models that the package holds, by short name."""
+SHIPPED = {name: _PACKAGE / name for name in ABOUT}
+"""Their folders."""
 
 
 def expand(model: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """Replace a short name (`sd15@REVISION` too) by its hub id. Return other names unchanged.
+    """Replace a short name (`sd15@REVISION` too) by its hub id, that of a model in the package by
+    its folder. Return other names unchanged.
 
     If a file or folder has that name, it takes precedence, with a note.
     """
@@ -103,20 +136,28 @@ def expand(model: str | os.PathLike[str]) -> str | os.PathLike[str]:
         return model
     name, at, revision = model.partition("@")
     known = _BY_NAME.get(name)
-    if known is None:
+    folder = SHIPPED.get(model)
+    if known is None and folder is None:
         return model
     if os.path.exists(model):
         logger.warning(
             "%s: using the local %s of this name, not the well-known model (%s)",
             model,
             "folder" if Path(model).is_dir() else "file",
-            known.repo,
+            "in the package" if known is None else known.repo,
         )
         return model
+    if known is None:
+        return str(folder)
     return f"{known.repo}{at}{revision}"
 
 
 def suggestion(model: str) -> str:
-    """Suggest the short name most similar to an unknown name: ' (did you mean sd15?)', or ''."""
-    near = difflib.get_close_matches(model.partition("@")[0].lower(), _BY_NAME, n=1)
+    """Suggest the short name most similar to an unknown name: ' (did you mean sd15?)', or ''.
+
+    Or say of a model that people know by name that it is none of these.
+    """
+    if model.lower().startswith(_OTHERS):
+        return " (if you mean the model of that name: it is no Stable Diffusion 1.x, 2.x or SDXL)"
+    near = difflib.get_close_matches(model.partition("@")[0].lower(), [*_BY_NAME, *SHIPPED], n=1)
     return f" (did you mean {near[0]}?)" if near else ""

@@ -24,8 +24,11 @@ from mlxdiff.errors import CheckpointError, ConfigError, UsageError, argument
 from mlxdiff.machine.disk import read_document, read_json, sha256
 from mlxdiff.machine.temporary import claimed_folder, remove_leftovers
 from mlxdiff.networks.config import (
+    CCProjectionConfig,
     CLIPTextConfig,
+    CLIPVisionConfig,
     ComponentConfig,
+    ImageNormalizerConfig,
     UNet2DConfig,
     read_unet,
     read_vae,
@@ -65,10 +68,44 @@ MANIFEST = "mlxdiff.json"
 TRAINED = "training.json"
 """What training writes beside its result: how it was made. Such a folder may be replaced, too."""
 _OURS = (MANIFEST, TRAINED)
-COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae")
+IMAGE_ENCODER, IMAGE_NORMALIZER, CC_PROJECTION = (
+    "image_encoder",
+    "image_normalizer",
+    "cc_projection",
+)
+COMPONENTS = (
+    "text_encoder",
+    "text_encoder_2",
+    "unet",
+    "vae",
+    IMAGE_ENCODER,
+    IMAGE_NORMALIZER,
+    CC_PROJECTION,
+)
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 LOW_RES_SCHEDULER = "low_res_scheduler"
 """The part of an upscaler that describes the noise added to its input picture."""
+IMAGE_NOISING_SCHEDULER = "image_noising_scheduler"
+"""The part of Stable unCLIP that describes the noise added to CLIP's embedding of a picture."""
+IMAGE_NOISES = LOW_RES_SCHEDULER, IMAGE_NOISING_SCHEDULER
+"""The parts that describe the noise added to a given picture; a model has at most one."""
+FEATURE_EXTRACTOR = "feature_extractor"
+"""The part that says how a picture is prepared for an image encoder."""
+PREPROCESSOR = "preprocessor_config.json"
+OWN_PARTS: dict[str, tuple[str, ...]] = {
+    "StableDiffusionUpscalePipeline": (LOW_RES_SCHEDULER,),
+    "StableUnCLIPImg2ImgPipeline": (
+        IMAGE_ENCODER,
+        IMAGE_NORMALIZER,
+        IMAGE_NOISING_SCHEDULER,
+        FEATURE_EXTRACTOR,
+    ),
+    "StableDiffusionImageVariationPipeline": (IMAGE_ENCODER, FEATURE_EXTRACTOR),
+    "StableVideoDiffusionPipeline": (IMAGE_ENCODER, FEATURE_EXTRACTOR),
+    "Zero1to3StableDiffusionPipeline": (IMAGE_ENCODER, CC_PROJECTION),
+}
+"""Pipeline class -> the parts that models of this class alone have a use for."""
+_OWN = frozenset(part for parts in OWN_PARTS.values() for part in parts)
 TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
@@ -92,7 +129,8 @@ class ModelSource(Protocol):
 
     @property
     def family(self) -> str:
-        """ "sd1", "sd2", "sdxl" or "sdxl-refiner"; "ddpm" for a U-Net alone, in pixel space."""
+        """ "sd1", "sd2", "sdxl", "sdxl-refiner" or "svd"; "ddpm" for a U-Net alone, in pixel
+        space."""
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -107,8 +145,9 @@ class ModelSource(Protocol):
         """Content of scheduler_config.json."""
 
     @property
-    def low_res_scheduler_config(self) -> dict[str, Any]:
-        """Content of an upscaler's low_res_scheduler config; empty for all other models."""
+    def image_noise_config(self) -> dict[str, Any]:
+        """Content of the scheduler_config.json by which a given picture is noised (an upscaler's
+        low_res_scheduler, Stable unCLIP's image_noising_scheduler); empty for all other models."""
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -151,6 +190,13 @@ def check_tokenizer(
         tokenizer.check_fits(config.vocab_size, config.max_position_embeddings, where)
 
 
+_PICTURE_CONFIGS: dict[str, Any] = {
+    IMAGE_ENCODER: CLIPVisionConfig,
+    IMAGE_NORMALIZER: ImageNormalizerConfig,
+    CC_PROJECTION: CCProjectionConfig,
+}
+
+
 class ModelFolder:
     """A folder in diffusers' form: model_index.json and one folder for each part.
 
@@ -163,16 +209,16 @@ class ModelFolder:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.model_index: dict[str, Any] = read_json(self.path / "model_index.json")
-        self.components: tuple[str, ...] = tuple(c for c in COMPONENTS if self.class_name(c))
+        self.components: tuple[str, ...] = tuple(c for c in COMPONENTS if self.uses(c))
         self._configs = {name: self._read_config(name) for name in self.components}
         self._tokenizers: dict[str, Tokenizer] = {}
         where = self.place("scheduler") / "scheduler_config.json"
         self.scheduler_config: dict[str, Any] = read_json(where)
         self._check_scheduler(where)
-        self.low_res_scheduler_config: dict[str, Any] = {}
-        if self.class_name(LOW_RES_SCHEDULER):
-            where = self.path / LOW_RES_SCHEDULER / "scheduler_config.json"
-            self.low_res_scheduler_config = read_json(where)
+        self.image_noise_config: dict[str, Any] = {}
+        for part in filter(self.uses, IMAGE_NOISES):
+            where = self.path / part / "scheduler_config.json"
+            self.image_noise_config = read_json(where)
 
     def _check_scheduler(self, where: Path) -> None:
         """Check that mlxdiff has the noise process of the model.
@@ -202,6 +248,12 @@ class ModelFolder:
             return None
         return entry[1]
 
+    def uses(self, part: str) -> bool:
+        """Return True if the model has a part that its pipeline class has a use for."""
+        pipeline = str(self.model_index.get("_class_name"))
+        used = part not in _OWN or part in OWN_PARTS.get(pipeline, ())
+        return used and self.class_name(part) is not None
+
     def place(self, part: str) -> Path:
         """Return a part's folder. The first pixel-space models keep their parts in the root."""
         folder = self.path / part
@@ -214,6 +266,8 @@ class ModelFolder:
             return read_unet(data, str(where))
         if component == "vae":
             return read_vae(data, str(where))
+        if (kind := _PICTURE_CONFIGS.get(component)) is not None:
+            return kind.from_dict(data, str(where))
         projects = self.class_name(component) == "CLIPTextModelWithProjection"
         return CLIPTextConfig.from_dict(data, str(where), with_projection=projects)
 
@@ -246,8 +300,9 @@ class ModelFolder:
     def document_paths(self) -> dict[str, Path]:
         """Return the files of ``documents``: relative path there -> path on this disk."""
         files = [("scheduler", "scheduler_config.json")]
-        if self.low_res_scheduler_config:
-            files.append((LOW_RES_SCHEDULER, "scheduler_config.json"))
+        files += [(part, "scheduler_config.json") for part in filter(self.uses, IMAGE_NOISES)]
+        if self.uses(FEATURE_EXTRACTOR):
+            files.append((FEATURE_EXTRACTOR, PREPROCESSOR))
         files += [(name, "config.json") for name in self.components]
         files += [(name, file) for name in TOKENIZERS for file in TOKENIZER_FILES]
         paths = {f"{part}/{file}": self.place(part) / file for part, file in files}

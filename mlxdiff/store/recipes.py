@@ -230,6 +230,22 @@ def find_recipe(bits: int | str, group_size: int | None = None, kind: str | None
     return Recipe(f"{kind}-{text}-{how.group_size}", False, _uniform(how, kind == "uniform"))
 
 
+def rounded(
+    tensors: dict[str, LazyTensor], component: str, recipe: Recipe, dtype: str = "float16"
+) -> dict[str, LazyTensor]:
+    """Return the tensors of a component; those of the recipe are quantized when they are read.
+
+    Args:
+        dtype: type of the scales and of tensors that are not quantized.
+    """
+    plan = recipe.plan(component, {name: tensor.shape for name, tensor in tensors.items()})
+    made = {
+        name: quantize_tensor(f"{component}/{name}", tensors[name], how, dtype, recipe.fitted)
+        for name, how in plan.items()
+    }
+    return tensors | made
+
+
 class QuantizedModel:
     """A model whose tensors are rounded when they are read. The rest stays unchanged.
 
@@ -255,15 +271,7 @@ class QuantizedModel:
 
     def tensors(self, component: str) -> dict[str, LazyTensor]:
         """See ``ModelSource.tensors``. The tensors of the recipe are quantized."""
-        tensors = self._source.tensors(component)
-        plan = self.recipe.plan(component, {name: t.shape for name, t in tensors.items()})
-        rounded = {
-            name: quantize_tensor(
-                f"{component}/{name}", tensors[name], how, self._dtype, self.recipe.fitted
-            )
-            for name, how in plan.items()
-        }
-        return tensors | rounded
+        return rounded(self._source.tensors(component), component, self.recipe, self._dtype)
 
 
 def quantized_model(source: ModelSource, recipe: Recipe, dtype: str = "float16") -> ModelSource:

@@ -23,6 +23,10 @@ COMPONENTS = (
     "text_encoder_2",
     "unet",
     "vae",
+    "image_encoder",
+    "image_normalizer",
+    "image_noising_scheduler",
+    "cc_projection",
 )
 """The folders of a diffusers repo that mlxdiff reads."""
 
@@ -34,6 +38,7 @@ INDEX = "model_index.json"
 _WITHOUT_WEIGHTS: dict[str, tuple[set[str], ...]] = {
     "scheduler": ({"scheduler_config.json"},),
     "low_res_scheduler": ({"scheduler_config.json"},),
+    "image_noising_scheduler": ({"scheduler_config.json"},),
     "tokenizer": ({"tokenizer.json"}, {"vocab.json", "merges.txt"}),
     "tokenizer_2": ({"tokenizer.json"}, {"vocab.json", "merges.txt"}),
 }
@@ -258,6 +263,8 @@ def select_diffusers(
         if folder in components and name and "/" not in name:
             folders.setdefault(folder, set()).add(name)
     wanted = {INDEX, "mlxdiff.json"} & files
+    if "image_encoder" in folders:
+        wanted |= {"feature_extractor/preprocessor_config.json"} & files
     if "unet" in components and "unet" not in folders and "config.json" in files:
         # The first pixel-space models keep the U-Net and the scheduler in the root.
         folders[""] = {file for file in files if "/" not in file}

@@ -175,6 +175,18 @@ class TextEncoders:
             embeds.append(state)
         return Encoded(np.concatenate(embeds, axis=-1), pooled)
 
+    def unpadded(self, text: str) -> Encoded:
+        """Encode a plain text without padding: start, its tokens, end."""
+        embeds: list[np.ndarray] = []
+        pooled: np.ndarray | None = None
+        for name in self.names:
+            tokenizer = self._vocabulary(name).tokenizer
+            inner = tokenizer.encode(text, pad=False)
+            ids = (tokenizer.bos_token_id, *inner, tokenizer.eos_token_id)
+            state, pooled = self._run(name, Chunk(ids, (1.0,) * len(ids)), None)
+            embeds.append(state)
+        return Encoded(np.concatenate(embeds, axis=-1), pooled)
+
     def token_ids(self, text: str) -> dict[str, tuple[int, ...]]:
         """Return the tokens of a plain text for each encoder, padded and cut, without a warning.
 

@@ -44,7 +44,7 @@ class TrainedModel:
         self.path, self.family, self.components = source.path, source.family, source.components
         self.model_index = source.model_index
         self.scheduler_config = source.scheduler_config
-        self.low_res_scheduler_config = source.low_res_scheduler_config
+        self.image_noise_config = source.image_noise_config
         self.provenance = source.provenance
 
     def config(self, component: str) -> Any:

@@ -263,7 +263,8 @@ def check_trainable(model: Any) -> LatentModel:
         raise UsageError(
             "this model draws without text; mlxdiff train unconditional makes such ones"
         )
-    if model.inpaints or model.edits or model.upscales or model.takes_aesthetic_score:
+    led = model.edits or model.upscales or model.is_led
+    if model.inpaints or led or model.takes_aesthetic_score:
         raise UsageError(
             f"{model.description}: it needs other pictures beside those with captions, which "
             "mlxdiff train does not have; train a model that draws from text"

@@ -38,7 +38,7 @@ class PixelSource:
         self._unet = dict(unet)
         self._config = UNet2DConfig.from_dict(unet, "the new U-Net")
         self.scheduler_config = dict(scheduler)
-        self.low_res_scheduler_config: dict[str, Any] = {}
+        self.image_noise_config: dict[str, Any] = {}
         self.provenance: dict[str, Any] = {"source": "trained from scratch"}
         self.model_index: dict[str, Any] = {
             "_class_name": "DDPMPipeline",

@@ -107,7 +107,8 @@ def generator(seed: int) -> torch.Generator:
 
 def draw(
     pipe: Any,
-    prompt: str,
+    prompt: Any,
+    /,
     *,
     output_type: str = "np",
     after: Callable[[Any, int], None] | None = None,
@@ -116,6 +117,7 @@ def draw(
     """Have a pipeline draw: Drawn, or what it gives itself where no pictures are asked for.
 
     Args:
+        prompt: the first argument of the pipeline, whatever it is.
         after: called with the pipeline and the step when a step is done.
     """
     last: dict[str, torch.Tensor] = {}

@@ -147,6 +147,9 @@ def make_unet(seed: int, cross_attention_dim: int, **config: Any) -> UNet2DCondi
         added = {"text_embeds": torch.randn((2, width), generator=generator)}
         added["time_ids"] = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
     labels = torch.tensor([0, 20]) if unet.config.num_class_embeds else None
+    if unet.config.class_embed_type == "projection":
+        width = unet.config.projection_class_embeddings_input_dim
+        labels = torch.randn((2, width), generator=generator)
     out = unet(sample, 500, text, class_labels=labels, added_cond_kwargs=added).sample
     unet.conv_out.weight.data /= out.std()
     return unet

@@ -204,6 +204,33 @@ def openclip(width: int, layers: int) -> Names:
     return names
 
 
+def clip_vision(width: int, layers: int, text: int, embedding: int) -> Names:
+    """A CLIP without its text transformer: FrozenCLIPImageEmbedder, FrozenOpenCLIPImageEmbedder.
+
+    text: width of what is left of the text encoder.
+    """
+    names: Names = {"positional_embedding": [77, text], "text_projection": [text, embedding]}
+    names["logit_scale"] = []
+    names["visual.class_embedding"] = [width]
+    names["visual.positional_embedding"] = [257, width]
+    names["visual.proj"] = [width, embedding]
+    names["visual.conv1.weight"] = [width, 3, 14, 14]
+    norm(names, "visual.ln_pre", width)
+    for i in range(layers):
+        block = f"visual.transformer.resblocks.{i}"
+        norm(names, f"{block}.ln_1", width)
+        names[f"{block}.attn.in_proj_weight"] = [3 * width, width]
+        names[f"{block}.attn.in_proj_bias"] = [3 * width]
+        linear(names, f"{block}.attn.out_proj", width, width)
+        norm(names, f"{block}.ln_2", width)
+        linear(names, f"{block}.mlp.c_fc", width, 4 * width)
+        linear(names, f"{block}.mlp.c_proj", 4 * width, width)
+    norm(names, "visual.ln_post", width)
+    names["token_embedding.weight"] = [49408, text]
+    norm(names, "ln_final", text)
+    return names
+
+
 def golden(name: str) -> Names:
     """Names and shapes of one component, as diffusers or transformers has them."""
     data = gzip.decompress((HERE / "names" / f"{name}.json.gz").read_bytes())
@@ -279,6 +306,9 @@ SSD_1B = PRUNED | {"depth_in": [0, 0, 2, 2, 4, 4], "depth_out": [4, 4, 10, 2, 1,
 VEGA = PRUNED | {"depth_in": [0, 0, 1, 1, 2, 2], "depth_out": [2, 2, 2, 1, 1, 1, 0, 0, 0]}
 
 
+XLS = ("sdxl", "sdxl-inpainting", "sdxl-refiner", "ssd-1b", "segmind-vega")
+
+
 def models() -> dict[str, Names]:
     """Every model, with the prefixes of its file."""
     clip = put("cond_stage_model.transformer.", clip_l())
@@ -286,6 +316,10 @@ def models() -> dict[str, Names]:
     xl_text = put("conditioner.embedders.0.transformer.", clip_l())
     xl_text |= put("conditioner.embedders.1.model.", openclip(1280, 32))
     texts = {"sd15": clip, "sd2": h, "sdxl": xl_text}
+    image = put("cond_stage_model.model.", clip_vision(1024, 24, 768, 768))
+    texts["image"] = image
+    texts["camera"] = image | {"cc_projection.weight": [768, 772], "cc_projection.bias": [768]}
+    texts["unclip"] = h | put("embedder.model.", clip_vision(1280, 32, 1024, 1024))
     texts["refiner"] = put("conditioner.embedders.0.model.", openclip(1280, 32))
     which: dict[str, tuple[dict[str, Any], str]] = {
         "sd15": (SD1, "sd15"),
@@ -299,13 +333,18 @@ def models() -> dict[str, Names]:
         "sdxl-refiner": (REFINER, "refiner"),
         "ssd-1b": (SSD_1B, "sdxl"),
         "segmind-vega": (VEGA, "sdxl"),
+        "sd21-unclip-h": (SD2 | {"labels": 2048}, "unclip"),
+        "image-variation": (SD1, "image"),
+        "zero123": (SD1 | {"inputs": 8}, "camera"),
     }
     result = {}
     for name, (numbers, text) in which.items():
         names = put("model.diffusion_model.", unet(**numbers)) | texts[text]
         upscaler = name == "x4-upscaler"
         names |= put("first_stage_model.", vae(3 if upscaler else 4))
-        names |= schedule() if text in ("sd15", "sd2") else {}
+        names |= schedule() if name not in XLS else {}
+        if name == "sd21-unclip-h":
+            names |= put("noise_augmentor.", low_scale_schedule())
         result[name] = names | (put("low_scale_model.", low_scale_schedule()) if upscaler else {})
     return result
 
@@ -316,9 +355,10 @@ def models() -> dict[str, Names]:
 def check(model: str, names: Names) -> None:
     """diffusers' conversion of the names gives the names of its classes."""
     tensors = {n: torch.empty(shape, device="meta") for n, shape in names.items()}
-    data = gzip.decompress((HERE / "names" / f"unet.{model}.json.gz").read_bytes())
+    same_unet = {"image-variation": "sd15", "zero123": "instruct-pix2pix"}.get(model, model)
+    data = gzip.decompress((HERE / "names" / f"unet.{same_unet}.json.gz").read_bytes())
     config = json.loads(data)["config"]
-    same(reference.convert_ldm_unet_checkpoint(dict(tensors), config), f"unet.{model}")
+    same(reference.convert_ldm_unet_checkpoint(dict(tensors), config), f"unet.{same_unet}")
     kind, levels = ("x4-upscaler", 3) if model == "x4-upscaler" else ("sd15", 4)
     blocks = {"down_block_types": [0] * levels, "up_block_types": [0] * levels}
     same(reference.convert_ldm_vae_checkpoint(dict(tensors), blocks), f"vae.{kind}")
@@ -327,7 +367,7 @@ def check(model: str, names: Names) -> None:
         ("conditioner.embedders.0.model.", "text_encoder.sdxl-2"),
         ("conditioner.embedders.1.model.", "text_encoder.sdxl-2"),
     ):
-        if f"{prefix}positional_embedding" in names:
+        if f"{prefix}transformer.resblocks.0.ln_1.weight" in names:
             model_of = SimpleNamespace(config=SimpleNamespace(hidden_size=1024))
             same(reference.convert_open_clip_checkpoint(model_of, tensors, prefix), text)
 

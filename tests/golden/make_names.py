@@ -16,8 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLTemporalDecoder,
+    UNet2DConditionModel,
+    UNet2DModel,
+    UNetSpatioTemporalConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 HERE = Path(__file__).parent
 DOWN, CROSS_DOWN = "DownBlock2D", "CrossAttnDownBlock2D"
@@ -52,6 +64,24 @@ UPSCALER = SD15 | {
     "up_block_types": [CROSS_UP, CROSS_UP, CROSS_UP, UP],
     "use_linear_projection": True,
 }
+# stabilityai/stable-video-diffusion-img2vid; -xt and 1.1 have 25 frames.
+SVD = {
+    "_class_name": "UNetSpatioTemporalConditionModel",
+    "addition_time_embed_dim": 256,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 1024,
+    "down_block_types": ["CrossAttnDownBlockSpatioTemporal"] * 3 + ["DownBlockSpatioTemporal"],
+    "in_channels": 8,
+    "layers_per_block": 2,
+    "num_attention_heads": [5, 10, 20, 20],
+    "num_frames": 14,
+    "out_channels": 4,
+    "projection_class_embeddings_input_dim": 768,
+    "sample_size": 96,
+    "transformer_layers_per_block": 1,
+    "up_block_types": ["UpBlockSpatioTemporal"] + ["CrossAttnUpBlockSpatioTemporal"] * 3,
+}
+UNCLIP = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2048}
 SDXL = {
     "_class_name": "UNet2DConditionModel",
     "addition_embed_type": "text_time",
@@ -134,7 +164,12 @@ UNETS: dict[str, dict[str, Any]] = {
     },
     "sd21": SD21,
     "sd2-inpainting": SD21 | {"in_channels": 9},
+    "sd2-depth": SD21 | {"in_channels": 5, "sample_size": 64},
+    "marigold": SD21 | {"in_channels": 8},
+    "svd": SVD,
     "x4-upscaler": UPSCALER,
+    "sd21-unclip-h": SD21 | UNCLIP,
+    "sd21-unclip-l": SD21 | UNCLIP | {"projection_class_embeddings_input_dim": 1536},
     "sdxl": SDXL,
     "sdxl-inpainting": SDXL | {"in_channels": 9},
     "sdxl-refiner": REFINER,
@@ -153,6 +188,18 @@ VAES: dict[str, dict[str, Any]] = {
     }
 }
 VAES["sdxl"] = VAES["sd15"] | {"sample_size": 1024, "scaling_factor": 0.13025}
+VAES["svd"] = {
+    "_class_name": "AutoencoderKLTemporalDecoder",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "force_upcast": True,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "out_channels": 3,
+    "sample_size": 768,
+    "scaling_factor": 0.18215,
+}
 VAES["x4-upscaler"] = VAES["sd15"] | {
     "block_out_channels": [128, 256, 512],
     "down_block_types": ["DownEncoderBlock2D"] * 3,
@@ -191,6 +238,26 @@ TEXTS: dict[str, dict[str, Any]] = {
         "projection_dim": 1280,
     },
 }
+VISION_L = {  # of image variations, Zero-1-to-3 and Stable unCLIP l: openai/clip-vit-large-patch14
+    "architectures": ["CLIPVisionModelWithProjection"],
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+VISIONS: dict[str, dict[str, Any]] = {
+    "clip-l": VISION_L,
+    "openclip-h": VISION_L  # of Stable unCLIP h: laion/CLIP-ViT-H-14-laion2B-s32B-b79K
+    | {
+        "hidden_act": "gelu",
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "projection_dim": 1024,
+    },
+}
 PUBLISHED = {  # millions of parameters: papers (DDPM, SD, SDXL, BK-SDM, SSD-1B and Vega)
     "unet ddpm-cifar10-32": 35.7,
     "unet ddpm-celebahq-256": 114,
@@ -200,6 +267,7 @@ PUBLISHED = {  # millions of parameters: papers (DDPM, SD, SDXL, BK-SDM, SSD-1B 
     "unet bk-sdm-tiny": 330,
     "unet sd21": 866,
     "unet x4-upscaler": 473,
+    "unet svd": 1521,
     "unet sdxl": 2570,
     "unet ssd-1b": 1300,
     "unet segmind-vega": 740,
@@ -207,6 +275,8 @@ PUBLISHED = {  # millions of parameters: papers (DDPM, SD, SDXL, BK-SDM, SSD-1B 
     "text_encoder sd15": 123,
     "text_encoder sd21": 340,
     "text_encoder sdxl-2": 695,
+    "image_encoder clip-l": 304,
+    "image_encoder openclip-h": 632,
 }
 
 
@@ -214,10 +284,14 @@ def build(component: str, config: dict[str, Any]) -> torch.nn.Module:
     """The module of a config on the meta device."""
     with torch.device("meta"):
         if component == "unet":
-            kinds = {k.__name__: k for k in (UNet2DConditionModel, UNet2DModel)}
+            known = (UNet2DConditionModel, UNet2DModel, UNetSpatioTemporalConditionModel)
+            kinds = {k.__name__: k for k in known}
             return kinds[config["_class_name"]].from_config(config)
         if component == "vae":
-            return AutoencoderKL.from_config(config)
+            kinds = {k.__name__: k for k in (AutoencoderKL, AutoencoderKLTemporalDecoder)}
+            return kinds[config["_class_name"]].from_config(config)
+        if component == "image_encoder":
+            return CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
         kinds = {k.__name__: k for k in (CLIPTextModel, CLIPTextModelWithProjection)}
         return kinds[config["architectures"][0]](CLIPTextConfig(**config))
 
@@ -226,7 +300,8 @@ def main() -> None:
     """Write one file for each component of each model."""
     folder = HERE / "names"
     folder.mkdir(exist_ok=True)
-    for component, configs in (("unet", UNETS), ("vae", VAES), ("text_encoder", TEXTS)):
+    every = {"unet": UNETS, "vae": VAES, "text_encoder": TEXTS, "image_encoder": VISIONS}
+    for component, configs in every.items():
         for model, config in configs.items():
             shapes = {k: list(p.shape) for k, p in build(component, config).named_parameters()}
             if component == "text_encoder":  # as published files have it

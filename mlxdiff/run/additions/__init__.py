@@ -105,7 +105,7 @@ class Acting(Protocol):
         """Return what they add; None: nothing.
 
         Args:
-            x: latents (1, h, w, C), as the U-Net takes them.
+            x: latents (1, h, w, C), as the U-Net takes them; (F, h, w, C) of a video.
             t, index, total: the evaluation.
             guided: there is a prediction for the negative prompt, too.
             shallow: only the first part of the U-Net runs; return what is added to it, alone.
@@ -118,9 +118,11 @@ class Addition:
 
     Attributes:
         part: what a model must have a part for, as ``run.kind.Kind.lacks`` names it.
+        adds_layers: it gives a network more layers, which other kinds can change: it comes first.
     """
 
     part: ClassVar[str]
+    adds_layers: ClassVar[bool] = False
 
     @property
     def networks(self) -> Mapping[str, Component]:
@@ -204,7 +206,7 @@ class Additions:
 
     def change(self, name: str, component: Component) -> Component:
         """Return one of the model's own networks as it is with all additions."""
-        for kind, items in self._by_kind():
+        for kind, items in sorted(self._by_kind(), key=lambda pair: not pair[0].adds_layers):
             if changing := [one for one in items if name in one.changes]:
                 component = kind.change(changing, name, component)
         return component

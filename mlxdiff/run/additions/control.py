@@ -23,7 +23,8 @@ from mlxdiff.convert import Component
 from mlxdiff.errors import UsageError, argument
 from mlxdiff.pictures.control_modes import MODES
 from mlxdiff.pictures.image import load_image, resize
-from mlxdiff.pictures.preprocess import PREPROCESSORS
+from mlxdiff.pictures.preprocess import MAPS, PREPROCESSORS
+from mlxdiff.pictures.videos import load_video
 from mlxdiff.run.additions import Addition, named
 from mlxdiff.run.values import listed
 
@@ -35,11 +36,15 @@ class Control:
     """The picture of one addition, and how strongly the addition acts in a run.
 
     Attributes:
-        image: uint8 (height, width, 3), of the picture's size, preprocessed.
+        image: uint8 (height, width, 3), of the picture's size, preprocessed; of a video
+            (frames, height, width, 3).
         image_name: the name of its file, or "(pixels)".
         scale: factor of everything that is added.
         start, end: the addition acts between these shares of the run, 0 to 1.
-        preprocess: how the image was preprocessed: a name of ``preprocess.PREPROCESSORS``.
+        preprocess: how the image was preprocessed: a name of ``preprocess.PREPROCESSORS`` or
+            ``preprocess.MAPS``.
+        original: the picture, or the frames, that maps are still to be made of, uint8 (H, W, 3)
+            each; else ().
         mode: type of the image, for a ControlNet-Union: a name of ``control_modes.MODES``.
     """
 
@@ -50,6 +55,7 @@ class Control:
     end: float = 1.0
     preprocess: str = "none"
     mode: str | None = None
+    original: tuple[np.ndarray, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def type(self) -> int | None:
@@ -58,8 +64,12 @@ class Control:
 
     @property
     def pixels(self) -> np.ndarray:
-        """The image as networks take it: (1, height, width, 3) float32, 0 to 1."""
-        return (self.image.astype(np.float32) / np.float32(255))[None]
+        """The image as networks take it: (1, height, width, 3) float32, 0 to 1.
+
+        There is one for each frame of a video.
+        """
+        values = self.image.astype(np.float32) / np.float32(255)
+        return values if values.ndim == 4 else values[None]
 
     @property
     def grey(self) -> np.ndarray:
@@ -138,6 +148,7 @@ def resolve_controls(
     control_end: Any = None,
     control_preprocess: Any = None,
     control_mode: Any = None,
+    frames: int | None = None,
 ) -> list[tuple[Control, ...]]:
     """Match the options of a run to the additions that follow a picture; open each picture once.
 
@@ -149,6 +160,7 @@ def resolve_controls(
         control_image: a picture for each addition, in their order; for one, the picture.
         control_scale, control_start, control_end, control_preprocess, control_mode: one value for
             all additions, or one for each; modes are for those that take one.
+        frames: of the video that is drawn, whose controls may be videos; None: it is a picture.
     Returns: for each size, the controls of all additions.
     Raises: UsageError.
     """
@@ -202,20 +214,30 @@ def resolve_controls(
         one.check_mode(mode)
         for width, height in sizes:
             one.check_size(width, height)
-    opened = [load_image(image) for image in images]
+    if frames is None:
+        opened = [[load_image(image)] for image in images]
+    else:
+        opened = [load_video(image, frames) for image in images]
     for pixels in opened:
         for width, height in sizes:
-            _note_stretched(pixels, width, height)
+            _note_stretched(pixels[0], width, height)
+
+    def shown(pixels: list[np.ndarray], kind: str, width: int, height: int) -> np.ndarray:
+        prepare = PREPROCESSORS.get(kind, _as_it_is)
+        made = [prepare(resize(one, width, height)) for one in pixels]
+        return made[0] if len(made) == 1 else np.stack(made)
+
     return [
         tuple(
             Control(
-                image=PREPROCESSORS[kind](resize(pixels, width, height)),
+                image=shown(pixels, kind, width, height),
                 image_name=_name_of(image),
                 scale=scale,
                 start=start,
                 end=end,
                 preprocess=kind,
                 mode=mode,
+                original=tuple(pixels) if kind in MAPS else (),
             )
             for image, pixels, scale, start, end, kind, mode in zip(
                 images, opened, scales, starts, ends, kinds, modes, strict=True
@@ -223,6 +245,10 @@ def resolve_controls(
         )
         for width, height in sizes
     ]
+
+
+def _as_it_is(pixels: np.ndarray) -> np.ndarray:
+    return pixels
 
 
 def check_multiple(factor: int, width: int, height: int, noun: str) -> None:

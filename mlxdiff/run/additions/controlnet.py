@@ -135,7 +135,8 @@ class ControlNets:
         self.nets = [prompted.component(ControlNet.network, i) for i, _ in items]
         # A net that adds the same everywhere asks for guess mode; the first decides for all.
         self.guess_mode = settings.guess_mode or self.nets[0].config.global_pool_conditions
-        self.texts = [net.read(prompted.states) for net in self.nets]
+        self.frames = prompted.text.frames
+        self.texts = [net.read(prompted.states).of_video(self.frames) for net in self.nets]
         self.added = {k: v for k, v in conditions.items() if k in ("text_embeds", "time_ids")}
         self.rows = prompted.batch
         self.pictures = []
@@ -160,20 +161,24 @@ class ControlNets:
         both = guided and not self.guess_mode
         start = 0 if both else self.rows - 1  # the prompt comes last
         sample = self.backend.concatenate([x, x], 0) if both else x
-        timesteps = self.backend.asarray(np.full(len(sample), t, np.float32))
+        batch = len(sample) // self.frames.count
+        timesteps = self.backend.asarray(np.full(batch, t, np.float32))
         added = {name: values[start:] for name, values in self.added.items()}
         sums: list[Any] | None = None
         for i in self.counting(index, total):
-            net, last = self.nets[i], (self.pictures[i], self.controls[i].scale, self.guess_mode)
+            net, picture = self.nets[i], self.pictures[i]
+            if len(picture) > 1:  # a frame for each sample
+                picture = self.backend.concatenate([picture] * batch, 0)
+            last = picture, self.controls[i].scale, self.guess_mode
             if shallow:
                 more = [net.predict_first(sample, *last)]
             else:
-                temb = net.embed(timesteps, **added)
+                embedded = net.embed(timesteps, **added)
                 if self.types[i] is not None:
-                    temb = temb + self.types[i]
-                more = net.predict(
-                    sample, Condition(temb), self.texts[i].rows(start, self.rows), *last
-                )
+                    embedded = embedded + self.types[i]
+                temb = Condition(embedded).of_video(self.frames)
+                text = self.texts[i].rows(start, self.rows)
+                more = net.predict(sample, temb, text, *last)
             sums = more if sums is None else [a + b for a, b in zip(sums, more, strict=True)]
         if sums is None:
             return None

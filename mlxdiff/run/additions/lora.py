@@ -60,8 +60,19 @@ class LoRA(Addition):
             given = [_fetched(one, progress) for one in given]
         names = [name for name in model.source.components if name != "vae"]
         configs = {name: model.source.config(name) for name in names}
+        configs["unet"] = model.unet_config  # with the layers that a motion adapter adds
         opened = lora.open_all(given, configs, model.source.family)
         return tuple(cls(one, in_prompt) for one in opened)
+
+    @classmethod
+    def matched_again(cls, loras: Iterable[LoRA], model: Kind) -> tuple[LoRA, ...]:
+        """Match LoRAs to a model that has other layers now. Raises: CheckpointError."""
+        found = []
+        for one in loras:
+            scales = one.matched.scale, one.matched.text_scale
+            (again,) = cls.open([(one.matched.file.path, scales)], model, one.in_prompt)
+            found.append(replace(again, way=one.way))
+        return tuple(found)
 
     @property
     def changes(self) -> Collection[str]:
@@ -109,7 +120,7 @@ def open_few_step(model: Kind, progress: Progress | None = None) -> tuple[LoRA, 
         logger.warning("fast has no effect: this model draws in few steps by itself")
         return ()
     way = find(family, str(model.source.provenance.get("source")))
-    other = model.edits or model.upscales or model.takes_aesthetic_score
+    other = model.edits or model.upscales or model.is_led or model.takes_aesthetic_score
     predicts = scheduler.get("prediction_type", "epsilon")
     if way is None or other or predicts != "epsilon":
         kind = f"{family} models that predict {predicts}" if not other else model.description

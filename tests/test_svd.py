@@ -1,0 +1,138 @@
+"""Stable Video Diffusion against diffusers, at 2 to 4 frames, on both backends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from golden_data import GOLDEN, assert_latents_close, assert_picture_close, photo
+from svd_files import write_svd
+
+import mlxdiff
+from mlxdiff.convert import convert, describe
+from mlxdiff.errors import UsageError
+from mlxdiff.pictures.resampling import blurred
+from mlxdiff.pipeline import Pipeline
+from mlxdiff.run.kind import PARTS
+
+CASES = json.loads((GOLDEN / "svd/cases.json").read_text())
+SMALL = {"image": photo(32, 40), "width": 32, "height": 32, "steps": 1, "frames": 2, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_svd(tmp_path_factory.mktemp("svd") / "svd")
+
+
+@pytest.fixture(scope="module")
+def pipe_of(folder: Path) -> Callable[[str], Pipeline]:
+    opened: dict[str, Pipeline] = {}
+
+    def open_once(backend: str) -> Pipeline:
+        if backend not in opened:
+            opened[backend] = mlxdiff.load(folder, backend=backend, dtype="float32")
+        return opened[backend]
+
+    return open_once
+
+
+@pytest.mark.parametrize(
+    ("label", "backend"),
+    [*((one, "numpy") for one in CASES), pytest.param("plain", "mlx", marks=pytest.mark.mlx)],
+    indirect=["backend"],
+)
+def test_videos_equal_diffusers(
+    label: str, backend: str, pipe_of: Callable[[str], Pipeline]
+) -> None:
+    golden = np.load(GOLDEN / "svd/videos.npz")
+    arguments = CASES[label] | {"image": photo(*CASES[label]["image"])}
+    result = pipe_of(backend).generate(**arguments)
+    assert_latents_close(result.latents[0], golden[f"{label}/latents"])
+    (video,) = result.videos
+    assert_picture_close(np.stack([np.asarray(one) for one in video]), golden[f"{label}/frames"])
+
+
+def test_what_it_says_of_itself(folder: Path, pipe_of: Callable[[str], Pipeline]) -> None:
+    model = pipe_of("numpy").model
+    has = {part for part in PARTS if model.lacks(part) is None}
+    assert has == {"text", "image", "video", "animation"}
+    said = describe(folder)
+    assert (said["pipeline"], said["family"]) == ("StableVideoDiffusionPipeline", "svd")
+    settings = pipe_of("numpy").settings(image=photo(32, 40))
+    numbers = settings.frames, settings.fps, settings.motion_bucket, settings.noise_augmentation
+    assert numbers == (4, 7.0, 127, 0.02)
+    assert (settings.guidance, settings.min_guidance, settings.steps) == (3.0, 1.0, 25)
+    assert (settings.width, settings.height, settings.decode_chunk) == (1024, 576, 4)
+    assert settings.sampler == "euler"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"image": None}, r"give one \(image\)"),
+        ({"prompt": "a"}, "it has no part for that"),
+        ({"negative_prompt": "a"}, "it has no part for that"),
+        ({"strength": 0.5}, "strength: .* it has no part for that"),
+        ({"guidance_rescale": 0.5}, "guidance_rescale: .* no part"),
+        ({"guider": "apg"}, "guider: .* no part"),
+        ({"feature_reuse": 2}, "feature_reuse: .* no part"),
+        ({"context_length": 8}, "context_length: .* no part"),
+        ({"mask": photo(8, 8)}, "it has no part"),
+        ({"sampler": "euler-a"}, "does not exist for this model, which takes continuous"),
+        ({"width": 30}, "multiple of 8"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(
+    arguments: dict[str, Any], says: str, pipe_of: Callable[[str], Pipeline]
+) -> None:
+    with pytest.raises(UsageError, match=says):
+        pipe_of("numpy").generate(**SMALL | arguments)
+
+
+def test_other_models_name_what_takes_its_options(opened: Any) -> None:
+    with pytest.raises(UsageError, match="Stable Video Diffusion"):
+        opened("sd15").generate("a", motion_bucket=3)
+
+
+def test_additions_are_refused(pipe_of: Callable[[str], Pipeline], tmp_path: Path) -> None:
+    pipe = pipe_of("numpy")
+    for add in (pipe.set_controlnets, pipe.set_ip_adapters, pipe.set_loras, pipe.set_embeddings):
+        with pytest.raises(UsageError, match="it has no part for that"):
+            add([str(tmp_path)])
+    with pytest.raises(UsageError, match="it has no part for that"):
+        pipe.set_vae(tmp_path)
+
+
+def test_converted_quantized_and_with_low_memory(
+    folder: Path, tmp_path: Path, pipe_of: Callable[[str], Pipeline]
+) -> None:
+    expected = pipe_of("numpy").generate(**SMALL, count=2)
+    convert(folder, tmp_path / "float32", dtype="float32")
+    low = mlxdiff.load(tmp_path / "float32", backend="numpy", low_memory=True)
+    result = low.generate(**SMALL, count=2)
+    assert_latents_close(result.latents, expected.latents)
+    few = mlxdiff.load(folder, backend="numpy", quantize=8).generate(**SMALL)
+    assert np.abs(few.latents - expected.latents[:1]).max() < 0.1 * expected.latents.std()
+
+
+def test_memory_grows_with_the_frames(pipe_of: Callable[[str], Pipeline]) -> None:
+    pipe = pipe_of("numpy")
+    few, many, chunked = (
+        pipe.memory(pipe.settings(**SMALL | more)).stages
+        for more in ({}, {"frames": 16}, {"frames": 16, "decode_chunk": 2})
+    )
+    assert many["unet"] > few["unet"] + 2e6
+    assert many["vae"] > 2 * chunked["vae"]
+
+
+def test_smoothing_reflects_at_the_edges() -> None:
+    x = np.arange(12, dtype=np.float32).reshape(1, 12, 1)
+    smooth = blurred(x, (0.001, 1.0), (1, 5))
+    kernel = np.exp(-(np.arange(-2, 3) ** 2) / 2.0)
+    reflected = np.array([2, 1, 0, 1, 2], np.float32)
+    assert abs(smooth[0, 0, 0] - (kernel / kernel.sum()) @ reflected) < 1e-5
+    assert np.isfinite(blurred(photo(3, 2).astype(np.float32), (3.0, 3.0), (13, 13))).all()
