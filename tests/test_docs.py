@@ -57,8 +57,8 @@ LORAS = """pastel detail style person dog lcm-lora loras/style
 UPSCALERS = """RealESRGAN_x4plus 4x_NMKD-Siax_200k realesr-general-x4v3 4x-UltraSharp""".split()
 ONLY_PARSED = {"train", "bench", "doctor", "serve", "mcp", "models", "convert", "info"}
 NO_PAIR = ["instruct-pix2pix", "--ip-adapter"]  # the small models of both do not fit together
-RUNNABLE = {"README.md", "coming-from-diffusers.md", "control.md", "depth.md", "embedding.md", "images.md",
-            "lora.md", "tasks.md"}  # fmt: skip
+RUNNABLE = {"README.md", "coming-from-diffusers.md", "control.md", "depth.md", "embedding.md",
+            "images.md", "lora.md", "tasks.md"}  # fmt: skip
 
 
 class Reached(BaseException):

@@ -14,6 +14,7 @@ models/autoencoders/autoencoder_kl_temporal_decoder.py.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from mlxdiff.networks.blocks import (
@@ -43,6 +44,8 @@ from mlxdiff.networks.unet import (
 from mlxdiff.networks.vae import AutoencoderKL
 
 GROUPS = 32  # of all norms
+AMONG_FRAMES = re.compile(r"\.temporal_res_block\.conv\d\.weight$|\.time_conv_out\.weight$")
+"""Names of the weights of convolutions among frames."""
 
 
 class TimeMixer(Module):
