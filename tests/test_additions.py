@@ -35,6 +35,7 @@ def setters(pipe: Pipeline) -> dict[str, Callable[[list[Any]], None]]:
         "t2i_adapter": pipe.set_t2i_adapters,
         "ip_adapter": pipe.set_ip_adapters,
         "lora": pipe.set_loras,
+        "motion": lambda given: pipe.set_motion_adapter(given[0] if given else None),
         "embedding": pipe.set_embeddings,
         "vae": lambda given: pipe.set_vae(given[0] if given else None),
         "refiner": lambda given: pipe.set_refiner(given[0] if given else None),
@@ -51,13 +52,14 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pipeline, dict[str, 
         "t2i_adapter": opened.t2i_adapter("sdxl", "xl"),
         "ip_adapter": opened.adapter("sdxl", "image"),
         "lora": opened.lora("sdxl-kohya"),
+        "motion": opened.motion_adapter("sdxl", "xl"),
         "embedding": GOLDEN / "prompts" / "xl-toy.safetensors",
         "vae": checkpoint("sdxl"),
         "refiner": checkpoint("sdxl-refiner"),
     }
 
 
-PARTS = ["controlnet", "t2i_adapter", "ip_adapter", "lora", "embedding", "vae", "refiner"]
+PARTS = "controlnet t2i_adapter ip_adapter lora motion embedding vae refiner".split()
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -72,7 +74,8 @@ def test_each_is_added_and_removed_alike(part: str, sdxl: tuple[Pipeline, dict[s
     change([given[part]])
     (added,) = pipe.model.additions.items
     assert added.part == part
-    named = {"lora": "loras", "embedding": "embeddings"}.get(part, part)
+    names = {"lora": "loras", "embedding": "embeddings", "motion": "motion_adapter"}
+    named = names.get(part, part)
     settings = pipe.settings("a", **SIZE, **shown(part))
     assert pipe.model.additions.describe(settings)[named]
     change([])

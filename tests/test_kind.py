@@ -13,9 +13,9 @@ from mlxdiff.run.map_model import MapKind, makes_maps
 # Model -> the parts that it has.
 HAS = {
     "sd15": "text prompt image mask hires controlnet t2i_adapter ip_adapter lora embedding vae "
-    "upscaler judge",
+    "upscaler judge motion",
     "sdxl": "text prompt prompt_2 sdxl target_size refiner image mask hires controlnet t2i_adapter "
-    "ip_adapter lora embedding vae upscaler judge",
+    "ip_adapter lora embedding vae upscaler judge motion",
     "sdxl-refiner": "text prompt sdxl aesthetic_score refiner image mask hires controlnet "
     "t2i_adapter ip_adapter lora embedding vae upscaler judge",
     "sd15-inpainting": "text prompt image mask hires controlnet t2i_adapter ip_adapter lora "

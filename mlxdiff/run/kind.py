@@ -613,7 +613,7 @@ _LATENT_PARTS: dict[str, tuple[Callable[[LatentKind], bool], str]] = {
         "({image})",
     ),
     "motion": (
-        lambda kind: not kind.inpaints and _is_plain(kind),
+        lambda kind: not (kind.inpaints or kind.takes_aesthetic_score) and _is_plain(kind),
         "{this}; it cannot be combined with a motion adapter ({motion_adapter})",
     ),
     "video": (

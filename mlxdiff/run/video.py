@@ -48,8 +48,8 @@ def check(model: Any, refiner: Any, asked: RunOptions) -> None:
     """Refuse what cannot be combined with a video. Raises: UsageError."""
     default = RunOptions()
     for name in _PICTURES_ONLY:
-        value = getattr(asked, name)
-        if value is not None and value != getattr(default, name):
+        value, usual = getattr(asked, name), getattr(default, name)
+        if value is not None and (usual is None or value != usual):
             raise UsageError(
                 f"{argument(name)}: it is for pictures, and this model draws videos; leave it out, "
                 f"or leave out the motion adapter ({argument('motion_adapter')})"

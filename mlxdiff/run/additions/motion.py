@@ -88,7 +88,7 @@ class Motion(Addition):
         if found := _LIGHTNING.search(name):
             return Way("euler", "trailing", int(found[1]), 1.0)
         if _LCM.search(name):
-            return Way("lcm", "auto", 8, 2.0)
+            return Way("lcm", "normal", 8, 2.0)
         return _USUAL
 
     @classmethod
