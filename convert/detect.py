@@ -74,8 +74,8 @@ _REFUSED_PIPELINES: dict[str, Callable[[], str]] = {
     ),
     "StableUnCLIPPipeline": lambda: (
         "it makes the embedding of a picture from text, with Karlo's prior, which is not "
-        "supported; use its form that starts from a picture (StableUnCLIPImg2ImgPipeline, such as "
-        f"{argument('model', 'stabilityai/stable-diffusion-2-1-unclip')})"
+        "supported; use the form that starts from a picture (StableUnCLIPImg2ImgPipeline, as in "
+        "stable-diffusion-2-1-unclip)"
     ),
     "UnCLIPPipeline": lambda: f"Karlo's U-Nets are not supported; {_UNCLIP}",
     "UnCLIPImageVariationPipeline": lambda: f"Karlo's U-Nets are not supported; {_UNCLIP}",

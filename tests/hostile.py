@@ -11,6 +11,7 @@ import io
 import json
 import random
 import re
+import shutil
 import signal
 import struct
 import sys
@@ -337,11 +338,19 @@ def _spoilt_folder(path: Path, read: Run, largest: int = 200_000) -> Make:
 
 
 def configs(folder: Path) -> Make:
-    """Documents of a diffusers folder."""
+    """Documents of diffusers folders: of a plain model, and of models that a picture leads."""
+    from golden_data import checkpoint
+
     from mlxdiff.convert import describe
 
     diffusers_folder(folder / "model")
-    return _spoilt_folder(folder / "model", lambda: describe(folder / "model"))
+    for name in ("unclip", "zero123"):
+        shutil.copytree(checkpoint(name), folder / name)
+    spoilt = [
+        _spoilt_folder(folder / name, lambda name=name: describe(folder / name))  # type: ignore[misc]
+        for name in ("model", "unclip", "zero123")
+    ]
+    return lambda chance: chance.choice(spoilt)(chance)
 
 
 def manifests(folder: Path) -> Make:

@@ -46,6 +46,9 @@ MODELS = {
     "sd2-depth": "sd2-depth",
     "marigold": "marigold-depth",
     "marigold-normals": "marigold-normals",
+    "image-variations": "variation",
+    "unclip": "unclip",
+    "zero123": "zero123",
     "ddpm-cifar10": "ddpm",
     "google/ddpm-cifar10-32": "ddpm",
     "FOLDER": "ddpm-labels",
@@ -61,7 +64,7 @@ UPSCALERS = """RealESRGAN_x4plus 4x_NMKD-Siax_200k realesr-general-x4v3 4x-Ultra
 ONLY_PARSED = {"train", "bench", "doctor", "serve", "mcp", "models", "convert", "info"}
 NO_PAIR = ["instruct-pix2pix", "--ip-adapter"]  # the small models of both do not fit together
 RUNNABLE = {"README.md", "coming-from-diffusers.md", "control.md", "depth.md", "embedding.md",
-            "images.md", "lora.md", "tasks.md"}  # fmt: skip
+            "image-led.md", "images.md", "lora.md", "tasks.md"}  # fmt: skip
 
 
 class Reached(BaseException):

@@ -131,6 +131,14 @@ def test_the_noise_of_an_embedding_is_that_of_the_picture(opened: Opened) -> Non
     np.testing.assert_array_equal(both[1], pipe.generate(**{**run, "seed": 6}).latents[0])
 
 
+def test_a_second_pass_sees_the_same_picture(opened: Opened) -> None:
+    pipe, run = opened("unclip"), {**RUNS["unclip"], "steps": 2, "hires": 1.5}
+    picture = np.asarray(pipe.generate(**run).images[0])
+    assert picture.shape == (96, 96, 3)
+    other = np.asarray(pipe.generate(**{**run, "image": photo(64, 64)[::-1]}).images[0])
+    assert picture_difference(picture, other)[1] > 0.25
+
+
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("unclip", {"image": None}, r"leads beside the prompt.*needs a picture \(image\)"),
     ("unclip", {"noise_level": 1000}, "0 to 999"),

@@ -226,11 +226,8 @@ class Denoiser:
         """The timestep embeddings with the vector of a picture in them; zeros stand for it where
         there is the negative prompt."""
         if labels is not None and labels is not self._labels:
-            given = self._both(np.zeros_like(labels), labels)
-            self._labels, self.times = (
-                labels,
-                self._embedded({**self.conditions, "class_labels": given}),
-            )
+            given = {"class_labels": self._both(np.zeros_like(labels), labels)}
+            self._labels, self.times = labels, self._embedded({**self.conditions, **given})
         return self.times
 
     def _both(self, negative: np.ndarray | None, positive: np.ndarray | None) -> Any:
@@ -506,7 +503,8 @@ def _timeline(model: Model, settings: Settings) -> list[tuple[int, PromptEmbeddi
     if model.animates:
         return [(settings.evaluations, animation.picture_prompt(model, settings))]
     if model.is_led and model.lacks("prompt"):
-        return [(settings.evaluations, image_led.picture_prompt(model, settings))]
+        token = PromptEmbeddings(*image_led.picture_prompt(model, settings))
+        return [(settings.evaluations, token)]
     return model.prompt_timeline(
         settings.prompts[0][0],
         settings.negative_prompt,

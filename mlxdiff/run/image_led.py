@@ -23,7 +23,7 @@ from mlxdiff.pictures.image import load_with_alpha, on_white, to_clip, to_clip_a
 from mlxdiff.store.folder import CC_PROJECTION, IMAGE_ENCODER, IMAGE_NORMALIZER, ModelSource
 
 if TYPE_CHECKING:
-    from mlxdiff.run.model import Model, PromptEmbeddings
+    from mlxdiff.run.model import Model
     from mlxdiff.run.options import RunOptions
     from mlxdiff.run.seeds import Draws
     from mlxdiff.run.settings import Settings
@@ -40,7 +40,9 @@ def check(source: ModelSource) -> None:
         if part not in source.components:
             raise ConfigError(f"{source.path}: has no {part}, which its U-Net needs")
     width, unet = source.config(IMAGE_ENCODER).projection_dim, source.config("unet")
-    needs: list[tuple[str, Any, Any]] = []
+    seen = 2 if CC_PROJECTION in source.components else 1  # the latents; the picture beside them
+    channels = seen * source.config("vae").latent_channels
+    needs: list[tuple[str, Any, Any]] = [("in_channels of the U-Net", unet.in_channels, channels)]
     if _unclips(source):
         found = unet.projection_class_embeddings_input_dim
         needs.append(("projection_class_embeddings_input_dim of the U-Net", found, 2 * width))
@@ -56,8 +58,9 @@ def check(source: ModelSource) -> None:
     for what, found, expected in needs:
         if found != expected:
             raise ConfigError(
-                f"{source.path}: {what} is {found}; expected {expected}, as the image encoder has "
-                f"a projection_dim of {source.config(IMAGE_ENCODER).projection_dim}"
+                f"{source.path}: {what} is {found}; expected {expected}: the image encoder has a "
+                f"projection_dim of {source.config(IMAGE_ENCODER).projection_dim}, the VAE "
+                f"{source.config('vae').latent_channels} latent channels"
             )
 
 
@@ -167,17 +170,19 @@ def embedding(model: Model, settings: Settings) -> np.ndarray:
     return found
 
 
-def picture_prompt(model: Model, settings: Settings) -> PromptEmbeddings:
-    """What a model without text reads in its place: one token of the picture, and zeros."""
-    from mlxdiff.run.model import PromptEmbeddings
+def picture_prompt(model: Model, settings: Settings) -> tuple[np.ndarray, np.ndarray | None]:
+    """What a model without text reads in its place.
 
+    Returns: one token of the picture, (1, 1, D) float32; zeros for the negative prompt, None
+        without guidance.
+    """
     token = embedding(model, settings)
     if model.turns:
         projection, backend = model.take(CC_PROJECTION), model.backend
         joined = np.concatenate([token, pose(settings)], axis=-1)
         token = backend.to_numpy(projection(backend.asarray(joined)))
     token = token[:, None]
-    return PromptEmbeddings(token, np.zeros_like(token) if settings.guides(model) else None)
+    return token, np.zeros_like(token) if settings.guides(model) else None
 
 
 class Leading:
