@@ -138,6 +138,26 @@ def test_memory_grows_with_the_frames(pipe_of: Callable[[str], Pipeline]) -> Non
     assert many["vae"] > 2 * chunked["vae"]
 
 
+def test_large_frames_are_seen_one_at_a_time(
+    pipe_of: Callable[[str], Pipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = pipe_of("numpy").model.component("vae")
+    z = np.random.default_rng(0).standard_normal((3, 4, 4, 4)).astype(np.float32)
+    together = vae.decode(z)
+    monkeypatch.setattr("mlxdiff.networks.spatio_temporal.LARGE", 1)
+    np.testing.assert_allclose(vae.decode(z), together, atol=1e-5)
+
+
+def test_what_helps_names_the_chunk(pipe_of: Callable[[str], Pipeline]) -> None:
+    pipe = pipe_of("numpy")
+    pipe.limit_memory(0.125)
+    try:
+        with pytest.raises(UsageError, match="frames decoded one at a time"):
+            pipe.settings(**SMALL | {"frames": 16})
+    finally:
+        pipe.limit_memory(None)
+
+
 def test_smoothing_reflects_at_the_edges() -> None:
     x = np.arange(12, dtype=np.float32).reshape(1, 12, 1)
     smooth = blurred(x, (0.001, 1.0), (1, 5))
