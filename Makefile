@@ -16,6 +16,7 @@ help:  ## Show this list.
 demo: $(STAMP)  ## Draw a picture with the built-in model, offline.
 	$(BIN)/mlxdiff generate "a small red circle left of a large blue square on a yellow background" \
 	  --seed 0 --guidance 4 --steps 12 --output outputs/demo.png --force
+	@echo "Now type: . $(BIN)/activate; then mlxdiff --help"
 
 quick: $(STAMP)  ## Run the unit tests, less than a minute.
 	$(PYTEST) --quick -n auto --maxprocesses 4
@@ -39,7 +40,7 @@ audit: $(STAMP)  ## Look for known holes in the dependencies (asks PyPI).
 	.ci/audit
 
 docs: $(STAMP)  ## Build the site into site/, which opens from the disk.
-	$(BIN)/python -m pip install -q -e '.[docs]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/python docs/site/check_links.py site
 
@@ -51,7 +52,9 @@ $(STAMP): pyproject.toml
 	  { echo "mlxdiff needs Python 3.10 or newer; run: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -e '.[dev]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q -e '.[dev]'
+	@# It pins a Pillow with known holes and asks for tkinter; its reader needs piexif alone.
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q --no-deps sd-prompt-reader==1.3.5
 	@touch $(STAMP)
 
 clean:  ## Remove everything that make and the tools made.

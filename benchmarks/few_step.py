@@ -1,18 +1,23 @@
 """Measure the error of the samplers with few evaluations, on a trained model.
 
     python benchmarks/few_step.py --torch --cache FOLDER     # the built-in model
-    python benchmarks/few_step.py MODEL                      # another model, without diffusers
+    python benchmarks/few_step.py --part reuse --prompts 8   # one part of the page anew
+    python benchmarks/few_step.py MODEL --out FOLDER         # another model, without diffusers
 
-The results answer three questions in docs/few_step.md (with matplotlib docs/few_step.png too):
+The figures of each part stand in few_step.json beside this script, with the number of prompts and
+of steps of the reference. They answer four questions in docs/few_step.md and docs/few_step.png:
 
 1. The error of every sampler, number of evaluations and guidance scale: the root-mean-square
 difference of the final latents from a fine solution of the probability-flow ODE from the same noise
-(DPM-Solver++ 2M, 1000 steps even in t), in units of the latents' standard deviation. Also the share
+(DPM-Solver++ 2M, 500 steps even in t), in units of the latents' standard deviation. Also the share
 of pictures that show everything in their prompt, by examples/train_builtin/checker.py.
 2. The cost and the error of guidance in an interval and of reused deep features. The unit of cost
 is one evaluation of the U-Net: a guided evaluation counts as two, a shallow one as its share of the
 multiply-adds.
-3. The best choice of `auto` for models without fitted numbers: samplers and schedules side by side.
+3. The best choice of `auto` for models without fitted numbers: samplers and schedules side by side
+(the parts `samplers` and, for those that came later, `later`).
+4. Samplers and guiders whose target is another picture, which no distance can judge: the share of
+pictures that show everything in their prompt.
 
 The prompts are the fixed ones of examples/train_builtin/evaluate.py, which include held-out ones.
 The other samplers are mlxdiff's, equal to diffusers' at every step
@@ -29,16 +34,17 @@ import json
 import logging
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from mlxdiff import samplers
 from mlxdiff.backends import numpy_layers
 from mlxdiff.backends.numpy_layers import Conv2d, Linear
+from mlxdiff.pictures.plot import curves
 from mlxdiff.samplers.guidance import guided_evaluations
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,6 +84,14 @@ CHEAPER = (
     ("auto", 10, (0.0, 0.8), 1),
     ("auto", 10, (0.0, 0.6), 1),
     ("auto", 12, None, 2),
+)
+REUSE = (
+    ("dpmpp-2m", 20, None, 1),
+    ("dpmpp-2m", 14, None, 1),
+    ("dpmpp-2m", 12, None, 1),
+    ("dpmpp-2m", 10, None, 1),
+    ("dpmpp-2m", 20, None, 2),
+    ("dpmpp-2m", 20, None, 3),
     ("dpmpp-2m", 20, None, 0.05),
     ("dpmpp-2m", 20, None, 0.1),
     ("dpmpp-2m", 20, None, 0.2),
@@ -92,6 +106,10 @@ CANDIDATES = {
     "dpmpp-2m leading": ("dpmpp-2m", "leading"),
     "unipc trailing": ("unipc", "trailing"),
     "ddim trailing": ("ddim", "trailing"),
+}
+LATER = {
+    "dpmpp-2m trailing": ("dpmpp-2m", "trailing"),
+    "dpmpp-2m karras": ("dpmpp-2m", "karras"),
     "dpmpp-2m kl-optimal": ("dpmpp-2m", "kl-optimal"),
     "dpmpp-2m gits": ("dpmpp-2m", "gits"),
     "dpmpp-2m bong-tangent": ("dpmpp-2m", "bong-tangent"),
@@ -104,6 +122,44 @@ CANDIDATES = {
     "ddim-uniform dpmpp-2m": ("dpmpp-2m", "ddim-uniform"),
 }
 CANDIDATE_COUNTS = (6, 8, 12, 20)
+# Rows of question 4: options, at guidance scales of their own.
+JUDGED_COUNTS = (8, 20)  # evaluations
+JUDGED: dict[str, tuple[float, dict[str, Any]]] = {
+    **{
+        f"{name} {schedule}": (4.0, {"sampler": name, "schedule": schedule})
+        for name, schedule in (
+            ("dpmpp-2m", "trailing"),
+            ("dpmpp-2m", "karras"),
+            ("euler-a", "trailing"),
+            ("dpm2-a", "karras"),
+            ("dpmpp-2s-a", "karras"),
+            ("dpmpp-sde", "karras"),
+            ("dpmpp-2m-sde", "karras"),
+            ("dpmpp-3m-sde", "exponential"),
+            ("er-sde", "trailing"),
+            ("sa-solver", "trailing"),
+            ("restart", "karras"),
+        )
+    },
+    **{
+        f"{name} trailing": (2.0, {"sampler": name, "schedule": "trailing"})
+        for name in ("dpmpp-2m", "euler-cfg++", "euler-a-cfg++", "dpmpp-2m-cfg++")
+    },
+}
+GUIDED_AT = (4.0, 7.5)
+GUIDED_STEPS = 12
+GUIDERS: dict[str, dict[str, Any]] = {
+    "no guider": {},
+    "--guidance-interval 0,0.8": {"guidance_interval": (0.0, 0.8)},
+    "--guidance-rescale 0.7": {"guidance_rescale": 0.7},
+    "--guider apg": {"guider": "apg"},
+    "--guider cfg-zero": {"guider": "cfg-zero"},
+    "--guider mimic:scale=3": {"guider": "mimic:scale=3"},
+    "--guider pag": {"guider": "pag"},
+    "--guider seg": {"guider": "seg"},
+    "--guider slg": {"guider": "slg"},
+    "--freeu 1.5,1.6,0.9,0.2": {"freeu": (1.5, 1.6, 0.9, 0.2)},
+}
 CHUNK = 4  # prompts computed and kept together
 
 
@@ -131,12 +187,12 @@ class Runs:
             self.network.config, sampler, schedule, count, family="sd1", guidance=guidance
         )
 
-    def within(self, sampler: str, schedule: str, count: int, guidance: float) -> Any:
-        """Plan as many steps as take at most `count` evaluations."""
+    def within(self, sampler: str, schedule: str, count: int, guidance: float) -> int:
+        """Return the number of steps that take at most `count` evaluations."""
         steps = count
-        while len(plan := self.plan(sampler, schedule, steps, guidance)) > count and steps > 2:
+        while len(self.plan(sampler, schedule, steps, guidance)) > count and steps > 2:
             steps -= 1
-        return plan
+        return steps
 
     def latents(
         self,
@@ -171,6 +227,31 @@ class Runs:
             found.append(kept["x"])
             self.skipped += kept["skipped"].tolist() if "skipped" in kept else []
         return np.concatenate(found)
+
+    def share(self, latents: np.ndarray) -> float:
+        """Return the share of pictures that show everything in their prompt."""
+        key = hashlib.sha256(latents.tobytes() + repr(self.prompts).encode()).hexdigest()[:20]
+
+        def judge() -> dict[str, np.ndarray]:
+            pictures = [np.asarray(one) for one in self.network.pipe.decode(latents)]
+            return {"right": np.float64(checker.score(pictures, self.prompts)["right"])}
+
+        return float(teacher.cached(self.cache, f"share-{key}", judge)["right"])
+
+    def right(self, **options: Any) -> float:
+        """Return the share of pictures that show everything, drawn by mlxdiff's own pipeline."""
+        right = []
+        for seed, prompt in enumerate(self.prompts):
+            said = repr((self.fingerprint, seed, prompt, sorted(options.items())))
+            key = hashlib.sha256(said.encode()).hexdigest()[:20]
+
+            def judge(seed: int = seed, prompt: str = prompt) -> dict[str, np.ndarray]:
+                drawn = self.network.pipe.generate(prompt, seed=seed, negative_prompt="", **options)
+                pictures = [np.asarray(one) for one in drawn.images]
+                return {"right": np.float64(checker.score(pictures, [prompt])["right"])}
+
+            right.append(float(teacher.cached(self.cache, f"judged-{key}", judge)["right"]))
+        return float(np.mean(right))
 
     def _measured(
         self,
@@ -294,35 +375,39 @@ def error(latents: np.ndarray, reference: np.ndarray) -> dict[str, float]:
     return {"error": float(np.sqrt((each**2).mean())), "median": float(np.median(each))}
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Compute all figures."""
-    runs, started = Runs(args), time.time()
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure parts of the page. Returns them by name, and what all have in common."""
+    runs = Runs(args)
     found: dict[str, Any] = {
-        "prompts": args.prompts,
-        "reference": args.reference,
         "model": runs.fingerprint,
-        "scales": {},
-        "cheaper": {},
-        "candidates": {},
         "part": part_of_a_shallow_one(runs.network),
     }
+    for name in args.part:
+        found[name] = {
+            "prompts": len(runs.prompts), "reference": args.reference
+        } | PARTS[name](runs, args, found["part"])  # fmt: skip
+    return found
 
-    def share(latents: np.ndarray) -> float:
-        pictures = [np.asarray(one) for one in runs.network.pipe.decode(latents)]
-        return checker.score(pictures, runs.prompts)["right"]
 
-    def told(guidance: float, name: str) -> None:
-        seconds = time.time() - started
-        print(
-            f"guidance {guidance:g} {name}: {runs.asked} evaluations, {seconds:.0f} s", flush=True
-        )
+def progress(runs: Runs, guidance: float, name: str) -> None:
+    print(f"guidance {guidance:g} {name}: {runs.asked} evaluations", flush=True)
 
-    fine = runs.plan("dpmpp-2m", "linspace", args.reference, None)
+
+def fine(runs: Runs, args: argparse.Namespace, guidance: float) -> np.ndarray:
+    """Return the final latents of the reference solution."""
+    plan = runs.plan("dpmpp-2m", "linspace", args.reference, None)
+    latents = runs.latents(plan, guidance)
+    progress(runs, guidance, "reference")
+    return latents
+
+
+def samplers_part(runs: Runs, args: argparse.Namespace, part: float) -> dict[str, Any]:
+    """Answer question 1, and questions 2 and 3 for what was there first."""
+    found: dict[str, Any] = {"scales": {}, "cheaper": {}, "candidates": {}}
     for guidance in args.guidance:
         scale = f"{guidance:g}"
-        reference = runs.latents(fine, guidance)
-        told(guidance, "reference")
-        entry: dict[str, Any] = {"right": share(reference), "methods": {}}
+        reference = fine(runs, args, guidance)
+        entry: dict[str, Any] = {"right": runs.share(reference), "methods": {}}
         for name, (sampler, schedule) in METHODS.items():
             entry["methods"][name] = {}
             for count in args.counts:
@@ -331,28 +416,90 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 latents = runs.latents(plan, guidance)
                 entry["methods"][name][str(count)] = {
                     **error(latents, reference),
-                    "right": share(latents),
-                    "sampler": f"{plan.sampler} {plan.schedule}",
+                    "right": runs.share(latents),
                 }
-            told(guidance, name)
+            progress(runs, guidance, name)
         found["scales"][scale] = entry
         if guidance == 1.0:
             continue
-        found["candidates"][scale] = {
-            name: {
-                str(count): error(
-                    runs.latents(runs.within(sampler, schedule, count, guidance), guidance),
-                    reference,
-                )
-                for count in CANDIDATE_COUNTS
-            }
-            for name, (sampler, schedule) in CANDIDATES.items()
-        }
-        told(guidance, "candidates")
+        found["candidates"][scale] = candidates(runs, CANDIDATES, guidance, reference)
         if guidance == CHEAPER_AT:
-            found["cheaper"][scale] = cheaper(runs, guidance, reference, found["part"])
-            told(guidance, "cheaper evaluations")
+            found["cheaper"][scale] = cheaper(runs, CHEAPER, guidance, reference, part)
     return found
+
+
+def later_part(runs: Runs, args: argparse.Namespace, part: float) -> dict[str, Any]:
+    """Answer question 3 for samplers and schedules that came later."""
+    return {
+        "candidates": {
+            f"{guidance:g}": candidates(runs, LATER, guidance, fine(runs, args, guidance))
+            for guidance in args.guidance
+            if guidance > 1.0
+        }
+    }
+
+
+def reuse_part(runs: Runs, args: argparse.Namespace, part: float) -> dict[str, Any]:
+    """Answer question 2 for reuse within an error."""
+    reference = fine(runs, args, CHEAPER_AT)
+    rows = cheaper(runs, REUSE, CHEAPER_AT, reference, part)
+    return {"cheaper": {f"{CHEAPER_AT:g}": rows}}
+
+
+def judged_part(runs: Runs, args: argparse.Namespace, part: float) -> dict[str, Any]:
+    """Answer question 4."""
+    return {"samplers": judged(runs), "guiders": guiders(runs)}
+
+
+PARTS = {
+    "samplers": samplers_part,
+    "later": later_part,
+    "reuse": reuse_part,
+    "judged": judged_part,
+}
+
+
+def candidates(
+    runs: Runs, rows: dict[str, tuple[str, str]], guidance: float, reference: np.ndarray
+) -> dict[str, Any]:
+    """Return the errors of samplers and schedules, by number of evaluations."""
+    found: dict[str, Any] = {}
+    for name, (sampler, schedule) in rows.items():
+        found[name] = {}
+        for count in CANDIDATE_COUNTS:
+            steps = runs.within(sampler, schedule, count, guidance)
+            latents = runs.latents(runs.plan(sampler, schedule, steps, guidance), guidance)
+            found[name][str(count)] = error(latents, reference)
+        progress(runs, guidance, name)
+    return found
+
+
+def judged(runs: Runs) -> dict[str, Any]:
+    """Answer question 4 for samplers: the share of right pictures by number of evaluations."""
+    rows: dict[str, Any] = {}
+    for name, (guidance, options) in JUDGED.items():
+        steps = {
+            count: runs.within(options["sampler"], options["schedule"], count, guidance)
+            for count in JUDGED_COUNTS
+        }
+        rows.setdefault(f"{guidance:g}", {})[name] = {
+            str(count): runs.right(steps=number, guidance=guidance, **options)
+            for count, number in steps.items()
+        }
+        print(f"guidance {guidance:g} {name}", flush=True)
+    return rows
+
+
+def guiders(runs: Runs) -> dict[str, Any]:
+    """Answer question 4 for guiders: the share of right pictures by guidance scale."""
+    rows: dict[str, Any] = {}
+    for name, options in GUIDERS.items():
+        common = {"steps": GUIDED_STEPS, "sampler": "dpmpp-2m", "schedule": "trailing"}
+        rows[name] = {
+            f"{scale:g}": runs.right(guidance=scale, **common, **options) for scale in GUIDED_AT
+        }
+        print(name, flush=True)
+    return rows
 
 
 def part_of_a_shallow_one(network: teacher.Network) -> float:
@@ -365,11 +512,15 @@ def part_of_a_shallow_one(network: teacher.Network) -> float:
 
 
 def cheaper(
-    runs: Runs, guidance: float, reference: np.ndarray, part: float
+    runs: Runs,
+    asked: Sequence[tuple[str, int, tuple[float, float] | None, float]],
+    guidance: float,
+    reference: np.ndarray,
+    part: float,
 ) -> list[dict[str, Any]]:
-    """Answer question 2 at a guidance scale: cost and error of every row of CHEAPER."""
+    """Return cost and error of rows of question 2."""
     rows = []
-    for sampler, count, interval, reuse in CHEAPER:
+    for sampler, count, interval, reuse in asked:
         schedule = "auto" if sampler == "auto" else "normal"
         plan = runs.plan(sampler, schedule, count, guidance)
         first, end = guided_evaluations(interval or (0.0, 1.0), count)
@@ -502,8 +653,9 @@ def _wrapped(text: str) -> list[str]:
     )
 
 
-def report(found: dict[str, Any]) -> str:
+def report(figures: dict[str, Any]) -> str:
     """Return the text of docs/few_step.md."""
+    found, later, reuse = figures["samplers"], figures.get("later"), figures.get("reuse")
     size = found["prompts"]
     exact = ", ".join(f"{100 * e['right']:.0f} % at {g}" for g, e in found["scales"].items())
     return "\n".join(
@@ -511,12 +663,11 @@ def report(found: dict[str, Any]) -> str:
             "# Few steps",
             "",
             *_wrapped(
-                "This page is the output of `python benchmarks/few_step.py --torch --prompts "
-                f"{size} --cache FOLDER` on the built-in model (U-Net and text encoder "
-                f"{found['model']}). The script documents the method. It uses {size} fixed prompts "
-                "(some with held-out combinations) with one seed each; the reference has "
-                f"{found['reference']} steps. A guided evaluation runs the network twice. The "
-                "fitted numbers (`mlxdiff (auto)`) come from other prompts and seeds "
+                "This page is the output of `python benchmarks/few_step.py --torch --cache FOLDER` "
+                f"on the built-in model (U-Net and text encoder {figures['model']}). The script "
+                "documents the method. It uses fixed prompts (some with held-out combinations) "
+                "with one seed each. A guided evaluation runs the network twice. The fitted "
+                "numbers (`mlxdiff (auto)`) come from other prompts and seeds "
                 "(`examples/train_builtin/fit_sampler.py`)."
             ),
             "",
@@ -537,8 +688,8 @@ def report(found: dict[str, Any]) -> str:
             "",
             *_wrapped(
                 "Root mean square over all pictures, in standard deviations of the latents, by "
-                "number of evaluations. A single picture that changed into a different one has a "
-                "large effect on it."
+                f"number of evaluations. {_measured_with(found)} A single picture that changed "
+                "into a different one has a large effect on it."
             ),
             "",
             *table(found, "error", "{:.4f}"),
@@ -559,23 +710,84 @@ def report(found: dict[str, Any]) -> str:
             *_wrapped(
                 "Guidance in an interval and reuse of deep features. The unit of cost is one whole "
                 "evaluation of the U-Net: a guided evaluation costs two, a shallow one "
-                f"{found['part']:.3f} here (by multiply-adds; 0.079 in SD 1.5, 0.015 in SDXL). The "
-                "error is measured against the fully guided solution. `dpmpp-2m` uses the schedule "
-                "of the model's file."
+                f"{figures['part']:.3f} here (by multiply-adds; 0.079 in SD 1.5, 0.015 in SDXL). "
+                "The error is measured against the fully guided solution. `dpmpp-2m` uses the "
+                f"schedule of the model's file. {_measured_with(found)}"
             ),
             "",
             *cost_tables(found),
+            *(_reuse_lines(reuse) if reuse is not None else []),
             "## Samplers and schedules without a fit",
             "",
             *_wrapped(
-                "Error by number of steps, with the median in brackets. The built-in model has the "
-                "noise schedule of Stable Diffusion, so its timesteps (and *Align Your Steps*, "
-                "made for SD 1.5) mean the same noise levels; it is far smaller and predicts v."
+                "Error by number of evaluations, with the median in brackets. The built-in model "
+                "has the noise schedule of Stable Diffusion, so its timesteps (and *Align Your "
+                "Steps*, made for SD 1.5) mean the same noise levels; it is far smaller and "
+                f"predicts v. {_measured_with(found)}"
             ),
             "",
             *candidate_tables(found),
+            *(_later_lines(later) if later is not None else []),
+            *(_judged_lines(figures["judged"]) if "judged" in figures else []),
         ]
     )
+
+
+def _measured_with(part: dict[str, Any]) -> str:
+    return f"{part['prompts']} prompts; the reference has {part['reference']} steps."
+
+
+def _reuse_lines(part: dict[str, Any]) -> list[str]:
+    return [
+        *_wrapped(
+            "Reuse within an error ([guidance.md](guidance.md#reuse-within-an-error)), which pays "
+            f"for its measurements, beside the fixed one. {_measured_with(part)}"
+        ),
+        "",
+        *cost_tables(part),
+    ]
+
+
+def _later_lines(part: dict[str, Any]) -> list[str]:
+    return [
+        *_wrapped(f"Those that came later, beside two of the above. {_measured_with(part)}"),
+        "",
+        *candidate_tables(part),
+    ]
+
+
+def _judged_lines(part: dict[str, Any]) -> list[str]:
+    """Return the section of question 4."""
+    size = part["prompts"]
+    lines = [
+        "## Samplers and guiders that draw another picture",
+        "",
+        *_wrapped(
+            "A stochastic sampler, CFG++ and a guider have a target of their own, so the distance "
+            f"above has no meaning. The share of {size} pictures (percent) that match their prompt "
+            f"completely, each uncertain by up to {50 / size**0.5:.0f} points; all had the same "
+            "prompts and seeds. By number of evaluations:"
+        ),
+        "",
+    ]
+    for guidance, rows in part["samplers"].items():
+        lines += [f"| guidance {guidance} | " + " | ".join(map(str, JUDGED_COUNTS)) + " |"]
+        lines += ["|---|" + "---:|" * len(JUDGED_COUNTS)]
+        for name, cells in rows.items():
+            shares = [f"{100 * cells[str(count)]:.0f}" for count in JUDGED_COUNTS]
+            lines.append(f"| {name} | " + " | ".join(shares) + " |")
+        lines.append("")
+    lines += [
+        *_wrapped(f"Guiders, by guidance scale, with `dpmpp-2m trailing --steps {GUIDED_STEPS}`:"),
+        "",
+        "| | " + " | ".join(f"{scale:g}" for scale in GUIDED_AT) + " |",
+        "|---|" + "---:|" * len(GUIDED_AT),
+    ]
+    for name, cells in part["guiders"].items():
+        label = name if name == "no guider" else f"`{name}`"
+        shares = [f"{100 * cells[f'{scale:g}']:.0f}" for scale in GUIDED_AT]
+        lines.append(f"| {label} | " + " | ".join(shares) + " |")
+    return [*lines, ""]
 
 
 def _percent(found: dict[str, Any]) -> dict[str, Any]:
@@ -593,53 +805,51 @@ def _percent(found: dict[str, Any]) -> dict[str, Any]:
 
 def plot(found: dict[str, Any], path: Path) -> None:
     """Plot error against evaluations on log axes, with one panel for each guidance scale."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, len(found["scales"]), figsize=(11, 3.8), squeeze=False)
-    for axis, (guidance, entry) in zip(axes[0], found["scales"].items(), strict=True):
-        for name, cells in entry["methods"].items():
-            counts = [int(count) for count in cells]
-            errors = [cell["error"] for cell in cells.values()]
-            wide = 2.6 if name == OURS else 1.2
-            axis.loglog(counts, errors, marker="o", markersize=3, linewidth=wide, label=name)
-        axis.set_xticks(counts, [str(count) for count in counts])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-        axis.set_title(f"guidance {guidance}")
-        axis.set_xlabel("evaluations")
-    axes[0][0].set_ylabel("error / deviation of the latents")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=len(METHODS))
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
-    figure.savefig(path, dpi=110)
+    panels = [
+        curves(
+            {
+                name: [(int(count), cell["error"]) for count, cell in cells.items()]
+                for name, cells in entry["methods"].items()
+            },
+            f"guidance {guidance}: error over evaluations",
+            width=620,
+            height=360,
+            logarithmic=True,
+        )
+        for guidance, entry in found["scales"].items()
+    ]
+    whole = Image.new("RGB", (panels[0].width, sum(panel.height for panel in panels)))
+    for index, panel in enumerate(panels):
+        whole.paste(panel, (0, index * panel.height))
+    whole.save(path, optimize=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", nargs="?", help="default: the built-in model")
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--reference", type=int, default=1000, help="steps of the fine solution")
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS)
     parser.add_argument("--guidance", type=float, nargs="+", default=GUIDANCE)
     parser.add_argument("--backend", default="numpy")
     parser.add_argument("--torch", action="store_true", help="through diffusers' U-Net")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder for table and plot")
+    parser.add_argument("--out", type=Path, help="folder for figures, page and plot")
     parser.add_argument("--cache", type=Path, help="a folder that keeps every run")
-    parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args()
-    found = measure(args)
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1))
-    if not set(GUIDANCE) <= set(args.guidance):
+    found = measured(args)
+    if args.out is None and not set(GUIDANCE) <= set(args.guidance):
         return  # one of several calls that fill the cache
-    (args.out / "few_step.md").write_text(report(found), encoding="utf-8")
-    print("\n".join(verdicts(found) + verdict_on_cost(found)))
-    try:
-        plot(found, args.out / "few_step.png")
-    except ImportError:
-        print("no matplotlib: no plot")
+    kept = (args.out or Path(__file__).parent) / "few_step.json"
+    old = json.loads(kept.read_text()) if kept.exists() else {}
+    figures = (old if old.get("model") == found["model"] else {}) | found
+    kept.write_text(json.dumps(figures, indent=1) + "\n")
+    if not set(map(str, GUIDANCE)) <= {str(float(g)) for g in figures["samplers"]["scales"]}:
+        return
+    docs = args.out or ROOT / "docs"
+    (docs / "few_step.md").write_text(report(figures), encoding="utf-8")
+    print("\n".join(verdicts(figures["samplers"]) + verdict_on_cost(figures["samplers"])))
+    plot(figures["samplers"], docs / "few_step.png")
 
 
 if __name__ == "__main__":

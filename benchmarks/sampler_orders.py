@@ -1,6 +1,6 @@
 """Measure the orders of accuracy of the ODE samplers, on data with a known probability flow.
 
-    python benchmarks/sampler_orders.py    # prints slopes; with matplotlib docs/sampler_orders.png
+    python benchmarks/sampler_orders.py    # prints slopes, draws docs/sampler_orders.png
 
 The data are a Gaussian, or a mixture of two, on the line. Here the exact network is a formula. The
 exact solution is one too: the flow of a one-dimensional density keeps every particle at its
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from mlxdiff import samplers
+from mlxdiff.pictures import plot
 from mlxdiff.samplers.dpm_fast import DPM_FAST
 from mlxdiff.samplers.euler import HEUN
 from mlxdiff.samplers.heunpp import HEUNPP
@@ -196,33 +197,20 @@ def main() -> None:
             f"{method.label:16} {method.promised:8} {slope(errors[2:], STEPS[2:]):9.2f} "
             f"{slope(single[2:], STEPS[2:]):9.2f}     {errors[0]:.1e}, {errors[-1]:.1e}"
         )
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.5, 5.5), dpi=110)
-    colours = {1: "tab:red", 2: "tab:blue", 3: "tab:green", 4: "tab:purple"}
-    for k, (method, errors) in enumerate(results.items()):
-        axes.loglog(
-            STEPS,
-            errors,
-            marker="osv^D<>pX*hd"[k % 12],
-            markersize=4,
-            linewidth=1,
-            color=colours[method.promised],
-            label=f"{method.label}: {slope(errors[2:], STEPS[2:]):.2f}",
-        )
-    axes.set_xlabel("steps, even in lambda")
-    axes.set_ylabel("root-mean-square error")
-    axes.set_title("ODE samplers on a Gaussian mixture: sampler and measured order")
-    axes.set_xticks(STEPS, [str(n) for n in STEPS])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, ncol=2)
-    figure.tight_layout()
+    lines = {
+        f"{method.label}: {slope(errors[2:], STEPS[2:]):.2f}": list(zip(STEPS, errors, strict=True))
+        for method, errors in results.items()
+    }
+    picture = plot.curves(
+        lines,
+        "error over steps even in lambda, on a Gaussian mixture: sampler and measured order",
+        width=820,
+        height=560,
+        logarithmic=True,
+        colours={name: method.promised - 1 for name, method in zip(lines, results, strict=True)},
+    )
     target = Path(__file__).resolve().parent.parent / "docs" / "sampler_orders.png"
-    figure.savefig(target)
+    picture.save(target, optimize=True)
     print(target)
 
 

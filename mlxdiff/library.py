@@ -411,10 +411,13 @@ def _read_entry(path: Path) -> Entry:
 def local_path(model: str) -> Path | None:
     """Return the newest converted copy of a hub id or short name, or None if there is none.
 
-    A local file or folder of that name takes precedence: the result is then None.
+    The copy of a model in the package is its folder there. A local file or folder of that name
+    takes precedence: the result is then None.
     """
     if os.path.exists(model):
         return None
+    if model in catalogue.SHIPPED:
+        return catalogue.SHIPPED[model]
     found = _matching(model, entries())
     return max(found, key=lambda entry: entry.date).path if found else None
 

@@ -21,12 +21,13 @@ from mlxdiff.run.options import BACKENDS, DTYPES, LoadOptions
 from mlxdiff.run.progress import downloads
 from mlxdiff.run.table import function_of
 from mlxdiff.run.upscaling import NetworkUpscaler
+from mlxdiff.store.catalogue import SHIPPED
 from mlxdiff.store.folder import Progress
 from mlxdiff.text.styles import read_styles
 
 logger = logging.getLogger("mlxdiff")
 
-BUILTIN = Path(__file__).parent / "builtin"
+BUILTIN = SHIPPED["builtin"]
 
 
 def make_backend(name: str = "auto", dtype: str | None = None) -> Any:

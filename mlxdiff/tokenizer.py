@@ -40,6 +40,7 @@ MAX_ID = 1 << 20
 _PATTERN = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
+_WORD = "[^\\W_]+|[\u2600-\u27bf\u2b00-\u2bff\U0001f000-\U0001faff]"  # or an emoji
 _WORD_END = "</w>"
 _DEFAULTS = {
     "bos_token": "<|startoftext|>",
@@ -241,8 +242,8 @@ class Tokenizer:
     def unknown_words(self, text: str) -> list[str]:
         """Return the words of the text that are not in `known_words`, with repetitions.
 
-        A word is a run of letters and digits, in lower case. Signs and special tokens are not
-        words. The result is [] if the model has no word list.
+        A word is a run of letters and digits, in lower case, or an emoji. Other signs and special
+        tokens are not words. The result is [] if the model has no word list.
         """
         if self.known_words is None:
             return []
@@ -251,7 +252,7 @@ class Tokenizer:
         _check_unicode(text, "the prompt")
         check_length(text)
         # Not unicodedata: a row of combining marks takes it quadratic time.
-        words = re.findall(r"[^\W_]+", self._backend.normalizer.normalize_str(text))
+        words = re.findall(_WORD, self._backend.normalizer.normalize_str(text))
         return [word for word in words if word not in self.known_words]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:

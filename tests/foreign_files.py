@@ -392,8 +392,8 @@ SAMPLES: dict[str, Sample] = {
     "invokeai 4": Sample(
         BASIC | {"sampler": "dpmpp-2m", "schedule": "karras", "model": "sd15", "loras": _LORA,
                  "rng": "cpu", "sampler_rng": "gpu", "prompt_syntax": "plain",
-                 "noise_seed_delta": (42 ^ 0xFFFFFFFF) - 42},
-        {"seamless_x"},
+                 "noise_seed_delta": (42 ^ 0xFFFFFFFF) - 42, "seamless": "x"},
+        set(),
         {"invokeai_metadata": json.dumps(_invokeai(seamless_x=True))},
     ),
     "invokeai 4, image to image": Sample(
@@ -509,6 +509,159 @@ SAMPLES: dict[str, Sample] = {
             "prompt": "a red circle", "negative_prompt": "blurry", "seed": 42, "aux": 3,
             "num_inference_steps": 20, "guidance_scale": 7.0, "width": 512, "height": 768,
             "scheduler": "EulerDiscreteScheduler"})},
+    ),
+    "a1111, tiling": Sample(
+        BASIC | {"seamless": "xy", "sampler": "euler"},
+        set(),
+        a1111(_line("Euler", "Tiling: True, Version: v1.10.1")),
+    ),
+    "a1111, SDE on a GPU": Sample(
+        BASIC | {"sampler": "dpmpp-2m-sde", "step_noise": "brownian", "schedule": "karras"},
+        {"noise of the steps"},
+        a1111(_line("DPM++ 2M SDE Karras", "Version: v1.6.0")),
+    ),
+    "a1111, SDE on a CPU": Sample(
+        BASIC | {"sampler": "dpmpp-sde", "step_noise": "brownian", "rng": "cpu"},
+        set(),
+        a1111(_line("DPM++ SDE", "RNG: CPU, Version: v1.6.0")),
+    ),
+    "a1111, hires by nearest pixels": Sample(
+        BASIC | {"hires": 2.0, "hires_upscaler": "latent-nearest", "hires_strength": 0.5},
+        set(),
+        a1111(_line("Euler", "Denoising strength: 0.5, Hires upscale: 2, Hires upscaler: Latent "
+                             "(nearest-exact), Version: v1.10.1")),
+    ),
+    "forge neo": Sample(
+        BASIC | {"sampler": "dpmpp-2m", "schedule": "karras"},
+        set(),
+        a1111(_line("DPM++ 2M", "Schedule type: Automatic, Version: neo-2.28")),
+    ),
+    "sd.next, a schedule of sigmas": Sample(
+        BASIC | {"sampler": "euler", "schedule": "karras"},
+        set(),
+        a1111(_line("Euler", "Sampler sigma: karras, App: SD.Next, Version: 56a8aea")),
+    ),
+    "sd.next, an argument that its class lacks": Sample(
+        BASIC | {"sampler": "ddim", "schedule": "normal"},
+        set(),
+        a1111(_line("DDIM", "Sampler sigma: exponential, App: SD.Next, Version: 56a8aea")),
+    ),
+    "sd.next, the model's own sampler": Sample(
+        BASIC | {"sampler": "checkpoint"},
+        set(),
+        a1111("Steps: 20, Size: 512x768, Seed: 42, CFG scale: 7, App: SD.Next, Version: 56a8aea"),
+    ),
+    "sd.cpp, later": Sample(
+        BASIC | {"sampler": "euler", "schedule": "linspace", "rng": "gpu", "sampler_rng": "cpu",
+                 "model": "unet.gguf"},
+        {"cache"},
+        a1111("Steps: 20, CFG scale: 7.000000, Eta: inf, Seed: 42, Size: 512x768, Model: , RNG: "
+              "cuda, Sampler RNG: cpu, Sampler: euler discrete, Unet: unet.gguf, Version: "
+              'stable-diffusion.cpp, SDCPP: {"schema":"x","cache":{"mode":1},"seed":42}'),
+    ),
+    "sd.cpp, sigmas": Sample(
+        BASIC | {"sampler": "euler", "sigmas": [14.6146, 2.0], "steps": None},
+        {"RNG"},
+        a1111("Steps: 20, CFG scale: 7.0, Seed: 42, Size: 512x768, RNG: std_default, Sampler: "
+              "euler, Custom Sigmas: [14.6146, 2.0000], Version: stable-diffusion.cpp"),
+    ),
+    "comfyui, a saver's text": Sample(
+        BASIC | _COMFY | {"sampler": "euler", "schedule": "simple", "prompt": "a \\[red\\] circle"},
+        set(),
+        a1111("Steps: 20, Sampler: euler_simple, CFG Scale: 7.0, Seed: 42, Size: 512x768, Model: "
+              "sd15.safetensors", "a [red] circle\nNegative prompt: blurry"),
+    ),
+    "comfyui, a graph beside a text": Sample(
+        BASIC | {"model": "sd15.safetensors", "sampler": "euler-a"},
+        set(),
+        a1111("Steps: 20, Sampler: Euler Ancestral, CFG scale: 7, Seed: 42, Size: 1024x1536, "
+              "Model: sd15.safetensors") | {"prompt": json.dumps(api_graph())},
+    ),
+    "comfyui, texts in nodes of their own": Sample(
+        BASIC | {"prompt": "a red circle", "seed": 42},
+        set(),
+        {"prompt": json.dumps(api_graph(seed=["34", 0], positive=["30", 0]) | {
+            "30": {"class_type": "Power Prompt (rgthree)",
+                   "inputs": {"prompt": ["31", 0], "opt_clip": ["10", 1]}},
+            "31": {"class_type": "StringConcatenate", "inputs": {
+                "string_a": ["32", 0], "string_b": ["33", 0], "delimiter": " "}},
+            "32": {"class_type": "DF_Text_Box", "inputs": {"Text": "a red"}},
+            "33": {"class_type": "ComfySwitchNode",
+                   "inputs": {"switch": True, "on_true": ["35", 0], "on_false": ["32", 0]}},
+            "34": {"class_type": "Seed (rgthree)", "inputs": {"seed": 42}},
+            "35": {"class_type": "ShowText|pysssss", "inputs": {"text": ["36", 0]}},
+            "36": {"class_type": "ImpactWildcardProcessor", "inputs": {
+                "wildcard_text": "{circle|square}", "populated_text": "circle"}},
+        })},
+    ),
+    "comfyui, LoRAs in stacks": Sample(
+        BASIC | {"loras": [
+            {"name": "one.safetensors", "scale": 0.7}, {"name": "two.safetensors", "scale": 0.6,
+                                                        "text_scale": 0.1},
+            {"name": "three.safetensors", "scale": 0.5, "text_scale": 0.2},
+        ]},
+        set(),
+        {"prompt": json.dumps(api_graph(model=["30", 0]) | {
+            "30": {"class_type": "Power Lora Loader (rgthree)", "inputs": {
+                "lora_1": {"on": True, "lora": "two.safetensors", "strength": 0.6,
+                           "strengthTwo": 0.1},
+                "lora_2": {"on": True, "lora": "three.safetensors", "strength": 0.5,
+                           "strengthTwo": 0.2},
+                "lora_3": {"on": False, "lora": "off.safetensors", "strength": 1.0},
+                "model": ["31", 0], "clip": ["31", 1]}},
+            "31": {"class_type": "CR Apply LoRA Stack", "inputs": {
+                "model": ["4", 0], "clip": ["4", 1], "lora_stack": ["32", 0]}},
+            "32": {"class_type": "CR LoRA Stack", "inputs": {
+                "switch_1": "On", "lora_name_1": "one.safetensors", "model_weight_1": 0.7,
+                "clip_weight_1": 0.7, "switch_2": "Off", "lora_name_2": "x.safetensors",
+                "model_weight_2": 1.0, "clip_weight_2": 1.0}},
+            "10": {"class_type": "Reroute", "inputs": {"": ["4", 1]}},
+        })},
+    ),
+    "comfyui, a loader that does it all": Sample(
+        BASIC | {"model": "sd15.safetensors", "clip_skip": 1, "loras": _LORA_FILE},
+        set(),
+        {"prompt": json.dumps({
+            "1": {"class_type": "Efficient Loader", "inputs": {
+                "ckpt_name": "sd15.safetensors", "vae_name": "Baked VAE", "clip_skip": -2,
+                "lora_name": "pastel.safetensors", "lora_model_strength": 0.8,
+                "lora_clip_strength": 0.8, "positive": "a red circle", "negative": "blurry",
+                "empty_latent_width": 512, "empty_latent_height": 768, "batch_size": 1}},
+            "2": {"class_type": "KSampler (Efficient)", "inputs": {
+                "seed": 42, "steps": 20, "cfg": 7.0, "sampler_name": "euler", "scheduler": "normal",
+                "denoise": 1.0, "model": ["1", 0], "positive": ["1", 1], "negative": ["1", 2],
+                "latent_image": ["1", 3]}},
+            "3": {"class_type": "SaveImage", "inputs": {"images": ["2", 5]}},
+        })},
+    ),
+    "comfyui, formulas of its own": Sample(
+        BASIC | {"sampler": "dpmpp-2m-cfg++"},
+        {"sampler dpmpp_2m_cfg_pp"},
+        {"prompt": json.dumps(api_graph(sampler_name="dpmpp_2m_cfg_pp"))},
+    ),
+    "comfyui, SDE from an image": Sample(
+        {"sampler": "dpmpp-2m-sde", "step_noise": "brownian", "strength": 0.5},
+        {"noise of the steps"},
+        {"prompt": json.dumps(api_graph(
+            sampler_name="dpmpp_2m_sde", denoise=0.5, latent_image=["50", 0]) | {
+            "50": {"class_type": "VAEEncode", "inputs": {"pixels": ["51", 0], "vae": ["11", 0]}},
+            "51": {"class_type": "LoadImage", "inputs": {"image": "photo.png?sig=x"}}})},
+    ),
+    "swarmui, tiles": Sample(
+        {"seamless": "x"},
+        set(),
+        {"parameters": json.dumps({"sui_image_params": SWARM | {"seamlesstileable": "X-Only"}})},
+    ),
+    "easy diffusion, tiles": Sample(
+        {"seamless": "xy"}, set(), {"parameters": json.dumps(EASY | {"tiling": "xy"})}
+    ),
+    "diffusers, a space of the hub": Sample(
+        BASIC | {"sampler": "dpmpp-2m", "schedule": "karras", "model": "SD 1.5"},
+        {"use_upscaler"},
+        {"parameters": json.dumps({
+            "prompt": "a red circle", "negative_prompt": "blurry", "seed": 42, "resolution":
+            "512 x 768", "num_inference_steps": 20, "guidance_scale": 7.0, "sampler":
+            "DPM++ 2M Karras", "Model": "SD 1.5", "use_upscaler": {"upscale_by": 1.5}})},
     ),
 }  # fmt: skip
 """By the program, and what is special."""

@@ -148,7 +148,7 @@ def test_a_run_keeps_what_it_began_with(low_memory: bool, backend: str, tmp_path
         low_memory=low_memory,
     )
     prompts = "a cat", "a cat <lora:sd15-kohya:0.5>", "a cat <lora:sd15-kohya:-0.5>"
-    run = SMALL | {"prompt_syntax": "a1111", "count": 2}
+    run = SMALL | {"steps": 2, "prompt_syntax": "a1111", "count": 2}
     expected = [[step.latents for step in pipe.stream(prompt, **run)] for prompt in prompts]
     assert not np.allclose(expected[0][-1], expected[1][-1])
     streams = [pipe.stream(prompt, **run) for prompt in prompts]

@@ -22,11 +22,14 @@ def test_it_is_loaded(benchmark: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_few_step(tmp_path: Path) -> None:
-    small = "--prompts 1 --reference 30 --counts 6 8 --guidance 1 --json figures.json".split()
+    small = "--part samplers --prompts 1 --reference 30 --counts 6 8 --guidance 1 --out .".split()
     run = [sys.executable, str(BENCHMARKS / "few_step.py"), *small]
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
-    errors = {name: cells["8"]["error"] for name, cells in found["scales"]["1"]["methods"].items()}
+    found = json.loads((tmp_path / "few_step.json").read_text(encoding="utf-8"))
+    errors = {
+        name: cells["8"]["error"]
+        for name, cells in found["samplers"]["scales"]["1"]["methods"].items()
+    }
     assert len(errors) == 6 and max(errors.values()) < 0.2
     assert 0.1 < found["part"] < 0.4

@@ -23,10 +23,20 @@ def training_code() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "train_builtin"))
 
 
-@pytest.mark.parametrize("case", range(len(CASES)))
-def test_the_same_picture_as_diffusers(case: int, backend: str) -> None:
+MLX = pytest.mark.mlx
+SIDES = [
+    *[(case, "numpy") for case in range(len(CASES))],
+    pytest.param(0, "mlx", marks=MLX),
+    pytest.param(1, "mlx", marks=MLX),
+    # 25 steps, and nothing of MLX's own: another number, another prompt.
+    pytest.param(2, "mlx", marks=[MLX, pytest.mark.slow]),
+]
+
+
+@pytest.mark.parametrize(("case", "side"), SIDES)
+def test_the_same_picture_as_diffusers(case: int, side: str) -> None:
     arguments = dict(CASES[case])
-    pipe = mlxdiff.load(backend=backend, dtype="float32")
+    pipe = mlxdiff.load(backend=side, dtype="float32")
     result = pipe.generate(arguments.pop("prompt"), sampler="dpmpp-2m", **arguments)
     with np.load(GOLDEN / "builtin" / "pictures.npz") as golden:
         assert_latents_close(result.latents, golden[f"{case}/latents"])

@@ -46,8 +46,8 @@ def test_sizes_are_those_of_the_real_networks(known: object) -> None:
     family, name = known.family, known.name  # type: ignore[attr-defined]
     parts = [f"unet.{UNETS.get(name, name)}"]
     if family != "ddpm":
-        own = family if family == "svd" else name
-        own = own if (NAMES / f"vae.{own}.json.gz").is_file() else "sd15"
+        has_own = (NAMES / f"vae.{name}.json.gz").is_file()
+        own = family if family == "svd" else name if has_own else "sd15"
         parts += ["vae.sdxl" if family.startswith("sdxl") else f"vae.{own}"]
         parts += [f"text_encoder.{text}" for text in TEXT.get(family, [])]
         parts += ["image_encoder.openclip-h"] if family == "svd" else []

@@ -256,7 +256,9 @@ def test_the_benchmark_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     few_step = importlib.import_module("few_step")
     runs = few_step.Runs(
-        argparse.Namespace(model=None, torch=False, backend="numpy", cache=None, prompts=1)
+        argparse.Namespace(
+            model=None, torch=False, backend="numpy", cache=None, prompts=1, judged=0
+        )
     )
     plan = runs.plan("dpmpp-2m", "normal", 4, 4.0)
     for arguments in (

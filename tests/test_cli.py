@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +20,10 @@ from PIL import Image
 from single_files import single_file
 
 from mlxdiff.cli import ProgressBar, main
+from mlxdiff.cli.progress import Bar
 from mlxdiff.pictures.image import save_png
 from mlxdiff.pictures.metadata import Metadata
+from mlxdiff.run.progress import Progress
 
 
 def run(*arguments: str | Path, stdin: str | None = None) -> Result:
@@ -187,6 +191,57 @@ def test_a_download_is_shown_as_a_bar(capsys: pytest.CaptureFixture[str]) -> Non
     assert "fetching" in said and said.count("\n") <= 1
     with ProgressBar("fetching", quiet=True) as progress:
         assert progress is None
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_progress_fits_the_terminal(
+    columns: int, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line that is written again; it never wraps, and nothing of it stays."""
+    seen = Terminal()
+    monkeypatch.setattr("sys.stderr", seen)
+    monkeypatch.setattr("mlxdiff.cli.streams.width", lambda: columns)
+    bar = Bar(pictures=2)
+    for stage, item in (("load", "text_encoder"), ("encode", "")):
+        bar.on_progress(Progress(stage, item))
+    for index in range(3):
+        bar.on_progress(Progress("step", seconds_left=5.0 - index))
+        step = SimpleNamespace(index=index, total=3, seed=2**63, seconds=1.25)
+        bar.advance(step, 0)  # type: ignore[arg-type]
+    bar.on_progress(Progress("decode"))
+    bar.finish()
+    with ProgressBar("fetching", quiet=False) as progress:
+        assert progress is not None
+        for done in (0, 50, 100):
+            progress(done, 100, "text_encoder/model-00001-of-00002.fp16.safetensors")
+    said = seen.getvalue()
+    assert "\n" not in said and all(len(one) < columns for one in said.split("\r"))
+    assert said.rstrip(" \r") != said and not said.split("\r")[-1]  # cleared
+    for words in (
+        "loading text encoder",
+        "encoding",
+        "picture 1 of 2, seed",
+        "decoding",
+        "fetching",
+    ):
+        assert words in said
+    if columns == 200:
+        assert "step 2 of 3, 1.25 s each, 0:04 left" in said and "[####" in said
+        assert "50 %" in said and "left  text_encoder/model" in said
+
+
+def test_an_unfinished_line_of_progress_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Terminal()
+    monkeypatch.setattr("sys.stderr", seen)
+    bar = Bar()
+    bar.advance(SimpleNamespace(index=0, total=3, seed=7, seconds=1.0), 0)  # type: ignore[arg-type]
+    bar.finish()
+    assert seen.getvalue().endswith("step 1 of 3, 1.00 s each\n")
 
 
 def test_prompt_file_and_stdin(here: Path) -> None:

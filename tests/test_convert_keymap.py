@@ -5,12 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_params import CONFIGS
 
 from mlxdiff.convert.keymap import DIFFUSERS, map_names, targets
 from mlxdiff.convert.transforms import (
@@ -22,7 +22,6 @@ from mlxdiff.convert.transforms import (
     oihw_to_ohwi,
 )
 from mlxdiff.errors import CheckpointError
-from mlxdiff.networks.config import AutoencoderKLConfig, CLIPTextConfig, read_unet
 from mlxdiff.networks.params import expected_parameters
 
 sizes = st.integers(1, 4)
@@ -125,6 +124,7 @@ OLD = {
         (".to_out.0.", ".proj_attn."),
     ),
     "text_encoder": (("text_model.", ""),),
+    "image_encoder": (),
     "unet": (),
 }
 
@@ -133,12 +133,7 @@ OLD = {
 def test_every_name_of_the_real_models_maps_in_both_spellings(path: Path) -> None:
     golden = json.loads(gzip.decompress(path.read_bytes()))
     component = golden["component"]
-    kinds: dict[str, Any] = {
-        "text_encoder": CLIPTextConfig.from_dict,
-        "unet": read_unet,
-        "vae": AutoencoderKLConfig.from_dict,
-    }
-    expected = expected_parameters(kinds[component](golden["config"]))
+    expected = expected_parameters(CONFIGS[component](golden["config"]))
     pixels = golden["config"].get("_class_name") == "UNet2DModel"
     for spelling in ((), OLD["vae" if pixels else component]):
         found = {}

@@ -43,12 +43,12 @@ MODELS = {
     "lcm": "lcm",
     "instruct-pix2pix": "pix2pix",
     "x4-upscaler": "x4-upscaler",
-    "sd2-depth": "sd2-depth",
-    "marigold": "marigold-depth",
-    "marigold-normals": "marigold-normals",
     "image-variations": "variation",
     "unclip": "unclip",
     "zero123": "zero123",
+    "sd2-depth": "sd2-depth",
+    "marigold": "marigold-depth",
+    "marigold-normals": "marigold-normals",
     "ddpm-cifar10": "ddpm",
     "google/ddpm-cifar10-32": "ddpm",
     "FOLDER": "ddpm-labels",
@@ -58,7 +58,7 @@ MODELS = {
 PICTURES = """photo.jpg painting.jpg bench.png harbour.png house.png castle.jpg cat.png cat-128.png
     scan.png style.png group.jpg grid.png a.png b.png photos/a.png photos/b.png
     dog/1.png dog/2.png""".split()
-LORAS = """pastel detail style person dog lcm-lora loras/style
+LORAS = """pastel detail style person dog few lcm-lora loras/style
     latent-consistency/lcm-lora-sdv1-5/pytorch_lora_weights""".split()
 UPSCALERS = """RealESRGAN_x4plus 4x_NMKD-Siax_200k realesr-general-x4v3 4x-UltraSharp""".split()
 ONLY_PARSED = {"train", "bench", "doctor", "serve", "mcp", "models", "convert", "info"}

@@ -47,7 +47,7 @@ def test_all_is_said_and_the_network_left_alone(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     result = run()
     assert result.exit_code == 0, result.output
-    for words in ("built-in model is complete", "NumPy multiplies", "of memory", "has room for"):
+    for words in ("complete: builtin, emoji", "NumPy multiplies", "of memory", "has room for"):
         assert words in " ".join(result.stdout.split())
 
 

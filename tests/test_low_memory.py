@@ -13,6 +13,7 @@ import mlxdiff
 from mlxdiff.run.kind import Network
 
 SIDES = ["numpy", pytest.param("mlx", marks=pytest.mark.mlx)]
+SMALL = {"width": 64, "height": 64}
 MODELS = {"builtin": None, "sd15": "sd15", "sdxl": "sdxl"}
 
 
@@ -25,7 +26,7 @@ def load(name: str, side: str, **options) -> mlxdiff.Pipeline:
 @pytest.mark.parametrize("side", SIDES)
 def test_the_same_picture(side: str) -> None:
     """SD 1.5 and SDXL, with all that can be added: test_combinations.py."""
-    run = {"seed": 3, "steps": 3, "guidance": 4.0, "count": 2}
+    run = SMALL | {"seed": 3, "steps": 3, "guidance": 4.0, "count": 2}
     expected = load("builtin", side).generate("a red circle", **run)
     pipe = load("builtin", side, low_memory=True)
     held = []
@@ -94,7 +95,7 @@ def test_nothing_grows_from_picture_to_picture(pictures: int) -> None:
     pipe = load("builtin", "mlx")
     held = []
     for seed in range(pictures):
-        pipe.generate("a circle", seed=seed, steps=1)
+        pipe.generate("a circle", seed=seed, steps=1, **SMALL)
         gc.collect()
         held.append(mx.get_active_memory() + mx.get_cache_memory())
     assert held[-1] <= held[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,8 @@ def test_every_package_is_listed() -> None:
     }
     data = {
         ".".join(path.parent.relative_to(ROOT).parts)
-        for path in (ROOT / "mlxdiff/builtin").rglob("*.json")
+        for model in ("builtin", "emoji")
+        for path in (ROOT / "mlxdiff" / model).rglob("*.json")
     }
     assert listed == folders | data | {"mlxdiff.convert"}
     assert not [p for p in (ROOT / "convert").iterdir() if p.is_dir() and p.name != "__pycache__"]
@@ -44,3 +46,26 @@ def test_importing_mlxdiff_is_cheap() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_one_command_sets_the_address_of_the_repository(tmp_path: Path) -> None:
+    names = ["pyproject.toml", "README.md", "mkdocs.yml", "docs/releasing.md", ".ci/address"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    for words in (["init", "-q"], ["add", "."]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    done = subprocess.run(
+        [sys.executable, ".ci/address", "https://github.com/Some-One/other.git"],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert set(done.stdout.split()) == {"pyproject.toml", "README.md", "docs/releasing.md"}
+    texts = {name: (tmp_path / name).read_text("utf-8") for name in names}
+    assert "/mlxdiff/mlxdiff" not in "".join(texts.values())
+    assert "git clone https://github.com/Some-One/other && cd other" in texts["README.md"]
+    urls = dict(re.findall(r'^(\w+) = "(https:.*)"', texts["pyproject.toml"], re.M))
+    assert urls["Documentation"] == "https://some-one.github.io/other"
+    assert urls["Changelog"] == "https://github.com/Some-One/other/blob/main/CHANGELOG.md"

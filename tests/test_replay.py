@@ -22,7 +22,7 @@ from foreign_files import (
     with_exif,
     workflow,
 )
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from mlxdiff.errors import UsageError
 from mlxdiff.pictures.image import save_png
@@ -42,6 +42,102 @@ def test_a_picture_of_another_program(name: str, tmp_path: Path) -> None:
     assert all(isinstance(value, str) for value in named.values())
     program = name.partition(",")[0].rstrip(" 0123456789.")
     assert found["tool"].lower().startswith(_TOOLS.get(program, program))
+
+
+_BASE = (
+    "Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 42, Size: 512x768, "
+    "{}Version: v1.10.1"
+)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "more", "says", "named"),
+    [
+        ("a cat", 'Denoising strength: 0.5, Hires upscale: 2, Hires prompt: "a dog, red", Hires '
+         "upscaler: Latent, Hires sampler: Euler a, Hires CFG Scale: 7, ",
+         {"hires": 2.0, "hires_strength": 0.5}, {"Hires prompt", "Hires sampler"}),
+        ("a cat", 'ADetailer model: face.pt, ADetailer prompt: "a face, (nice:1.2)", ADetailer '
+         "model 2nd: hand.pt, ", {},
+         {"ADetailer model", "ADetailer prompt", "ADetailer model 2nd"}),
+        ("a cat", 'ControlNet 0: "Module: canny, Model: c [d14], Weight: 1, Threshold A: 100", ',
+         {"seed": 42, "model": None}, {"ControlNet 0"}),
+        ("two cats BREAK a red cat", 'RP Active: True, RP Ratios: "1,1", ', {},
+         {"RP Active", "RP Ratios"}),
+        ("a cat", "Refiner: sd_xl_refiner [744], Refiner switch at: 0.8, ", {},
+         {"Refiner", "Refiner switch at"}),
+        ("a cat, bad", 'TI hashes: "bad: c74b, bad: c74b", ', {}, {"TI hashes"}),
+        ("a cat", "Style Selector Enabled: True, Style Selector Style: base, ", {},
+         {"Style Selector Enabled", "Style Selector Style"}),
+        ("a red cat", 'Wildcard prompt: "a __color__ cat, x", ', {}, {"Wildcard prompt"}),
+        ("a cat <lora:one:0.8> <lora:two:0.5:0.3>", 'Lora hashes: "one: aa, two: bb", ', {}, set()),
+        ("a cat <lora:one:0.8>", 'Lora hashes: "one: aa, three: cc", ', {}, {"Lora hashes"}),
+        ("a cat", "Denoising strength: 0.75, Mask blur: 4, Soft inpainting enabled: True, ",
+         {"mask": "(not named)", "strength": 0.75}, {"Mask blur", "Soft inpainting enabled"}),
+        ("a cat", "Dynamic thresholding enabled: True, Mimic scale: 7, ", {},
+         {"Dynamic thresholding enabled", "Mimic scale"}),
+        ("a cat", "freeu_enabled: True, freeu_b1: 1.01, pag_scale: 3, ", {},
+         {"freeu_enabled", "freeu_b1", "pag_scale"}),
+        ("a cat", "Denoising strength: 0.4, Noise multiplier: 0.9, Extra noise: 0.05, ",
+         {"image": "(not named)"}, {"Noise multiplier", "Extra noise"}),
+        ("a cat", 'Script: X/Y/Z plot, X Type: Steps, X Values: "10,20", ', {"steps": 20},
+         {"Script", "X Type", "X Values"}),
+        ("a cat", "Face restoration: CodeFormer, Token merging ratio: 0.5, ", {},
+         {"Face restoration", "Token merging ratio"}),
+        ("[cat:dog:0.5] [a|b] AND a (dog:1.2) :0.7", "", {}, set()),
+        ("a cat", "VAE: None, VAE Decoder: TAESD, ", {"vae": None}, {"VAE Decoder"}),
+    ],
+)  # fmt: skip
+def test_what_people_use_in_a1111(
+    prompt: str, more: str, says: dict[str, Any], named: set[str], tmp_path: Path
+) -> None:
+    text = f"{prompt}\nNegative prompt: blurry\n{_BASE.format(more)}"
+    found = read(png(tmp_path / "p.png", {"parameters": text})).to_dict()
+    expected = {"prompt": prompt, "negative_prompt": "blurry", "sampler": "dpmpp-2m"} | says
+    assert {key: found.get(key) for key in expected} == expected
+    assert set(found.get("parameters") or {}) == named
+
+
+def test_eta_is_that_of_ddim(tmp_path: Path) -> None:
+    line = "Steps: 20, Sampler: DDIM, CFG scale: 7, Seed: 42, Eta DDIM: 0.3, Version: v1.10.1"
+    found = read(png(tmp_path / "p.png", {"parameters": f"a\n{line}"})).to_dict()
+    assert (found["sampler"], found["eta"], found.get("parameters")) == ("ddim", 0.3, None)
+
+
+def test_a_comment_beside_the_inner_part_of_exif(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x9286] = json.dumps({"prompt": api_graph()})
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "p.webp", exif=exif)
+    assert read(tmp_path / "p.webp").seed == 42
+
+
+def test_utf_8_in_a_chunk_that_is_latin_1(tmp_path: Path) -> None:
+    text = a1111("Steps: 20, Seed: 42, CFG scale: 7", "漢字")["parameters"]
+    latin = PngImagePlugin.PngInfo()
+    latin.add(b"tEXt", b"parameters\0" + text.encode())
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "p.png", pnginfo=latin)
+    assert read(tmp_path / "p.png").prompt == "漢字"
+
+
+@pytest.mark.parametrize("kind", ["TextGenerate", "SDPromptReader", "StringConcatenate"])
+def test_a_prompt_in_a_node_that_is_not_read(kind: str, tmp_path: Path) -> None:
+    graph = api_graph()
+    graph["6"]["inputs"]["text"] = ["50", 0]
+    graph["50"] = {
+        "class_type": kind,
+        "inputs": {"prompt": "photo.png", "string_a": ["51", 0], "clip": ["10", 1]},
+    }
+    found = read(png(tmp_path / "p.png", {"prompt": json.dumps(graph)}))
+    assert found.prompt == "" and kind in found.extra["unread_prompt"]
+
+
+def test_values_in_long_rows_of_nodes_end(tmp_path: Path) -> None:
+    graph = api_graph()
+    graph["6"]["inputs"]["text"] = ["c0", 0]
+    for i in range(1000):
+        both = {"string_a": [f"c{i + 1}", 0], "string_b": [f"c{i + 1}", 0], "delimiter": ""}
+        graph[f"c{i}"] = {"class_type": "StringConcatenate", "inputs": both}
+    found = read(png(tmp_path / "p.png", {"prompt": json.dumps(graph)}))
+    assert "unread_prompt" in found.extra
 
 
 def _documents() -> dict[str, Any]:
@@ -128,7 +224,7 @@ def test_a_prompt_with_colons_stays_a_prompt(text: str, tmp_path: Path) -> None:
     assert (found.seed, found.steps, found.sampler) == (None, None, None)
 
 
-@pytest.mark.parametrize("text", ["Screenshot", "", "\0\0\0", "   "])
+@pytest.mark.parametrize("text", ["Screenshot", "Created with GIMP", "", "\0\0\0", "   "])
 def test_a_comment_of_a_camera_says_nothing(text: str, tmp_path: Path) -> None:
     path = with_exif(tmp_path / "p.jpg", {0x9286: comment(text, "ascii"), 0x010F: "Camera"})
     with pytest.raises(UsageError, match="says nothing"):

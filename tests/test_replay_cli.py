@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from foreign_files import SAMPLES, comment, png, with_exif
+from foreign_files import SAMPLES, api_graph, comment, png, with_exif
 from PIL import Image
 
 from mlxdiff.cli import main
@@ -171,6 +171,35 @@ def test_automatic_is_what_the_version_drew(version: str, kind: str, schedule: s
     assert drawn.exit_code == 0, drawn.output
     said = json.loads(drawn.stdout)
     assert (said["sampler"], said["schedule"]) == ("dpmpp-2m", schedule)
+
+
+def test_a_prompt_that_is_not_read_is_asked_for() -> None:
+    graph = api_graph(denoise=1.0)
+    graph["6"]["inputs"]["text"] = ["50", 0]
+    graph["50"] = {"class_type": "TextGenerate", "inputs": {"clip": ["4", 1], "prompt": "x"}}
+    for name in ("10", "11"):  # no LoRA, no VAE
+        graph[name] = {"class_type": "Reroute", "inputs": {"": ["4", 0]}}
+    png(Path("p.png"), {"prompt": json.dumps(graph)})
+    refused = replay("p.png", *QUICK)
+    assert refused.exit_code == 2
+    assert "does not say its prompt '(in the node TextGenerate)'" in refused.stderr
+    drawn = run(
+        "generate", "-m", BUILTIN, "--backend", "numpy", "--from-image", "p.png", "a red circle",
+        "-o", "a.png", *QUICK,
+    )  # fmt: skip
+    assert drawn.exit_code == 0, drawn.output
+
+
+def test_a_tiling_picture_of_a1111_with_brownian_noise() -> None:
+    line = "Steps: 2, Sampler: DPM++ 2M SDE, CFG scale: 1, Seed: 7, Size: 64x64, Tiling: True"
+    png(Path("p.png"), {"parameters": f"a red circle\n{line}, RNG: CPU, Version: v1.10.1"})
+    drawn = replay("p.png", "-o", "a.png", "--json")
+    assert drawn.exit_code == 0, drawn.output
+    said = json.loads(drawn.stdout)
+    assert (said["seamless"], said["step_noise"]) == ("xy", "brownian")
+    for option in (("--step-noise", "independent"), ("--rng", "gpu")):
+        assert replay("p.png", "-o", "b.png", "--force", *option).exit_code == 0
+        assert not np.array_equal(pixels("a.png"), pixels("b.png")), option
 
 
 def test_a_sampler_that_is_not_here_is_named() -> None:

@@ -288,11 +288,20 @@ HOMONYMS = {
     "pipeline.py": {"ddpm"},
     "store/catalogue.py": {"ddpm", "lcm"},
     "convert/detect.py": {"ddpm"},
-    "pictures/foreign/a1111.py": {"dpm2", "restart"},  # A1111's words
+    "pictures/foreign/a1111.py": {"ddim", "dpm2", "restart"},  # A1111's words
+    "training/options.py": {"ddim"},  # solvers of a teacher's equation
+    "training/consistency.py": {"ddim"},
 }
 
-# Published runs: each names the sampler that its source used.
-RECORDS = {"report/published.py", "store/few_step.py"}
+# Each names the sampler that its source used: published runs, adapters made for a sampler, and what
+# other programs compute otherwise.
+RECORDS = {
+    "report/published.py",
+    "store/few_step.py",
+    "pictures/foreign/translate.py",
+    "run/additions/motion.py",
+    "training/train_distill.py",
+}
 
 
 def _literals(source: str) -> Iterator[str]:

@@ -16,6 +16,7 @@ import mlxdiff
 pytest.importorskip("mlx.core")
 
 from mlxdiff.training.train_controlnet import train_controlnet
+from mlxdiff.training.train_distill import train_distill
 from mlxdiff.training.train_embedding import train_embedding
 from mlxdiff.training.train_finetune import train_finetune
 from mlxdiff.training.train_lora import train_lora
@@ -87,6 +88,58 @@ def test_a_trained_lora(model: str, cats: Path, tmp_path: Path) -> None:
     pipe.load_lora_weights(str(out))
     mine = ours(mlxdiff.load(checkpoint(model), backend="numpy", loras=[out]))
     check(mine, theirs(pipe), ours(mlxdiff.load(checkpoint(model), backend="numpy")))
+
+
+@pytest.mark.parametrize("model", ["sd15", "sdxl"])
+def test_a_lora_of_few_steps(model: str, cats: Path, tmp_path: Path) -> None:
+    """TCD without noise: LCM's own noise is drawn in another order there."""
+    from diffusers import TCDScheduler
+
+    out = tmp_path / "lora.safetensors"
+    told = {"resolution": 64, "targets": "all", "output": str(out)}
+    train_distill(cats, model=checkpoint(model), **told, **HARD)
+    pipe = diffusers_pipeline(checkpoint(model))
+    pipe.load_lora_weights(str(out))
+    pipe.scheduler = TCDScheduler.from_config(pipe.scheduler.config)
+    reference = few(pipe, guidance_scale=0.0, eta=0.0)
+    told = {"sampler": "tcd", "eta": 0.0, "steps": STEPS, "guidance": 0.0}
+    mine, plain = (
+        mlxdiff.load(checkpoint(model), backend="numpy", loras=loras)
+        .generate(PROMPT, width=64, height=64, seed=3, **told)
+        .latents
+        for loras in ([out], [])
+    )
+    check(mine, reference, plain)
+
+
+def test_a_model_of_few_steps(cats: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    train_distill(cats, model=checkpoint("sd15"), output=str(out), whole=True, **HARD)
+    pipe = diffusers_pipeline(out)
+    assert type(pipe).__name__ == "LatentConsistencyModelPipeline"
+    reference = few(pipe, guidance_scale=5.0)
+    made = mlxdiff.load(out, backend="numpy")
+    mine, plain = (
+        made.generate(PROMPT, width=64, height=64, seed=3, steps=STEPS, guidance=scale).latents
+        for scale in (5.0, 9.0)
+    )
+    check(mine, reference, plain)
+
+
+def few(pipe: Any, **more: Any) -> np.ndarray:
+    """Latents of diffusers with the pipeline's own scheduler, in our layout."""
+    import torch
+
+    found = pipe(
+        PROMPT,
+        num_inference_steps=STEPS,
+        generator=torch.Generator().manual_seed(3),
+        output_type="latent",
+        height=64,
+        width=64,
+        **more,
+    ).images
+    return np.moveaxis(found.numpy(), 1, -1)
 
 
 def test_a_trained_unet(cats: Path, tmp_path: Path) -> None:

@@ -19,7 +19,15 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parent.parent.parent
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(((?:\.\./)[^)\s#]+)(#[^)\s]*)?\)")
 _FOLDER = "repository"
+_STYLE = "assets/extra.css"
 _WORKER = "assets/javascripts/worker_in_a_frame.js"
+
+
+def on_config(config: Any) -> Any:
+    """Take the address of the repository from pyproject.toml."""
+    project = (ROOT / "pyproject.toml").read_text("utf-8")
+    config.extra["repository"] = re.search(r'^Source = "(.*)"', project, re.M)[1]  # type: ignore[index]
+    return config
 
 
 def on_files(files: Files, config: Any, **_: Any) -> Files:
@@ -30,8 +38,9 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
             if picture and files.get_file_from_path(place) is None:
                 source = str(ROOT / _inside(target))
                 files.append(File.generated(config, place, abs_src_path=source))
-    script = str(Path(__file__).with_name("worker_in_a_frame.js"))
-    files.append(File.generated(config, _WORKER, abs_src_path=script))
+    for place in (_WORKER, _STYLE):
+        source = str(Path(__file__).with_name(posixpath.basename(place)))
+        files.append(File.generated(config, place, abs_src_path=source))
     pages = {"options": reference.options_page(), "python": reference.python_page()}
     for name, content in pages.items():
         files.append(File.generated(config, f"reference-{name}.md", content=content))

@@ -12,7 +12,12 @@ _ENTRY = re.compile(r"^([\w*., ]+?): (.*)$")
 PYTHON = (
     ("Opening a model", ("load",)),
     ("Drawing", ("Pipeline", "Run", "Step", "Picture", "Result")),
-    ("Errors", ("MlxdiffError", "UsageError", "ConfigError", "CheckpointError", "HubError")),
+    ("Watching and stopping", ("Progress", "Cancel")),
+    ("Judging and enlarging", ("load_judge", "load_upscaler")),
+    (
+        "Errors",
+        ("MlxdiffError", "UsageError", "ConfigError", "CheckpointError", "HubError", "Cancelled"),
+    ),
 )
 
 
@@ -147,4 +152,5 @@ def _code(text: str) -> str:
 def _cell(text: str) -> str:
     """Return text for a cell of a table."""
     text = _code(" ".join(text.split()))
-    return re.sub(r"<(?![^`]*`(?:[^`]*`[^`]*`)*[^`]*$)", "&lt;", text).replace("|", "\\|")
+    text = re.sub(r"<(?![^`]*`(?:[^`]*`[^`]*`)*[^`]*$)", "&lt;", text).replace("|", "\\|")
+    return re.sub(r"\bdocs/([a-z_-]+)\.md\b", r"[\1](\1.md)", text)

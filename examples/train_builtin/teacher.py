@@ -12,6 +12,7 @@ import numpy as np
 
 import mlxdiff
 from mlxdiff.noise import Generator
+from mlxdiff.run.kind import Network as Part
 from mlxdiff.run.model import draw_noise
 from mlxdiff.samplers.dpm_solver import MULTISTEP
 from mlxdiff.samplers.plan import Plan, Row
@@ -28,7 +29,7 @@ class Network:
     Args:
         folder: the model.
         torch: compute with diffusers' U-Net of the same weights, a third faster on a CPU.
-        load: arguments for `mlxdiff.load` (backend).
+        load: arguments for `mlxdiff.load` (backend, loras).
     """
 
     def __init__(self, folder: str | None, torch: bool = False, **load: Any) -> None:
@@ -56,18 +57,20 @@ class Network:
         config = json.loads((self.pipe.source.path / "unet" / "config.json").read_text())
         unet = UNet2DConditionModel.from_config(config).eval().to(memory_format=torch.channels_last)
         weights = {}
-        for name, tensor in self.pipe.source.tensors("unet").items():
+        component = self.pipe.model.component_of(Part("unet"))  # with the LoRAs' changes
+        for name, tensor in component.tensors().items():
             value = np.array(tensor.read(), np.float32)
             weights[name] = torch.from_numpy(
                 value.transpose(0, 3, 1, 2) if value.ndim == 4 else value
             )
         unet.load_state_dict(weights)
+        self.torch_unet = unet
 
         def run(x: np.ndarray, t: float, text: np.ndarray) -> np.ndarray:
             with torch.inference_mode():
                 sample = torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2)
                 out = unet(sample, t, torch.from_numpy(text)).sample
-            return out.permute(0, 2, 3, 1).contiguous().numpy()
+            return out.float().permute(0, 2, 3, 1).contiguous().numpy()
 
         return run
 

@@ -204,14 +204,18 @@ def train_worker(rank: int, processes: int, args) -> None:
     )
     level = Level()
     size, pictures = args.batch, min(args.pictures, len(latents))
-    share = np.array([1 + args.emphasis * hard(spec) for spec in specs_of(args, pictures)], float)
-    share /= share.sum()
+    share = None
+    if args.emphasis:
+        share = np.array([1 + args.emphasis * hard(spec) for spec in specs_of(args, pictures)])
+        share = share / share.sum()
+    captions = len(texts) // len(latents)  # of each picture
     while not training.done:
         rng = np.random.default_rng((3, training.step, rank))
         torch.manual_seed(processes * training.step + rank)
         rows = np.sort(rng.choice(pictures, size, p=share))
         code = torch.from_numpy(latents[rows].astype(np.float32))
-        text = torch.from_numpy(texts[rows].astype(np.float32))
+        said = rows if captions == 1 else rows * captions + rng.integers(captions, size=size)
+        text = torch.from_numpy(texts[said].astype(np.float32))
         text[torch.from_numpy(rng.random(size) < EMPTY)] = empty
         x = code[:, 0]
         if not args.means:
@@ -291,13 +295,16 @@ def redraw_worker(rank: int, processes: int, args) -> None:
 # --- assemble --------------------------------------------------------------------------------
 
 
-def assemble(run: Path, vae: Path, text: Path, to: Path) -> None:
-    """Write the pipeline (float16, averaged U-Net weights) as a diffusers folder."""
+def assemble(run: Path, vae: Path, text: Path, to: Path, unet=None, words=None) -> None:
+    """Write the pipeline (float16, averaged U-Net weights) as a diffusers folder.
+
+    `unet` (any weights) and `words` are those of the built-in model unless given.
+    """
     import torch
     from diffusers import AutoencoderKL, StableDiffusionPipeline
     from transformers import CLIPTextModel
 
-    unet = build()
+    unet = unet or build()
     state = torch.load(run / "last.pt", weights_only=True)
     with torch.no_grad():
         for p, e in zip(unet.parameters(), state["ema"], strict=True):
@@ -319,7 +326,7 @@ def assemble(run: Path, vae: Path, text: Path, to: Path) -> None:
     pipeline.to(torch.float16).save_pretrained(to)
     for name in ("vocab.json", "merges.txt"):  # newer transformers write only tokenizer.json
         shutil.copy(text / "tokenizer" / name, to / "tokenizer" / name)
-    tokens.name_words(to / "tokenizer", data.words())
+    tokens.name_words(to / "tokenizer", words or data.words())
     config = to / "scheduler" / "scheduler_config.json"
     values = json.loads(config.read_text())
     values["clip_sample"] = False  # DDIM and DDPM built from this file would clip the latents

@@ -84,7 +84,7 @@ def worker(rank: int, processes: int, args) -> None:
     while not training.done:
         rng = np.random.default_rng((training.step, rank, int(args.decoder_only)))
         torch.manual_seed(1000 * training.step + rank)
-        x = torch.from_numpy(batch_of(rng, fresh)).contiguous(memory_format=torch.channels_last)
+        x = torch.from_numpy(args.draw(rng, fresh)).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=not args.float32):
             with torch.set_grad_enabled(not args.decoder_only):
                 code = vae.encode(x).latent_dist
@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument("--ema", type=float, default=0.995)
     parser.add_argument("--float32", action="store_true")
     args = parser.parse_args()
+    args.draw = batch_of
     if args.gate:
         gate(args.gate, sheet=args.sheet)
         return

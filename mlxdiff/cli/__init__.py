@@ -7,10 +7,9 @@ Ctrl-C, 143 for SIGTERM, 129 for SIGHUP. These signals clean up first (``machine
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import logging
-import sys
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 import click
 
 import mlxdiff
+from mlxdiff.cli import streams
 from mlxdiff.cli.advice import AdvisedGroup
 from mlxdiff.cli.streams import make_printable, tell
 from mlxdiff.errors import MlxdiffError, naming, printable
@@ -136,46 +136,44 @@ def _flag(name: str, value: Any, form: str) -> str:
 
 
 class ProgressBar:
-    """A progress bar on stderr, in bytes; shows nothing if quiet or if no work is reported.
+    """Work that is counted, on one line of the terminal; nothing if quiet or if none is reported.
 
         with ProgressBar("fetching", quiet) as progress:
             load(..., progress=progress)
 
-    A new total starts a new bar.
+    A new total begins a new count. Where stderr is no terminal, only the label is printed, once.
     """
 
     def __init__(self, label: str, quiet: bool) -> None:
-        self.label = label
-        self.quiet = quiet
-        self.bar: Any = None
+        self.label, self.quiet = label, quiet
+        self._total = -1
+        self._begun = (0.0, 0)  # when the count began, and at how much
 
     def __enter__(self) -> Callable[[int, int, str], None] | None:
         return None if self.quiet else self.advance
 
     def advance(self, done: int, total: int, item: str) -> None:
-        """Update the bar.
+        """Show how far the work is.
 
         Args:
-            done, total: bytes done, and bytes in all.
+            done, total: bytes (or pieces) done, and in all.
             item: name of the current item.
         """
-        with contextlib.suppress(OSError):  # a lost stderr is no reason to stop
-            if self.bar is None or self.bar.length != max(total, 1):
-                self.__exit__()
-                self.bar = click.progressbar(
-                    length=max(total, 1),
-                    label=self.label,
-                    item_show_func=lambda name: name,
-                    show_eta=False,
-                    file=sys.stderr,
-                )
-            self.bar.update(done - self.bar.pos, item)
+        now = time.monotonic()
+        if total != self._total:
+            if self._total < 0 and not streams.is_terminal():
+                tell(self.label)
+            self._total, self._begun = total, (now, done)
+        start, first = self._begun
+        tail = f"{100 * done // max(total, 1)} %"
+        if done > first and now > start:
+            left = (now - start) * (total - done) / (done - first)
+            tail += f", {streams.clock(left)} left"
+        share = done / max(total, 1)
+        streams.show(streams.with_bar(self.label, share, f"{tail}  {printable(item)}".rstrip()))
 
     def __exit__(self, *error: object) -> None:
-        bar, self.bar = self.bar, None
-        if bar is not None:
-            with contextlib.suppress(OSError):
-                bar.render_finish()
+        streams.clear()
 
 
 class _Notes(logging.Handler):

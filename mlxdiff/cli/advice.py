@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 
@@ -23,6 +25,8 @@ _COMMANDS = {
     "schedulers": "samplers",
     "list": "models",
     "ls": "models",
+    "pull": "models --known",
+    "download": "models --known",
     "benchmark": "bench",
     "rm": "remove",
     "delete": "remove",
@@ -30,9 +34,9 @@ _COMMANDS = {
 }
 _OPTIONS = {
     "-V": "--version",
+    "-w": "-W",
     "--size": "--width and --height",
     "--resolution": "--width and --height",
-    "-p": "--prompt",
     "--cfg": "--guidance",
     "--out": "--output",
     "--negative": "--negative-prompt",
@@ -53,6 +57,16 @@ class AdvisedGroup(click.Group):
             raise UsageError(unknown_command(ctx.command_path, args, known))
         return super().resolve_command(ctx, args)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the arguments. An option before the command may belong behind it."""
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if (message := misplaced_option(ctx, error.option_name, given)) is None:
+                raise
+            raise click.UsageError(message, ctx) from None
+
 
 def unknown_command(path: str, words: Sequence[str], known: Iterable[str]) -> str:
     """Explain a command that does not exist.
@@ -66,11 +80,31 @@ def unknown_command(path: str, words: Sequence[str], known: Iterable[str]) -> st
     if (other := _COMMANDS.get(first.lower())) is not None:
         if other.startswith("-") or other.split()[0] in names:
             return f"there is no command {first!r}; type {path} {other}"
+    if path.endswith(" models") and first.lower() in ("list", "ls", "show"):
+        return f"there is no command {first!r}; {path} alone lists the models"
     if near := difflib.get_close_matches(first.lower(), names, n=1):
         return f"there is no command {first!r}; did you mean {path} {near[0]}?"
     if "generate" in names and (" " in first or len(words) > 1):
         return f"there is no command {first!r}; to draw it: {path} generate {_prompt(words)}"
     return f"there is no command {first!r}; there are {', '.join(names)}"
+
+
+def misplaced_option(ctx: click.Context, name: str, words: Sequence[str]) -> str | None:
+    """Say where an option of the group belongs; None: it is unknown everywhere.
+
+    Args:
+        ctx: of the group.
+        words: all that was typed behind its name.
+    """
+    if _OPTIONS.get(name) in (one for p in ctx.command.params for one in p.opts):
+        return f"there is no option {name}; it is {_OPTIONS[name]} here"
+    group = ctx.command
+    assert isinstance(group, click.Group)
+    if (command := group.get_command(ctx, "generate")) is None:
+        return None
+    if name not in (one for p in command.params for one in p.opts):
+        return None
+    return f"{name} stands behind the command: {ctx.command_path} generate {shlex.join(words)}"
 
 
 def unknown_option(name: str) -> str | None:
@@ -109,6 +143,19 @@ def explained(error: click.UsageError, command: click.Command, args: Sequence[st
             return f"there is no option {error.option_name}; it is {here} here"
     elif "extra argument" in error.message and command.params and args:
         path = error.ctx.command_path if error.ctx else f"mlxdiff {command.name}"
+        if (advice := _belongs_elsewhere(args)) is not None:
+            return advice
         if not args[0].startswith("-"):
             return prompt_in_parts(path, args)
+    return None
+
+
+def _belongs_elsewhere(args: Sequence[str]) -> str | None:
+    """Name the place of a word that is no part of a prompt; None: there is no such word."""
+    for option, path, scale in zip(args, args[1:], args[2:], strict=False):
+        if option == "--lora" and re.fullmatch(r"-?\d*\.?\d+", scale):
+            return f"the scale of a LoRA follows a colon: --lora {path}:{scale}"
+    for word in args[:2]:
+        if word.lower().endswith((".png", ".jpg", ".jpeg", ".webp")) and os.path.isfile(word):
+            return f"a picture to start from is named by an option: -i {shlex.quote(word)}"
     return None

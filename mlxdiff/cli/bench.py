@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 import click
 
-from mlxdiff.cli import ProgressBar, common_options, show_notes
+from mlxdiff.cli import ProgressBar, common_options, show_notes, streams
+from mlxdiff.cli.completion import like
 
 
 @click.command()
-@click.option("-m", "--model", help="Same as for generate. Default: the built-in model.")
+@click.option(
+    "-m",
+    "--model",
+    shell_complete=like("model"),
+    help="Same as for generate. Default: the built-in model.",
+)
 @click.option("-W", "--width", type=int, help="Width in pixels. Default: the model's own.")
 @click.option("-H", "--height", type=int, help="Height in pixels. Default: the model's own.")
 @click.option("--steps", type=int, default=4, help="Number of sampling steps. Default: 4.")
@@ -22,13 +27,31 @@ from mlxdiff.cli import ProgressBar, common_options, show_notes
 @click.option(
     "-g", "--guidance", "--cfg-scale", type=float, help="Guidance scale. Default: the model's own."
 )
-@click.option("--sampler", help="Sampler. Default: auto.")
-@click.option("--schedule", help="Noise schedule. Default: auto.")
+@click.option("--sampler", shell_complete=like("sampler"), help="Sampler. Default: auto.")
+@click.option("--schedule", shell_complete=like("schedule"), help="Noise schedule. Default: auto.")
 @click.option("--label", type=int, help="Class to draw, for a model without text.")
-@click.option("--vae", help="Another VAE or a TAESD. Same as for generate.")
-@click.option("--backend", default="auto", help="auto (default), mlx or numpy.")
-@click.option("--dtype", default="auto", help="auto (default), float32, float16 or bfloat16.")
-@click.option("-q", "--quantize", metavar="BITS", help="Same as for generate.")
+@click.option(
+    "--vae", shell_complete=like("vae"), help="Another VAE or a TAESD. Same as for generate."
+)
+@click.option(
+    "--backend",
+    default="auto",
+    shell_complete=like("backend"),
+    help="auto (default), mlx or numpy.",
+)
+@click.option(
+    "--dtype",
+    default="auto",
+    shell_complete=like("dtype"),
+    help="auto (default), float32, float16 or bfloat16.",
+)
+@click.option(
+    "-q",
+    "--quantize",
+    metavar="BITS",
+    shell_complete=like("quantize"),
+    help="Same as for generate.",
+)
 @click.option("--low-memory", is_flag=True, help="Same as for generate.")
 @click.option("--vae-tiling/--no-vae-tiling", default=None, help="Same as for generate.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON, to post.")
@@ -77,9 +100,7 @@ def bench(
 
         def on_step(step: Any) -> None:
             if not quiet:
-                end = "\n" if step.index == step.total - 1 else ""
-                done = f"\rstep {step.index + 1} of {step.total}, {step.seconds:.2f} s{end}"
-                print(done, end="", file=sys.stderr, flush=True)
+                streams.show(f"step {step.index + 1} of {step.total}, {step.seconds:.2f} s")
 
         record = run(
             open_pipeline,

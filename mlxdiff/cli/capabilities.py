@@ -12,7 +12,9 @@ from mlxdiff.errors import UsageError
 
 
 @click.command()
-@click.option("-m", "--model", help="Folder, single file or name of a converted model; builtin.")
+@click.option(
+    "-m", "--model", help="Folder, single file or name of a converted model; builtin, emoji."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with the schema of each option.")
 @common_options
 def capabilities(model: str | None, as_json: bool, quiet: bool) -> None:
@@ -21,15 +23,12 @@ def capabilities(model: str | None, as_json: bool, quiet: bool) -> None:
     Nothing is fetched, and no network is loaded.
     """
     from mlxdiff import library
-    from mlxdiff.loading import BUILTIN
     from mlxdiff.serve.schema import capabilities as described
     from mlxdiff.serve.shelf import BUILTIN_NAME
 
     show_notes(quiet)
     place: Path | None = None
-    if model == BUILTIN_NAME:
-        place = BUILTIN
-    elif model is not None:
+    if model is not None:
         place = library.local_path(model) or Path(model).expanduser()
         if not place.exists():
             raise UsageError(

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from mlxdiff.cli import ProgressBar, common_options, show_notes
+from mlxdiff.cli.completion import files, like, one_of
 from mlxdiff.errors import UsageError
 from mlxdiff.run.options import LoadOptions
 from mlxdiff.run.table import entries
@@ -16,16 +17,18 @@ from mlxdiff.run.values import Unfit
 
 
 @click.command()
-@click.argument("source")
+@click.argument("source", shell_complete=like("model"))
 @click.argument("dest", type=click.Path())
 @click.option(
     "--dtype",
+    shell_complete=like("dtype"),
     default="float16",
     help="Type of the stored weights: float16 (default), float32 or bfloat16.",
 )
 @click.option(
     "-q",
     "--quantize",
+    shell_complete=like("quantize"),
     metavar="BITS",
     help="Bits per weight: 2, 3, 4, 5, 6 or 8; or mxfp4, nvfp4, mxfp8. Default: no quantization.",
 )
@@ -36,23 +39,30 @@ from mlxdiff.run.values import Unfit
 )
 @click.option(
     "--recipe",
+    shell_complete=one_of("mixed", "uniform", "linear"),
     help="Which weights get how many bits: mixed, uniform or linear. Default: the best for BITS.",
 )
 @click.option(
     "--to",
+    shell_complete=one_of("mlxdiff", "diffusers", "single"),
     default="mlxdiff",
     help="Form of DEST: mlxdiff (default), diffusers (a folder) or single (a .safetensors file).",
 )
 @click.option(
     "--lora",
     "loras",
+    shell_complete=files,
     multiple=True,
     metavar="PATH[:SCALE]",
     help="Add a LoRA to the weights. Repeat it to add several.",
 )
 @click.option("--revision", help="Branch, tag or commit, for a hub id.")
 @click.option("--variant", help="Use the weight files of this variant, such as fp16.")
-@click.option("--config", help="Folder with the configs or parts that a single file lacks.")
+@click.option(
+    "--config",
+    shell_complete=files,
+    help="Folder with the configs or parts that a single file lacks.",
+)
 @click.option(
     "--prediction-type",
     help="epsilon, v_prediction or sample, for a single file; overrides what it says.",

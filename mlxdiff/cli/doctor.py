@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from mlxdiff.cli import ProgressBar, common_options, show_notes
+from mlxdiff.cli.completion import files, like
 from mlxdiff.errors import UsageError
 
 _ONLY = {
@@ -28,17 +29,24 @@ _ONLY = {
 )
 @click.option(
     "--reference",
+    shell_complete=like("model"),
     metavar="MODEL",
     help="Draw the pictures whose numbers diffusers publishes, and compare. MODEL is a short name, "
     "a hub id, NAME=PATH, or all.",
 )
 @click.option(
     "--files",
+    shell_complete=files,
     metavar="FOLDER",
     help="Folder with the pictures and arrays that the published tests fetch.",
 )
 @click.option("--download", is_flag=True, help="Fetch weights that are missing.")
-@click.option("--backend", metavar="NAME", help="auto, mlx or numpy; auto by default.")
+@click.option(
+    "--backend",
+    metavar="NAME",
+    shell_complete=like("backend"),
+    help="auto, mlx or numpy; auto by default.",
+)
 @click.option("--exact", is_flag=True, help="On a GPU, compute as exactly as the type allows.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @common_options

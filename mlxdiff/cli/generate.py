@@ -42,8 +42,10 @@ def generate(text: str | None, quiet: bool, **given: Any) -> None:
     if len(names := [name for name, value in places.items() if value is not None]) > 1:
         raise UsageError(f"{' and '.join(names)} are both given; give one")
     has_clip_skip = asked.get("clip_skip") is not None
-    asked = replayed(asked, command.from_image, command.trust_image)
     prompt = next((places[one] for one in ("PROMPT", "--prompt") if places[one] is not None), None)
+    if names:
+        asked["prompt"] = prompt or ""  # whatever the picture says
+    asked = replayed(asked, command.from_image, command.trust_image)
     recorded = asked.pop("prompt", None)
     asked = {name: value for name, value in asked.items() if value not in (None, (), [])}
 

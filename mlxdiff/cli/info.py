@@ -8,12 +8,17 @@ from typing import Any
 import click
 
 from mlxdiff.cli import common_options, show_notes
+from mlxdiff.cli.completion import files, like
 from mlxdiff.errors import printable
 
 
 @click.command()
-@click.argument("path", required=False)
-@click.option("--config", help="Folder with the configs or parts that a single file lacks.")
+@click.argument("path", required=False, shell_complete=like("model"))
+@click.option(
+    "--config",
+    shell_complete=files,
+    help="Folder with the configs or parts that a single file lacks.",
+)
 @click.option("--verify", is_flag=True, help="Compare a converted folder with its hashes.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @common_options

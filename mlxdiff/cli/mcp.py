@@ -32,7 +32,9 @@ def mcp(quiet: bool, **given: Any) -> None:
     """
     show_notes(quiet=True)  # notes are for who asked, and stand in the job
     if importlib.util.find_spec("mcp") is None:
-        raise UsageError("mlxdiff mcp needs mcp; install it: pip install 'mlxdiff[mcp]'")
+        raise UsageError(
+            "mlxdiff mcp needs mcp; install it: pip install 'mlxdiff[mcp]', or '.[mcp]' in a clone"
+        )
     from mlxdiff.serve.mcp import run
     from mlxdiff.serve.request import Limits
 

@@ -10,6 +10,7 @@ import click
 
 from mlxdiff.cli import common_options, show_notes
 from mlxdiff.cli.advice import AdvisedGroup
+from mlxdiff.cli.completion import kept
 
 
 @click.group(cls=AdvisedGroup, invoke_without_command=True)
@@ -36,7 +37,7 @@ def models(ctx: click.Context, show_known: bool, as_json: bool, quiet: bool) -> 
 
 
 @models.command()
-@click.argument("names", nargs=-1, required=True)
+@click.argument("names", nargs=-1, required=True, shell_complete=kept)
 @click.option("--json", "as_json", is_flag=True, help="Print the removed models as JSON.")
 @common_options
 def remove(names: tuple[str, ...], as_json: bool, quiet: bool) -> None:
@@ -94,11 +95,15 @@ def _list_kept(as_json: bool) -> None:
 
 
 def _list_known(as_json: bool) -> None:
-    from mlxdiff.store.catalogue import KNOWN
+    from mlxdiff.store.catalogue import ABOUT, KNOWN, SHIPPED
 
     if as_json:
         click.echo(json.dumps([vars(known) for known in KNOWN]))
         return
+    for name, (licence, note) in ABOUT.items():
+        size = sum(file.stat().st_size for file in SHIPPED[name].rglob("*") if file.is_file())
+        click.echo(f"{name:18} {_size(size):>8}  {note}")
+        click.echo(f"{'':18} {'':8}  in this package, {licence}")
     for known in KNOWN:
         click.echo(f"{known.name:18} {_size(known.megabytes * 10**6):>8}  {known.note}")
         click.echo(f"{'':18} {'':8}  {known.repo}, {known.licence}")

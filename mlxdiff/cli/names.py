@@ -45,8 +45,8 @@ class Names:
         self.is_numbered = numbers and options.output is None and not options.force
         # Pictures of one prompt differ by their seed, whether they are one job or several.
         seeds = [seed for job in jobs for seed in job.seeds]
-        self._is_one = len({(job.line, job.labels) for job in jobs}) == 1
-        self._is_one = self._is_one and len(set(seeds)) == len(seeds)
+        same_prompt = len({(job.line, job.labels) for job in jobs}) == 1
+        self._is_one = same_prompt and len(set(seeds)) == len(seeds)
         default = "mlxdiff-{seed}" if self._is_one else "mlxdiff-{seed}-{index}"
         drawn = [job.options.get("motion_adapter") is not None for job in jobs]
         # A model may let a picture move. What it does is known when it is open (`cli.output`).

@@ -67,7 +67,7 @@ class Value(ParamType):
     ) -> list[CompletionItem]:
         known = [*self.kind.suggestions, *_NAMES.get(str(param.name), list)()]
         items = [CompletionItem(word) for word in known if word.startswith(incomplete)]
-        if self.name.startswith(("FILE", "PATH", "FOLDER")) or param.name == "preset":
+        if self.name.startswith(("FILE", "PATH", "FOLDER", "OUT")) or param.name == "preset":
             items.append(CompletionItem(incomplete, type="file"))
         return items
 
@@ -75,15 +75,21 @@ class Value(ParamType):
 def _models() -> list[str]:
     """Short names of models, and models that are converted."""
     from mlxdiff import library
-    from mlxdiff.store.catalogue import KNOWN
+    from mlxdiff.store.catalogue import KNOWN, SHIPPED
 
-    return [one.name for one in KNOWN] + [one.name for one in library.entries()]
+    return [one.name for one in KNOWN] + [*SHIPPED] + [one.name for one in library.entries()]
 
 
 def _presets() -> list[str]:
     from mlxdiff.batch.presets import config_folder
 
     return sorted(path.stem for path in (config_folder() / "presets").glob("*.toml"))
+
+
+def _styles() -> list[str]:
+    from mlxdiff.text.styles import STYLES
+
+    return [*STYLES]
 
 
 def _axes() -> list[str]:
@@ -96,6 +102,7 @@ _NAMES: dict[str, Callable[[], list[str]]] = {
     "model": _models,
     "refiner": _models,
     "preset": _presets,
+    "style": _styles,
     "vary_option": _axes,
 }
 """Options whose values have names that are looked up."""

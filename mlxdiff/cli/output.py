@@ -78,7 +78,7 @@ class Output:
             raise UsageError("--progress json writes JSON to standard output; give --json, too")
         if form == "json":
             return Events(self.say)
-        return Reporter() if quiet or form == "none" else Bar()
+        return Reporter() if quiet or form == "none" else Bar(len(self.names.paths))
 
     def __enter__(self) -> Output:
         self.reporter.event("begin", pictures=len(self.names.paths))
@@ -162,7 +162,7 @@ class Output:
         def on_step(step: Step) -> None:
             if self.preview is not None:
                 self._show(pipe, step, before + step.picture)
-            self.reporter.advance(step)
+            self.reporter.advance(step, before + step.picture)
 
         try:
             for picture in run.pictures(on_step):

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from mlxdiff.cli.streams import tell
+from mlxdiff.cli.streams import clear, tell
 from mlxdiff.errors import UsageError
 from mlxdiff.pictures.formats import ANIMATIONS, animation, ending
 from mlxdiff.pictures.names import Template
@@ -177,7 +177,8 @@ class Preview:
         data = io.BytesIO()
         image.save(data, format="PNG", compress_level=1)
         codes = {"kitty": kitty, "iterm2": iterm2}[str(self.protocol)](data.getvalue())
-        if not self._begun:  # make room above the progress bar
+        if not self._begun:  # make room above the line that shows the progress
+            clear()
             sys.stderr.write("\r" + "\n" * ROWS)
         self._begun = True
         sys.stderr.write(f"\x1b7\r\x1b[{ROWS}A{codes}\x1b8")

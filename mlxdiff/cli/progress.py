@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import click
-
 import mlxdiff
-from mlxdiff.cli import ProgressBar
+from mlxdiff.cli import ProgressBar, streams
 
 if TYPE_CHECKING:
     from mlxdiff.run.drawing import Step
@@ -19,6 +16,9 @@ if TYPE_CHECKING:
 
 EVENTS = "mlxdiff.events/1"
 """Schema of the events. Fields and events are added to it, never changed or removed."""
+
+STAGE_WORDS = {"load": "loading {}", "encode": "encoding", "decode": "decoding"}
+"""What is shown of the stages of a run (``run.progress``); the item goes into the braces."""
 
 
 class Reporter:
@@ -33,8 +33,8 @@ class Reporter:
         """The callback for stages and steps; None: there is no need for it."""
         return None
 
-    def advance(self, step: Step) -> None:
-        """Say that a step is done."""
+    def advance(self, step: Step, index: int) -> None:
+        """Say that a step is done of the picture of this index, of all pictures of the command."""
 
     def finish(self) -> None:
         """Make room for another line."""
@@ -44,41 +44,54 @@ class Reporter:
 
 
 class Bar(Reporter):
-    """A progress bar on stderr for each picture; nothing where stderr is gone."""
+    """The stage, the steps and the time left, on one line of the terminal for each picture.
 
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._is_lost = False
+    Where stderr is no terminal: only the seed, when the first step is done.
+
+    Args:
+        pictures: of the whole command; their number is shown if there are several.
+    """
+
+    def __init__(self, pictures: int = 1) -> None:
+        self._pictures = pictures
+        self._left: float | None = None  # seconds
+        self._is_drawing = False  # there are steps to come
 
     def fetching(self) -> contextlib.AbstractContextManager[Any]:
         """See ``Reporter``."""
         return ProgressBar("fetching", quiet=False)
 
-    def advance(self, step: Step) -> None:
+    @property
+    def on_progress(self) -> Callable[[Progress], object]:
         """See ``Reporter``."""
-        if self._is_lost:
-            return
-        try:
-            if self._bar is None or step.index == 0:
-                self.finish()
-                self._bar = click.progressbar(
-                    length=step.total,
-                    label=f"seed {step.seed}",
-                    item_show_func=lambda s: f"{s:.2f} s/step" if s is not None else None,
-                    file=sys.stderr,
-                )
-            self._bar.update(1, step.seconds)
-            if step.index + 1 == step.total:
-                self.finish()  # what comes next may print a line: the decoder is read
-        except (OSError, ValueError):
-            self._is_lost, self._bar = True, None
+        return self._show_stage
+
+    def _show_stage(self, progress: Progress) -> None:
+        self._left = progress.seconds_left
+        if progress.stage != "step":
+            what = progress.item.replace("_", " ")
+            streams.show(STAGE_WORDS.get(progress.stage, progress.stage).format(what))
+
+    def advance(self, step: Step, index: int) -> None:
+        """See ``Reporter``."""
+        if step.index == 0 and not streams.is_terminal():
+            streams.tell(f"seed {step.seed}")
+        self._is_drawing = step.index + 1 < step.total
+        head = f"seed {step.seed}"
+        if self._pictures > 1:
+            head = f"picture {index + 1} of {self._pictures}, {head}"
+        tail = f"step {step.index + 1} of {step.total}, {step.seconds:.2f} s each"
+        if self._left is not None and self._is_drawing:
+            tail += f", {streams.clock(self._left)} left"
+        streams.show(streams.with_bar(head, (step.index + 1) / step.total, tail))
 
     def finish(self) -> None:
-        """See ``Reporter``."""
-        bar, self._bar = self._bar, None
-        if bar is not None:
-            with contextlib.suppress(OSError, ValueError):
-                bar.render_finish()
+        """See ``Reporter``. The line of a picture that is not finished stays."""
+        if self._is_drawing:
+            streams.keep()
+        else:
+            streams.clear()
+        self._is_drawing = False
 
 
 class Events(Reporter):

@@ -20,6 +20,7 @@ from mlxdiff.errors import UsageError, printable, quoted, shortened
 from mlxdiff.run.options import GenerateOptions, LoadOptions
 from mlxdiff.run.table import Option, entries
 from mlxdiff.run.values import Each, Files, Picture, Place, Unfit
+from mlxdiff.store.catalogue import SHIPPED
 
 if TYPE_CHECKING:
     from mlxdiff.pictures.metadata import Metadata
@@ -96,6 +97,10 @@ def _recorded(metadata: Metadata, path: str, overridden: set[str], trust: bool) 
     is_foreign = _is_foreign(metadata)
     found: dict[str, Any] = {}
     rest: dict[str, Any] = {}
+    if (place := values.get("unread_prompt")) is not None and "prompt" not in overridden:
+        raise UsageError(
+            f"{path}: does not say its prompt {quoted(place)}: give one as an argument"
+        )
     for entry in _all():
         value = None if entry.key is None else values.get(entry.key)
         if value is None or entry.name in overridden:
@@ -105,7 +110,7 @@ def _recorded(metadata: Metadata, path: str, overridden: set[str], trust: bool) 
             if isinstance(getattr(entry.kind, "kind", entry.kind), Place) and not trust:
                 if is_foreign:
                     accepted = _with_suffix(accepted)
-                if accepted != BUILTIN_NAME or entry.name != "model":
+                if accepted not in SHIPPED or entry.name != "model":
                     accepted = _at_hand(entry, accepted, path)
             found[entry.name] = accepted
         except UsageError:

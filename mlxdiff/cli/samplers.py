@@ -25,7 +25,7 @@ _CONFIG = {  # Stable Diffusion's own noise schedule, to count evaluations with
 }
 _ADVICE = """\
 Which one to take:
-  none              auto takes dpmpp-2m, or what a few-step model was distilled for
+  (leave it out)    dpmpp-2m, or what a few-step model was distilled for
   dpmpp-2m          8 to 25 steps, any guidance
   unipc             5 to 10 steps
   euler-a           another picture at each step count; 20 to 40 steps
@@ -49,6 +49,7 @@ def samplers(as_json: bool, quiet: bool) -> None:
         click.echo(json.dumps(found, ensure_ascii=False))
         return
     click.echo(_ADVICE)
+    click.echo(f"Cost: evaluations of the network in {_STEPS} steps. Stochastic: draws noise.\n")
     rows: list[tuple[str, ...]] = [("--sampler", "A1111's name", "cost", "", "other names")]
     for one in found["samplers"]:
         cost = "" if one["evaluations"] is None else str(one["evaluations"])

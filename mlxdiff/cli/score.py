@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from mlxdiff.cli import ProgressBar, common_options, show_notes
+from mlxdiff.cli.completion import files
 from mlxdiff.cli.options import options_named
 from mlxdiff.errors import UsageError
 from mlxdiff.run.options import LoadOptions
@@ -18,9 +19,10 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", "
 
 
 @click.command()
-@click.argument("pictures", nargs=-1, required=True, metavar="PICTURE...")
+@click.argument("pictures", nargs=-1, required=True, metavar="PICTURE...", shell_complete=files)
 @click.option(
     "--judge",
+    shell_complete=files,
     required=True,
     metavar="PATH",
     help="The CLIP: its folder, or a hub id (openai/clip-vit-large-patch14).",
@@ -40,7 +42,12 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", "
     metavar="WORDS",
     help="Say how probable this label is among all that are given. Repeatable.",
 )
-@click.option("--label-file", metavar="FILE", help="Read labels from a file, one a line.")
+@click.option(
+    "--label-file",
+    metavar="FILE",
+    shell_complete=files,
+    help="Read labels from a file, one a line.",
+)
 @click.option(
     "--template",
     metavar="TEXT",

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from mlxdiff.cli import common_options, show_notes
+from mlxdiff.cli.completion import like
 from mlxdiff.cli.options import given_to, options_named
 from mlxdiff.errors import UsageError, in_python, naming
 from mlxdiff.run.options import LoadOptions
@@ -59,6 +60,7 @@ def shelf_options(command: Any) -> Any:
         "-m",
         "--model",
         multiple=True,
+        shell_complete=like("model"),
         help="Model that clients may name: as for mlxdiff generate. Repeatable; the first is the "
         "default. Without one: the built-in model.",
     )(command)
@@ -145,7 +147,8 @@ def serve(
     show_notes(quiet=True)  # notes are for who asked, and stand in the job
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise UsageError(
-            f"the server needs {', '.join(missing)}; install it: pip install 'mlxdiff[server]'"
+            f"the server needs {', '.join(missing)}; install it: pip install 'mlxdiff[server]', "
+            "or '.[server]' in a clone"
         )
     from mlxdiff.serve.desk import Desk
     from mlxdiff.serve.guard import Policy

@@ -13,6 +13,7 @@ COMMANDS = {
     "controlnet": ("mlxdiff.cli.train_commands", "A ControlNet: pictures that follow a picture."),
     "unconditional": ("mlxdiff.cli.train_commands", "A new model of pixels, from scratch."),
     "finetune": ("mlxdiff.cli.train_commands", "All weights of a small model."),
+    "distill": ("mlxdiff.cli.train_commands", "Few steps in place of many."),
 }
 
 

@@ -83,3 +83,16 @@ finetune = _command(
     mlxdiff train finetune pictures/ -m MODEL --lr 1e-5 --ema 0.999
     """,
 )
+distill = _command(
+    "distill",
+    tables.TrainDistillOptions,
+    """Teach a model to draw in a few steps without guidance what takes it many with it.
+
+    Latent consistency distillation (Luo et al. 2023): a LoRA (LCM-LoRA), or with --whole a model
+    that takes the guidance scale as an input. It learns on the pictures of FOLDER, with captions.
+
+    \b
+    mlxdiff train distill pictures/ -m sd15 --rank 64 --targets all -o few.safetensors
+    mlxdiff generate "a fox" -m sd15 --lora few.safetensors --sampler lcm --steps 4 -g 1
+    """,
+)

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from mlxdiff.cli import ProgressBar, common_options, show_notes
+from mlxdiff.cli.completion import files
 from mlxdiff.cli.options import options_named
 from mlxdiff.errors import UsageError
 from mlxdiff.machine.stopping import uninterrupted
@@ -17,10 +18,11 @@ from mlxdiff.run.options import LoadOptions
 
 
 @click.command()
-@click.argument("pictures", nargs=-1, required=True, metavar="PICTURE...")
+@click.argument("pictures", nargs=-1, required=True, metavar="PICTURE...", shell_complete=files)
 @click.option(
     "-m",
     "--model",
+    shell_complete=files,
     required=True,
     metavar="PATH",
     help="The network: a file (ESRGAN, Real-ESRGAN; .pth or .safetensors) or the hub id of one.",
@@ -28,6 +30,7 @@ from mlxdiff.run.options import LoadOptions
 @click.option(
     "-o",
     "--output",
+    shell_complete=files,
     metavar="FILE",
     help="PNG file; {name} is filled in. Default: {name}-x4.png beside the picture.",
 )

@@ -27,7 +27,7 @@ from mlxdiff.pictures import foreign
 from mlxdiff.pictures.foreign import a1111, stealth, translate
 from mlxdiff.pictures.foreign.a1111 import NEGATIVE
 from mlxdiff.pictures.foreign.record import Fields, Record, Texts
-from mlxdiff.pictures.foreign.texts import texts_of
+from mlxdiff.pictures.foreign.texts import EXIF_PART, MAKER_NOTE, USER_COMMENT, texts_of
 from mlxdiff.pictures.image import open_picture
 from mlxdiff.samplers.names import SAMPLER_NAMES, SCHEDULE_NAMES, find_sampler, find_schedule
 
@@ -63,8 +63,8 @@ _IN_A1111S_WORDS = frozenset(
 _SCALE = r"(-?[0-9.]{1,30}(?:e-?[0-9]{1,3})?)"
 _LORA_TAG = re.compile(rf"<lora:[^<>:]{{1,300}}:{_SCALE}(?::{_SCALE})?>$")
 
-_EXIF_IFD, _USER_COMMENT, _MAKER_NOTE = 0x8769, 0x9286, 0x927C
-MAKER = b"mlxdiff\0"
+MAKER = "mlxdiff\0"
+"""Begins our note in EXIF's MakerNote, and in the comment of a GIF."""
 
 
 @dataclass(frozen=True)
@@ -309,8 +309,9 @@ def of_picture(picture: Image.Image, where: str) -> Metadata:
     """
     try:
         texts = texts_of(picture)
-        if JSON_KEY not in texts and (note := _exif_note(picture)) is not None:
-            texts[JSON_KEY] = note
+        for note in (texts.pop("MakerNote", ""), texts.get("comment", "")):
+            if note.startswith(MAKER):
+                texts.setdefault(JSON_KEY, note.removeprefix(MAKER))
     except Exception as error:  # whatever a damaged file makes Pillow's many readers raise
         raise UsageError(f"{where}: cannot be decoded ({one_line(error)})") from error
     if JSON_KEY in texts:
@@ -513,11 +514,11 @@ def exif(metadata: Metadata, most: int | None = None) -> bytes:
             JSON first.
     """
     comment = b"UNICODE\0" + metadata.to_parameters().encode("utf-16-be", "replace")
-    note = MAKER + metadata.to_json().encode()
-    whole = _exif({_USER_COMMENT: comment, _MAKER_NOTE: note})
+    note = (MAKER + metadata.to_json()).encode()
+    whole = _exif({USER_COMMENT: comment, MAKER_NOTE: note})
     if most is None or len(whole) <= most:
         return whole
-    short = _exif({_USER_COMMENT: comment})
+    short = _exif({USER_COMMENT: comment})
     lost = "a part of the settings" if len(short) <= most else "the settings"
     logger.warning("%s did not fit into the file (%d bytes); PNG takes any", lost, len(whole))
     return short if len(short) <= most else _exif({})
@@ -527,13 +528,5 @@ def _exif(fields: dict[int, bytes]) -> bytes:
     from PIL import Image
 
     made = Image.Exif()
-    made.get_ifd(_EXIF_IFD).update(fields)
+    made.get_ifd(EXIF_PART).update(fields)
     return made.tobytes()
-
-
-def _exif_note(picture: Image.Image) -> str | None:
-    """Our JSON in EXIF's MakerNote, or in the comment of a GIF."""
-    note = picture.getexif().get_ifd(_EXIF_IFD).get(_MAKER_NOTE) or picture.info.get("comment")
-    if not isinstance(note, bytes) or not note.startswith(MAKER):
-        return None
-    return note[len(MAKER) :].decode("utf-8", "replace")

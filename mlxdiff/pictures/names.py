@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -50,6 +51,8 @@ class Template:
             end = token.end()
         self._parts.append(text[end:])
         if not text.lower().endswith(tuple(endings)):
+            if os.path.isdir(os.path.expanduser(text)):
+                raise UsageError(f"{self}: is a folder; add a name, such as {{seed}}{endings[0]}")
             raise UsageError(f"{self}: end it in one of {', '.join(endings)}")
         if "\0" in text:
             raise UsageError(f"{self}: a name of a file cannot hold a zero byte; leave it out")

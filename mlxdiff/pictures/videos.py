@@ -244,7 +244,7 @@ def encode_video(
     if name == ".gif":
         how |= {"format": "GIF", "duration": max(20, round(100 / fps) * 10)}
         if metadata is not None:
-            how["comment"] = MAKER + metadata.to_json().encode()
+            how["comment"] = (MAKER + metadata.to_json()).encode()
     elif name == ".webp":
         how |= {"format": "WEBP", "quality": quality, "lossless": quality == LOSSLESS}
         how["duration"] = round(1000 / fps)

@@ -25,6 +25,7 @@ from mlxdiff.run.kind import Kind, Network
 from mlxdiff.run.memory import Held
 from mlxdiff.run.options import RunOptions
 from mlxdiff.run.settings import Settings, resolve
+from mlxdiff.store.catalogue import SHIPPED
 from mlxdiff.store.folder import ModelSource
 from mlxdiff.store.recipes import recipe_of
 
@@ -187,7 +188,7 @@ def described(pipe: Pipeline) -> dict[str, Any]:
     """Describe the model: its hub id if it has one (else "local"), family and parameter counts."""
     source = pipe.source
     name = str(source.provenance.get("source"))
-    public = name == "builtin" or (source.provenance.get("revision") and _HUB_ID.fullmatch(name))
+    public = name in SHIPPED or (source.provenance.get("revision") and _HUB_ID.fullmatch(name))
     components = {
         part: sum(tensor.size for tensor in source.tensors(part).values())
         for part in source.components

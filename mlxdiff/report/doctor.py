@@ -27,6 +27,7 @@ from mlxdiff.machine import probe
 from mlxdiff.machine.disk import free_space
 from mlxdiff.machine.threads import one_blas_thread
 from mlxdiff.store import cache, hub
+from mlxdiff.store.catalogue import SHIPPED
 
 OK, ADVICE, FAULT = "ok", "advice", "fault"
 _MATRIX_SECONDS = 0.3
@@ -64,7 +65,7 @@ def examine(online: bool = False) -> Iterator[Finding]:
     checks: list[Callable[[], Iterator[Finding]]] = [
         _versions,
         _python,
-        _builtin,
+        _shipped,
         _numpy,
         _mlx,
         _compiler,
@@ -106,20 +107,23 @@ def _python() -> Iterator[Finding]:
         )
 
 
-def _builtin() -> Iterator[Finding]:
+def _shipped() -> Iterator[Finding]:
     try:
-        pipe = loading.load(backend="numpy")
-        for name in pipe.source.components:
-            pipe.model.component(name)
+        for folder in SHIPPED.values():
+            pipe = loading.load(folder, backend="numpy")
+            for name in pipe.source.components:
+                pipe.model.component(name)
     except (MlxdiffError, OSError) as error:
         yield Finding(
             "installation",
             FAULT,
-            f"The built-in model cannot be read: {error}",
+            f"A model of the package cannot be read: {error}",
             "install mlxdiff again (pip install --force-reinstall --no-deps mlxdiff)",
         )
     else:
-        yield Finding("installation", OK, "The built-in model is complete.")
+        yield Finding(
+            "installation", OK, f"The models of the package are complete: {', '.join(SHIPPED)}."
+        )
 
 
 def _numpy() -> Iterator[Finding]:

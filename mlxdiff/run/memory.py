@@ -479,6 +479,6 @@ def require(
     helps = [how for how, make in (alternatives or {}).items() if fits(make(), most)][:2]
     raise UsageError(
         f"this would take about {(needed.peak + PROCESS) / 1e9:.2f} GB of memory (the most in the "
-        f"{_NAMES[needed.stage]}), and {whose} {most / 1e9:.2f} GB; "
+        f"{_NAMES[needed.stage]}), and {whose} {most / 1e9:{'.2f' if most >= 1e7 else '.3g'}} GB; "
         + (f"these fit: {'; '.join(helps)}" if helps else "a smaller model is needed")
     )

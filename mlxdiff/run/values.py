@@ -6,6 +6,7 @@ metadata of a picture. Each kind checks all three alike, and says in words what 
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 import os
@@ -25,10 +26,12 @@ class Unfit(ValueError):
     Attributes:
         value: the value, or the one of several that does not fit.
         expected: what the option takes, in words.
+        near: a value that may be meant.
     """
 
-    def __init__(self, value: Any, expected: str) -> None:
-        super().__init__(f"{_shown(value)}; expected {expected}")
+    def __init__(self, value: Any, expected: str, near: str = "") -> None:
+        meant = f" (did you mean {near}?)" if near else ""
+        super().__init__(f"{_shown(value)}{meant}; expected {expected}")
         self.value, self.expected = value, expected
 
 
@@ -433,7 +436,16 @@ class Choice(Anything):
         if isinstance(value, str) and self.spelled is not None:
             if (word := self.spelled(value)) is not None:
                 return word
-        raise Unfit(value, self.expected)
+        raise Unfit(value, self.expected, self._near(value))
+
+    def _near(self, value: Any) -> str:
+        """The word that may be meant, or ""."""
+        if not isinstance(value, str) or len(value) < 3:
+            return ""
+        asked = value[:99].lower()
+        found = [word for word in self.words if word.startswith(asked)]
+        found += difflib.get_close_matches(asked, self.words, n=1, cutoff=0.7)
+        return found[0] if found else ""
 
 
 @dataclass(frozen=True)

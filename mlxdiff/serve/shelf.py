@@ -12,7 +12,7 @@ from typing import Any
 
 from mlxdiff import library
 from mlxdiff.errors import UsageError
-from mlxdiff.loading import BUILTIN
+from mlxdiff.store.catalogue import SHIPPED
 
 BUILTIN_NAME = "builtin"
 FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
@@ -72,7 +72,7 @@ class Shelf:
         if kind == "models":
             found |= self._given
             found |= {entry.short or entry.name: entry.name for entry in library.entries()}
-            found[BUILTIN_NAME] = BUILTIN
+            found |= SHIPPED
         for folder in self._folders[kind]:
             for path in _listed(folder, DEPTH):
                 name = path.relative_to(folder)

@@ -100,11 +100,35 @@ KNOWN: tuple[Known, ...] = (
 )  # fmt: skip
 """All well-known models, grouped by family."""
 
+_OTHERS = (
+    "flux",
+    "sd3",
+    "sd35",
+    "sd3.5",
+    "qwen",
+    "z-image",
+    "chroma",
+    "hunyuan",
+    "pixart",
+    "kandinsky",
+)
+"""Beginnings of names of other architectures."""
+
 _BY_NAME = {known.name: known for known in KNOWN}
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+ABOUT = {
+    "builtin": ("MIT", "64x64 shapes in any color and place, the model without -m"),
+    "emoji": ("OFL-1.1", "64x64 emoji by name, on plain grounds and in small scenes"),
+}
+"""Licence and note of the models that the package holds, by short name."""
+SHIPPED = {name: _PACKAGE / name for name in ABOUT}
+"""Their folders."""
 
 
 def expand(model: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """Replace a short name (`sd15@REVISION` too) by its hub id. Return other names unchanged.
+    """Replace a short name (`sd15@REVISION` too) by its hub id, that of a model in the package by
+    its folder. Return other names unchanged.
 
     If a file or folder has that name, it takes precedence, with a note.
     """
@@ -112,20 +136,28 @@ def expand(model: str | os.PathLike[str]) -> str | os.PathLike[str]:
         return model
     name, at, revision = model.partition("@")
     known = _BY_NAME.get(name)
-    if known is None:
+    folder = SHIPPED.get(model)
+    if known is None and folder is None:
         return model
     if os.path.exists(model):
         logger.warning(
             "%s: using the local %s of this name, not the well-known model (%s)",
             model,
             "folder" if Path(model).is_dir() else "file",
-            known.repo,
+            "in the package" if known is None else known.repo,
         )
         return model
+    if known is None:
+        return str(folder)
     return f"{known.repo}{at}{revision}"
 
 
 def suggestion(model: str) -> str:
-    """Suggest the short name most similar to an unknown name: ' (did you mean sd15?)', or ''."""
-    near = difflib.get_close_matches(model.partition("@")[0].lower(), _BY_NAME, n=1)
+    """Suggest the short name most similar to an unknown name: ' (did you mean sd15?)', or ''.
+
+    Or say of a model that people know by name that it is none of these.
+    """
+    if model.lower().startswith(_OTHERS):
+        return " (if you mean the model of that name: it is no Stable Diffusion 1.x, 2.x or SDXL)"
+    near = difflib.get_close_matches(model.partition("@")[0].lower(), [*_BY_NAME, *SHIPPED], n=1)
     return f" (did you mean {near[0]}?)" if near else ""

@@ -548,5 +548,5 @@ def _explained(error: Exception, reference: Reference, lacking: str) -> HubError
     also = f", and {lacking}" if lacking else ""
     return HubError(
         f"{name}: cannot be fetched ({one_line(error)}){also}; check the network and run "
-        "the command again; fetched files are kept"
+        "the command again; fetched files are kept. A folder or file of yours needs no network"
     )

@@ -24,6 +24,7 @@ class TrainedModel:
         component: the component that was trained.
         weights: all of its parameters, in our names and layout.
         facts: how it was trained, in JSON's types; ``training.json`` holds them.
+        config: of the component, where training gave it another one.
     Raises: CheckpointError if the weights do not fit the component's config.
     """
 
@@ -33,10 +34,12 @@ class TrainedModel:
         component: str,
         weights: Mapping[str, np.ndarray],
         facts: Mapping[str, Any],
+        config: Any = None,
     ) -> None:
+        own = source.config(component) if config is None else config
         shapes = {name: values.shape for name, values in weights.items()}
-        check_parameters(shapes, source.config(component), f"trained {component}")
-        self._source, self._component = source, component
+        check_parameters(shapes, own, f"trained {component}")
+        self._source, self._component, self._config = source, component, own
         self._weights, self._facts = lazy(weights), dict(facts)
         self.path, self.family, self.components = source.path, source.family, source.components
         self.model_index = source.model_index
@@ -46,7 +49,7 @@ class TrainedModel:
 
     def config(self, component: str) -> Any:
         """Return the config of a component."""
-        return self._source.config(component)
+        return self._config if component == self._component else self._source.config(component)
 
     def tensors(self, component: str) -> dict[str, LazyTensor]:
         """Return all tensors of a component, the trained ones among them."""

@@ -26,14 +26,19 @@ from mlxdiff.training.process import Draws, Process, draw
 from mlxdiff.training.state import State
 
 Arrays = dict[str, mx.array]
-_KEPT_KINDS = ("lora", "embedding")  # small: their results at every saved step are kept
+_KEPT_KINDS = (
+    "lora",
+    "distilled lora",
+    "embedding",
+)  # small: their results at every saved step are kept
 
 
 class Task(Protocol):
     """Something that is trained.
 
     Attributes:
-        kind: "lora", "embedding", "controlnet", "unconditional" or "finetune".
+        kind: "lora", "embedding", "controlnet", "unconditional", "finetune", "distilled lora" or
+            "distilled model".
     """
 
     @property
@@ -121,6 +126,47 @@ class Ranks:
         return [part.reshape(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
+class Objective(Protocol):
+    """What training makes small."""
+
+    def errors(self, parameters: Arrays, target: Arrays, batch: Batch, drawn: Draws) -> mx.array:
+        """Return the error of each example, (B,) float32.
+
+        Args:
+            parameters: those that get the gradient.
+            target: their averages, or the same without a gradient where there are none.
+        """
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """Return what must be the same when a run goes on."""
+        ...
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """The squared error of the prediction (Ho et al. 2020)."""
+
+    task: Task
+    process: Process
+
+    def errors(self, parameters: Arrays, target: Arrays, batch: Batch, drawn: Draws) -> mx.array:
+        """See ``Objective``."""
+        clean = latents(batch, drawn)
+        noisy = mx.array(self.process.noisy(clean, drawn.noise, drawn.timesteps))
+        prediction = self.task.predict(parameters, batch, noisy, mx.array(drawn.timesteps))
+        return losses(self.process, prediction, clean, drawn.noise, drawn.timesteps)
+
+    def identity(self) -> dict[str, Any]:
+        """See ``Objective``."""
+        return {}
+
+
+def latents(batch: Batch, drawn: Draws) -> np.ndarray:
+    """Return the latents of a batch, drawn from their distribution: (B, h, w, C) float32."""
+    return batch.mean if batch.std is None else batch.mean + batch.std * drawn.encoding
+
+
 def losses(
     process: Process,
     prediction: mx.array,
@@ -140,6 +186,7 @@ class Trainer:
         task, data, process: what is trained, on what, with what noise.
         options: how.
         ranks: processes that train together.
+        objective: what to make small; None: ``Denoising``.
     """
 
     def __init__(
@@ -149,10 +196,12 @@ class Trainer:
         process: Process,
         options: TrainOptions,
         ranks: Ranks | None = None,
+        objective: Objective | None = None,
     ) -> None:
         process.check_weighting(options.min_snr_gamma, options.debias)
         self.task, self.data, self.process, self.options = task, data, process, options
         self.ranks = Ranks() if ranks is None else ranks
+        self.objective = Denoising(task, process) if objective is None else objective
         rate = options.learning_rate
         self.rate = DEFAULT_RATES[options.optimizer] if rate is None else rate
         parameters = task.parameters()
@@ -176,6 +225,7 @@ class Trainer:
         return {
             "kind": self.task.kind,
             **self.task.identity(),
+            **self.objective.identity(),
             "pictures": self.data.digest,
             "learning_rate": self.rate,
             "processes": self.ranks.size,
@@ -219,14 +269,10 @@ class Trainer:
         return _rows(whole, rows), _rows(drawn, rows)
 
     def _loss(self, parameters: Arrays, batch: Batch, drawn: Draws) -> mx.array:
-        process, o = self.process, self.options
-        clean = batch.mean
-        if batch.std is not None:
-            clean = clean + batch.std * drawn.encoding
-        noisy = mx.array(process.noisy(clean, drawn.noise, drawn.timesteps))
-        prediction = self.task.predict(parameters, batch, noisy, mx.array(drawn.timesteps))
-        weights = process.weights(drawn.timesteps, o.min_snr_gamma, o.debias) * batch.weights
-        error = losses(process, prediction, clean, drawn.noise, drawn.timesteps)
+        o = self.options
+        weights = self.process.weights(drawn.timesteps, o.min_snr_gamma, o.debias) * batch.weights
+        target = self.state.average or self.state.parameters
+        error = self.objective.errors(parameters, target, batch, drawn)
         return self._scale * (error * mx.array(weights.astype(np.float32))).mean()
 
     def gradients(self, step: int) -> tuple[float, Arrays, float]:
@@ -299,6 +345,7 @@ def train(
     validate: Callable[[dict[str, np.ndarray], int], None] | None = None,
     progress: Callable[[Mapping[str, float]], None] = lambda line: None,
     ranks: Ranks | None = None,
+    objective: Objective | None = None,
 ) -> Report:
     """Train, from the beginning or from the state in the folder.
 
@@ -311,9 +358,11 @@ def train(
         validate: draws pictures with the parameters of a step.
         progress: called after each step with the line of the log.
         ranks: processes that train together; None: those of ``mlx.launch``.
+        objective: what to make small; None: ``Denoising``.
     Raises: UsageError, CheckpointError; OSError if the disk fails. The last state is whole then.
     """
-    trainer = Trainer(task, data, process, options, Ranks.launched() if ranks is None else ranks)
+    ranks = Ranks.launched() if ranks is None else ranks
+    trainer = Trainer(task, data, process, options, ranks, objective)
     writes = trainer.ranks.rank == 0
     folder.mkdir(parents=True, exist_ok=True)
     identity = trainer.identity()

@@ -27,7 +27,7 @@ from mlxdiff.networks.params import expected_parameters
 from mlxdiff.run.latent_model import LatentModel
 from mlxdiff.training import folders, networks
 from mlxdiff.training.data import Batch
-from mlxdiff.training.options import LoraOptions
+from mlxdiff.training.options import LoraOptions, RankOptions
 from mlxdiff.weights.tensors import write_safetensors
 
 _ATTENTION = r".*\.(to_q|to_k|to_v|to_out\.0|[qkv]_proj|out_proj)"
@@ -59,15 +59,16 @@ class LoRA:
     def __init__(
         self,
         model: LatentModel,
-        options: LoraOptions,
+        options: RankOptions,
         seed: int = 0,
         dtype: str = "float32",
         checkpointing: bool = False,
     ) -> None:
         self._source, self._options = model.source, options
+        self._texts = isinstance(options, LoraOptions) and options.text_encoder
         self.rank = options.rank
         self.alpha = float(options.rank if options.alpha is None else options.alpha)
-        names = ("unet", *(model.texts.names if options.text_encoder else ()))
+        names = ("unet", *(model.texts.names if self._texts else ()))
         self.networks = {name: networks.load(model, name, dtype) for name in names}
         self._first: dict[str, mx.array] = {}
         for name, network in self.networks.items():
@@ -213,7 +214,7 @@ class LoRA:
             "rank": self.rank,
             "alpha": self.alpha,
             "targets": o.targets,
-            "text_encoder": o.text_encoder,
+            "text_encoder": self._texts,
             "dora": o.dora,
         }
 

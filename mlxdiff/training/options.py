@@ -22,6 +22,7 @@ SECTIONS = (
     "Model",
     "Data",
     "LoRA",
+    "Distillation",
     "Word",
     "ControlNet",
     "Network",
@@ -41,6 +42,7 @@ DEFAULT_RATES = {"adamw": 1e-4, "adafactor": 1e-4, "prodigy": 1.0}
 
 TARGETS = ("attention", "transformer", "all")
 FORMS = ("diffusers", "kohya", "both")
+SOLVERS = ("ddim", "dpm-solver")
 
 WORD_FORMS = ("diffusers", "a1111")
 BETAS: dict[str, dict[str, Any]] = {
@@ -111,6 +113,7 @@ _machine = partial(option, section="Machine", key=None)
 _checks = partial(option, section="Checks", key=None)
 _output = partial(option, section="Output", key=None)
 _lora = partial(option, section="LoRA", key=None)
+_distil = partial(option, section="Distillation", key=None)
 _word = partial(option, section="Word", key=None)
 _control = partial(option, section="ControlNet", key=None)
 _network = partial(option, section="Network", key=None)
@@ -327,8 +330,8 @@ class PriorOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraOptions(Options):
-    """Options of ``mlxdiff train lora`` alone."""
+class RankOptions(Options):
+    """The changes of a LoRA, and its file."""
 
     rank: Positive = _lora("--rank", default=8, help="Rank of the changes. Default: 8.")
     alpha: Above | None = _lora(
@@ -340,9 +343,6 @@ class LoraOptions(Options):
         help="Layers to change: attention (default), transformer (feed-forward and projections "
         "too), all (convolutions too).",
     )
-    text_encoder: Flag = _lora(
-        "--text-encoder", default=False, help="Train the text encoders, too."
-    )
     dora: Flag = _lora(
         "--dora", default=False, help="Learn the norm of each row, too (Liu et al. 2024)."
     )
@@ -353,6 +353,80 @@ class LoraOptions(Options):
     )
     licence: Text | None = _lora(
         "--licence", help="Licence of the LoRA, for its metadata.", elsewhere="license"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraOptions(RankOptions):
+    """Options of ``mlxdiff train lora`` alone."""
+
+    text_encoder: Flag = _lora(
+        "--text-encoder", default=False, help="Train the text encoders, too."
+    )
+
+
+@dataclass(frozen=True)
+class Scales(values.Anything):
+    """A guidance scale, or the range of scales that one is drawn from."""
+
+    expected = "a number of at least 1, or two as LOW,HIGH"
+    metavar = "SCALE or LOW,HIGH"
+
+    def accept(self, value: Any) -> Any:
+        found = (value, value) if isinstance(value, (int, float)) else value
+        if not isinstance(found, (tuple, list)) or len(found) != 2:
+            raise values.Unfit(value, self.expected)
+        number = values.Number(least=1)
+        try:
+            low, high = (number.accept(one) for one in found)
+        except values.Unfit:
+            raise values.Unfit(value, self.expected) from None
+        if high < low:
+            raise values.Unfit(value, self.expected)
+        return float(low), float(high)
+
+    def parse(self, word: str) -> Any:
+        try:
+            found = [float(part) for part in word.split(",")]
+        except ValueError:
+            raise values.Unfit(word, self.expected) from None
+        return self.accept(found * 2 if len(found) == 1 else found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillOptions(Options):
+    """Options of ``mlxdiff train distill`` alone: latent consistency (Luo et al. 2023)."""
+
+    whole: Flag = _distil(
+        "--whole",
+        default=False,
+        help="Train all weights, with the guidance scale as an input: a folder. Default: a LoRA.",
+    )
+    guidance: Annotated[tuple[float, float], Scales()] | None = _distil(
+        "--guidance",
+        help="Guidance scale of the teacher; with --whole a range, such as 3,15, that is learnt "
+        "as a whole. Default: 7.5; with --whole 3,15.",
+        elsewhere="w_min",
+    )
+    solver: Annotated[str, values.Choice(SOLVERS)] = _distil(
+        "--solver",
+        default="ddim",
+        help="How the teacher goes a step: ddim (default), or dpm-solver: of second order, two "
+        "evaluations.",
+    )
+    solver_steps: Annotated[int, values.Whole(least=2)] = _distil(
+        "--solver-steps",
+        default=50,
+        metavar="N",
+        help="Timesteps of the teacher; a step skips all between two of them. Default: 50.",
+        elsewhere="num_ddim_timesteps",
+    )
+    huber: Above | None = _distil(
+        "--huber",
+        metavar="C",
+        help="Where the pseudo-Huber loss turns from square to linear, such as 0.001. "
+        "Default: the squared error.",
+        elsewhere="huber_c",
     )
 
 
@@ -499,6 +573,17 @@ class TrainUnconditionalOptions(NetworkOptions, TrainOptions, PixelOptions):
     """All options of ``mlxdiff train unconditional``."""
 
     taken_by: ClassVar[str] = "mlxdiff.training.train_unconditional"
+
+    say: Callable[[str], None] | None = option(
+        key=None, doc="called with lines about the progress."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainDistillOptions(DistillOptions, RankOptions, TrainOptions, DataOptions, ModelOptions):
+    """All options of ``mlxdiff train distill``."""
+
+    taken_by: ClassVar[str] = "mlxdiff.training.train_distill"
 
     say: Callable[[str], None] | None = option(
         key=None, doc="called with lines about the progress."

@@ -16,7 +16,7 @@ from mlxdiff.run.kind import Network
 from mlxdiff.run.latent_model import LatentModel
 from mlxdiff.run.memory import SIZES, Device, weight_bytes
 from mlxdiff.training.data import Data
-from mlxdiff.training.options import LoraOptions, TrainOptions
+from mlxdiff.training.options import LoraOptions, RankOptions, TrainOptions
 
 _STATES = {"adamw": 2, "adafactor": 0, "prodigy": 4}  # arrays beside each parameter
 
@@ -65,12 +65,13 @@ class Plan:
         return found
 
 
-def plan(model: LatentModel, data: Data, options: TrainOptions, lora: LoraOptions) -> Plan:
+def plan(model: LatentModel, data: Data, options: TrainOptions, lora: RankOptions) -> Plan:
     """Work out what a LoRA will take.
 
     Raises: UsageError if the memory will not suffice.
     """
-    names = ("unet", *(model.texts.names if lora.text_encoder else ()))
+    texts = isinstance(lora, LoraOptions) and lora.text_encoder
+    names = ("unet", *(model.texts.names if texts else ()))
     weights = sum(frozen_bytes(model, name, options) for name in names)
     trained = sum(_trained(model, name, lora) for name in names)
     return expect(model.source.config("unet"), data, options, weights, trained)
@@ -132,7 +133,7 @@ def expect(
     return found
 
 
-def _trained(model: LatentModel, component: str, lora: LoraOptions) -> int:
+def _trained(model: LatentModel, component: str, lora: RankOptions) -> int:
     """Values of a component's adapters."""
     from mlxdiff.training.lora import chosen
 

@@ -140,12 +140,14 @@ class Draws:
         noise: (B, h, w, C) float32.
         encoding: of the same shape: picks latents from their distribution.
         dropped: (B,) bool: examples that are trained without their caption.
+        uniform: (B,) float32 in [0, 1): picks a guidance scale, in distillation.
     """
 
     timesteps: np.ndarray
     noise: np.ndarray
     encoding: np.ndarray
     dropped: np.ndarray
+    uniform: np.ndarray
 
 
 def draw(
@@ -181,4 +183,5 @@ def draw(
         noise=noise,
         encoding=stream(3).standard_normal(shape, np.float32),
         dropped=stream(4).random(batch) < drop,
+        uniform=stream(5).random(batch, np.float32),
     )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlxdiff.pipeline import Pipeline
 from mlxdiff.training.data import Data
-from mlxdiff.training.loop import Report, Task
+from mlxdiff.training.loop import Objective, Report, Task
 from mlxdiff.training.plan import Plan
 from mlxdiff.training.process import Process
 from mlxdiff.training.session import Encoding, Progress, Session
@@ -51,6 +51,8 @@ def run(
     *,
     open_result: Callable[[list[Path]], Pipeline],
     say: Say,
+    objective: Callable[[Any], Objective] | None = None,
+    drawing: Mapping[str, Any] | None = None,
     **facts: Any,
 ) -> Done:
     """Tell the notes, encode the pictures, train.
@@ -60,6 +62,8 @@ def run(
         task: makes what is trained, when all is encoded.
         open_result: opens a pipeline with written results, for validation pictures.
         say: shows a line.
+        objective: makes what training makes small, of the task; None: the usual one.
+        drawing: how validation pictures are drawn, where not as usual.
         facts: for the metadata of the result, beside what every run has there.
     """
     for note in data.notes:
@@ -72,12 +76,15 @@ def run(
     data.prepare(Encoding(say))
     if opened.pipe is not None:
         opened.pipe.model.cache.release_all()
+    trained = task()
     report = opened.train(
-        task(),
+        trained,
         data,
         process,
         facts=opened.facts(data, **facts),
         open_result=open_result,
         progress=Progress(opened.options.steps, say),
+        objective=None if objective is None else objective(trained),
+        drawing=drawing,
     )
     return Done(expected, report)

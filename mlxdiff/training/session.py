@@ -22,7 +22,7 @@ from mlxdiff.loading import load
 from mlxdiff.pipeline import Pipeline
 from mlxdiff.training import log, state
 from mlxdiff.training.data import Data
-from mlxdiff.training.loop import Ranks, Report, Task, train
+from mlxdiff.training.loop import Objective, Ranks, Report, Task, train
 from mlxdiff.training.options import ModelOptions, TrainOptions
 from mlxdiff.training.process import Process
 
@@ -78,13 +78,16 @@ class Session:
         facts: Mapping[str, Any],
         open_result: Callable[[list[Path]], Pipeline] | None = None,
         progress: Callable[[Mapping[str, float]], None] = lambda line: None,
+        objective: Objective | None = None,
+        drawing: Mapping[str, Any] | None = None,
     ) -> Report:
         """Train.
 
         Args:
             facts: as ``facts`` returns them.
             open_result: opens a pipeline with written results, for validation pictures.
-            progress: see ``loop.train``.
+            progress, objective: see ``loop.train``.
+            drawing: how validation pictures are drawn, where not as usual.
         """
         validate = None
         o = self.options
@@ -93,7 +96,7 @@ class Session:
                 raise UsageError(
                     "--validate-every needs --validation-prompt: what to draw to see how it goes"
                 )
-            validate = Validation(task, o, self.folder, open_result).draw
+            validate = Validation(task, o, self.folder, open_result, drawing or {}).draw
         return train(
             task,
             data,
@@ -104,6 +107,7 @@ class Session:
             facts=facts,
             validate=validate,
             progress=progress,
+            objective=objective,
         )
 
 
@@ -115,6 +119,7 @@ class Validation:
     options: TrainOptions
     folder: Path
     open_result: Callable[[list[Path]], Pipeline]
+    drawing: Mapping[str, Any]
 
     def draw(self, parameters: dict[str, np.ndarray], step: int) -> None:
         """Draw with the parameters of a step: ``validation/step-000100-1.png``, ..."""
@@ -125,7 +130,8 @@ class Validation:
             files = self.task.save(parameters, Path(temporary) / "result", {"steps": step})
             pipe = self.open_result(files)
             for index, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts):
-                found = pipe.generate(prompt, seed=o.seed + index, steps=o.validation_steps)
+                asked = {"seed": o.seed + index, "steps": o.validation_steps, **self.drawing}
+                found = pipe.generate(prompt, **asked)
                 found.images[0].save(target / f"step-{step:06}-{index + 1}.png")
 
 

@@ -36,7 +36,13 @@ READERS: tuple[Callable[[Texts], Record | None], ...] = (
 
 def read(texts: Texts) -> Record | None:
     """Read the texts of a picture; None if no program here writes such texts."""
-    return next((found for reader in READERS if (found := reader(texts)) is not None), None)
+    found = next((record for read in READERS if (record := read(texts)) is not None), None)
+    if found is not None and found.version is None and found.tool in ("AUTOMATIC1111", "ComfyUI"):
+        # Savers of ComfyUI write A1111's text beside the graph. The graph says more.
+        graph = comfyui.read(texts)
+        if graph is not None and graph.unread_prompt is None:
+            return graph
+    return found
 
 
 def unknown_keys(texts: Texts) -> str:

@@ -19,7 +19,17 @@ import json
 import re
 from typing import Any, NamedTuple
 
-from mlxdiff.pictures.foreign.record import UNNAMED, Fields, Record, Texts, file_name
+from mlxdiff.pictures.foreign.record import (
+    UNNAMED,
+    Fields,
+    Record,
+    Texts,
+    document,
+    edges,
+    file_name,
+    number,
+    without_brackets,
+)
 
 NEGATIVE = "Negative prompt:"
 _KEY = re.compile(r"\w[\w \-/]+")
@@ -36,6 +46,11 @@ _SIGNS = {
 }
 # JSON, Python's way to write it, JSON inside JSON, XML: each from its first characters on.
 _DATA = re.compile(r'\s*(\{\s*["\']|\[\s*\{\s*["\']|"\s*[\[{]\s*\\|<\?xml|<x:xmpmeta|<rdf:)')
+_WITH_JSON = (
+    "SDCPP",
+    "Custom Sigmas",
+    "Hires custom sigmas",
+)  # keys with a JSON value, and Civitai's
 _VERSION = re.compile(r"(?:^|v)(\d{1,3})\.(\d{1,3})")
 _PLACES = ("parameters", "UserComment", "comment", "Comment", "Description", "ImageDescription")
 _LORA_TAG = re.compile(r"<(?:lora|lyco):([^<>:\n]{1,200})[:>]", re.IGNORECASE)
@@ -53,8 +68,11 @@ _AUTOMATIC = {
 }
 """Sampler -> the schedule that "Automatic" means since version 1.9; for all others, even steps."""
 
+_RNG = {"cpu": "cpu", "gpu": "gpu", "nv": "gpu", "cuda": "gpu"}
+_FORGES = ("neo", "classic")  # versions of two forks of Forge
 _UPSCALERS = {
     "latent": "latent-bilinear",
+    "latent (antialiased)": "latent-bilinear",  # the same where it enlarges
     "latent (nearest)": "latent-nearest",
     "lanczos": "lanczos",
     "none": "lanczos",
@@ -122,7 +140,8 @@ def pairs_of(line: str) -> list[tuple[str, str]]:
     """Split ``Key: value, ...`` as A1111's regular expression does, in linear time.
 
     A key is what stands before a colon: word characters, blanks, hyphens and slashes, from the
-    first word character on. A value ends at a comma, or is quoted. Civitai's are JSON.
+    first word character on. A value ends at a comma, or is quoted. Those of Civitai and some of
+    stable-diffusion.cpp's are JSON.
     """
     pairs = []
     place, colon = 0, line.find(":")
@@ -132,7 +151,8 @@ def pairs_of(line: str) -> list[tuple[str, str]]:
             begin -= 1
         key = _KEY.search(line, begin, colon)
         if key is not None:
-            end = _json_end(line, colon + 1) if key[0].startswith("Civitai ") else None
+            is_json = key[0].startswith("Civitai ") or key[0] in _WITH_JSON
+            end = _json_end(line, colon + 1) if is_json and len(pairs) < 200 else None
             if end is not None:
                 pairs.append((key[0], line[colon + 1 : end].strip()))
                 place = end
@@ -148,7 +168,7 @@ def pairs_of(line: str) -> list[tuple[str, str]]:
 def _json_end(line: str, start: int) -> int | None:
     """Return where the JSON value after a colon ends; None if there is none."""
     begin = start + (line[start : start + 1] == " ")
-    if line[begin : begin + 1] not in ("[", "{") or line.count("Civitai ", 0, start) > 4:
+    if line[begin : begin + 1] not in ("[", "{"):
         return None
     try:
         return json.JSONDecoder().raw_decode(line, begin)[1]
@@ -173,9 +193,8 @@ def read(texts: Texts) -> Record | None:
         if not text.strip() or place in texts.values_of_json or _DATA.match(text):
             continue
         parts = split(text)
-        # A comment of a camera ("Screenshot") is no prompt.
-        spoken = place == "UserComment" and "Make" not in texts and len(text.split()) > 1
-        if parts.pairs or place == "parameters" or spoken:
+        # A comment of a camera ("Screenshot") or an editor ("Created with GIMP") is no prompt.
+        if parts.pairs or place == "parameters" or parts.negative_prompt is not None:
             return of_text(parts)
     return None
 
@@ -187,14 +206,16 @@ def of_text(text: Text) -> Record:
     fields = Fields(text.pairs)
     version = fields.text("Version")
     tool, kin = _tool(version, fields)
+    bare = tool in ("ComfyUI", "Fooocus")  # square brackets mean nothing there
+    negative = text.negative_prompt
     record = Record(
         tool,
         version,
-        prompt=text.prompt,
-        negative_prompt=text.negative_prompt,
+        prompt=without_brackets(text.prompt) if bare else text.prompt,
+        negative_prompt=without_brackets(negative) if bare and negative else negative,
         seed=fields.whole("Seed"),
         steps=fields.whole("Steps"),
-        guidance=fields.number("CFG scale", "Cfg scale"),
+        guidance=fields.number("CFG scale", "Cfg scale", "CFG Scale"),
         sampler=fields.text("Sampler"),
         schedule=fields.text("Schedule type", "Scheduler"),
         even=kin != "diffusers",
@@ -205,6 +226,13 @@ def of_text(text: Text) -> Record:
     )
     if (found := fields.size("Size")) is not None:
         record.width, record.height = found
+    if kin == "diffusers":
+        _read_diffusers(record, fields)
+    elif kin == "sd.cpp":
+        _read_sd_cpp(record, fields)
+    record.seamless = edges(fields.text("Tiling"))
+    if (record.sampler or "").lower() == "ddim":
+        record.eta = fields.number("Eta DDIM")
     if kin == "a1111" and _is_modern(version, record.schedule):
         record.automatic = _AUTOMATIC.get((record.sampler or "").lower())
     _read_noise(record, fields, kin)
@@ -215,6 +243,32 @@ def of_text(text: Text) -> Record:
     if text.after:
         record.name({"text after the settings": text.after})
     return record
+
+
+def _read_diffusers(record: Record, fields: Fields) -> None:
+    """Read what SD.Next calls by other names."""
+    sigma, spacing = fields.text("Sampler sigma"), fields.text("Sampler spacing")
+    names = {"betas": "beta", "lambdas": "lu"}
+    if record.schedule is None and sigma not in (None, "default"):
+        record.schedule = names.get(str(sigma), sigma)
+    elif record.schedule is None:
+        record.schedule = spacing
+    if record.sampler is None:
+        record.sampler = "checkpoint"  # "Default" is the class of the model's file
+
+
+def _read_sd_cpp(record: Record, fields: Fields) -> None:
+    """Read what stable-diffusion.cpp calls by other names."""
+    record.model = record.model or file_name(fields.text("Unet"))
+    told = document(fields.left.pop("SDCPP", None))  # the same again, and more
+    if isinstance(told, dict):
+        record.name({key: told.get(key) for key in ("cache", "video")})
+    if (fields.number("Eta") or 0.0) == 0.0:  # "inf": the sampler's own
+        fields.left.pop("Eta", None)
+    levels = document(fields.left.get("Custom Sigmas"))
+    if isinstance(levels, list) and all(number(one) is not None for one in levels):
+        record.sigmas, record.steps = [float(one) for one in levels], None
+        del fields.left["Custom Sigmas"]
 
 
 def _tool(version: str | None, fields: Fields) -> tuple[str, str]:
@@ -230,11 +284,23 @@ def _tool(version: str | None, fields: Fields) -> tuple[str, str]:
         return "Civitai", "comfyui"
     if said.startswith("fooocus"):
         return "Fooocus", "comfyui"
-    if re.match(r"f\d", said) or "forge" in said or said in ("neo", "classic"):
+    if re.match(r"f\d", said) or "forge" in said or said.startswith(_FORGES):
         return "Forge", "a1111"
+    if not said and _is_of_comfyui(fields):
+        return "ComfyUI", "comfyui"
     if said.startswith("sd.next") or "Operations" in fields.left:
         return "SD.Next", "diffusers"
     return "AUTOMATIC1111", "a1111"
+
+
+def _is_of_comfyui(fields: Fields) -> bool:
+    """Return True for the text of a saver of ComfyUI, which does not say its program.
+
+    A1111 writes names of models without their endings, and names of samplers with capitals.
+    """
+    model, sampler = str(fields.left.get("Model", "")), str(fields.left.get("Sampler", ""))
+    endings = (".safetensors", ".ckpt", ".gguf", ".sft")
+    return model.endswith(endings) or re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)+", sampler) is not None
 
 
 def _is_modern(version: str | None, schedule: str | None) -> bool:
@@ -242,7 +308,7 @@ def _is_modern(version: str | None, schedule: str | None) -> bool:
     match = _VERSION.search(version or "")
     if match is not None:
         return (int(match[1]), int(match[2])) >= (1, 9)
-    return (schedule or "").lower() == "automatic" or (version or "").lower() in ("neo", "classic")
+    return (schedule or "").lower() == "automatic" or (version or "").lower().startswith(_FORGES)
 
 
 def _read_noise(record: Record, fields: Fields, kin: str) -> None:
@@ -251,11 +317,13 @@ def _read_noise(record: Record, fields: Fields, kin: str) -> None:
     record.rng, record.sampler_rng = ("cpu", "gpu") if kin == "comfyui" else ("gpu", None)
     said = fields.text("RNG")
     if said is not None:
-        known = {"cpu": "cpu", "std_default": "cpu", "gpu": "gpu", "nv": "gpu", "cuda": "gpu"}
-        record.rng = known.get(said.lower())
+        record.rng = _RNG.get(said.lower())
         record.sampler_rng = None
         if record.rng is None:
             record.name({"RNG": said})
+    said = fields.text("Sampler RNG")
+    if said is not None:
+        record.sampler_rng = _RNG.get(said.lower())
     seed, share = fields.whole("Variation seed"), fields.number("Variation seed strength")
     if share is not None and not 0.0 <= share <= 1.0:
         record.name({"Variation seed": seed, "Variation seed strength": share})
@@ -283,6 +351,11 @@ def _read_passes(record: Record, fields: Fields) -> None:
         record.hires_steps = fields.whole("Hires steps") or record.steps
         upscaler = fields.text("Hires upscaler")
         record.hires_upscaler = _UPSCALERS.get((upscaler or "").lower())
+        guidance = fields.number("Hires CFG Scale")
+        if guidance != record.guidance:
+            record.name({"Hires CFG Scale": guidance})
+        if scale.is_integer() and (upscaler or "").lower() == "latent (nearest-exact)":
+            record.hires_upscaler = "latent-nearest"  # the same at a whole scale
         if record.hires_upscaler is None:
             record.name({"Hires upscaler": upscaler})
     elif old is not None or scale or any(key.startswith("Hires ") for key in fields.left):

@@ -22,7 +22,9 @@ from mlxdiff.pictures.foreign.record import (
     document,
     file_name,
     number,
+    size,
     whole,
+    without_brackets,
 )
 
 _EXIF_PREFIX = re.compile(r"(?:prompt|workflow):", re.IGNORECASE)  # of WebP
@@ -33,6 +35,8 @@ Graph = dict[str, Node]
 
 _MOST_NODES = 5000
 _MOST_STEPS = 200  # along one path of links
+_DEEPEST = 20  # values of values
+_LONGEST_TEXT = 100_000
 
 _SAMPLERS = {
     "KSampler",
@@ -44,12 +48,21 @@ _SAMPLERS = {
     "KSampler Adv. (Efficient)",
 }
 _SAVERS = ("SaveImage", "PreviewImage", "SwarmSaveImageWS", "SaveImageWebsocket", "Image Save")
-_TEXTS = ("text", "string", "value", "prompt", "text_g", "positive", "result", "STRING")
+_TEXTS = (
+    "populated_text",  # of wildcards
+    "text", "string", "value", "prompt", "text_g", "positive", "result",
+)  # fmt: skip
 _HARMLESS = {
-    "Note", "MarkdownNote", "Reroute", "PrimitiveNode", "SaveImage", "PreviewImage", "VAEDecode",
-    "VAEDecodeTiled", "CheckpointLoaderSimple", "PrimitiveString", "PrimitiveInt", "PrimitiveFloat",
-    "SwarmSaveImageWS", "SaveImageWebsocket",
+    "MarkdownNote", "Reroute", "VAEDecode", "VAEDecodeTiled", "CheckpointLoaderSimple",
+    "SwarmSaveImageWS", "Image Save", "Image Saver",
 }  # fmt: skip
+_HARMLESS_BEGINNINGS = ("Note", "Primitive", "Save", "Preview", "Show")
+# Values that name a file are never a prompt, a sampler or a schedule.
+_VALUES = ("int", "float", "number", *_TEXTS)
+_FILE = re.compile(r"\.(?:png|jpe?g|webp|safetensors|ckpt|pth?|gguf|txt|json)$", re.IGNORECASE)
+_UNREAD = "(in the node"
+_GUIDERS = ("CFGGuider", "BasicGuider")
+_MOST_LORAS = 40
 # Nodes of a workflow whose values stand without names: class -> the names in order. The control
 # after a seed ("randomize") is a value of the page alone.
 _WIDGETS: Mapping[str, Sequence[str]] = {
@@ -82,6 +95,7 @@ _WIDGETS: Mapping[str, Sequence[str]] = {
     "EmptySD3LatentImage": ("width", "height", "batch_size"),
     "LoadImage": ("image", ""),
     "LoadImageMask": ("image", "channel", ""),
+    "PrimitiveNode": ("value", ""),
     "PrimitiveString": ("value",),
     "PrimitiveStringMultiline": ("value",),
     "PrimitiveInt": ("value", ""),
@@ -147,8 +161,8 @@ def _from_workflow(values: Mapping[str, Any]) -> Graph | None:
         elif isinstance(given, list):
             names = _WIDGETS.get(node["type"], ())
             inputs |= {name: value for name, value in zip(names, given, strict=False) if name}
-            if not names and given and isinstance(given[0], str):
-                inputs["text"] = given[0]
+            if not names and given and re.search("text|string|primitive", node["type"], re.I):
+                inputs["value"] = given[0]
         for one in node.get("inputs") or ():
             if isinstance(one, dict) and isinstance(link := one.get("link"), int):
                 if link in sources and isinstance(one.get("name"), str):
@@ -175,6 +189,7 @@ class _Walk:
         self.graph, self.sampler, self.decoder = graph, sampler, decoder
         self.read: set[str] = set()
         self.passes = self.savers = 1
+        self.asked = self.depth = 0
 
     @classmethod
     def begin(cls, graph: Graph) -> _Walk | None:
@@ -203,9 +218,9 @@ class _Walk:
         inputs = self._inputs(self.sampler)
         self.read |= {self.sampler, *([] if self.decoder is None else [self.decoder])}
         record = Record("ComfyUI", even=True, rng="cpu", sampler_rng="gpu", seed_order="a1111")
-        record.seed = whole(self._value(inputs, "seed", "noise_seed"))
-        record.steps = whole(self._value(inputs, "steps"))
-        record.guidance = number(self._value(inputs, "cfg"))
+        record.seed = whole(self._number_of(record, inputs, "noise_seed", "seed"))
+        record.steps = whole(self._number_of(record, inputs, "steps"))
+        record.guidance = number(self._number_of(record, inputs, "cfg"))
         record.sampler = self._text_value(inputs, "sampler_name")
         record.schedule = self._text_value(inputs, "scheduler")
         strength = number(self._value(inputs, "denoise"))
@@ -242,26 +257,67 @@ class _Walk:
         return None
 
     def _value(self, inputs: Mapping[str, Any], *names: str) -> Any:
-        """Return the value of an input, which may stand in a node of its own."""
+        """Return the value of an input, which may stand in a node of its own.
+
+        None: there is none, or it stands in a node that is not read.
+        """
         for name in names:
-            value = inputs.get(name)
-            if _target(value) is None:
-                if value is not None:
-                    return value
-                continue
-            source = self._linked(inputs, name)
-            if source is None:
-                continue
-            own = self._inputs(source)
-            for key in (*names, "value", "int", "float", "number", *_TEXTS):
-                if key in own and _target(own[key]) is None:
-                    self.read.add(source)
-                    return own[key]
+            value, seen = inputs.get(name), 0
+            while _target(value) is not None and seen < _MOST_STEPS:
+                seen += 1
+                source = self._linked({name: value}, name)
+                value = None if source is None else self._of_node(source, (*names, *_VALUES))
+            if value is not None and _target(value) is None:
+                return value
+        return None
+
+    def _of_node(self, name: str, keys: Sequence[str]) -> Any:
+        """Return the value that a node hands on, or the link that it takes it from."""
+        self.asked += 1
+        if self.depth >= _DEEPEST or self.asked > _MOST_NODES:
+            return None
+        self.depth += 1
+        try:
+            return self._handed_on(name, keys)
+        finally:
+            self.depth -= 1
+
+    def _handed_on(self, name: str, keys: Sequence[str]) -> Any:
+        kind, inputs = self._kind(name), self._inputs(name)
+        if kind == "ComfySwitchNode":
+            self.read.add(name)
+            return inputs.get("on_true" if self._value(inputs, "switch") is True else "on_false")
+        if kind == "StringConcatenate":
+            parts = [self._value(inputs, key) for key in ("string_a", "delimiter", "string_b")]
+            if not all(isinstance(part, str) for part in parts):
+                return None
+            first, between, second = map(str, parts)
+            if len(first) + len(second) > _LONGEST_TEXT:
+                return None
+            self.read.add(name)
+            return f"{first}{between}{second}"
+        found = {key.lower(): value for key, value in reversed(inputs.items())}
+        if any(key.startswith("string_") for key in found) or "clip" in found:
+            return None  # it puts its texts together, or makes them
+        value = next((found[key.lower()] for key in keys if key.lower() in found), None)
+        if value is not None and not (isinstance(value, str) and _FILE.search(value)):
+            self.read.add(name)
+            return value
         return None
 
     def _text_value(self, inputs: Mapping[str, Any], *names: str) -> str | None:
+        """Return a text; "(in the node NAME)" where it stands in a node that is not read."""
         value = self._value(inputs, *names)
+        if value is None and (source := self._linked(inputs, *names)) is not None:
+            return f"{_UNREAD} {self._kind(source)})"
         return value if isinstance(value, str) else None
+
+    def _number_of(self, record: Record, inputs: Mapping[str, Any], *names: str) -> Any:
+        """Return a value; one that stands in a node that is not read is named."""
+        value = self._value(inputs, *names)
+        if value is None and (source := self._linked(inputs, *names)) is not None:
+            record.name({names[-1]: f"{_UNREAD} {self._kind(source)})"})
+        return value
 
     # Parts
 
@@ -289,15 +345,23 @@ class _Walk:
         """Read both prompts. Return the node whose model is guided."""
         owner = self.sampler
         if (guider := self._linked(inputs, "guider")) is not None:
-            self.read.add(guider)
+            if self._kind(guider) in _GUIDERS:
+                self.read.add(guider)
             owner, inputs = guider, self._inputs(guider)
             guidance = number(self._value(inputs, "cfg"))
             record.guidance = 1.0 if self._kind(guider) == "BasicGuider" else guidance
-        texts = self._conditioning(record, self._linked(inputs, "positive", "conditioning"), True)
-        record.prompt, record.prompt_2 = texts or ("", None)
-        negative = self._conditioning(record, self._linked(inputs, "negative"), False)
-        if negative is not None:
+        start = self._linked(inputs, "positive", "conditioning", "cond1")
+        texts = self._conditioning(record, start, True)
+        if texts is None or _UNREAD in texts[0]:
+            record.unread_prompt = texts[0] if texts else f"{_UNREAD} {self._kind(start)})"
+        else:
+            record.prompt, record.prompt_2 = texts
+        start = self._linked(inputs, "negative")
+        negative = self._conditioning(record, start, False)
+        if negative is not None and _UNREAD not in negative[0]:
             record.negative_prompt, record.negative_prompt_2 = negative
+        elif start is not None and record.guidance != 1.0:
+            record.name({"negative prompt": negative[0] if negative else self._kind(start)})
         return owner
 
     def _conditioning(
@@ -311,19 +375,25 @@ class _Walk:
             if kind == "ConditioningZeroOut":
                 self.read.add(name)
                 return None
+            side = "positive" if positive else "negative"
+            if isinstance(own := inputs.get(side), str):  # a loader that also encodes
+                self.read.add(name)
+                skipped = whole(inputs.get("clip_skip"))
+                record.clip_skip = None if skipped is None else abs(skipped)
+                return without_brackets(own), None
             if kind == "CLIPTextEncodeSDXL":
                 self.read.add(name)
-                first = _plain(self._text_value(inputs, "text_l") or "")
-                second = _plain(self._text_value(inputs, "text_g") or "")
+                first = without_brackets(self._text_value(inputs, "text_l") or "")
+                second = without_brackets(self._text_value(inputs, "text_g") or "")
                 self._read_clip(record, self._linked(inputs, "clip"))
                 return first, None if first == second else second
             text = self._text_value(inputs, "text", "prompt", "text_g")
-            if text is not None and "clip" in inputs:
+            clips = [key for key in inputs if "clip" in key]
+            if text is not None and clips:
                 self.read.add(name)
-                self._read_clip(record, self._linked(inputs, "clip"))
-                return _plain(text), None
-            side = ("positive",) if positive else ("negative",)
-            name = self._linked(inputs, *side, "conditioning", "conditioning_1", "conditioning_to")
+                self._read_clip(record, self._linked(inputs, *clips))
+                return text if _UNREAD in text else without_brackets(text), None
+            name = self._linked(inputs, side, "conditioning", "conditioning_1", "conditioning_to")
         return None
 
     def _read_clip(self, record: Record, name: str | None) -> None:
@@ -345,22 +415,44 @@ class _Walk:
             if name is None:
                 break
             inputs = self._inputs(name)
-            file = self._text_value(inputs, "lora_name")
-            scale = number(self._value(inputs, "strength_model"))
-            if file is not None and scale is not None:
-                self.read.add(name)
-                of_text = number(self._value(inputs, "strength_clip"))
-                if "clip" not in inputs:
-                    of_text = 0.0
-                if (lora := file_name(file)) is not None and (scale or of_text):
-                    found.append(AddedLora(lora, scale, of_text))
+            found += self._loras(name, inputs)
             file = self._text_value(inputs, "ckpt_name", "unet_name")
             if file is not None:
                 self.read.add(name)
-                record.model = file_name(file)
+                record.model = file if _UNREAD in file else file_name(file)
                 break
+            if self._kind(name) == "ComfySwitchNode":
+                name = self._linked({"": self._of_node(name, ())}, "")
+                continue
             name = self._linked(inputs, "model")
-        record.loras = found[::-1][:40]
+        record.loras = found[::-1][:_MOST_LORAS]
+
+    def _loras(self, name: str, inputs: Mapping[str, Any]) -> list[AddedLora]:
+        """Return the LoRAs that a node adds, the last one first."""
+        file = self._text_value(inputs, "lora_name")
+        scale = number(self._value(inputs, "strength_model", "lora_model_strength"))
+        if file is not None and scale is not None:
+            self.read.add(name)
+            of_text = number(self._value(inputs, "strength_clip", "lora_clip_strength"))
+            if not any("clip" in key or key == "ckpt_name" for key in inputs):
+                of_text = 0.0
+            return _added(file, scale, of_text)
+        found: list[AddedLora] = []
+        nodes = [name]  # and the stacks that it is given
+        while len(nodes) < _MOST_LORAS and (stack := self._linked(inputs, "lora_stack")):
+            nodes.append(stack)
+            inputs = self._inputs(stack)
+        for one in nodes:
+            listed = [
+                lora
+                for place in range(1, _MOST_LORAS)
+                for read in (_of_power_loader, _of_stack, _of_plain_stack)
+                if (lora := read(self._inputs(one), place)) is not None
+            ]
+            if listed:
+                self.read |= {name, one}
+            found += [lora for file in reversed(listed) for lora in _added(*file)]
+        return found
 
     def _read_latents(
         self, record: Record, inputs: Mapping[str, Any], strength: float | None
@@ -371,10 +463,12 @@ class _Walk:
             if name is None:
                 return
             kind, own = self._kind(name), self._inputs(name)
-            if kind.startswith("Empty"):
+            if "empty_latent_width" in own:  # a loader that also makes the latents
+                own = {key.removeprefix("empty_latent_"): value for key, value in own.items()}
+                kind = "Empty"
+            if kind.startswith("Empty") or "Empty Latent" in kind:
                 self.read.add(name)
-                record.width = whole(self._value(own, "width"))
-                record.height = whole(self._value(own, "height"))
+                record.width, record.height = self._size(record, own)
                 if (whole(self._value(own, "batch_size")) or 1) > 1:
                     record.name({"batch_size": self._value(own, "batch_size")})
                 if strength is not None and strength < 1.0:
@@ -382,7 +476,7 @@ class _Walk:
                 return
             if kind in ("LoadImage", "LoadImageBase64"):
                 self.read.add(name)
-                file = self._text_value(own, "image")
+                file = (self._text_value(own, "image") or "").partition("?")[0]
                 record.image = (file_name(file) if file and len(file) < 500 else None) or UNNAMED
                 record.strength = 1.0 if strength is None else strength
                 return
@@ -395,6 +489,16 @@ class _Walk:
                         n for n in self.graph if self._kind(n) in ("LoadImage", "LoadImageMask")
                     }
             name = self._linked(own, "pixels", "samples", "image", "images", "latent")
+            if name is None:
+                record.name({"size": f"{_UNREAD} {kind})"})
+
+    def _size(self, record: Record, inputs: Mapping[str, Any]) -> tuple[int | None, int | None]:
+        """Return (width, height) of empty latents."""
+        said = inputs.get("dimensions")  # "1024 x 1024  (square)"
+        if isinstance(said, str) and (found := size(said.partition("(")[0])) is not None:
+            return found
+        sides = [whole(self._number_of(record, inputs, side)) for side in ("width", "height")]
+        return sides[0], sides[1]
 
     def _read_vae(self, record: Record) -> None:
         loader = self._linked(self._inputs(self.decoder), "vae")
@@ -419,10 +523,51 @@ class _Walk:
         rest = [
             self._kind(name)
             for name in self.graph
-            if name not in self.read and self._kind(name) not in _HARMLESS
+            if name not in self.read
+            and self._kind(name) not in _HARMLESS
+            and not self._kind(name).startswith(_HARMLESS_BEGINNINGS)
         ]
         if rest:
             record.name({"nodes": ", ".join(dict.fromkeys(rest))})
+
+
+_Lora = tuple[str, float, float | None]
+
+
+def _of_power_loader(inputs: Mapping[str, Any], place: int) -> _Lora | None:
+    """rgthree's Power Lora Loader: ``lora_1: {on, lora, strength, strengthTwo}``."""
+    one = inputs.get(f"lora_{place}")
+    if not isinstance(one, dict) or not isinstance(one.get("lora"), str):
+        return None
+    scale, of_text = number(one.get("strength")), number(one.get("strengthTwo"))
+    off = one.get("on") is False or scale is None
+    return one["lora"], 0.0 if off or scale is None else scale, 0.0 if off else of_text
+
+
+def _of_stack(inputs: Mapping[str, Any], place: int) -> _Lora | None:
+    """Comfyroll's CR LoRA Stack: ``lora_name_1``, ``switch_1``, two weights."""
+    name, scale = inputs.get(f"lora_name_{place}"), number(inputs.get(f"model_weight_{place}"))
+    if not isinstance(name, str) or scale is None:
+        return None
+    on = inputs.get(f"switch_{place}") == "On" and name != "None"
+    of_text = number(inputs.get(f"clip_weight_{place}"))
+    return name, scale if on else 0.0, of_text if on else 0.0
+
+
+def _of_plain_stack(inputs: Mapping[str, Any], place: int) -> _Lora | None:
+    """rgthree's Lora Loader Stack: ``lora_01``, ``strength_01``."""
+    name, scale = inputs.get(f"lora_{place:02}"), number(inputs.get(f"strength_{place:02}"))
+    if not isinstance(name, str) or scale is None:
+        return None
+    return name, 0.0 if name == "None" else scale, None
+
+
+def _added(file: str, scale: float, of_text: float | None) -> list[AddedLora]:
+    """Return a LoRA; none where its weights are 0."""
+    name = file if _UNREAD in file else file_name(file)
+    if of_text == scale:
+        of_text = None
+    return [AddedLora(name, scale, of_text)] if name is not None and (scale or of_text) else []
 
 
 def _upstream(graph: Graph, start: str, names: Sequence[str]) -> Iterator[str]:
@@ -447,8 +592,3 @@ def _target(value: Any) -> str | None:
         if isinstance(value[1], int) and not isinstance(value[0], bool):
             return str(value[0])
     return None
-
-
-def _plain(text: str) -> str:
-    """Escape what means something in A1111's syntax and nothing in ComfyUI's: square brackets."""
-    return text.replace("[", "\\[").replace("]", "\\]")

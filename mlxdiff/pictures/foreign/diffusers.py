@@ -17,6 +17,7 @@ from mlxdiff.pictures.foreign.record import (
     Fields,
     Record,
     Texts,
+    edges,
     file_name,
     number,
 )
@@ -79,16 +80,24 @@ def _read(fields: Fields, tool: str) -> Record:
         eta=fields.number("eta"),
         width=fields.whole("width", "Width"),
         height=fields.whole("height", "Height"),
-        sampler=fields.text("sampler_name", "Sampler", "scheduler", "scheduler_class"),
+        sampler=fields.text("sampler_name", "sampler", "Sampler", "scheduler", "scheduler_class"),
         schedule=fields.text("scheduler_name", "Scheduler"),
         model=_model(
             fields.text(
-                "use_stable_diffusion_model", "Stable Diffusion model", "model", "model_id", "repo"
+                "use_stable_diffusion_model",
+                "Stable Diffusion model",
+                "model",
+                "Model",
+                "model_id",
+                "repo",
             )
         ),
         vae=file_name(fields.text("use_vae_model", "VAE model", "vae")),
         rng="cpu",
     )
+    if record.width is None and (found := fields.size("resolution", "size")) is not None:
+        record.width, record.height = found
+    record.seamless = edges(fields.text("tiling", "Seamless Tiling"))
     _read_clip_skip(record, fields, tool)
     _read_image(record, fields)
     record.loras = _loras(fields)

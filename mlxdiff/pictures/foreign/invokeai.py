@@ -90,6 +90,9 @@ def _of_3(fields: Fields) -> Record:
         record.strength, record.image = strength, file_name(image) or UNNAMED
         if "inpaint" in mode or "outpaint" in mode:
             record.mask = UNNAMED
+    if sides := [side for side in "xy" if fields.left.get(f"seamless_{side}") is True]:
+        record.seamless = "".join(sides)
+        fields.left |= {f"seamless_{side}": False for side in sides}
     for one in (fields.listed("loras") or [])[:40]:
         _add_lora(record, one)
     for key in ("controlnets", "ipAdapters", "t2iAdapters"):

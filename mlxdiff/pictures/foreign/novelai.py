@@ -24,6 +24,8 @@ _SAYS_NOTHING = (
     "legacy_uc",
     "legacy_v3_extend",
     "use_coords",
+    "stream",
+    "cfg_sched_eligibility",
 )
 
 
@@ -58,6 +60,9 @@ def read(texts: Texts) -> Record | None:
     for key in ("uncond_scale", "skip_cfg_above_sigma", "skip_cfg_below_sigma", "noise"):
         if fields.left.get(key) in (0, 0.0, 1.0):  # off
             del fields.left[key]
+    if not values.get("dynamic_thresholding"):
+        for key in ("dynamic_thresholding_percentile", "dynamic_thresholding_mimic_scale"):
+            fields.left.pop(key, None)
     for key in ("v4_prompt", "v4_negative_prompt"):
         if _is_plain(fields.left.get(key)):
             del fields.left[key]  # the prompt once more

@@ -65,6 +65,9 @@ class Record:
             (``run.options``).
         vary: (seed, strength) of a variation.
         noise_size: (height, width) that the seed was resized from.
+        sigmas: levels of the steps in place of a schedule.
+        seamless: edges that meet: "x", "y" or "xy".
+        unread_prompt: where the prompt stands, if that is not read.
         named: everything else, by the program's own names.
     """
 
@@ -103,6 +106,9 @@ class Record:
     seed_order: str | None = None
     vary: tuple[int, float] | None = None
     noise_size: tuple[int, int] | None = None
+    sigmas: list[float] | None = None
+    seamless: str | None = None
+    unread_prompt: str | None = None
     named: dict[str, str] = field(default_factory=dict)
 
     def name_weights(self, sign: re.Pattern[str], words: str) -> None:
@@ -266,3 +272,14 @@ def file_name(path: str | None) -> str | None:
     if not path or path in ("None", "Automatic"):
         return None
     return PurePosixPath(PureWindowsPath(path).name).name or None
+
+
+def without_brackets(text: str) -> str:
+    """Escape what means something in A1111's syntax and nothing in ComfyUI's: square brackets."""
+    return text.replace("[", "\\[").replace("]", "\\]")
+
+
+def edges(said: str | None) -> str | None:
+    """Return the edges that meet, in our words: "x", "y", "xy"; None: none."""
+    plain = (said or "").lower().replace("-only", "").replace("_", "")
+    return {"true": "xy", "xy": "xy", "x": "x", "y": "y"}.get(plain)

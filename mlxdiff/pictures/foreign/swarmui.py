@@ -11,12 +11,16 @@ from mlxdiff.pictures.foreign.record import (
     Fields,
     Record,
     Texts,
+    edges,
     file_name,
     number,
 )
 
 _DEFAULT_SAMPLER = "Euler"
-_SAYS_NOTHING = ("aspectratio", "automaticvae", "nopreviews", "images", "donotsave", "batchsize")
+_SAYS_NOTHING = (
+    "aspectratio", "sidelength", "automaticvae", "nopreviews", "images", "donotsave", "batchsize",
+    "imageformat", "personalnote",
+)  # fmt: skip
 
 
 def read(texts: Texts) -> Record | None:
@@ -47,6 +51,7 @@ def _read(fields: Fields) -> Record:
         sampler_rng="gpu",
         seed_order="a1111",
     )
+    record.seamless = edges(fields.text("seamlesstileable"))
     layer = fields.whole("clipstopatlayer")
     record.clip_skip = None if layer is None else abs(layer)
     share = fields.number("variationseedstrength")

@@ -1,0 +1,335 @@
+"""Distil the built-in model: a few steps without guidance in place of many with it.
+
+    python distill.py teach --run runs/teacher --chunks 80     # can be called again, for more
+    python distill.py train --run runs/four --teacher runs/teacher --steps 4 --rank 16 --minutes 30
+
+"teach" solves the guided teacher's probability-flow ODE from noise, and keeps x at the timesteps of
+GRID, which holds the steps of DDIM (trailing) for every number in COUNTS. The solver is
+DPM-Solver++ 2M whose numbers are fitted to a fine solution, as in fit_sampler.py.
+
+"train" teaches a student, whose first weights are the teacher's, to step from each of these x to
+the next with DDIM (progressive distillation without halvings; Salimans and Ho 2022). After a while
+the student draws the whole way by itself, and the gradient goes through all of its steps.
+
+`mlxdiff train distill` does the same for any model, with MLX. On a CPU this is three times as fast:
+it computes in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+from mlxdiff import samplers
+from mlxdiff.samplers.scheduler import to_x0
+
+try:
+    from . import common, data
+    from .fit_sampler import _solve
+    from .teacher import Network, distances, solver, usual
+except ImportError:  # for a script, Python puts this folder on the path
+    import common
+    import data
+    from fit_sampler import _solve
+    from teacher import Network, distances, solver, usual
+
+COUNTS = (1, 2, 4, 6, 8)
+GRID = (999, 980, 948, 912, 874, 832, 790, 749, 666, 624, 499, 374, 332, 249, 166, 124, 60, 12)
+GUIDANCE = 4.0
+CHUNK = 64  # runs kept in one file
+FIRST_SEED = 500_000  # far from the seeds of benchmarks and of fit_sampler.py
+CALIBRATION = 32  # pictures that the solver is fitted to
+HISTORY = 3
+
+
+def captions(seed: int, count: int) -> list[str]:
+    """Return captions of the training distribution; every other one names everything."""
+    rng = np.random.default_rng((19, seed))
+    return [
+        data.caption(data.random_spec(rng, 1 + i % 2), rng, complete=i % 4 < 2)
+        for i in range(count)
+    ]
+
+
+def noise(seed: int, count: int) -> np.ndarray:
+    return np.random.default_rng((19, seed, 1)).standard_normal((count, 16, 16, 4), np.float32)
+
+
+# --- the teacher -----------------------------------------------------------------------------
+
+
+def run_of(network: Network, start: np.ndarray, prompts: list[str], times, weights=None):
+    """Solve the teacher's ODE; return x at `times` and the end, (L + 1, B, h, w, C).
+
+    Args:
+        weights: numbers to add to those of DPM-Solver++ 2M, a list for each step.
+    """
+    rows = solver(network.config, times).rows
+    x, found, before = start, [start], []
+    for i, (t, row) in enumerate(zip(times, rows, strict=True)):
+        output = network(x, t, prompts, GUIDANCE)
+        of_x, of_output = to_x0("v_prediction", *row.level)
+        before = [of_x * x + of_output * output, *before][:HISTORY]
+        features = np.stack([x, *before])
+        numbers = usual(row, len(features))
+        if weights is not None:
+            numbers = numbers + weights[i]
+        x = np.tensordot(numbers, features, 1).astype(np.float32)
+        found.append(x)
+    return np.stack(found)
+
+
+def fit(network: Network, fine: np.ndarray, prompts: list[str]) -> list[list[float]]:
+    """Fit the solver's numbers on GRID to a fine solution, (L + 1, B, h, w, C), along its run."""
+    rows = solver(network.config, GRID).rows
+    x, before, fitted = fine[0], [], []
+    for i, (t, row) in enumerate(zip(GRID, rows, strict=True)):
+        output = network(x, t, prompts, GUIDANCE)
+        of_x, of_output = to_x0("v_prediction", *row.level)
+        before = [of_x * x + of_output * output, *before][:HISTORY]
+        features = np.stack([x, *before])
+        flat = features.reshape(len(features), -1).astype(np.float64)
+        numbers = usual(row, len(features))
+        missed = fine[i + 1].reshape(-1) - numbers @ flat
+        numbers = numbers + (more := _solve(flat @ flat.T, flat @ missed))
+        x = np.tensordot(numbers, features, 1).astype(np.float32)
+        fitted.append([float(f"{value:.6g}") for value in more])
+    return fitted
+
+
+def teach(args: argparse.Namespace) -> None:
+    import torch
+
+    args.run.mkdir(parents=True, exist_ok=True)
+    network = Network(None, torch=True)
+    fitted = args.run / "solver.json"
+    if not fitted.exists():
+        dense = sorted({*np.linspace(999, 20, 100).astype(int).tolist(), 8, 4, 1, *GRID})[::-1]
+        prompts, start = captions(0, CALIBRATION), noise(0, CALIBRATION)
+        fine = run_of(network, start, prompts, dense)
+        fine = fine[[*(dense.index(t) for t in GRID), -1]]
+        with torch.autocast("cpu", torch.bfloat16):
+            numbers = fit(network, fine, prompts)
+            found = run_of(network, start, prompts, GRID, numbers)
+            plain = run_of(network, start, prompts, GRID)
+        errors = [
+            float(np.sqrt((distances(one[-1], fine[-1]) ** 2).mean())) for one in (found, plain)
+        ]
+        print(f"error of the teacher's solver: {errors[0]:.4f}; not fitted: {errors[1]:.4f}")
+        fitted.write_text(json.dumps({"numbers": numbers, "errors": errors}))
+    numbers = json.loads(fitted.read_text())["numbers"]
+    for chunk in range(1 + args.first, 1 + args.first + args.chunks):
+        path = args.run / f"runs-{chunk:04}.npz"
+        if path.exists():
+            continue
+        began = time.process_time()
+        prompts = captions(chunk, CHUNK)
+        with torch.autocast("cpu", torch.bfloat16):
+            x = run_of(network, noise(chunk, CHUNK), prompts, GRID, numbers)
+        text = np.concatenate([network.text(prompt) for prompt in prompts])
+        network.embeddings.clear()
+        network.text("")
+        partial = path.with_suffix(".part.npz")
+        np.savez(partial, x=x.astype(np.float16), text=text.astype(np.float16))
+        partial.replace(path)
+        print(f"{path.name}: {time.process_time() - began:.0f} s of CPU", flush=True)
+
+
+# --- the student -----------------------------------------------------------------------------
+
+
+def steps_of(config: dict, count: int) -> tuple[list[int], list[tuple[float, float]]]:
+    """Return the timesteps of DDIM (trailing), and each step as factors of x and of the output."""
+    plan = samplers.plan(config, "ddim", "trailing", count)
+    factors = [
+        (row.scale + row.weights[0] * row.data[0], row.output + row.weights[0] * row.data[1])
+        for row in plan.rows
+    ]
+    return [int(t) for t in plan.timesteps], factors
+
+
+class Runs:
+    """The teacher's runs: x at GRID and at the end, and the states of the text.
+
+    The first file is kept for the error of the student.
+    """
+
+    def __init__(self, folder: Path, times: list[int]) -> None:
+        self.folder, self.places = folder, [*(GRID.index(t) for t in times), len(GRID)]
+        self._known: dict[Path, tuple[np.ndarray, np.ndarray]] = {}
+        self.update()
+
+    def update(self) -> None:
+        """Read files that came since."""
+        for file in sorted(self.folder.glob("runs-*[0-9].npz")):
+            if file not in self._known:
+                with np.load(file) as one:
+                    x = one["x"][self.places].transpose(1, 0, 4, 2, 3)  # (N, L, C, h, w)
+                    self._known[file] = x, one["text"]
+        held, *kept = self._known.values()
+        self.held = held
+        self.x = np.concatenate([x for x, _ in kept])
+        self.text = np.concatenate([text for _, text in kept])
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def rows(self, chosen: np.ndarray):
+        import torch
+
+        return (
+            torch.from_numpy(self.x[chosen].astype(np.float32)),
+            torch.from_numpy(self.text[chosen].astype(np.float32)),
+        )
+
+
+def adapt(unet, rank: int) -> dict:
+    """Give all layers but the first and last ones a low-rank change; return it by module."""
+    import torch
+    from torch.nn.utils import parametrize
+
+    class Change(torch.nn.Module):
+        def __init__(self, weight) -> None:
+            super().__init__()
+            out, inner = weight.shape[0], weight[0].numel()
+            self.down = torch.nn.Parameter((torch.rand(rank, inner) * 2 - 1) / inner**0.5)
+            self.up = torch.nn.Parameter(torch.zeros(out, rank))
+
+        def forward(self, weight):
+            return weight + (self.up @ self.down).view_as(weight)
+
+    unet.requires_grad_(False)
+    found = {}
+    for name, module in list(unet.named_modules()):
+        kind = isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
+        if not kind or name.startswith(("conv_in", "conv_out", "time_embedding")):
+            continue
+        change = Change(module.weight)
+        parametrize.register_parametrization(module, "weight", change)
+        found[name] = change
+    return found
+
+
+def train_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
+    import torch
+    from diffusers.models.attention_processor import AttnProcessor
+    from torch.nn.utils import parametrize
+
+    torch.manual_seed(0)
+    network = Network(args.start, torch=True)
+    unet = network.torch_unet.train()
+    unet.set_attn_processor(AttnProcessor())  # the gradient of the fused one is slower on a CPU
+    changes = adapt(unet, args.rank) if args.rank else None
+    times, factors = steps_of(network.config, args.steps)
+    runs = Runs(args.teacher, times)
+    if rank == 0:
+        print(f"{len(runs)} runs, timesteps {times}", flush=True)
+    training = common.Training(
+        rank, processes, args.run, unet, args.lr, args.minutes, ema=args.ema, muon=args.muon
+    )
+    while not training.done:
+        if training.step % 100 == 99:
+            runs.update()
+            if rank == 0:
+                missed = validate(unet, runs, times, factors)
+                print(f"{len(runs)} runs; of held-out runs: error {missed:.4f}", flush=True)
+        rng = np.random.default_rng((4, training.step, rank))
+        whole = training.progress >= args.forced
+        chosen = rng.choice(len(runs), args.batch if whole else args.batch * args.steps // 2)
+        x, text = runs.rows(np.sort(chosen))
+        each = []
+        with torch.autocast("cpu", torch.bfloat16), parametrize.cached():
+            if whole:
+                now = x[:, 0]
+                for i, (t, (keep, turn)) in enumerate(zip(times, factors, strict=True)):
+                    v = unet(now, t, text).sample.float()
+                    now = keep * now + turn * v
+                    each.append((now - x[:, i + 1]).square().mean())
+                loss = each[-1] + args.between * sum(each[:-1])
+                shown = {"end": each[-1].detach().sqrt()}
+            else:
+                at = rng.permutation(len(chosen)) % args.steps
+                rows = np.arange(len(chosen))
+                keep, turn = (
+                    torch.tensor(np.array(factors)[at, k], dtype=torch.float32) for k in (0, 1)
+                )
+                now, then = x[rows, at], x[rows, at + 1]
+                v = unet(now, torch.tensor(np.array(times)[at]), text).sample.float()
+                goal = (then - keep[:, None, None, None] * now) / turn[:, None, None, None]
+                missed = (v - goal).square().mean((1, 2, 3))
+                loss = (missed * turn.abs()).mean()
+                last = torch.from_numpy(at == args.steps - 1)
+                shown = {
+                    "first": missed[at == 0].mean().detach(),
+                    "last": missed[last].mean().detach(),
+                }
+        training.update(loss, len(chosen) * (args.steps if whole else 1), **shown)
+    training.save()
+    training.use_ema()
+    if rank == 0:
+        print(f"of held-out runs: error {validate(unet, runs, times, factors):.4f}", flush=True)
+        save(unet, changes, args)
+
+
+def validate(unet, runs: Runs, times, factors) -> float:
+    """Return the error of the student's ends of the held-out runs, in the latents' deviation."""
+    import torch
+
+    x, text = (torch.from_numpy(part.astype(np.float32)) for part in runs.held)
+    now = x[:, 0]
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        for t, (keep, turn) in zip(times, factors, strict=True):
+            now = keep * now + turn * unet(now, t, text).sample.float()
+    return float((now - x[:, -1]).square().mean().sqrt() / x[:, -1].std())
+
+
+def save(unet, changes, args: argparse.Namespace) -> None:
+    from safetensors.torch import save_file
+
+    if changes is None:
+        unet.save_pretrained(args.run / "unet")
+        return
+    tensors = {}
+    for name, change in changes.items():
+        shape = unet.get_submodule(name).parametrizations.weight.original.shape
+        down, up = change.down.detach(), change.up.detach()
+        tail = (1, 1) if len(shape) == 4 else ()
+        tensors[f"unet.{name}.lora_A.weight"] = down.reshape(-1, *shape[1:]).half().contiguous()
+        tensors[f"unet.{name}.lora_B.weight"] = up.reshape(*up.shape, *tail).half().contiguous()
+    save_file(tensors, args.run / "lora.safetensors", {"format": "pt"})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("stage", choices=("teach", "train"))
+    parser.add_argument("--run", type=Path, required=True, help="folder of this run")
+    parser.add_argument("--first", type=int, default=0, help="teach: first file")
+    parser.add_argument("--chunks", type=int, default=80, help="teach: files of 64 runs")
+    parser.add_argument("--teacher", type=Path, help="train: the folder of teach")
+    parser.add_argument("--processes", type=int, default=2, help="train")
+    parser.add_argument("--start", help="train: model to start from; default: the built-in one")
+    parser.add_argument("--steps", type=int, default=4, choices=COUNTS)
+    parser.add_argument("--rank", type=int, default=0, help="train: of a LoRA; 0: all weights")
+    parser.add_argument("--batch", type=int, default=8, help="train: whole runs at a time")
+    parser.add_argument("--forced", type=float, default=0.25, help="train: share of single steps")
+    parser.add_argument("--between", type=float, default=0.2, help="train: weight of x on the way")
+    parser.add_argument("--lr", type=float, default=4e-4)
+    parser.add_argument("--ema", type=float, default=0.99)
+    parser.add_argument("--muon", action="store_true", help="train: matrices by Muon, not AdamW")
+    parser.add_argument("--minutes", type=float, default=30)
+    args = parser.parse_args()
+    if args.stage == "train":
+        common.launch(train_worker, args, args.processes)
+        return
+    import torch
+
+    torch.set_num_threads(1)
+    teach(args)
+
+
+if __name__ == "__main__":
+    main()
