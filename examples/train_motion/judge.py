@@ -49,14 +49,8 @@ def judge(frames: list, spec: data.Spec) -> Verdict:
     """Judge a video that should end with this picture."""
     (thing,) = spec.things
     found = [checker.look(np.asarray(frame)).objects for frame in frames]
-    named = [
-        one[0]
-        if len(one) == 1 and (one[0].color, one[0].shape) == (thing.color, thing.shape)
-        else None
-        for one in found
-    ]
     alone = [one[0] for one in found if len(one) == 1]
-    seen = sum(one is not None for one in named) / len(frames)
+    seen = sum((one.color, one.shape) == (thing.color, thing.shape) for one in alone) / len(frames)
     if len(alone) < len(frames) / 2:
         return Verdict(seen, False)
     third = max(1, len(alone) // 3)
