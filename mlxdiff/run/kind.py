@@ -311,7 +311,11 @@ class LatentKind(Kind):
 
     @property
     def default_guidance(self) -> float:
-        """Guidance scale of the reference pipeline for this kind of model; 0 for Turbo."""
+        """Guidance scale that the model advises, else that of the reference pipeline for its kind;
+        0 for Turbo."""
+        advised = samplers.advised_guidance(self.source.scheduler_config)
+        if advised is not None:
+            return advised
         if self.unet_config.time_cond_proj_dim is not None:
             return 8.5
         if samplers.is_turbo(self.source.scheduler_config):
