@@ -519,6 +519,40 @@ def pictures(folder: Path) -> Make:
     return make
 
 
+def videos(folder: Path) -> Make:
+    """Animated pictures, and motion adapters in one file."""
+    from golden_data import checkpoint
+    from motion_files import original_names
+
+    from mlxdiff.convert import open_motion_adapter, open_source
+    from mlxdiff.pictures.videos import describe, encode_video, load_video
+
+    unet = open_source(checkpoint("sd15")).config("unet")
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 9, 13, 3), np.uint8)
+    frames = [Image.fromarray(one) for one in pixels]
+    sources = {name: encode_video(frames, name, 8) for name in (".gif", ".webp", ".png")}
+    save_file(original_names("v1", "sd15"), folder / "motion")
+    motion = (folder / "motion").read_bytes()
+
+    def make(chance: Chance) -> Run:
+        if chance.random() < 0.2:
+            path = folder / "bad.safetensors"
+            path.write_bytes(_with_header(motion, chance))
+            return lambda: open_motion_adapter(path, unet).tensors()
+        name = chance.choice(list(sources))
+        path = folder / f"bad{name}"
+        path.write_bytes(spoil_bytes(sources[name], chance))
+
+        def read() -> None:
+            with suppress(MlxdiffError):
+                describe(path)
+            assert load_video(path)[0].ndim == 3
+
+        return read
+
+    return make
+
+
 BOMBS = [(20_000, 20_000), (60_000, 900), (1, 2**31 - 1), (7000, 7000)]
 
 
@@ -1037,7 +1071,8 @@ PARSERS = {
         Parser(configs, 6_000, 60),
         Parser(manifests, 3_000, 30),
         Parser(tokenizers, 6_000, 60),
-        Parser(pictures, 10_000, 150),
+        Parser(pictures, 9_000, 150),
+        Parser(videos, 1_000, 40),
         Parser(schedulers, 2_000, 60),
         Parser(original_configs, 2_000, 60),
         Parser(metadata, 6_000, 150),

@@ -303,10 +303,44 @@ def save(unet, changes, args: argparse.Namespace) -> None:
     save_file(tensors, args.run / "lora.safetensors", {"format": "pt"})
 
 
+def plot(run: Path, path: Path) -> None:
+    """Draw the curves of RUN/log.txt: the loss of single steps, and the error of whole runs."""
+    import re
+
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    text, samples = (run / "log.txt").read_text(), 0
+    losses, errors = [], []
+    for line in text.splitlines():
+        if found := re.match(r"step \d+ samples (\d+) .* loss (\S+)", line):
+            samples = int(found[1])
+            if " end " not in line:
+                losses.append((samples, float(found[2])))
+        elif found := re.search(r"error (\S+)$", line):
+            errors.append((samples, float(found[1])))
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    for axis, values, title in zip(
+        axes,
+        (losses, errors),
+        ("loss of single steps", "error of the ends, held-out runs"),
+        strict=True,
+    ):
+        axis.plot(*zip(*values, strict=True), marker=".")
+        axis.set_title(title)
+        axis.set_xlabel("samples")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("stage", choices=("teach", "train"))
+    parser.add_argument("stage", choices=("teach", "train", "plot"))
     parser.add_argument("--run", type=Path, required=True, help="folder of this run")
+    parser.add_argument("--to", type=Path, help="plot: the picture; RUN/log.txt is what train says")
     parser.add_argument("--first", type=int, default=0, help="teach: first file")
     parser.add_argument("--chunks", type=int, default=80, help="teach: files of 64 runs")
     parser.add_argument("--teacher", type=Path, help="train: the folder of teach")
@@ -324,6 +358,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.stage == "train":
         common.launch(train_worker, args, args.processes)
+        return
+    if args.stage == "plot":
+        plot(args.run, args.to)
         return
     import torch
 

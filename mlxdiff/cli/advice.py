@@ -25,8 +25,8 @@ _COMMANDS = {
     "schedulers": "samplers",
     "list": "models",
     "ls": "models",
-    "pull": "models --known",
-    "download": "models --known",
+    "pull": 'generate -m MODEL "..."',  # a model is fetched when it is first used
+    "download": 'generate -m MODEL "..."',
     "benchmark": "bench",
     "rm": "remove",
     "delete": "remove",
@@ -131,9 +131,12 @@ def _prompt(words: Sequence[str]) -> str:
     """The words before the first option as one prompt, quoted for a shell; then the rest."""
     plain = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     rest = f" {shlex.join(words[plain:])}" if plain < len(words) else ""
-    text = " ".join(words[:plain])
-    quoted = f'"{text}"' if not set(text) & set('"$`\\!') else shlex.quote(text)
-    return quoted + rest
+    return quoted_for_shell(" ".join(words[:plain])) + rest
+
+
+def quoted_for_shell(text: str) -> str:
+    """Return a prompt as a shell takes it, in double quotes where they do."""
+    return f'"{text}"' if not set(text) & set('"$`\\!') else shlex.quote(text)
 
 
 def explained(error: click.UsageError, command: click.Command, args: Sequence[str]) -> str | None:
