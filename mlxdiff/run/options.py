@@ -1122,7 +1122,7 @@ class CommandOptions(Options):
         "--turntable",
         metavar="N",
         help="Zero-1-to-3: draw N views around the object, and write them as an animation (.gif, "
-        ".webp), the views beside it.",
+        ".webp, .png, .mp4), the views beside it.",
     )
     output: Text | None = _command(
         "-o",
