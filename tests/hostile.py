@@ -338,17 +338,19 @@ def _spoilt_folder(path: Path, read: Run, largest: int = 200_000) -> Make:
 
 
 def configs(folder: Path) -> Make:
-    """Documents of diffusers folders: of a plain model, and of models that a picture leads."""
+    """Documents of diffusers folders: of a plain model, and of models that read a picture."""
     from golden_data import checkpoint
+    from svd_files import write_svd
 
     from mlxdiff.convert import describe
 
     diffusers_folder(folder / "model")
-    for name in ("unclip", "zero123"):
+    for name in ("unclip", "zero123", "marigold-depth"):
         shutil.copytree(checkpoint(name), folder / name)
+    write_svd(folder / "svd")
     spoilt = [
         _spoilt_folder(folder / name, lambda name=name: describe(folder / name))  # type: ignore[misc]
-        for name in ("model", "unclip", "zero123")
+        for name in ("model", "unclip", "zero123", "marigold-depth", "svd")
     ]
     return lambda chance: chance.choice(spoilt)(chance)
 
@@ -475,7 +477,7 @@ def tokenizers(folder: Path) -> Make:
 
 def pictures(folder: Path) -> Make:
     """Picture files of all formats, and of formats that must not be opened."""
-    from mlxdiff.pictures.image import load_image
+    from mlxdiff.pictures.image import load_image, load_levels
     from mlxdiff.pictures.metadata import read as read_metadata
 
     pixels = np.random.default_rng(0).integers(0, 256, (9, 13, 3), np.uint8)
@@ -504,6 +506,8 @@ def pictures(folder: Path) -> Make:
     def read() -> None:
         with suppress(MlxdiffError):
             read_metadata(bad)
+        with suppress(MlxdiffError):
+            assert load_levels(bad).ndim == 2
         assert load_image(bad).ndim == 3
 
     def make(chance: Chance) -> Run:
