@@ -101,12 +101,13 @@ def fit(network: Network, fine: np.ndarray, prompts: list[str]) -> list[list[flo
     return fitted
 
 
-def teach(args: argparse.Namespace) -> None:
+def teach(run: Path, chunks: int, first: int = 0) -> None:
+    """Solve the teacher's ODE for files first + 1 to first + chunks that are not there."""
     import torch
 
-    args.run.mkdir(parents=True, exist_ok=True)
+    run.mkdir(parents=True, exist_ok=True)
     network = Network(None, torch=True)
-    fitted = args.run / "solver.json"
+    fitted = run / "solver.json"
     if not fitted.exists():
         dense = sorted({*np.linspace(999, 20, 100).astype(int).tolist(), 8, 4, 1, *GRID})[::-1]
         prompts, start = captions(0, CALIBRATION), noise(0, CALIBRATION)
@@ -122,8 +123,8 @@ def teach(args: argparse.Namespace) -> None:
         print(f"error of the teacher's solver: {errors[0]:.4f}; not fitted: {errors[1]:.4f}")
         fitted.write_text(json.dumps({"numbers": numbers, "errors": errors}))
     numbers = json.loads(fitted.read_text())["numbers"]
-    for chunk in range(1 + args.first, 1 + args.first + args.chunks):
-        path = args.run / f"runs-{chunk:04}.npz"
+    for chunk in range(first + 1, first + chunks + 1):
+        path = run / f"runs-{chunk:04}.npz"
         if path.exists():
             continue
         began = time.process_time()
@@ -212,6 +213,10 @@ def adapt(unet, rank: int) -> dict:
         parametrize.register_parametrization(module, "weight", change)
         found[name] = change
     return found
+
+
+def teach_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
+    teach(args.teacher, args.chunks, args.first)
 
 
 def train_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
@@ -341,8 +346,8 @@ def main() -> None:
     parser.add_argument("stage", choices=("teach", "train", "plot"))
     parser.add_argument("--run", type=Path, required=True, help="folder of this run")
     parser.add_argument("--to", type=Path, help="plot: the picture; RUN/log.txt is what train says")
-    parser.add_argument("--first", type=int, default=0, help="teach: first file")
-    parser.add_argument("--chunks", type=int, default=80, help="teach: files of 64 runs")
+    parser.add_argument("--first", type=int, default=0, help="number before the first file")
+    parser.add_argument("--chunks", type=int, default=0, help="files of 64 runs, of teach")
     parser.add_argument("--teacher", type=Path, help="train: the folder of teach")
     parser.add_argument("--processes", type=int, default=2, help="train")
     parser.add_argument("--start", help="train: model to start from; default: the built-in one")
@@ -357,6 +362,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30)
     args = parser.parse_args()
     if args.stage == "train":
+        if args.chunks:  # more runs than the teacher has done
+            common.launch(teach_worker, args, 1)
         common.launch(train_worker, args, args.processes)
         return
     if args.stage == "plot":
@@ -365,7 +372,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    teach(args)
+    teach(args.run, args.chunks, args.first)
 
 
 if __name__ == "__main__":
