@@ -96,14 +96,13 @@ def misplaced_option(ctx: click.Context, name: str, words: Sequence[str]) -> str
         ctx: of the group.
         words: all that was typed behind its name.
     """
-    here = _OPTIONS.get(name)
-    if here is not None and any(here in parameter.opts for parameter in ctx.command.params):
+    if (here := _OPTIONS.get(name)) and any(here in p.opts for p in ctx.command.params):
         return f"there is no option {name}; it is {here} here"
     group = ctx.command
     assert isinstance(group, click.Group)
     if (command := group.get_command(ctx, "generate")) is None:
         return None
-    if name not in (one for p in command.params for one in p.opts):
+    if not any(name in p.opts for p in command.params):
         return None
     return f"{name} stands behind the command: {ctx.command_path} generate {shlex.join(words)}"
 
