@@ -96,7 +96,7 @@ class Method:
     ) -> np.ndarray:
         """Return the final latents, (B, h, w, C); not exact: torch computes in bfloat16."""
         network, found = self.network(args.torch), []
-        said = repr((self.plan.rows, self.guidance, self._digest(), exact))
+        said = repr((self.plan.rows, self.guidance, self._digest()) + (() if exact else ("half",)))
         for start in range(0, len(prompts), CHUNK):
             some, own = prompts[start : start + CHUNK], seeds[start : start + CHUNK]
             key = hashlib.sha256((said + repr((some, own))).encode()).hexdigest()[:20]
@@ -155,7 +155,8 @@ def measure(args: Any) -> dict[str, Any]:
         each = teacher.distances(method.latents(prompts, seeds, args), reference)
         line |= {"error": float(np.sqrt((each**2).mean())), "median": float(np.median(each))}
         key = method.name if method.name == REFERENCE else f"{method.name} {method.count}"
-        size = args.prompts if key in (REFERENCE, *args.exact) else args.fewer
+        size = args.prompts if key in args.exact else args.fewer
+        size = args.teacher if key == REFERENCE else size
         for objects in right if method is not checks else ():
             asked, own = prompts_of(objects, size)
             pictures = network.pipe.decode(method.latents(asked, own, args, exact=False))
@@ -166,9 +167,9 @@ def measure(args: Any) -> dict[str, Any]:
             right[objects][key] = found = np.array(verdicts, float)
             line[objects] = share(found)
             if key != REFERENCE:
-                line[f"{objects} beside 20"] = share(
-                    found - right[objects][REFERENCE][: len(found)]
-                )
+                both = min(len(found), len(right[objects][REFERENCE]))
+                beside = found[:both] - right[objects][REFERENCE][:both]
+                line[f"{objects} beside 20"] = share(beside)
         rows.append(line)
         print(json.dumps(line), flush=True)
     return {"prompts": args.prompts, "rows": rows}
@@ -194,6 +195,7 @@ def share(values: np.ndarray) -> tuple[float, float, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--prompts", type=int, default=512, help="of each number of objects")
+    parser.add_argument("--teacher", type=int, default=512, help="of them for its 20 steps")
     parser.add_argument("--fewer", type=int, default=128, help="for rows that are not in --exact")
     parser.add_argument("--exact", nargs="*", default=["distilled 4", "distilled 6"])
     parser.add_argument("--errors", type=int, default=16, help="prompts for the latents' error")

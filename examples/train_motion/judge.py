@@ -3,8 +3,8 @@
     python judge.py --adapter moves [--each 4] [--sheet sheet.png] [--gif moves.gif]
 
 The checker of the built-in model's pictures (../train_builtin/checker.py) names the shape in every
-frame. A video is right if it finds the color and the shape that the prompt names in at least three
-quarters of the frames, and if place or size change as they should from the first to the last.
+frame. A video is right if it finds the color, the shape and the background that the prompt names in
+at least three quarters of the frames, and if place or size change steadily as they should.
 Needs only mlxdiff.
 """
 
@@ -25,6 +25,7 @@ import checker  # isort: skip - videos puts its folder on the path
 
 LEAST = 0.15  # of the picture's side: how far a shape must move
 GROWTH = 1.2
+STEADY = 0.8  # least correlation of place or size with the number of the frame
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Verdict:
     """What is right about a video.
 
     Attributes:
-        seen: share of the frames in which the named shape and color are found, alone.
+        seen: share of the frames in which shape, color and background are as named.
         moves: it does what its prompt says.
     """
 
@@ -48,25 +49,34 @@ class Verdict:
 def judge(frames: list, spec: data.Spec) -> Verdict:
     """Judge a video that should end with this picture."""
     (thing,) = spec.things
-    found = [checker.look(np.asarray(frame)).objects for frame in frames]
-    alone = [one[0] for one in found if len(one) == 1]
-    seen = sum((one.color, one.shape) == (thing.color, thing.shape) for one in alone) / len(frames)
+    looks = [checker.look(np.asarray(frame)) for frame in frames]
+    found = [look.objects for look in looks]
+    places = [index for index, one in enumerate(found) if len(one) == 1]
+    alone = [found[index][0] for index in places]
+    named = thing.color, thing.shape, spec.background
+    seen = sum(
+        (found[index][0].color, found[index][0].shape, looks[index].background) == named
+        for index in places
+    ) / len(frames)
     if len(alone) < len(frames) / 2:
         return Verdict(seen, False)
     third = max(1, len(alone) // 3)
-    first, last = alone[:third], alone[-third:]
 
     def change(name: str) -> float:
-        before, after = (np.mean([getattr(one, name) for one in some]) for some in (first, last))
-        return float(after / before) if name == "r" else float(after - before)
+        """From the first to the last third of the frames; 0 where it goes to and fro."""
+        values = np.array([getattr(one, name) for one in alone])
+        if abs(np.corrcoef(places, values)[0, 1]) < STEADY:
+            return 0.0
+        before, after = values[:third].mean(), values[-third:].mean()
+        return float(np.log(after / before)) if name == "r" else float(after - before)
 
     moves = {
         "moves left": lambda: change("x") < -LEAST,
         "moves right": lambda: change("x") > LEAST,
         "moves up": lambda: change("y") < -LEAST,
         "moves down": lambda: change("y") > LEAST,
-        "grows": lambda: change("r") > GROWTH,
-        "shrinks": lambda: change("r") < 1 / GROWTH,
+        "grows": lambda: change("r") > np.log(GROWTH),
+        "shrinks": lambda: change("r") < -np.log(GROWTH),
     }
     return Verdict(seen, bool(moves[videos.kind_of(spec)]()))
 

@@ -96,8 +96,9 @@ def misplaced_option(ctx: click.Context, name: str, words: Sequence[str]) -> str
         ctx: of the group.
         words: all that was typed behind its name.
     """
-    if _OPTIONS.get(name) in (one for p in ctx.command.params for one in p.opts):
-        return f"there is no option {name}; it is {_OPTIONS[name]} here"
+    here = _OPTIONS.get(name)
+    if here is not None and any(here in parameter.opts for parameter in ctx.command.params):
+        return f"there is no option {name}; it is {here} here"
     group = ctx.command
     assert isinstance(group, click.Group)
     if (command := group.get_command(ctx, "generate")) is None:

@@ -413,10 +413,8 @@ def _resolve_text(
     check(model, refiner, asked)
     drawn, footage = _video(model, asked)
     interval = checked_interval(asked.guidance_interval)
-    pixels: np.ndarray | None = None
-    if footage is not None:
-        pixels = footage[0]
-    elif asked.image is not None:
+    pixels = None if footage is None else footage[0]
+    if pixels is None and asked.image is not None:
         pixels = load_image(asked.image)
     outpaint = None if asked.outpaint is None else check_borders(asked.outpaint)
     height, width = _size(model, asked, pixels, outpaint)
