@@ -19,7 +19,8 @@ from mlxdiff.convert.component import Component, find_component
 from mlxdiff.convert.detect import is_weights
 from mlxdiff.convert.keymap import Layout, Rule
 from mlxdiff.errors import CheckpointError
-from mlxdiff.networks.config import MOST_LAYERS, CompactConfig, RRDBNetConfig, UpscalerConfig
+from mlxdiff.networks.config import CompactConfig, RRDBNetConfig, UpscalerConfig
+from mlxdiff.networks.config.reader import MOST_LAYERS
 from mlxdiff.store import catalogue
 from mlxdiff.store.folder import Progress
 from mlxdiff.store.reference import parse
