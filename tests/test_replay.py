@@ -392,9 +392,12 @@ def _saved(folder: Path, drawn: Metadata, number: int, suffix: str) -> Path:
 def test_sd_parsers_agrees(prompt: str, suffix: str, tmp_path: Path) -> None:
     """Case 20."""
     sd_parsers = pytest.importorskip("sd_parsers")
+    kept = []  # it knows the last picture by its id, which must not come again
     for number, drawn in enumerate(_ours(prompt)):
-        path = _saved(tmp_path, drawn, number, suffix)
-        found = sd_parsers.ParserManager().parse(path)
+        with Image.open(_saved(tmp_path, drawn, number, suffix)) as picture:
+            picture.load()
+        kept.append(picture)
+        found = sd_parsers.ParserManager().parse(picture)
         sampler = found.samplers[0]
         tags = " <lora:pastel:0.8>" if "loras" in drawn.extra else ""
         assert [one.value for one in sampler.prompts] == [prompt + tags]
