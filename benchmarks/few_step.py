@@ -122,29 +122,28 @@ LATER = {
     "ddim-uniform dpmpp-2m": ("dpmpp-2m", "ddim-uniform"),
 }
 CANDIDATE_COUNTS = (6, 8, 12, 20)
-# Rows of question 4: options, at guidance scales of their own.
+# Rows of question 4, by guidance scale.
 JUDGED_COUNTS = (8, 20)  # evaluations
-JUDGED: dict[str, tuple[float, dict[str, Any]]] = {
-    **{
-        f"{name} {schedule}": (4.0, {"sampler": name, "schedule": schedule})
-        for name, schedule in (
-            ("dpmpp-2m", "trailing"),
-            ("dpmpp-2m", "karras"),
-            ("euler-a", "trailing"),
-            ("dpm2-a", "karras"),
-            ("dpmpp-2s-a", "karras"),
-            ("dpmpp-sde", "karras"),
-            ("dpmpp-2m-sde", "karras"),
-            ("dpmpp-3m-sde", "exponential"),
-            ("er-sde", "trailing"),
-            ("sa-solver", "trailing"),
-            ("restart", "karras"),
-        )
-    },
-    **{
-        f"{name} trailing": (2.0, {"sampler": name, "schedule": "trailing"})
-        for name in ("dpmpp-2m", "euler-cfg++", "euler-a-cfg++", "dpmpp-2m-cfg++")
-    },
+JUDGED = {
+    4.0: (
+        ("dpmpp-2m", "trailing"),
+        ("dpmpp-2m", "karras"),
+        ("euler-a", "trailing"),
+        ("dpm2-a", "karras"),
+        ("dpmpp-2s-a", "karras"),
+        ("dpmpp-sde", "karras"),
+        ("dpmpp-2m-sde", "karras"),
+        ("dpmpp-3m-sde", "exponential"),
+        ("er-sde", "trailing"),
+        ("sa-solver", "trailing"),
+        ("restart", "karras"),
+    ),
+    2.0: (
+        ("dpmpp-2m", "trailing"),
+        ("euler-cfg++", "trailing"),
+        ("euler-a-cfg++", "trailing"),
+        ("dpmpp-2m-cfg++", "trailing"),
+    ),
 }
 GUIDED_AT = (4.0, 7.5)
 GUIDED_STEPS = 12
@@ -477,16 +476,19 @@ def candidates(
 def judged(runs: Runs) -> dict[str, Any]:
     """Answer question 4 for samplers: the share of right pictures by number of evaluations."""
     rows: dict[str, Any] = {}
-    for name, (guidance, options) in JUDGED.items():
-        steps = {
-            count: runs.within(options["sampler"], options["schedule"], count, guidance)
-            for count in JUDGED_COUNTS
-        }
-        rows.setdefault(f"{guidance:g}", {})[name] = {
-            str(count): runs.right(steps=number, guidance=guidance, **options)
-            for count, number in steps.items()
-        }
-        print(f"guidance {guidance:g} {name}", flush=True)
+    for guidance, samplers_of in JUDGED.items():
+        found = rows[f"{guidance:g}"] = {}
+        for sampler, schedule in samplers_of:
+            found[f"{sampler} {schedule}"] = {
+                str(count): runs.right(
+                    steps=runs.within(sampler, schedule, count, guidance),
+                    guidance=guidance,
+                    sampler=sampler,
+                    schedule=schedule,
+                )
+                for count in JUDGED_COUNTS
+            }
+            progress(runs, guidance, f"{sampler} {schedule}")
     return rows
 
 

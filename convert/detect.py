@@ -383,8 +383,6 @@ def not_a_model(path: Path) -> CheckpointError:
     )
     if not os.path.exists(path):
         near = catalogue.suggestion(str(path))
-        if " " in str(path) and not near and os.sep not in str(path):
-            want = 'if it is the prompt, give it without -m: mlxdiff generate "..."; else ' + want
         return CheckpointError(
             f"{path}: no such file or folder, and not a hub id (org/name){near}; {want}"
         )

@@ -16,10 +16,16 @@ import numpy as np
 
 from mlxdiff._version import __version__
 from mlxdiff.convert.keymap import Layout, Piece, ldm_unet, ldm_vae, openclip_text
-from mlxdiff.convert.transforms import linear_to_conv1x1, oihw_to_ohwi, thirds
+from mlxdiff.convert.transforms import (
+    conv_among_frames_to_linear,
+    linear_to_conv1x1,
+    oihw_to_ohwi,
+    thirds,
+)
 from mlxdiff.errors import UsageError, argument
 from mlxdiff.networks.config import AutoencoderKLConfig, UNet2DConditionConfig
 from mlxdiff.networks.params import expected_parameters
+from mlxdiff.networks.spatio_temporal import AMONG_FRAMES
 from mlxdiff.store.folder import (
     IMAGE_ENCODER,
     SHARD_BYTES,
@@ -86,6 +92,12 @@ def check_target(model: ModelSource, to: str, dest: str | os.PathLike[str], forc
         )
     if model.family not in _PLACES or not isinstance(model.config("unet"), UNet2DConditionConfig):
         raise UsageError(f"{model.path}: one file is for {families} only; use {diffusers}")
+    pipeline = str(model.model_index.get("_class_name"))
+    if pipeline.startswith("Marigold"):
+        raise UsageError(
+            f"{model.path}: one file cannot say that the model makes maps ({pipeline}); use "
+            f"{diffusers}"
+        )
     noise = str(model.scheduler_config.get("_class_name"))
     if noise.startswith("EDM"):
         raise UsageError(
@@ -117,7 +129,7 @@ def write_diffusers(
     Raises: UsageError, CheckpointError.
     """
     tensors = {
-        component: {name: in_pytorch(t) for name, t in model.tensors(component).items()}
+        component: {name: _in_diffusers(name, t) for name, t in model.tensors(component).items()}
         for component in model.components
     }
     total = sum(stored_bytes(t, dtype) for part in tensors.values() for t in part.values())
@@ -220,6 +232,16 @@ def _made(
 ) -> LazyTensor:
     kind = "F32" if tensor.dtype not in DTYPES.values() else tensor.dtype
     return LazyTensor(shape, kind, lambda: change(tensor.read()))
+
+
+def _in_diffusers(name: str, tensor: LazyTensor) -> LazyTensor:
+    """Return a tensor of ours in PyTorch's layout, as diffusers has a tensor of this name."""
+    if not AMONG_FRAMES.search(name):
+        return in_pytorch(tensor)
+    out, inputs = tensor.shape
+    back = conv_among_frames_to_linear.inverse
+    assert back is not None
+    return _made(tensor, (out, inputs // 3, 3, 1, 1), back)
 
 
 def in_pytorch(tensor: LazyTensor) -> LazyTensor:

@@ -419,8 +419,8 @@ class SingleFile:
         family = self._family(structure)
         self._fill_normalizer(family)
         needed = [*family.text_encoders, "unet", "vae", *family.parts]
-        there = {*self._sections, *self._filled}
-        if missing := [name for name in needed if name not in there]:
+        found = {*self._sections, *self._filled}
+        if missing := [name for name in needed if name not in found]:
             raise self._fault(
                 f"is {family.words}, but has no {' and no '.join(missing)}; give a diffusers or "
                 f"converted folder that has them, with {_config()}"

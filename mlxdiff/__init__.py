@@ -67,6 +67,8 @@ def __getattr__(name: str) -> Any:
         from mlxdiff.run import progress
 
         return getattr(progress, name)
+    if name.endswith("Pipeline"):  # as diffusers has them
+        raise AttributeError(f"module {__name__!r} has no {name}: mlxdiff.load opens every model")
     return _submodule(name)  # mlxdiff.convert, mlxdiff.pictures, ...
 
 

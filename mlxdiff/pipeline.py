@@ -605,6 +605,11 @@ class Pipeline:
                 expected, scale=2
             ),
         }
+        if settings.decode_chunk is not None and settings.decode_chunk > 1:
+            one = argument("decode_chunk", 1)
+            helps[f"frames decoded one at a time ({one})"] = partial(
+                self.memory, replace(settings, decode_chunk=1)
+            )
         if recipe_of(self.source) is None:
             # On a CPU quantized weights are small only where they are kept so: with low memory.
             if self.backend.has_gpu():

@@ -338,17 +338,19 @@ def _spoilt_folder(path: Path, read: Run, largest: int = 200_000) -> Make:
 
 
 def configs(folder: Path) -> Make:
-    """Documents of diffusers folders: of a plain model, and of models that a picture leads."""
+    """Documents of diffusers folders: of a plain model, and of models that read a picture."""
     from golden_data import checkpoint
+    from svd_files import write_svd
 
     from mlxdiff.convert import describe
 
     diffusers_folder(folder / "model")
-    for name in ("unclip", "zero123"):
+    for name in ("unclip", "zero123", "marigold-depth"):
         shutil.copytree(checkpoint(name), folder / name)
+    write_svd(folder / "svd")
     spoilt = [
         _spoilt_folder(folder / name, lambda name=name: describe(folder / name))  # type: ignore[misc]
-        for name in ("model", "unclip", "zero123")
+        for name in ("model", "unclip", "zero123", "marigold-depth", "svd")
     ]
     return lambda chance: chance.choice(spoilt)(chance)
 
@@ -475,7 +477,7 @@ def tokenizers(folder: Path) -> Make:
 
 def pictures(folder: Path) -> Make:
     """Picture files of all formats, and of formats that must not be opened."""
-    from mlxdiff.pictures.image import load_image
+    from mlxdiff.pictures.image import load_image, load_levels
     from mlxdiff.pictures.metadata import read as read_metadata
 
     pixels = np.random.default_rng(0).integers(0, 256, (9, 13, 3), np.uint8)
@@ -504,6 +506,8 @@ def pictures(folder: Path) -> Make:
     def read() -> None:
         with suppress(MlxdiffError):
             read_metadata(bad)
+        with suppress(MlxdiffError):
+            assert load_levels(bad).ndim == 2
         assert load_image(bad).ndim == 3
 
     def make(chance: Chance) -> Run:
@@ -514,6 +518,40 @@ def pictures(folder: Path) -> Make:
             bad.write_bytes(_with_size(sources[0], chance))
         else:
             bad.write_bytes(spoil_bytes(chance.choice(sources), chance))
+        return read
+
+    return make
+
+
+def videos(folder: Path) -> Make:
+    """Animated pictures, and motion adapters in one file."""
+    from golden_data import checkpoint
+    from motion_files import original_names
+
+    from mlxdiff.convert import open_motion_adapter, open_source
+    from mlxdiff.pictures.videos import describe, encode_video, load_video
+
+    unet = open_source(checkpoint("sd15")).config("unet")
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 9, 13, 3), np.uint8)
+    frames = [Image.fromarray(one) for one in pixels]
+    sources = {name: encode_video(frames, name, 8) for name in (".gif", ".webp", ".png")}
+    save_file(original_names("v1", "sd15"), folder / "motion")
+    motion = (folder / "motion").read_bytes()
+
+    def make(chance: Chance) -> Run:
+        if chance.random() < 0.2:
+            path = folder / "bad.safetensors"
+            path.write_bytes(_with_header(motion, chance))
+            return lambda: open_motion_adapter(path, unet).tensors()
+        name = chance.choice(list(sources))
+        path = folder / f"bad{name}"
+        path.write_bytes(spoil_bytes(sources[name], chance))
+
+        def read() -> None:
+            with suppress(MlxdiffError):
+                describe(path)
+            assert load_video(path)[0].ndim == 3
+
         return read
 
     return make
@@ -1037,7 +1075,8 @@ PARSERS = {
         Parser(configs, 6_000, 60),
         Parser(manifests, 3_000, 30),
         Parser(tokenizers, 6_000, 60),
-        Parser(pictures, 10_000, 150),
+        Parser(pictures, 9_000, 150),
+        Parser(videos, 1_000, 40),
         Parser(schedulers, 2_000, 60),
         Parser(original_configs, 2_000, 60),
         Parser(metadata, 6_000, 150),

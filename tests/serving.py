@@ -79,11 +79,10 @@ class FakePipeline:
 
 
 class FakeRun:
-    """A run of a FakePipeline."""
-
-    settings = "of the run"
+    """A run of a FakePipeline: of a picture, or of a video for the prompt "video"."""
 
     def __init__(self, seed: int, options: Mapping[str, Any]) -> None:
+        self.settings = SimpleNamespace(frames=3 if options.get("prompt") == "video" else None)
         self.seed, self.options = seed, options
         self.size = options.get("width", 64), options.get("height", 64)
         self.image = Image.new("RGB", self.size, (seed % 256, 0, 0))

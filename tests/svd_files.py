@@ -128,12 +128,12 @@ def tensors(part: str) -> dict[str, np.ndarray]:
             values *= 0.5
         else:
             values *= 0.8 / np.sqrt(np.prod(shape[1:]))
-        found[name] = values.astype(np.float16).astype(np.float32)
+        found[name] = values
     if part == "vae":
         # Latents of about the size that the config's scale expects, and a small deviation.
         found["quant_conv.weight"][:4] *= 8
         found["quant_conv.bias"][4:] -= 4
-    return found
+    return {name: values.astype(np.float16).astype(np.float32) for name, values in found.items()}
 
 
 def write_svd(folder: Path) -> Path:

@@ -25,6 +25,7 @@ from mlxdiff.samplers import SAMPLERS, SCHEDULES
         (["version"], "type mlxdiff --version"),
         (["txt2img", "a cat"], "type mlxdiff generate"),
         (["quantize"], "type mlxdiff convert -q 4"),
+        (["pull", "sdxl"], "type mlxdiff generate -m MODEL"),
         (["models", "rm", "sdxl"], "type mlxdiff models remove"),
         (["models", "remov"], "did you mean mlxdiff models remove?"),
         (["models", "xyz"], "there are remove"),

@@ -22,6 +22,7 @@ from PIL import Image
 
 import mlxdiff
 from mlxdiff.cli import main
+from mlxdiff.convert import convert
 from mlxdiff.errors import ConfigError, UsageError
 from mlxdiff.pictures import maps
 from mlxdiff.pictures.image import load_levels
@@ -217,6 +218,18 @@ def test_what_model_index_says_counts(tmp_path: Path) -> None:
 def test_an_unknown_prediction_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="prediction_type is 'albedo'; expected depth or dispar"):
         mlxdiff.load(changed(tmp_path, "marigold-depth", prediction_type="albedo"))
+
+
+def test_converted_quantized_and_with_low_memory(tmp_path: Path, opened: Opened) -> None:
+    given = {"image": photo(30, 44), "seed": 0, "steps": 1}
+    expected = opened("marigold-depth").generate(**given)
+    convert(checkpoint("marigold-depth"), tmp_path / "float32", dtype="float32")
+    low = mlxdiff.load(tmp_path / "float32", backend="numpy", low_memory=True).generate(**given)
+    np.testing.assert_allclose(low.maps[0], expected.maps[0], atol=1e-4)
+    few = mlxdiff.load(tmp_path / "float32", backend="numpy", quantize=8).generate(**given)
+    assert np.abs(few.maps[0] - expected.maps[0]).mean() < 0.05
+    with pytest.raises(UsageError, match="one file cannot say that the model makes maps"):
+        convert(tmp_path / "float32", tmp_path / "x.safetensors", to="single")
 
 
 # ------------------------------------------------------------------------------- control pictures

@@ -19,6 +19,7 @@ import adapter_files
 import clip_files
 import control_files
 import lora_files
+import motion_files
 import pytest
 import svd_files
 import t2i_files
@@ -26,10 +27,12 @@ import upscaler_files
 from click.testing import CliRunner
 from golden_data import checkpoint, mask, photo
 from PIL import Image
+from safetensors.numpy import save_file
 from single_files import single_file
 
 import mlxdiff
 from mlxdiff.cli import main
+from mlxdiff.pictures.videos import encode_video
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -123,6 +126,11 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     t2i_files.write_t2i_adapter(here / "TencentARC/t2i-adapter-canny-sdxl-1.0", "xl", "sdxl")
     for name in ("CLIP", "openai/clip-vit-large-patch14"):
         clip_files.write_clip(here / name)
+    motion_files.write_motion(here / "guoyww/animatediff-motion-adapter-v1-5-2", "v2", "sd15")
+    frames = [Image.fromarray(photo(64, 64 + 8 * i)) for i in range(4)]
+    (here / "dance.gif").write_bytes(encode_video([f.resize((64, 64)) for f in frames], ".gif", 8))
+    zoom = motion_files.motion_lora("v2", "sd15")
+    save_file(zoom, here / "zoom-in.safetensors")
     (here / "labels.txt").write_text("cat\ndog\n", "utf-8")
     (here / "styles.toml").write_text('[mine]\nprompt = "{prompt}, ink"\n', "utf-8")
     enlarges = upscaler_files.write_upscaler("compact-x4.pth", here)

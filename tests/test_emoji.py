@@ -13,10 +13,12 @@ from PIL import Image
 import mlxdiff
 from examples.train_emoji import judge, world
 from mlxdiff.cli import main
+from mlxdiff.errors import ConfigError
+from mlxdiff.samplers.defaults import GUIDANCE, advised_guidance
 from mlxdiff.store.catalogue import SHIPPED, expand, suggestion
 
 EMOJI = SHIPPED["emoji"]
-DRAWING = {"seed": 0, "steps": 12, "guidance": 4.0}
+DRAWING = {"seed": 0, "steps": 12}
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +110,11 @@ def test_the_command_line_and_the_picture_that_tells_its_model(
     assert "sd1" in run("info", "emoji")
     assert "--guidance" in run("capabilities", "-m", "emoji")
     assert "emoji" in run("models", "--known")
+
+
+def test_the_guidance_that_a_model_advises(pipe: mlxdiff.Pipeline) -> None:
+    assert pipe.model.default_guidance == advised_guidance({GUIDANCE: 2.5}) == 2.5
+    assert advised_guidance({}) is None
+    for wrong in (True, "4", -1, 101, float("nan"), [4]):
+        with pytest.raises(ConfigError, match=r"_mlxdiff_guidance is .*; expected a number"):
+            advised_guidance({GUIDANCE: wrong})

@@ -164,6 +164,7 @@ def test_the_table_of_signals(stage: str, name: str, tmp_path: Path) -> None:
 
 
 def test_finished_pictures_of_an_interrupted_count_are_kept(tmp_path: Path) -> None:
+    """Case 09 of the public reports."""
     folder = tmp_path / "x"
     folder.mkdir()
     pid = started(folder, STAGES["draw"])
@@ -235,6 +236,7 @@ def test_a_lost_standard_error_loses_no_picture(tmp_path: Path) -> None:
 
 
 def test_names_that_standard_output_cannot_hold(tmp_path: Path) -> None:
+    """A case of the public reports: a standard output in cp1252."""
     environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
     found = command(tmp_path, "-o", "p-狐-{seed}.png", stdout=subprocess.PIPE, env=environment)
     assert found.returncode == 0, found.stderr

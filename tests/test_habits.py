@@ -88,7 +88,7 @@ def test_plain_prompts_are_left_alone(
 
 @pytest.mark.parametrize("form", ["bom", "crlf", "cr", "line separator", "stdin"])
 def test_prompt_files_of_other_systems(form: str, tmp_path: Path) -> None:
-    """Each is the same two prompts, byte for byte the same pictures."""
+    """Case 07. Each is the same two prompts, byte for byte the same pictures."""
     first = "a\u2028b\x0bc" if form == "line separator" else "a red circle"
     plain = f"{first}\na blue square\n"
     text = {
@@ -185,7 +185,8 @@ def test_a_sampler_by_another_name_is_the_sampler(opened: Opened) -> None:
     assert (settings.sampler, settings.schedule) == ("euler-a", "sgm-uniform")
     with pytest.raises(UsageError, match="names the schedule karras; leave trailing out"):
         pipe.settings("a", sampler="DPM++ 2M Karras", schedule="trailing")
-    with pytest.raises(UsageError, match=r"sampler is 'DPM adaptive'; expected one of auto"):
+    refused = r"sampler is 'DPM adaptive'; expected one of auto.* planned before it starts: take"
+    with pytest.raises(UsageError, match=refused):
         pipe.settings("a", sampler="DPM adaptive")
 
 
@@ -269,6 +270,7 @@ def test_the_address_of_a_hub_model_is_its_name() -> None:
 def test_an_expired_token_is_named(
     variable: str | None, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """Case 13."""
     from fake_hub import serve
 
     from mlxdiff.store.hub import resolve

@@ -82,6 +82,7 @@ def test_16_bit_grey_keeps_its_range(tmp_path: Path) -> None:
 def test_wide_grey_is_read_by_its_range(
     values: np.ndarray, suffix: str, expected: Any, tmp_path: Path
 ) -> None:
+    """Case 10 of the public reports."""
     path = tmp_path / f"wide{suffix}"
     if suffix == ".pgm":
         path.write_bytes(b"P5 3 1 65535\n" + values.astype(">u2").tobytes())

@@ -231,7 +231,7 @@ def test_a_turn(here: Path) -> None:
             said.append(picture.text["mlxdiff"])
     assert [json.loads(one)["azimuth"] for one in said] == [0.0, 120.0, 240.0]
     for arguments, says in (
-        (["-o", "turn.png"], "end the name in .gif or .webp"),
+        (["-o", "turn.jpg"], "end the name in .gif, .webp, .png or .mp4"),
         (["-o", "turn.gif"], "exists"),
         (["-o", "b.gif", "-b", "2"], "one turn around one object"),
     ):

@@ -64,7 +64,7 @@ def test_a_mask_of_any_kind_is_the_same_mask(tmp_path: Path, opened: Opened) -> 
 def test_a_mask_with_its_shape_in_its_alpha(
     opened: Opened, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What drawing programs save: a layer of white strokes; a picture with a hole."""
+    """Case 11. What drawing programs save: a layer of white strokes; a picture with a hole."""
     shape, pipe = mask("disc", 64, 64)[..., 0], opened("sd15")
     white, black = np.full((64, 64, 3), 255, np.uint8), np.zeros((64, 64, 3), np.uint8)
 

@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import mlxdiff
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -36,6 +40,11 @@ def test_convert_has_one_name_only() -> None:
     )
     assert run.returncode == 1
     assert "mlxdiff.convert" in run.stderr
+
+
+def test_pipelines_of_diffusers_are_answered() -> None:
+    with pytest.raises(AttributeError, match="has no StableDiffusionPipeline"):
+        mlxdiff.StableDiffusionPipeline  # noqa: B018
 
 
 def test_importing_mlxdiff_is_cheap() -> None:

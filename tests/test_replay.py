@@ -26,7 +26,7 @@ from PIL import Image, PngImagePlugin
 
 from mlxdiff.errors import UsageError
 from mlxdiff.pictures.image import save_png
-from mlxdiff.pictures.metadata import Metadata, read
+from mlxdiff.pictures.metadata import Metadata, exif, read
 
 _TOOLS = {"a1111": "automatic1111", "sd.cpp": "stable-diffusion.cpp"}
 
@@ -370,17 +370,30 @@ def _ours(prompt: str) -> list[Metadata]:
         {"hires": 2.0, "hires_strength": 0.5, "hires_upscaler": "lanczos"},
         {"loras": [{"name": "pastel.safetensors", "scale": 0.8, "short_hash": "0123456789ab"}]},
         {"vary": [1, 0.5], "rng": "gpu", "control_scale": [1.0, 0.5]},
+        {"strength": 0.75, "image": "photo.png", "mask": "5", "paste_original": True},
+        {"embeddings": [{"name": "x.safetensors", "token": "x", "sha256": "0" * 64}]},
+        {"seamless": "xy", "step_noise": "brownian", "guider": "pag:scale=3"},
     ]
     return [Metadata(**{**vars(plain), "extra": extra}) for extra in extras]
 
 
+def _saved(folder: Path, drawn: Metadata, number: int, suffix: str) -> Path:
+    """Write a picture as a run does."""
+    path = folder / f"{number}.{suffix}"
+    if suffix == "png":
+        save_png(np.zeros((64, 64, 3), np.uint8), path, drawn.chunks())
+    else:
+        Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(path, exif=exif(drawn))
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])  # it reads no WebP
 @pytest.mark.parametrize("prompt", _PROMPTS)
-def test_sd_parsers_agrees(prompt: str, tmp_path: Path) -> None:
+def test_sd_parsers_agrees(prompt: str, suffix: str, tmp_path: Path) -> None:
     """Case 20."""
     sd_parsers = pytest.importorskip("sd_parsers")
     for number, drawn in enumerate(_ours(prompt)):
-        path = tmp_path / f"{number}.png"
-        save_png(np.zeros((64, 64, 3), np.uint8), path, drawn.chunks())
+        path = _saved(tmp_path, drawn, number, suffix)
         found = sd_parsers.ParserManager().parse(path)
         sampler = found.samplers[0]
         tags = " <lora:pastel:0.8>" if "loras" in drawn.extra else ""
@@ -395,13 +408,13 @@ def test_sd_parsers_agrees(prompt: str, tmp_path: Path) -> None:
             assert str(strength) in said.values()
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
 @pytest.mark.parametrize("prompt", _PROMPTS)
-def test_sd_prompt_reader_agrees(prompt: str, tmp_path: Path) -> None:
+def test_sd_prompt_reader_agrees(prompt: str, suffix: str, tmp_path: Path) -> None:
     """Case 20."""
     module = pytest.importorskip("sd_prompt_reader.image_data_reader")
     for number, drawn in enumerate(_ours(prompt)):
-        path = tmp_path / f"{number}.png"
-        save_png(np.zeros((64, 64, 3), np.uint8), path, drawn.chunks())
+        path = _saved(tmp_path, drawn, number, suffix)
         found = module.ImageDataReader(path)
         tags = " <lora:pastel:0.8>" if "loras" in drawn.extra else ""
         assert found.tool == "A1111 webUI"

@@ -227,6 +227,7 @@ def thread_matrix(pipe: mlxdiff.Pipeline, runs: int) -> None:
 
 
 def test_threads_with_loras_in_their_prompts(loras: Path) -> None:
+    """Case 06 of the public reports."""
     thread_matrix(load("numpy", loras), 4)
 
 
@@ -274,6 +275,7 @@ def _draw_in_a_fork(queue: Any, pipe: mlxdiff.Pipeline) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a system that forks")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_process_draws_or_is_refused(backend: str, loras: Path) -> None:
+    """Case 16 of the public reports."""
     pipe = load(backend, loras)
     expected = pipe.generate(PLAIN, seed=1, **QUICK).images[0].tobytes()
     context = multiprocessing.get_context("fork")
@@ -395,6 +397,7 @@ def test_names_of_other_libraries_are_answered(loras: Path) -> None:
 def test_numpy_numbers_are_numbers(
     given: dict[str, Any], plain: dict[str, Any], loras: Path
 ) -> None:
+    """Case 12 of the public reports."""
     pipe = load("numpy", loras)
     base = {"seed": 1, **QUICK}
     found = pipe.generate("a", **base | given)

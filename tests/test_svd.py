@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from golden_data import GOLDEN, assert_latents_close, assert_picture_close, photo
-from svd_files import write_svd
+from safetensors.numpy import load_file
+from svd_files import tensors, write_svd
 
 import mlxdiff
 from mlxdiff.convert import convert, describe
@@ -112,9 +113,17 @@ def test_converted_quantized_and_with_low_memory(
 ) -> None:
     expected = pipe_of("numpy").generate(**SMALL, count=2)
     convert(folder, tmp_path / "float32", dtype="float32")
+    convert(tmp_path / "float32", tmp_path / "back", dtype="float32", to="diffusers")
+    for part in ("unet", "vae"):
+        file = tmp_path / "back" / part / "diffusion_pytorch_model.safetensors"
+        written, original = load_file(file), tensors(part)
+        assert written.keys() == original.keys()
+        assert all(np.array_equal(written[name], original[name]) for name in original)
     low = mlxdiff.load(tmp_path / "float32", backend="numpy", low_memory=True)
     result = low.generate(**SMALL, count=2)
     assert_latents_close(result.latents, expected.latents)
+    with pytest.raises(UsageError, match="cannot be written in one file"):
+        convert(folder, tmp_path / "x.safetensors", to="single")
     few = mlxdiff.load(folder, backend="numpy", quantize=8).generate(**SMALL)
     assert np.abs(few.latents - expected.latents[:1]).max() < 0.1 * expected.latents.std()
 
@@ -127,6 +136,26 @@ def test_memory_grows_with_the_frames(pipe_of: Callable[[str], Pipeline]) -> Non
     )
     assert many["unet"] > few["unet"] + 2e6
     assert many["vae"] > 2 * chunked["vae"]
+
+
+def test_large_frames_are_seen_one_at_a_time(
+    pipe_of: Callable[[str], Pipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = pipe_of("numpy").model.component("vae")
+    z = np.random.default_rng(0).standard_normal((3, 4, 4, 4)).astype(np.float32)
+    together = vae.decode(z)
+    monkeypatch.setattr("mlxdiff.networks.spatio_temporal.LARGE", 1)
+    np.testing.assert_allclose(vae.decode(z), together, atol=1e-5)
+
+
+def test_what_helps_names_the_chunk(pipe_of: Callable[[str], Pipeline]) -> None:
+    pipe = pipe_of("numpy")
+    pipe.limit_memory(0.125)
+    try:
+        with pytest.raises(UsageError, match="frames decoded one at a time"):
+            pipe.settings(**SMALL | {"frames": 16})
+    finally:
+        pipe.limit_memory(None)
 
 
 def test_smoothing_reflects_at_the_edges() -> None:

@@ -379,7 +379,7 @@ def test_steps_and_results_of_videos(pipe: Pipeline) -> None:
 def test_the_command_writes_videos(tmp_path: Path, opened: Opened) -> None:
     adapter = opened.motion_adapter("sd15", "v2")
     words = ["generate", "a cat", "-m", str(checkpoint("sd15")), "--motion-adapter", str(adapter)]
-    words += "--frames 3 -W 32 -H 32 --steps 1 -s 1 --backend numpy --quiet".split()
+    words += "--frames 3 -W 32 -H 32 --steps 2 -s 1 --backend numpy --quiet".split()
     path = tmp_path / "cat.gif"
     done = CliRunner().invoke(main, [*words, "-o", str(path), "--json"])
     assert done.exit_code == 0, done.output

@@ -31,25 +31,30 @@ FONT = ImageFont.load_default(15)
 
 
 def sheet(
-    rows: Sequence[tuple[str, Sequence[Image.Image]]], titles: Sequence[str], left: int = 0
+    rows: Sequence[tuple[str, Sequence[Image.Image]]],
+    titles: Sequence[str],
+    left: int = 0,
+    size: int = SIZE,
+    filter: Image.Resampling = Image.Resampling.NEAREST,
 ) -> Image.Image:
     """Return rows of pictures with a title above each column and at the left of each row."""
-    width = left + len(titles) * (SIZE + EDGE) + EDGE
-    height = TITLE + len(rows) * (SIZE + EDGE) + EDGE
+    width = left + len(titles) * (size + EDGE) + EDGE
+    height = TITLE + len(rows) * (size + EDGE) + EDGE
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
     for column, title in enumerate(titles):
-        x = left + EDGE + column * (SIZE + EDGE)
-        draw.text((x + SIZE // 2, TITLE // 2 + 2), title, "black", FONT, anchor="mm")
+        x = left + EDGE + column * (size + EDGE)
+        draw.text((x + size // 2, TITLE // 2 + 2), title, "black", FONT, anchor="mm")
     for index, (name, pictures) in enumerate(rows):
-        y = TITLE + index * (SIZE + EDGE)
+        y = TITLE + index * (size + EDGE)
         if left:
-            draw.text((EDGE, y + SIZE // 2), name, "black", FONT, anchor="lm")
+            draw.text((EDGE, y + size // 2), name, "black", FONT, anchor="lm")
         for column, picture in enumerate(pictures):
-            times = SIZE / max(picture.size)
-            size = round(picture.width * times), round(picture.height * times)
-            large = picture.resize(size, Image.Resampling.NEAREST)
-            x = left + EDGE + column * (SIZE + EDGE)
+            times = size / max(picture.size)
+            large = picture.resize(
+                (round(picture.width * times), round(picture.height * times)), filter
+            )
+            x = left + EDGE + column * (size + EDGE)
             draw.rectangle((x - 1, y - 1, x + large.width, y + large.height), outline="gray")
             canvas.paste(large, (x, y))
     return canvas
@@ -172,6 +177,31 @@ def judge(pipe: mlxdiff.Pipeline) -> Image.Image:
     return sheet([("", drawn)], titles)
 
 
+EMOJI = (
+    ("a fox in a meadow", "a cat at night", "a rocket at night", "a penguin in the snow"),
+    ("a whale in the sea", "a lion at sunset", "a turtle on the beach", "a small house on green"),
+    ("a pizza on blue", "a strawberry on pink", "a robot on yellow", "a unicorn on purple"),
+)
+
+
+def emoji(pipe: mlxdiff.Pipeline) -> Image.Image:
+    """Draw each prompt once, with seed 0 and the model's defaults: nothing is picked."""
+    opened = mlxdiff.load("emoji")
+    rows = [
+        sheet(
+            [("", [opened.generate(one, seed=0).images[0] for one in prompts])],
+            prompts,
+            size=192,
+            filter=Image.Resampling.LANCZOS,
+        )
+        for prompts in EMOJI
+    ]
+    canvas = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
+    for index, row in enumerate(rows):
+        canvas.paste(row, (0, index * row.height))
+    return canvas
+
+
 SHEETS: dict[str, Callable[[mlxdiff.Pipeline], Image.Image]] = {
     "seeds": seeds,
     "guidance": guidance,
@@ -184,6 +214,7 @@ SHEETS: dict[str, Callable[[mlxdiff.Pipeline], Image.Image]] = {
     "styles": styles,
     "previews": previews,
     "judge": judge,
+    "emoji": emoji,
 }
 
 
@@ -192,7 +223,7 @@ def main() -> None:
     pipe = mlxdiff.load()
     for name in sys.argv[1:] or SHEETS:
         path = FOLDER / f"{name}.png"
-        SHEETS[name](pipe).quantize(128).save(path, optimize=True)
+        SHEETS[name](pipe).quantize(256 if name == "emoji" else 128).save(path, optimize=True)
         print(path.name, path.stat().st_size, flush=True)
 
 

@@ -42,9 +42,10 @@ def options_page() -> str:
         lines += ["", f"## {section}", "", "| option | in Python | what it does | elsewhere |"]
         lines += ["|---|---|---|---|"]
         for one in found:
-            flags = ", ".join(f"`{flag}`" for flag in one.flags) or "-"
+            flags = ", ".join(f"`{flag}`{{ .whole }}" for flag in one.flags) or "-"
             elsewhere = ", ".join(f"`{name}`" for name in one.elsewhere)
-            lines.append(f"| {flags} | `{one.name}` | {_cell(one.help or one.doc)} | {elsewhere} |")
+            name, what = f"`{one.name}`{{ .whole }}", _cell(one.help or one.doc)
+            lines.append(f"| {flags} | {name} | {what} | {elsewhere} |")
     return "\n".join(lines) + "\n"
 
 

@@ -125,7 +125,9 @@ def score(pictures, asked, ground: bool = True) -> dict[str, float]:
     return dict(zip(names, np.mean(np.array(rows, float), 0).tolist(), strict=True))
 
 
-def drawn(model: str, asked, steps: int, guidance: float, first_seed: int = 0) -> list[np.ndarray]:
+def drawn(
+    model: str, asked, steps: int, guidance: float | None, first_seed: int = 0
+) -> list[np.ndarray]:
     import mlxdiff
 
     pipe = mlxdiff.load(model, backend="numpy")
@@ -156,7 +158,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="name or folder; none: true pictures")
     parser.add_argument("--count", type=int, default=4 * len(world.KINDS), help="prompts a row")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, help="default: the model's own")
     parser.add_argument("--sheet", metavar="PNG", help="draw 48 unpicked prompts instead")
     args = parser.parse_args()
     if args.sheet:

@@ -9,6 +9,7 @@ See README.md for the whole order. Every stage is resumable: run the same comman
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -151,11 +152,17 @@ def unet(args) -> None:
     common.launch(train_unet.train_worker, settings, args.processes)
 
 
+GUIDANCE = 2.5  # the default scale of the finished model; more roughens its grounds
+
+
 def assemble(args) -> None:
     """Write the pipeline as a diffusers folder, at any time during the run."""
     run, decoder = args.run, args.run / "decoder/vae"
     vae = decoder if decoder.exists() else run / "vae/vae"
     train_unet.assemble(run / "unet", vae, run / "text", run / "model", build_unet(), world.words())
+    config = run / "model/scheduler/scheduler_config.json"
+    values = json.loads(config.read_text()) | {"_mlxdiff_guidance": GUIDANCE}
+    config.write_text(json.dumps(values, indent=2) + "\n")
 
 
 STAGES = {

@@ -614,6 +614,11 @@ def _few(names: Sequence[str], count: int = 10) -> str:
     return ", ".join(map(shown, names[:count])) + (", ..." if len(names) > count else "")
 
 
+def configs_of(model: ModelSource) -> dict[str, Any]:
+    """The configs of the networks that a LoRA can change: the U-Net and the text encoders."""
+    return {name: model.config(name) for name in model.components if name in _PARTS}
+
+
 def open_all(given: Iterable[Given], configs: Mapping[str, Any], family: str) -> tuple[Lora, ...]:
     """Open all given LoRAs and match them to a model. Raises: UsageError, CheckpointError."""
     if isinstance(given, (str, bytes, os.PathLike)):
@@ -687,7 +692,7 @@ class Baking:
                 f"{model.path}: is quantized, and a LoRA in its weights would be rounded away; "
                 f"convert the original with the LoRA and {argument('quantize')}"
             )
-        configs = {name: model.config(name) for name in model.components if name != "vae"}
+        configs = configs_of(model)
         return cast(ModelSource, _Baked(model, open_all(self.given, configs, model.family)))
 
 

@@ -25,8 +25,8 @@ _COMMANDS = {
     "schedulers": "samplers",
     "list": "models",
     "ls": "models",
-    "pull": "models --known",
-    "download": "models --known",
+    "pull": 'generate -m MODEL "..."',  # a model is fetched when it is first used
+    "download": 'generate -m MODEL "..."',
     "benchmark": "bench",
     "rm": "remove",
     "delete": "remove",
@@ -96,13 +96,13 @@ def misplaced_option(ctx: click.Context, name: str, words: Sequence[str]) -> str
         ctx: of the group.
         words: all that was typed behind its name.
     """
-    if _OPTIONS.get(name) in (one for p in ctx.command.params for one in p.opts):
-        return f"there is no option {name}; it is {_OPTIONS[name]} here"
+    if (here := _OPTIONS.get(name)) and any(here in p.opts for p in ctx.command.params):
+        return f"there is no option {name}; it is {here} here"
     group = ctx.command
     assert isinstance(group, click.Group)
     if (command := group.get_command(ctx, "generate")) is None:
         return None
-    if name not in (one for p in command.params for one in p.opts):
+    if not any(name in p.opts for p in command.params):
         return None
     return f"{name} stands behind the command: {ctx.command_path} generate {shlex.join(words)}"
 
@@ -131,9 +131,12 @@ def _prompt(words: Sequence[str]) -> str:
     """The words before the first option as one prompt, quoted for a shell; then the rest."""
     plain = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     rest = f" {shlex.join(words[plain:])}" if plain < len(words) else ""
-    text = " ".join(words[:plain])
-    quoted = f'"{text}"' if not set(text) & set('"$`\\!') else shlex.quote(text)
-    return quoted + rest
+    return quoted_for_shell(" ".join(words[:plain])) + rest
+
+
+def quoted_for_shell(text: str) -> str:
+    """Return a prompt as a shell takes it, in double quotes where they do."""
+    return f'"{text}"' if not set(text) & set('"$`\\!') else shlex.quote(text)
 
 
 def explained(error: click.UsageError, command: click.Command, args: Sequence[str]) -> str | None:

@@ -100,7 +100,8 @@ def bench(
 
         def on_step(step: Any) -> None:
             if not quiet:
-                streams.show(f"step {step.index + 1} of {step.total}, {step.seconds:.2f} s")
+                say = streams.show if streams.is_terminal() else streams.tell
+                say(f"step {step.index + 1} of {step.total}, {step.seconds:.2f} s")
 
         record = run(
             open_pipeline,

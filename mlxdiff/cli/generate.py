@@ -10,6 +10,7 @@ import click
 
 from mlxdiff.cli import common_options, show_notes
 from mlxdiff.cli import loras as lora_options
+from mlxdiff.cli.advice import quoted_for_shell
 from mlxdiff.cli.options import given_to, table_options
 from mlxdiff.cli.replay import clip_skip_for_sdxl, replayed
 from mlxdiff.cli.sections import SectionedCommand
@@ -49,6 +50,8 @@ def generate(text: str | None, quiet: bool, **given: Any) -> None:
     recorded = asked.pop("prompt", None)
     asked = {name: value for name, value in asked.items() if value not in (None, (), [])}
 
+    _check_prompt(prompt or command.prompt_file, asked.get("model"))
+
     from mlxdiff.backends.processes import started_together
     from mlxdiff.cli import batch, turntable
     from mlxdiff.cli.output import Output
@@ -87,6 +90,15 @@ def generate(text: str | None, quiet: bool, **given: Any) -> None:
     if failed:
         raise UsageError(
             f"{failed} of {len(jobs)} jobs could not be drawn; {saved} pictures are saved"
+        )
+
+
+def _check_prompt(given: Any, model: Any) -> None:
+    """Raise UsageError if there is none, and the model looks like one."""
+    if not given and " " in str(model) and not Path(str(model)).exists():
+        raise UsageError(
+            f"no prompt is given, and there is no model {model!r}; if that is the prompt, give it "
+            f"without -m: mlxdiff generate {quoted_for_shell(str(model))}"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +10,13 @@ from typing import Any
 from mlxdiff.batch.jobs import Axis, Job, make_axis
 from mlxdiff.cli.streams import tell
 from mlxdiff.errors import UsageError, argument
-from mlxdiff.pictures.formats import ANIMATIONS, ending
+from mlxdiff.pictures.formats import ending
 from mlxdiff.pictures.image import check_writable, load_image, to_image, write_bytes
+from mlxdiff.pictures.videos import ANIMATED, encode_video, require_writer
 from mlxdiff.run.options import CommandOptions
 
-VIEW_MS = 100
-"""Milliseconds of each view in the animation."""
+FPS = 10.0
+"""Views a second in the animation."""
 
 
 def axis(views: int, options: Mapping[str, Any]) -> Axis:
@@ -42,13 +42,15 @@ def places(command: CommandOptions, seed: int) -> tuple[CommandOptions, Path]:
     Raises: UsageError if ``--output`` names no animation, or it cannot be written.
     """
     path = Path(command.output or f"mlxdiff-{seed}.gif").expanduser()
-    if ending(path) not in ANIMATIONS or "{" in str(path):
+    if ending(path) not in ANIMATED or "{" in str(path):
+        *others, last = ANIMATED
         raise UsageError(
             f"{argument('output')} {path}: {argument('turntable')} writes an animation; end the "
-            f"name in {' or '.join(ANIMATIONS)}, without braces (the views are written beside it, "
-            "as .png)"
+            f"name in {', '.join(others)} or {last}, without braces (the views are written beside "
+            "it, as .png)"
         )
-    check_writable(path, command.force or command.resume, tuple(ANIMATIONS))
+    require_writer(path)
+    check_writable(path, command.force or command.resume, ANIMATED)
     return replace(command, output=str(path.with_suffix("")) + "-{index}.png"), path
 
 
@@ -62,14 +64,6 @@ def write(path: Path, views: Mapping[int, Path], overwrite: bool) -> None:
     frames = [to_image(load_image(views[index])) for index in sorted(views)]
     if not frames:
         return
-    encoded, (first, *rest) = io.BytesIO(), frames
-    first.save(
-        encoded,
-        format=ANIMATIONS[ending(path)],
-        save_all=True,
-        append_images=rest,
-        duration=VIEW_MS,
-        loop=0,
-    )
-    write_bytes(encoded.getvalue(), path, overwrite)
+    encoded = encode_video(frames, ending(path), FPS)
+    write_bytes(encoded, path, overwrite)
     tell(f"The turn is {path}")

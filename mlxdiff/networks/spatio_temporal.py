@@ -14,6 +14,8 @@ models/autoencoders/autoencoder_kl_temporal_decoder.py.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 from mlxdiff.networks.blocks import (
@@ -43,6 +45,10 @@ from mlxdiff.networks.unet import (
 from mlxdiff.networks.vae import AutoencoderKL
 
 GROUPS = 32  # of all norms
+LARGE = 1 << 24
+"""Values of a frame from which on layers see one frame at a time, where they can (the VAE)."""
+AMONG_FRAMES = re.compile(r"\.temporal_res_block\.conv\d\.weight$|\.time_conv_out\.weight$")
+"""Names of the weights of convolutions among frames."""
 
 
 class TimeMixer(Module):
@@ -110,10 +116,36 @@ def among_frames(nn: Layers, convolution: Layer, x: Array, frames: int) -> Array
     Returns: (B * F, H, W, C').
     """
     rows, height, width, channels = x.shape
-    h = x.reshape(rows // frames, frames, height * width, channels)
-    h = nn.pad(h, [(0, 0), (1, 1), (0, 0), (0, 0)])
-    h = nn.concatenate([h[:, :-2], h[:, 1:-1], h[:, 2:]], axis=-1)
-    return convolution(h.reshape(-1, 3 * channels)).reshape(rows, height, width, -1)
+    videos, places = rows // frames, height * width
+    h = x.reshape(videos, frames, places, channels)
+    if places * channels < LARGE:
+        h = nn.pad(h, [(0, 0), (1, 1), (0, 0), (0, 0)])
+        h = nn.concatenate([h[:, :-2], h[:, 1:-1], h[:, 2:]], axis=-1)
+        return convolution(h.reshape(-1, 3 * channels)).reshape(rows, height, width, -1)
+    nothing, parts = 0 * h[:, 0], []
+    for i in range(frames):
+        near = (h[:, n] if 0 <= n < frames else nothing for n in (i - 1, i, i + 1))
+        seen = nn.concatenate([*near], axis=-1)
+        part = convolution(seen.reshape(-1, 3 * channels)).reshape(videos, 1, places, -1)
+        nn.evaluate(part)
+        parts.append(part)
+    return nn.concatenate(parts, axis=1).reshape(rows, height, width, -1)
+
+
+def one_by_one(nn: Layers, layer: Callable[[Array], Array], x: Array) -> Array:
+    """Apply a layer that sees each frame alone: to all at once, or to one large one at a time.
+
+    Args:
+        x: (F, H, W, C).
+    """
+    rows, height, width, channels = x.shape
+    if rows == 1 or height * width * channels < LARGE:
+        return layer(x)
+    parts = []
+    for i in range(rows):
+        parts.append(layer(x[i : i + 1]))
+        nn.evaluate(parts[-1])
+    return nn.concatenate(parts)
 
 
 class SpatioTemporalResBlock(Module):
@@ -145,8 +177,10 @@ class SpatioTemporalResBlock(Module):
         self.time_mixer = TimeMixer(nn, turned)
 
     def __call__(self, x: Array, temb: Condition | None, frames: int = 1) -> Array:
-        frames = frames if temb is None else temb.frames.count
-        x = self.spatial_res_block(x, temb)
+        if temb is None:
+            x = one_by_one(self.nn, self.spatial_res_block, x)
+        else:
+            x, frames = self.spatial_res_block(x, temb), temb.frames.count
         return self.time_mixer(x, self.temporal_res_block(x, frames, temb))
 
 
@@ -385,7 +419,7 @@ class UpBlockTemporalDecoder(Module):
         for resnet in self.resnets:
             x = resnet(x, None, frames)
         for upsampler in self.upsamplers:
-            x = upsampler(x)
+            x = one_by_one(self.nn, upsampler, x)
         return x
 
 
@@ -421,7 +455,7 @@ class TemporalDecoder(Module):
         x = self.mid_block(self.conv_in(z), frames)
         for block in self.up_blocks:
             x = block(x, frames)
-        x = self.conv_out(self.conv_norm_out.silu(x))
+        x = one_by_one(self.nn, lambda frame: self.conv_out(self.conv_norm_out.silu(frame)), x)
         return among_frames(self.nn, self.time_conv_out, x, frames)
 
 

@@ -207,7 +207,7 @@ class UNetMidBlock2DCrossAttn(Module):
         return x
 
 
-def _moved(block: Module, index: int, x: Array, text: Condition | None) -> Array:
+def _moved(block: Any, index: int, x: Array, text: Condition | None) -> Array:
     """The output of a layer after its motion module, where the block has them."""
     if not block.motion_modules or text is None:
         return x
@@ -238,7 +238,7 @@ def _in_parts(
 
 
 def _joined_resnet(
-    block: Module,
+    block: Any,
     index: int,
     x: Array,
     skips: list[Array],

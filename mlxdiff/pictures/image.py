@@ -7,6 +7,7 @@ Rounding follows diffusers' image_processor.py, so that equal latents give equal
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -567,8 +568,10 @@ def require_right_to_write(folder: str | os.PathLike[str]) -> None:
         with temporary_file(Path(folder)) as (_, file):
             file.write(bytes(_TRIAL))
     except (OSError, ValueError) as error:
+        is_full = getattr(error, "errno", None) in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
         raise UsageError(
-            f"{folder}: cannot be written to ({_reason(error)}); make room or choose another folder"
+            f"{Path(folder).absolute()}: cannot be written to ({_reason(error)}); "
+            f"{'make room or ' if is_full else ''}choose another folder"
         ) from error
 
 

@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import re
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath, PureWindowsPath
@@ -65,6 +66,7 @@ _LORA_TAG = re.compile(rf"<lora:[^<>:]{{1,300}}:{_SCALE}(?::{_SCALE})?>$")
 
 MAKER = "mlxdiff\0"
 """Begins our note in EXIF's MakerNote, and in the comment of a GIF."""
+_LONG, _UNDEFINED = 4, 7  # types of EXIF
 
 
 @dataclass(frozen=True)
@@ -525,8 +527,16 @@ def exif(metadata: Metadata, most: int | None = None) -> bytes:
 
 
 def _exif(fields: dict[int, bytes]) -> bytes:
-    from PIL import Image
+    """Encode tags of EXIF's inner part, with the type "undefined" as the standard has these tags.
 
-    made = Image.Exif()
-    made.get_ifd(EXIF_PART).update(fields)
-    return made.tobytes()
+    Pillow writes them as lists of numbers, and A1111 and others then read no text.
+    """
+    entries, data = b"", b""
+    begin = 26 if fields else 8  # after the header and the outer part, of one entry
+    place = begin + 6 + 12 * len(fields)
+    for tag, value in sorted(fields.items()):
+        entries += struct.pack(">HHII", tag, _UNDEFINED, len(value), place + len(data))
+        data += value + bytes(len(value) % 2)
+    outer = struct.pack(">HHHIII", 1, EXIF_PART, _LONG, 1, begin, 0) if fields else b""
+    inner = struct.pack(">H", len(fields)) + entries + bytes(4)
+    return b"Exif\0\0MM\0*\0\0\0\x08" + outer + inner + data

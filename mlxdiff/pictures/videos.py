@@ -97,7 +97,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 def _animation_facts(path: Path) -> dict[str, Any]:
     with open_picture(path) as picture:
-        count = getattr(picture, "n_frames", 1)
+        count = _count(picture, path)
         if count < 2:
             return {}
         seen = min(count, MOST_FRAMES)
@@ -108,6 +108,14 @@ def _animation_facts(path: Path) -> dict[str, Any]:
         mean = sum(durations) / seen
         facts = {"width": picture.width, "height": picture.height, "frames": count}
         return facts | ({"fps": round(1000 / mean, 2)} if mean > 0 else {})
+
+
+def _count(picture: Image.Image, path: Path) -> int:
+    """The number of frames. Raises: UsageError for a damaged file."""
+    try:
+        return int(getattr(picture, "n_frames", 1))
+    except Exception as error:  # a damaged file can make Pillow's readers raise anything
+        raise UsageError(f"{path}: cannot be decoded ({one_line(error)})") from error
 
 
 def _duration(picture: Image.Image, index: int) -> float:
@@ -164,7 +172,7 @@ def _pictures_of(folder: Path) -> list[Path]:
 
 def _animation(path: Path) -> Iterator[np.ndarray]:
     with open_picture(path) as picture:
-        for index in range(getattr(picture, "n_frames", 1)):
+        for index in range(_count(picture, path)):
             try:
                 picture.seek(index)
                 frame = picture.copy() if index else picture

@@ -154,8 +154,9 @@ def arithmetic(pipe: Pipeline, settings: Settings) -> dict[str, Any]:
             count["step"] = multiply_adds(config, height, width, batch=batch)
         elif name == "vae":
             count["vae"] = multiply_adds(model.vae_config, height, width)
-        else:  # one text at a time
-            count["text_encoder"] = count.get("text_encoder", 0) + batch * multiply_adds(config)
+        else:  # one text at a time; a picture once
+            runs = batch if name.startswith("text_encoder") else 1
+            count["text_encoder"] = count.get("text_encoder", 0) + runs * multiply_adds(config)
     return {
         "batch": batch,
         "multiply_adds": count,

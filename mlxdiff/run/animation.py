@@ -76,7 +76,7 @@ class AnimatingKind(LatentKind):
 
     def _check(self) -> None:
         source, unet, latent = self.source, self.unet_config, self.vae_config.latent_channels
-        self.animates, self.edits, self.varies = True, False, False
+        self.edits = False
         if (unet.in_channels, unet.out_channels) != (2 * latent, latent):
             raise ConfigError(
                 f"{source.path}: its U-Net takes {unet.in_channels} channels and gives "

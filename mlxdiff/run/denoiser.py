@@ -503,7 +503,8 @@ def _timeline(model: Model, settings: Settings) -> list[tuple[int, PromptEmbeddi
     if model.animates:
         return [(settings.evaluations, animation.picture_prompt(model, settings))]
     if model.is_led and model.lacks("prompt"):
-        return [(settings.evaluations, image_led.picture_prompt(model, settings))]
+        token = PromptEmbeddings(*image_led.picture_prompt(model, settings))
+        return [(settings.evaluations, token)]
     return model.prompt_timeline(
         settings.prompts[0][0],
         settings.negative_prompt,

@@ -23,7 +23,7 @@ from mlxdiff.pictures.image import load_with_alpha, on_white, to_clip, to_clip_a
 from mlxdiff.store.folder import CC_PROJECTION, IMAGE_ENCODER, IMAGE_NORMALIZER, ModelSource
 
 if TYPE_CHECKING:
-    from mlxdiff.run.model import Model, PromptEmbeddings
+    from mlxdiff.run.model import Model
     from mlxdiff.run.options import RunOptions
     from mlxdiff.run.seeds import Draws
     from mlxdiff.run.settings import Settings
@@ -170,17 +170,19 @@ def embedding(model: Model, settings: Settings) -> np.ndarray:
     return found
 
 
-def picture_prompt(model: Model, settings: Settings) -> PromptEmbeddings:
-    """What a model without text reads in its place: one token of the picture, and zeros."""
-    from mlxdiff.run.model import PromptEmbeddings
+def picture_prompt(model: Model, settings: Settings) -> tuple[np.ndarray, np.ndarray | None]:
+    """What a model without text reads in its place.
 
+    Returns: one token of the picture, (1, 1, D) float32; zeros for the negative prompt, None
+        without guidance.
+    """
     token = embedding(model, settings)
     if model.turns:
         projection, backend = model.take(CC_PROJECTION), model.backend
         joined = np.concatenate([token, pose(settings)], axis=-1)
         token = backend.to_numpy(projection(backend.asarray(joined)))
     token = token[:, None]
-    return PromptEmbeddings(token, np.zeros_like(token) if settings.guides(model) else None)
+    return token, np.zeros_like(token) if settings.guides(model) else None
 
 
 class Leading:

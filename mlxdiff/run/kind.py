@@ -19,6 +19,7 @@ from mlxdiff.errors import ConfigError, UsageError, argument, quoted
 from mlxdiff.networks.config import (
     UNet2DConditionConfig,
     UNet2DConfig,
+    UNetSpatioTemporalConfig,
     VAEConfig,
 )
 from mlxdiff.run import image_led
@@ -247,7 +248,8 @@ class LatentKind(Kind):
         )
         self.inpaints = unet.in_channels == 2 * latent + 1
         self.turns = CC_PROJECTION in source.components
-        self.varies = not self.text_encoders and not self.turns
+        self.animates = isinstance(unet, UNetSpatioTemporalConfig)
+        self.varies = not (self.text_encoders or self.turns or self.animates)
         self.unclips = unet.class_embed_type == "projection"
         self.tells_elevation = self.turns and image_led.is_stable_zero123(source)
         self.edits = (
@@ -311,7 +313,11 @@ class LatentKind(Kind):
 
     @property
     def default_guidance(self) -> float:
-        """Guidance scale of the reference pipeline for this kind of model; 0 for Turbo."""
+        """Guidance scale that the model advises, else that of the reference pipeline for its kind;
+        0 for Turbo."""
+        advised = samplers.advised_guidance(self.source.scheduler_config)
+        if advised is not None:
+            return advised
         if self.unet_config.time_cond_proj_dim is not None:
             return 8.5
         if samplers.is_turbo(self.source.scheduler_config):

@@ -83,7 +83,15 @@ Interval = Annotated[tuple[float, float], values.Numbers("START,END", values.Num
 Borders = Annotated[
     tuple[int, int, int, int], values.Numbers("LEFT,TOP,RIGHT,BOTTOM", values.Whole(least=0))
 ]
-Sampler = Annotated[str, values.Choice(samplers.NAMES, spelled=samplers.spelled)]
+Sampler = Annotated[
+    str,
+    values.Choice(
+        samplers.NAMES,
+        hint=". DPM adaptive finds its steps on the way, and a run here is planned before it "
+        "starts: take dpmpp-2m with 30 steps",
+        spelled=samplers.spelled,
+    ),
+]
 Schedule = Annotated[str, values.Choice(samplers.SCHEDULES, spelled=samplers.find_schedule)]
 Sigmas = Annotated[tuple[float, ...], values.NumberList(values.Number(least=0))]
 Guider = Annotated[str, values.Worded(guiders.parse, tuple(guiders.GUIDERS))]
@@ -1114,7 +1122,7 @@ class CommandOptions(Options):
         "--turntable",
         metavar="N",
         help="Zero-1-to-3: draw N views around the object, and write them as an animation (.gif, "
-        ".webp), the views beside it.",
+        ".webp, .png, .mp4), the views beside it.",
     )
     output: Text | None = _command(
         "-o",

@@ -413,10 +413,11 @@ def _resolve_text(
     check(model, refiner, asked)
     drawn, footage = _video(model, asked)
     interval = checked_interval(asked.guidance_interval)
+    pixels: np.ndarray | None = None
     if footage is not None:
         pixels = footage[0]
-    else:
-        pixels = None if asked.image is None else load_image(asked.image)
+    elif asked.image is not None:
+        pixels = load_image(asked.image)
     outpaint = None if asked.outpaint is None else check_borders(asked.outpaint)
     height, width = _size(model, asked, pixels, outpaint)
     larger = resolve_hires(

@@ -25,7 +25,13 @@ from mlxdiff.errors import ConfigError, UsageError, argument
 from mlxdiff.samplers import fitted, levels
 from mlxdiff.samplers.arguments import SchedulerArguments
 from mlxdiff.samplers.ddim import DDPM
-from mlxdiff.samplers.defaults import PIXELS, automatic, distilled_for, is_turbo
+from mlxdiff.samplers.defaults import (
+    PIXELS,
+    advised_guidance,
+    automatic,
+    distilled_for,
+    is_turbo,
+)
 from mlxdiff.samplers.names import find_schedule, resolve, spelled
 from mlxdiff.samplers.plan import Plan, Row, State
 from mlxdiff.samplers.process import check_process, is_continuous, is_edm
@@ -51,6 +57,7 @@ __all__ = [
     "Plan",
     "Row",
     "State",
+    "advised_guidance",
     "automatic",
     "check_process",
     "distilled_for",

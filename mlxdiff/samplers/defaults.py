@@ -8,12 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mlxdiff.errors import ConfigError, quoted
 from mlxdiff.samplers import fitted
 from mlxdiff.samplers.process import is_continuous
 from mlxdiff.samplers.registry import find, has_own_schedule, samplers_for
 
 PIXELS = "ddpm"
 """The family of models that draw pixels, not latents of a VAE."""
+
+GUIDANCE = "_mlxdiff_guidance"
+"""Key of scheduler_config.json: the guidance scale that suits the model best."""
 
 FEW_GUIDED, FEW_UNGUIDED = 20, 8
 """From this step count on, Karras' spacing measured better than an even one."""
@@ -74,6 +78,19 @@ def is_turbo(config: Mapping[str, Any]) -> bool:
     These are SD-Turbo, SDXL-Turbo and SDXL-Lightning.
     """
     return _turbo(config) is not None
+
+
+def advised_guidance(config: Mapping[str, Any]) -> float | None:
+    """Return the guidance scale that the model's file advises, or None. Raises: ConfigError."""
+    value = config.get(GUIDANCE)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 100:
+        raise ConfigError(
+            f"scheduler_config.json: {GUIDANCE} is {quoted(value)}; expected a number from 0 to "
+            "100, or no such key"
+        )
+    return float(value)
 
 
 def _turbo(config: Mapping[str, Any]) -> str | None:

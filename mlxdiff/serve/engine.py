@@ -491,6 +491,11 @@ class Engine:
             job._set_stage("encoding")
             try:
                 run = pipe.stream(**drawing.options, on_progress=job._told)
+                if run.settings.frames is not None:
+                    raise UsageError(
+                        f"{order.model}: this model draws videos, and the server returns pictures; "
+                        "use mlxdiff generate"
+                    )
                 self.models.make_room(pipe, run.settings)
                 with closing(run):
                     for step in run:

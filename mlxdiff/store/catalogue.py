@@ -118,7 +118,7 @@ _BY_NAME = {known.name: known for known in KNOWN}
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 ABOUT = {
-    "builtin": ("MIT", "64x64 shapes in any color and place, the model without -m"),
+    "builtin": ("MIT", "64x64 shapes in nine colors; the model that draws where none is named"),
     "emoji": ("OFL-1.1", "64x64 emoji by name, on plain grounds and in small scenes"),
 }
 """Licence and note of the models that the package holds, by short name."""

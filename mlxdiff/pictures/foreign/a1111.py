@@ -143,7 +143,7 @@ def pairs_of(line: str) -> list[tuple[str, str]]:
     first word character on. A value ends at a comma, or is quoted. Those of Civitai and some of
     stable-diffusion.cpp's are JSON.
     """
-    pairs = []
+    pairs: list[tuple[str, str]] = []
     place, colon = 0, line.find(":")
     while colon >= 0:
         begin = colon

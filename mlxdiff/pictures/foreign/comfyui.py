@@ -296,7 +296,7 @@ class _Walk:
                 return None
             self.read.add(name)
             return f"{first}{between}{second}"
-        found = {key.lower(): value for key, value in reversed(inputs.items())}
+        found = {key.lower(): value for key, value in reversed(list(inputs.items()))}
         if any(key.startswith("string_") for key in found) or "clip" in found:
             return None  # it puts its texts together, or makes them
         value = next((found[key.lower()] for key in keys if key.lower() in found), None)

@@ -58,9 +58,8 @@ class LoRA(Addition):
         """
         if not isinstance(given, (str, bytes, os.PathLike)):  # else open_all says what is wrong
             given = [_fetched(one, progress) for one in given]
-        names = [name for name in model.source.components if name != "vae"]
-        configs = {name: model.source.config(name) for name in names}
-        configs["unet"] = model.unet_config  # with the layers that a motion adapter adds
+        # with the layers that a motion adapter adds
+        configs = lora.configs_of(model.source) | {"unet": model.unet_config}
         opened = lora.open_all(given, configs, model.source.family)
         return tuple(cls(one, in_prompt) for one in opened)
 
