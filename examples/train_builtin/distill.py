@@ -312,33 +312,25 @@ def plot(run: Path, path: Path) -> None:
     """Draw the curves of RUN/log.txt: the loss of single steps, and the error of whole runs."""
     import re
 
-    import matplotlib as mpl
+    from mlxdiff.pictures.plot import curves
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    text, samples = (run / "log.txt").read_text(), 0
-    losses, errors = [], []
-    for line in text.splitlines():
+    lines: dict[str, list[tuple[float, float]]] = {
+        "loss of single steps, times 10": [],
+        "error of the student's own steps, training": [],
+        "error, held-out runs": [],
+    }
+    single, own, held = lines.values()
+    samples = 0
+    for line in (run / "log.txt").read_text().splitlines():
         if found := re.match(r"step \d+ samples (\d+) .* loss (\S+)", line):
             samples = int(found[1])
-            if " end " not in line:
-                losses.append((samples, float(found[2])))
+            if end := re.search(r" end (\S+)", line):
+                own.append((samples, float(end[1])))
+            else:
+                single.append((samples, 10 * float(found[2])))
         elif found := re.search(r"error (\S+)$", line):
-            errors.append((samples, float(found[1])))
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
-    for axis, values, title in zip(
-        axes,
-        (losses, errors),
-        ("loss of single steps", "error of the ends, held-out runs"),
-        strict=True,
-    ):
-        axis.plot(*zip(*values, strict=True), marker=".")
-        axis.set_title(title)
-        axis.set_xlabel("samples")
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+            held.append((samples, float(found[1])))
+    curves(lines, "distillation: against samples").save(path, "PNG")
 
 
 def main() -> None:
