@@ -20,7 +20,13 @@ from mlxdiff.errors import CheckpointError
 from mlxdiff.machine.disk import read_json
 from mlxdiff.networks.config import ComponentConfig
 from mlxdiff.networks.params import expected_parameters
-from mlxdiff.store.folder import FEATURE_EXTRACTOR, IMAGE_ENCODER, PREPROCESSOR, ModelFolder
+from mlxdiff.store.folder import (
+    FEATURE_EXTRACTOR,
+    IMAGE_ENCODER,
+    OWN_PARTS,
+    PREPROCESSOR,
+    ModelFolder,
+)
 from mlxdiff.weights.files import open_file as open_weight_file
 from mlxdiff.weights.pickles import SUFFIXES
 from mlxdiff.weights.quantization import Packed
@@ -190,10 +196,10 @@ class DiffusersFolder(ModelFolder):
 
     def documents(self) -> dict[str, bytes]:
         """See ModelFolder. Parts that are not converted become [null, null] in model_index.json."""
+        own = OWN_PARTS.get(str(self.model_index.get("_class_name")), ())
+        skipped = detect.SKIPPED.keys() - set(own)
         index = {
-            part: [None, None]
-            if part in detect.SKIPPED and isinstance(entry, list) and not self.uses(part)
-            else entry
+            part: [None, None] if part in skipped and isinstance(entry, list) else entry
             for part, entry in self.model_index.items()
         }
         text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"

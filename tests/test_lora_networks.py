@@ -410,8 +410,8 @@ def test_cloneofsimos_numbers(
     assert "textual inversion" in caplog.text
     for component, deltas in other.deltas.items():
         assert found.deltas[component].keys() == deltas.keys()
-        tensors = stored("sd15", component)
-        numbered, named = (changed([one], component, tensors) for one in (found, other))
+        held = stored("sd15", component)
+        numbered, named = (changed([one], component, held) for one in (found, other))
         for name in list(deltas)[::5]:
             np.testing.assert_array_equal(numbered[name].read(), named[name].read())
     metadata["unet"] = json.dumps(["Odd"])

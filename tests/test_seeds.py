@@ -24,6 +24,7 @@ def draws(**options: Any) -> Draws:
     vary, smaller = options.pop("vary", None), options.pop("smaller", None)
     defaults = {
         "rng": "cpu", "sampler_rng": None, "noise_seed_delta": 0, "seed_order": "diffusers",
+        "frames": None,
     }  # fmt: skip
     return Draws(SimpleNamespace(**defaults | options), SEED, vary, smaller)  # type: ignore[arg-type]
 

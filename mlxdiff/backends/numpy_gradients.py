@@ -19,16 +19,16 @@ from mlxdiff.backends.numpy_layers import (
     Conv2d,
     GroupNorm,
     _blocks,
+    _by_head,
     _exponentials,
     _for_each,
+    _is_many_short,
     _longest,
     _polynomial,
     _product,
     _rows,
+    _softmax_of_scores,
     _threads_for,
-    by_head,
-    is_many_short,
-    shares,
 )
 from mlxdiff.machine import threads
 
@@ -308,7 +308,7 @@ def attention(
     q, k, v, out, g = (x.reshape(batch, -1, shape[-1]) for x in (q, k, v, out, g))
     length, keys_length, head_dim = q.shape[1], k.shape[1], shape[-1] // heads
     scale = np.float32(head_dim**-0.5)
-    if mask is None and is_many_short(batch * heads, length, keys_length):
+    if mask is None and _is_many_short(batch * heads, length, keys_length):
         found = _attention_of_short(q, k, v, out, g, heads)
         return found[0].reshape(shape), found[1].reshape(context), found[2].reshape(context)
     dq, dk, dv = (np.empty(x.shape, np.float32) for x in (q, k, v))
@@ -357,11 +357,11 @@ def _attention_of_short(
 ) -> list[np.ndarray]:
     """Gradients of q, k and v, (B, L, heads * D) each, for many sequences at once."""
     scale = np.float32((q.shape[-1] // heads) ** -0.5)
-    queries, keys, values, given = (by_head(x, heads) for x in (q, k, v, g))
-    weights = shares(queries, keys)
+    queries, keys, values, given = (_by_head(x, heads) for x in (q, k, v, g))
+    weights = _softmax_of_scores(queries, keys)
     dv = weights.swapaxes(2, 3) @ given
     scores = given @ values.swapaxes(2, 3)
-    scores -= (given * by_head(out, heads)).sum(axis=-1, keepdims=True)
+    scores -= (given * _by_head(out, heads)).sum(axis=-1, keepdims=True)
     scores *= weights
     scores *= scale
     found = scores @ keys, scores.swapaxes(2, 3) @ queries, dv

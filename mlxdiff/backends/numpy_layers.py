@@ -541,7 +541,7 @@ def attention(
     batch, shape = len(q) if batch is None else batch, q.shape
     q, k, v = (x.reshape(batch, -1, shape[-1]) for x in (q, k, v))
     length, keys_length, head_dim = q.shape[1], k.shape[1], shape[-1] // heads
-    if mask is None and is_many_short(batch * heads, length, keys_length):
+    if mask is None and _is_many_short(batch * heads, length, keys_length):
         return _attention_of_short(q, k, v, heads).reshape(shape)
     q = q * head_dim**-0.5
     out = np.empty(q.shape, np.float32)
@@ -573,20 +573,20 @@ def attention(
     return out.reshape(shape)
 
 
-SHORT, MANY = 64, 256
+_SHORT, _MANY = 64, 256
 
 
-def is_many_short(sequences: int, length: int, keys_length: int) -> bool:
+def _is_many_short(sequences: int, length: int, keys_length: int) -> bool:
     """True where attention is quicker for many sequences at once (frames at many places)."""
-    return sequences >= MANY and max(length, keys_length) <= SHORT
+    return sequences >= _MANY and max(length, keys_length) <= _SHORT
 
 
-def by_head(x: np.ndarray, heads: int) -> np.ndarray:
+def _by_head(x: np.ndarray, heads: int) -> np.ndarray:
     """(B, L, heads * D) as (B, heads, L, D)."""
     return x.reshape(len(x), x.shape[1], heads, -1).transpose(0, 2, 1, 3)
 
 
-def shares(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+def _softmax_of_scores(q: np.ndarray, k: np.ndarray) -> np.ndarray:
     """The softmax of scores: (B, heads, Lq, D), (B, heads, Lk, D) -> (B, heads, Lq, Lk)."""
     scores = (q * np.float32(q.shape[-1] ** -0.5)) @ k.swapaxes(2, 3)
     scores -= scores.max(axis=-1, keepdims=True)
@@ -603,8 +603,8 @@ def _attention_of_short(q: np.ndarray, k: np.ndarray, v: np.ndarray, heads: int)
     def compute(starts: Sequence[int]) -> None:
         for start in starts:
             part = slice(start, start + step)
-            found = shares(by_head(q[part], heads), by_head(k[part], heads))
-            found = found @ by_head(v[part], heads)
+            found = _softmax_of_scores(_by_head(q[part], heads), _by_head(k[part], heads))
+            found = found @ _by_head(v[part], heads)
             out[part] = found.transpose(0, 2, 1, 3).reshape(out[part].shape)
 
     starts = list(range(0, len(q), step))
