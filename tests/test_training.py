@@ -398,7 +398,7 @@ class Golden(loop.Trainer):
         own = self.given[index]
         batch = self.data.batch(index, cases.BATCH, 0)
         noise, times = own["noise"], own["timesteps"].astype(np.int32)
-        return batch, Draws(times, noise, noise, np.zeros(cases.BATCH, bool))
+        return batch, Draws(times, noise, noise, np.zeros(cases.BATCH, bool), times)
 
 
 @pytest.mark.parametrize(
