@@ -110,7 +110,7 @@ def _recorded(metadata: Metadata, path: str, overridden: set[str], trust: bool) 
             if isinstance(getattr(entry.kind, "kind", entry.kind), Place) and not trust:
                 if is_foreign:
                     accepted = _with_suffix(accepted)
-                if accepted not in SHIPPED or entry.name != "model":
+                if entry.name != "model" or accepted not in SHIPPED:
                     accepted = _at_hand(entry, accepted, path)
             found[entry.name] = accepted
         except UsageError:
