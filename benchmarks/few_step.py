@@ -152,6 +152,7 @@ GUIDERS: dict[str, dict[str, Any]] = {
     "--guidance-interval 0,0.8": {"guidance_interval": (0.0, 0.8)},
     "--guidance-rescale 0.7": {"guidance_rescale": 0.7},
     "--guider apg": {"guider": "apg"},
+    "--guider apg:original=1": {"guider": "apg:original=1"},
     "--guider cfg-zero": {"guider": "cfg-zero"},
     "--guider mimic:scale=3": {"guider": "mimic:scale=3"},
     "--guider pag": {"guider": "pag"},

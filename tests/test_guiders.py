@@ -96,6 +96,17 @@ def test_guiders_equal_diffusers(case: str, guider: str, rescale: float, backend
         np.testing.assert_allclose(np.array(found), expected, rtol=1e-4, atol=2e-5)
 
 
+def test_apg_as_the_paper_has_it() -> None:
+    """It starts from the prediction with the prompt, and is plain guidance with nothing taken."""
+    plain = guiders.parse("apg:original=1,eta=1,norm=0,momentum=0")
+    taken = guiders.parse("apg:original=1,norm=0,momentum=0")
+    for uncond, cond in predictions():
+        found = plain.combine(uncond, cond, 6.0, guiders.Memory())
+        np.testing.assert_allclose(found, uncond + 6.0 * (cond - uncond), rtol=1e-4, atol=1e-5)
+        moved = taken.combine(uncond, cond, 6.0, guiders.Memory()) - cond
+        assert abs((moved * cond).sum()) < 1e-4 * (np.abs(moved) * np.abs(cond)).sum()
+
+
 @pytest.mark.parametrize("name", ["apg", "cfg-zero", "mimic"])
 def test_equal_predictions_give_that_prediction(name: str) -> None:
     cond = predictions()[0][1]
@@ -115,9 +126,24 @@ def test_mimic_keeps_the_range_of_the_lower_scale() -> None:
 
 
 def test_words() -> None:
-    for text in ("apg", "apg:eta=1", "pag:scale=2,layers=mid+up.1", "seg:blur=2", "mimic:scale=4"):
+    for text in (
+        "apg",
+        "apg:eta=1",
+        "apg:original=1",
+        "pag:scale=2,layers=mid+up.1",
+        "seg:blur=2",
+        "mimic:scale=4",
+    ):
         assert guiders.parse(text).text == text
-    for text in ("no", "pag:x=1", "pag:scale", "pag:scale=a", "pag:end=2", "apg:norm=-1"):
+    for text in (
+        "no",
+        "pag:x=1",
+        "pag:scale",
+        "pag:scale=a",
+        "pag:end=2",
+        "apg:norm=-1",
+        "apg:original=2",
+    ):
         with pytest.raises(UsageError, match="guider"):
             guiders.parse(text)
 

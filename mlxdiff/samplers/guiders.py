@@ -88,12 +88,15 @@ class AdaptiveProjected(Guider):
         eta: factor of the parallel part; 1 leaves it.
         norm: the largest size of the difference, as a Euclidean norm; 0: no limit.
         momentum: share of the earlier differences; negative: what they agreed on counts less.
+        original: 1: start from the prediction with the prompt, as the paper does; 0: from that
+            without it, as diffusers does.
     """
 
     name: ClassVar[str] = "apg"
     eta: float = 0.0
     norm: float = 15.0
     momentum: float = -0.5
+    original: int = 0
 
     def combine(self, uncond: Array, cond: Array, scale: float, memory: Memory) -> Array:
         """See ``Guider.combine``; the scale keeps its meaning."""
@@ -105,7 +108,8 @@ class AdaptiveProjected(Guider):
             size = _sum(difference * difference) ** 0.5
             difference = difference * _at_most_one(self.norm / (size + _TINY))
         parallel = _sum(difference * cond) / (_sum(cond * cond) + _TINY) * cond
-        return uncond + scale * (difference - parallel + self.eta * parallel)
+        update = difference - parallel + self.eta * parallel
+        return cond + (scale - 1.0) * update if self.original else uncond + scale * update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +253,8 @@ def _value(name: str, key: str, word: str, default: Any) -> Any:
         raise UsageError(f"guider {name}: {key} is {word!r}; expected a number")
     if key in ("norm", "blur", "zero_steps") and value < 0:
         raise UsageError(f"guider {name}: {key} is {word!r}; expected at least 0")
+    if key == "original" and value not in (0, 1):
+        raise UsageError(f"guider {name}: {key} is {word!r}; expected 0 or 1")
     return value
 
 
