@@ -209,6 +209,12 @@ def add(pipe: Pipeline, asked: LoadOptions, names: Collection[str] = ADDITIONS) 
     Raises: UsageError, CheckpointError, ConfigError, HubError.
     """
     variant, progress = asked.variant, asked.progress
+    of_a_model: dict[str, Any] = {
+        "dtype": asked.dtype,
+        "quantize": asked.quantize,
+        "variant": variant,
+        "progress": progress,
+    }
     if "style_file" in names and asked.style_file is not None:
         pipe.styles = read_styles(asked.style_file)
     if "vae" in names:
@@ -220,13 +226,7 @@ def add(pipe: Pipeline, asked: LoadOptions, names: Collection[str] = ADDITIONS) 
     if "t2i_adapters" in names:
         pipe.set_t2i_adapters(asked.t2i_adapters, variant=variant, progress=progress)
     if "map_models" in names:
-        pipe.set_map_models(
-            asked.map_models,
-            dtype=asked.dtype,
-            quantize=asked.quantize,
-            variant=variant,
-            progress=progress,
-        )
+        pipe.set_map_models(asked.map_models, **of_a_model)
     if "ip_adapters" in names or "image_encoder" in names:
         pipe.set_ip_adapters(
             asked.ip_adapters,
@@ -241,20 +241,8 @@ def add(pipe: Pipeline, asked: LoadOptions, names: Collection[str] = ADDITIONS) 
     if "embeddings" in names:
         pipe.set_embeddings(asked.embeddings)
     if "refiner" in names:
-        pipe.set_refiner(
-            asked.refiner,
-            dtype=asked.dtype,
-            quantize=asked.quantize,
-            variant=variant,
-            progress=progress,
-        )
+        pipe.set_refiner(asked.refiner, **of_a_model)
     if "judge" in names:
         pipe.set_judge(asked.judge, variant=variant, progress=progress)
     if "upscaler" in names:
-        pipe.set_upscaler(
-            asked.upscaler,
-            dtype=asked.dtype,
-            quantize=asked.quantize,
-            variant=variant,
-            progress=progress,
-        )
+        pipe.set_upscaler(asked.upscaler, **of_a_model)

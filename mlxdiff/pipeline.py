@@ -298,21 +298,13 @@ class Pipeline:
             refiner, dtype, quantize, variant, progress: as ``load`` takes them.
         Raises: UsageError if the two do not fit; CheckpointError, ConfigError, HubError.
         """
-
         refiner = make(LoadOptions, {"refiner": refiner}).refiner
+        opened = self._opener(dtype, quantize, variant, progress)
 
         def open_refiners(given: Iterable[AnyPath | Pipeline], model: Model) -> Iterator[Refiner]:
             for one in given:
-                if not isinstance(one, Pipeline):
-                    source = library.open_model(
-                        one,
-                        dtype=dtype,
-                        quantize=quantize,
-                        variant=variant,
-                        progress=progress,
-                    )
-                    one = Pipeline(source, self.backend)
-                yield Refiner.open(one.model, model)
+                other = one.model if isinstance(one, Pipeline) else opened(one)
+                yield Refiner.open(other, model)
 
         self._set(Refiner, [] if refiner is None else [refiner], open_refiners)
 
@@ -332,13 +324,11 @@ class Pipeline:
         Raises: UsageError, CheckpointError, ConfigError, HubError.
         """
         map_models = make(LoadOptions, {"map_models": map_models}).map_models
+        opened = self._opener(dtype, quantize, variant, progress)
 
         def open_all(given: Iterable[AnyPath], model: Model) -> Iterator[MapMaker]:
             for path in given:
-                source = library.open_model(
-                    path, dtype=dtype, quantize=quantize, variant=variant, progress=progress
-                )
-                yield MapMaker.open(path, Pipeline(source, self.backend).model, model)
+                yield MapMaker.open(path, opened(path), model)
 
         self._set(MapMaker, _several(map_models), open_all)
 
@@ -358,16 +348,11 @@ class Pipeline:
         Raises: UsageError, CheckpointError, ConfigError, HubError.
         """
         upscaler = make(LoadOptions, {"upscaler": upscaler}).upscaler
-
-        def open_model(path: AnyPath) -> Model:
-            source = library.open_model(
-                path, dtype=dtype, quantize=quantize, variant=variant, progress=progress
-            )
-            return Pipeline(source, self.backend).model
+        opened = self._opener(dtype, quantize, variant, progress)
 
         def open_all(given: Iterable[AnyPath], model: Model) -> Iterator[Upscaler]:
             for path in given:
-                yield Upscaler.open(path, model, open_model, Fetch(variant, progress))
+                yield Upscaler.open(path, model, opened, Fetch(variant, progress))
 
         self._set(Upscaler, [] if upscaler is None else [upscaler], open_all)
 
@@ -391,6 +376,23 @@ class Pipeline:
                 yield PictureJudge.open(path, Fetch(variant, progress))
 
         self._set(PictureJudge, [] if judge is None else [judge], open_all)
+
+    def _opener(
+        self,
+        dtype: str | None,
+        quantize: int | str | None,
+        variant: str | None,
+        progress: Progress | None,
+    ) -> Callable[[AnyPath], Model]:
+        """Return what opens another model on the same backend, with these options of ``load``."""
+
+        def opened(path: AnyPath) -> Model:
+            source = library.open_model(
+                path, dtype=dtype, quantize=quantize, variant=variant, progress=progress
+            )
+            return Pipeline(source, self.backend).model
+
+        return opened
 
     def _set(
         self,
