@@ -3,9 +3,9 @@
     python distill.py teach --run runs/teacher --chunks 80     # can be called again, for more
     python distill.py train --run runs/four --teacher runs/teacher --steps 4 --rank 16 --minutes 30
 
-"teach" solves the guided teacher's probability-flow ODE from noise, and keeps x at the timesteps of
-GRID, which holds the steps of DDIM (trailing) for every number in COUNTS. The solver is
-DPM-Solver++ 2M whose numbers are fitted to a fine solution, as in fit_sampler.py.
+"teach" solves the guided teacher's probability-flow ODE from noise, and keeps x at the timesteps
+of a grid: the steps of DDIM (trailing) for every number in --counts, and those of ENDS. The
+solver is DPM-Solver++ 2M whose numbers are fitted to a fine solution, as in fit_sampler.py.
 
 "train" teaches a student, whose first weights are the teacher's, to step from each of these x to
 the next with DDIM (progressive distillation without halvings; Salimans and Ho 2022). After a while
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ except ImportError:  # for a script, Python puts this folder on the path
     from teacher import Network, distances, solver, usual
 
 COUNTS = (1, 2, 4, 6, 8)
-GRID = (999, 980, 948, 912, 874, 832, 790, 749, 666, 624, 499, 374, 332, 249, 166, 124, 60, 12)
+ENDS = (948, 60, 12)  # more steps of the teacher, where its ODE bends most
 GUIDANCE = 4.0
 CHUNK = 64  # runs kept in one file
 FIRST_SEED = 500_000  # far from the seeds of benchmarks and of fit_sampler.py
@@ -83,11 +84,19 @@ def run_of(network: Network, start: np.ndarray, prompts: list[str], times, weigh
     return np.stack(found)
 
 
-def fit(network: Network, fine: np.ndarray, prompts: list[str]) -> list[list[float]]:
-    """Fit the solver's numbers on GRID to a fine solution, (L + 1, B, h, w, C), along its run."""
-    rows = solver(network.config, GRID).rows
+def grid_of(config: dict, counts: Sequence[int]) -> list[int]:
+    """Return the timesteps of the teacher's solver, from noise to the picture."""
+    steps = {t for count in counts for t in steps_of(config, count)[0]}
+    return sorted(steps | set(ENDS), reverse=True)
+
+
+def fit(
+    network: Network, fine: np.ndarray, prompts: list[str], grid: list[int]
+) -> list[list[float]]:
+    """Fit the solver's numbers on `grid` to a fine solution, (L + 1, B, h, w, C), along its run."""
+    rows = solver(network.config, grid).rows
     x, before, fitted = fine[0], [], []
-    for i, (t, row) in enumerate(zip(GRID, rows, strict=True)):
+    for i, (t, row) in enumerate(zip(grid, rows, strict=True)):
         output = network(x, t, prompts, GUIDANCE)
         of_x, of_output = to_x0("v_prediction", *row.level)
         before = [of_x * x + of_output * output, *before][:HISTORY]
@@ -101,7 +110,7 @@ def fit(network: Network, fine: np.ndarray, prompts: list[str]) -> list[list[flo
     return fitted
 
 
-def teach(run: Path, chunks: int, first: int = 0) -> None:
+def teach(run: Path, chunks: int, first: int = 0, counts: Sequence[int] = COUNTS) -> None:
     """Solve the teacher's ODE for files first + 1 to first + chunks that are not there."""
     import torch
 
@@ -109,20 +118,22 @@ def teach(run: Path, chunks: int, first: int = 0) -> None:
     network = Network(None, torch=True)
     fitted = run / "solver.json"
     if not fitted.exists():
-        dense = sorted({*np.linspace(999, 20, 100).astype(int).tolist(), 8, 4, 1, *GRID})[::-1]
+        grid = grid_of(network.config, counts)
+        dense = sorted({*np.linspace(999, 20, 100).astype(int).tolist(), 8, 4, 1, *grid})[::-1]
         prompts, start = captions(0, CALIBRATION), noise(0, CALIBRATION)
         fine = run_of(network, start, prompts, dense)
-        fine = fine[[*(dense.index(t) for t in GRID), -1]]
+        fine = fine[[*(dense.index(t) for t in grid), -1]]
         with torch.autocast("cpu", torch.bfloat16):
-            numbers = fit(network, fine, prompts)
-            found = run_of(network, start, prompts, GRID, numbers)
-            plain = run_of(network, start, prompts, GRID)
+            numbers = fit(network, fine, prompts, grid)
+            found = run_of(network, start, prompts, grid, numbers)
+            plain = run_of(network, start, prompts, grid)
         errors = [
             float(np.sqrt((distances(one[-1], fine[-1]) ** 2).mean())) for one in (found, plain)
         ]
         print(f"error of the teacher's solver: {errors[0]:.4f}; not fitted: {errors[1]:.4f}")
-        fitted.write_text(json.dumps({"numbers": numbers, "errors": errors}))
-    numbers = json.loads(fitted.read_text())["numbers"]
+        fitted.write_text(json.dumps({"grid": grid, "numbers": numbers, "errors": errors}))
+    known = json.loads(fitted.read_text())
+    grid, numbers = known["grid"], known["numbers"]
     for chunk in range(first + 1, first + chunks + 1):
         path = run / f"runs-{chunk:04}.npz"
         if path.exists():
@@ -130,7 +141,7 @@ def teach(run: Path, chunks: int, first: int = 0) -> None:
         began = time.process_time()
         prompts = captions(chunk, CHUNK)
         with torch.autocast("cpu", torch.bfloat16):
-            x = run_of(network, noise(chunk, CHUNK), prompts, GRID, numbers)
+            x = run_of(network, noise(chunk, CHUNK), prompts, grid, numbers)
         text = np.concatenate([network.text(prompt) for prompt in prompts])
         network.embeddings.clear()
         network.text("")
@@ -154,13 +165,14 @@ def steps_of(config: dict, count: int) -> tuple[list[int], list[tuple[float, flo
 
 
 class Runs:
-    """The teacher's runs: x at GRID and at the end, and the states of the text.
+    """The teacher's runs: x at `times` and at the end, and the states of the text.
 
     The first file is kept for the error of the student.
     """
 
     def __init__(self, folder: Path, times: list[int]) -> None:
-        self.folder, self.places = folder, [*(GRID.index(t) for t in times), len(GRID)]
+        grid = json.loads((folder / "solver.json").read_text())["grid"]
+        self.folder, self.places = folder, [*(grid.index(t) for t in times), len(grid)]
         self._known: dict[Path, tuple[np.ndarray, np.ndarray]] = {}
         self.update()
 
@@ -216,7 +228,7 @@ def adapt(unet, rank: int) -> dict:
 
 
 def teach_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
-    teach(args.teacher, args.chunks, args.first)
+    teach(args.teacher, args.chunks, args.first, args.counts)
 
 
 def train_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
@@ -340,6 +352,7 @@ def main() -> None:
     parser.add_argument("--to", type=Path, help="plot: the picture; RUN/log.txt is what train says")
     parser.add_argument("--first", type=int, default=0, help="number before the first file")
     parser.add_argument("--chunks", type=int, default=0, help="files of 64 runs, of teach")
+    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="teach: of steps")
     parser.add_argument("--teacher", type=Path, help="train: the folder of teach")
     parser.add_argument("--processes", type=int, default=2, help="train")
     parser.add_argument("--start", help="train: model to start from; default: the built-in one")
@@ -364,7 +377,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    teach(args.run, args.chunks, args.first)
+    teach(args.run, args.chunks, args.first, args.counts)
 
 
 if __name__ == "__main__":

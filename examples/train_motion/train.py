@@ -75,6 +75,22 @@ def first_weights(config: MotionAdapterConfig, seed: int) -> dict[str, np.ndarra
     return found
 
 
+def example(kept: Any, process: Process, rng: np.random.Generator, batch: int) -> tuple:
+    """Return noisy frames and targets, (B F, h, w, C), timesteps (B,) and text (B, L, D)."""
+    rows = rng.integers(len(kept["latents"]), size=batch)
+    clean = kept["latents"][rows]
+    count, shape = clean.shape[1], clean.shape[2:]
+    noise = rng.standard_normal(clean.shape).astype(np.float32)
+    # Noisy frames teach more: there it is decided where things are.
+    t = (len(process) * np.sqrt(rng.random(batch))).astype(int)
+    each = t.repeat(count)
+    clean, noise = clean.reshape(-1, *shape), noise.reshape(-1, *shape)
+    states = kept["states"][rows].astype(np.float32)
+    states[rng.random(batch) < 0.1] = kept["empty"]
+    noisy, target = process.noisy(clean, noise, each), process.target(clean, noise, each)
+    return noisy, target, t.astype(np.float32), states
+
+
 class Training:
     """The network, its motion modules, and where the run is."""
 
@@ -112,21 +128,8 @@ class Training:
     def update(self, kept: Any) -> float:
         """One step."""
         args, rng = self.args, np.random.default_rng((self.args.seed, self.step))
-        rows = rng.integers(len(kept["latents"]), size=args.batch)
-        clean = kept["latents"][rows]
-        count, shape = clean.shape[1], clean.shape[2:]
-        noise = rng.standard_normal(clean.shape).astype(np.float32)
-        # Noisy frames teach more: there it is decided where things are.
-        t = (len(self.process) * np.sqrt(rng.random(args.batch))).astype(int)
-        each = t.repeat(count)
-        clean, noise = clean.reshape(-1, *shape), noise.reshape(-1, *shape)
-        states = kept["states"][rows].astype(np.float32)
-        states[rng.random(args.batch) < 0.1] = kept["empty"]
-        noisy = self.process.noisy(clean, noise, each)
-        target = self.process.target(clean, noise, each)
-        loss, gradients = self.gradient(
-            self.parameters, *map(mx.array, (noisy, t.astype(np.float32), states, target))
-        )
+        noisy, target, t, states = example(kept, self.process, rng, args.batch)
+        loss, gradients = self.gradient(self.parameters, *map(mx.array, (noisy, t, states, target)))
         gradients = optimizers.clipped(gradients, optimizers.norm(gradients), 1.0)
         self.step += 1
         share = min(self.seconds / (60 * args.minutes), 1.0)

@@ -34,8 +34,10 @@ def kind_of(spec: data.Spec) -> str:
 def random_video(
     rng: np.random.Generator, frames: int = FRAMES
 ) -> tuple[data.Spec, list[data.Spec]]:
-    """A picture, and the pictures of the video that ends with it."""
-    spec = data.random_spec(rng)
+    """A picture, and the pictures of the video that ends with it; each kind is as likely."""
+    kind, spec = KINDS[rng.integers(len(KINDS))], data.random_spec(rng)
+    while kind_of(spec) != kind:
+        spec = data.random_spec(rng)
     return spec, [at(spec, i / (frames - 1)) for i in range(frames)]
 
 
