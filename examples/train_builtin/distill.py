@@ -47,12 +47,16 @@ CALIBRATION = 32  # pictures that the solver is fitted to
 HISTORY = 3
 
 
-def captions(seed: int, count: int) -> list[str]:
-    """Return captions of the training distribution; every other one names everything."""
-    rng = np.random.default_rng((19, seed))
+def captions(seed: int, count: int, more_pairs: float = 0.0) -> list[str]:
+    """Return captions of the training distribution; every other one names everything.
+
+    Half of them have two objects, and `more_pairs` of the other half.
+    """
+    rng, second = np.random.default_rng((19, seed)), np.random.default_rng((19, seed, 2))
+    pairs = (np.arange(count) % 2 == 1) | (second.random(count) < more_pairs)
     return [
-        data.caption(data.random_spec(rng, 1 + i % 2), rng, complete=i % 4 < 2)
-        for i in range(count)
+        data.caption(data.random_spec(rng, 1 + int(two)), rng, complete=i % 4 < 2)
+        for i, two in enumerate(pairs)
     ]
 
 
@@ -110,7 +114,7 @@ def fit(
     return fitted
 
 
-def teach(run: Path, chunks: int, first: int = 0, counts: Sequence[int] = COUNTS) -> None:
+def teach(run: Path, chunks: int, first: int = 0, counts=COUNTS, more_pairs: float = 0) -> None:
     """Solve the teacher's ODE for files first + 1 to first + chunks that are not there."""
     import torch
 
@@ -139,7 +143,7 @@ def teach(run: Path, chunks: int, first: int = 0, counts: Sequence[int] = COUNTS
         if path.exists():
             continue
         began = time.process_time()
-        prompts = captions(chunk, CHUNK)
+        prompts = captions(chunk, CHUNK, more_pairs)
         with torch.autocast("cpu", torch.bfloat16):
             x = run_of(network, noise(chunk, CHUNK), prompts, grid, numbers)
         text = np.concatenate([network.text(prompt) for prompt in prompts])
@@ -228,7 +232,7 @@ def adapt(unet, rank: int) -> dict:
 
 
 def teach_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
-    teach(args.teacher, args.chunks, args.first, args.counts)
+    teach(args.teacher, args.chunks, args.first, args.counts, args.more_pairs)
 
 
 def train_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
@@ -353,6 +357,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="number before the first file")
     parser.add_argument("--chunks", type=int, default=0, help="files of 64 runs, of teach")
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="teach: of steps")
+    parser.add_argument("--more-pairs", type=float, default=0, help="teach: see captions")
     parser.add_argument("--teacher", type=Path, help="train: the folder of teach")
     parser.add_argument("--processes", type=int, default=2, help="train")
     parser.add_argument("--start", help="train: model to start from; default: the built-in one")
@@ -377,7 +382,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    teach(args.run, args.chunks, args.first, args.counts)
+    teach(args.run, args.chunks, args.first, args.counts, args.more_pairs)
 
 
 if __name__ == "__main__":

@@ -55,8 +55,9 @@ def worker(rank: int, processes: int, args: argparse.Namespace) -> None:
             torch.from_numpy(part).unflatten(0, (len(t), -1)).permute(0, 4, 1, 2, 3).contiguous()
             for part in (noisy, target)
         )
+        text = torch.from_numpy(states).repeat_interleave(x.shape[2], 0)  # one for each frame
         with torch.autocast("cpu", torch.bfloat16):
-            found = unet(x, torch.from_numpy(t), torch.from_numpy(states)).sample
+            found = unet(x, torch.from_numpy(t), text).sample
         training.update((found.float() - v).square().mean(), len(t))
     training.save()
     training.use_ema()
