@@ -240,7 +240,7 @@ def train_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
     from diffusers.models.attention_processor import AttnProcessor
     from torch.nn.utils import parametrize
 
-    torch.manual_seed(0)
+    torch.manual_seed(rank)
     network = Network(args.start, torch=True)
     unet = network.torch_unet.train()
     unet.set_attn_processor(AttnProcessor())  # the gradient of the fused one is slower on a CPU
@@ -249,6 +249,15 @@ def train_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
     runs = Runs(args.teacher, times)
     if rank == 0:
         print(f"{len(runs)} runs, timesteps {times}", flush=True)
+    matching = None
+    if args.match:
+        from matching import Matching
+
+        empty = torch.from_numpy(network.text(""))
+        fake = args.run / f"fake-{rank}.pt"
+        matching = Matching(unet, network.config, empty, GUIDANCE, args.match_lr, fake)
+    if args.student is not None:
+        unet.load_state_dict(torch.load(args.student, weights_only=True))
     training = common.Training(
         rank, processes, args.run, unet, args.lr, args.minutes, ema=args.ema, muon=args.muon
     )
@@ -262,16 +271,19 @@ def train_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
         whole = training.progress >= args.forced
         chosen = rng.choice(len(runs), args.batch if whole else args.batch * args.steps // 2)
         x, text = runs.rows(np.sort(chosen))
-        each = []
         with torch.autocast("cpu", torch.bfloat16), parametrize.cached():
             if whole:
-                now = x[:, 0]
-                for i, (t, (keep, turn)) in enumerate(zip(times, factors, strict=True)):
-                    v = unet(now, t, text).sample.float()
-                    now = keep * now + turn * v
-                    each.append((now - x[:, i + 1]).square().mean())
+                ends = draw(unet, x[:, 0], text, times, factors)
+                each = [(end - x[:, i + 1]).square().mean() for i, end in enumerate(ends)]
                 loss = each[-1] + args.between * sum(each[:-1])
                 shown = {"end": each[-1].detach().sqrt()}
+                if matching is not None:
+                    fresh = torch.randn(args.match_batch, *x.shape[2:])
+                    other = runs.rows(np.sort(rng.choice(len(runs), args.match_batch)))[1]
+                    drawn = draw(unet, fresh, other, times, factors)[-1]
+                    ready = min(training.step / 300, 1.0)  # first the fake network must learn
+                    loss = loss + ready * args.match * matching.loss(drawn, other, rng)
+                    shown["fake"] = matching.update(drawn, other, rng)
             else:
                 at = rng.permutation(len(chosen)) % args.steps
                 rows = np.arange(len(chosen))
@@ -289,6 +301,8 @@ def train_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
                     "last": missed[last].mean().detach(),
                 }
         training.update(loss, len(chosen) * (args.steps if whole else 1), **shown)
+        if matching is not None and training.step % 200 == 0:
+            matching.save()
     training.save()
     training.use_ema()
     if rank == 0:
@@ -296,23 +310,43 @@ def train_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
         save(unet, changes, args)
 
 
+def draw(unet, now, text, times, factors) -> list:
+    """Draw with the student from noise (B, C, h, w); return x after each step."""
+    found = []
+    for t, (keep, turn) in zip(times, factors, strict=True):
+        now = keep * now + turn * unet(now, t, text).sample.float()
+        found.append(now)
+    return found
+
+
 def validate(unet, runs: Runs, times, factors) -> float:
     """Return the error of the student's ends of the held-out runs, in the latents' deviation."""
     import torch
 
     x, text = (torch.from_numpy(part.astype(np.float32)) for part in runs.held)
-    now = x[:, 0]
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        for t, (keep, turn) in zip(times, factors, strict=True):
-            now = keep * now + turn * unet(now, t, text).sample.float()
+        now = draw(unet, x[:, 0], text, times, factors)[-1]
     return float((now - x[:, -1]).square().mean().sqrt() / x[:, -1].std())
 
 
+def difference(unet, args: argparse.Namespace) -> dict:
+    """Return how the weights differ from those of the start, under LyCORIS' names ("full")."""
+    before, found = Network(args.start, torch=True).torch_unet.state_dict(), {}
+    for name, after in unet.state_dict().items():
+        module, _, part = name.rpartition(".")
+        part = "diff" if part == "weight" else "diff_b"
+        key = f"lora_unet_{module.replace('.', '_')}.{part}"
+        found[key] = (after - before[name]).half().contiguous()
+    return found
+
+
 def save(unet, changes, args: argparse.Namespace) -> None:
+    import torch
     from safetensors.torch import save_file
 
     if changes is None:
-        unet.save_pretrained(args.run / "unet")
+        torch.save(unet.state_dict(), args.run / "student.pt")
+        save_file(difference(unet, args), args.run / "lora.safetensors", {"format": "pt"})
         return
     tensors = {}
     for name, change in changes.items():
@@ -366,6 +400,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="train: whole runs at a time")
     parser.add_argument("--forced", type=float, default=0.25, help="train: share of single steps")
     parser.add_argument("--between", type=float, default=0.2, help="train: weight of x on the way")
+    parser.add_argument("--student", type=Path, help="train: student.pt to start from")
+    parser.add_argument("--match", type=float, default=0, help="train: see matching.py; a weight")
+    parser.add_argument("--match-batch", type=int, default=12, help="train: pictures for it")
+    parser.add_argument("--match-lr", type=float, default=2e-4, help="train: of its network")
     parser.add_argument("--lr", type=float, default=4e-4)
     parser.add_argument("--ema", type=float, default=0.99)
     parser.add_argument("--muon", action="store_true", help="train: matrices by Muon, not AdamW")
