@@ -7,6 +7,8 @@
 of a grid: the steps of DDIM (trailing) for every number in --counts, and those of ENDS. The
 solver is DPM-Solver++ 2M whose numbers are fitted to a fine solution, as in fit_sampler.py.
 
+"check" marks runs whose picture shows what the prompt says; --right learns from these alone.
+
 "train" teaches a student, whose first weights are the teacher's, to step from each of these x to
 the next with DDIM (progressive distillation without halvings; Salimans and Ho 2022). After a while
 the student draws the whole way by itself, and the gradient goes through all of its steps.
@@ -25,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
+import mlxdiff
 from mlxdiff import samplers
 from mlxdiff.samplers.scheduler import to_x0
 
@@ -150,9 +153,28 @@ def teach(run: Path, chunks: int, first: int = 0, counts=COUNTS, more_pairs: flo
         network.embeddings.clear()
         network.text("")
         partial = path.with_suffix(".part.npz")
-        np.savez(partial, x=x.astype(np.float16), text=text.astype(np.float16))
+        kept = {"text": text.astype(np.float16), "prompts": np.array(prompts)}
+        np.savez(partial, x=x.astype(np.float16), **kept)
         partial.replace(path)
         print(f"{path.name}: {time.process_time() - began:.0f} s of CPU", flush=True)
+
+
+def check(run: Path) -> None:
+    """Say of each run of the teacher if its picture shows the prompt: RUN/right-NUMBER.npy."""
+    from checker import check as verdict
+
+    pipe = mlxdiff.load(dtype="float32")
+    for path in sorted(run.glob("runs-*[0-9].npz")):
+        to = run / f"right-{path.stem[5:]}.npy"
+        if to.exists():
+            continue
+        with np.load(path) as file:
+            pictures = pipe.decode(file["x"][-1].astype(np.float32))
+            prompts = [str(prompt) for prompt in file["prompts"]]
+        pairs = zip(pictures, prompts, strict=True)
+        right = [verdict(np.asarray(picture), prompt).right for picture, prompt in pairs]
+        np.save(to, np.array(right))
+        print(f"{path.name}: {np.mean(right):.0%} right", flush=True)
 
 
 # --- the student -----------------------------------------------------------------------------
@@ -172,9 +194,13 @@ class Runs:
     """The teacher's runs: x at `times` and at the end, and the states of the text.
 
     The first file is kept for the error of the student.
+
+    Args:
+        right: leave out runs whose picture does not show the prompt, as `check` says.
     """
 
-    def __init__(self, folder: Path, times: list[int]) -> None:
+    def __init__(self, folder: Path, times: list[int], right: bool = False) -> None:
+        self.right = right
         grid = json.loads((folder / "solver.json").read_text())["grid"]
         self.folder, self.places = folder, [*(grid.index(t) for t in times), len(grid)]
         self._known: dict[Path, tuple[np.ndarray, np.ndarray]] = {}
@@ -183,10 +209,12 @@ class Runs:
     def update(self) -> None:
         """Read files that came since."""
         for file in sorted(self.folder.glob("runs-*[0-9].npz")):
-            if file not in self._known:
+            verdict = self.folder / f"right-{file.stem[5:]}.npy"
+            if file not in self._known and (verdict.exists() or not self.right):
+                kept = np.load(verdict) if self.right and self._known else slice(None)
                 with np.load(file) as one:
                     x = one["x"][self.places].transpose(1, 0, 4, 2, 3)  # (N, L, C, h, w)
-                    self._known[file] = x, one["text"]
+                    self._known[file] = x[kept], one["text"][kept]
         held, *kept = self._known.values()
         self.held = held
         self.x = np.concatenate([x for x, _ in kept])
@@ -246,7 +274,7 @@ def train_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
     unet.set_attn_processor(AttnProcessor())  # the gradient of the fused one is slower on a CPU
     changes = adapt(unet, args.rank) if args.rank else None
     times, factors = steps_of(network.config, args.steps)
-    runs = Runs(args.teacher, times)
+    runs = Runs(args.teacher, times, args.right)
     if rank == 0:
         print(f"{len(runs)} runs, timesteps {times}", flush=True)
     matching = None
@@ -385,7 +413,7 @@ def plot(run: Path, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("stage", choices=("teach", "train", "plot"))
+    parser.add_argument("stage", choices=("teach", "check", "train", "plot"))
     parser.add_argument("--run", type=Path, required=True, help="folder of this run")
     parser.add_argument("--to", type=Path, help="plot: the picture; RUN/log.txt is what train says")
     parser.add_argument("--first", type=int, default=0, help="number before the first file")
@@ -400,6 +428,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="train: whole runs at a time")
     parser.add_argument("--forced", type=float, default=0.25, help="train: share of single steps")
     parser.add_argument("--between", type=float, default=0.2, help="train: weight of x on the way")
+    parser.add_argument("--right", action="store_true", help="train: on right runs only; see check")
     parser.add_argument("--student", type=Path, help="train: student.pt to start from")
     parser.add_argument("--match", type=float, default=0, help="train: see matching.py; a weight")
     parser.add_argument("--match-batch", type=int, default=12, help="train: pictures for it")
@@ -413,6 +442,9 @@ def main() -> None:
         if args.chunks:  # more runs than the teacher has done
             common.launch(teach_worker, args, 1)
         common.launch(train_worker, args, args.processes)
+        return
+    if args.stage == "check":
+        check(args.run)
         return
     if args.stage == "plot":
         plot(args.run, args.to)
