@@ -35,7 +35,7 @@ from mlxdiff.run.additions.motion import Motion
 from mlxdiff.run.additions.refiner import Refiner, refiner_of
 from mlxdiff.run.additions.t2i_adapter import T2IAdapter
 from mlxdiff.run.additions.upscaler import HiresUpscaler, Upscaler, upscaler_of
-from mlxdiff.run.additions.vae import AnotherVAE
+from mlxdiff.run.additions.vae import AnotherVAE, note_scale
 from mlxdiff.run.additions.word_vectors import WordVectors
 from mlxdiff.run.animation import AnimatingModel, animates
 from mlxdiff.run.drawing import Picture, Result, Run, Step
@@ -706,7 +706,10 @@ def _open_model(source: ModelSource, backend: Any) -> Model:
     if source.family == "ddpm":
         return PixelModel(source, backend)
     kind = MapModel if makes_maps(source) else AnimatingModel if animates(source) else LatentModel
-    return kind(source, backend)
+    model = kind(source, backend)
+    if model.upscales:
+        note_scale(source, source.config("vae"))
+    return model
 
 
 def _several(paths: Any) -> list[Any]:

@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlxdiff.errors import ConfigError, UsageError, argument
-from mlxdiff.networks.config import UNetSpatioTemporalConfig, VAEConfig
+from mlxdiff.networks.config import UNetSpatioTemporalConfig
 from mlxdiff.pictures.image import CLIP_MEAN, CLIP_STD, to_model, to_pil
 from mlxdiff.pictures.resampling import blurred, resample
 from mlxdiff.run import video
-from mlxdiff.run.additions import Additions
 from mlxdiff.run.kind import PARTS, LatentKind, Reason
 from mlxdiff.run.latent_model import LatentModel
 from mlxdiff.run.model import PromptEmbeddings
-from mlxdiff.run.network_cache import NetworkCache
 from mlxdiff.store.folder import IMAGE_ENCODER, ModelSource
 
 if TYPE_CHECKING:
@@ -70,11 +68,8 @@ class AnimatingKind(LatentKind):
 
     unet_config: UNetSpatioTemporalConfig
 
-    def __init__(self, source: ModelSource, vae: VAEConfig | None = None) -> None:
-        super().__init__(source, vae)
-        self._check()
-
     def _check(self) -> None:
+        super()._check()
         source, unet, latent = self.source, self.unet_config, self.vae_config.latent_channels
         self.edits = False
         if (unet.in_channels, unet.out_channels) != (2 * latent, latent):
@@ -116,19 +111,8 @@ class AnimatingKind(LatentKind):
         return STEPS
 
 
-class AnimatingModel(AnimatingKind, LatentModel):
+class AnimatingModel(LatentModel, AnimatingKind):
     """A model that lets a picture move, at work. For the arguments see ``Model``."""
-
-    def __init__(
-        self,
-        source: ModelSource,
-        backend: Any,
-        additions: Additions | None = None,
-        cache: NetworkCache | None = None,
-        vae_tiling: bool | None = None,
-    ) -> None:
-        LatentModel.__init__(self, source, backend, additions, cache, vae_tiling)
-        self._check()
 
     def band_bytes(self, height: int, width: int, low_memory: bool) -> int | None:
         """None: frames are decoded together, and not in bands."""

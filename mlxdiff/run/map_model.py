@@ -14,13 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlxdiff.errors import ConfigError, UsageError, argument, quoted
-from mlxdiff.networks.config import VAEConfig
 from mlxdiff.pictures import maps
-from mlxdiff.run.additions import Additions
 from mlxdiff.run.kind import MOST_PIXELS, PARTS, LatentKind, Reason
 from mlxdiff.run.latent_model import LatentModel
 from mlxdiff.run.model import PromptEmbeddings
-from mlxdiff.run.network_cache import NetworkCache
 from mlxdiff.store.folder import ModelSource
 
 if TYPE_CHECKING:
@@ -50,11 +47,8 @@ class MapKind(LatentKind):
     Raises: ConfigError if its U-Net or its model_index.json is not that of such a model.
     """
 
-    def __init__(self, source: ModelSource, vae: VAEConfig | None = None) -> None:
-        super().__init__(source, vae)
-        self._read_index()
-
-    def _read_index(self) -> None:
+    def _check(self) -> None:
+        super()._check()
         source = self.source
         index, unet = source.model_index, self.unet_config
         where = f"{source.path}/model_index.json"
@@ -152,19 +146,8 @@ class MapKind(LatentKind):
         return height // factor, width // factor, self.vae_config.latent_channels
 
 
-class MapModel(MapKind, LatentModel):
+class MapModel(LatentModel, MapKind):
     """A model that makes maps, at work. For the arguments see ``Model``."""
-
-    def __init__(
-        self,
-        source: ModelSource,
-        backend: Any,
-        additions: Additions | None = None,
-        cache: NetworkCache | None = None,
-        vae_tiling: bool | None = None,
-    ) -> None:
-        LatentModel.__init__(self, source, backend, additions, cache, vae_tiling)
-        self._read_index()
 
     def prompt_timeline(self, *args: Any, **options: Any) -> list[tuple[int, PromptEmbeddings]]:
         """Return the embedding of the empty text, start and end alone; there is no other."""

@@ -88,6 +88,11 @@ class Model(Kind):
         self.additions = Additions() if additions is None else additions
         self.cache = NetworkCache(backend) if cache is None else cache
         self.vae_tiling = vae_tiling
+        self._set_up()
+
+    @abstractmethod
+    def _set_up(self) -> None:
+        """Work out the facts about the model with its additions, and what its stages need."""
 
     def with_additions(self, additions: Additions) -> Self:
         """Return the same model with these additions in place of its own.

@@ -12,29 +12,18 @@ import numpy as np
 
 from mlxdiff.errors import UsageError
 from mlxdiff.pictures.image import to_pil
-from mlxdiff.run.additions import Additions
 from mlxdiff.run.kind import PixelKind
 from mlxdiff.run.model import Model
-from mlxdiff.run.network_cache import NetworkCache
-from mlxdiff.store.folder import ModelSource
 
 if TYPE_CHECKING:
     import PIL.Image
 
 
-class PixelModel(PixelKind, Model):
+class PixelModel(Model, PixelKind):
     """A model that draws pixels. For the arguments see ``Model``."""
 
-    def __init__(
-        self,
-        source: ModelSource,
-        backend: Any,
-        additions: Additions | None = None,
-        cache: NetworkCache | None = None,
-        vae_tiling: bool | None = None,
-    ) -> None:
-        Model.__init__(self, source, backend, additions, cache, vae_tiling)
-        PixelKind.__init__(self, source)
+    def _set_up(self) -> None:
+        PixelKind.__init__(self, self.source)
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise UsageError: there is no text encoder."""
