@@ -45,8 +45,10 @@ from mlxdiff.run.memory import Device, Estimate, estimate, require
 from mlxdiff.run.model import Model, PromptEmbeddings
 from mlxdiff.run.options import GenerateOptions, LoadOptions, RunOptions, StreamOptions
 from mlxdiff.run.pixel_model import PixelModel
+from mlxdiff.run.planning import PlannedRun, resolve
 from mlxdiff.run.progress import Watch
-from mlxdiff.run.settings import PlannedRun, Settings, resolve, variation
+from mlxdiff.run.seeds import variation
+from mlxdiff.run.settings import Settings
 from mlxdiff.run.table import entries, make, takes
 from mlxdiff.run.video import frames_of
 from mlxdiff.store.folder import ModelSource, Progress

@@ -20,10 +20,13 @@ from mlxdiff.networks.layers import wraps_rows
 from mlxdiff.noise import Generator
 from mlxdiff.pictures import preview
 from mlxdiff.pictures.image import load_image, to_model, to_pil
+from mlxdiff.run import latent_settings
 from mlxdiff.run.additions.word_vectors import WordVectors
 from mlxdiff.run.kind import LatentKind, Network
 from mlxdiff.run.memory import Device, band_bytes
 from mlxdiff.run.model import ImageLatents, Model, PromptEmbeddings, draw_noise
+from mlxdiff.run.options import RunOptions
+from mlxdiff.run.settings import Settings
 from mlxdiff.text.encoders import TextEncoders, merged
 
 if TYPE_CHECKING:
@@ -48,6 +51,10 @@ class LatentModel(Model, LatentKind):
         if self.upscales:
             # As in the reference: it overflows in float16, whatever its config says.
             self.cache.widen(Network("vae"), self.additions)
+
+    def resolve(self, asked: RunOptions, refiner: Model | None) -> Settings:
+        """See ``Model.resolve``."""
+        return latent_settings.resolve(self, asked, refiner)
 
     def encode_prompt(
         self,

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     import PIL.Image
     from typing_extensions import Self
 
+    from mlxdiff.run.options import RunOptions
+    from mlxdiff.run.settings import Settings
+
 
 class PromptEmbeddings(NamedTuple):
     """Prompt inputs of the U-Net, float32. The pooled ones are None if it takes none.
@@ -176,6 +179,16 @@ class Model(Kind):
         self.cache.low_memory, self.vae_tiling = low_memory, vae_tiling
 
     # Stages
+
+    @abstractmethod
+    def resolve(self, asked: RunOptions, refiner: Model | None) -> Settings:
+        """Check and fill in what this kind of model takes for a run.
+
+        Args:
+            asked: options of parts that the model has; sampler, steps and guidance are filled in.
+            refiner: of the run; None: there is none.
+        Raises: UsageError.
+        """
 
     @abstractmethod
     def encode_prompt(

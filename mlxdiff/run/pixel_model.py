@@ -14,6 +14,8 @@ from mlxdiff.errors import UsageError
 from mlxdiff.pictures.image import to_pil
 from mlxdiff.run.kind import PixelKind
 from mlxdiff.run.model import Model
+from mlxdiff.run.options import RunOptions
+from mlxdiff.run.settings import Settings, filled
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -24,6 +26,17 @@ class PixelModel(Model, PixelKind):
 
     def _set_up(self) -> None:
         PixelKind.__init__(self, self.source)
+
+    def resolve(self, asked: RunOptions, refiner: Model | None) -> Settings:
+        """See ``Model.resolve``."""
+        self.check_label(asked.label)
+        width, height = asked.width, asked.height
+        if width is None or height is None:
+            own_height, own_width = self.default_size
+            width = own_width if width is None else width
+            height = own_height if height is None else height
+        self.check_size(width=width, height=height)
+        return filled(asked, width=width, height=height)
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise UsageError: there is no text encoder."""
