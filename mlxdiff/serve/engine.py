@@ -24,7 +24,7 @@ from mlxdiff.batch.wildcards import Wildcards
 from mlxdiff.errors import MlxdiffError, UsageError
 from mlxdiff.pictures.image import png_bytes
 from mlxdiff.run.progress import Progress
-from mlxdiff.run.settings import pick_seeds
+from mlxdiff.run.seeds import pick_seeds
 from mlxdiff.serve.gallery import Gallery
 
 logger = logging.getLogger("mlxdiff")

@@ -31,13 +31,14 @@ class Way(NamedTuple):
     """How an adapter is to be used.
 
     Attributes:
-        steps, guidance, sampler, schedule: its defaults; None: the model's.
+        sampler, schedule, steps, guidance, eta: its defaults; None: the model's.
     """
 
     sampler: str
     schedule: str
     steps: int | None = None
     guidance: float | None = None
+    eta: float | None = None
 
 
 # Part of a name -> how such an adapter is used, as its model card says. Files do not say it.
