@@ -170,10 +170,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     ),
     (r"(?:adapter\.)?body\.\d+\.(?:resnets|body\.\d+|block1)\..+", "a T2I-Adapter"),
     (r".*\.motion_modules\..+", "an AnimateDiff motion adapter"),
-    (
-        r".+\.(?:time_stack|time_mixer)\..+|.+\.temporal_transformer_blocks\..+",
-        "a video model (Stable Video Diffusion)",
-    ),
+    (r".+\.time_mix_blocks\..+", "a video model (SV4D)"),
     (
         rf"{_IN}(?:patchify_proj\..+|head\.modulation|txt_in\.individual_token_refiner\..+"
         r"|blocks\.\d+\.attn\.qkv_x\..+)|net\.x_embedder\..+",
@@ -218,12 +215,20 @@ _REFUSED: tuple[tuple[str, str], ...] = (
 # (pattern, kind) of parts of models.
 _PARTS: tuple[tuple[str, str], ...] = (
     (
+        r"model\.diffusion_model\..+\.time_stack\..+",
+        "a whole model in one file (Stable Video Diffusion)",
+    ),
+    (
         r"model\.diffusion_model\..+|model_ema\.diffusion_model.+",
         "a whole model in one file (LDM naming)",
     ),
     (r"unet\.(?:down_blocks|mid_block)\..+", "a whole model in one file (diffusers naming)"),
     (r"(?:input_blocks|middle_block)\..+", "a U-Net in LDM naming, alone"),
     (r"(?:down_blocks|mid_block)\..+", "a U-Net in diffusers naming, alone"),
+    (
+        r".+\.(?:time_stack|temporal_res_block)\..+",
+        "the VAE of a video model (Stable Video Diffusion)",
+    ),
     (
         r"(?:first_stage_model\.|vae\.)?(?:encoder|decoder)\.(?:conv_in|mid)\..+",
         "a VAE, alone",

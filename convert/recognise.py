@@ -76,6 +76,9 @@ _USES: dict[str, Callable[[], str]] = {
         f"not supported; use an IP-Adapter, which sees the picture ({argument('ip_adapters')})"
     ),
     "a VAE, alone": lambda: f"give it with {argument('vae', form='PATH')}",
+    "the VAE of a video model": lambda: (
+        f"give the whole model that it belongs to ({argument('model')})"
+    ),
     "a tiny VAE": lambda: f"give it with {argument('vae', form='PATH')}",
     "a whole model": lambda: f"give it with {argument('model', form='PATH')}",
     "a U-Net": lambda: (
