@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlxdiff.convert import recognise
 from mlxdiff.convert.checkpoint import find_weights, open_component
 from mlxdiff.convert.sources import open_source
 from mlxdiff.convert.vae_file import open_vae_file
@@ -103,9 +104,9 @@ def read_component_config(folder: Path, classes: tuple[str, ...], what: str) -> 
     data = read_json(folder / "config.json")
     found = data.get("_class_name") or (data.get("architectures") or ["component"])[0]
     if found not in classes:
-        raise CheckpointError(
-            f"{folder}: is a {found}, not a {what}; expected {' or '.join(classes)}"
-        )
+        words = recognise.CLASSES.get(found)
+        way = f"expected {' or '.join(classes)}" if words is None else recognise.use(words)
+        raise CheckpointError(f"{folder}: is a {found}, not a {what}; {way}")
     return data
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxdiff.convert import recognise
+from mlxdiff.convert import detect, recognise
 from mlxdiff.convert.checkpoint import map_component
 from mlxdiff.convert.component import (
     Component,
@@ -58,6 +58,8 @@ def open_motion_adapter(
     if not os.path.isfile(place / "config.json"):
         raise _not_an_adapter(place)
     data = read_component_config(place, ("MotionAdapter",), "motion adapter")
+    if data.get("conv_in_channels") is not None:
+        raise CheckpointError(f"{place}: is {detect.PIA}, {recognise.use(detect.PIA)}")
     config = MotionAdapterConfig.from_dict(data, str(place / "config.json"))
     _check_fit(config, unet, str(path))
     return open_folder_of("motion_adapter", place, config, provenance, variant)
