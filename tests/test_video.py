@@ -260,7 +260,7 @@ def test_the_name_says_how_an_adapter_is_used(tmp_path: Path) -> None:
     pipe = mlxdiff.load(checkpoint("sd15"), backend="numpy")
     ways = {
         "animatediff_lightning_4step_diffusers": ("euler", "trailing", 4, 1.0),
-        "AnimateLCM_sd15_t2v": ("lcm", "normal", 8, 2.0),
+        "AnimateLCM_sd15_t2v": ("lcm", "normal", 6, 2.0),
         "mm_sd_v15_v2": ("ddim", "linspace", 20, 7.5),
     }
     for name, way in ways.items():
