@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlxdiff.convert import recognise
 from mlxdiff.convert.checkpoint import find_weights, map_component, open_component
 from mlxdiff.convert.keymap import Layout
 from mlxdiff.convert.sources import open_source
@@ -105,9 +106,9 @@ def read_component_config(folder: Path, classes: tuple[str, ...], what: str) -> 
     data = read_json(folder / "config.json")
     found = data.get("_class_name") or (data.get("architectures") or ["component"])[0]
     if found not in classes:
-        raise CheckpointError(
-            f"{folder}: is a {found}, not a {what}; expected {' or '.join(classes)}"
-        )
+        words = recognise.CLASSES.get(found)
+        way = f"expected {' or '.join(classes)}" if words is None else recognise.use(words)
+        raise CheckpointError(f"{folder}: is a {found}, not a {what}; {way}")
     return data
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlxdiff.convert import lllite, recognise
+from mlxdiff.convert import detect, lllite, recognise
 from mlxdiff.convert.component import AddedNetwork, Component, open_added, open_mapped
 from mlxdiff.convert.control_lora import MARK, open_control_lora
 from mlxdiff.convert.families import Unrepresentable, controlnet_structure
@@ -78,6 +78,8 @@ def _open_file(
                 "tensors of the model's U-Net, too"
             )
         return open_control_lora(path, file.tensors, unet, unet_tensors, provenance)
+    if recognise.kind(file.tensors) == detect.SPARSE_CONTROL:
+        raise CheckpointError(f"{path}: {recognise.refusal(file.tensors)}")
     tensors = _section(file.tensors)
     ldm = "input_hint_block.0.weight" in tensors
     if not ldm and "controlnet_cond_embedding.conv_in.weight" not in tensors:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxdiff.convert import recognise
+from mlxdiff.convert import detect, recognise
 from mlxdiff.convert.component import AddedNetwork, Component, open_added, open_mapped
 from mlxdiff.convert.keymap import DIFFUSERS, MOTION_ORIGINAL, MOTION_POSITIONS
 from mlxdiff.errors import CheckpointError
@@ -20,9 +20,6 @@ from mlxdiff.store.folder import Progress
 from mlxdiff.weights.pickles import open_tensors
 from mlxdiff.weights.tensors import LazyTensor, Shape
 
-_KIND = AddedNetwork(
-    "motion_adapter", "motion adapter", ("MotionAdapter",), MotionAdapterConfig.from_dict
-)
 _TABLES = ("state_dict",)
 _MODULE = re.compile(
     r"(?:(down|up)_blocks\.(\d+)|mid_block)\.motion_modules\.(\d+)\.(?:temporal_transformer\.)?"
@@ -32,6 +29,16 @@ _POSITIONS = re.compile(MOTION_POSITIONS)
 _HEADS = 8  # of all published adapters; files do not say it
 _LENGTH = 32
 _CLOSE = {"F32": 1e-4, "F16": 2e-3, "BF16": 1e-2}
+
+
+def _read(data: dict[str, Any], where: str) -> MotionAdapterConfig:
+    """Read config.json. Raises: CheckpointError for PIA, whose class is a motion adapter's."""
+    if data.get("conv_in_channels") is not None:
+        raise CheckpointError(f"{where}: is {detect.PIA}, {recognise.use(detect.PIA)}")
+    return MotionAdapterConfig.from_dict(data, where)
+
+
+_KIND = AddedNetwork("motion_adapter", "motion adapter", ("MotionAdapter",), _read)
 
 
 def open_motion_adapter(

@@ -35,16 +35,13 @@ from mlxdiff.run.additions.motion import Motion
 from mlxdiff.run.additions.refiner import Refiner, refiner_of
 from mlxdiff.run.additions.t2i_adapter import T2IAdapter
 from mlxdiff.run.additions.upscaler import HiresUpscaler, Upscaler, upscaler_of
-from mlxdiff.run.additions.vae import AnotherVAE, note_scale
+from mlxdiff.run.additions.vae import AnotherVAE
 from mlxdiff.run.additions.word_vectors import WordVectors
-from mlxdiff.run.animation import AnimatingModel, animates
 from mlxdiff.run.drawing import Picture, Result, Run, Step
-from mlxdiff.run.latent_model import LatentModel
-from mlxdiff.run.map_model import MapModel, makes_maps
 from mlxdiff.run.memory import Device, Estimate, estimate, require
 from mlxdiff.run.model import Model, PromptEmbeddings
+from mlxdiff.run.opening import open_model
 from mlxdiff.run.options import GenerateOptions, LoadOptions, RunOptions, StreamOptions
-from mlxdiff.run.pixel_model import PixelModel
 from mlxdiff.run.planning import PlannedRun, resolve
 from mlxdiff.run.progress import Watch
 from mlxdiff.run.seeds import variation
@@ -126,7 +123,7 @@ class Pipeline(metaclass=_Advising):
     """
 
     def __init__(self, source: ModelSource, backend: Any) -> None:
-        self.model = _open_model(source, backend)
+        self.model = open_model(source, backend)
         self.memory_limit: float | None = None
         self.exact = False
         self.lora_folder = Path()
@@ -730,16 +727,6 @@ def _advice(name: str) -> str:
             if name in (entry.name, *entry.elsewhere):
                 return f"; give {entry.name} to {call}"
     return ""
-
-
-def _open_model(source: ModelSource, backend: Any) -> Model:
-    if source.family == "ddpm":
-        return PixelModel(source, backend)
-    kind = MapModel if makes_maps(source) else AnimatingModel if animates(source) else LatentModel
-    model = kind(source, backend)
-    if model.upscales:
-        note_scale(source, source.config("vae"))
-    return model
 
 
 def _several(paths: Any) -> list[Any]:
