@@ -751,7 +751,7 @@ def _config() -> str:
 
 def _alike(family: str, other: str) -> bool:
     """Return True if one model's configs can be those of another. Shapes show the rest."""
-    return all(family.startswith(one) == other.startswith(one) for one in ("sdxl", "svd", "ddpm"))
+    return all(family.startswith(one) == other.startswith(one) for one in ("sdxl", "svd"))
 
 
 def _section_of(name: str) -> str | None:
