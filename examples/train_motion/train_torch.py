@@ -9,12 +9,10 @@ those of train.py; the same command continues a stopped run.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 import train
-import videos
 
 import mlxdiff
 from mlxdiff.networks.config import MotionAdapterConfig
