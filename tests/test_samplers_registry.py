@@ -286,7 +286,6 @@ def test_a_name_with_a_schedule_beside_another_schedule() -> None:
 HOMONYMS = {
     "training/unconditional.py": {"ddpm"},  # the family of models of pixels
     "run/opening.py": {"ddpm"},
-    "convert/singlefile.py": {"ddpm"},
     "store/catalogue.py": {"ddpm", "lcm"},
     "convert/detect.py": {"ddpm"},
     "pictures/foreign/a1111.py": {"ddim", "dpm2", "restart"},  # A1111's words
