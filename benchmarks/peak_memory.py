@@ -1,7 +1,7 @@
 """Measure the peak memory of a whole picture with low_memory, on MLX's own counter.
 
     python benchmarks/peak_memory.py sd15 [-q 4] [--size 512] [--steps 1] [--folder FOLDER]
-        [--frames 16]
+        [--frames 16] [--guidance 7.5]
 
 The model has full size and random weights. If FOLDER does not exist, random_model.py makes it
 first. The peak of a run does not depend on the number of steps. Prints a table by stage as the run
@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--frames", type=int, help="draw a video with a random motion adapter")
+    parser.add_argument("--guidance", type=float, default=7.5, help="1: one prediction a step")
     parser.add_argument("--dtype", help="computed in (default: float16 on a GPU, else float32)")
     options = parser.parse_args()
     import mlx.core as mx
@@ -61,7 +62,7 @@ def main() -> None:
         **needed(pipe.model, size),
         seed=0,
         steps=options.steps,
-        guidance=7.5,
+        guidance=options.guidance,
         **size,
         on_step=lambda step: note("text and U-Net"),
     )
@@ -73,6 +74,7 @@ def main() -> None:
         "size": [result.settings.width, result.settings.height],
         "dtype": pipe.backend.dtype,
         "steps": options.steps,
+        "guidance": options.guidance,
         "frames": options.frames,
         "estimate": pipe.memory(result.settings).peak,
         "peak_bytes": max(peaks.values()),

@@ -109,7 +109,7 @@ def convert(
         group_size, recipe: group size and kind of the quantization.
         to: form of the result: "mlxdiff" (a converted folder), "diffusers" (a folder) or "single"
             (one file in LDM naming).
-        change: changes the model before it is written (``adapters.lora.Baking``); its attribute
+        change: changes the model before it is written (``run.baking.Baking``); its attribute
             ``files`` names the files that it reads.
     Returns: the treatment of every tensor.
     Raises: UsageError, CheckpointError (also for a source that changes meanwhile), ConfigError,

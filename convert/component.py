@@ -6,9 +6,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mlxdiff.convert.checkpoint import find_weights, open_component
+from mlxdiff.convert import recognise
+from mlxdiff.convert.checkpoint import find_weights, map_component, open_component
+from mlxdiff.convert.keymap import Layout
 from mlxdiff.convert.sources import open_source
 from mlxdiff.convert.vae_file import open_vae_file
 from mlxdiff.errors import CheckpointError
@@ -18,7 +20,8 @@ from mlxdiff.store import catalogue, hub
 from mlxdiff.store.cache import snapshot_of
 from mlxdiff.store.folder import Progress
 from mlxdiff.store.reference import parse
-from mlxdiff.weights.tensors import LazyTensor
+from mlxdiff.weights.pickles import PickleFile
+from mlxdiff.weights.tensors import LazyTensor, TensorFile
 
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 
@@ -103,9 +106,9 @@ def read_component_config(folder: Path, classes: tuple[str, ...], what: str) -> 
     data = read_json(folder / "config.json")
     found = data.get("_class_name") or (data.get("architectures") or ["component"])[0]
     if found not in classes:
-        raise CheckpointError(
-            f"{folder}: is a {found}, not a {what}; expected {' or '.join(classes)}"
-        )
+        words = recognise.CLASSES.get(found)
+        way = f"expected {' or '.join(classes)}" if words is None else recognise.use(words)
+        raise CheckpointError(f"{folder}: is a {found}, not a {what}; {way}")
     return data
 
 
@@ -120,4 +123,78 @@ def open_folder_of(
     whole = folder.resolve()
     entries, _ = find_weights(whole.parent, {whole.name: whole}, variant, ("", "fp16"))
     files = open_component(entries[whole.name], component, config)
+    return Component(config, lambda: files.read(config), provenance)
+
+
+class AddedNetwork(NamedTuple):
+    """A kind of network that is added to a model.
+
+    Attributes:
+        component: its name among the components.
+        word: the word for it in messages.
+        classes: its class names in config.json.
+        read: makes its config of the content of config.json, and of the place for messages.
+    """
+
+    component: str
+    word: str
+    classes: tuple[str, ...]
+    read: Callable[[dict[str, Any], str], ComponentConfig]
+
+
+def open_added(
+    kind: AddedNetwork,
+    path: str | os.PathLike[str],
+    open_file: Callable[[Path, dict[str, Any]], Component],
+    check: Callable[[Any], None],
+    variant: str | None,
+    progress: Progress | None,
+) -> Component:
+    """Open a network that is added to a model: one file, or a folder in diffusers' form.
+
+    Args:
+        path: the file or folder, or a hub id of either.
+        open_file: opens one file; takes its path and the provenance.
+        check: refuses a config that does not fit the model.
+        variant, progress: as of ``find_component``.
+    Raises: CheckpointError, ConfigError, HubError.
+    """
+    place, provenance = find_component(path, kind.component, variant, progress)
+    if os.path.isfile(place):
+        found = open_file(place, provenance)
+        check(found.config)
+        return found
+    if not os.path.exists(place):
+        raise CheckpointError(
+            f"{place}: no such file or folder, and not a hub id (org/name); give a {kind.word}: a "
+            "folder with config.json, one file, or a hub id"
+        )
+    if not os.path.isfile(place / "config.json"):
+        whole = os.path.isfile(place / "model_index.json")
+        raise CheckpointError(
+            f"{place}: {'is a whole model' if whole else 'has no config.json'}; give a "
+            f"{kind.word}: a folder with config.json and weights, or one file"
+        )
+    data = read_component_config(place, kind.classes, kind.word)
+    config = kind.read(data, str(place / "config.json"))
+    check(config)
+    return open_folder_of(kind.component, place, config, provenance, variant)
+
+
+def open_mapped(
+    file: PickleFile | TensorFile,
+    tensors: dict[str, LazyTensor],
+    layout: Layout,
+    config: ComponentConfig,
+    provenance: dict[str, Any],
+) -> Component:
+    """Open a network that is a file of its own.
+
+    Args:
+        file: the file, opened.
+        tensors: of the network, by the names that the layout spells.
+    Raises: CheckpointError.
+    """
+    refused = file.refused if isinstance(file, PickleFile) else {}
+    files = map_component(file.path, tensors, layout, config, str(file.path), refused)
     return Component(config, lambda: files.read(config), provenance)

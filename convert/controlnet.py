@@ -7,30 +7,30 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlxdiff.convert import lllite, recognise
-from mlxdiff.convert.checkpoint import map_component
-from mlxdiff.convert.component import (
-    Component,
-    find_component,
-    open_folder_of,
-    read_component_config,
-)
+from mlxdiff.convert import detect, lllite, recognise
+from mlxdiff.convert.component import AddedNetwork, Component, open_added, open_mapped
 from mlxdiff.convert.control_lora import MARK, open_control_lora
 from mlxdiff.convert.families import Unrepresentable, controlnet_structure
 from mlxdiff.convert.keymap import DIFFUSERS, ldm_controlnet
 from mlxdiff.errors import CheckpointError
 from mlxdiff.networks.config import ControlNetConfig, LLLiteConfig, UNet2DConditionConfig
 from mlxdiff.store.folder import Progress
-from mlxdiff.weights.pickles import PickleFile, open_tensors
+from mlxdiff.weights.pickles import open_tensors
 from mlxdiff.weights.tensors import LazyTensor, Shape
 
 logger = logging.getLogger("mlxdiff")
 
 _PREFIX = "control_model."
-_CLASSES = ("ControlNetModel", "ControlNetUnionModel")
+_KIND = AddedNetwork(
+    "controlnet",
+    "ControlNet",
+    ("ControlNetModel", "ControlNetUnionModel"),
+    ControlNetConfig.from_dict,
+)
 
 
 def open_controlnet(
@@ -56,26 +56,17 @@ def open_controlnet(
     Returns: a network with a ControlNetConfig, or with an LLLiteConfig.
     Raises: CheckpointError, ConfigError, HubError.
     """
-    place, provenance = find_component(path, "controlnet", variant, progress)
-    if os.path.isfile(place):
-        found = _open_file(place, unet, provenance, unet_tensors, factor)
-    else:
-        if not os.path.isfile(place / "config.json"):
-            raise _not_a_controlnet(place)
-        data = read_component_config(place, _CLASSES, "ControlNet")
-        config = ControlNetConfig.from_dict(data, str(place / "config.json"))
-        found = open_folder_of("controlnet", place, config, provenance, variant)
-    if not isinstance(found.config, LLLiteConfig):
-        _check_fit(found.config, unet, str(path))
-    return found
+    open_file = partial(_open_file, unet, unet_tensors, factor)
+    check = partial(_check_fit, unet, str(path))
+    return open_added(_KIND, path, open_file, check, variant, progress)
 
 
 def _open_file(
-    path: Path,
     unet: UNet2DConditionConfig,
-    provenance: dict[str, Any],
     unet_tensors: Callable[[], Mapping[str, LazyTensor]] | None,
     factor: int,
+    path: Path,
+    provenance: dict[str, Any],
 ) -> Component:
     file = open_tensors(path)
     if any(name.startswith(lllite.PREFIX) for name in file.tensors):
@@ -87,6 +78,8 @@ def _open_file(
                 "tensors of the model's U-Net, too"
             )
         return open_control_lora(path, file.tensors, unet, unet_tensors, provenance)
+    if recognise.kind(file.tensors) == detect.SPARSE_CONTROL:
+        raise CheckpointError(f"{path}: {recognise.refusal(file.tensors)}")
     tensors = _section(file.tensors)
     ldm = "input_hint_block.0.weight" in tensors
     if not ldm and "controlnet_cond_embedding.conv_in.weight" not in tensors:
@@ -99,10 +92,8 @@ def _open_file(
             f"{path}: is a ControlNet of an unknown structure ({error}); use a diffusers folder"
         ) from None
     config = _config_of(structure, unet, path)
-    refused = file.refused if isinstance(file, PickleFile) else {}
     layout = ldm_controlnet(config) if ldm else DIFFUSERS["controlnet"]
-    files = map_component(path, tensors, layout, config, str(path), refused)
-    return Component(config, lambda: files.read(config), provenance)
+    return open_mapped(file, tensors, layout, config, provenance)
 
 
 def _types(shapes: Mapping[str, Shape]) -> dict[str, Any]:
@@ -162,8 +153,12 @@ def _config_of(
     return replace(config, **same, global_pool_conditions=pooled)
 
 
-def _check_fit(config: Any, unet: UNet2DConditionConfig, where: str) -> None:
+def _check_fit(
+    unet: UNet2DConditionConfig, where: str, config: ControlNetConfig | LLLiteConfig
+) -> None:
     """Refuse a ControlNet for another kind of model. Its outputs must fit the U-Net."""
+    if isinstance(config, LLLiteConfig):  # it is opened for the model
+        return
     for name in ("block_out_channels", "layers_per_block"):
         if getattr(config, name) != getattr(unet, name):
             raise _other_family(where, getattr(config, name), getattr(unet, name))
@@ -196,15 +191,3 @@ def _number(value: Any) -> str:
 
 def _list(values: Any) -> str:
     return ", ".join(map(str, values))
-
-
-def _not_a_controlnet(path: Path) -> CheckpointError:
-    if not os.path.exists(path):
-        return CheckpointError(
-            f"{path}: no such file or folder, and not a hub id (org/name); give a ControlNet: a "
-            "folder with config.json, one file, or a hub id"
-        )
-    what = "is a whole model" if (path / "model_index.json").is_file() else "has no config.json"
-    return CheckpointError(
-        f"{path}: {what}; give a ControlNet: a folder with config.json and weights, or one file"
-    )

@@ -57,6 +57,42 @@ _WITHOUT_TEXT = (
 )
 """Pipeline classes that read a picture in place of a text."""
 
+SPARSE_CONTROL = "a SparseCtrl encoder"
+PIA = "an AnimateDiff-PIA adapter"
+HOTSHOT = "a HotShot-XL motion adapter"
+_LCM_I2V = "an AnimateLCM-I2V adapter"
+
+
+def _moves() -> str:
+    return (
+        f"not supported; give an AnimateDiff adapter ({argument('motion_adapter')}) and start from "
+        f"the picture ({argument('image')}), or use Stable Video Diffusion "
+        f"({argument('model', 'svd')})"
+    )
+
+
+VIDEO_WAYS: dict[str, Callable[[], str]] = {
+    SPARSE_CONTROL: lambda: (
+        f"not supported; use a ControlNet ({argument('controlnets')}) and a video of control "
+        f"pictures ({argument('control_image')})"
+    ),
+    HOTSHOT: lambda: (
+        "not supported; use an AnimateDiff adapter for SDXL "
+        f"({argument('motion_adapter', 'guoyww/animatediff-motion-adapter-sdxl-beta')})"
+    ),
+    PIA: _moves,
+    _LCM_I2V: _moves,
+}
+"""Kind of an addition for videos that is not supported -> way out."""
+
+
+def _apart() -> str:
+    return (
+        "a model of pictures with a motion adapter in it; give a model of pictures, and the folder "
+        f"motion_adapter of this one with {argument('motion_adapter')}"
+    )
+
+
 _UNCLIP = "use Stable unCLIP (StableUnCLIPImg2ImgPipeline)"
 _REFUSED_PIPELINES: dict[str, Callable[[], str]] = {
     "StableDiffusionLatentUpscalePipeline": lambda: (
@@ -79,6 +115,12 @@ _REFUSED_PIPELINES: dict[str, Callable[[], str]] = {
     ),
     "UnCLIPPipeline": lambda: f"Karlo's U-Nets are not supported; {_UNCLIP}",
     "UnCLIPImageVariationPipeline": lambda: f"Karlo's U-Nets are not supported; {_UNCLIP}",
+    "AnimateDiffPipeline": _apart,
+    "AnimateDiffSDXLPipeline": _apart,
+    "AnimateDiffVideoToVideoPipeline": _apart,
+    "AnimateDiffSparseControlNetPipeline": VIDEO_WAYS[SPARSE_CONTROL],
+    "HotshotXLPipeline": VIDEO_WAYS[HOTSHOT],
+    "PIAPipeline": VIDEO_WAYS[PIA],
     "Zero123Pipeline": lambda: (
         "this form of Zero-1-to-3 is not supported; use the one for diffusers' community pipeline "
         f"({argument('model', 'kxic/zero123-xl')}), or the original file"
@@ -136,6 +178,7 @@ _PEFT_FORMS = (
     ("WaveFT", "waveft_spectrum"),
 )
 
+_MOTION = r".*\.motion_modules\..+"
 # (pattern, kind) of files that are not models. The first pattern that matches any whole tensor
 # name decides. Some names occur bare and under the prefix of a whole model.
 _IN = r"(?:model\.(?:diffusion_model\.)?)?"
@@ -169,11 +212,9 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         "a ControlNet",
     ),
     (r"(?:adapter\.)?body\.\d+\.(?:resnets|body\.\d+|block1)\..+", "a T2I-Adapter"),
-    (r".*\.motion_modules\..+", "an AnimateDiff motion adapter"),
-    (
-        r".+\.(?:time_stack|time_mixer)\..+|.+\.temporal_transformer_blocks\..+",
-        "a video model (Stable Video Diffusion)",
-    ),
+    (r".+\.temporal_attentions\.\d+\..+", HOTSHOT),
+    (_MOTION, "an AnimateDiff motion adapter"),
+    (r".+\.time_mix_blocks\..+", "a video model (SV4D)"),
     (
         rf"{_IN}(?:patchify_proj\..+|head\.modulation|txt_in\.individual_token_refiner\..+"
         r"|blocks\.\d+\.attn\.qkv_x\..+)|net\.x_embedder\..+",
@@ -215,8 +256,22 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     ),
     (r"(?:(?:params|params_ema|module)\.)?body\.\d+\.weight", "a Real-ESRGAN compact upscaler"),
 )
+# (pattern, kind) of files with motion modules and with other tensors, which are no motion adapters
+# that mlxdiff has. PIA's is told by the channels of its first convolution: latents, a picture and
+# one more. Sources of these and of HotShot-XL's: guoyww/AnimateDiff (sparse_controlnet.py),
+# open-mmlab/PIA (i2v_pipeline.py), hotshotco/Hotshot-XL (unet_blocks.py),
+# Kosinkadink/ComfyUI-AnimateDiff-Evolved (motion_module_ad.py).
+_PIA_FIRST, _PIA_CHANNELS = re.compile(r"(?:module\.)?conv_in\.weight"), 9
+_BESIDE_MOTION: tuple[tuple[str, str], ...] = (
+    (r"(?:module\.)?controlnet_(?:cond|down|mid)_.+", SPARSE_CONTROL),
+    (r"(?:module\.)?img_encoder\..+", _LCM_I2V),
+)
 # (pattern, kind) of parts of models.
 _PARTS: tuple[tuple[str, str], ...] = (
+    (
+        r"model\.diffusion_model\..+\.time_stack\..+",
+        "a whole model in one file (Stable Video Diffusion)",
+    ),
     (
         r"model\.diffusion_model\..+|model_ema\.diffusion_model.+",
         "a whole model in one file (LDM naming)",
@@ -224,6 +279,10 @@ _PARTS: tuple[tuple[str, str], ...] = (
     (r"unet\.(?:down_blocks|mid_block)\..+", "a whole model in one file (diffusers naming)"),
     (r"(?:input_blocks|middle_block)\..+", "a U-Net in LDM naming, alone"),
     (r"(?:down_blocks|mid_block)\..+", "a U-Net in diffusers naming, alone"),
+    (
+        r".+\.(?:time_stack|temporal_res_block)\..+",
+        "the VAE of a video model (Stable Video Diffusion)",
+    ),
     (
         r"(?:first_stage_model\.|vae\.)?(?:encoder|decoder)\.(?:conv_in|mid)\..+",
         "a VAE, alone",
@@ -338,7 +397,13 @@ def family(configs: Mapping[str, ComponentConfig]) -> str:
 
 def refused(tensors: Mapping[str, LazyTensor]) -> str | None:
     """Describe a file that is known not to be a supported model. Return None for other files."""
-    for pattern, words in _REFUSED:
+    moves = any(map(re.compile(_MOTION).fullmatch, tensors))
+    if moves and any(
+        _PIA_FIRST.fullmatch(name) and tensor.shape[1:2] == (_PIA_CHANNELS,)
+        for name, tensor in tensors.items()
+    ):
+        return PIA
+    for pattern, words in (*(_BESIDE_MOTION if moves else ()), *_REFUSED):
         matches = re.compile(pattern).fullmatch
         if any(matches(name) for name in tensors):
             return words

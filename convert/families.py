@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mlxdiff.convert.keymap import SVD_DECODER, SVD_ENCODER
 from mlxdiff.errors import CheckpointError, argument
 from mlxdiff.store.folder import (
     CC_PROJECTION,
@@ -46,6 +47,16 @@ _EULER = _SCHEDULE | {
     "skip_prk_steps": True,
     "timestep_spacing": "leading",
     "use_karras_sigmas": False,
+}
+_SVD_EULER = _SCHEDULE | {
+    "_class_name": "EulerDiscreteScheduler",
+    "interpolation_type": "linear",
+    "sigma_max": 700.0,
+    "sigma_min": 0.002,
+    "skip_prk_steps": True,
+    "timestep_spacing": "leading",
+    "timestep_type": "continuous",
+    "use_karras_sigmas": True,
 }
 _CLIP_L: Config = {
     "architectures": ["CLIPTextModel"],
@@ -228,6 +239,21 @@ ZERO123 = replace(
     parts=(IMAGE_ENCODER, CC_PROJECTION),
 )
 """A variant of that with a camera."""
+SVD = Family(
+    name="svd",
+    words="Stable Video Diffusion",
+    text_encoders={},
+    unet={},
+    vae=_VAE | {"_class_name": "AutoencoderKLTemporalDecoder", "force_upcast": True},
+    head_width=64,
+    size=768,
+    scheduler=_SVD_EULER,
+    v_scheduler=_SVD_EULER,
+    pipeline="StableVideoDiffusion",
+    prediction="v_prediction",
+    parts=(IMAGE_ENCODER,),
+)
+"""A picture that moves. The numbers of its U-Net are frames a second, motion and noise."""
 PART_CLASSES = {
     IMAGE_ENCODER: ["transformers", "CLIPVisionModelWithProjection"],
     IMAGE_NORMALIZER: ["stable_diffusion", "StableUnCLIPImageNormalizer"],
@@ -416,7 +442,32 @@ def unet_structure(shapes: Shapes) -> Config:
         config["num_class_embeds"] = _shape(shapes, names["classes"], 2)[0]
     if names["guidance"] in shapes:
         config["time_cond_proj_dim"] = _shape(shapes, names["guidance"], 2)[1]
-    return config
+    return _among_frames(config) if any(".time_stack." in name for name in shapes) else config
+
+
+_SVD_NUMBERS = 3  # that the U-Net takes beside the timestep
+
+
+def _among_frames(config: Config) -> Config:
+    """Return the structure of a U-Net with layers among frames, from that of its pictures' half.
+
+    Raises: Unrepresentable for SV3D, whose U-Net takes other numbers.
+    """
+    width = config.get("projection_class_embeddings_input_dim", 0)
+    if not width or width % _SVD_NUMBERS:
+        raise Unrepresentable(
+            f"its U-Net takes {width} values of a video; Stable Video Diffusion's takes "
+            f"{_SVD_NUMBERS} numbers, SV3D's others"
+        )
+    for way in ("down", "up"):
+        types = config[f"{way}_block_types"]
+        config[f"{way}_block_types"] = [name.replace("2D", "SpatioTemporal") for name in types]
+    for key in ("mid_block_type", "use_linear_projection"):
+        del config[key]
+    return config | {
+        "_class_name": "UNetSpatioTemporalConditionModel",
+        "addition_time_embed_dim": width // _SVD_NUMBERS,
+    }
 
 
 def controlnet_structure(shapes: Shapes) -> Config:
@@ -510,6 +561,30 @@ def vae_structure(shapes: Shapes) -> Config:
     }
 
 
+def svd_vae_structure(shapes: Shapes) -> Config:
+    """Return the part of the config of Stable Video Diffusion's VAE that its shapes decide.
+
+    Args:
+        shapes: of both halves, with their prefixes.
+    Raises: Unrepresentable.
+    """
+    halves = ((SVD_ENCODER, ("encoder.", "quant_conv.")), (SVD_DECODER, ("decoder.",)))
+    own = {
+        name.removeprefix(prefix): shape
+        for prefix, parts in halves
+        for name, shape in shapes.items()
+        if name.startswith(tuple(prefix + part for part in parts))
+    }
+    if "decoder.conv_out.time_mix_conv.weight" not in own:
+        raise Unrepresentable(
+            "its VAE has no layers among frames (svd_image_decoder); use svd.safetensors or "
+            "svd_xt.safetensors"
+        )
+    structure = vae_structure(own)
+    kept = ("block_out_channels", "down_block_types", "layers_per_block", "latent_channels")
+    return {key: structure[key] for key in kept}
+
+
 PENULTIMATE = 23
 """Used layers of SD 2's text encoder: it reads the output of layer 23 of 24."""
 
@@ -590,7 +665,8 @@ def unet_config(family: Family, structure: Config, text_width: int = 1280) -> Co
                 f"its U-Net has the widths {widths}, which do not fit {family.words}; "
                 f"give the model's configs with {argument('config', form='FOLDER')}"
             )
-    config = family.unet | structure | {"attention_head_dim": heads}
+    config = family.unet | structure
+    config["num_attention_heads" if family is SVD else "attention_head_dim"] = heads
     if family.name.startswith("sdxl") and "projection_class_embeddings_input_dim" in structure:
         # The input is pooled text and a sine embedding of each of 6 sizes (refiner: 5).
         numbers = 5 if family.name == "sdxl-refiner" else 6
@@ -608,6 +684,8 @@ def guess(structure: Config, text: str | None, parts: Collection[str] = ()) -> F
         text: naming of the first text encoder in the file: "clip", "openclip", or None if absent.
         parts: the components in the file.
     """
+    if structure["_class_name"] == "UNetSpatioTemporalConditionModel":
+        return SVD
     if IMAGE_ENCODER in parts:
         if "projection_class_embeddings_input_dim" in structure:
             return UNCLIP

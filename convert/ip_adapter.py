@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mlxdiff.convert import recognise
-from mlxdiff.convert.checkpoint import map_component
 from mlxdiff.convert.component import (
     Component,
     find_component,
     open_folder_of,
+    open_mapped,
     read_component_config,
 )
 from mlxdiff.convert.keymap import ip_adapter
@@ -21,7 +21,7 @@ from mlxdiff.errors import CheckpointError, UsageError, argument
 from mlxdiff.networks.config import CLIPVisionConfig, IPAdapterConfig, UNet2DConditionConfig
 from mlxdiff.store.folder import Progress
 from mlxdiff.store.reference import Reference, parse
-from mlxdiff.weights.pickles import PickleFile, open_tensors
+from mlxdiff.weights.pickles import open_tensors
 from mlxdiff.weights.tensors import Shape
 
 ENCODER = "image_encoder"
@@ -60,9 +60,7 @@ def open_ip_adapter(
         raise CheckpointError(f"{place}: {recognise.FACE.format(face)}")
     config = _structure(shapes, place)
     _check_fit(config, unet, str(path))
-    refused = file.refused if isinstance(file, PickleFile) else {}
-    files = map_component(place, file.tensors, ip_adapter(config), config, str(place), refused)
-    adapter = Component(config, lambda: files.read(config), provenance)
+    adapter = open_mapped(file, file.tensors, ip_adapter(config), config, provenance)
     encoder = _open_encoder(image_encoder, str(path), place, config, variant, progress)
     found = encoder.config.projection_dim if config.kind == "image" else encoder.config.hidden_size
     if found != config.feature_dim:

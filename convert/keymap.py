@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from mlxdiff.convert.transforms import Transform, choose, halves, thirds, transpose
 from mlxdiff.networks.config import (
     AutoencoderKLConfig,
+    AutoencoderKLTemporalDecoderConfig,
     CLIPTextConfig,
     CLIPVisionConfig,
     ControlNetConfig,
@@ -159,7 +160,8 @@ DIFFUSERS: dict[str, Layout] = {
 
 # ------------------------------------------------------------------------------ single files (LDM)
 # Our modules -> their places in the code of latent diffusion (Rombach et al. 2022), derived block
-# by block from the config. Below a place in such a table, both use the same names.
+# by block from the config. Below a place in such a table, both use the same names. Places of layers
+# among frames are those of Stability AI's code (VideoUNet, VideoDecoder); other models have none.
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -180,7 +182,18 @@ _LDM_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v"}
 
 
 def _resnet(places: dict[str, str], ours: str, theirs: str) -> None:
-    places.update({f"{ours}.{part}": f"{theirs}.{place}" for part, place in _RESNET.items()})
+    for part, place in _RESNET.items():
+        places[f"{ours}.{part}"] = f"{theirs}.{place}"
+        places[f"{ours}.spatial_res_block.{part}"] = f"{theirs}.{place}"
+        places[f"{ours}.temporal_res_block.{part}"] = f"{theirs}.time_stack.{place}"
+    places[f"{ours}.time_mixer"] = f"{theirs}.time_mixer"
+
+
+def _attention(places: dict[str, str], ours: str, theirs: str) -> None:
+    places[ours] = theirs
+    places[f"{ours}.temporal_transformer_blocks"] = f"{theirs}.time_stack"
+    places[f"{ours}.time_pos_embed.linear_1"] = f"{theirs}.time_pos_embed.0"
+    places[f"{ours}.time_pos_embed.linear_2"] = f"{theirs}.time_pos_embed.2"
 
 
 def _ldm_down(config: UNet2DConditionConfig) -> dict[str, str]:
@@ -195,18 +208,18 @@ def _ldm_down(config: UNet2DConditionConfig) -> dict[str, str]:
         "class_embedding": "label_emb",
         "class_embedding.linear_1": "label_emb.0.0",
         "class_embedding.linear_2": "label_emb.0.2",
-        "mid_block.attentions.0": "middle_block.1",
     }
     n = 1
     for i, block in enumerate(config.down_blocks):
         for j in range(block.num_layers):
             _resnet(places, f"down_blocks.{i}.resnets.{j}", f"input_blocks.{n}.0")
-            places[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{n}.1"
+            _attention(places, f"down_blocks.{i}.attentions.{j}", f"input_blocks.{n}.1")
             n += 1
         if block.resample:
             places[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{n}.0.op"
             n += 1
     _resnet(places, "mid_block.resnets.0", "middle_block.0")
+    _attention(places, "mid_block.attentions.0", "middle_block.1")
     _resnet(places, "mid_block.resnets.1", "middle_block.2")
     return places
 
@@ -218,7 +231,7 @@ def ldm_unet(config: UNet2DConditionConfig) -> Layout:
     for i, block in enumerate(config.up_blocks):
         for j in range(block.num_layers):
             _resnet(places, f"up_blocks.{i}.resnets.{j}", f"output_blocks.{n}.0")
-            places[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{n}.1"
+            _attention(places, f"up_blocks.{i}.attentions.{j}", f"output_blocks.{n}.1")
             n += 1
         # The upsampler follows the last layer, in the next free place.
         free = 2 if block.transformer_layers else 1
@@ -292,11 +305,14 @@ def ldm_vae(config: AutoencoderKLConfig) -> Layout:
             places[f"decoder.up_blocks.{i}.resnets.{j}"] = f"decoder.up.{up}.block.{j}"
         places[f"encoder.down_blocks.{i}.downsamplers.0"] = f"encoder.down.{i}.downsample"
         places[f"decoder.up_blocks.{i}.upsamplers.0"] = f"decoder.up.{up}.upsample"
-    places |= {
-        f"{ours}.conv_shortcut": f"{theirs}.nin_shortcut"
-        for ours, theirs in places.items()
-        if ".resnets." in ours
-    }
+    for ours, theirs in [pair for pair in places.items() if ".resnets." in pair[0]]:
+        for spatial in (ours, f"{ours}.spatial_res_block"):
+            places[spatial] = theirs
+            places[f"{spatial}.conv_shortcut"] = f"{theirs}.nin_shortcut"
+        for part, place in _RESNET.items():
+            places[f"{ours}.temporal_res_block.{part}"] = f"{theirs}.time_stack.{place}"
+        places[f"{ours}.time_mixer"] = theirs
+    places["decoder.time_conv_out"] = "decoder.conv_out.time_mix_conv"
     targets = expected_parameters(config)
     # Converters that know only diffusers' old names leave to_q and similar names unchanged.
     kept = places | {
@@ -306,6 +322,36 @@ def ldm_vae(config: AutoencoderKLConfig) -> Layout:
     }
     training = Ignored(r"(?:loss|model_ema)\..+", "the VAE's training state; not a weight")
     return Layout(names=_table(targets, places) | _table(targets, kept), ignored=(training,))
+
+
+SVD_ENCODER, SVD_DECODER = "conditioner.embedders.3.encoder.", "first_stage_model."
+"""Prefixes of the two halves of Stable Video Diffusion's VAE: what encodes the picture that moves,
+and what decodes the frames. Each stands in a whole VAE, whose other half is not used."""
+
+
+def svd_vae(config: AutoencoderKLTemporalDecoderConfig) -> Layout:
+    """Return the layout of the VAE in a file of Stable Video Diffusion, with the prefixes.
+
+    Source: Stability-AI/generative-models, scripts/sampling/configs/svd.yaml (the conditioner's
+    AutoencoderKLModeOnly encodes the picture, the first stage's VideoDecoder decodes).
+    """
+    names = {
+        (SVD_DECODER if source.startswith("decoder.") else SVD_ENCODER) + source: pieces
+        for source, pieces in (ldm_vae(config).names or {}).items()
+    }
+    return Layout(
+        names=names,
+        ignored=(
+            Ignored(
+                rf"{re.escape(SVD_DECODER)}encoder\..+",
+                "encodes videos in training; the picture has an encoder of its own",
+            ),
+            Ignored(
+                rf"{re.escape(SVD_ENCODER)}(?:decoder|post_quant_conv)\..+",
+                "decodes pictures; the frames have a decoder of their own",
+            ),
+        ),
+    )
 
 
 def openclip_text(config: CLIPTextConfig) -> Layout:
@@ -350,8 +396,9 @@ def openclip_text(config: CLIPTextConfig) -> Layout:
 def openclip_vision(config: CLIPVisionConfig) -> Layout:
     """Return the layout of the image encoder of OpenAI's CLIP and of OpenCLIP.
 
-    Its place is ``embedder.model`` (Stable unCLIP) or ``cond_stage_model.model`` (image
-    variations). Parts of the text encoder stand beside it there.
+    Its place is ``embedder.model`` (Stable unCLIP), ``cond_stage_model.model`` (image variations)
+    or ``conditioner.embedders.0.open_clip.model`` (Stable Video Diffusion). Parts of the text
+    encoder stand beside it there.
     """
     ours, theirs = "vision_model.encoder.layers", "visual.transformer.resblocks"
     places = {

@@ -249,7 +249,7 @@ def settle(
         folder and f"{folder} has {{}} ({options})",
         notes,
     )
-    if samplers.is_edm(result):
+    if samplers.is_continuous(result):
         if zero_snr is not None:
             raise UsageError(
                 f"{argument('zero_snr')}: this model was trained with EDM's noise, which has none"

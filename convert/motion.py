@@ -5,24 +5,19 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlxdiff.convert import recognise
-from mlxdiff.convert.checkpoint import map_component
-from mlxdiff.convert.component import (
-    Component,
-    find_component,
-    open_folder_of,
-    read_component_config,
-)
+from mlxdiff.convert import detect, recognise
+from mlxdiff.convert.component import AddedNetwork, Component, open_added, open_mapped
 from mlxdiff.convert.keymap import DIFFUSERS, MOTION_ORIGINAL, MOTION_POSITIONS
 from mlxdiff.errors import CheckpointError
 from mlxdiff.networks.config import MotionAdapterConfig, UNet2DConditionConfig
 from mlxdiff.store.folder import Progress
-from mlxdiff.weights.pickles import PickleFile, open_tensors
+from mlxdiff.weights.pickles import open_tensors
 from mlxdiff.weights.tensors import LazyTensor, Shape
 
 _TABLES = ("state_dict",)
@@ -34,6 +29,16 @@ _POSITIONS = re.compile(MOTION_POSITIONS)
 _HEADS = 8  # of all published adapters; files do not say it
 _LENGTH = 32
 _CLOSE = {"F32": 1e-4, "F16": 2e-3, "BF16": 1e-2}
+
+
+def _read(data: dict[str, Any], where: str) -> MotionAdapterConfig:
+    """Read config.json. Raises: CheckpointError for PIA, whose class is a motion adapter's."""
+    if data.get("conv_in_channels") is not None:
+        raise CheckpointError(f"{where}: is {detect.PIA}, {recognise.use(detect.PIA)}")
+    return MotionAdapterConfig.from_dict(data, where)
+
+
+_KIND = AddedNetwork("motion_adapter", "motion adapter", ("MotionAdapter",), _read)
 
 
 def open_motion_adapter(
@@ -52,18 +57,11 @@ def open_motion_adapter(
         progress: called while files are fetched.
     Raises: CheckpointError, ConfigError, HubError.
     """
-    place, provenance = find_component(path, "motion_adapter", variant, progress)
-    if os.path.isfile(place):
-        return _open_file(place, unet, provenance)
-    if not os.path.isfile(place / "config.json"):
-        raise _not_an_adapter(place)
-    data = read_component_config(place, ("MotionAdapter",), "motion adapter")
-    config = MotionAdapterConfig.from_dict(data, str(place / "config.json"))
-    _check_fit(config, unet, str(path))
-    return open_folder_of("motion_adapter", place, config, provenance, variant)
+    check = partial(_check_fit, unet, str(path))
+    return open_added(_KIND, path, partial(_open_file, unet), check, variant, progress)
 
 
-def _open_file(path: Path, unet: UNet2DConditionConfig, provenance: dict[str, Any]) -> Component:
+def _open_file(unet: UNet2DConditionConfig, path: Path, provenance: dict[str, Any]) -> Component:
     file = open_tensors(path, _TABLES)
     tensors = {name.removeprefix("module."): tensor for name, tensor in file.tensors.items()}
     kind = recognise.kind(tensors)
@@ -72,13 +70,10 @@ def _open_file(path: Path, unet: UNet2DConditionConfig, provenance: dict[str, An
             f"{path}: {recognise.refusal(tensors)}; expected an AnimateDiff motion adapter"
         )
     config = _structure({n: t.shape for n, t in tensors.items()}, unet, path)
-    _check_fit(config, unet, str(path))
     _check_positions(tensors, path)
     original = any(".temporal_transformer." in name for name in tensors)
     layout = MOTION_ORIGINAL if original else DIFFUSERS["motion_adapter"]
-    refused = file.refused if isinstance(file, PickleFile) else {}
-    files = map_component(path, tensors, layout, config, str(path), refused)
-    return Component(config, lambda: files.read(config), provenance)
+    return open_mapped(file, tensors, layout, config, provenance)
 
 
 def _structure(
@@ -139,7 +134,7 @@ def _check_positions(tensors: Mapping[str, LazyTensor], path: Path) -> None:
             )
 
 
-def _check_fit(config: MotionAdapterConfig, unet: UNet2DConditionConfig, where: str) -> None:
+def _check_fit(unet: UNet2DConditionConfig, where: str, config: MotionAdapterConfig) -> None:
     """Refuse a motion adapter for another kind of model."""
     for name, own in (("block_out_channels", "blocks"), ("layers_per_block", "layers of a block")):
         found = getattr(config, name if name.startswith("block") else f"motion_{name}")
@@ -163,15 +158,3 @@ def _kind(config: MotionAdapterConfig) -> str:
 
 def _list(values: Any) -> str:
     return ", ".join(map(str, values))
-
-
-def _not_an_adapter(path: Path) -> CheckpointError:
-    if not os.path.exists(path):
-        return CheckpointError(
-            f"{path}: no such file or folder, and not a hub id (org/name); give a motion adapter: "
-            "a folder with config.json, one file, or a hub id"
-        )
-    what = "is a whole model" if (path / "model_index.json").is_file() else "has no config.json"
-    return CheckpointError(
-        f"{path}: {what}; give a motion adapter: a folder with config.json and weights, or one file"
-    )

@@ -68,6 +68,7 @@ _USES: dict[str, Callable[[], str]] = {
     "an AnimateDiff motion adapter": lambda: (
         f"give it with {argument('motion_adapter', form='PATH')}"
     ),
+    **detect.VIDEO_WAYS,
     "a T2I-Adapter": lambda: (
         f"give it with {argument('t2i_adapters', form='PATH')} and a picture with "
         f"{argument('control_image')}"
@@ -76,6 +77,9 @@ _USES: dict[str, Callable[[], str]] = {
         f"not supported; use an IP-Adapter, which sees the picture ({argument('ip_adapters')})"
     ),
     "a VAE, alone": lambda: f"give it with {argument('vae', form='PATH')}",
+    "the VAE of a video model": lambda: (
+        f"give the whole model that it belongs to ({argument('model')})"
+    ),
     "a tiny VAE": lambda: f"give it with {argument('vae', form='PATH')}",
     "a whole model": lambda: f"give it with {argument('model', form='PATH')}",
     "a U-Net": lambda: (
@@ -91,6 +95,14 @@ _USES: dict[str, Callable[[], str]] = {
     "an ESRGAN upscaler": _enlarges,
     "a Real-ESRGAN compact upscaler": _enlarges,
 }
+CLASSES = {
+    "ControlNetModel": "a ControlNet",
+    "ControlNetUnionModel": "a ControlNet-Union",
+    "MotionAdapter": "an AnimateDiff motion adapter",
+    "SparseControlNetModel": detect.SPARSE_CONTROL,
+    "T2IAdapter": "a T2I-Adapter",
+}
+"""Class of an addition in a config.json -> its kind."""
 _UNKNOWN = "weights of an unknown kind"
 _OTHERWISE = "not supported; give a Stable Diffusion 1, 2 or SDXL model"
 

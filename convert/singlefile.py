@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,11 +24,13 @@ from mlxdiff.convert.families import (
     OPENAI_WIDTH,
     PART_CLASSES,
     SIZES,
+    SVD,
     Config,
     Family,
     Unrepresentable,
     guess,
     pipeline_class,
+    svd_vae_structure,
     text_structure,
     unet_config,
     unet_structure,
@@ -40,6 +43,8 @@ from mlxdiff.convert.keymap import (
     FILE_IGNORED,
     NORMALIZER_FILE,
     STRAY,
+    SVD_DECODER,
+    SVD_ENCODER,
     Layout,
     ema_names,
     ignored_for,
@@ -48,12 +53,14 @@ from mlxdiff.convert.keymap import (
     openclip_names,
     openclip_text,
     openclip_vision,
+    svd_vae,
 )
 from mlxdiff.convert.preprocessor import preparation
 from mlxdiff.errors import CheckpointError, HubError, UsageError, argument
 from mlxdiff.machine.disk import read_document
 from mlxdiff.networks.config import (
     AutoencoderKLConfig,
+    AutoencoderKLTemporalDecoderConfig,
     CCProjectionConfig,
     CLIPTextConfig,
     CLIPVisionConfig,
@@ -110,18 +117,22 @@ _SECTIONS = {
     "embedder.model.": (IMAGE_ENCODER, "openclip"),
     "cc_projection.": (CC_PROJECTION, "cc_projection"),
     "noise_augmentor.": (IMAGE_NORMALIZER, "noise_augmentor"),
+    "conditioner.embedders.0.open_clip.model.": (IMAGE_ENCODER, "openclip"),
+    SVD_ENCODER: ("vae", "svd"),
     "conditioner.embedders.0.transformer.": ("text_encoder", "clip"),
     "conditioner.embedders.0.model.": ("text_encoder_2", "openclip"),
     "conditioner.embedders.1.transformer.": ("text_encoder_2", "clip"),
     "conditioner.embedders.1.model.": ("text_encoder_2", "openclip"),
 }
 _EMA = "model_ema."
-_CONFIGS = {
-    "unet": UNet2DConditionConfig,
-    "vae": AutoencoderKLConfig,
-    IMAGE_ENCODER: CLIPVisionConfig,
-    IMAGE_NORMALIZER: ImageNormalizerConfig,
-    CC_PROJECTION: CCProjectionConfig,
+_READERS: dict[str, Callable[[Config, str], ComponentConfig]] = {
+    "text_encoder": CLIPTextConfig.from_dict,
+    "text_encoder_2": CLIPTextConfig.from_dict,
+    "unet": read_unet,
+    "vae": read_vae,
+    IMAGE_ENCODER: CLIPVisionConfig.from_dict,
+    IMAGE_NORMALIZER: ImageNormalizerConfig.from_dict,
+    CC_PROJECTION: CCProjectionConfig.from_dict,
 }
 _FILE_LAYOUTS = {IMAGE_NORMALIZER: NORMALIZER_FILE, CC_PROJECTION: CC_PROJECTION_FILE}
 _V_MARKS = (
@@ -129,6 +140,7 @@ _V_MARKS = (
     "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias",
 )
 _V_SPREAD = 0.09
+_XT = re.compile(r"(?<![a-z])xt(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -137,7 +149,8 @@ class Section:
 
     Attributes:
         prefix: prefix of each name in the file.
-        naming: "ldm", "clip", "openclip" or "diffusers".
+        naming: "ldm", "clip", "openclip", "diffusers" or "svd" (a VAE in two halves, each with its
+            own prefix).
         tensors: name -> tensor.
     """
 
@@ -176,6 +189,10 @@ def split(
         else:
             groups.setdefault(prefix, {})[name.removeprefix(prefix)] = tensor
     sections: dict[str, Section] = {}
+    if SVD_ENCODER in groups:
+        both = {p: groups.pop(p) for p in (SVD_ENCODER, SVD_DECODER) if p in groups}
+        whole = {p + name: tensor for p, group in both.items() for name, tensor in group.items()}
+        sections["vae"] = Section("", "svd", whole)
     for prefix, group in groups.items():
         component, naming = _SECTIONS[prefix]
         if component == "text_encoder" and _holds_images(group):
@@ -313,7 +330,11 @@ class SingleFile:
         where = str(self.path)
         found = marks.of_tensors(file.tensors, where)
         found = found.over(marks.of_metadata(getattr(file, "metadata", {}), where))
-        config = original_config.beside(self.path)
+        config, vae = original_config.beside(self.path), self._sections.get("vae")
+        if config is not None and vae is not None and vae.naming == "svd":
+            # It says nothing that the shapes do not, and much that other models do not have.
+            self.notes += (f"{config.name}: not read; the file decides",)
+            config = None
         return found if config is None else found.over(original_config.read(config))
 
     def _structure(self) -> Config | None:
@@ -349,9 +370,10 @@ class SingleFile:
             )
         if structure is not None:
             family = self._family(structure)
-            if family.name.startswith("sdxl") != base.family.startswith("sdxl"):
+            if not _alike(family.name, base.family):
+                known = {one.name: one.words for one in (*FAMILIES.values(), SVD)}
                 raise self._fault(
-                    f"is {family.words}, {base.path} is {FAMILIES[base.family].words}; "
+                    f"is {family.words}, {base.path} is {known.get(base.family, base.family)}; "
                     "give the folder of a model of this kind"
                 )
         self.family = base.family
@@ -437,8 +459,7 @@ class SingleFile:
         self._configs = {}
         for name, one in data.items():
             where = f"{self.path}: {name} (derived from the file; {_config()} overrides it)"
-            kind: Any = _CONFIGS.get(name, CLIPTextConfig)
-            self._configs[name] = kind.from_dict(one, where)
+            self._configs[name] = _READERS[name](one, where)
         self.model_index = {"_class_name": pipeline_class(family, structure), **family.index}
         self.model_index |= self._index_of_marks(structure["in_channels"])
         parts = OWN_PARTS.get(self.model_index["_class_name"], ())
@@ -475,7 +496,8 @@ class SingleFile:
         try:
             for name, config in family.text_encoders.items():
                 data[name] = config | text_structure(self._sections[name].shapes, family.name)
-            vae = vae_structure(self._sections["vae"].shapes)
+            read = svd_vae_structure if family is SVD else vae_structure
+            vae = read(self._sections["vae"].shapes)
             if IMAGE_ENCODER in family.parts:
                 data[IMAGE_ENCODER] = vision_structure(self._sections[IMAGE_ENCODER].shapes)
         except Unrepresentable as error:
@@ -486,6 +508,8 @@ class SingleFile:
             unet = unet_config(family, structure, pooled)
         except CheckpointError as error:
             raise self._fault(str(error)) from None
+        if family is SVD:
+            unet["num_frames"] = self._frames()
         latents = [side // factor for side in size]
         square = latents[0] == latents[1]
         data["unet"] = unet | {"sample_size": latents[0] if square else latents} | self._marks.unet
@@ -500,6 +524,15 @@ class SingleFile:
             if name in data:
                 data[name] = {"_class_name": PART_CLASSES[name][1], **data[name]}
         return data
+
+    def _frames(self) -> int:
+        """Return the number of frames that Stable Video Diffusion was trained on, by its name."""
+        frames = 25 if _XT.search(self.path.stem) else 14
+        self.notes += (
+            f"frames: {frames} by the name of the file (14, or 25 with xt); {argument('frames')} "
+            "gives another number",
+        )
+        return frames
 
     def _fill_normalizer(self, family: Family) -> None:
         """Add the mean and deviation of OpenCLIP's embeddings, 0 and 1, which no file holds.
@@ -609,6 +642,8 @@ class SingleFile:
             return DIFFUSERS[component]
         if isinstance(config, UNet2DConditionConfig):
             return ldm_unet(config)
+        if section.naming == "svd" and isinstance(config, AutoencoderKLTemporalDecoderConfig):
+            return svd_vae(config)
         if isinstance(config, AutoencoderKLConfig):
             return ldm_vae(config)
         if isinstance(config, CLIPTextConfig):
@@ -712,6 +747,11 @@ class SingleFile:
 
 def _config() -> str:
     return argument("config", form="FOLDER")
+
+
+def _alike(family: str, other: str) -> bool:
+    """Return True if one model's configs can be those of another. Shapes show the rest."""
+    return all(family.startswith(one) == other.startswith(one) for one in ("sdxl", "svd"))
 
 
 def _section_of(name: str) -> str | None:

@@ -5,24 +5,20 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mlxdiff.convert import recognise
-from mlxdiff.convert.checkpoint import map_component
-from mlxdiff.convert.component import (
-    Component,
-    find_component,
-    open_folder_of,
-    read_component_config,
-)
+from mlxdiff.convert.component import AddedNetwork, Component, open_added, open_mapped
 from mlxdiff.convert.keymap import Layout, Piece
 from mlxdiff.errors import CheckpointError
 from mlxdiff.networks.config import T2IAdapterConfig, UNet2DConditionConfig
 from mlxdiff.store.folder import Progress
-from mlxdiff.weights.pickles import PickleFile, open_tensors
+from mlxdiff.weights.pickles import open_tensors
 from mlxdiff.weights.tensors import Shape
 
+_KIND = AddedNetwork("t2i_adapter", "T2I-Adapter", ("T2IAdapter",), T2IAdapterConfig.from_dict)
 _TABLES = ("adapter",)
 _PREFIX = "adapter."
 _FIRST = {64: (1, 8), 192: (3, 8), 256: (1, 16), 768: (3, 16)}
@@ -48,21 +44,11 @@ def open_t2i_adapter(
         progress: called while files are fetched.
     Raises: CheckpointError, ConfigError, HubError.
     """
-    place, provenance = find_component(path, "t2i_adapter", variant, progress)
-    if os.path.isfile(place):
-        found = _open_file(place, unet, provenance)
-        _check_fit(found.config, unet, factor, str(path))
-    else:
-        if not os.path.isfile(place / "config.json"):
-            raise _not_an_adapter(place)
-        data = read_component_config(place, ("T2IAdapter",), "T2I-Adapter")
-        config = T2IAdapterConfig.from_dict(data, str(place / "config.json"))
-        _check_fit(config, unet, factor, str(path))
-        found = open_folder_of("t2i_adapter", place, config, provenance, variant)
-    return found
+    check = partial(_check_fit, unet, factor, str(path))
+    return open_added(_KIND, path, partial(_open_file, unet), check, variant, progress)
 
 
-def _open_file(path: Path, unet: UNet2DConditionConfig, provenance: dict[str, Any]) -> Component:
+def _open_file(unet: UNet2DConditionConfig, path: Path, provenance: dict[str, Any]) -> Component:
     file = open_tensors(path, _TABLES)
     if recognise.kind(file.tensors) != "a T2I-Adapter":
         raise CheckpointError(f"{path}: {recognise.refusal(file.tensors)}; expected a T2I-Adapter")
@@ -77,9 +63,7 @@ def _open_file(path: Path, unet: UNet2DConditionConfig, provenance: dict[str, An
     layout = Layout(
         names={name: (Piece(_PREFIX + names[name.removeprefix(_PREFIX)]),) for name in file.tensors}
     )
-    refused = file.refused if isinstance(file, PickleFile) else {}
-    files = map_component(path, file.tensors, layout, config, str(path), refused)
-    return Component(config, lambda: files.read(config), provenance)
+    return open_mapped(file, file.tensors, layout, config, provenance)
 
 
 def _diffusers_names(
@@ -159,7 +143,7 @@ def _first(shapes: Mapping[str, Shape], path: Path) -> tuple[int, int]:
 
 
 def _check_fit(
-    config: T2IAdapterConfig, unet: UNet2DConditionConfig, factor: int, where: str
+    unet: UNet2DConditionConfig, factor: int, where: str, config: T2IAdapterConfig
 ) -> None:
     """Refuse an adapter for another kind of model. Its maps must fit the U-Net's blocks."""
     expected = []
@@ -182,15 +166,3 @@ def _check_fit(
 
 def _shown(maps: list[tuple[int, int]]) -> str:
     return ", ".join(f"{channels} at 1/{pixels}" for channels, pixels in maps)
-
-
-def _not_an_adapter(path: Path) -> CheckpointError:
-    if not os.path.exists(path):
-        return CheckpointError(
-            f"{path}: no such file or folder, and not a hub id (org/name); give a T2I-Adapter: a "
-            "folder with config.json, one file, or a hub id"
-        )
-    what = "is a whole model" if (path / "model_index.json").is_file() else "has no config.json"
-    return CheckpointError(
-        f"{path}: {what}; give a T2I-Adapter: a folder with config.json and weights, or one file"
-    )

@@ -58,6 +58,11 @@ def open_vae_file(
     tensors = _section(file)
     if _is_tiny(tensors):
         return _open_tiny(path, tensors)
+    if any(".time_stack." in name or ".temporal_res_block." in name for name in tensors):
+        raise CheckpointError(
+            f"{path}: has the VAE of Stable Video Diffusion, whose decoder sees all frames of a "
+            "video; give a VAE of pictures"
+        )
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     try:
         structure = vae_structure(shapes)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -37,16 +37,15 @@ from mlxdiff.run.additions.t2i_adapter import T2IAdapter
 from mlxdiff.run.additions.upscaler import HiresUpscaler, Upscaler, upscaler_of
 from mlxdiff.run.additions.vae import AnotherVAE
 from mlxdiff.run.additions.word_vectors import WordVectors
-from mlxdiff.run.animation import AnimatingModel, animates
 from mlxdiff.run.drawing import Picture, Result, Run, Step
-from mlxdiff.run.latent_model import LatentModel
-from mlxdiff.run.map_model import MapModel, makes_maps
 from mlxdiff.run.memory import Device, Estimate, estimate, require
 from mlxdiff.run.model import Model, PromptEmbeddings
+from mlxdiff.run.opening import open_model
 from mlxdiff.run.options import GenerateOptions, LoadOptions, RunOptions, StreamOptions
-from mlxdiff.run.pixel_model import PixelModel
+from mlxdiff.run.planning import PlannedRun, resolve
 from mlxdiff.run.progress import Watch
-from mlxdiff.run.settings import PlannedRun, Settings, resolve, variation
+from mlxdiff.run.seeds import variation
+from mlxdiff.run.settings import Settings
 from mlxdiff.run.table import entries, make, takes
 from mlxdiff.run.video import frames_of
 from mlxdiff.store.folder import ModelSource, Progress
@@ -64,26 +63,50 @@ AnyPath = str | os.PathLike[str]
 
 # Names of other libraries, and what to do here.
 _ELSEWHERE = {
+    "__call__": "call generate(...), or stream(...) step by step",
+    "components": "call model.component('unet'), and so on",
+    "delete_adapters": "call set_loras([...]) with those that stay",
     "disable_attention_slicing": "nothing is needed: attention takes little memory",
     "enable_attention_slicing": "nothing is needed: attention takes little memory",
+    "enable_free_noise": "give context_length to generate",
+    "enable_freeu": "give freeu to generate",
     "enable_model_cpu_offload": "call save_memory()",
     "enable_sequential_cpu_offload": "call save_memory()",
     "enable_vae_slicing": "nothing is needed: pictures are decoded one after the other",
     "enable_vae_tiling": "call save_memory(False, vae_tiling=True)",
     "enable_xformers_memory_efficient_attention": "nothing is needed: attention is fast as it is",
+    "from_pipe": "nothing is needed: generate takes image and mask on the same pipeline",
+    "from_pretrained": "call mlxdiff.load(model)",
+    "from_single_file": "call mlxdiff.load(file)",
     "fuse_lora": "call set_loras([...])",
     "load_ip_adapter": "call set_ip_adapters([...])",
     "load_lora_weights": "call set_loras([...])",
     "load_textual_inversion": "call set_embeddings([...])",
+    "safety_checker": "none is run; check result.images if your app needs it",
+    "save_pretrained": "type mlxdiff convert MODEL FOLDER --to diffusers",
     "scheduler": "give sampler and schedule to generate",
     "set_adapters": "call set_loras([(path, scale), ...])",
     "set_ip_adapter_scale": "give ip_scale to generate",
+    "set_progress_bar_config": "give on_progress to generate",
+    "text_encoder": "call model.component('text_encoder')",
+    "text_encoder_2": "call model.component('text_encoder_2')",
     "to": "give backend to mlxdiff.load",
+    "unet": "call model.component('unet')",
+    "unload_ip_adapter": "call set_ip_adapters([])",
     "unload_lora_weights": "call set_loras([])",
+    "unload_textual_inversion": "call set_embeddings([])",
+    "upcast_vae": "nothing is needed: a VAE that overflows is computed in float32",
 }
 
 
-class Pipeline:
+class _Advising(type):
+    """The class of Pipeline, which knows the names of other libraries, too."""
+
+    def __getattr__(cls, name: str) -> NoReturn:
+        raise UnknownAttribute(f"Pipeline has no {name}{_advice(name)}")
+
+
+class Pipeline(metaclass=_Advising):
     """A model, ready to draw; keeps its weights between calls.
 
     Several threads may use one pipeline: each run draws what it would draw alone, one thread
@@ -100,7 +123,7 @@ class Pipeline:
     """
 
     def __init__(self, source: ModelSource, backend: Any) -> None:
-        self.model = _open_model(source, backend)
+        self.model = open_model(source, backend)
         self.memory_limit: float | None = None
         self.exact = False
         self.lora_folder = Path()
@@ -117,6 +140,10 @@ class Pipeline:
 
     def __getattr__(self, name: str) -> Any:
         raise UnknownAttribute(f"a Pipeline has no {name}{_advice(name)}")
+
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        """Raise UsageError: what draws has a name."""
+        raise UsageError(f"a Pipeline is not called itself{_advice('__call__')}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _ATTRIBUTES:
@@ -700,13 +727,6 @@ def _advice(name: str) -> str:
             if name in (entry.name, *entry.elsewhere):
                 return f"; give {entry.name} to {call}"
     return ""
-
-
-def _open_model(source: ModelSource, backend: Any) -> Model:
-    if source.family == "ddpm":
-        return PixelModel(source, backend)
-    kind = MapModel if makes_maps(source) else AnimatingModel if animates(source) else LatentModel
-    return kind(source, backend)
 
 
 def _several(paths: Any) -> list[Any]:

@@ -51,6 +51,7 @@ class FakePipeline:
             clear_cache=lambda: None, memory_size=lambda: self.memory_size
         )
         self.memory_limit = None
+        self.model = SimpleNamespace(lacks=lambda part: "it has no part for that")
         FakePipeline.made.append(self)
 
     def __getattr__(self, name: str) -> Any:
@@ -79,10 +80,10 @@ class FakePipeline:
 
 
 class FakeRun:
-    """A run of a FakePipeline: of a picture, or of a video for the prompt "video"."""
+    """A run of a FakePipeline."""
 
     def __init__(self, seed: int, options: Mapping[str, Any]) -> None:
-        self.settings = SimpleNamespace(frames=3 if options.get("prompt") == "video" else None)
+        self.settings = SimpleNamespace()
         self.seed, self.options = seed, options
         self.size = options.get("width", 64), options.get("height", 64)
         self.image = Image.new("RGB", self.size, (seed % 256, 0, 0))

@@ -18,9 +18,16 @@ from mlxdiff.convert.keymap import (
     ldm_vae,
     openclip_text,
     openclip_vision,
+    svd_vae,
 )
-from mlxdiff.convert.transforms import thirds
-from mlxdiff.networks.config import AutoencoderKLConfig, CLIPVisionConfig, UNet2DConditionConfig
+from mlxdiff.convert.transforms import conv_among_frames_to_linear, thirds
+from mlxdiff.networks.config import (
+    AutoencoderKLConfig,
+    AutoencoderKLTemporalDecoderConfig,
+    CLIPVisionConfig,
+    UNet2DConditionConfig,
+)
+from mlxdiff.networks.spatio_temporal import AMONG_FRAMES
 
 Tensors = dict[str, np.ndarray]
 ENCODER = "cond_stage_model.model."
@@ -58,17 +65,20 @@ def ldm_tensors(folder: Path) -> Tensors:
     result: Tensors = {}
     for component in model.components:
         config, tensors = model.config(component), model.tensors(component)
-        arrays = {name: _stored(tensor.read()) for name, tensor in tensors.items()}
+        arrays = {name: _stored(name, tensor.read()) for name, tensor in tensors.items()}
         if isinstance(config, UNet2DConditionConfig):
             prefix, layout = "model.diffusion_model.", ldm_unet(config)
         elif isinstance(config, AutoencoderKLConfig):
             prefix, layout = "first_stage_model.", ldm_vae(config)
+            if isinstance(config, AutoencoderKLTemporalDecoderConfig):
+                prefix, layout = "", svd_vae(config)
             arrays = {
                 n: a[:, :, None, None] if ".attentions." in n and a.ndim == 2 else a
                 for n, a in arrays.items()
             }
         elif isinstance(config, CLIPVisionConfig):
             prefix = "embedder.model." if "text_encoder" in model.components else ENCODER
+            prefix = "conditioner.embedders.0.open_clip.model." if model.family == "svd" else prefix
             layout = openclip_vision(config)
         elif component in OTHERS:
             prefix, layout = OTHERS[component]
@@ -99,7 +109,9 @@ def ldm_tensors(folder: Path) -> Tensors:
     return {name: np.ascontiguousarray(array) for name, array in result.items()}
 
 
-def _stored(array: np.ndarray) -> np.ndarray:
+def _stored(name: str, array: np.ndarray) -> np.ndarray:
+    if AMONG_FRAMES.search(name) and array.ndim == 2:
+        return conv_among_frames_to_linear.inverse(array)  # type: ignore[misc]
     return array.transpose(0, 3, 1, 2) if array.ndim == 4 else array
 
 

@@ -21,7 +21,7 @@ import mlxdiff
 from mlxdiff.convert import SingleFile, convert, describe, open_source
 from mlxdiff.convert.keymap import ema_names, ldm_unet
 from mlxdiff.errors import CheckpointError, MlxdiffError, UsageError
-from mlxdiff.networks.config import UNet2DConditionConfig
+from mlxdiff.networks.config import read_unet
 from mlxdiff.networks.params import expected_parameters
 from mlxdiff.store.folder import ModelSource, open_folder
 
@@ -41,6 +41,7 @@ FAMILY = {
     "sd21-unclip-h": ("sd2", "StableUnCLIPImg2ImgPipeline"),
     "image-variation": ("sd1", "StableDiffusionImageVariationPipeline"),
     "zero123": ("sd1", "Zero1to3StableDiffusionPipeline"),
+    "svd": ("svd", "StableVideoDiffusionPipeline"),
 }
 SAME_UNET = {"image-variation": "sd15", "zero123": "instruct-pix2pix"}
 
@@ -64,9 +65,9 @@ def opened(path: Path, **options: Any) -> SingleFile:
 # ----------------------------------------------------------------------------- names of real models
 
 
-def golden_unet(name: str) -> UNet2DConditionConfig:
+def golden_unet(name: str) -> Any:
     data = gzip.decompress((GOLDEN / "names" / f"unet.{name}.json.gz").read_bytes())
-    return UNet2DConditionConfig.from_dict(json.loads(data)["config"])
+    return read_unet(json.loads(data)["config"])
 
 
 @pytest.mark.parametrize("name", [path.name.removesuffix(".json.gz") for path in LDM_NAMES])
@@ -452,7 +453,11 @@ KINDS: dict[str, tuple[list[str], str]] = {
     "auraflow": (["model.double_layers.0.attn.w2q.weight"], "AuraFlow"),
     "cascade": (["down_blocks.1.0.channelwise.0.weight"], "Stable Cascade"),
     "cascade c": (["clip_txt_mapper.weight"], "Stable Cascade"),
-    "svd": (["model.diffusion_model.input_blocks.1.1.time_stack.0.norm1.weight"], "video"),
+    "svd": (
+        ["decoder.up.0.block.0.time_stack.in_layers.0.weight"],
+        "the VAE of a video model",
+    ),
+    "sv4d": (["model.diffusion_model.input_blocks.1.1.time_mix_blocks.0.norm1.weight"], "SV4D"),
     "wan": (["model.diffusion_model.head.modulation"], "video"),
     "ltx": (["model.diffusion_model.patchify_proj.weight"], "video"),
     "animatediff": (["down_blocks.0.motion_modules.0.proj_in.weight"], "AnimateDiff"),

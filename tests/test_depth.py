@@ -206,10 +206,10 @@ def test_what_model_index_says_counts(tmp_path: Path) -> None:
         changed(tmp_path, "marigold-depth", prediction_type="disparity", **none), backend="numpy"
     )
     given = {"image": photo(16, 24), "seed": 0}
-    with pytest.raises(UsageError, match="default_processing_resolution; say processing_res"):
-        pipe.generate(**given)
     with pytest.raises(UsageError, match="default_denoising_steps; say steps"):
-        pipe.generate(**given, processing_resolution=0)
+        pipe.generate(**given)
+    with pytest.raises(UsageError, match="default_processing_resolution; say processing_res"):
+        pipe.generate(**given, steps=1)
     given |= {"processing_resolution": 0, "steps": 1}
     grey, near = (pipe.generate(**given, depth_as=form).images[0] for form in ("grey", "near"))
     assert np.array_equal(np.asarray(grey), np.asarray(near))  # large is near

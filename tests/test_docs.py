@@ -113,7 +113,8 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = here / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(made, path)
-    control_files.write_controlnet(here / "lllyasviel/control_v11p_sd15_canny", "sd15")
+    for name in ("control_v11p_sd15_canny", "control_v11f1p_sd15_depth"):
+        control_files.write_controlnet(here / "lllyasviel" / name, "sd15")
     union = control_files.write_union(here / "union")
     shutil.copy(next(union.glob("*.safetensors")), here / "union.safetensors")
     for folder, name in (("models", "ip-adapter_sd15"), ("sdxl_models", "ip-adapter_sdxl")):

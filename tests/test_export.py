@@ -17,11 +17,12 @@ from safetensors.numpy import load_file
 from single_files import ldm_tensors
 
 import mlxdiff
-from mlxdiff.adapters.lora import Baking, changed, match, open_lora
+from mlxdiff.adapters.lora import changed, match, open_lora
 from mlxdiff.cli import main
 from mlxdiff.convert import convert, open_source
 from mlxdiff.convert.export import write_diffusers
 from mlxdiff.errors import UsageError
+from mlxdiff.run.baking import Baking
 from mlxdiff.store.folder import MANIFEST
 
 MODELS = ["sd15", "sd21v", "sdxl", "sdxl-refiner", "sd15-inpainting"]
@@ -188,6 +189,24 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
     change = Baking([lora_files.write("sd15-kohya", tmp_path)])
     with pytest.raises(UsageError, match=r"is quantized, .+ rounded away"):
         convert(tmp_path / "q", tmp_path / "out", to="diffusers", change=change)
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("variation", r"it reads no text, and LoRAs are trained with text"),
+        ("ddpm", "draws pixels|no part"),
+    ],
+)
+def test_a_lora_is_not_baked_into_a_model_that_takes_none(
+    model: str, says: str, tmp_path: Path
+) -> None:
+    """By the rule that refuses one when a picture is drawn."""
+    change = Baking([lora_files.write("sd15-kohya", tmp_path)])
+    with pytest.raises(UsageError, match=says):
+        convert(checkpoint(model), tmp_path / "out", change=change)
+    with pytest.raises(UsageError, match=says):
+        mlxdiff.load(checkpoint(model), backend="numpy").set_loras(change.given)
 
 
 # --------------------------------------------------------------------- the reference opens it

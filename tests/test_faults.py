@@ -349,8 +349,8 @@ def test_a_source_that_is_replaced_is_one_model_or_an_error(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("other", ["tokenizer/vocab.json", "x.yaml", "lora.safetensors"])
 def test_what_is_read_beside_a_model_may_not_change(other: str, tmp_path: Path) -> None:
-    from mlxdiff.adapters.lora import Baking
     from mlxdiff.errors import CheckpointError
+    from mlxdiff.run.baking import Baking
 
     change, source = None, tmp_path / "x.safetensors"
     if other == "lora.safetensors":

@@ -399,7 +399,7 @@ def test_a_lora_of_which_nothing_is_understood_is_told_shortly(tmp_path: Path) -
 
 def test_a_lora_is_baked_into_a_quantized_file(sd15: Tensors, tmp_path: Path) -> None:
     """`convert --lora` on a packed file: the values that the file stands for, and the change."""
-    from mlxdiff.adapters.lora import Baking
+    from mlxdiff.run.baking import Baking
 
     def form(name: str, array: np.ndarray) -> str:
         fits = array.ndim == 2 and array.shape[1] % 32 == 0 and name.startswith(UNET)

@@ -21,7 +21,7 @@ import mlxdiff
 from mlxdiff.convert import convert
 from mlxdiff.errors import UsageError
 from mlxdiff.pipeline import Pipeline
-from mlxdiff.run.settings import pick_seeds
+from mlxdiff.run.seeds import pick_seeds
 
 CASES = [(name, case) for name in NAMES for case in cases(name)]
 SMALL = {"width": 32, "height": 32, "steps": 2}

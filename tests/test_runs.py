@@ -380,6 +380,11 @@ def test_names_of_other_libraries_are_answered(loras: Path) -> None:
     with pytest.raises(AttributeError, match="set_loras"):
         pipe.load_lora_weights("x")
     assert not hasattr(pipe, "enable_model_cpu_offload")
+    with pytest.raises(UsageError, match=r"not called itself; call generate\(\.\.\.\)"):
+        pipe("a cat")
+    with pytest.raises(UsageError, match=r"Pipeline has no from_pretrained; call mlxdiff\.load"):
+        mlxdiff.Pipeline.from_pretrained("sd15")
+    assert not hasattr(mlxdiff.Pipeline, "from_config")
 
 
 @pytest.mark.parametrize(

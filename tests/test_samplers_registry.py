@@ -285,7 +285,7 @@ def test_a_name_with_a_schedule_beside_another_schedule() -> None:
 # The same word with another meaning: a model family, and a model's short name.
 HOMONYMS = {
     "training/unconditional.py": {"ddpm"},  # the family of models of pixels
-    "pipeline.py": {"ddpm"},
+    "run/opening.py": {"ddpm"},
     "store/catalogue.py": {"ddpm", "lcm"},
     "convert/detect.py": {"ddpm"},
     "pictures/foreign/a1111.py": {"ddim", "dpm2", "restart"},  # A1111's words

@@ -50,12 +50,6 @@ def engine(tmp_path: Path, fake: type[FakePipeline]) -> Any:
 # The engine
 
 
-def test_a_video_is_refused_by_name(engine: Engine) -> None:
-    job = engine.submit(order("video"))
-    assert job.wait(10) and job.state == "failed"
-    assert "builtin: this model draws videos, and the server returns pictures" in str(job.error)
-
-
 def test_a_job_draws_each_picture_with_its_own_seed(engine: Engine) -> None:
     job = engine.submit(order(count=3))
     assert job.wait(10) and job.state == "done"

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from golden_data import GOLDEN, assert_latents_close, assert_picture_close, photo
+from golden_data import GOLDEN, assert_latents_close, assert_picture_close, checkpoint, photo
 from safetensors.numpy import load_file
-from svd_files import tensors, write_svd
+from single_files import real_names, single_file, sparse_file
+from svd_files import SCHEDULER, tensors, write_svd
 
 import mlxdiff
-from mlxdiff.convert import convert, describe
-from mlxdiff.errors import UsageError
+from mlxdiff.convert import convert, describe, open_source, recognise
+from mlxdiff.errors import CheckpointError, UsageError
+from mlxdiff.networks.config import read_unet, read_vae
 from mlxdiff.pictures.resampling import blurred
 from mlxdiff.pipeline import Pipeline
 from mlxdiff.run.kind import PARTS
+from mlxdiff.weights.files import open_file
 
 CASES = json.loads((GOLDEN / "svd/cases.json").read_text())
 SMALL = {"image": photo(32, 40), "width": 32, "height": 32, "steps": 1, "frames": 2, "seed": 0}
@@ -126,6 +132,117 @@ def test_converted_quantized_and_with_low_memory(
         convert(folder, tmp_path / "x.safetensors", to="single")
     few = mlxdiff.load(folder, backend="numpy", quantize=8).generate(**SMALL)
     assert np.abs(few.latents - expected.latents[:1]).max() < 0.1 * expected.latents.std()
+
+
+# --------------------------------------------------------------------------------- original files
+
+
+def test_the_original_file_draws_the_same(
+    folder: Path, tmp_path: Path, pipe_of: Callable[[str], Pipeline]
+) -> None:
+    """With the folder's configs, as heads and frames are not in the file."""
+    path = single_file(folder, tmp_path / "svd.safetensors", _unused())
+    opened = mlxdiff.load(path, config=folder, backend="numpy", dtype="float32")
+    result = opened.generate(**SMALL)
+    np.testing.assert_array_equal(result.latents, pipe_of("numpy").generate(**SMALL).latents)
+    convert(path, tmp_path / "converted", config=folder, dtype="float32")
+    again = mlxdiff.load(tmp_path / "converted", backend="numpy").generate(**SMALL)
+    np.testing.assert_array_equal(again.latents, result.latents)
+
+
+def _unused() -> dict[str, np.ndarray]:
+    """What an original file holds beside the model: halves of VAEs, and of OpenCLIP."""
+    names = (
+        "first_stage_model.encoder.conv_in.weight",
+        "conditioner.embedders.3.encoder.decoder.conv_in.weight",
+        "conditioner.embedders.3.encoder.post_quant_conv.bias",
+        "conditioner.embedders.0.open_clip.model.positional_embedding",
+        "conditioner.embedders.0.open_clip.model.logit_scale",
+    )
+    return dict.fromkeys(names, np.ones(3, np.float32))
+
+
+@pytest.mark.parametrize(("name", "frames"), [("svd", 14), ("svd_xt_1_1", 25), ("next", 14)])
+def test_what_the_published_files_imply(name: str, frames: int, tmp_path: Path) -> None:
+    path = sparse_file(tmp_path / f"{name}.safetensors", real_names("svd"))
+    path.with_suffix(".yaml").write_text("model:\n  params:\n    new: 1\n")
+    model = open_source(path)
+    unet, vae, encoder = (model.config(part) for part in ("unet", "vae", "image_encoder"))
+    published = json.loads(gzip.decompress((GOLDEN / "names/unet.svd.json.gz").read_bytes()))
+    assert unet == replace(read_unet(published["config"]), num_frames=frames)
+    published = json.loads(gzip.decompress((GOLDEN / "names/vae.svd.json.gz").read_bytes()))
+    assert vae == read_vae(published["config"])
+    assert (encoder.hidden_act, encoder.num_attention_heads, encoder.image_size) == (
+        "gelu",
+        16,
+        224,
+    )
+    assert model.scheduler_config == SCHEDULER
+    assert any(f"frames: {frames} by the name" in note for note in model.notes)
+    assert any(".yaml: not read" in note for note in model.notes)
+
+
+def _without(names: dict[str, Any], *starts: str) -> dict[str, Any]:
+    return {name: shape for name, shape in names.items() if not name.startswith(starts)}
+
+
+LABELS = "model.diffusion_model.label_emb.0.0.weight"
+PICTURES_ENCODER = "conditioner.embedders.3.encoder."
+TURNED: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
+    "sv3d": (lambda names: names | {LABELS: (1280, 256)}, "takes 256 values.*SV3D"),
+    "image decoder": (
+        lambda names: {
+            n: s
+            for n, s in names.items()
+            if not n.startswith("first") or not re.search("time_|mix_factor", n)
+        },
+        "svd_image_decoder.*use svd.safetensors",
+    ),
+    "no picture's encoder": (
+        lambda names: _without(names, PICTURES_ENCODER),
+        "missing tensors: .*quant_conv|no layers among frames",
+    ),
+    "no image encoder": (
+        lambda names: _without(names, "conditioner.embedders.0."),
+        "is Stable Video Diffusion, but has no image_encoder",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TURNED)
+def test_similar_files_are_refused_by_name(kind: str, tmp_path: Path) -> None:
+    turn, says = TURNED[kind]
+    with pytest.raises(CheckpointError, match=says) as caught:
+        open_source(sparse_file(tmp_path / "x.safetensors", turn(real_names("svd"))))
+    assert "\n" not in str(caught.value)
+
+
+def test_configs_of_another_kind_of_model_are_refused(folder: Path, tmp_path: Path) -> None:
+    alone = {n: s for n, s in real_names("sd15").items() if n.startswith("model.")}
+    path = sparse_file(tmp_path / "sd15.safetensors", alone)
+    with pytest.raises(CheckpointError, match=r"is Stable Diffusion 1, .* is Stable Video Diff"):
+        open_source(path, config=folder)
+    with pytest.raises(CheckpointError, match=r"is Stable Video Diffusion, .* is Stable Diffu"):
+        open_source(
+            sparse_file(
+                tmp_path / "svd.safetensors",
+                {n: s for n, s in real_names("svd").items() if n.startswith("model.")},
+            ),
+            config=checkpoint("sd15"),
+        )
+
+
+def test_zero_snr_has_no_meaning_for_it(folder: Path, tmp_path: Path) -> None:
+    path = single_file(folder, tmp_path / "svd.safetensors")
+    with pytest.raises(UsageError, match=r"zero_snr: this model was trained with"):
+        open_source(path, config=folder, zero_snr=True)
+
+
+def test_its_vae_alone_is_refused(folder: Path, tmp_path: Path, opened: Any) -> None:
+    path = single_file(folder, tmp_path / "svd.safetensors")
+    with pytest.raises(CheckpointError, match=r"the VAE of Stable Video Diffusion"):
+        mlxdiff.load(checkpoint("sd15"), vae=path, backend="numpy")
+    assert recognise.kind(open_file(path).tensors).startswith("a whole model in one file (Stable V")
 
 
 def test_memory_grows_with_the_frames(pipe_of: Callable[[str], Pipeline]) -> None:

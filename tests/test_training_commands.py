@@ -279,6 +279,13 @@ def test_pictures_are_checked_before_the_model_works(tmp_path: Path) -> None:
     assert sum(line.startswith("Note: left out: ") for line in lines) == 2
 
 
+@pytest.mark.parametrize("model", ["marigold-depth", "pix2pix", "variation"])
+def test_what_needs_other_pictures_is_not_trained(model: str, cats: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "tuned")
+    with pytest.raises(UsageError, match="which mlxdiff train does not have"):
+        train_finetune(cats, model=checkpoint(model), output=out, **FEW)
+
+
 def test_a_dry_run_writes_nothing(cats: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     done = train_finetune(cats, model=checkpoint("sd15"), dry_run=True, **FEW)

@@ -210,6 +210,7 @@ def test_defaults_are_those_of_the_pipelines(pipes: dict[Any, Pipeline]) -> None
     assert found("ddim-numbers", label=1, sampler="ddpm")[2] == 1000
     settings = opened(pipes, "ddpm-labels").settings(label=2)
     assert (settings.height, settings.width, settings.label) == (12, 16, 2)
+    assert found("ddpm", sampler="euler", sigmas=[10.0, 3.0, 1.0, 0.0]) == ("euler", "normal", 3)
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
@@ -235,6 +236,7 @@ def test_pixel_models_clip_unless_their_file_says_no(sampler: str) -> None:
         ("ddim-numbers", {"label": -1}, "label is -1; expected a whole number of at least 0"),
         ("ddpm", {"sampler": "ddpm", "eta": 0.5}, "sampler ddpm has no eta"),
         ("ddpm", {"steps": 1001}, "1001"),
+        ("ddpm", {"step_noise": "brownian"}, "sampler ddpm draws independent noise"),
     ],
 )
 def test_what_such_a_model_has_no_part_for_is_an_error(

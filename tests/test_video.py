@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from golden_runs import Opened
 from motion_files import (
     motion_config,
     motion_lora,
-    motion_tensors,
     original_names,
     with_positions,
     write_motion,
@@ -28,7 +28,7 @@ import mlxdiff
 from mlxdiff.cli import main
 from mlxdiff.convert import open_motion_adapter
 from mlxdiff.convert.keymap import MOTION_ORIGINAL, map_names
-from mlxdiff.errors import CheckpointError, ConfigError, UsageError
+from mlxdiff.errors import CheckpointError, UsageError
 from mlxdiff.machine.disk import read_json
 from mlxdiff.networks.condition import Frames
 from mlxdiff.networks.config import MotionAdapterConfig, UNet2DConditionConfig
@@ -195,10 +195,64 @@ def test_files_that_are_no_adapter_of_this_model(tmp_path: Path) -> None:
     save_file(less, tmp_path / "less.safetensors")
     with pytest.raises(CheckpointError, match="missing"):
         open_motion_adapter(tmp_path / "less.safetensors", sd15)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"conv_in.weight": (8, 9, 3, 3)}, "an AnimateDiff-PIA adapter.*image.*model='svd'"),
+        ({"img_encoder.conv_in.weight": (8, 4, 3, 3)}, "an AnimateLCM-I2V adapter.*start from"),
+        (
+            {"controlnet_cond_embedding.conv_in.weight": (8, 4, 3, 3)},
+            "a SparseCtrl encoder.*; use a ControlNet .*control_image",
+        ),
+        ({"controlnet_cond_embedding.weight": (8, 5, 3, 3)}, "a SparseCtrl encoder"),
+        (None, "a HotShot-XL motion adapter.*; use .*animatediff-motion-adapter-sdxl"),
+    ],
+)
+def test_relatives_of_motion_adapters_are_refused_by_name(
+    more: dict[str, Any] | None, says: str, tmp_path: Path, pipe: Pipeline
+) -> None:
+    """Wherever they are given: PIA, AnimateLCM-I2V, SparseCtrl, HotShot-XL."""
+    tensors = original_names("v1", "sd15")
+    if more is None:
+        named = "motion_modules.", "temporal_attentions."
+        short = {n: n.replace(*named).replace(".temporal_transformer", "") for n in tensors}
+        tensors = {short[name]: tensor for name, tensor in tensors.items()}
+    else:
+        tensors |= {name: np.zeros(shape, np.float32) for name, shape in more.items()}
+    path = tmp_path / "other.safetensors"
+    save_file(tensors, path)
+    give: tuple[Callable[[], Any], ...] = (
+        lambda: pipe.set_motion_adapter(path),
+        lambda: pipe.set_controlnets([path]),
+        lambda: mlxdiff.load(path, backend="numpy"),
+    )
+    for one in give:
+        with pytest.raises(CheckpointError, match=f"looks like {says}") as caught:
+            one()
+        assert "\n" not in str(caught.value)
+
+
+def test_their_folders_are_refused_by_name(tmp_path: Path, pipe: Pipeline) -> None:
     write_json(tmp_path / "pia/config.json", motion_config("v1", "sd15", conv_in_channels=9))
-    save_file(motion_tensors("v1", "sd15"), tmp_path / "pia/diffusion_pytorch_model.safetensors")
-    with pytest.raises(ConfigError, match="conv_in_channels = 9"):
-        open_motion_adapter(tmp_path / "pia", sd15)
+    with pytest.raises(CheckpointError, match="is an AnimateDiff-PIA adapter, not supported"):
+        pipe.set_motion_adapter(tmp_path / "pia")
+    write_json(tmp_path / "sparse/config.json", {"_class_name": "SparseControlNetModel"})
+    for give in (pipe.set_motion_adapter, lambda path: pipe.set_controlnets([path])):
+        with pytest.raises(CheckpointError, match=r"is a SparseControlNetModel.*use a ControlNet"):
+            give(tmp_path / "sparse")
+    with pytest.raises(CheckpointError, match=r"one component alone \(SparseControlNetModel\)"):
+        mlxdiff.load(tmp_path / "sparse", backend="numpy")
+    for name, says in (
+        ("HotshotXLPipeline", "use an AnimateDiff adapter for SDXL"),
+        ("PIAPipeline", "start from the picture"),
+        ("AnimateDiffPipeline", "a motion adapter in it; give a model of pictures"),
+        ("AnimateDiffSparseControlNetPipeline", "use a ControlNet"),
+    ):
+        write_json(tmp_path / name / "model_index.json", {"_class_name": name})
+        with pytest.raises(CheckpointError, match=f"is a {name}: .*{says}"):
+            mlxdiff.load(tmp_path / name, backend="numpy")
 
 
 def test_the_name_says_how_an_adapter_is_used(tmp_path: Path) -> None:
@@ -206,7 +260,7 @@ def test_the_name_says_how_an_adapter_is_used(tmp_path: Path) -> None:
     pipe = mlxdiff.load(checkpoint("sd15"), backend="numpy")
     ways = {
         "animatediff_lightning_4step_diffusers": ("euler", "trailing", 4, 1.0),
-        "AnimateLCM_sd15_t2v": ("lcm", "normal", 8, 2.0),
+        "AnimateLCM_sd15_t2v": ("lcm", "normal", 6, 2.0),
         "mm_sd_v15_v2": ("ddim", "linspace", 20, 7.5),
     }
     for name, way in ways.items():

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -35,7 +35,6 @@ from mlxdiff.errors import CheckpointError, ConfigError, UsageError, argument, q
 from mlxdiff.machine.disk import read_json
 from mlxdiff.networks.params import expected_parameters
 from mlxdiff.store.folder import ModelSource
-from mlxdiff.store.recipes import is_quantized
 from mlxdiff.weights.pickles import PickleFile, open_tensors
 from mlxdiff.weights.quantization import Beside
 from mlxdiff.weights.tensors import (
@@ -644,7 +643,7 @@ def open_all(given: Iterable[Given], configs: Mapping[str, Any], family: str) ->
     return tuple(opened)
 
 
-class _Baked:
+class Baked:
     """A model with LoRAs in its weights. All else is that of the model."""
 
     def __init__(self, source: ModelSource, loras: Sequence[Lora]) -> None:
@@ -667,33 +666,6 @@ class _Baked:
     def tensors(self, component: str) -> dict[str, LazyTensor]:
         """See ``ModelSource.tensors``."""
         return changed(self._loras, component, self._source.tensors(component))
-
-
-@dataclass(frozen=True)
-class Baking:
-    """Puts LoRAs into the weights of a model (``convert.convert``).
-
-    Attributes:
-        given: the LoRAs.
-    Raises: UsageError for a quantized model, which cannot hold the sum; the errors of ``open_all``.
-    """
-
-    given: Sequence[Given]
-
-    @property
-    def files(self) -> list[Path]:
-        """The files and folders that are read."""
-        paths = [one[0] if isinstance(one, tuple) else one for one in self.given]
-        return [one.file.path if isinstance(one, Lora) else Path(one) for one in paths]
-
-    def __call__(self, model: ModelSource) -> ModelSource:
-        if is_quantized(model):
-            raise UsageError(
-                f"{model.path}: is quantized, and a LoRA in its weights would be rounded away; "
-                f"convert the original with the LoRA and {argument('quantize')}"
-            )
-        configs = configs_of(model)
-        return cast(ModelSource, _Baked(model, open_all(self.given, configs, model.family)))
 
 
 def _is_number(value: Any) -> bool:

@@ -104,7 +104,7 @@ def convert(
 
 
 def _baked(words: tuple[str, ...]) -> Any:
-    from mlxdiff.adapters import lora
+    from mlxdiff.run.baking import Baking
 
     if not words:
         return None
@@ -112,4 +112,4 @@ def _baked(words: tuple[str, ...]) -> Any:
         asked = [entries(LoadOptions)["loras"].kind.parse(word) for word in words]
     except Unfit as unfit:
         raise UsageError(f"--lora {unfit}") from None
-    return lora.Baking([(one.path, 1.0 if one.scale is None else one.scale) for one in asked])
+    return Baking([(one.path, 1.0 if one.scale is None else one.scale) for one in asked])

@@ -55,7 +55,7 @@ def generate(text: str | None, quiet: bool, **given: Any) -> None:
     from mlxdiff.backends.processes import started_together
     from mlxdiff.cli import batch, turntable
     from mlxdiff.cli.output import Output
-    from mlxdiff.run.settings import pick_seeds
+    from mlxdiff.run.seeds import pick_seeds
 
     processes = started_together()
     lines = batch.lines_of(recorded if prompt is None else prompt, command.prompt_file)

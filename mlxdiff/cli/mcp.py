@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 from typing import Any
 
 import click
 
 from mlxdiff.cli import common_options, show_notes
 from mlxdiff.cli.options import options_named
-from mlxdiff.cli.serve import LOADING, make_engine, shelf_options
+from mlxdiff.cli.serve import LOADING, gallery_option, make_engine, shelf_options
 from mlxdiff.errors import UsageError, in_python, naming
 from mlxdiff.run.options import LoadOptions
 
 
 @click.command()
 @shelf_options
-@click.option(
-    "--gallery",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    help="Where pictures are kept. Default: gallery in the folder of mlxdiff's cache.",
-)
+@gallery_option
 @options_named(LoadOptions, *LOADING)
 @common_options
 def mcp(quiet: bool, **given: Any) -> None:

@@ -66,16 +66,19 @@ def shelf_options(command: Any) -> Any:
     )(command)
 
 
-@click.command()
-@click.option("--host", default="127.0.0.1", help="Address to listen at. Default: 127.0.0.1.")
-@click.option("--port", default=7860, type=click.IntRange(0, 65535), help="Default: 7860.")
-@shelf_options
-@click.option(
+gallery_option = click.option(
     "--gallery",
     type=click.Path(path_type=Path),
     metavar="FOLDER",
     help="Where pictures are kept. Default: gallery in the folder of mlxdiff's cache.",
 )
+
+
+@click.command()
+@click.option("--host", default="127.0.0.1", help="Address to listen at. Default: 127.0.0.1.")
+@click.option("--port", default=7860, type=click.IntRange(0, 65535), help="Default: 7860.")
+@shelf_options
+@gallery_option
 @click.option(
     "--gallery-limit",
     default=2.0,

@@ -167,7 +167,7 @@ def _named(unet: Any) -> Iterable[tuple[str, Any]]:
         *((f"up.{i}", block) for i, block in enumerate(unet.up_blocks)),
     ]
     for name, part in parts:
-        for i, attention in enumerate(getattr(part, "attentions", [])):
+        for i, attention in enumerate(part.attentions):
             for j, block in enumerate(attention.transformer_blocks):
                 if not block.only_cross_attention:
                     yield f"{name}.attentions.{i}.transformer.{j}", block

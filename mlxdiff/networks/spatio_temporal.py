@@ -39,6 +39,7 @@ from mlxdiff.networks.unet import (
     CrossAttnUpBlock2D,
     DownBlock2D,
     UNet2DConditionModel,
+    UNetBlock,
     UNetMidBlock2DCrossAttn,
     UpBlock2D,
 )
@@ -277,69 +278,44 @@ class TransformerSpatioTemporalModel(Module):
         return x + self.proj_out(h).reshape(x.shape)
 
 
-# The norms of the blocks differ, as in the reference.
-_EPS, _EPS_WITHOUT_ATTENTION = 1e-6, 1e-5
+class _SpatioTemporalBlock(UNetBlock):
+    """Layers of the picture, each mixed with one among frames."""
 
+    eps = 1e-6  # of the norms; the blocks differ, as in the reference
 
-def _resnets(
-    nn: Layers, block: BlockSpec, config: UNetConfig, eps: float
-) -> list[SpatioTemporalResBlock]:
-    resnets, channels = [], block.in_channels
-    for skip in block.skip_channels or (0,) * block.num_layers:
-        resnets.append(
-            SpatioTemporalResBlock(
-                nn, channels + skip, block.out_channels, config.time_embed_dim, eps
-            )
+    def make_resnet(
+        self, nn: Layers, in_channels: int, block: BlockSpec, config: UNetConfig
+    ) -> SpatioTemporalResBlock:
+        return SpatioTemporalResBlock(
+            nn, in_channels, block.out_channels, config.time_embed_dim, self.eps
         )
-        channels = block.out_channels
-    return resnets
+
+    def make_attentions(self, nn: Layers, block: BlockSpec, config: Any) -> list[Any]:
+        return [TransformerSpatioTemporalModel(nn, block, n) for n in block.transformer_layers]
 
 
-def _transformers(nn: Layers, block: BlockSpec) -> list[TransformerSpatioTemporalModel]:
-    return [TransformerSpatioTemporalModel(nn, block, n) for n in block.transformer_layers]
-
-
-class DownBlockSpatioTemporal(DownBlock2D):
+class DownBlockSpatioTemporal(_SpatioTemporalBlock, DownBlock2D):
     """As DownBlock2D, for frames."""
 
-    def __init__(self, nn: Layers, block: BlockSpec, config: UNetConfig) -> None:
-        super().__init__(nn, block, config)
-        self.resnets: list[Any] = _resnets(nn, block, config, _EPS_WITHOUT_ATTENTION)
+    eps = 1e-5
 
 
-class CrossAttnDownBlockSpatioTemporal(CrossAttnDownBlock2D):
+class CrossAttnDownBlockSpatioTemporal(_SpatioTemporalBlock, CrossAttnDownBlock2D):
     """As CrossAttnDownBlock2D, for frames."""
 
-    def __init__(self, nn: Layers, block: BlockSpec, config: UNetConfig) -> None:
-        super().__init__(nn, block, config)
-        self.resnets: list[Any] = _resnets(nn, block, config, _EPS)
-        self.attentions = _transformers(nn, block)
 
-
-class UNetMidBlockSpatioTemporal(UNetMidBlock2DCrossAttn):
+class UNetMidBlockSpatioTemporal(_SpatioTemporalBlock, UNetMidBlock2DCrossAttn):
     """As UNetMidBlock2DCrossAttn, for frames."""
 
-    def __init__(self, nn: Layers, block: BlockSpec, config: UNetConfig) -> None:
-        super().__init__(nn, block, config)
-        self.resnets: list[Any] = _resnets(nn, block, config, _EPS_WITHOUT_ATTENTION)
-        self.attentions = _transformers(nn, block)
+    eps = 1e-5
 
 
-class UpBlockSpatioTemporal(UpBlock2D):
+class UpBlockSpatioTemporal(_SpatioTemporalBlock, UpBlock2D):
     """As UpBlock2D, for frames."""
 
-    def __init__(self, nn: Layers, block: BlockSpec, config: UNetConfig) -> None:
-        super().__init__(nn, block, config)
-        self.resnets: list[Any] = _resnets(nn, block, config, _EPS)
 
-
-class CrossAttnUpBlockSpatioTemporal(CrossAttnUpBlock2D):
+class CrossAttnUpBlockSpatioTemporal(_SpatioTemporalBlock, CrossAttnUpBlock2D):
     """As CrossAttnUpBlock2D, for frames."""
-
-    def __init__(self, nn: Layers, block: BlockSpec, config: UNetConfig) -> None:
-        super().__init__(nn, block, config)
-        self.resnets: list[Any] = _resnets(nn, block, config, _EPS)
-        self.attentions = _transformers(nn, block)
 
 
 class UNetSpatioTemporalConditionModel(UNet2DConditionModel):

@@ -102,7 +102,43 @@ class Transformer2DModel(Module):
         return h
 
 
-class DownBlock2D(Module):
+class UNetBlock(Module):
+    """The layers of a block of the U-Net, which other U-Nets make in ways of their own."""
+
+    def __init__(self, nn: Layers, block: BlockSpec, config: UNetConfig) -> None:
+        super().__init__(nn)
+        self.resnets = []
+        channels = block.in_channels
+        for skip in block.skip_channels or (0,) * block.num_layers:
+            self.resnets.append(self.make_resnet(nn, channels + skip, block, config))
+            channels = block.out_channels
+        self.attentions = self.make_attentions(nn, block, config)
+        self.motion_modules: list[MotionModule] = []
+        if (motion := block.motion) is not None:
+            self.motion_modules = [
+                MotionModule(nn, block.out_channels, layers, motion) for layers in motion.layers
+            ]
+
+    def make_resnet(
+        self, nn: Layers, in_channels: int, block: BlockSpec, config: UNetConfig
+    ) -> Any:
+        """Make a resnet: (B, H, W, in_channels) -> (B, H, W, out_channels)."""
+        return ResnetBlock2D(
+            nn,
+            in_channels,
+            block.out_channels,
+            config.time_embed_dim,
+            config.norm_num_groups,
+            config.norm_eps,
+            scale_shift=config.resnet_time_scale_shift == "scale_shift",
+        )
+
+    def make_attentions(self, nn: Layers, block: BlockSpec, config: Any) -> list[Any]:
+        """Make the layers that follow the resnets; none where the block does not attend."""
+        return [Transformer2DModel(nn, block, n, config) for n in block.transformer_layers]
+
+
+class DownBlock2D(UNetBlock):
     """Resnets, then a downsampler where the block has one.
 
     Args:
@@ -115,10 +151,10 @@ class DownBlock2D(Module):
     """
 
     def __init__(self, nn: Layers, block: BlockSpec, config: UNetConfig) -> None:
-        super().__init__(nn)
-        self.resnets = _resnets(nn, block, config)
-        self.motion_modules = _motion_modules(nn, block)
-        self.downsamplers = _downsamplers(nn, block, config)
+        super().__init__(nn, block, config)
+        self.downsamplers = []
+        if block.resample:
+            self.downsamplers = [Downsample2D(nn, block.out_channels, config.downsample_padding)]
 
     def __call__(
         self,
@@ -140,19 +176,12 @@ class DownBlock2D(Module):
         return x
 
 
-class CrossAttnDownBlock2D(Module):
+class CrossAttnDownBlock2D(DownBlock2D):
     """Resnets, each followed by a transformer, then a downsampler where the block has one.
 
     Args and result: as DownBlock2D, with encoder_hidden_states of (B, L, D) attended to, and
     feature added before the downsampler.
     """
-
-    def __init__(self, nn: Layers, block: BlockSpec, config: UNetConfig) -> None:
-        super().__init__(nn)
-        self.resnets = _resnets(nn, block, config)
-        self.attentions: list[Any] = _transformers(nn, block, config)
-        self.motion_modules = _motion_modules(nn, block)
-        self.downsamplers = _downsamplers(nn, block, config)
 
     def __call__(
         self,
@@ -175,12 +204,8 @@ class CrossAttnDownBlock2D(Module):
         return x
 
 
-class UNetMidBlock2D(Module):
+class UNetMidBlock2D(UNetBlock):
     """Resnets at the lowest resolution: (B, H, W, C) -> (B, H, W, C)."""
-
-    def __init__(self, nn: Layers, block: BlockSpec, config: UNetConfig) -> None:
-        super().__init__(nn)
-        self.resnets = _resnets(nn, block, config)
 
     def __call__(self, x: Array, temb: Condition, encoder_hidden_states: Condition | None) -> Array:
         for resnet in self.resnets:
@@ -188,14 +213,8 @@ class UNetMidBlock2D(Module):
         return x
 
 
-class UNetMidBlock2DCrossAttn(Module):
+class UNetMidBlock2DCrossAttn(UNetBlock):
     """Two resnets with a transformer between them: (B, H, W, C) -> (B, H, W, C)."""
-
-    def __init__(self, nn: Layers, block: BlockSpec, config: UNetConfig) -> None:
-        super().__init__(nn)
-        self.resnets = _resnets(nn, block, config)
-        self.attentions: list[Any] = _transformers(nn, block, config)
-        self.motion_modules = _motion_modules(nn, block)
 
     def __call__(self, x: Array, temb: Condition, encoder_hidden_states: Condition | None) -> Array:
         first, *rest = self.resnets
@@ -268,7 +287,7 @@ def _joined(block: Module, x: Array, skip: Array, text: Condition | None) -> Arr
     return block.nn.concatenate([x, skip], axis=-1)
 
 
-class UpBlock2D(Module):
+class UpBlock2D(UNetBlock):
     """Resnets that each take a skip as well, then an upsampler where the block has one.
 
     Args:
@@ -281,10 +300,8 @@ class UpBlock2D(Module):
     """
 
     def __init__(self, nn: Layers, block: BlockSpec, config: UNetConfig) -> None:
-        super().__init__(nn)
-        self.resnets = _resnets(nn, block, config)
-        self.motion_modules = _motion_modules(nn, block)
-        self.upsamplers = _upsamplers(nn, block)
+        super().__init__(nn, block, config)
+        self.upsamplers = [Upsample2D(nn, block.out_channels)] if block.resample else []
 
     def __call__(
         self,
@@ -296,40 +313,19 @@ class UpBlock2D(Module):
     ) -> Array:
         for i in range(len(self.resnets))[layers]:
             x = _joined_resnet(self, i, x, skips, temb, encoder_hidden_states)
+            if self.attentions:
+                x = _in_parts(self.nn, self.attentions[i], [x], encoder_hidden_states)
             x = _moved(self, i, x, encoder_hidden_states)
         for upsampler in self.upsamplers if layers.stop is None else []:
             x = _upsampled(upsampler, x, skips[-1].shape[1:3], temb)
         return x
 
 
-class CrossAttnUpBlock2D(Module):
+class CrossAttnUpBlock2D(UpBlock2D):
     """Resnets that each take a skip and are followed by a transformer, then an upsampler.
 
     Args and result: as UpBlock2D, with encoder_hidden_states of (B, L, D) attended to.
     """
-
-    def __init__(self, nn: Layers, block: BlockSpec, config: UNetConfig) -> None:
-        super().__init__(nn)
-        self.resnets = _resnets(nn, block, config)
-        self.attentions: list[Any] = _transformers(nn, block, config)
-        self.motion_modules = _motion_modules(nn, block)
-        self.upsamplers = _upsamplers(nn, block)
-
-    def __call__(
-        self,
-        x: Array,
-        temb: Condition,
-        encoder_hidden_states: Condition | None,
-        skips: list[Array],
-        layers: slice = ALL,
-    ) -> Array:
-        for i in range(len(self.resnets))[layers]:
-            x = _joined_resnet(self, i, x, skips, temb, encoder_hidden_states)
-            x = _in_parts(self.nn, self.attentions[i], [x], encoder_hidden_states)
-            x = _moved(self, i, x, encoder_hidden_states)
-        for upsampler in self.upsamplers if layers.stop is None else []:
-            x = _upsampled(upsampler, x, skips[-1].shape[1:3], temb)
-        return x
 
 
 class UNetEncoder(Module):
@@ -508,7 +504,7 @@ class UNet2DConditionModel(UNetEncoder):
         """
         mid = [] if self.mid_block is None else [self.mid_block]
         for part in (*self.down_blocks, *mid, *self.up_blocks):
-            for transformer in getattr(part, "attentions", []):
+            for transformer in part.attentions:
                 for block in transformer.transformer_blocks:
                     block.attn2.absorb(texts)
                     if block.only_cross_attention:
@@ -520,7 +516,7 @@ class UNet2DConditionModel(UNetEncoder):
         return [
             inner.attn2
             for block in (*self.down_blocks, *self.up_blocks, *middle)
-            for attention in getattr(block, "attentions", [])
+            for attention in block.attentions
             for inner in attention.transformer_blocks
         ]
 
@@ -573,43 +569,3 @@ _BLOCKS: dict[str, Any] = {
         CrossAttnUpBlock2D,
     )
 }
-
-
-def _resnets(nn: Layers, block: BlockSpec, config: UNetConfig) -> list[ResnetBlock2D]:
-    resnets, channels = [], block.in_channels
-    for skip in block.skip_channels or (0,) * block.num_layers:
-        resnets.append(
-            ResnetBlock2D(
-                nn,
-                channels + skip,
-                block.out_channels,
-                config.time_embed_dim,
-                config.norm_num_groups,
-                config.norm_eps,
-                scale_shift=config.resnet_time_scale_shift == "scale_shift",
-            )
-        )
-        channels = block.out_channels
-    return resnets
-
-
-def _transformers(nn: Layers, block: BlockSpec, config: Any) -> list[Transformer2DModel]:
-    return [Transformer2DModel(nn, block, layers, config) for layers in block.transformer_layers]
-
-
-def _motion_modules(nn: Layers, block: BlockSpec) -> list[MotionModule]:
-    motion = block.motion
-    if motion is None:
-        return []
-    width = block.out_channels
-    return [MotionModule(nn, width, layers, motion) for layers in motion.layers]
-
-
-def _downsamplers(nn: Layers, block: BlockSpec, config: UNetConfig) -> list[Downsample2D]:
-    return (
-        [Downsample2D(nn, block.out_channels, config.downsample_padding)] if block.resample else []
-    )
-
-
-def _upsamplers(nn: Layers, block: BlockSpec) -> list[Upsample2D]:
-    return [Upsample2D(nn, block.out_channels)] if block.resample else []

@@ -18,36 +18,35 @@ from mlxdiff.networks.unet import (
     CrossAttnDownBlock2D,
     CrossAttnUpBlock2D,
     DownBlock2D,
+    UNetBlock,
     UNetMidBlock2D,
     UNetMidBlock2DCrossAttn,
     UpBlock2D,
 )
 
 
-class AttnDownBlock2D(CrossAttnDownBlock2D):
-    """Resnets, each followed by self-attention, then a downsampler where the block has one."""
+class _AttnBlock(UNetBlock):
+    """Self-attention after each resnet."""
 
-    def __init__(self, nn: Layers, block: BlockSpec, config: UNet2DConfig) -> None:
-        super().__init__(nn, block, config)
-        groups = config.norm_num_groups
-        self.attentions = [_attention(nn, block, config, groups) for _ in self.resnets]
+    def make_attentions(self, nn: Layers, block: BlockSpec, config: Any) -> list[Any]:
+        return [
+            _attention(nn, block, config, config.norm_num_groups) for _ in range(block.num_layers)
+        ]
+
+
+class AttnDownBlock2D(_AttnBlock, CrossAttnDownBlock2D):
+    """Resnets, each followed by self-attention, then a downsampler where the block has one."""
 
 
 class UNetMidBlock2DAttn(UNetMidBlock2DCrossAttn):
     """Two resnets with self-attention between them."""
 
-    def __init__(self, nn: Layers, block: BlockSpec, config: UNet2DConfig) -> None:
-        super().__init__(nn, block, config)
-        self.attentions = [_attention(nn, block, config, config.mid_norm_num_groups)]
+    def make_attentions(self, nn: Layers, block: BlockSpec, config: Any) -> list[Any]:
+        return [_attention(nn, block, config, config.mid_norm_num_groups)]
 
 
-class AttnUpBlock2D(CrossAttnUpBlock2D):
+class AttnUpBlock2D(_AttnBlock, CrossAttnUpBlock2D):
     """Resnets that each take a skip and are followed by self-attention, then an upsampler."""
-
-    def __init__(self, nn: Layers, block: BlockSpec, config: UNet2DConfig) -> None:
-        super().__init__(nn, block, config)
-        groups = config.norm_num_groups
-        self.attentions = [_attention(nn, block, config, groups) for _ in self.resnets]
 
 
 class UNet2DModel(Module):

@@ -106,14 +106,20 @@ def animation(frames: Sequence[Image.Image], name: str) -> bytes:
         frames: at least one picture.
         name: the ending of the file (``ANIMATIONS``).
     """
-    encoded = io.BytesIO()
     times = [FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS]
+    return moving(frames, name, duration=times if len(frames) > 1 else LAST_FRAME_MS)
+
+
+def moving(frames: Sequence[Image.Image], name: str, **how: Any) -> bytes:
+    """Encode pictures of one size as a file that shows one after the other.
+
+    Args:
+        frames: at least one picture.
+        name: the ending of the file: .gif, .webp or .png.
+        how: what Pillow's writer of the format takes.
+    """
+    encoded = io.BytesIO()
     first, *rest = (frame.convert("RGB") for frame in frames)
-    first.save(
-        encoded,
-        format=ANIMATIONS[name],
-        save_all=True,
-        append_images=rest,
-        duration=times if len(frames) > 1 else LAST_FRAME_MS,
-    )
+    form = (ENDINGS | ANIMATIONS)[name]
+    first.save(encoded, format=form, save_all=True, append_images=rest, **how)
     return encoded.getvalue()

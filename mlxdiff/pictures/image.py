@@ -22,6 +22,7 @@ from mlxdiff.machine.temporary import temporary_file
 
 if TYPE_CHECKING:
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
 ImageLike = Union[str, "os.PathLike[str]", "Image.Image", np.ndarray, Any]
 """A picture as users give it: a path, a Pillow image, or an array (NumPy's or MLX's)."""
@@ -477,6 +478,16 @@ def save_png(
     write_bytes(data, path, overwrite)
 
 
+def text_chunks(text: Mapping[str, str]) -> PngInfo:
+    """Text by keyword as a PNG file takes it (tEXt, or iTXt if it is not Latin-1)."""
+    from PIL.PngImagePlugin import PngInfo
+
+    chunks = PngInfo()
+    for key, value in text.items():
+        chunks.add_text(key, value)
+    return chunks
+
+
 def png_bytes(
     image: Image.Image | np.ndarray,
     text: Mapping[str, str] | None = None,
@@ -485,18 +496,14 @@ def png_bytes(
 ) -> bytes:
     """Encode a picture as PNG; arguments as for `save_png`."""
     from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
 
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
-    chunks = PngInfo()
-    for key, value in (text or {}).items():
-        chunks.add_text(key, value)
     encoded = io.BytesIO()
     image.save(
         encoded,
         format="PNG",
-        pnginfo=chunks,
+        pnginfo=text_chunks(text or {}),
         compress_level=compress_level,
         icc_profile=icc_profile,
     )

@@ -17,8 +17,8 @@ import numpy as np
 
 from mlxdiff.errors import UsageError, one_line
 from mlxdiff.machine.disk import open_regular
-from mlxdiff.pictures.formats import LOSSLESS, QUALITY, ending
-from mlxdiff.pictures.image import load_image, open_picture
+from mlxdiff.pictures.formats import LOSSLESS, QUALITY, ending, moving
+from mlxdiff.pictures.image import load_image, open_picture, text_chunks
 from mlxdiff.pictures.metadata import MAKER, Metadata, exif, read
 
 if TYPE_CHECKING:
@@ -243,30 +243,22 @@ def encode_video(
         quality: 1 to 100, for WebP and MP4; None: ``formats.QUALITY``. WebP is lossless at 100.
     Raises: UsageError without what writes this form.
     """
-    first, *rest = (frame.convert("RGB") for frame in frames)
     quality = QUALITY if quality is None else quality
     if name == ".mp4":
-        return _mp4([first, *rest], fps, metadata, quality)
-    encoded = io.BytesIO()
+        return _mp4(frames, fps, metadata, quality)
     how: dict[str, Any] = {"duration": 1000 / fps, "loop": 0}
     if name == ".gif":
-        how |= {"format": "GIF", "duration": max(20, round(100 / fps) * 10)}
+        how["duration"] = max(20, round(100 / fps) * 10)
         if metadata is not None:
             how["comment"] = (MAKER + metadata.to_json()).encode()
     elif name == ".webp":
-        how |= {"format": "WEBP", "quality": quality, "lossless": quality == LOSSLESS}
+        how |= {"quality": quality, "lossless": quality == LOSSLESS}
         how["duration"] = round(1000 / fps)
         if metadata is not None:
             how["exif"] = exif(metadata)
-    else:
-        from PIL.PngImagePlugin import PngInfo
-
-        chunks = PngInfo()
-        for key, value in ({} if metadata is None else metadata.chunks()).items():
-            chunks.add_text(key, value)
-        how |= {"format": "PNG", "pnginfo": chunks}
-    first.save(encoded, save_all=True, append_images=rest, **how)
-    return encoded.getvalue()
+    elif metadata is not None:
+        how["pnginfo"] = text_chunks(metadata.chunks())
+    return moving(frames, name, **how)
 
 
 def _mp4(
@@ -285,7 +277,7 @@ def _mp4(
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": str(round((LOSSLESS - quality) * 0.5 + 10))}
         for frame in frames:
-            pixels = np.asarray(frame)
+            pixels = np.asarray(frame.convert("RGB"))
             pixels = np.pad(pixels, [(0, height % 2), (0, width % 2), (0, 0)], mode="edge")
             for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
                 container.mux(packet)

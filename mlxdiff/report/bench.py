@@ -24,7 +24,8 @@ from mlxdiff.pipeline import Pipeline, Result, Step
 from mlxdiff.run.kind import Kind, Network
 from mlxdiff.run.memory import Held
 from mlxdiff.run.options import RunOptions
-from mlxdiff.run.settings import Settings, resolve
+from mlxdiff.run.planning import resolve
+from mlxdiff.run.settings import Settings
 from mlxdiff.store.catalogue import SHIPPED
 from mlxdiff.store.folder import ModelSource
 from mlxdiff.store.recipes import recipe_of

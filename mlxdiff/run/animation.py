@@ -13,22 +13,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlxdiff.errors import ConfigError, UsageError, argument
-from mlxdiff.networks.config import UNetSpatioTemporalConfig, VAEConfig
-from mlxdiff.pictures.image import CLIP_MEAN, CLIP_STD, to_model, to_pil
+from mlxdiff.networks.config import UNetSpatioTemporalConfig
+from mlxdiff.pictures.image import CLIP_MEAN, CLIP_STD, load_image, resize, to_model, to_pil
 from mlxdiff.pictures.resampling import blurred, resample
 from mlxdiff.run import video
-from mlxdiff.run.additions import Additions
 from mlxdiff.run.kind import PARTS, LatentKind, Reason
 from mlxdiff.run.latent_model import LatentModel
-from mlxdiff.run.model import PromptEmbeddings
-from mlxdiff.run.network_cache import NetworkCache
+from mlxdiff.run.model import Model, PromptEmbeddings
+from mlxdiff.run.options import RunOptions
+from mlxdiff.run.settings import Settings, filled, named
 from mlxdiff.store.folder import IMAGE_ENCODER, ModelSource
 
 if TYPE_CHECKING:
     import PIL.Image
-
-    from mlxdiff.run.options import RunOptions
-    from mlxdiff.run.settings import Settings
 
 SIZE = 576, 1024  # (height, width) that all published models were trained on
 GUIDANCE, LEAST_GUIDANCE, STEPS = 3.0, 1.0, 25
@@ -48,20 +45,6 @@ def animates(source: ModelSource) -> bool:
     return isinstance(source.config("unet"), UNetSpatioTemporalConfig)
 
 
-def check(model: Any, asked: RunOptions) -> None:
-    """Refuse what such a model cannot draw. Raises: UsageError."""
-    if asked.image is None:
-        raise UsageError(
-            f"{model.source.path}: {model.description}: give one ({argument('image')})"
-        )
-    for name in _REFUSED:
-        value = getattr(asked, name)
-        if value is not None and value != getattr(type(asked)(), name):
-            raise UsageError(
-                f"{argument(name)}: {model.description}; it has no part for that; leave it out"
-            )
-
-
 class AnimatingKind(LatentKind):
     """Facts about a model that lets a picture move.
 
@@ -70,11 +53,8 @@ class AnimatingKind(LatentKind):
 
     unet_config: UNetSpatioTemporalConfig
 
-    def __init__(self, source: ModelSource, vae: VAEConfig | None = None) -> None:
-        super().__init__(source, vae)
-        self._check()
-
     def _check(self) -> None:
+        super()._check()
         source, unet, latent = self.source, self.unet_config, self.vae_config.latent_channels
         self.edits = False
         if (unet.in_channels, unet.out_channels) != (2 * latent, latent):
@@ -116,19 +96,46 @@ class AnimatingKind(LatentKind):
         return STEPS
 
 
-class AnimatingModel(AnimatingKind, LatentModel):
+class AnimatingModel(LatentModel, AnimatingKind):
     """A model that lets a picture move, at work. For the arguments see ``Model``."""
 
-    def __init__(
-        self,
-        source: ModelSource,
-        backend: Any,
-        additions: Additions | None = None,
-        cache: NetworkCache | None = None,
-        vae_tiling: bool | None = None,
-    ) -> None:
-        LatentModel.__init__(self, source, backend, additions, cache, vae_tiling)
-        self._check()
+    def resolve(self, asked: RunOptions, refiner: Model | None) -> Settings:
+        """See ``Model.resolve``."""
+        self._check_task(asked)
+        pixels = load_image(asked.image)
+        own_height, own_width = self.default_size
+        width = own_width if asked.width is None else asked.width
+        height = own_height if asked.height is None else asked.height
+        self.check_size(width=width, height=height)
+        low, added = asked.min_guidance, asked.noise_augmentation
+        frames = self.unet_config.num_frames if asked.frames is None else asked.frames
+        return filled(
+            asked,
+            width=width,
+            height=height,
+            min_guidance=LEAST_GUIDANCE if low is None else low,
+            frames=frames,
+            fps=FPS if asked.fps is None else asked.fps,
+            motion_bucket=MOTION if asked.motion_bucket is None else asked.motion_bucket,
+            noise_augmentation=AUGMENTATION if added is None else added,
+            decode_chunk=frames if asked.decode_chunk is None else min(asked.decode_chunk, frames),
+            image=resize(pixels, width, height),
+            leading=pixels,
+            image_name=named(asked.image),
+        )
+
+    def _check_task(self, asked: RunOptions) -> None:
+        """Refuse what such a model cannot draw."""
+        if asked.image is None:
+            raise UsageError(
+                f"{self.source.path}: {self.description}: give one ({argument('image')})"
+            )
+        for name in _REFUSED:
+            value = getattr(asked, name)
+            if value is not None and value != getattr(RunOptions(), name):
+                raise UsageError(
+                    f"{argument(name)}: {self.description}; it has no part for that; leave it out"
+                )
 
     def band_bytes(self, height: int, width: int, low_memory: bool) -> int | None:
         """None: frames are decoded together, and not in bands."""
@@ -187,14 +194,6 @@ def to_clip_smoothed(image: np.ndarray, size: int) -> np.ndarray:
     pixels = (resample(smooth, size, size, "bicubic", align_corners=True) + np.float32(1)) / 2
     mean, std = (np.array(numbers, np.float32) for numbers in (CLIP_MEAN, CLIP_STD))
     return ((pixels - mean) / std).astype(np.float32)[None]
-
-
-def numbers_of(settings: Settings) -> tuple[float, float, float]:
-    """The three numbers that the U-Net takes. It was trained on frames a second less one."""
-    fps, motion = settings.fps, settings.motion_bucket
-    augmentation = settings.noise_augmentation
-    assert fps is not None and motion is not None and augmentation is not None
-    return fps - 1, float(motion), augmentation
 
 
 def noised_latents(model: Any, settings: Settings, draws: Any) -> np.ndarray:

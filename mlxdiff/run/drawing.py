@@ -41,9 +41,10 @@ from mlxdiff.run.inputs import Inputs, Stage, Start, make_stages
 from mlxdiff.run.map_model import MapModel
 from mlxdiff.run.model import Model, draw_noise
 from mlxdiff.run.options import RunOptions
+from mlxdiff.run.planning import PlannedRun, resolve
 from mlxdiff.run.progress import Watch
-from mlxdiff.run.seeds import Draws
-from mlxdiff.run.settings import PlannedRun, Settings, resolve, variation
+from mlxdiff.run.seeds import Draws, variation
+from mlxdiff.run.settings import Settings
 from mlxdiff.run.video import unstacked
 
 if TYPE_CHECKING:

@@ -145,8 +145,9 @@ def pose(settings: Settings) -> np.ndarray:
     """The camera of a picture as Zero-1-to-3 reads it: (1, 4) float32.
 
     The polar angle grows downwards, so it is the elevation with the other sign. The fourth number
-    is the change of distance, or the polar angle of the camera that took the picture (threestudio,
-    threestudio/models/guidance/stable_zero123_guidance.py).
+    is the change of distance, or the polar angle of the camera that took the picture, 90 degrees
+    less its elevation (threestudio, threestudio/models/guidance/stable_zero123_guidance.py;
+    ComfyUI, comfy_extras/nodes_stable3d.py, has an elevation of 0 there).
     """
     polar, azimuth = (
         math.radians(angle or 0.0) for angle in (settings.elevation, settings.azimuth)

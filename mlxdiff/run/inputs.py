@@ -87,7 +87,7 @@ def make_stages(
     """The parts of a run: the model's, then that of a refiner or of a hires pass.
 
     Args:
-        plans: of each part, as ``settings.make_plans`` gives them.
+        plans: of each part, as ``planning.make_plans`` gives them.
     """
     first, *others = plans
     stages = [Stage(model, settings, first)]

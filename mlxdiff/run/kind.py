@@ -261,8 +261,15 @@ class LatentKind(Kind):
         self.draws_video = unet.motion is not None
         if self.upscales:
             self.vae_config = replace(self.vae_config, scaling_factor=UPSCALER_SCALE)
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse networks that do not fit each other; read what only this kind of model has.
+
+        Raises: ConfigError.
+        """
         if self.is_led:
-            image_led.check(source)
+            image_led.check(self.source)
 
     def _size_numbers(self) -> int:
         """How many numbers the U-Net takes beside the pooled text: 6, or 5 with a score.

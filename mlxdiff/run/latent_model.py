@@ -20,21 +20,20 @@ from mlxdiff.networks.layers import wraps_rows
 from mlxdiff.noise import Generator
 from mlxdiff.pictures import preview
 from mlxdiff.pictures.image import load_image, to_model, to_pil
-from mlxdiff.run.additions import Additions
-from mlxdiff.run.additions.vae import note_scale
+from mlxdiff.run import latent_settings
 from mlxdiff.run.additions.word_vectors import WordVectors
 from mlxdiff.run.kind import LatentKind, Network
 from mlxdiff.run.memory import Device, band_bytes
 from mlxdiff.run.model import ImageLatents, Model, PromptEmbeddings, draw_noise
-from mlxdiff.run.network_cache import NetworkCache
-from mlxdiff.store.folder import ModelSource
+from mlxdiff.run.options import RunOptions
+from mlxdiff.run.settings import Settings
 from mlxdiff.text.encoders import TextEncoders, merged
 
 if TYPE_CHECKING:
     import PIL.Image
 
 
-class LatentModel(LatentKind, Model):
+class LatentModel(Model, LatentKind):
     """A model that draws latents of a VAE from text. For the arguments see ``Model``.
 
     Attributes:
@@ -42,25 +41,20 @@ class LatentModel(LatentKind, Model):
     Raises: UsageError if an addition does not fit.
     """
 
-    def __init__(
-        self,
-        source: ModelSource,
-        backend: Any,
-        additions: Additions | None = None,
-        cache: NetworkCache | None = None,
-        vae_tiling: bool | None = None,
-    ) -> None:
-        Model.__init__(self, source, backend, additions, cache, vae_tiling)
+    def _set_up(self) -> None:
+        source = self.source
         configs = (self.component_of(Network(name)).config for name in ("vae", "unet"))
         LatentKind.__init__(self, source, *configs)
-        self.texts = TextEncoders(source, self.component, backend, penultimate=self.is_sdxl)
+        self.texts = TextEncoders(source, self.component, self.backend, penultimate=self.is_sdxl)
         if words := self.additions.of(WordVectors):
             self.texts.set_embeddings([word.embedding for word in words])
         if self.upscales:
             # As in the reference: it overflows in float16, whatever its config says.
             self.cache.widen(Network("vae"), self.additions)
-            if cache is None:
-                note_scale(source, source.config("vae"))
+
+    def resolve(self, asked: RunOptions, refiner: Model | None) -> Settings:
+        """See ``Model.resolve``."""
+        return latent_settings.resolve(self, asked, refiner)
 
     def encode_prompt(
         self,

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlxdiff.errors import ConfigError, UsageError, argument, quoted
-from mlxdiff.networks.config import VAEConfig
 from mlxdiff.pictures import maps
-from mlxdiff.run.additions import Additions
+from mlxdiff.pictures.image import load_image
 from mlxdiff.run.kind import MOST_PIXELS, PARTS, LatentKind, Reason
 from mlxdiff.run.latent_model import LatentModel
-from mlxdiff.run.model import PromptEmbeddings
-from mlxdiff.run.network_cache import NetworkCache
+from mlxdiff.run.model import Model, PromptEmbeddings
+from mlxdiff.run.options import RunOptions
+from mlxdiff.run.settings import Settings, filled, named
 from mlxdiff.store.folder import ModelSource
 
 if TYPE_CHECKING:
@@ -50,11 +50,8 @@ class MapKind(LatentKind):
     Raises: ConfigError if its U-Net or its model_index.json is not that of such a model.
     """
 
-    def __init__(self, source: ModelSource, vae: VAEConfig | None = None) -> None:
-        super().__init__(source, vae)
-        self._read_index()
-
-    def _read_index(self) -> None:
+    def _check(self) -> None:
+        super()._check()
         source = self.source
         index, unet = source.model_index, self.unet_config
         where = f"{source.path}/model_index.json"
@@ -152,19 +149,47 @@ class MapKind(LatentKind):
         return height // factor, width // factor, self.vae_config.latent_channels
 
 
-class MapModel(MapKind, LatentModel):
+class MapModel(LatentModel, MapKind):
     """A model that makes maps, at work. For the arguments see ``Model``."""
 
-    def __init__(
-        self,
-        source: ModelSource,
-        backend: Any,
-        additions: Additions | None = None,
-        cache: NetworkCache | None = None,
-        vae_tiling: bool | None = None,
-    ) -> None:
-        LatentModel.__init__(self, source, backend, additions, cache, vae_tiling)
-        self._read_index()
+    def resolve(self, asked: RunOptions, refiner: Model | None) -> Settings:
+        """See ``Model.resolve``."""
+        self._check_task(asked)
+        pixels = load_image(asked.image)
+        rows, columns = pixels.shape[:2]
+        width = columns if asked.width is None else asked.width
+        height = rows if asked.height is None else asked.height
+        self.check_size(width=width, height=height)
+        resolution = asked.processing_resolution
+        resolution = self.default_resolution if resolution is None else resolution
+        return filled(
+            asked,
+            width=width,
+            height=height,
+            image=pixels,
+            image_name=named(asked.image),
+            processing_resolution=resolution,
+            processed=self.processed_size(rows, columns, resolution),
+            depth_as=asked.depth_as or "grey" if self.maps == "depth" else None,
+        )
+
+    def _check_task(self, asked: RunOptions) -> None:
+        """Refuse to make a map of no picture, and options that it has no use for."""
+        if asked.image is None:
+            raise UsageError(
+                f"{self.source.path}: {self.description}: give one ({argument('image')})"
+            )
+        refused = {
+            "strength": "it starts from noise, and keeps to the whole picture",
+            "noise_size": "the noise has the shape of the picture",
+        }
+        for name, why in refused.items():
+            if getattr(asked, name) is not None:
+                raise UsageError(f"{argument(name)}: {self.description}; {why}; leave it out")
+        if asked.depth_as is not None and self.maps != "depth":
+            raise UsageError(
+                f"{argument('depth_as')}: {self.description}, which has one form; leave it out"
+            )
 
     def prompt_timeline(self, *args: Any, **options: Any) -> list[tuple[int, PromptEmbeddings]]:
         """Return the embedding of the empty text, start and end alone; there is no other."""

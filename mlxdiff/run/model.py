@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     import PIL.Image
     from typing_extensions import Self
 
+    from mlxdiff.run.options import RunOptions
+    from mlxdiff.run.settings import Settings
+
 
 class PromptEmbeddings(NamedTuple):
     """Prompt inputs of the U-Net, float32. The pooled ones are None if it takes none.
@@ -88,6 +91,11 @@ class Model(Kind):
         self.additions = Additions() if additions is None else additions
         self.cache = NetworkCache(backend) if cache is None else cache
         self.vae_tiling = vae_tiling
+        self._set_up()
+
+    @abstractmethod
+    def _set_up(self) -> None:
+        """Work out the facts about the model with its additions, and what its stages need."""
 
     def with_additions(self, additions: Additions) -> Self:
         """Return the same model with these additions in place of its own.
@@ -171,6 +179,16 @@ class Model(Kind):
         self.cache.low_memory, self.vae_tiling = low_memory, vae_tiling
 
     # Stages
+
+    @abstractmethod
+    def resolve(self, asked: RunOptions, refiner: Model | None) -> Settings:
+        """Check and fill in what this kind of model takes for a run.
+
+        Args:
+            asked: options of parts that the model has; sampler, steps and guidance are filled in.
+            refiner: of the run; None: there is none.
+        Raises: UsageError.
+        """
 
     @abstractmethod
     def encode_prompt(

@@ -12,29 +12,31 @@ import numpy as np
 
 from mlxdiff.errors import UsageError
 from mlxdiff.pictures.image import to_pil
-from mlxdiff.run.additions import Additions
 from mlxdiff.run.kind import PixelKind
 from mlxdiff.run.model import Model
-from mlxdiff.run.network_cache import NetworkCache
-from mlxdiff.store.folder import ModelSource
+from mlxdiff.run.options import RunOptions
+from mlxdiff.run.settings import Settings, filled
 
 if TYPE_CHECKING:
     import PIL.Image
 
 
-class PixelModel(PixelKind, Model):
+class PixelModel(Model, PixelKind):
     """A model that draws pixels. For the arguments see ``Model``."""
 
-    def __init__(
-        self,
-        source: ModelSource,
-        backend: Any,
-        additions: Additions | None = None,
-        cache: NetworkCache | None = None,
-        vae_tiling: bool | None = None,
-    ) -> None:
-        Model.__init__(self, source, backend, additions, cache, vae_tiling)
-        PixelKind.__init__(self, source)
+    def _set_up(self) -> None:
+        PixelKind.__init__(self, self.source)
+
+    def resolve(self, asked: RunOptions, refiner: Model | None) -> Settings:
+        """See ``Model.resolve``."""
+        self.check_label(asked.label)
+        width, height = asked.width, asked.height
+        if width is None or height is None:
+            own_height, own_width = self.default_size
+            width = own_width if width is None else width
+            height = own_height if height is None else height
+        self.check_size(width=width, height=height)
+        return filled(asked, width=width, height=height)
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise UsageError: there is no text encoder."""

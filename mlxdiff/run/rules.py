@@ -18,12 +18,8 @@ from mlxdiff.text import a1111
 
 
 def check(model: Model, refiner: Model | None, asked: RunOptions) -> None:
-    """Refuse options that the models have no part for, and options that contradict each other.
-
-    Raises: UsageError.
-    """
+    """Refuse options of a latent model that contradict each other. Raises: UsageError."""
     _check_texts(asked)
-    check_parts(model, refiner, asked)
     model.texts.check_clip_skip(asked.clip_skip)
     if model.draws_video:
         video.check(model, refiner, asked)
@@ -35,7 +31,6 @@ def check(model: Model, refiner: Model | None, asked: RunOptions) -> None:
     if asked.hires is not None:
         _check_hires(refiner, asked)
     _check_split(refiner, asked)
-    check_upscaler(model, asked)
 
 
 def check_parts(model: Kind, refiner: Kind | None, asked: RunOptions) -> None:
@@ -171,25 +166,6 @@ def _check_depth(model: Model, asked: RunOptions) -> None:
             f"{model.source.path}: {model.description}: give {' and '.join(missing)}; a Marigold "
             "model makes the depth map of a picture (docs/depth.md), and so does any other depth "
             "estimator"
-        )
-
-
-def check_map(model: Model, asked: RunOptions) -> None:
-    """Refuse to make a map of no picture, and options that it has no use for. Raises: UsageError"""
-    if asked.image is None:
-        raise UsageError(
-            f"{model.source.path}: {model.description}: give one ({argument('image')})"
-        )
-    refused = {
-        "strength": "it starts from noise, and keeps to the whole picture",
-        "noise_size": "the noise has the shape of the picture",
-    }
-    for name, why in refused.items():
-        if getattr(asked, name) is not None:
-            raise UsageError(f"{argument(name)}: {model.description}; {why}; leave it out")
-    if asked.depth_as is not None and model.maps != "depth":
-        raise UsageError(
-            f"{argument('depth_as')}: {model.description}, which has one form; leave it out"
         )
 
 

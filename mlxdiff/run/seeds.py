@@ -11,11 +11,13 @@ and comfy/k_diffusion/sampling.py (default_noise_sampler); tests compare with to
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 
 import numpy as np
 
-from mlxdiff.noise import SOURCES, NoiseSource, framed, interpolated
+from mlxdiff.errors import UsageError, argument
+from mlxdiff.noise import SEEDS, SOURCES, NoiseSource, framed, interpolated
 from mlxdiff.run import video
 from mlxdiff.run.model import ImageLatents, draw_noise
 from mlxdiff.run.settings import Settings
@@ -122,3 +124,24 @@ class Draws:
 def _shape_of(latents: np.ndarray) -> Shape:
     rows, columns, channels = latents.shape[1:]
     return rows, columns, channels
+
+
+def pick_seeds(seed: int | None, count: int, vary: tuple[int, float] | None = None) -> list[int]:
+    """The seeds of a run: seed, seed + 1, ...; the first is random if none is given.
+
+    With a variation all pictures have the same seed: the seed of the variation counts on.
+    """
+    if count < 1:
+        raise UsageError(f"{argument('count')} is {count}; expected at least 1")
+    first = secrets.randbits(32) if seed is None else seed
+    if first + count > SEEDS.stop:
+        raise UsageError(
+            f"{argument('seed')} {first}: with {argument('count')} {count} the last seed is "
+            f"{first + count - 1}; torch takes at most 2**64 - 1"
+        )
+    return [first + (i if vary is None else 0) for i in range(count)]
+
+
+def variation(vary: tuple[int, float] | None, index: int) -> tuple[int, float] | None:
+    """The variation of picture ``index`` of a run."""
+    return None if vary is None else (vary[0] + index, vary[1])

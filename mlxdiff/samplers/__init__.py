@@ -64,6 +64,7 @@ __all__ = [
     "evaluations_per_step",
     "find_schedule",
     "forward_process",
+    "is_continuous",
     "is_edm",
     "is_turbo",
     "of_class",

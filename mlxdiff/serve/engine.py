@@ -24,7 +24,7 @@ from mlxdiff.batch.wildcards import Wildcards
 from mlxdiff.errors import MlxdiffError, UsageError
 from mlxdiff.pictures.image import png_bytes
 from mlxdiff.run.progress import Progress
-from mlxdiff.run.settings import pick_seeds
+from mlxdiff.run.seeds import pick_seeds
 from mlxdiff.serve.gallery import Gallery
 
 logger = logging.getLogger("mlxdiff")
@@ -485,17 +485,17 @@ class Engine:
         )
         if job._cancelled:
             raise _Stop
+        if pipe.model.lacks("video") is None:
+            raise UsageError(
+                f"{order.model}: this model draws videos, and the server returns pictures; use "
+                "mlxdiff generate"
+            )
         for picture, drawing in enumerate(job.drawings):
             start = time.perf_counter()
             job._begin(picture)
             job._set_stage("encoding")
             try:
                 run = pipe.stream(**drawing.options, on_progress=job._told)
-                if run.settings.frames is not None:
-                    raise UsageError(
-                        f"{order.model}: this model draws videos, and the server returns pictures; "
-                        "use mlxdiff generate"
-                    )
                 self.models.make_room(pipe, run.settings)
                 with closing(run):
                     for step in run:

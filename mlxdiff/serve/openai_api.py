@@ -169,9 +169,9 @@ class OpenAIAPI:
 
 
 def _is_led(place: Any) -> bool:
-    """Return True if a model on this machine is one that a picture leads."""
+    """Return True if a picture leads a model on this machine: none starts from the picture."""
     try:
-        return lacks(place, "variations") is None
+        return lacks(place, "variations") is None or lacks(place, "prompt") is not None
     except UsageError:  # it will be fetched first
         return False
 

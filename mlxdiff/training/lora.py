@@ -264,7 +264,7 @@ def check_trainable(model: Any) -> LatentModel:
             "this model draws without text; mlxdiff train unconditional makes such ones"
         )
     led = model.edits or model.upscales or model.is_led
-    if model.inpaints or led or model.takes_aesthetic_score:
+    if model.lacks("prompt") or model.inpaints or led or model.takes_aesthetic_score:
         raise UsageError(
             f"{model.description}: it needs other pictures beside those with captions, which "
             "mlxdiff train does not have; train a model that draws from text"

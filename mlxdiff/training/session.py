@@ -20,6 +20,7 @@ from mlxdiff.backends.mlx import MLXBackend
 from mlxdiff.errors import UsageError, argument
 from mlxdiff.loading import load
 from mlxdiff.pipeline import Pipeline
+from mlxdiff.store.folder import check_dest
 from mlxdiff.training import log, state
 from mlxdiff.training.data import Data
 from mlxdiff.training.loop import Objective, Ranks, Report, Task, train
@@ -162,6 +163,8 @@ def begin(
     result = Path(name.removesuffix(ending))
     folder = result.with_name(f"{result.name}-training")
     _check_new(Path(name), folder, options)
+    if not ending:
+        check_dest(result, force=True)
     gpu = MLXBackend.has_gpu()
     dtype = options.dtype
     if dtype in (None, "auto"):

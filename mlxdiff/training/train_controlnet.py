@@ -12,7 +12,6 @@ from mlxdiff.errors import UsageError, argument
 from mlxdiff.loading import load
 from mlxdiff.networks.params import expected_parameters
 from mlxdiff.run.table import make
-from mlxdiff.store.folder import check_dest
 from mlxdiff.training import plan, session
 from mlxdiff.training.controlnet import TrainControlNet
 from mlxdiff.training.data import LatentData, open_asked
@@ -44,7 +43,6 @@ def train_controlnet(folder: str | Path, **given: Any) -> Done:
             "does not have; draw with it when it is trained"
         )
     opened = session.begin(Path(folder), options, options, "controlnet")
-    check_dest(opened.result, force=True)  # before any work
     assert opened.pipe is not None
     model = check_trainable(opened.pipe.model)
     data = open_asked(

@@ -14,7 +14,6 @@ from mlxdiff.networks.params import expected_parameters
 from mlxdiff.pipeline import Pipeline
 from mlxdiff.run.latent_model import LatentModel
 from mlxdiff.run.table import make
-from mlxdiff.store.folder import check_dest
 from mlxdiff.training import plan, session
 from mlxdiff.training.consistency import Consistency, Student
 from mlxdiff.training.data import open_asked
@@ -45,8 +44,6 @@ def train_distill(folder: str | Path, **given: Any) -> Done:
     scales = _scales(options)
     ending = "" if options.whole else ".safetensors"
     opened = session.begin(Path(folder), options, options, "distill", ending)
-    if options.whole:
-        check_dest(opened.result, force=True)  # before any work
     assert opened.pipe is not None
     model = check_distillable(opened.pipe.model)
     process = Process.from_config(model.source.scheduler_config)

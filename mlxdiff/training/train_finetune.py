@@ -10,7 +10,6 @@ from mlxdiff.errors import UsageError, argument
 from mlxdiff.loading import load
 from mlxdiff.networks.params import expected_parameters
 from mlxdiff.run.table import make
-from mlxdiff.store.folder import check_dest
 from mlxdiff.training import plan, session
 from mlxdiff.training.data import open_asked
 from mlxdiff.training.finetune import Finetune
@@ -36,7 +35,6 @@ def train_finetune(folder: str | Path, **given: Any) -> Done:
             "them: leave it out, or train a LoRA"
         )
     opened = session.begin(Path(folder), options, options, "finetune")
-    check_dest(opened.result, force=True)  # before any work
     assert opened.pipe is not None
     model = check_trainable(opened.pipe.model)
     data = open_asked(

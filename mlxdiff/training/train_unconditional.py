@@ -9,7 +9,6 @@ from typing import Any
 from mlxdiff.loading import load
 from mlxdiff.networks.params import expected_parameters
 from mlxdiff.run.table import make
-from mlxdiff.store.folder import check_dest
 from mlxdiff.training import plan, session
 from mlxdiff.training.data import open_pixels
 from mlxdiff.training.options import TrainUnconditionalOptions
@@ -32,7 +31,6 @@ def train_unconditional(folder: str | Path, **given: Any) -> Done:
     options = make(TrainUnconditionalOptions, given)
     say = options.say or silent
     opened = session.begin(Path(folder), None, options, "unconditional")
-    check_dest(opened.result, force=True)  # before any work
     width, height = options.resolution or (SIDE, SIDE)
     data = open_pixels(
         folder,

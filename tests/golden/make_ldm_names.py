@@ -5,7 +5,9 @@
 Built up in the order in which the code of the published models builds its modules (openaimodel.py,
 attention.py, model.py of CompVis and Stability AI; OpenCLIP's text transformer), from the numbers
 in their published yaml configs. Held here against diffusers: its own conversion of these names must
-give exactly the names and shapes of names/*.json.gz, which diffusers' classes made.
+give exactly the names and shapes of names/*.json.gz, which diffusers' classes made. It has none for
+Stable Video Diffusion: those names are equal to the state of Stability AI's own classes (VideoUNet,
+Encoder, Decoder, VideoDecoder of generative-models), built from scripts/sampling/configs/svd.yaml.
 """
 
 from __future__ import annotations
@@ -39,7 +41,24 @@ def norm(names: Names, name: str, width: int) -> None:
     names[f"{name}.bias"] = [width]
 
 
-def res_block(names: Names, name: str, inputs: int, outputs: int, embedding: int) -> None:
+def conv_among_frames(names: Names, name: str, width: int) -> None:
+    names[f"{name}.weight"] = [width, width, 3, 1, 1]
+    names[f"{name}.bias"] = [width]
+
+
+def time_stack(names: Names, name: str, width: int, embedding: int | None) -> None:
+    """The ResBlock among frames of a VideoResBlock; in the VAE without an embedding."""
+    norm(names, f"{name}.in_layers.0", width)
+    conv_among_frames(names, f"{name}.in_layers.2", width)
+    if embedding is not None:
+        linear(names, f"{name}.emb_layers.1", embedding, width)
+    norm(names, f"{name}.out_layers.0", width)
+    conv_among_frames(names, f"{name}.out_layers.3", width)
+
+
+def res_block(
+    names: Names, name: str, inputs: int, outputs: int, embedding: int, frames: bool = False
+) -> None:
     norm(names, f"{name}.in_layers.0", inputs)
     conv(names, f"{name}.in_layers.2", inputs, outputs)
     linear(names, f"{name}.emb_layers.1", embedding, outputs)
@@ -47,6 +66,14 @@ def res_block(names: Names, name: str, inputs: int, outputs: int, embedding: int
     conv(names, f"{name}.out_layers.3", outputs, outputs)
     if inputs != outputs:
         conv(names, f"{name}.skip_connection", inputs, outputs, 1)
+    if frames:
+        time_stack(names, f"{name}.time_stack", outputs, embedding)
+        names[f"{name}.time_mixer.mix_factor"] = [1]
+
+
+def feed_forward(names: Names, name: str, width: int) -> None:
+    linear(names, f"{name}.net.0.proj", width, 8 * width)
+    linear(names, f"{name}.net.2", 4 * width, width)
 
 
 def transformer(
@@ -57,6 +84,7 @@ def transformer(
     depth: int,
     is_linear: bool,
     only_cross: bool = False,
+    frames: bool = False,
 ) -> None:
     norm(names, f"{name}.norm", width)
     for place in ("proj_in", "proj_out"):
@@ -64,17 +92,23 @@ def transformer(
             linear(names, f"{name}.{place}", width, width)
         else:
             conv(names, f"{name}.{place}", width, width, 1)
-    for i in range(depth):
-        block = f"{name}.transformer_blocks.{i}"
+    stacks = ("transformer_blocks", "time_stack") if frames else ("transformer_blocks",)
+    for block in (f"{name}.{stack}.{i}" for stack in stacks for i in range(depth)):
         for attention, source in (("attn1", context if only_cross else width), ("attn2", context)):
             linear(names, f"{block}.{attention}.to_q", width, width, False)
             linear(names, f"{block}.{attention}.to_k", source, width, False)
             linear(names, f"{block}.{attention}.to_v", source, width, False)
             linear(names, f"{block}.{attention}.to_out.0", width, width)
-        linear(names, f"{block}.ff.net.0.proj", width, 8 * width)
-        linear(names, f"{block}.ff.net.2", 4 * width, width)
+        feed_forward(names, f"{block}.ff", width)
         for n in (1, 2, 3):
             norm(names, f"{block}.norm{n}", width)
+        if ".time_stack." in block:
+            norm(names, f"{block}.norm_in", width)
+            feed_forward(names, f"{block}.ff_in", width)
+    if frames:
+        linear(names, f"{name}.time_pos_embed.0", width, 4 * width)
+        linear(names, f"{name}.time_pos_embed.2", 4 * width, width)
+        names[f"{name}.time_mixer.mix_factor"] = [1]
 
 
 def unet(
@@ -89,9 +123,11 @@ def unet(
     labels: int | None = None,
     classes: int | None = None,
     only_cross: tuple[int, ...] = (),
+    frames: bool = False,
 ) -> Names:
     """UNetModel. Depths: one for each res block, 0 for no transformer; of the middle block None
-    where it is one res block alone. only_cross: levels without self-attention."""
+    where it is one res block alone. only_cross: levels without self-attention. frames: VideoUNet,
+    which has layers among frames."""
     names: Names = {}
     embedding = 4 * channels
     linear(names, "time_embed.0", channels, embedding)
@@ -106,31 +142,35 @@ def unet(
     depths = iter(depth_in)
     for level, multiple in enumerate(multiples):
         for _ in range(2):
-            res_block(names, f"input_blocks.{place}.0", width, multiple * channels, embedding)
+            block = f"input_blocks.{place}.0"
+            res_block(names, block, width, multiple * channels, embedding, frames)
             width = multiple * channels
             if depth := next(depths):
                 block, cross = f"input_blocks.{place}.1", level in only_cross
-                transformer(names, block, width, context, depth, is_linear, cross)
+                transformer(names, block, width, context, depth, is_linear, cross, frames)
             skips.append(width)
             place += 1
         if level < len(multiples) - 1:
             conv(names, f"input_blocks.{place}.0.op", width, width)
             skips.append(width)
             place += 1
-    res_block(names, "middle_block.0", width, width, embedding)
+    res_block(names, "middle_block.0", width, width, embedding, frames)
     if depth_middle is not None:
-        transformer(names, "middle_block.1", width, context, depth_middle, is_linear)
-        res_block(names, "middle_block.2", width, width, embedding)
+        block = "middle_block.1"
+        transformer(names, block, width, context, depth_middle, is_linear, frames=frames)
+        res_block(names, "middle_block.2", width, width, embedding, frames)
     place, depths = 0, iter(depth_out)
     for level, multiple in reversed(list(enumerate(multiples))):
         for i in range(3):
             inner = f"output_blocks.{place}"
-            res_block(names, f"{inner}.0", width + skips.pop(), multiple * channels, embedding)
+            wide = width + skips.pop()
+            res_block(names, f"{inner}.0", wide, multiple * channels, embedding, frames)
             width = multiple * channels
             nth = 1
             if depth := next(depths):
                 cross = level in only_cross
-                transformer(names, f"{inner}.1", width, context, depth, is_linear, cross)
+                block = f"{inner}.1"
+                transformer(names, block, width, context, depth, is_linear, cross, frames)
                 nth = 2
             if level and i == 2:
                 conv(names, f"{inner}.{nth}.conv", width, width)
@@ -183,6 +223,22 @@ def vae(levels: int = 4) -> Names:
     conv(names, "decoder.conv_out", 128, 3)
     conv(names, "quant_conv", 8, 8, 1)
     conv(names, "post_quant_conv", 4, 4, 1)
+    return names
+
+
+def svd_vaes() -> Names:
+    """The VAEs of Stable Video Diffusion, with their prefixes: the conditioner's, and the first
+    stage's, whose decoder is a VideoDecoder and which has no quant_conv."""
+    plain = vae()
+    names = put("conditioner.embedders.3.encoder.", plain)
+    names |= put("first_stage_model.", {n: s for n, s in plain.items() if "quant_conv" not in n})
+    decoder = "first_stage_model.decoder."
+    for name in [n for n in names if n.startswith(decoder) and n.endswith(".norm1.weight")]:
+        block = name.removesuffix(".norm1.weight")
+        width = names[f"{block}.conv1.weight"][0]
+        time_stack(names, f"{block}.time_stack", width, None)
+        names[f"{block}.mix_factor"] = [1]
+    conv_among_frames(names, f"{decoder}conv_out.time_mix_conv", 3)
     return names
 
 
@@ -301,12 +357,13 @@ REFINER = {
     "is_linear": True,
     "labels": 2560,
 }
+VIDEO = SD2 | {"inputs": 8, "labels": 768, "frames": True}
 PRUNED = XL | {"depth_middle": None}
 SSD_1B = PRUNED | {"depth_in": [0, 0, 2, 2, 4, 4], "depth_out": [4, 4, 10, 2, 1, 1, 0, 0, 0]}
 VEGA = PRUNED | {"depth_in": [0, 0, 1, 1, 2, 2], "depth_out": [2, 2, 2, 1, 1, 1, 0, 0, 0]}
 
 
-XLS = ("sdxl", "sdxl-inpainting", "sdxl-refiner", "ssd-1b", "segmind-vega")
+NO_SCHEDULE = ("sdxl", "sdxl-inpainting", "sdxl-refiner", "ssd-1b", "segmind-vega", "svd")
 
 
 def models() -> dict[str, Names]:
@@ -320,6 +377,8 @@ def models() -> dict[str, Names]:
     texts["image"] = image
     texts["camera"] = image | {"cc_projection.weight": [768, 772], "cc_projection.bias": [768]}
     texts["unclip"] = h | put("embedder.model.", clip_vision(1280, 32, 1024, 1024))
+    picture = clip_vision(1280, 32, 1024, 1024)
+    texts["video"] = put("conditioner.embedders.0.open_clip.model.", picture)
     texts["refiner"] = put("conditioner.embedders.0.model.", openclip(1280, 32))
     which: dict[str, tuple[dict[str, Any], str]] = {
         "sd15": (SD1, "sd15"),
@@ -336,13 +395,17 @@ def models() -> dict[str, Names]:
         "sd21-unclip-h": (SD2 | {"labels": 2048}, "unclip"),
         "image-variation": (SD1, "image"),
         "zero123": (SD1 | {"inputs": 8}, "camera"),
+        "svd": (VIDEO, "video"),
     }
     result = {}
     for name, (numbers, text) in which.items():
         names = put("model.diffusion_model.", unet(**numbers)) | texts[text]
         upscaler = name == "x4-upscaler"
-        names |= put("first_stage_model.", vae(3 if upscaler else 4))
-        names |= schedule() if name not in XLS else {}
+        if name == "svd":
+            names |= svd_vaes()
+        else:
+            names |= put("first_stage_model.", vae(3 if upscaler else 4))
+        names |= schedule() if name not in NO_SCHEDULE else {}
         if name == "sd21-unclip-h":
             names |= put("noise_augmentor.", low_scale_schedule())
         result[name] = names | (put("low_scale_model.", low_scale_schedule()) if upscaler else {})
@@ -354,6 +417,8 @@ def models() -> dict[str, Names]:
 
 def check(model: str, names: Names) -> None:
     """diffusers' conversion of the names gives the names of its classes."""
+    if model == "svd":
+        return  # diffusers has none; see above
     tensors = {n: torch.empty(shape, device="meta") for n, shape in names.items()}
     same_unet = {"image-variation": "sd15", "zero123": "instruct-pix2pix"}.get(model, model)
     data = gzip.decompress((HERE / "names" / f"unet.{same_unet}.json.gz").read_bytes())

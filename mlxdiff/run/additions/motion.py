@@ -31,16 +31,21 @@ class Way(NamedTuple):
     """How an adapter is to be used.
 
     Attributes:
-        steps, guidance, sampler, schedule: its defaults; None: the model's.
+        sampler, schedule, steps, guidance, eta: its defaults; None: the model's.
     """
 
     sampler: str
     schedule: str
     steps: int | None = None
     guidance: float | None = None
+    eta: float | None = None
 
 
-# Part of a name -> how such an adapter is used, as its model card says. Files do not say it.
+# Part of a name -> how such an adapter is used. Files do not say it. Sources: the examples of the
+# model cards ByteDance/AnimateDiff-Lightning (EulerDiscreteScheduler, trailing, guidance 1, the
+# steps of the file) and wangfuyun/AnimateLCM (LCMScheduler, 6 steps, guidance 2), and diffusers
+# 0.42.1, docs/source/en/api/pipelines/animatediff.md (AnimateLCM: 6 steps with guidance 1.5, 10
+# with 2 or 2.5; the others: DDIMScheduler, linspace).
 _LIGHTNING = re.compile(r"lightning_([1248])step", re.IGNORECASE)
 _LCM = re.compile(r"animatelcm", re.IGNORECASE)
 _USUAL = Way("ddim", "linspace")
@@ -88,7 +93,7 @@ class Motion(Addition):
         if found := _LIGHTNING.search(name):
             return Way("euler", "trailing", int(found[1]), 1.0)
         if _LCM.search(name):
-            return Way("lcm", "normal", 8, 2.0)
+            return Way("lcm", "normal", 6, 2.0)
         return _USUAL
 
     @classmethod
