@@ -30,6 +30,7 @@ import numpy as np
 import mlxdiff
 from mlxdiff import samplers
 from mlxdiff.samplers.scheduler import to_x0
+from mlxdiff.training.process import Process
 
 try:
     from . import common, data
@@ -190,6 +191,19 @@ def steps_of(config: dict, count: int) -> tuple[list[int], list[tuple[float, flo
     return [int(t) for t in plan.timesteps], factors
 
 
+def steps_at(config: dict, times: Sequence[int]) -> tuple[list[int], list[tuple[float, float]]]:
+    """Return given timesteps, and DDIM's steps between them, as `steps_of` does."""
+    process = Process.from_config(config)
+    signal, sigma = (one.ravel() for one in process.factors(np.array([*times, 0])))
+    if config.get("set_alpha_to_one", True):
+        signal[-1], sigma[-1] = 1.0, 0.0
+    factors = [
+        (float(a * later + s * after), float(a * after - s * later))
+        for a, s, later, after in zip(signal, sigma, signal[1:], sigma[1:], strict=False)
+    ]
+    return list(times), factors
+
+
 class Runs:
     """The teacher's runs: x at `times` and at the end, and the states of the text.
 
@@ -273,7 +287,9 @@ def train_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
     unet = network.torch_unet.train()
     unet.set_attn_processor(AttnProcessor())  # the gradient of the fused one is slower on a CPU
     changes = adapt(unet, args.rank) if args.rank else None
-    times, factors = steps_of(network.config, args.steps)
+    times, factors = (
+        steps_at(network.config, args.times) if args.times else steps_of(network.config, args.steps)
+    )
     runs = Runs(args.teacher, times, args.right)
     if rank == 0:
         print(f"{len(runs)} runs, timesteps {times}", flush=True)
@@ -424,6 +440,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="train")
     parser.add_argument("--start", help="train: model to start from; default: the built-in one")
     parser.add_argument("--steps", type=int, default=4, choices=COUNTS)
+    parser.add_argument("--times", type=int, nargs="+", help="train: timesteps other than --steps'")
     parser.add_argument("--rank", type=int, default=0, help="train: of a LoRA; 0: all weights")
     parser.add_argument("--batch", type=int, default=8, help="train: whole runs at a time")
     parser.add_argument("--forced", type=float, default=0.25, help="train: share of single steps")
