@@ -1,0 +1,55 @@
+"""Pairs of pictures that show the same: what a variation is in the built-in model's world.
+
+A variation has the same things (shape, color, size) on the same background. Where they stand, and
+which of two is left or above, is drawn anew. Needs NumPy only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+try:
+    from ..train_builtin import data
+except ImportError:  # run as a script
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train_builtin"))
+    import data
+
+THING = (data.SHAPES, data.COLORS, data.SIZES)
+NAMES = ("shape", "color", "size")
+CHOICES = (len(data.BACKGROUNDS), *2 * [1 + len(words) for words in THING])
+"""How many answers each fact of `facts` has."""
+
+
+def redrawn(spec: data.Spec, rng: np.random.Generator) -> data.Spec:
+    """Return the same things on the same background, placed anew."""
+    while True:
+        like = data.random_spec(rng, len(spec.things))
+        things = [spec.things[i] for i in rng.permutation(len(spec.things))]
+        if [thing.size for thing in things] == [thing.size for thing in like.things]:
+            break
+    placed = tuple(
+        dataclasses.replace(place, shape=thing.shape, color=thing.color)
+        for place, thing in zip(like.things, things, strict=True)
+    )
+    return dataclasses.replace(like, background=spec.background, things=placed)
+
+
+def facts(spec: data.Spec) -> list[int]:
+    """Return what a variation keeps, as numbers: the background; shape, color and size of the
+    left or upper thing, and of the other one (zeros for none)."""
+    things = spec.things[::-1] if spec.relation in ("right of", "below") else spec.things
+    found = [data.BACKGROUNDS.index(spec.background)]
+    for i in range(2):
+        for words, name in zip(THING, NAMES, strict=True):
+            found.append(1 + words.index(getattr(things[i], name)) if i < len(things) else 0)
+    return found
+
+
+def random_specs(rng: np.random.Generator, count: int, two: float = 0.6) -> list[data.Spec]:
+    """Return pictures, most of them with two things (the harder ones)."""
+    return [data.random_spec(rng, 1 + int(rng.random() < two)) for _ in range(count)]
