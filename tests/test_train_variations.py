@@ -27,14 +27,17 @@ def test_a_variation_keeps_the_things_and_places_them_anew() -> None:
         assert not np.array_equal(data.render(spec), data.render(other))
 
 
-def test_facts_name_the_left_or_upper_thing_first() -> None:
+def test_facts_and_the_patches_that_show_them() -> None:
     star = data.Thing("star", "red", "small", 0.2, 0.5, 0.14)
     ring = data.Thing("ring", "blue", "large", 0.7, 0.5, 0.2)
-    facts = pairs.facts(data.Spec("white", (star, ring), relation="left of"))
-    assert facts == pairs.facts(data.Spec("white", (ring, star), relation="right of"))
-    assert pairs.facts(data.Spec("white", (star,), place="left")) == [*facts[:4], 0, 0, 0]
-    assert len(facts) == len(pairs.CHOICES)
-    assert all(fact < count for fact, count in zip(facts, pairs.CHOICES, strict=True))
+    spec = data.Spec("black", (star, ring), relation="left of")
+    background, things = pairs.facts(spec)
+    assert data.BACKGROUNDS[background] == "black"
+    words = [[kind[i] for kind, i in zip(pairs.THING, thing, strict=True)] for thing in things]
+    assert words == [["star", "red", "small"], ["ring", "blue", "large"]]
+    shown = pairs.patches(spec).reshape(8, 8)
+    assert (shown[[0, 1, 6, 7]] == -1).all() and (shown[:, 3] == -1).all()
+    assert (shown[3:5, 1:3] == 0).all() and (shown[3:5, 4:7] == 1).all()
 
 
 def test_the_judge_knows_a_variation() -> None:
@@ -63,7 +66,7 @@ def test_the_script_runs_and_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, str(FOLDER / "train.py"), "--run", "run", "--pictures", "8"]
     for minutes in ("0.001", "0.002"):
         subprocess.run(
-            [*command, "--batch", "2", "--seeing", minutes, "--minutes", minutes],
+            [*command, "--batch", "2", "--minutes", minutes],
             cwd=tmp_path,
             check=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -21,8 +21,7 @@ except ImportError:  # run as a script
 
 THING = (data.SHAPES, data.COLORS, data.SIZES)
 NAMES = ("shape", "color", "size")
-CHOICES = (len(data.BACKGROUNDS), *2 * [1 + len(words) for words in THING])
-"""How many answers each fact of `facts` has."""
+PATCH = 8  # pixels: side of the patches that the image encoder reads
 
 
 def redrawn(spec: data.Spec, rng: np.random.Generator) -> data.Spec:
@@ -39,15 +38,23 @@ def redrawn(spec: data.Spec, rng: np.random.Generator) -> data.Spec:
     return dataclasses.replace(like, background=spec.background, things=placed)
 
 
-def facts(spec: data.Spec) -> list[int]:
-    """Return what a variation keeps, as numbers: the background; shape, color and size of the
-    left or upper thing, and of the other one (zeros for none)."""
-    things = spec.things[::-1] if spec.relation in ("right of", "below") else spec.things
-    found = [data.BACKGROUNDS.index(spec.background)]
-    for i in range(2):
-        for words, name in zip(THING, NAMES, strict=True):
-            found.append(1 + words.index(getattr(things[i], name)) if i < len(things) else 0)
-    return found
+def facts(spec: data.Spec) -> tuple[int, list[list[int]]]:
+    """Return what a variation keeps, as numbers: the background; shape, color, size of things."""
+    things = [
+        [words.index(getattr(thing, name)) for words, name in zip(THING, NAMES, strict=True)]
+        for thing in spec.things
+    ]
+    return data.BACKGROUNDS.index(spec.background), things
+
+
+def patches(spec: data.Spec) -> np.ndarray:
+    """Return the number of the thing on each patch of a picture, row by row, or -1: (64,)."""
+    middles = (np.arange(0, data.SIDE, PATCH) + PATCH / 2) / data.SIDE
+    found = np.full((len(middles), len(middles)), -1)
+    for i, thing in enumerate(spec.things):
+        near = [np.abs(middles - at) < thing.r + 0.02 for at in (thing.x, thing.y)]
+        found[near[1][:, None] & near[0][None, :]] = i
+    return found.ravel()
 
 
 def random_specs(rng: np.random.Generator, count: int, two: float = 0.6) -> list[data.Spec]:

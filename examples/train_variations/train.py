@@ -9,13 +9,16 @@ needs only mlxdiff:
     mlxdiff generate -m like -i PICTURE --variations 4
 
 A small CLIP image encoder sees a picture. The built-in U-Net reads its embedding, one token, in
-place of the text, and learns to draw another picture of the same things. First the encoder alone
-learns to name the things (--seeing minutes). Then both train at once, with the error of the U-Net.
+place of the text, and draws another picture of the same things. Both start from words: a code of a
+picture mixes what the text encoder makes of its things and of its background. From such a code the
+built-in U-Net already draws one thing right. So first the encoder learns to give this code, and to
+name the thing on each patch (--seeing minutes). Then the U-Net learns to read the embeddings.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -27,7 +30,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train_builtin"))
 import common
 import data
-from builtin import open_builtin
+from builtin import open_builtin, text_of
 
 WIDTH = 128  # of the embedding: what the built-in U-Net reads
 WITHOUT = 0.1  # share of the samples with zeros for the embedding, for guidance
@@ -35,48 +38,90 @@ GUIDANCE = 3.0  # the default scale of the finished model
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
+def make_encoder() -> CLIPVisionModelWithProjection:
+    """Return a CLIP image encoder of 0.4 million parameters for pictures of 64 pixels.
+
+    Its positions begin as waves along x and y. So it knows from the start which patches are near.
+    """
+    config = CLIPVisionConfig(
+        hidden_size=96,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=data.SIDE,
+        patch_size=pairs.PATCH,
+        projection_dim=WIDTH,
+        attn_implementation="sdpa",
+    )
+    encoder = CLIPVisionModelWithProjection(config)
+    at = torch.arange(data.SIDE // pairs.PATCH).float()
+    angles = at[:, None] * torch.logspace(0.3, -1, config.hidden_size // 4)
+    waves = torch.cat([angles.sin(), angles.cos()], 1)
+    down, right = torch.broadcast_tensors(waves[:, None], waves[None])
+    positions = encoder.vision_model.embeddings.position_embedding.weight
+    with torch.no_grad():
+        positions[1:] = 0.1 * torch.cat([down, right], -1).flatten(0, 1)
+    return encoder
+
+
 class Seeing(torch.nn.Module):
-    """The image encoder, and heads that name the facts in its embedding while it learns."""
+    """The image encoder, and heads that name the thing on each patch while it learns."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = CLIPVisionModelWithProjection(
-            CLIPVisionConfig(
-                hidden_size=96,
-                intermediate_size=384,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                image_size=data.SIDE,
-                patch_size=8,
-                projection_dim=WIDTH,
-                attn_implementation="sdpa",
-            )
-        )
-        self.heads = torch.nn.ModuleList(torch.nn.Linear(WIDTH, n) for n in pairs.CHOICES)
+        self.encoder = make_encoder()
+        width = self.encoder.config.hidden_size
+        self.heads = torch.nn.ModuleList(torch.nn.Linear(width, len(w)) for w in pairs.THING)
 
     def forward(self, specs: list[data.Spec], level: float) -> tuple[torch.Tensor, ...]:
-        """Draw and see pictures with some noise.
+        """Draw pictures with some noise, and see them.
 
-        Returns: their embeddings, (B, WIDTH); the cross-entropy of the facts; the share named.
+        Returns: their embeddings, (B, WIDTH); the cross-entropy of the facts of the thing on each
+            patch; the share of right shapes.
         """
         pictures = np.stack([data.render(spec) for spec in specs])
         x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
         x = x + level * torch.randn_like(x)
         mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
-        seen = self.encoder((x - mean) / std).image_embeds.float()
-        right = torch.tensor([pairs.facts(spec) for spec in specs]).T
-        answers = [head(seen) for head in self.heads]
-        losses = map(torch.nn.functional.cross_entropy, answers, right)
-        named = [a.argmax(1) == fact for a, fact in zip(answers, right, strict=True)]
-        return seen, sum(losses), torch.stack(named).float().mean()
+        seen = self.encoder.vision_model(pixel_values=(x - mean) / std)
+        embeds = self.encoder.visual_projection(seen.pooler_output).float()
+        where = [pairs.patches(spec) for spec in specs]
+        right = np.concatenate(
+            [np.array(pairs.facts(s)[1])[w[w >= 0]] for s, w in zip(specs, where, strict=True)]
+        )
+        tokens = seen.last_hidden_state[:, 1:][torch.from_numpy(np.stack(where)) >= 0]
+        answers = [head(tokens).float() for head in self.heads]
+        facts = torch.from_numpy(right).T
+        naming = sum(map(torch.nn.functional.cross_entropy, answers, facts))
+        return embeds, naming, (answers[0].argmax(1) == facts[0]).float().mean()
 
 
-class Both(torch.nn.Module):
-    """The image encoder and the U-Net that reads it."""
+class Codes:
+    """Codes of pictures, from the states that the text encoder has at their words."""
 
-    def __init__(self, seeing: Seeing, unet: torch.nn.Module) -> None:
-        super().__init__()
-        self.seeing, self.unet = seeing, unet
+    @torch.no_grad()
+    def __init__(self, pipe) -> None:
+        def last(captions: list[str], back: int) -> torch.Tensor:
+            ids = pipe.tokenizer(captions).input_ids
+            ends = torch.tensor([row.index(pipe.tokenizer.eos_token_id) for row in ids])
+            return text_of(pipe, captions)[torch.arange(len(ids)), ends - back]
+
+        things = list(itertools.product(*pairs.THING))
+        said = last([f"a {size} {color} {shape}" for shape, color, size in things], 1)
+        self.mean = said.mean(0)
+        self.things = dict(zip(things, said - self.mean, strict=True))
+        grounds = [f"a red circle on a {name} background" for name in data.BACKGROUNDS]
+        self.grounds = dict(zip(data.BACKGROUNDS, last(grounds, 2), strict=True))
+
+    def __call__(self, specs: list[data.Spec]) -> torch.Tensor:
+        """Return the codes of pictures, (B, WIDTH): equal for pictures with the same things."""
+        found = [
+            self.grounds[spec.background]
+            + self.mean
+            + sum(self.things[thing.shape, thing.color, thing.size] for thing in spec.things)
+            for spec in specs
+        ]
+        return torch.stack(found) / 2
 
 
 def averaged(model: torch.nn.Module, run: Path) -> None:
@@ -88,37 +133,37 @@ def averaged(model: torch.nn.Module, run: Path) -> None:
 
 
 def see(rank: int, processes: int, args: argparse.Namespace) -> None:
-    """Train the encoder to name the facts."""
+    """Train the encoder to give the codes."""
     torch.manual_seed(args.seed)
-    model = Seeing()
+    model, codes, size = Seeing(), Codes(open_builtin()), 2 * args.batch
     training = common.Training(
         rank, processes, args.run, model, 2 * args.lr, args.seeing, ema=args.ema, muon=True
     )
     while not training.done:
         rng = np.random.default_rng((args.seed, 1, training.step, rank))
         torch.manual_seed(processes * training.step + rank)
+        specs = pairs.random_specs(rng, size)
         with torch.autocast("cpu", torch.bfloat16):
-            _, loss, named = model(pairs.random_specs(rng, 2 * args.batch), 0.02 * rng.random())
-        training.update(loss, 2 * args.batch, named=named)
+            seen, naming, shapes = model(specs, 0.02 * rng.random())
+        off = (seen - codes(specs)).square().mean()
+        training.update(off + naming, size, off=off.detach(), shapes=shapes)
     training.save()
 
 
 def draw(rank: int, processes: int, args: argparse.Namespace) -> None:
-    """Train the encoder and the U-Net: see one drawing, draw another one."""
+    """Train the U-Net: the encoder sees one drawing, the U-Net draws another one."""
     from diffusers.models.attention_processor import AttnProcessor
 
     pipe, seeing = open_builtin(), Seeing()
     averaged(seeing, args.seen)
     unet = pipe.unet.train().to(memory_format=torch.channels_last)
     unet.set_attn_processor(AttnProcessor())  # the gradient of the fused one is slower on a CPU
-    both = Both(seeing, unet)
     training = common.Training(
-        rank, processes, args.run, both, args.lr, args.minutes, ema=args.ema, muon=True
+        rank, processes, args.run, unet, args.lr, args.minutes, ema=args.ema, muon=True
     )
     latents = torch.from_numpy(np.load(args.latents))
     specs = pairs.random_specs(np.random.default_rng(args.seed), len(latents))
-    alphas = pipe.scheduler.alphas_cumprod
-    size = args.batch
+    alphas, size = pipe.scheduler.alphas_cumprod, args.batch
     while not training.done:
         rng = np.random.default_rng((args.seed, 2, training.step, rank))
         torch.manual_seed(processes * training.step + rank)
@@ -130,13 +175,13 @@ def draw(rank: int, processes: int, args: argparse.Namespace) -> None:
         signal, sigma = (a.sqrt()[:, None, None, None] for a in (alphas[t], 1 - alphas[t]))
         noisy, goal = signal * x + sigma * noise, signal * noise - sigma * x
         with torch.autocast("cpu", torch.bfloat16):
-            others = [pairs.redrawn(specs[row], rng) for row in rows]
-            seen, naming, named = seeing(others, 0.02 * rng.random())
-            token = seen * torch.from_numpy(rng.random((size, 1)) >= WITHOUT)
+            with torch.no_grad():
+                others = [pairs.redrawn(specs[row], rng) for row in rows]
+                token, _, _ = seeing(others, 0.02 * rng.random())
+            token = token * torch.from_numpy(rng.random((size, 1)) >= WITHOUT)
             noisy = noisy.contiguous(memory_format=torch.channels_last)
             v = unet(noisy, t, token[:, None]).sample
-        loss = (v.float() - goal).square().mean()
-        training.update(loss + args.naming * naming, size, mse=loss.detach(), named=named)
+        training.update((v.float() - goal).square().mean(), size)
     training.save()
 
 
@@ -157,12 +202,14 @@ def encode(path: Path, count: int, seed: int) -> None:
     partial.replace(path)
 
 
-def write(run: Path, to: Path) -> None:
+def write(seen: Path, drawn: Path, to: Path) -> None:
     """Write the averaged weights in half precision as diffusers' pipeline does."""
     from diffusers import StableDiffusionImageVariationPipeline
 
     pipe, seeing = open_builtin(), Seeing()
-    averaged(Both(seeing, pipe.unet), run)
+    averaged(seeing, seen)
+    if (drawn / "last.pt").exists():  # else the encoder with the built-in U-Net
+        averaged(pipe.unet, drawn)
     # The built-in scheduler's fitted steps belong to the built-in U-Net.
     config = {key: value for key, value in pipe.scheduler.config.items() if "_fitted" not in key}
     side = {"height": data.SIDE, "width": data.SIDE}
@@ -188,15 +235,11 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of this run")
     parser.add_argument("--to", type=Path, default=Path("like"), help="folder to write")
     parser.add_argument("--pictures", type=int, default=8192, help="that the U-Net learns to draw")
-    parser.add_argument("--seeing", type=float, default=7, help="minutes for the encoder alone")
-    parser.add_argument("--minutes", type=float, default=38, help="for both")
-    parser.add_argument("--naming", type=float, default=0.01, help="weight of the facts in both")
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument(
-        "--batch", type=int, default=32, help="of the U-Net; the encoder alone: twice"
-    )
+    parser.add_argument("--seeing", type=float, default=10, help="minutes for the encoder")
+    parser.add_argument("--minutes", type=float, default=35, help="for the U-Net")
+    parser.add_argument("--batch", type=int, default=32, help="of the U-Net; twice for the encoder")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--ema", type=float, default=0.998)
+    parser.add_argument("--ema", type=float, default=0.99)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.seen, args.latents = args.run / "seeing", args.run / "latents.npy"
@@ -204,9 +247,8 @@ def main() -> None:
     if not args.latents.exists():
         encode(args.latents, args.pictures, args.seed)
     for stage, name in ((see, "seeing"), (draw, "drawing")):
-        stage_args = argparse.Namespace(**vars(args) | {"run": args.run / name})
-        common.launch(stage, stage_args, args.processes)
-    write(args.run / "drawing", args.to)
+        common.launch(stage, argparse.Namespace(**vars(args) | {"run": args.run / name}), 1)
+    write(args.seen, args.run / "drawing", args.to)
 
 
 if __name__ == "__main__":
