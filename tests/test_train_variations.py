@@ -66,7 +66,7 @@ def test_the_script_runs_and_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, str(FOLDER / "train.py"), "--run", "run", "--pictures", "8"]
     for minutes in ("0.001", "0.002"):
         subprocess.run(
-            [*command, "--batch", "2", "--minutes", minutes],
+            [*command, "--batch", "2", "--seeing", minutes, "--minutes", minutes],
             cwd=tmp_path,
             check=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},

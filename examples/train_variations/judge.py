@@ -28,6 +28,7 @@ except ImportError:  # run as a script; pairs puts the folder of the others on t
     import data  # isort: skip
 
 KEPT = ("background", "count", "color", "shape", "size")
+BATCH = 16  # pictures at once with diffusers
 DIFFERENT = 50  # RGB distance from which a pixel is another one, as in the checker
 
 
@@ -72,18 +73,47 @@ def shown(values: dict[str, float], count: int) -> str:
     )
 
 
-Vary = Callable[[data.Spec, int, int], list[np.ndarray]]
+Vary = Callable[[Sequence[data.Spec], Sequence[int]], list[np.ndarray]]
 
 
 def drawer(model: Path, steps: int, guidance: float | None) -> Vary:
-    """Return a function that draws variations: (picture, seed, how many) -> pictures."""
+    """Return a function that draws a variation of each picture with its seed."""
     pipe = mlxdiff.load(model)
 
-    def vary(spec: data.Spec, seed: int, count: int) -> list[np.ndarray]:
-        picture = Image.fromarray(data.render(spec))
-        told = {"seed": seed, "steps": steps, "guidance": guidance}
-        drawn = pipe.generate(image=picture, variations=count, **told)
-        return [np.asarray(image) for image in drawn.images]
+    def vary(specs: Sequence[data.Spec], seeds: Sequence[int]) -> list[np.ndarray]:
+        told = {"steps": steps, "guidance": guidance}
+        return [
+            np.asarray(pipe.generate(image=data.render(spec), seed=seed, **told).images[0])
+            for spec, seed in zip(specs, seeds, strict=True)
+        ]
+
+    return vary
+
+
+def torch_drawer(model: Path, steps: int, guidance: float | None) -> Vary:
+    """Return the same function of diffusers' pipeline, which draws many at once on a CPU."""
+    import torch
+    from diffusers import StableDiffusionImageVariationPipeline
+
+    torch.set_num_threads(1)
+    pipe = StableDiffusionImageVariationPipeline.from_pretrained(model, safety_checker=None)
+    pipe.to(torch.float32).set_progress_bar_config(disable=True)
+    if guidance is None:
+        guidance = pipe.scheduler.config["_mlxdiff_guidance"]
+
+    def vary(specs: Sequence[data.Spec], seeds: Sequence[int]) -> list[np.ndarray]:
+        drawn = []
+        for start in range(0, len(specs), BATCH):
+            here = slice(start, start + BATCH)
+            drawn += pipe(
+                [Image.fromarray(data.render(spec)) for spec in specs[here]],
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds[here]],
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                height=data.SIDE,
+                width=data.SIDE,
+            ).images
+        return [np.asarray(image) for image in drawn]
 
     return vary
 
@@ -102,10 +132,10 @@ def sheet(path: str, rows: Sequence[Sequence[np.ndarray]], columns: int = 2) -> 
     whole.save(path, optimize=True)
 
 
-def given_pictures(count: int, things: int, kind: str = "train", seed: int = 79) -> list[data.Spec]:
+def given_pictures(count: int, things: int, seed: int = 79) -> list[data.Spec]:
     """Return pictures that the training did not draw."""
-    rng = np.random.default_rng((seed, things, data.KINDS.index(kind)))
-    return [data.random_spec(rng, things, kind) for _ in range(count)]
+    rng = np.random.default_rng((seed, things))
+    return [data.random_spec(rng, things) for _ in range(count)]
 
 
 def main() -> None:
@@ -115,23 +145,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, help="default: the model's own")
     parser.add_argument("--sheet", metavar="PNG", help="draw 16 rows instead")
+    parser.add_argument("--torch", action="store_true", help="draw with diffusers, many at once")
     args = parser.parse_args()
-    vary = drawer(args.model, args.steps, args.guidance)
+    vary = (torch_drawer if args.torch else drawer)(args.model, args.steps, args.guidance)
     if args.sheet:
         specs = given_pictures(8, 1) + given_pictures(8, 2)
-        sheet(args.sheet, [[data.render(s), *vary(s, 100 * i, 4)] for i, s in enumerate(specs)])
+        drawn = vary([s for s in specs for _ in range(4)], list(range(4 * len(specs))))
+        sheet(args.sheet, [[data.render(s), *drawn[4 * i :][:4]] for i, s in enumerate(specs)])
         return
     rng = np.random.default_rng(80)
-    for things, kind in ((1, "train"), (2, "train"), (1, "pair"), (2, "pair")):
-        given = given_pictures(args.pictures, things, kind)
+    for things in (1, 2):
+        given = given_pictures(args.pictures, things)
         rows = {
-            "another picture": given_pictures(args.pictures, things, kind, seed=81),
+            "another picture": given_pictures(args.pictures, things, seed=81),
             "a true variation": [pairs.redrawn(spec, rng) for spec in given],
         }
         drawn = {name: [data.render(spec) for spec in specs] for name, specs in rows.items()}
-        drawn["the model"] = [vary(spec, seed, 1)[0] for seed, spec in enumerate(given)]
+        drawn["the model"] = vary(given, list(range(len(given))))
         for name, pictures in drawn.items():
-            print(f"{things}, {kind}, {name}: {shown(score(given, pictures), len(given))}")
+            print(f"{things}, {name}: {shown(score(given, pictures), len(given))}", flush=True)
 
 
 if __name__ == "__main__":

@@ -39,14 +39,14 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 def make_encoder() -> CLIPVisionModelWithProjection:
-    """Return a CLIP image encoder of 0.4 million parameters for pictures of 64 pixels.
+    """Return a CLIP image encoder of half a million parameters for pictures of 64 pixels.
 
     Its positions begin as waves along x and y. So it knows from the start which patches are near.
     """
     config = CLIPVisionConfig(
         hidden_size=96,
         intermediate_size=384,
-        num_hidden_layers=3,
+        num_hidden_layers=4,
         num_attention_heads=4,
         image_size=data.SIDE,
         patch_size=pairs.PATCH,
@@ -83,13 +83,14 @@ class Seeing(torch.nn.Module):
         x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
         x = x + level * torch.randn_like(x)
         mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
-        seen = self.encoder.vision_model(pixel_values=(x - mean) / std)
+        seen = self.encoder.vision_model(pixel_values=(x - mean) / std, output_hidden_states=True)
         embeds = self.encoder.visual_projection(seen.pooler_output).float()
         where = [pairs.patches(spec) for spec in specs]
         right = np.concatenate(
             [np.array(pairs.facts(s)[1])[w[w >= 0]] for s, w in zip(specs, where, strict=True)]
         )
-        tokens = seen.last_hidden_state[:, 1:][torch.from_numpy(np.stack(where)) >= 0]
+        # The last layer collects what the patches know before it.
+        tokens = seen.hidden_states[-2][:, 1:][torch.from_numpy(np.stack(where)) >= 0]
         answers = [head(tokens).float() for head in self.heads]
         facts = torch.from_numpy(right).T
         naming = sum(map(torch.nn.functional.cross_entropy, answers, facts))
@@ -235,8 +236,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of this run")
     parser.add_argument("--to", type=Path, default=Path("like"), help="folder to write")
     parser.add_argument("--pictures", type=int, default=8192, help="that the U-Net learns to draw")
-    parser.add_argument("--seeing", type=float, default=10, help="minutes for the encoder")
-    parser.add_argument("--minutes", type=float, default=35, help="for the U-Net")
+    parser.add_argument("--seeing", type=float, default=15, help="minutes for the encoder")
+    parser.add_argument("--minutes", type=float, default=30, help="for the U-Net")
     parser.add_argument("--batch", type=int, default=32, help="of the U-Net; twice for the encoder")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.99)
