@@ -119,7 +119,7 @@ def torch_drawer(model: Path, steps: int, guidance: float | None) -> Vary:
 
 
 def sheet(path: str, rows: Sequence[Sequence[np.ndarray]], columns: int = 2) -> None:
-    """Write rows of pictures at their size: the given one, a gap, its variations."""
+    """Write rows of pictures at their size, in 64 colors: the given one, a gap, its variations."""
     wide, gap = data.SIDE + 4, 8
     width = len(rows[0]) * wide + gap
     down = -(-len(rows) // columns)
@@ -128,8 +128,7 @@ def sheet(path: str, rows: Sequence[Sequence[np.ndarray]], columns: int = 2) -> 
         for j, picture in enumerate(row):
             x = (i // down) * (width + 2 * gap) + j * wide + (gap if j else 0)
             whole.paste(Image.fromarray(picture), (x, (i % down) * wide))
-    whole = whole.resize((whole.width * 3 // 2, whole.height * 3 // 2), Image.Resampling.BICUBIC)
-    whole.save(path, optimize=True)
+    whole.quantize(64).save(path, optimize=True)
 
 
 def given_pictures(count: int, things: int, seed: int = 79) -> list[data.Spec]:
