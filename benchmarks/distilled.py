@@ -172,7 +172,35 @@ def measure(args: Any) -> dict[str, Any]:
                 line[f"{objects} beside 20"] = share(beside)
         rows.append(line)
         print(json.dumps(line), flush=True)
+    if args.sheet:
+        student = next(one for one in methods if one.name == "distilled" and one.count == 4)
+        draw_sheet(args.sheet, student, methods[0], args)
     return {"prompts": args.prompts, "rows": rows}
+
+
+def draw_sheet(path: Path, student: Method, reference: Method, args: Any) -> None:
+    """Draw 48 unpicked prompts, the first of both kinds: the student's above the teacher's.
+
+    A red line marks a picture that the checker does not take.
+    """
+    from PIL import Image
+
+    columns, size = 12, 64
+    sheet = np.full((48 // columns * (2 * size + 8), columns * (size + 4), 3), 255, np.uint8)
+    (one, its), (two, theirs) = (prompts_of(objects, 24) for objects in ROWS)
+    asked, own = one + two, its + theirs
+    for row, method in enumerate((student, reference)):
+        pictures = reference.network(args.torch).pipe.decode(
+            method.latents(asked, own, args, exact=False)
+        )
+        for i, (picture, prompt) in enumerate(zip(pictures, asked, strict=True)):
+            y = i // columns * (2 * size + 8) + row * (size + 2)
+            x = i % columns * (size + 4)
+            shown = np.array(picture)
+            if not checker.check(shown, prompt).right:
+                shown[:3] = 255, 0, 0
+            sheet[y : y + size, x : x + size] = shown
+    Image.fromarray(sheet).save(path)
 
 
 @contextmanager
@@ -204,6 +232,7 @@ def main() -> None:
     parser.add_argument("--student", action="append", default=[], metavar="COUNT=PATH")
     parser.add_argument("--torch", action="store_true", help="through diffusers' U-Net")
     parser.add_argument("--cache", type=Path, help="a folder that keeps every run")
+    parser.add_argument("--sheet", type=Path, help="draw 48 prompts at 4 evaluations there")
     parser.add_argument("--json", type=Path, help="write the figures there")
     args = parser.parse_args()
     pairs = (one.split("=", 1) for one in args.student)
