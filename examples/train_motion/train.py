@@ -176,17 +176,22 @@ def write(average: Any, to: Path) -> None:
     print(f"{to}: {path.stat().st_size:,} bytes", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def arguments(text: str) -> argparse.ArgumentParser:
+    """Return what both training scripts are told."""
+    parser = argparse.ArgumentParser(description=text.split("\n")[0])
     parser.add_argument("--run", type=Path, required=True, help="folder of this run")
     parser.add_argument("--to", type=Path, default=Path("moves"))
     parser.add_argument("--videos", type=int, default=256)
-    parser.add_argument("--minutes", type=float, default=14, help="of the processor, in all")
+    parser.add_argument("--minutes", type=float, default=14, help="in all")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.99)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = arguments(__doc__).parse_args()
     args.run.mkdir(parents=True, exist_ok=True)
     pipe = mlxdiff.load(backend="mlx", dtype="float32")
     path = args.run / "videos.npz"

@@ -9,7 +9,6 @@ those of train.py; the same command continues a stopped run.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 import train
@@ -69,16 +68,8 @@ def worker(rank: int, processes: int, args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--run", type=Path, required=True, help="folder of this run")
-    parser.add_argument("--to", type=Path, default=Path("moves"))
-    parser.add_argument("--videos", type=int, default=256)
-    parser.add_argument("--minutes", type=float, default=14, help="of the clock, in all")
+    parser = train.arguments(__doc__)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--ema", type=float, default=0.99)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.run.mkdir(parents=True, exist_ok=True)
     if not (args.run / "videos.npz").exists():
