@@ -182,7 +182,10 @@ def check(run: Path) -> None:
 
 
 def steps_of(config: dict, count: int) -> tuple[list[int], list[tuple[float, float]]]:
-    """Return the timesteps of DDIM (trailing), and each step as factors of x and of the output."""
+    """Return the timesteps of DDIM (trailing), and each step as factors of x and of the output.
+
+    As diffusers has it, a step of 6 leads to t - 1000 // 6, not to the next timestep.
+    """
     plan = samplers.plan(config, "ddim", "trailing", count)
     factors = [
         (row.scale + row.weights[0] * row.data[0], row.output + row.weights[0] * row.data[1])
@@ -192,7 +195,7 @@ def steps_of(config: dict, count: int) -> tuple[list[int], list[tuple[float, flo
 
 
 def steps_at(config: dict, times: Sequence[int]) -> tuple[list[int], list[tuple[float, float]]]:
-    """Return given timesteps, and DDIM's steps between them, as `steps_of` does."""
+    """Return given timesteps, and DDIM's steps from each to the next one, as `steps_of` does."""
     process = Process.from_config(config)
     signal, sigma = (one.ravel() for one in process.factors(np.array([*times, 0])))
     if config.get("set_alpha_to_one", True):
@@ -313,7 +316,7 @@ def train_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
                 print(f"{len(runs)} runs; of held-out runs: error {missed:.4f}", flush=True)
         rng = np.random.default_rng((4, training.step, rank))
         whole = training.progress >= args.forced
-        chosen = rng.choice(len(runs), args.batch if whole else args.batch * args.steps // 2)
+        chosen = rng.choice(len(runs), args.batch if whole else args.batch * len(times) // 2)
         x, text = runs.rows(np.sort(chosen))
         with torch.autocast("cpu", torch.bfloat16), parametrize.cached():
             if whole:
@@ -329,7 +332,7 @@ def train_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
                     loss = loss + ready * args.match * matching.loss(drawn, other, rng)
                     shown["fake"] = matching.update(drawn, other, rng)
             else:
-                at = rng.permutation(len(chosen)) % args.steps
+                at = rng.permutation(len(chosen)) % len(times)
                 rows = np.arange(len(chosen))
                 keep, turn = (
                     torch.tensor(np.array(factors)[at, k], dtype=torch.float32) for k in (0, 1)
@@ -339,12 +342,12 @@ def train_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
                 goal = (then - keep[:, None, None, None] * now) / turn[:, None, None, None]
                 missed = (v - goal).square().mean((1, 2, 3))
                 loss = (missed * turn.abs()).mean()
-                last = torch.from_numpy(at == args.steps - 1)
+                last = torch.from_numpy(at == len(times) - 1)
                 shown = {
                     "first": missed[at == 0].mean().detach(),
                     "last": missed[last].mean().detach(),
                 }
-        training.update(loss, len(chosen) * (args.steps if whole else 1), **shown)
+        training.update(loss, len(chosen) * (len(times) if whole else 1), **shown)
         if matching is not None and training.step % 200 == 0:
             matching.save()
     training.save()
@@ -455,6 +458,8 @@ def main() -> None:
     parser.add_argument("--muon", action="store_true", help="train: matrices by Muon, not AdamW")
     parser.add_argument("--minutes", type=float, default=30)
     args = parser.parse_args()
+    if args.student and args.rank:
+        parser.error("--student holds all weights; leave --rank out")
     if args.stage == "train":
         if args.chunks:  # more runs than the teacher has done
             common.launch(teach_worker, args, 1)
