@@ -35,12 +35,12 @@ from mlxdiff.run.additions.motion import Motion
 from mlxdiff.run.additions.refiner import Refiner, refiner_of
 from mlxdiff.run.additions.t2i_adapter import T2IAdapter
 from mlxdiff.run.additions.upscaler import HiresUpscaler, Upscaler, upscaler_of
-from mlxdiff.run.additions.vae import AnotherVAE
+from mlxdiff.run.additions.vae import AnotherVAE, note_scale
 from mlxdiff.run.additions.word_vectors import WordVectors
 from mlxdiff.run.drawing import Picture, Result, Run, Step
 from mlxdiff.run.memory import Device, Estimate, estimate, require
 from mlxdiff.run.model import Model, PromptEmbeddings
-from mlxdiff.run.opening import open_model
+from mlxdiff.run.opening import make_model
 from mlxdiff.run.options import GenerateOptions, LoadOptions, RunOptions, StreamOptions
 from mlxdiff.run.planning import PlannedRun, resolve
 from mlxdiff.run.progress import Watch
@@ -123,7 +123,9 @@ class Pipeline(metaclass=_Advising):
     """
 
     def __init__(self, source: ModelSource, backend: Any) -> None:
-        self.model = open_model(source, backend)
+        self.model = make_model(source, backend)
+        if self.model.upscales:
+            note_scale(source, source.config("vae"))
         self.memory_limit: float | None = None
         self.exact = False
         self.lora_folder = Path()

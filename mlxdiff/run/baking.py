@@ -10,7 +10,7 @@ from typing import cast
 from mlxdiff.adapters.lora import Baked, Given, Lora, configs_of, open_all
 from mlxdiff.backends.numpy import NumPyBackend
 from mlxdiff.errors import UsageError, argument
-from mlxdiff.run.opening import open_model
+from mlxdiff.run.opening import make_model
 from mlxdiff.store.folder import ModelSource
 from mlxdiff.store.recipes import is_quantized
 
@@ -34,7 +34,7 @@ class Baking:
         return [one.file.path if isinstance(one, Lora) else Path(one) for one in paths]
 
     def __call__(self, model: ModelSource) -> ModelSource:
-        open_model(model, NumPyBackend()).require("lora")
+        make_model(model, NumPyBackend()).require("lora")
         if is_quantized(model):
             raise UsageError(
                 f"{model.path}: is quantized, and a LoRA in its weights would be rounded away; "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlxdiff.run.additions.vae import note_scale
 from mlxdiff.run.animation import AnimatingModel, animates
 from mlxdiff.run.latent_model import LatentModel
 from mlxdiff.run.map_model import MapModel, makes_maps
@@ -13,12 +12,9 @@ from mlxdiff.run.pixel_model import PixelModel
 from mlxdiff.store.folder import ModelSource
 
 
-def open_model(source: ModelSource, backend: Any) -> Model:
+def make_model(source: ModelSource, backend: Any) -> Model:
     """Return a model at work. No network is loaded. Raises: ConfigError, CheckpointError."""
     if source.family == "ddpm":
         return PixelModel(source, backend)
     kind = MapModel if makes_maps(source) else AnimatingModel if animates(source) else LatentModel
-    model = kind(source, backend)
-    if model.upscales:
-        note_scale(source, source.config("vae"))
-    return model
+    return kind(source, backend)
