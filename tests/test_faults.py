@@ -219,7 +219,10 @@ def test_a_closed_standard_output_loses_no_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a system with /dev/full")
-def test_a_full_standard_output_loses_no_picture(tmp_path: Path) -> None:
+def test_a_full_standard_output_loses_no_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # what is buffered fails once more
     with open("/dev/full", "w") as full:
         found = command(tmp_path, "-o", "p-{seed}.png", stdout=full)
     assert len(pictures(tmp_path)) == 4
@@ -228,7 +231,10 @@ def test_a_full_standard_output_loses_no_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a system with /dev/full")
-def test_a_lost_standard_error_loses_no_picture(tmp_path: Path) -> None:
+def test_a_lost_standard_error_loses_no_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     run = [sys.executable, "-m", "mlxdiff", *DRAW[:-1], "-o", "p-{seed}.png", "--preview"]
     with open("/dev/full", "w") as full:
         found = subprocess.run(run, cwd=tmp_path, stderr=full, stdout=subprocess.PIPE)

@@ -19,7 +19,7 @@ import click
 import mlxdiff
 from mlxdiff.cli import streams
 from mlxdiff.cli.advice import AdvisedGroup
-from mlxdiff.cli.streams import make_printable, tell
+from mlxdiff.cli.streams import let_go, make_printable, tell
 from mlxdiff.errors import MlxdiffError, naming, printable
 from mlxdiff.machine import stopping
 
@@ -76,8 +76,11 @@ class Main(AdvisedGroup):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         make_printable()
-        with stopping.handled(), naming(_flag):
-            return super().main(*args, **kwargs)
+        try:
+            with stopping.handled(), naming(_flag):
+                return super().main(*args, **kwargs)
+        finally:
+            let_go()
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

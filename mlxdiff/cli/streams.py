@@ -22,6 +22,16 @@ def make_printable() -> None:
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
+def let_go() -> None:
+    """Drop what a lost stream still holds: at its end Python would fail to write it, status 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (AttributeError, OSError, ValueError):
+            with contextlib.suppress(AttributeError, OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def tell(text: str) -> None:
     """Print a line on stderr. If stderr is lost, with its terminal, nobody reads it anyway."""
     clear()
