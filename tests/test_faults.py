@@ -231,6 +231,19 @@ def test_a_full_standard_output_loses_no_picture(
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a system with /dev/full")
+@pytest.mark.parametrize("asked", [["--version"], ["--help"], ["generate", "--help"]])
+def test_a_full_standard_output_of_help_is_said(
+    asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    run = [sys.executable, "-m", "mlxdiff", *asked]
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(run, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert found.returncode == 2
+    assert found.stderr == "Error: No space left on device\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a system with /dev/full")
 def test_a_lost_standard_error_loses_no_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

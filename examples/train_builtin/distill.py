@@ -7,6 +7,9 @@
 of a grid: the steps of DDIM (trailing) for every number in --counts, and those of ENDS. The
 solver is DPM-Solver++ 2M whose numbers are fitted to a fine solution, as in fit_sampler.py.
 
+With --student and --own, the student goes the first steps of each run, and the teacher goes on
+from there: so the student learns what to do where it comes to itself, not beside its own way.
+
 "check" marks runs whose picture shows what the prompt says; --right learns from these alone.
 
 "train" teaches a student, whose first weights are the teacher's, to step from each of these x to
@@ -20,6 +23,7 @@ it computes in bfloat16.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Sequence
@@ -118,44 +122,91 @@ def fit(
     return fitted
 
 
-def teach(run: Path, chunks: int, first: int = 0, counts=COUNTS, more_pairs: float = 0) -> None:
-    """Solve the teacher's ODE for files first + 1 to first + chunks that are not there."""
+class Start:
+    """The first steps of a run: none, or those of a student.
+
+    Args:
+        network: the teacher.
+        student: weights, the student.pt of "train".
+        count: of the student's steps.
+        own: how many of them it goes; the teacher goes on from there.
+    """
+
+    def __init__(self, network: Network, student: Path | None, count: int, own: int) -> None:
+        self.network, self.own = network, own if student else 0
+        self.times, self.factors = steps_of(network.config, count)
+        if student is not None:
+            import torch
+
+            self.unet = copy.deepcopy(network.torch_unet)
+            self.unet.load_state_dict(torch.load(student, weights_only=True))
+
+    def grid(self, grid: list[int]) -> list[int]:
+        """Return the timesteps of `grid` that are left to the teacher."""
+        return [t for t in grid if t <= self.times[self.own]] if self.own else grid
+
+    def __call__(self, noise: np.ndarray, prompts: list[str]) -> np.ndarray:
+        """Return x at the first timesteps, noise first, (1 + own, B, h, w, C)."""
+        import torch
+
+        if not self.own:
+            return noise[None]
+        text = torch.from_numpy(np.concatenate([self.network.text(prompt) for prompt in prompts]))
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            x = torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
+            times, factors = self.times[: self.own], self.factors[: self.own]
+            found = [x, *draw(self.unet, x, text, times, factors)]
+        return torch.stack(found).permute(0, 1, 3, 4, 2).contiguous().numpy()
+
+
+def fit_solver(network: Network, start: Start, grid: list[int], path: Path) -> None:
+    """Fit the solver to a fine solution; write its timesteps, numbers and errors."""
     import torch
 
+    dense = sorted({*np.linspace(999, 20, 100).astype(int).tolist(), 8, 4, 1, *grid})[::-1]
+    dense = start.grid(dense)
+    prompts = captions(0, CALIBRATION)
+    *before, x = start(noise(0, CALIBRATION), prompts)
+    fine = run_of(network, x, prompts, dense)
+    fine = fine[[*(dense.index(t) for t in grid), -1]]
+    with torch.autocast("cpu", torch.bfloat16):
+        numbers = fit(network, fine, prompts, grid)
+        found = run_of(network, x, prompts, grid, numbers)
+        plain = run_of(network, x, prompts, grid)
+    errors = [float(np.sqrt((distances(one[-1], fine[-1]) ** 2).mean())) for one in (found, plain)]
+    print(f"error of the teacher's solver: {errors[0]:.4f}; not fitted: {errors[1]:.4f}", flush=True)
+    grid = [*start.times[: len(before)], *grid]
+    path.write_text(json.dumps({"grid": grid, "numbers": numbers, "errors": errors}))
+
+
+def teach(args: argparse.Namespace) -> None:
+    """Solve the teacher's ODE for the files of RUN that are asked for and not there."""
+    import torch
+
+    run = args.teacher
     run.mkdir(parents=True, exist_ok=True)
     network = Network(None, torch=True)
+    start = Start(network, args.student, args.steps, args.own)
     fitted = run / "solver.json"
     if not fitted.exists():
-        grid = grid_of(network.config, counts)
-        dense = sorted({*np.linspace(999, 20, 100).astype(int).tolist(), 8, 4, 1, *grid})[::-1]
-        prompts, start = captions(0, CALIBRATION), noise(0, CALIBRATION)
-        fine = run_of(network, start, prompts, dense)
-        fine = fine[[*(dense.index(t) for t in grid), -1]]
-        with torch.autocast("cpu", torch.bfloat16):
-            numbers = fit(network, fine, prompts, grid)
-            found = run_of(network, start, prompts, grid, numbers)
-            plain = run_of(network, start, prompts, grid)
-        errors = [
-            float(np.sqrt((distances(one[-1], fine[-1]) ** 2).mean())) for one in (found, plain)
-        ]
-        print(f"error of the teacher's solver: {errors[0]:.4f}; not fitted: {errors[1]:.4f}")
-        fitted.write_text(json.dumps({"grid": grid, "numbers": numbers, "errors": errors}))
+        fit_solver(network, start, start.grid(grid_of(network.config, args.counts)), fitted)
     known = json.loads(fitted.read_text())
     grid, numbers = known["grid"], known["numbers"]
-    for chunk in range(first + 1, first + chunks + 1):
+    for chunk in range(args.first + 1, args.first + args.chunks + 1):
         path = run / f"runs-{chunk:04}.npz"
         if path.exists():
             continue
         began = time.process_time()
-        prompts = captions(chunk, CHUNK, more_pairs)
+        prompts = captions(chunk, CHUNK, args.more_pairs)
+        *before, x = start(noise(chunk, CHUNK), prompts)
         with torch.autocast("cpu", torch.bfloat16):
-            x = run_of(network, noise(chunk, CHUNK), prompts, grid, numbers)
+            x = run_of(network, x, prompts, grid[len(before) :], numbers)
+        x = np.stack([*before, *x]).astype(np.float16)
         text = np.concatenate([network.text(prompt) for prompt in prompts])
         network.embeddings.clear()
         network.text("")
         partial = path.with_suffix(".part.npz")
-        kept = {"text": text.astype(np.float16), "prompts": np.array(prompts)}
-        np.savez(partial, x=x.astype(np.float16), **kept)
+        np.savez(partial, x=x, text=text.astype(np.float16), prompts=np.array(prompts))
         partial.replace(path)
         print(f"{path.name}: {time.process_time() - began:.0f} s of CPU", flush=True)
 
@@ -277,7 +328,7 @@ def adapt(unet, rank: int) -> dict:
 
 
 def teach_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
-    teach(args.teacher, args.chunks, args.first, args.counts, args.more_pairs)
+    teach(args)
 
 
 def train_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
@@ -449,7 +500,8 @@ def main() -> None:
     parser.add_argument("--forced", type=float, default=0.25, help="train: share of single steps")
     parser.add_argument("--between", type=float, default=0.2, help="train: weight of x on the way")
     parser.add_argument("--right", action="store_true", help="train: on right runs only; see check")
-    parser.add_argument("--student", type=Path, help="train: student.pt to start from")
+    parser.add_argument("--student", type=Path, help="student.pt to start from; teach: for --own")
+    parser.add_argument("--own", type=int, default=0, help="teach: steps that the student goes")
     parser.add_argument("--match", type=float, default=0, help="train: see matching.py; a weight")
     parser.add_argument("--match-batch", type=int, default=12, help="train: pictures for it")
     parser.add_argument("--match-lr", type=float, default=2e-4, help="train: of its network")
@@ -474,7 +526,8 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    teach(args.run, args.chunks, args.first, args.counts, args.more_pairs)
+    args.teacher = args.run
+    teach(args)
 
 
 if __name__ == "__main__":

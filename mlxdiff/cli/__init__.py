@@ -79,6 +79,9 @@ class Main(AdvisedGroup):
         try:
             with stopping.handled(), naming(_flag):
                 return super().main(*args, **kwargs)
+        except OSError as error:  # click writes help and versions before it invokes a command
+            tell(f"Error: {error.strerror or error}")
+            raise SystemExit(_UserError.exit_code) from None
         finally:
             let_go()
 
