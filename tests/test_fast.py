@@ -121,7 +121,8 @@ def test_a_model_that_nothing_is_published_for(here: Path) -> None:
 def test_the_table() -> None:
     assert {one.family for one in FEW_STEP} == {"sd1", "sd2", "sdxl"}
     for one in FEW_STEP:
-        assert one.repo.count("/") == 1 and one.file.endswith(".safetensors")
+        assert one.is_shipped or one.repo.count("/") == 1
+        assert one.file.endswith(".safetensors")
         assert one.sampler in samplers.NAMES and one.schedule in samplers.SCHEDULES
         assert one.eta is None or one.sampler == "tcd"
     names = [find(family, "x") for family in ("sd1", "sd2", "sdxl", "ddpm")]
@@ -132,3 +133,27 @@ def test_the_table() -> None:
     for one in FEW_STEP:  # the documentation says the same
         assert f"`{one.id}`" in text, one.id
     assert replace(WAY, megabytes=0).id in str(replace(WAY, megabytes=0))
+
+
+def test_the_built_in_model_has_one_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four evaluations without guidance, by a file of the package: nothing is fetched."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    drawn = run("generate", "a small red circle", "--fast", "--seed", "7", "-o", "fast.png")
+    assert drawn.exit_code == 0, drawn.output
+    assert "fast: distilled (builtin/few_step.safetensors" in drawn.stderr
+    said = json.loads(texts(tmp_path / "fast.png")["mlxdiff"])
+    assert (said["sampler"], said["schedule"]) == ("ddim", "trailing")
+    assert (said["steps"], said["guidance"]) == (4, 1.0)
+    assert said["loras"][0]["fast"] == "builtin/few_step.safetensors"
+    again = run("generate", "--from-image", "fast.png", "-o", "again.png")
+    assert again.exit_code == 0, again.output
+    np.testing.assert_array_equal(pixels(tmp_path / "fast.png"), pixels(tmp_path / "again.png"))
+
+    plain = run("generate", "a small red circle", "--steps", "4", "--seed", "7", "-o", "plain.png")
+    assert "in so few steps this model draws better with --fast" in plain.stderr
+    assert json.loads(texts(tmp_path / "plain.png")["mlxdiff"])["guidance"] == 7.5
+    quiet = run("generate", "a small red circle", "--steps", "5", "--seed", "7", "-o", "more.png")
+    assert "--fast" not in quiet.stderr

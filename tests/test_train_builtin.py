@@ -162,3 +162,18 @@ def test_the_true_picture_beside_a_wobbly_one():
         for a, b in zip(found.things, spec.things, strict=True):
             assert max(abs(a.x - b.x), abs(a.y - b.y), abs(a.r - b.r)) < 0.012
     assert rectify.nearest(picture.astype(np.uint8), data.random_spec(rng, 1)) is None
+
+
+def test_pictures_are_drawn_again_without_a_search():
+    rng = np.random.default_rng(5)
+    for i in range(20):
+        spec = data.random_spec(rng, 1 + i % 2)
+        prompt, picture = data.caption(spec, rng, complete=True), data.render(spec)
+        again, weights = rectify.redraw(picture, prompt)
+        assert np.abs(again.astype(int) - picture).mean() < 0.2
+        assert weights.shape == picture.shape[:2] and weights.min() == 0.5
+        for thing in spec.things:  # each counts as much
+            x, y = (int(value * data.SIDE) for value in (thing.x, thing.y))
+            area = checker.area_of(thing.shape) * (thing.r * data.SIDE) ** 2
+            assert weights[y, x] == pytest.approx(max(200 / area, 0.5), rel=0.05)
+    assert rectify.redraw(picture, "a small red circle on a blue background") is None

@@ -42,6 +42,7 @@ class Object:
     y: float
     r: float
     match: float  # overlap with the ideal shape
+    mass: tuple[float, float, float]  # x and y of its middle weighted by area, and its area
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,18 @@ def _bounds(alpha: np.ndarray) -> tuple[float, float, float, float]:
 
 
 @functools.cache
-def _area(shape: str) -> float:
+def area_of(shape: str) -> float:
     """Return the area of a shape with r = 1."""
     u = (np.arange(480) + 0.5) / 480 * 2.2 - 1.1
     return float(data.inside(shape, u[None, :], u[:, None]).mean() * 2.2**2)
+
+
+@functools.cache
+def middle_of(shape: str) -> float:
+    """Return y of a shape's middle, weighted by area, with r = 1. Its x is 0."""
+    u = (np.arange(480) + 0.5) / 480 * 2.2 - 1.1
+    inside = data.inside(shape, u[None, :], u[:, None])
+    return float((inside * u[:, None]).sum() / inside.sum())
 
 
 @functools.cache
@@ -133,7 +142,7 @@ def _ideal(shape: str, r: float) -> np.ndarray:
 def _recognize(alpha: np.ndarray, side: int, color: str | None) -> Object:
     x0, x1, y0, y1 = _bounds(alpha)
     seen = _resample(alpha, x0, x1, y0, y1)
-    radii = {shape: float(np.sqrt(alpha.sum() / _area(shape))) for shape in data.SHAPES}
+    radii = {shape: float(np.sqrt(alpha.sum() / area_of(shape))) for shape in data.SHAPES}
     match = {}
     for shape in data.SHAPES:
         ideal = _ideal(shape, max(round(2 * radii[shape]) / 2, 3.0))
@@ -144,7 +153,9 @@ def _recognize(alpha: np.ndarray, side: int, color: str | None) -> Object:
     shape = None if stretched or match[best] < SHAPE_MATCH else best
     size = "large" if radius >= LARGE else "small"
     x, y = float(x0 + x1) / 2 / side, float(y0 + y1) / 2 / side
-    return Object(shape, color, size, x, y, radius, match[best])
+    area, at = float(alpha.sum()), (np.arange(side) + 0.5) / side
+    mass = float(alpha.sum(0) @ at) / area, float(alpha.sum(1) @ at) / area, area / side**2
+    return Object(shape, color, size, x, y, radius, match[best], mass)
 
 
 def look(picture) -> Seen:

@@ -32,18 +32,18 @@ from pathlib import Path
 import numpy as np
 
 import mlxdiff
-from mlxdiff import samplers
 from mlxdiff.samplers.scheduler import to_x0
-from mlxdiff.training.process import Process
 
 try:
     from . import common, data
     from .fit_sampler import _solve
+    from .student import Distillation, Runs, Student, adapt, steps_at, steps_of
     from .teacher import Network, distances, solver, usual
 except ImportError:  # for a script, Python puts this folder on the path
     import common
     import data
     from fit_sampler import _solve
+    from student import Distillation, Runs, Student, adapt, steps_at, steps_of
     from teacher import Network, distances, solver, usual
 
 COUNTS = (1, 2, 4, 6, 8)
@@ -81,7 +81,7 @@ def run_of(network: Network, start: np.ndarray, prompts: list[str], times, weigh
     Args:
         weights: numbers to add to those of DPM-Solver++ 2M, a list for each step.
     """
-    rows = solver(network.config, times).rows
+    rows = solver(network.config, times).rows if times else ()
     x, found, before = start, [start], []
     for i, (t, row) in enumerate(zip(times, rows, strict=True)):
         output = network(x, t, prompts, GUIDANCE)
@@ -134,16 +134,18 @@ class Start:
 
     def __init__(self, network: Network, student: Path | None, count: int, own: int) -> None:
         self.network, self.own = network, own if student else 0
-        self.times, self.factors = steps_of(network.config, count)
+        self.times = steps_of(network.config, count)[0]
         if student is not None:
             import torch
 
-            self.unet = copy.deepcopy(network.torch_unet)
-            self.unet.load_state_dict(torch.load(student, weights_only=True))
+            unet = copy.deepcopy(network.torch_unet)
+            unet.load_state_dict(torch.load(student, weights_only=True))
+            self.student = Student(unet, *steps_of(network.config, count))
 
     def grid(self, grid: list[int]) -> list[int]:
         """Return the timesteps of `grid` that are left to the teacher."""
-        return [t for t in grid if t <= self.times[self.own]] if self.own else grid
+        left = self.times[self.own :]  # none, if the student goes the whole way
+        return [t for t in grid if left and t <= left[0]] if self.own else grid
 
     def __call__(self, noise: np.ndarray, prompts: list[str]) -> np.ndarray:
         """Return x at the first timesteps, noise first, (1 + own, B, h, w, C)."""
@@ -154,14 +156,17 @@ class Start:
         text = torch.from_numpy(np.concatenate([self.network.text(prompt) for prompt in prompts]))
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             x = torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
-            times, factors = self.times[: self.own], self.factors[: self.own]
-            found = [x, *draw(self.unet, x, text, times, factors)]
+            found = [x, *self.student.draw(x, text, end=self.own)]
         return torch.stack(found).permute(0, 1, 3, 4, 2).contiguous().numpy()
 
 
 def fit_solver(network: Network, start: Start, grid: list[int], path: Path) -> None:
     """Fit the solver to a fine solution; write its timesteps, numbers and errors."""
     import torch
+
+    if not grid:
+        path.write_text(json.dumps({"grid": start.times, "numbers": [], "errors": []}))
+        return
 
     dense = sorted({*np.linspace(999, 20, 100).astype(int).tolist(), 8, 4, 1, *grid})[::-1]
     dense = start.grid(dense)
@@ -174,7 +179,9 @@ def fit_solver(network: Network, start: Start, grid: list[int], path: Path) -> N
         found = run_of(network, x, prompts, grid, numbers)
         plain = run_of(network, x, prompts, grid)
     errors = [float(np.sqrt((distances(one[-1], fine[-1]) ** 2).mean())) for one in (found, plain)]
-    print(f"error of the teacher's solver: {errors[0]:.4f}; not fitted: {errors[1]:.4f}", flush=True)
+    print(
+        f"error of the teacher's solver: {errors[0]:.4f}; not fitted: {errors[1]:.4f}", flush=True
+    )
     grid = [*start.times[: len(before)], *grid]
     path.write_text(json.dumps({"grid": grid, "numbers": numbers, "errors": errors}))
 
@@ -212,119 +219,34 @@ def teach(args: argparse.Namespace) -> None:
 
 
 def check(run: Path) -> None:
-    """Say of each run of the teacher if its picture shows the prompt: RUN/right-NUMBER.npy."""
-    from checker import check as verdict
+    """Say of each run of the teacher if its picture shows the prompt: RUN/right-NUMBER.npy.
+
+    RUN/drawn-NUMBER.npz has the same picture with ideal shapes, and says of which runs: where
+    nothing but a shape is wrong.
+    """
+    import checker
+    import rectify
 
     pipe = mlxdiff.load(dtype="float32")
     for path in sorted(run.glob("runs-*[0-9].npz")):
-        to = run / f"right-{path.stem[5:]}.npy"
-        if to.exists():
+        number = path.stem[5:]
+        to, drawn = run / f"right-{number}.npy", run / f"drawn-{number}.npz"
+        if to.exists() and drawn.exists():
             continue
         with np.load(path) as file:
-            pictures = pipe.decode(file["x"][-1].astype(np.float32))
-            prompts = [str(prompt) for prompt in file["prompts"]]
-        pairs = zip(pictures, prompts, strict=True)
-        right = [verdict(np.asarray(picture), prompt).right for picture, prompt in pairs]
-        np.save(to, np.array(right))
-        print(f"{path.name}: {np.mean(right):.0%} right", flush=True)
+            x, prompts = file["x"][-1], [str(prompt) for prompt in file["prompts"]]
+        pictures = [np.asarray(one) for one in pipe.decode(x.astype(np.float32))]
+        pairs = list(zip(pictures, prompts, strict=True))
+        right = np.array([checker.check(*pair).right for pair in pairs])
+        ideal = [rectify.redraw(*pair) for pair in pairs]
+        known = np.array([one is not None for one in ideal])
+        kept = [np.stack(part) for part in zip(*(one for one in ideal if one), strict=True)]
+        np.savez(drawn, known=known, pictures=kept[0], weights=kept[1])
+        np.save(to, right)
+        print(f"{path.name}: {right.mean():.0%} right, {known.mean():.0%} drawn", flush=True)
 
 
 # --- the student -----------------------------------------------------------------------------
-
-
-def steps_of(config: dict, count: int) -> tuple[list[int], list[tuple[float, float]]]:
-    """Return the timesteps of DDIM (trailing), and each step as factors of x and of the output.
-
-    As diffusers has it, a step of 6 leads to t - 1000 // 6, not to the next timestep.
-    """
-    plan = samplers.plan(config, "ddim", "trailing", count)
-    factors = [
-        (row.scale + row.weights[0] * row.data[0], row.output + row.weights[0] * row.data[1])
-        for row in plan.rows
-    ]
-    return [int(t) for t in plan.timesteps], factors
-
-
-def steps_at(config: dict, times: Sequence[int]) -> tuple[list[int], list[tuple[float, float]]]:
-    """Return given timesteps, and DDIM's steps from each to the next one, as `steps_of` does."""
-    process = Process.from_config(config)
-    signal, sigma = (one.ravel() for one in process.factors(np.array([*times, 0])))
-    if config.get("set_alpha_to_one", True):
-        signal[-1], sigma[-1] = 1.0, 0.0
-    factors = [
-        (float(a * later + s * after), float(a * after - s * later))
-        for a, s, later, after in zip(signal, sigma, signal[1:], sigma[1:], strict=False)
-    ]
-    return list(times), factors
-
-
-class Runs:
-    """The teacher's runs: x at `times` and at the end, and the states of the text.
-
-    The first file is kept for the error of the student.
-
-    Args:
-        right: leave out runs whose picture does not show the prompt, as `check` says.
-    """
-
-    def __init__(self, folder: Path, times: list[int], right: bool = False) -> None:
-        self.right = right
-        grid = json.loads((folder / "solver.json").read_text())["grid"]
-        self.folder, self.places = folder, [*(grid.index(t) for t in times), len(grid)]
-        self._known: dict[Path, tuple[np.ndarray, np.ndarray]] = {}
-        self.update()
-
-    def update(self) -> None:
-        """Read files that came since."""
-        for file in sorted(self.folder.glob("runs-*[0-9].npz")):
-            verdict = self.folder / f"right-{file.stem[5:]}.npy"
-            if file not in self._known and (verdict.exists() or not self.right):
-                kept = np.load(verdict) if self.right and self._known else slice(None)
-                with np.load(file) as one:
-                    x = one["x"][self.places].transpose(1, 0, 4, 2, 3)  # (N, L, C, h, w)
-                    self._known[file] = x[kept], one["text"][kept]
-        held, *kept = self._known.values()
-        self.held = held
-        self.x = np.concatenate([x for x, _ in kept])
-        self.text = np.concatenate([text for _, text in kept])
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def rows(self, chosen: np.ndarray):
-        import torch
-
-        return (
-            torch.from_numpy(self.x[chosen].astype(np.float32)),
-            torch.from_numpy(self.text[chosen].astype(np.float32)),
-        )
-
-
-def adapt(unet, rank: int) -> dict:
-    """Give all layers but the first and last ones a low-rank change; return it by module."""
-    import torch
-    from torch.nn.utils import parametrize
-
-    class Change(torch.nn.Module):
-        def __init__(self, weight) -> None:
-            super().__init__()
-            out, inner = weight.shape[0], weight[0].numel()
-            self.down = torch.nn.Parameter((torch.rand(rank, inner) * 2 - 1) / inner**0.5)
-            self.up = torch.nn.Parameter(torch.zeros(out, rank))
-
-        def forward(self, weight):
-            return weight + (self.up @ self.down).view_as(weight)
-
-    unet.requires_grad_(False)
-    found = {}
-    for name, module in list(unet.named_modules()):
-        kind = isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
-        if not kind or name.startswith(("conv_in", "conv_out", "time_embedding")):
-            continue
-        change = Change(module.weight)
-        parametrize.register_parametrization(module, "weight", change)
-        found[name] = change
-    return found
 
 
 def teach_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
@@ -341,90 +263,59 @@ def train_worker(rank: int, processes: int, args: argparse.Namespace) -> None:
     unet = network.torch_unet.train()
     unet.set_attn_processor(AttnProcessor())  # the gradient of the fused one is slower on a CPU
     changes = adapt(unet, args.rank) if args.rank else None
-    times, factors = (
-        steps_at(network.config, args.times) if args.times else steps_of(network.config, args.steps)
+    student = Student(
+        unet,
+        *(
+            steps_at(network.config, args.times)
+            if args.times
+            else steps_of(network.config, args.steps)
+        ),
     )
-    runs = Runs(args.teacher, times, args.right)
-    if rank == 0:
-        print(f"{len(runs)} runs, timesteps {times}", flush=True)
-    matching = None
-    if args.match:
-        from matching import Matching
-
-        empty = torch.from_numpy(network.text(""))
-        fake = args.run / f"fake-{rank}.pt"
-        matching = Matching(unet, network.config, empty, GUIDANCE, args.match_lr, fake)
+    objective = objective_of(student, network, args, rank)
     if args.student is not None:
         unet.load_state_dict(torch.load(args.student, weights_only=True))
     training = common.Training(
         rank, processes, args.run, unet, args.lr, args.minutes, ema=args.ema, muon=args.muon
     )
     while not training.done:
-        if training.step % 100 == 99:
-            runs.update()
+        if training.step % 100 == 0:
+            objective.runs.update()
             if rank == 0:
-                missed = validate(unet, runs, times, factors)
-                print(f"{len(runs)} runs; of held-out runs: error {missed:.4f}", flush=True)
+                print(f"{len(objective.runs)} runs", flush=True)
+                if not args.consistency and training.step:
+                    print(f"of held-out runs: error {student.error(objective.runs):.4f}")
         rng = np.random.default_rng((4, training.step, rank))
-        whole = training.progress >= args.forced
-        chosen = rng.choice(len(runs), args.batch if whole else args.batch * len(times) // 2)
-        x, text = runs.rows(np.sort(chosen))
         with torch.autocast("cpu", torch.bfloat16), parametrize.cached():
-            if whole:
-                ends = draw(unet, x[:, 0], text, times, factors)
-                each = [(end - x[:, i + 1]).square().mean() for i, end in enumerate(ends)]
-                loss = each[-1] + args.between * sum(each[:-1])
-                shown = {"end": each[-1].detach().sqrt()}
-                if matching is not None:
-                    fresh = torch.randn(args.match_batch, *x.shape[2:])
-                    other = runs.rows(np.sort(rng.choice(len(runs), args.match_batch)))[1]
-                    drawn = draw(unet, fresh, other, times, factors)[-1]
-                    ready = min(training.step / 300, 1.0)  # first the fake network must learn
-                    loss = loss + ready * args.match * matching.loss(drawn, other, rng)
-                    shown["fake"] = matching.update(drawn, other, rng)
-            else:
-                at = rng.permutation(len(chosen)) % len(times)
-                rows = np.arange(len(chosen))
-                keep, turn = (
-                    torch.tensor(np.array(factors)[at, k], dtype=torch.float32) for k in (0, 1)
-                )
-                now, then = x[rows, at], x[rows, at + 1]
-                v = unet(now, torch.tensor(np.array(times)[at]), text).sample.float()
-                goal = (then - keep[:, None, None, None] * now) / turn[:, None, None, None]
-                missed = (v - goal).square().mean((1, 2, 3))
-                loss = (missed * turn.abs()).mean()
-                last = torch.from_numpy(at == len(times) - 1)
-                shown = {
-                    "first": missed[at == 0].mean().detach(),
-                    "last": missed[last].mean().detach(),
-                }
-        training.update(loss, len(chosen) * (len(times) if whole else 1), **shown)
-        if matching is not None and training.step % 200 == 0:
-            matching.save()
+            loss, evaluations, shown = objective(rng, training.step, training.progress)
+        training.update(loss, evaluations, **shown)
+        objective.after(training.step)
     training.save()
     training.use_ema()
     if rank == 0:
-        print(f"of held-out runs: error {validate(unet, runs, times, factors):.4f}", flush=True)
+        if not args.consistency:
+            print(f"of held-out runs: error {student.error(objective.runs):.4f}", flush=True)
         save(unet, changes, args)
 
 
-def draw(unet, now, text, times, factors) -> list:
-    """Draw with the student from noise (B, C, h, w); return x after each step."""
-    found = []
-    for t, (keep, turn) in zip(times, factors, strict=True):
-        now = keep * now + turn * unet(now, t, text).sample.float()
-        found.append(now)
-    return found
-
-
-def validate(unet, runs: Runs, times, factors) -> float:
-    """Return the error of the student's ends of the held-out runs, in the latents' deviation."""
+def objective_of(student: Student, network: Network, args: argparse.Namespace, rank: int):
+    """Return what "train" is asked to make small, see `Distillation`."""
     import torch
 
-    x, text = (torch.from_numpy(part.astype(np.float32)) for part in runs.held)
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        now = draw(unet, x[:, 0], text, times, factors)[-1]
-    return float((now - x[:, -1]).square().mean().sqrt() / x[:, -1].std())
+    if args.consistency:
+        from consistency import Consistency
+
+        grid = json.loads((args.teacher / "solver.json").read_text())["grid"]
+        return Consistency(student.unet, network.config, Runs(args.teacher, grid), args.batch)
+    matching = None
+    if args.match:
+        from matching import Matching
+
+        empty = torch.from_numpy(network.text(""))
+        fake = args.run / f"fake-{rank}.pt"
+        matching = Matching(student.unet, network.config, empty, GUIDANCE, args.match_lr, fake)
+    runs = Runs(args.teacher, student.times, args.right, args.drawn, args.hard)
+    decode = network.torch_decoder() if args.pixels else None
+    return Distillation(student, runs, args, decode, matching)
 
 
 def difference(unet, args: argparse.Namespace) -> dict:
@@ -499,9 +390,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="train: whole runs at a time")
     parser.add_argument("--forced", type=float, default=0.25, help="train: share of single steps")
     parser.add_argument("--between", type=float, default=0.2, help="train: weight of x on the way")
+    parser.add_argument("--pixels", type=float, default=0, help="train: weight of decoded ends")
+    parser.add_argument("--drawn", action="store_true", help="train: --pixels beside ideal ones")
+    parser.add_argument("--consistency", action="store_true", help="train: see consistency.py")
+    parser.add_argument("--hard", default="", help="train: a word; its runs come more often")
     parser.add_argument("--right", action="store_true", help="train: on right runs only; see check")
     parser.add_argument("--student", type=Path, help="student.pt to start from; teach: for --own")
-    parser.add_argument("--own", type=int, default=0, help="teach: steps that the student goes")
+    parser.add_argument(
+        "--own", type=int, default=0, help="steps that the student goes alone; train: as they are"
+    )
     parser.add_argument("--match", type=float, default=0, help="train: see matching.py; a weight")
     parser.add_argument("--match-batch", type=int, default=12, help="train: pictures for it")
     parser.add_argument("--match-lr", type=float, default=2e-4, help="train: of its network")

@@ -54,16 +54,7 @@ class Network:
         from diffusers import UNet2DConditionModel
 
         torch.set_num_threads(1)
-        config = json.loads((self.pipe.source.path / "unet" / "config.json").read_text())
-        unet = UNet2DConditionModel.from_config(config).eval().to(memory_format=torch.channels_last)
-        weights = {}
-        component = self.pipe.model.component_of(Part("unet"))  # with the LoRAs' changes
-        for name, tensor in component.tensors().items():
-            value = np.array(tensor.read(), np.float32)
-            weights[name] = torch.from_numpy(
-                value.transpose(0, 3, 1, 2) if value.ndim == 4 else value
-            )
-        unet.load_state_dict(weights)
+        unet = self._in_torch(UNet2DConditionModel, "unet").to(memory_format=torch.channels_last)
         self.torch_unet = unet
 
         def run(x: np.ndarray, t: float, text: np.ndarray) -> np.ndarray:
@@ -73,6 +64,28 @@ class Network:
             return out.float().permute(0, 2, 3, 1).contiguous().numpy()
 
         return run
+
+    def _in_torch(self, kind: Any, part: str) -> Any:
+        """Return diffusers' network of a part, with this model's weights and its LoRAs' changes."""
+        import torch
+
+        config = json.loads((self.pipe.source.path / part / "config.json").read_text())
+        found, weights = kind.from_config(config).eval(), {}
+        for name, tensor in self.pipe.model.component_of(Part(part)).tensors().items():
+            value = np.array(tensor.read(), np.float32)
+            weights[name] = torch.from_numpy(
+                value.transpose(0, 3, 1, 2) if value.ndim == 4 else value
+            )
+        found.load_state_dict(weights)
+        return found
+
+    def torch_decoder(self) -> Callable[[Any], Any]:
+        """Return a function from latents, (B, C, h, w), to pictures, (B, 3, H, W) in [-1, 1]."""
+        from diffusers import AutoencoderKL
+
+        vae = self._in_torch(AutoencoderKL, "vae").requires_grad_(False)
+        scale = vae.config.scaling_factor
+        return lambda x: vae.decode(x / scale).sample
 
     def fingerprint(self) -> str:
         """A text that differs between models with different outputs."""

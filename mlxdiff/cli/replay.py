@@ -202,7 +202,7 @@ def _require_fast_here(metadata: Metadata, path: str) -> None:
     loras = metadata.extra.get("loras")
     named = [one.get("fast") for one in loras or () if isinstance(one, dict)]
     for way in FEW_STEP:
-        if way.id in named and not holds_lora(way.id):
+        if way.id in named and not (way.is_shipped or holds_lora(way.id)):
             raise UsageError(
                 f"{path}: was drawn with {way}, which is not on this machine: give --fast, or let "
                 "the picture choose with --trust-image"

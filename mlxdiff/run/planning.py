@@ -12,7 +12,7 @@ import numpy as np
 from mlxdiff import samplers
 from mlxdiff.errors import UsageError, argument, quoted
 from mlxdiff.run.additions.judge import judge_of
-from mlxdiff.run.additions.lora import few_step_of
+from mlxdiff.run.additions.lora import few_step_for, few_step_of
 from mlxdiff.run.additions.motion import SCHEDULE, motion_of
 from mlxdiff.run.aspect import with_aspect
 from mlxdiff.run.habits import note_seed
@@ -119,8 +119,15 @@ def _with_variations(model: Model, asked: RunOptions) -> RunOptions:
 
 def _as_advised(model: Model, asked: RunOptions) -> RunOptions:
     """Fill in what a few-step LoRA or a motion adapter asks for, where nothing else is given."""
-    motion = motion_of(model.additions)
-    for way in (few_step_of(model.additions), None if motion is None else motion.way):
+    motion, few = motion_of(model.additions), few_step_of(model.additions)
+    better = None if few or asked.steps is None else few_step_for(model)
+    if better is not None and better.is_shipped and asked.steps <= better.steps:
+        logger.info(
+            "in so few steps this model draws better with %s: %d steps without guidance",
+            argument("fast"),
+            better.steps,
+        )
+    for way in (few, None if motion is None else motion.way):
         if way is None:
             continue
         asked = replace(

@@ -1,12 +1,14 @@
-"""Published LoRAs that let a model draw in few steps, and how each is to be used.
+"""LoRAs that let a model draw in few steps, and how each is to be used.
 
-Repositories, files, licences and settings are those of the model cards. The first row that fits a
+One belongs to the built-in model and lies in this package; the others are published. Repositories, files, licences and settings are those of the model cards. The first row that fits a
 model is what ``--fast`` takes; the others are for ``--lora`` (docs/models.md).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from mlxdiff.store.catalogue import SHIPPED
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class FewStep:
     Attributes:
         name: what people call it.
         family: of the models that it fits.
-        repo, file: on the hub.
+        repo, file: on the hub, or a model of this package and a file in it.
         megabytes: size of the file, rounded; 0: unknown.
         licence: as its model card names it.
         steps, guidance, sampler, schedule, eta: as its authors recommend; None: the usual ones.
@@ -38,8 +40,18 @@ class FewStep:
 
     @property
     def id(self) -> str:
-        """What ``--lora`` takes."""
+        """The name of the file, the same on every machine."""
         return f"{self.repo}/{self.file}"
+
+    @property
+    def is_shipped(self) -> bool:
+        """Return True if the file is in this package."""
+        return self.repo in SHIPPED
+
+    @property
+    def place(self) -> str:
+        """What ``--lora`` takes: a file of this package, or a name on the hub."""
+        return str(SHIPPED[self.repo] / self.file) if self.is_shipped else self.id
 
     def __str__(self) -> str:
         size = f"{self.megabytes} MB, " if self.megabytes else ""
@@ -52,6 +64,8 @@ _RAIL = "openrail++"
 _CARD = "see its model card"
 
 FEW_STEP: tuple[FewStep, ...] = (
+    FewStep("distilled", "sd1", "builtin", "few_step.safetensors", 8, "MIT", 4, 1.0,
+            "ddim", "trailing", only=("builtin",)),
     FewStep("LCM-LoRA", "sd1", f"{_LCM}-sdv1-5", _PEFT, 135, _RAIL, 4, 1.0, "lcm"),
     FewStep("TCD", "sd1", "h1t/TCD-SD15-LoRA", _PEFT, 135, "mit", 4, 0.0, "tcd", eta=0.3),
     FewStep("Hyper-SD", "sd1", "ByteDance/Hyper-SD", "Hyper-SD15-4steps-lora.safetensors", 269,

@@ -109,26 +109,35 @@ def few_step_of(additions: Additions) -> FewStep | None:
     return next((one.way for one in additions.of(LoRA) if one.way is not None), None)
 
 
-def open_few_step(model: Kind, progress: Progress | None = None) -> tuple[LoRA, ...]:
-    """Open the published few-step LoRA of a model; () for one that needs none, with a note.
+def few_step_for(model: Kind) -> FewStep | None:
+    """Return the few-step LoRA that ``fast`` takes for a model; None: nothing fits it."""
+    family, scheduler = model.source.family, model.source.scheduler_config
+    way = find(family, str(model.source.provenance.get("source")))
+    if model.edits or model.upscales or model.is_led or model.takes_aesthetic_score or way is None:
+        return None
+    return way if way.only or scheduler.get("prediction_type", "epsilon") == "epsilon" else None
 
-    Raises: UsageError where none is published, or it is not here and cannot be fetched.
+
+def open_few_step(model: Kind, progress: Progress | None = None) -> tuple[LoRA, ...]:
+    """Open the few-step LoRA of a model; () for one that needs none, with a note.
+
+    Raises: UsageError where there is none, or it is not here and cannot be fetched.
     """
     family, scheduler = model.source.family, model.source.scheduler_config
     if samplers.distilled_for(scheduler) is not None or model.default_guidance == 0.0:
         logger.warning("fast has no effect: this model draws in few steps by itself")
         return ()
-    way = find(family, str(model.source.provenance.get("source")))
-    other = model.edits or model.upscales or model.is_led or model.takes_aesthetic_score
-    predicts = scheduler.get("prediction_type", "epsilon")
-    if way is None or other or predicts != "epsilon":
-        kind = f"{family} models that predict {predicts}" if not other else model.description
+    way = few_step_for(model)
+    if way is None:
+        predicts = scheduler.get("prediction_type", "epsilon")
+        usual = predicts == "epsilon"
+        kind = model.description if usual else f"{family} models that predict {predicts}"
         raise UsageError(
             f"{argument('fast')}: no few-step LoRA is published for this model ({kind}); take one "
             f"that was made for few steps, such as {argument('model', 'sd-turbo')}"
         )
     try:
-        (opened,) = LoRA.open([way.id], model, progress=progress)
+        (opened,) = LoRA.open([way.place], model, progress=progress)
     except HubError as error:
         raise UsageError(
             f"fast needs {way}, which is not on this machine and cannot be fetched ({error}); "
