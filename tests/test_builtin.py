@@ -45,6 +45,17 @@ def test_the_same_picture_as_diffusers(case: int, side: str) -> None:
         )
 
 
+@pytest.mark.parametrize("case", [0, 1])
+def test_fast_draws_the_picture_of_diffusers_with_the_same_weights(backend: str, case: int) -> None:
+    pipe = mlxdiff.load(backend=backend, dtype="float32", fast=True)
+    with np.load(GOLDEN / "builtin" / "fast.npz") as golden:
+        result = pipe.generate(str(golden["prompts"][case]), seed=int(golden["seeds"][case]))
+        assert_latents_close(result.latents, golden[f"{case}/latents"])
+        assert_picture_close(
+            np.stack([np.asarray(i) for i in result.images]), golden[f"{case}/image"]
+        )
+
+
 def test_it_is_small() -> None:
     few_step = (BUILTIN / "few_step.safetensors").stat().st_size  # what --fast adds
     whole = sum(f.stat().st_size for f in BUILTIN.rglob("*") if f.is_file())

@@ -353,22 +353,25 @@ def plot(run: Path, path: Path) -> None:
 
     from mlxdiff.pictures.plot import curves
 
-    lines: dict[str, list[tuple[float, float]]] = {
-        "loss of single steps, times 10": [],
-        "error of the student's own steps, training": [],
-        "error, held-out runs": [],
+    shown = {
+        "loss": ("loss of single steps, times 10", 10),
+        "end": ("error of the steps that learn", 1),
+        "pixels": ("pictures apart, times 10", 10),
     }
-    single, own, held = lines.values()
+    lines: dict[str, list[tuple[float, float]]] = {name: [] for name, _ in shown.values()}
+    held = lines["error of the whole way, held-out runs"] = []
     samples = 0
     for line in (run / "log.txt").read_text().splitlines():
-        if found := re.match(r"step \d+ samples (\d+) .* loss (\S+)", line):
-            samples = int(found[1])
-            if end := re.search(r" end (\S+)", line):
-                own.append((samples, float(end[1])))
-            else:
-                single.append((samples, 10 * float(found[2])))
+        if found := re.match(r"step \d+ samples (\d+) ", line):
+            samples, figures = int(found[1]), dict(re.findall(r"(\w+) ([\d.]+)", line))
+            if "end" in figures:
+                del figures["loss"]  # a sum of others
+            for key, (name, factor) in shown.items():
+                if key in figures:
+                    lines[name].append((samples, factor * float(figures[key])))
         elif found := re.search(r"error (\S+)$", line):
             held.append((samples, float(found[1])))
+    lines = {name: points for name, points in lines.items() if points}
     curves(lines, "distillation: against samples").save(path, "PNG")
 
 

@@ -1,7 +1,8 @@
 """LoRAs that let a model draw in few steps, and how each is to be used.
 
-One belongs to the built-in model and lies in this package; the others are published. Repositories, files, licences and settings are those of the model cards. The first row that fits a
-model is what ``--fast`` takes; the others are for ``--lora`` (docs/models.md).
+One belongs to the built-in model and lies in this package. The others are published: repositories,
+files, licences and settings are those of the model cards. The first row that fits a model is what
+``--fast`` takes; the others are for ``--lora`` (docs/models.md).
 """
 
 from __future__ import annotations
