@@ -285,7 +285,7 @@ class Pipeline(metaclass=_Advising):
         self._set(LoRA, loras, open_all)
 
     def set_fast(self, fast: bool = True, *, progress: Progress | None = None) -> None:
-        """Draw in few steps, with the LoRA that is published for this kind of model.
+        """Draw in few steps, with the few-step LoRA of this kind of model.
 
         Its sampler, steps and guidance are then the defaults (``store.few_step``).
 

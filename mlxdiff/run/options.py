@@ -893,10 +893,10 @@ class LoadOptions(Options):
         default=False,
         key="fast",
         part="lora",
-        help="Draw in few steps: add the LoRA that is published for this kind of model, and take "
-        "its sampler, steps and guidance (docs/models.md).",
-        doc="draw in few steps: add the LoRA that is published for this kind of model, and take "
-        "its sampler, steps and guidance as defaults.",
+        help="Draw in few steps: add the few-step LoRA of this kind of model, and take its "
+        "sampler, steps and guidance (docs/models.md).",
+        doc="draw in few steps: add the few-step LoRA of this kind of model, and take its "
+        "sampler, steps and guidance as defaults.",
     )
     lora_folder: Place = _model(
         "--lora-folder",

@@ -120,13 +120,8 @@ def _with_variations(model: Model, asked: RunOptions) -> RunOptions:
 def _as_advised(model: Model, asked: RunOptions) -> RunOptions:
     """Fill in what a few-step LoRA or a motion adapter asks for, where nothing else is given."""
     motion, few = motion_of(model.additions), few_step_of(model.additions)
-    better = None if few or asked.steps is None else few_step_for(model)
-    if better is not None and better.is_shipped and asked.steps <= better.steps:
-        logger.info(
-            "in so few steps this model draws better with %s: %d steps without guidance",
-            argument("fast"),
-            better.steps,
-        )
+    if few is motion is asked.image is None and asked.steps is not None:
+        _note_few_steps(model, asked.steps)
     for way in (few, None if motion is None else motion.way):
         if way is None:
             continue
@@ -139,6 +134,17 @@ def _as_advised(model: Model, asked: RunOptions) -> RunOptions:
             eta = way.eta if asked.eta is None else asked.eta
             asked = replace(asked, sampler=way.sampler, schedule=way.schedule, eta=eta)
     return asked
+
+
+def _note_few_steps(model: Model, steps: int) -> None:
+    """Say what draws better in so few steps, if it is in the package."""
+    way = few_step_for(model)
+    if way is not None and way.is_shipped and steps <= way.steps:
+        logger.info(
+            "in so few steps this model draws better with %s: %d steps without guidance",
+            argument("fast"),
+            way.steps,
+        )
 
 
 def _steps(model: Model, asked: RunOptions) -> int:
