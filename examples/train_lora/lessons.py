@@ -57,7 +57,8 @@ def hollow(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 def world(lesson: str) -> Iterator[None]:
     """Draw and judge as in a lesson; "" is the world as it was."""
     drawn = {"shape": cross, "style": hollow, "": _FILLED}[lesson]
-    checker._area.cache_clear()
+    checker.area_of.cache_clear()
+    checker.middle_of.cache_clear()
     checker._ideal.cache_clear()
     try:
         data.inside = drawn
@@ -67,7 +68,8 @@ def world(lesson: str) -> Iterator[None]:
         yield
     finally:
         data.inside, data.SHAPES = _FILLED, _SHAPES
-        checker._area.cache_clear()
+        checker.area_of.cache_clear()
+        checker.middle_of.cache_clear()
         checker._ideal.cache_clear()
 
 
