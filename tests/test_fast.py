@@ -19,6 +19,7 @@ from test_cli import error_of, generate, pixels, run, texts
 
 import mlxdiff
 from mlxdiff import samplers
+from mlxdiff.report import doctor
 from mlxdiff.store import few_step
 from mlxdiff.store.few_step import FEW_STEP, find
 
@@ -157,3 +158,14 @@ def test_the_built_in_model_has_one_of_its_own(
     assert json.loads(texts(tmp_path / "plain.png")["mlxdiff"])["guidance"] == 7.5
     quiet = run("generate", "a small red circle", "--steps", "5", "--seed", "7", "-o", "more.png")
     assert "--fast" not in quiet.stderr
+
+
+def test_the_doctor_reads_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = mlxdiff.loading.BUILTIN / "few_step.safetensors"
+    (tmp_path / "short.safetensors").write_bytes(whole.read_bytes()[:100_000])
+    assert next(doctor._shipped()).state == doctor.OK
+    monkeypatch.setattr(
+        few_step.FewStep, "place", property(lambda self: str(tmp_path / "short.safetensors"))
+    )
+    found = next(doctor._shipped())
+    assert found.state == doctor.FAULT and "truncated" in found.text

@@ -26,6 +26,7 @@ from mlxdiff.errors import MlxdiffError, UsageError
 from mlxdiff.machine import probe
 from mlxdiff.machine.disk import free_space
 from mlxdiff.machine.threads import one_blas_thread
+from mlxdiff.run.additions.lora import LoRA, few_step_for
 from mlxdiff.store import cache, hub
 from mlxdiff.store.catalogue import SHIPPED
 
@@ -113,6 +114,9 @@ def _shipped() -> Iterator[Finding]:
             pipe = loading.load(folder, backend="numpy")
             for name in pipe.source.components:
                 pipe.model.component(name)
+            way = few_step_for(pipe.model)
+            if way is not None and way.is_shipped:
+                LoRA.open([way.place], pipe.model)
     except (MlxdiffError, OSError) as error:
         yield Finding(
             "installation",
