@@ -120,7 +120,8 @@ def _with_variations(model: Model, asked: RunOptions) -> RunOptions:
 def _as_advised(model: Model, asked: RunOptions) -> RunOptions:
     """Fill in what a few-step LoRA or a motion adapter asks for, where nothing else is given."""
     motion, few = motion_of(model.additions), few_step_of(model.additions)
-    if few is motion is asked.image is None and asked.steps is not None:
+    plain = few is None and motion is None and asked.image is None
+    if plain and asked.steps is not None:
         _note_few_steps(model, asked.steps)
     for way in (few, None if motion is None else motion.way):
         if way is None:
