@@ -51,7 +51,6 @@ COUNTS = (1, 2, 4, 6, 8)
 ENDS = (948, 60, 12)  # more steps of the teacher, where its ODE bends most
 GUIDANCE = 4.0
 CHUNK = 64  # runs kept in one file
-FIRST_SEED = 500_000  # far from the seeds of benchmarks and of fit_sampler.py
 CALIBRATION = 32  # pictures that the solver is fitted to
 HISTORY = 3
 
@@ -134,26 +133,23 @@ class Start:
     """
 
     def __init__(self, network: Network, student: Path | None, count: int, own: int) -> None:
-        self.network, self.own = network, own if student else 0
-        self.times = steps_of(network.config, count)[0]
-        if student is not None:
-            import torch
+        import torch
 
-            unet = copy.deepcopy(network.torch_unet)
+        self.network, self.own = network, own
+        unet = copy.deepcopy(network.torch_unet)
+        if student is not None:
             unet.load_state_dict(torch.load(student, weights_only=True))
-            self.student = Student(unet, *steps_of(network.config, count))
+        self.student = Student(unet, *steps_of(network.config, count))
 
     def grid(self, grid: list[int]) -> list[int]:
         """Return the timesteps of `grid` that are left to the teacher."""
-        left = self.times[self.own :]  # none, if the student goes the whole way
-        return [t for t in grid if left and t <= left[0]] if self.own else grid
+        left = self.student.times[self.own :]  # none, if the student goes the whole way
+        return [t for t in grid if left and t <= left[0]]
 
     def __call__(self, noise: np.ndarray, prompts: list[str]) -> np.ndarray:
         """Return x at the first timesteps, noise first, (1 + own, B, h, w, C)."""
         import torch
 
-        if not self.own:
-            return noise[None]
         text = torch.from_numpy(np.concatenate([self.network.text(prompt) for prompt in prompts]))
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             x = torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
@@ -166,12 +162,12 @@ def fit_solver(network: Network, start: Start, grid: list[int], path: Path) -> N
     import torch
 
     if not grid:
-        path.write_text(json.dumps({"grid": start.times, "numbers": [], "errors": []}))
+        path.write_text(json.dumps({"grid": start.student.times, "numbers": [], "errors": []}))
         return
     dense = sorted({*np.linspace(999, 20, 100).astype(int).tolist(), 8, 4, 1, *grid})[::-1]
     dense = start.grid(dense)
     prompts = captions(0, CALIBRATION)
-    *before, x = start(noise(0, CALIBRATION), prompts)
+    x = start(noise(0, CALIBRATION), prompts)[-1]
     fine = run_of(network, x, prompts, dense)
     fine = fine[[*(dense.index(t) for t in grid), -1]]
     with torch.autocast("cpu", torch.bfloat16):
@@ -182,7 +178,7 @@ def fit_solver(network: Network, start: Start, grid: list[int], path: Path) -> N
     print(
         f"error of the teacher's solver: {errors[0]:.4f}; not fitted: {errors[1]:.4f}", flush=True
     )
-    grid = [*start.times[: len(before)], *grid]
+    grid = [*start.student.times[: start.own], *grid]
     path.write_text(json.dumps({"grid": grid, "numbers": numbers, "errors": errors}))
 
 
@@ -414,6 +410,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.student and args.rank:
         parser.error("--student holds all weights; leave --rank out")
+    if args.stage == "teach" and args.own and not args.student:
+        parser.error("--own is for the steps of a student; give --student")
+    if args.own > args.steps - (args.stage == "train"):
+        parser.error(f"--own {args.own} leaves none of {args.steps} steps to learn")
+    if args.drawn and not args.pixels:
+        parser.error("--drawn says which pictures --pixels compares; give --pixels")
+    if args.consistency and (args.match or args.pixels or args.own or args.hard or args.right):
+        parser.error("--consistency takes all runs, and has no other loss beside it")
     if args.stage == "train":
         if args.chunks:  # more runs than the teacher has done
             common.launch(teach_worker, args, 1)

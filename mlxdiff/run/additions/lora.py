@@ -109,13 +109,18 @@ def few_step_of(additions: Additions) -> FewStep | None:
     return next((one.way for one in additions.of(LoRA) if one.way is not None), None)
 
 
+def _draws_otherwise(model: Kind) -> bool:
+    """Return True for a model that few-step LoRAs of its family are not made for."""
+    return model.edits or model.upscales or model.is_led or model.takes_aesthetic_score
+
+
 def few_step_for(model: Kind) -> FewStep | None:
     """Return the few-step LoRA that ``fast`` takes for a model; None: nothing fits it."""
-    family, scheduler = model.source.family, model.source.scheduler_config
-    way = find(family, str(model.source.provenance.get("source")))
-    if model.edits or model.upscales or model.is_led or model.takes_aesthetic_score or way is None:
+    way = find(model.source.family, str(model.source.provenance.get("source")))
+    if way is None or _draws_otherwise(model):
         return None
-    return way if way.only or scheduler.get("prediction_type", "epsilon") == "epsilon" else None
+    predicts = model.source.scheduler_config.get("prediction_type", "epsilon")
+    return way if way.only or predicts == "epsilon" else None
 
 
 def open_few_step(model: Kind, progress: Progress | None = None) -> tuple[LoRA, ...]:
@@ -130,8 +135,9 @@ def open_few_step(model: Kind, progress: Progress | None = None) -> tuple[LoRA, 
     way = few_step_for(model)
     if way is None:
         predicts = scheduler.get("prediction_type", "epsilon")
-        usual = predicts == "epsilon"
-        kind = model.description if usual else f"{family} models that predict {predicts}"
+        kind = f"{family} models that predict {predicts}"
+        if _draws_otherwise(model):
+            kind = model.description
         raise UsageError(
             f"{argument('fast')}: no few-step LoRA is published for this model ({kind}); take one "
             f"that was made for few steps, such as {argument('model', 'sd-turbo')}"
